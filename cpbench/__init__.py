@@ -1,0 +1,33 @@
+"""cpbench: attention kernels and context-parallel strategies, measured and verified.
+
+``attention`` and ``distributed_attention`` are the public computations; importing ``cpbench``
+loads neither torch nor numpy until one of them is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cpbench import layout, masks
+    from cpbench.api import Unsupported, attention, distributed_attention
+    from cpbench.mask import AttnMask
+
+__version__ = "0.1.0"
+__all__ = ["AttnMask", "Unsupported", "attention", "distributed_attention", "layout", "masks"]
+
+_HOME = {
+    "AttnMask": "cpbench.mask",
+    "Unsupported": "cpbench.api",
+    "attention": "cpbench.api",
+    "distributed_attention": "cpbench.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    if name in ("layout", "masks"):
+        return importlib.import_module(f"cpbench.{name}")
+    raise AttributeError(f"module 'cpbench' has no attribute {name!r}")

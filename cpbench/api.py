@@ -1,0 +1,311 @@
+"""The public computations, and the only ``autograd.Function`` of the project.
+
+Shapes: q ``[B, S, H, D]``; k, v ``[B, T, G, D]``, ``H % G == 0``; out like q; lse ``[B, H, S]``
+float32, natural logarithm, -inf for queries that see nothing (whose output is 0).
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cpbench import layout as layouts
+from cpbench.comm import Comm, Control, TorchComm
+from cpbench.layout import Layout
+from cpbench.mask import AttnMask
+from cpbench.merge import BoundOperator
+from cpbench.operator import Unsupported, declared_refusal
+from cpbench.problem import Problem
+from cpbench.registry import OperatorInfo, implementation, operator_info, strategy_info
+from cpbench.spec import Spec
+
+if TYPE_CHECKING:
+    from cpbench.strategy import Strategy
+
+
+class Attention:
+    """One rank's prepared computation: an operator under a strategy on one mask.
+
+    Args:
+        operator, strategy: specs, texts or tables.
+        mask: the global mask.
+        layout: which rank owns which tokens.
+        problem: the global problem.
+        rank: this rank.
+        device: ``"cpu"`` or ``"cuda"``.
+
+    Raises:
+        Unsupported: with the reason, before anything is computed or sent.
+        ValueError: for unknown names or parameters.
+    """
+
+    def __init__(
+        self,
+        operator: Spec | str,
+        strategy: Spec | str,
+        mask: AttnMask,
+        layout: Layout,
+        problem: Problem,
+        rank: int,
+        device: str,
+    ) -> None:
+        spec, wanted = Spec.parse(strategy), Spec.parse(operator)
+        info, declared = strategy_info(spec.name), operator_info(wanted.name)
+        reason = declared_refusal(declared, problem, device)
+        if reason is not None:
+            raise Unsupported(reason)
+        self.op = BoundOperator.load(wanted, device)
+        self.strategy: Strategy = implementation(info, spec.kwargs)
+        self.mask, self.layout, self.problem, self.rank = mask, layout, problem, rank
+        if info.merges and layout.world_size > 1:
+            reason = _cannot_merge(declared, spec.name, problem)
+        if reason is None and layout.name not in info.layouts:
+            reason = f"{info.name} takes layouts {', '.join(info.layouts)}, not {layout.name}"
+        if reason is None:
+            reason = self.strategy.unsupported(problem, mask, layout)
+        if reason is not None:
+            raise Unsupported(reason)
+        self.plan = self.strategy.prepare(self.op, mask, layout, problem, rank)
+
+    @property
+    def digest(self) -> str:
+        """What all ranks must agree on before anything is sent."""
+        return f"{self.mask.digest} {self.layout.name} x{self.layout.world_size} {self.problem}"
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        comm: Comm | None,
+        need_lse: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
+        """out, lse (None where the operator has none) and what :meth:`backward` needs."""
+        assert comm is not None or self.layout.world_size == 1
+        return self.strategy.forward(q, k, v, self.plan, self.op, comm, need_lse)  # type: ignore[arg-type]
+
+    def backward(
+        self, dout: torch.Tensor, saved: Any, comm: Comm | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """dq, dk, dv of the local shards."""
+        return self.strategy.backward(dout, saved, self.plan, self.op, comm)  # type: ignore[arg-type]
+
+
+def _cannot_merge(operator: OperatorInfo, strategy: str, problem: Problem) -> str | None:
+    if not operator.mergeable:
+        return f"{strategy} merges partial results and {operator.name} returns no log-sum-exp"
+    if problem.backward and not operator.external_lse:
+        return (
+            f"{strategy} needs a backward that takes the global lse, which {operator.name} "
+            "does not have; use direction fwd, or a strategy that does not merge"
+        )
+    return None
+
+
+class _Autograd(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        work: Attention,
+        comm: Comm | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        out, lse, ctx.saved = work.forward(q, k, v, comm)
+        ctx.work, ctx.comm = work, comm
+        if lse is not None:
+            ctx.mark_non_differentiable(lse)
+        return out.view_as(out), lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor, dlse: Any) -> tuple[Any, ...]:
+        dq, dk, dv = ctx.work.backward(dout.contiguous(), ctx.saved, ctx.comm)
+        return dq, dk, dv, None, None
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: AttnMask,
+    operator: Spec | str = "bands",
+    scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention on one device with any registered operator, differentiable in out.
+
+    Args:
+        q: ``[B, S, H, D]``; k, v: ``[B, T, G, D]`` with ``H % G == 0``.
+        mask: ``[S, T]`` mask, e.g. ``cpbench.masks.build("causal", seq_len=S)``.
+        operator: name, with parameters (``"bands"``, ``"sdpa.cpu_flash"``, ``"./mine.py:op"``).
+        scale: multiplies the scores; ``D ** -0.5`` unless given.
+
+    Returns:
+        out ``[B, S, H, D]`` and lse ``[B, H, S]`` (None from operators that return none).  No
+        gradient flows through lse.
+
+    Raises:
+        ValueError: when shapes, dtype or mask do not fit, or the operator is unknown.
+        Unsupported: when the operator cannot do this here.
+    """
+    if q.ndim != 4 or k.ndim != 4 or (mask.seq_q, mask.seq_k) != (q.shape[1], k.shape[1]):
+        raise ValueError(
+            f"q {list(q.shape)} and k {list(k.shape)} do not fit a mask of {mask.seq_q} queries "
+            f"and {mask.seq_k} keys; shapes are [B, S, H, D]"
+        )
+    problem = _problem(q, k, v, q.shape[1], k.shape[1], scale)
+    work = _prepared(Spec.parse(operator), Spec("single"), Spec("contiguous"), _ByDigest(mask),
+                     problem, 1, 0, q.device.type)
+    return _Autograd.apply(q, k, v, work, None)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def distributed_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: AttnMask,
+    strategy: Spec | str = "ring",
+    layout: Spec | str = "zigzag",
+    operator: Spec | str = "bands",
+    group: Any = None,
+    scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Context-parallel attention on local shards, differentiable in out.
+
+    Every rank of ``group`` calls it with the tokens that ``layout`` gives it: see
+    ``cpbench.layout.build(layout, seq_len, world_size)`` and its ``shard``, ``unshard`` and
+    ``positions``.
+
+    Args:
+        q: ``[B, L, H, D]``; k, v: ``[B, L, G, D]``; L is the layout's ``local_len``.
+        mask: the mask of the whole sequence.
+        strategy, layout, operator: names, with parameters.
+        group: a torch.distributed group; the default group unless given.
+        scale: multiplies the scores; ``D ** -0.5`` unless given.
+
+    Returns:
+        out ``[B, L, H, D]`` and lse ``[B, H, L]``.  No gradient flows through lse.
+
+    Raises:
+        ValueError: when shapes do not fit the layout, or a name is unknown.
+        Unsupported: when this cannot be done, with the reason, before anything is sent.
+    """
+    comm, control = _communicators(group)
+    problem = _problem(q, k, v, mask.seq_q, mask.seq_k, scale)
+    work = _agreed(
+        control, Spec.parse(operator), Spec.parse(strategy), Spec.parse(layout), _ByDigest(mask),
+        problem, q.device.type,
+    )
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.shape[1] != work.layout.local_len:
+            raise ValueError(
+                f"{name} has {tensor.shape[1]} tokens; layout {work.layout.name} gives each of "
+                f"{comm.size} ranks {work.layout.local_len} of {mask.seq_q}"
+            )
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    return _Autograd.apply(q, k, v, work, comm)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _ByDigest:
+    """A mask as a cache key, by content."""
+
+    def __init__(self, mask: AttnMask) -> None:
+        self.mask = mask
+
+    def __hash__(self) -> int:
+        return hash(self.mask.digest)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _ByDigest) and other.mask.digest == self.mask.digest
+
+
+@functools.lru_cache(maxsize=64)
+def _prepared(
+    operator: Spec,
+    strategy: Spec,
+    layout: Spec,
+    mask: _ByDigest,
+    problem: Problem,
+    world_size: int,
+    rank: int,
+    device: str,
+) -> Attention:
+    dealt = layouts.build(layout, mask.mask.seq_q, world_size)
+    return Attention(operator, strategy, mask.mask, dealt, problem, rank, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _agreed(
+    control: Control,
+    operator: Spec,
+    strategy: Spec,
+    layout: Spec,
+    mask: _ByDigest,
+    problem: Problem,
+    device: str,
+) -> Attention:
+    """As :func:`_prepared`, and every rank has prepared the same: else all of them raise."""
+    work, error = None, ""
+    try:
+        work = _prepared(
+            operator, strategy, layout, mask, problem, control.size, control.rank, device
+        )
+    except ValueError as refusal:
+        error = str(refusal)
+    errors = [text for text in control.gather(error) if text]
+    if errors:
+        raise Unsupported(errors[0])
+    assert work is not None
+    control.agree("problem", work.digest)
+    return work
+
+
+_COMMUNICATORS: weakref.WeakKeyDictionary[Any, tuple[TorchComm, Control]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _communicators(group: Any) -> tuple[TorchComm, Control]:
+    """The communicators of a process group, made once, on every rank of it together."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        raise ValueError("torch.distributed is not initialised: call init_process_group first")
+    group = dist.group.WORLD if group is None else group
+    if group not in _COMMUNICATORS:
+        _COMMUNICATORS[group] = (TorchComm(group), Control(group))
+    return _COMMUNICATORS[group]
+
+
+def _problem(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seq_q: int,
+    seq_k: int,
+    scale: float | None,
+) -> Problem:
+    if k.shape != v.shape:
+        raise ValueError(f"k {list(k.shape)} and v {list(v.shape)} must have the same shape")
+    if (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]) or q.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"q {list(q.shape)} and k {list(k.shape)} must agree in batch and head_dim, and the "
+            "heads of q must be a multiple of those of k; shapes are [B, S, H, D]"
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must share one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
+    wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    return Problem(
+        batch=q.shape[0],
+        seq_q=seq_q,
+        seq_k=seq_k,
+        heads_q=q.shape[2],
+        heads_kv=k.shape[2],
+        head_dim=q.shape[3],
+        dtype=str(q.dtype).removeprefix("torch."),
+        direction="fwd_bwd" if wants_grad else "fwd",
+        scale=scale,
+    )

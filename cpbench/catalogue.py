@@ -1,0 +1,88 @@
+"""What ``cpbench list`` shows, read from declarations alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cpbench import layout, masks, registry, sweep
+from cpbench.operator import declared_refusal
+from cpbench.problem import DTYPES, Problem
+
+
+def rows(kind: str, device: str) -> list[dict[str, Any]]:
+    """One row for each registered thing of a kind (operators, strategies, layouts, …)."""
+    return {"operators": _operators, "strategies": _strategies, "layouts": _layouts,
+            "masks": _masks, "sweeps": _sweeps}[kind](device)
+
+
+def _operators(device: str) -> list[dict[str, Any]]:
+    return [
+        {
+            "operator": info.name,
+            f"on {device} here": _here(info, device),
+            "masks": "any" if set(info.masks) == set(registry.ANY_MASK)
+            else " ".join(m for m in info.masks if m != "empty"),
+            "dtypes": " ".join(info.dtypes),
+            "head_dim": f"<= {info.max_head_dim}",
+            "devices": " ".join(info.devices),
+            "backward": " ".join(d for d in info.devices if d in info.backward_on) or "no",
+            "merges": _merges(info),
+            "deterministic": "yes" if info.deterministic else "no",
+            "summary": info.summary,
+        }
+        for _, info in sorted(registry.operators().items())
+    ]
+
+
+def _here(info: registry.OperatorInfo, device: str) -> str:
+    """``yes``, ``forward only``, or why not."""
+    for direction, answer in (("fwd_bwd", "yes"), ("fwd", "forward only")):
+        dtype = next((name for name in DTYPES if name in info.dtypes), info.dtypes[0])
+        problem = Problem(batch=1, seq_q=1, seq_k=1, heads_q=1, heads_kv=1, head_dim=64,
+                          dtype=dtype, direction=direction)
+        reason = declared_refusal(info, problem, device)
+        if reason is None:
+            return answer
+    return f"no: {reason}"
+
+
+def _merges(info: registry.OperatorInfo) -> str:
+    if not info.mergeable:
+        return "no"
+    return "yes" if info.external_lse else "forward"
+
+
+def _strategies(device: str) -> list[dict[str, Any]]:
+    return [
+        {
+            "strategy": info.name,
+            "layouts": " ".join(info.layouts),
+            "parameters": " ".join(info.params),
+            "operator": "mergeable" if info.merges else "any",
+            "summary": info.summary,
+            "source": info.source,
+        }
+        for _, info in sorted(registry.strategies().items())
+    ]
+
+
+def _layouts(device: str) -> list[dict[str, Any]]:
+    return [{"layout": name, "summary": layout.summary(name)} for name in layout.names()]
+
+
+def _masks(device: str) -> list[dict[str, Any]]:
+    return [
+        {
+            "mask": name,
+            "parameters": " ".join(f"{key}={value}" for key, value in info.params.items()),
+            "summary": info.summary,
+        }
+        for name, info in masks.describe().items()
+    ]
+
+
+def _sweeps(device: str) -> list[dict[str, Any]]:
+    return [
+        {"sweep": name, "cases": len(sweep.load(name).cases), "description": text}
+        for name, text in sweep.packaged().items()
+    ]

@@ -1,0 +1,221 @@
+"""What differs between CPUs and CUDA devices: clocks, synchronisation, memory, cache.
+
+All CUDA calls of the harness are in :class:`Cuda`, against documented API of torch and NVML.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Protocol
+
+from cpbench.environment import usable_cores
+
+if TYPE_CHECKING:
+    import torch
+
+_CPU_FLUSH_BYTES = 64 << 20  # above the last-level cache share of most cores
+
+
+class Device(Protocol):
+    """One rank's device."""
+
+    type: str
+    backend: str
+
+    def time_us(self, work: Callable[[], Any]) -> float:
+        """Microseconds that ``work`` takes on the device, from an idle start."""
+        ...
+
+    def flush_cache(self) -> None:
+        """Evict what earlier iterations left in the last-level cache."""
+        ...
+
+    def peak_bytes(self, work: Callable[[], Any]) -> dict[str, int]:
+        """Bytes that ``work`` holds at most beyond what was held before (``peak``), and where the
+        device knows it the allocator's ``reserved`` and the whole ``device``'s use."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """The device for the environment record."""
+        ...
+
+    def flags(self, ranks_here: int) -> list[str]:
+        """Caveats of this moment: a contended processor, a throttled clock."""
+        ...
+
+
+class Cpu:
+    """The processor; one rank has ``threads`` of its threads."""
+
+    type = "cpu"
+    backend = "gloo"
+
+    def __init__(self, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self.threads = threads
+        self._canary = torch.ones(192, 192)
+        self._flush: torch.Tensor | None = None
+
+    def time_us(self, work: Callable[[], Any]) -> float:
+        start = time.perf_counter()
+        work()
+        return (time.perf_counter() - start) * 1e6
+
+    def flush_cache(self) -> None:
+        import torch
+
+        if self._flush is None:
+            self._flush = torch.zeros(_CPU_FLUSH_BYTES // 8, dtype=torch.int64)
+        self._flush.add_(1)
+
+    def peak_bytes(self, work: Callable[[], Any]) -> dict[str, int]:
+        """From the profiler's allocation events, which see every allocation of torch."""
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            kept = work()
+        assert seen.profiler is not None and seen.profiler.kineto_results is not None
+        events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+        del kept
+        now = peak = 0
+        for event in sorted(events, key=lambda e: e.start_ns()):
+            now += event.nbytes()
+            peak = max(peak, now)
+        return {"peak": peak}
+
+    def describe(self) -> dict[str, Any]:
+        return {"type": "cpu", "threads": self.threads}
+
+    def flags(self, ranks_here: int) -> list[str]:
+        found = []
+        if ranks_here * self.threads > usable_cores():
+            found.append("oversubscribed")
+        if self._contention() > 1.15:
+            found.append("contended")
+        return found
+
+    def _contention(self) -> float:
+        """Wall time over processor time of a fixed piece of work: 1 on a core of one's own."""
+        ratios = []
+        for _ in range(9):
+            wall, used = time.perf_counter(), time.thread_time()
+            for _ in range(4):
+                self._canary.mm(self._canary)
+            wall, used = time.perf_counter() - wall, time.thread_time() - used
+            ratios.append(wall / used if used else 1.0)
+        return statistics.median(ratios)
+
+
+class Cuda:
+    """One CUDA device."""
+
+    type = "cuda"
+    backend = "cpu:gloo,cuda:nccl"
+
+    def __init__(self, index: int) -> None:
+        import torch
+
+        if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+            raise ValueError(
+                f"there is no CUDA device {index}: torch sees {torch.cuda.device_count()}"
+            )
+        torch.cuda.set_device(index)
+        self.index = index
+        size = 2 * torch.cuda.get_device_properties(index).L2_cache_size
+        self._flush = torch.zeros(max(size, 1 << 20), dtype=torch.uint8, device="cuda")
+
+    def time_us(self, work: Callable[[], Any]) -> float:
+        import torch
+
+        torch.cuda.synchronize()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) * 1e3
+
+    def flush_cache(self) -> None:
+        self._flush.zero_()
+
+    def peak_bytes(self, work: Callable[[], Any]) -> dict[str, int]:
+        import torch
+
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        kept = work()
+        torch.cuda.synchronize()
+        del kept
+        free, total = torch.cuda.mem_get_info()
+        return {
+            "peak": torch.cuda.max_memory_allocated() - before,
+            "reserved": torch.cuda.max_memory_reserved(),
+            "device": total - free,
+        }
+
+    def describe(self) -> dict[str, Any]:
+        import torch
+
+        properties = torch.cuda.get_device_properties(self.index)
+        about = {
+            "type": "cuda",
+            "name": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "memory_bytes": properties.total_memory,
+            "multiprocessors": properties.multi_processor_count,
+            "cuda": torch.version.cuda,
+        }
+        with suppress(Exception), _nvml(self.index) as (nvml, handle):
+            about["driver"] = nvml.nvmlSystemGetDriverVersion()
+            about["power_limit_mw"] = nvml.nvmlDeviceGetEnforcedPowerLimit(handle)
+        return about
+
+    def flags(self, ranks_here: int) -> list[str]:
+        with suppress(Exception), _nvml(self.index) as (nvml, handle):
+            reasons = nvml.nvmlDeviceGetCurrentClocksEventReasons(handle)
+            harmless = (
+                nvml.nvmlClocksEventReasonGpuIdle
+                | nvml.nvmlClocksEventReasonApplicationsClocksSetting
+            )
+            found = ["throttled"] if reasons & ~harmless else []
+            others = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
+            return found + (["contended"] if len(others) > 1 else [])
+        return ["nvml not available"]
+
+
+class _nvml:
+    """NVML opened for one device, and closed again."""
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+
+    def __enter__(self) -> tuple[Any, Any]:
+        import pynvml
+        import torch
+
+        pynvml.nvmlInit()
+        self._nvml = pynvml
+        uuid = f"GPU-{torch.cuda.get_device_properties(self._index).uuid}"
+        return pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid)
+
+    def __exit__(self, *_: object) -> None:
+        self._nvml.nvmlShutdown()
+
+
+def open_device(kind: str, local_rank: int, threads: int) -> Device:
+    """The device of a rank.
+
+    Raises:
+        ValueError: when there is no such device here.
+    """
+    if kind == "cuda":
+        return Cuda(local_rank)
+    if kind == "cpu":
+        return Cpu(threads)
+    raise ValueError(f"no device {kind!r}; there are: cpu, cuda")

@@ -1,0 +1,94 @@
+"""What a measurement depended on: host, processor, versions, and an allow-list of variables.
+
+Only names in the allow-list are read from the process environment: a record is shared with
+others, and secrets live in environments.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PREFIXES = ("NCCL_", "GLOO_", "UCX_", "TORCH_NCCL_", "TORCHINDUCTOR_", "TRITON_", "OMP_", "MKL_",
+            "KMP_", "OPENBLAS_")
+NAMES = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_MAX_CONNECTIONS", "CUBLAS_WORKSPACE_CONFIG",
+         "SLURM_JOB_ID", "SLURM_JOB_NUM_NODES", "SLURM_JOB_PARTITION", "PYTORCH_ALLOC_CONF",
+         "PYTORCH_CUDA_ALLOC_CONF")
+PACKAGES = ("torch", "triton", "numpy", "mpi4py", "ring-flash-attn", "flash-attn", "nvidia-ml-py")
+
+
+def collect() -> dict[str, Any]:
+    """The environment as plain values, without importing torch."""
+    return {
+        "host": platform.node(),
+        "system": f"{platform.system()} {platform.release()}",
+        "processor": _processor(),
+        "cores": usable_cores(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "python": platform.python_version(),
+        "executable": Path(sys.executable).name,
+        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "cpbench": _version("cpbench"),
+        "commit": commit(),
+        "variables": {
+            key: value
+            for key, value in sorted(os.environ.items())
+            if key in NAMES or key.startswith(PREFIXES)
+        },
+    }
+
+
+def environment_id(environment: dict[str, Any]) -> str:
+    """Hash of an environment's content."""
+    text = json.dumps(environment, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+@functools.cache
+def commit() -> str | None:
+    """The commit of the source tree cpbench runs from, with ``+`` when it has changes."""
+    here = Path(__file__).resolve().parent
+    if not (here.parent / ".git").exists():
+        return None
+
+    def git(*words: str) -> str | None:
+        done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    try:
+        head = git("rev-parse", "--short=12", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no")
+    except FileNotFoundError:
+        return None
+    return head + ("+" if changed else "") if head else None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,358 @@
+"""The one attention-mask representation: a list of disjoint band slices.
+
+A band slice is six integers ``(q0, q1, k0, k1, lo, hi)``: query ``i`` sees key ``j`` when
+``q0 <= i < q1``, ``k0 <= j < k1`` and ``lo <= j - i <= hi``.  Offsets are in the coordinates of the
+whole mask, so cropping only clips rectangles, and every shard of a mask is again such a list.
+Everything here is exact integer arithmetic on ``(n, 6)`` int64 arrays; nothing is ever S x S except
+``AttnMask.to_dense``, which is for tests and pictures.
+
+Slices are kept canonical (tight rectangle, tight finite offsets, no empties, sorted), so two masks
+built in the same way compare equal by content.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+
+Q0, Q1, K0, K1, LO, HI = range(6)
+
+
+@dataclass(frozen=True, eq=False)
+class AttnMask:
+    """Which query sees which key, as canonical band slices.
+
+    Build one with :meth:`from_slices` (which canonicalises) or with ``cpbench.masks.build``.
+
+    Attributes:
+        seq_q: number of queries.
+        seq_k: number of keys.
+        slices: ``(n, 6)`` int64, canonical, pairwise disjoint, read-only.
+    """
+
+    seq_q: int
+    seq_k: int
+    slices: IntArray
+
+    @classmethod
+    def from_slices(
+        cls, seq_q: int, seq_k: int, slices: IntArray | Iterable[Sequence[int]]
+    ) -> AttnMask:
+        """A mask from raw slices, clipped to ``seq_q x seq_k`` and made canonical.
+
+        The slices must be disjoint; :meth:`overlap_area` says whether they are.
+        """
+        raw = as_slices(slices)
+        raw = np.column_stack(
+            [
+                np.maximum(raw[:, Q0], 0),
+                np.minimum(raw[:, Q1], seq_q),
+                np.maximum(raw[:, K0], 0),
+                np.minimum(raw[:, K1], seq_k),
+                raw[:, LO],
+                raw[:, HI],
+            ]
+        )
+        return cls._trusted(seq_q, seq_k, canonical(raw))
+
+    @classmethod
+    def _trusted(cls, seq_q: int, seq_k: int, slices: IntArray) -> AttnMask:
+        """A mask from slices that are canonical already, except for their order."""
+        if len(slices) > 1:
+            slices = slices[np.lexsort((slices[:, LO], slices[:, K0], slices[:, Q0]))]
+        slices = np.ascontiguousarray(slices)
+        slices.setflags(write=False)
+        return cls(int(seq_q), int(seq_k), slices)
+
+    # --- what it is ---------------------------------------------------------------------------
+
+    @functools.cached_property
+    def area(self) -> int:
+        """Number of visible (query, key) pairs, exactly."""
+        return int(areas(self.slices).sum())
+
+    @property
+    def density(self) -> float:
+        """Visible pairs as a fraction of ``seq_q * seq_k`` (0 for an empty mask)."""
+        cells = self.seq_q * self.seq_k
+        return self.area / cells if cells else 0.0
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Hash of the content: equal for equal slices of equal extents."""
+        head = f"{self.seq_q},{self.seq_k};".encode()
+        return hashlib.sha256(head + self.slices.tobytes()).hexdigest()[:16]
+
+    @functools.cached_property
+    def kind(self) -> str:
+        """``"empty"``, ``"full"``, ``"causal"`` (square, j <= i) or ``"bands"``."""
+        if len(self.slices) == 0:
+            return "empty"
+        if self.area == self.seq_q * self.seq_k:
+            return "full"
+        n = self.seq_q
+        causal = [0, n, 0, n, 1 - n, 0]
+        square = self.seq_q == self.seq_k and len(self.slices) == 1
+        return "causal" if square and self.slices[0].tolist() == causal else "bands"
+
+    def row_counts(self) -> IntArray:
+        """``(seq_q,)`` number of keys each query sees, in O(slices + seq_q)."""
+        return _line_counts(self.slices, self.seq_q)
+
+    def empty_rows(self) -> BoolArray:
+        """``(seq_q,)`` true for queries that see nothing."""
+        return self.row_counts() == 0
+
+    def overlap_area(self) -> int:
+        """Pairs that are in more than one slice (counted per pair of slices); 0 when disjoint."""
+        first, second = _row_overlaps(self.slices)
+        a, b = self.slices[first], self.slices[second]
+        both = np.column_stack(
+            [
+                np.maximum(a[:, c], b[:, c]) if c in (Q0, K0, LO) else np.minimum(a[:, c], b[:, c])
+                for c in range(6)
+            ]
+        )
+        return int(areas(canonical(both)).sum())
+
+    def to_dense(self) -> BoolArray:
+        """``(seq_q, seq_k)`` booleans: for tests and pictures of small masks only."""
+        dense = np.zeros((self.seq_q, self.seq_k), dtype=np.bool_)
+        for q0, q1, k0, k1, lo, hi in self.slices:
+            offset = np.arange(k0, k1)[None, :] - np.arange(q0, q1)[:, None]
+            dense[q0:q1, k0:k1] |= (offset >= lo) & (offset <= hi)
+        return dense
+
+    # --- other masks from it ------------------------------------------------------------------
+
+    def crop(self, q0: int, q1: int, k0: int, k1: int) -> AttnMask:
+        """The mask of queries ``[q0, q1)`` and keys ``[k0, k1)``, in local coordinates."""
+        if not (0 <= q0 <= q1 <= self.seq_q and 0 <= k0 <= k1 <= self.seq_k):
+            raise ValueError(
+                f"crop [{q0}, {q1}) x [{k0}, {k1}) is outside the mask, {self.seq_q} x {self.seq_k}"
+            )
+        return self.restrict(np.array([[q0, q1 - q0]]), np.array([[k0, k1 - k0]]))
+
+    def restrict(self, q_ranges: IntArray, k_ranges: IntArray) -> AttnMask:
+        """The mask between some queries and some keys, in local coordinates.
+
+        Args:
+            q_ranges: ``(a, 2)`` rows ``(start, length)``: the local queries are these disjoint
+                global ranges one after another, in this order.  A range may run past the end of
+                the mask: those are padding tokens, which see nothing and are seen by nobody.
+            k_ranges: ``(b, 2)`` likewise for keys.
+        """
+        cut, _, part_q = cut_axis(self.slices, q_ranges, axis=0)
+        cut, source, part_k = cut_axis(cut, k_ranges, axis=1)
+        shift_q = (_local_starts(q_ranges) - q_ranges[:, 0])[part_q[source]]
+        shift_k = (_local_starts(k_ranges) - k_ranges[:, 0])[part_k]
+        moved = shifted(cut, shift_q, shift_k)
+        return AttnMask._trusted(int(q_ranges[:, 1].sum()), int(k_ranges[:, 1].sum()), moved)
+
+    def stride(self, step: int, q_phase: int, k_phases: IntArray | Sequence[int]) -> AttnMask:
+        """The mask between queries ``q_phase + step * i`` and keys ``k_phase + step * j``.
+
+        Local keys are those of the first phase, then of the second, and so on, each
+        ``ceil(seq_k / step)`` long (so the last may be padding).  This is what striped sharding
+        leaves on one rank; since ``j - i`` moves in multiples of ``step``, bands stay bands.
+        """
+        local_q, local_k = -(-self.seq_q // step), -(-self.seq_k // step)
+        phases = np.asarray(k_phases, dtype=np.int64)
+        wide = np.repeat(self.slices, len(phases), axis=0)
+        phase = np.tile(phases, len(self.slices))
+        slot = np.tile(np.arange(len(phases)), len(self.slices))
+        raw = np.column_stack(
+            [
+                _ceil_div(wide[:, Q0] - q_phase, step),
+                _ceil_div(wide[:, Q1] - q_phase, step),
+                _ceil_div(wide[:, K0] - phase, step),
+                _ceil_div(wide[:, K1] - phase, step),
+                _ceil_div(wide[:, LO] + q_phase - phase, step),
+                (wide[:, HI] + q_phase - phase) // step,
+            ]
+        )
+        kept, index = _canonical_indexed(raw)
+        moved = shifted(kept, np.zeros(len(kept), np.int64), slot[index] * local_k)
+        return AttnMask._trusted(local_q, local_k * len(phases), moved)
+
+    def transpose(self) -> AttnMask:
+        """Queries and keys exchanged: key j sees query i exactly when i saw j."""
+        s = self.slices
+        swapped = np.column_stack([s[:, K0], s[:, K1], s[:, Q0], s[:, Q1], -s[:, HI], -s[:, LO]])
+        return AttnMask._trusted(self.seq_k, self.seq_q, swapped)
+
+    def simplify(self) -> AttnMask:
+        """The same mask in fewer slices where neighbours merge into one.
+
+        Two disjoint slices are one slice exactly when their hull (bounding rectangle, widest band)
+        has no more area than they have together; neighbours in row order and in column order are
+        tried until nothing merges.
+        """
+        slices = self.slices
+        while True:
+            before = len(slices)
+            for keys in ((LO, K0, Q0), (LO, Q0, K0)):
+                slices = _merge_neighbours(slices, keys)
+            if len(slices) == before:
+                return AttnMask._trusted(self.seq_q, self.seq_k, slices)
+
+
+# --- arithmetic on arrays of slices -----------------------------------------------------------
+
+
+def as_slices(rows: IntArray | Iterable[Sequence[int]]) -> IntArray:
+    """``(n, 6)`` int64 from any iterable of six-tuples."""
+    if isinstance(rows, np.ndarray):
+        return rows.astype(np.int64, copy=False).reshape(-1, 6)
+    return np.array(list(rows), dtype=np.int64).reshape(-1, 6)
+
+
+def areas(slices: IntArray) -> IntArray:
+    """``(n,)`` visible pairs of each canonical slice, in O(1) each.
+
+    The number of pairs with ``j - i <= h`` in a rectangle is a difference of triangular numbers;
+    a band is the difference of two of those.
+    """
+    q0, q1, k0, k1, lo, hi = slices.T
+    return _pairs_up_to(q0, q1, k0, k1, hi) - _pairs_up_to(q0, q1, k0, k1, lo - 1)
+
+
+def canonical(slices: IntArray) -> IntArray:
+    """Tight rectangles and offsets, empties dropped, order kept."""
+    return _canonical_indexed(slices)[0]
+
+
+def cut_axis(slices: IntArray, ranges: IntArray, axis: int) -> tuple[IntArray, IntArray, IntArray]:
+    """Cut slices along one axis into the parts that lie in each of some disjoint ranges.
+
+    Args:
+        slices: ``(n, 6)`` canonical.
+        ranges: ``(m, 2)`` rows ``(start, length)``, disjoint, in any order.
+        axis: 0 cuts queries, 1 cuts keys.
+
+    Returns:
+        The canonical parts ``(p, 6)``, the slice each came from ``(p,)`` and the range each lies
+        in ``(p,)``.
+    """
+    order = np.lexsort((ranges[:, 1], ranges[:, 0]))
+    start, end = ranges[order, 0], ranges[order, 0] + ranges[order, 1]
+    low, high = (Q0, Q1) if axis == 0 else (K0, K1)
+    first = np.searchsorted(end, slices[:, low], side="right")
+    last = np.searchsorted(start, slices[:, high], side="left")
+    count = np.maximum(last - first, 0)
+    source = np.repeat(np.arange(len(slices)), count)
+    part = np.arange(len(source)) - np.repeat(np.cumsum(count) - count, count) + first[source]
+    cut = slices[source]
+    cut[:, low] = np.maximum(cut[:, low], start[part])
+    cut[:, high] = np.minimum(cut[:, high], end[part])
+    cut, kept = _canonical_indexed(cut)
+    return cut, source[kept], order[part[kept]]
+
+
+def shifted(slices: IntArray, shift_q: IntArray, shift_k: IntArray) -> IntArray:
+    """Slices moved by a number of queries and keys each; offsets follow."""
+    moved = slices.copy()
+    moved[:, Q0] += shift_q
+    moved[:, Q1] += shift_q
+    moved[:, K0] += shift_k
+    moved[:, K1] += shift_k
+    moved[:, LO] += shift_k - shift_q
+    moved[:, HI] += shift_k - shift_q
+    return moved
+
+
+def _canonical_indexed(slices: IntArray) -> tuple[IntArray, IntArray]:
+    """:func:`canonical`, and which input each output came from.
+
+    One pass is exact: offsets that the rectangle cannot hold go, then rows that see nothing, then
+    columns nobody sees, then the offsets that those rows and columns held.
+    """
+    q0, q1, k0, k1, lo, hi = slices.T
+    lo = np.maximum(lo, k0 - q1 + 1)
+    hi = np.minimum(hi, k1 - 1 - q0)
+    q0, q1 = np.maximum(q0, k0 - hi), np.minimum(q1, k1 - lo)
+    k0, k1 = np.maximum(k0, q0 + lo), np.minimum(k1, q1 + hi)
+    lo = np.maximum(lo, k0 - q1 + 1)
+    hi = np.minimum(hi, k1 - 1 - q0)
+    index = np.flatnonzero((q0 < q1) & (k0 < k1) & (lo <= hi))
+    return np.column_stack([q0, q1, k0, k1, lo, hi])[index], index
+
+
+def _pairs_up_to(q0: IntArray, q1: IntArray, k0: IntArray, k1: IntArray, h: IntArray) -> IntArray:
+    # Row i holds min(i + h + 1, k1) - k0 keys, clipped at 0: an arithmetic series cut at both ends.
+    last = q1 + h - k0
+    first = q0 + h - k0
+    width = k1 - k0
+    return _series(last, width) - _series(first, width)
+
+
+def _series(x: IntArray, width: IntArray) -> IntArray:
+    """Sum over y = 1..x of min(y, width), for any integer x."""
+    rise = np.maximum(x, 0)
+    over = np.maximum(x - width, 0)
+    return (rise * (rise + 1) - over * (over + 1)) // 2
+
+
+def _line_counts(slices: IntArray, length: int) -> IntArray:
+    """Keys per query: each slice adds a trapezoid, entered through its second differences."""
+    q0, q1, k0, k1, lo, hi = slices.T
+    bend = np.zeros(length + 2, dtype=np.int64)
+    jump = np.zeros(length + 2, dtype=np.int64)
+    np.add.at(bend, q0 + 1, 1)  # the last visible key moves right with i ...
+    np.add.at(bend, np.clip(k1 - hi, q0 + 1, q1), -1)  # ... until it meets the right edge
+    np.add.at(bend, np.clip(k0 - lo + 1, q0 + 1, q1), -1)  # the first one leaves the left edge
+    np.add.at(bend, q1, 1)
+
+    def seen(i: IntArray) -> IntArray:
+        return np.minimum(k1 - 1, i + hi) - np.maximum(k0, i + lo) + 1
+
+    np.add.at(jump, q0, seen(q0))
+    np.add.at(jump, q1, -seen(q1 - 1))
+    return np.cumsum(np.cumsum(bend) + jump)[:length]
+
+
+def _row_overlaps(slices: IntArray) -> tuple[IntArray, IntArray]:
+    """Index pairs (a < b) of slices whose query ranges intersect; slices sorted by q0."""
+    end = np.searchsorted(slices[:, Q0], slices[:, Q1], side="left")
+    index = np.arange(len(slices))
+    count = np.maximum(end - index - 1, 0)
+    first = np.repeat(index, count)
+    second = np.arange(len(first)) - np.repeat(np.cumsum(count) - count, count) + first + 1
+    return first, second
+
+
+def _merge_neighbours(slices: IntArray, keys: tuple[int, int, int]) -> IntArray:
+    """Merge slice 2m with 2m+1, then 2m+1 with 2m+2, in the order of ``keys`` (last is primary)."""
+    for parity in (0, 1):
+        slices = slices[np.lexsort([slices[:, c] for c in keys])]
+        a, b = slices[parity:-1:2], slices[parity + 1 :: 2]
+        a = a[: len(b)]
+        hull = np.column_stack(
+            [
+                np.minimum(a[:, c], b[:, c]) if c in (Q0, K0, LO) else np.maximum(a[:, c], b[:, c])
+                for c in range(6)
+            ]
+        )
+        fits = areas(hull) == areas(a) + areas(b)
+        slices = slices.copy()
+        slices[parity:-1:2][: len(b)][fits] = hull[fits]
+        keep = np.ones(len(slices), dtype=np.bool_)
+        keep[parity + 1 :: 2] = ~fits
+        slices = slices[keep]
+    return canonical(slices)
+
+
+def _local_starts(ranges: IntArray) -> IntArray:
+    return np.cumsum(ranges[:, 1]) - ranges[:, 1]
+
+
+def _ceil_div(x: IntArray, y: int) -> IntArray:
+    return -(-x // y)

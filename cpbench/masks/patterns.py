@@ -1,0 +1,343 @@
+"""The named mask patterns: each is one function that returns an ``AttnMask``.
+
+To add one, write a function of ``seq_len`` (tokens) and keyword parameters with defaults, give it a
+docstring whose first line says when query i sees key j, and put ``@pattern`` above it.  A pattern
+that takes ``**documents: Unpack[Documents]`` gets the parameters of ``documents.lengths``: one of
+``doc_lens``, ``corpus`` (with ``seed``) or ``file`` (with ``column``), corpus ``pile`` by default.
+
+Throughout, i is a query, j a key, N = ``seq_len``, T(x) = x(x+1)/2, and l the documents' lengths.
+Parameters that reach past the sequence are clamped to it where that changes nothing (a window, a
+prefix, a block); others are refused with a ``ValueError`` that says what is allowed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar, Unpack
+
+import numpy as np
+
+from cpbench.mask import AttnMask, IntArray
+from cpbench.masks.documents import (
+    DEFAULT_CORPUS,
+    DEFAULT_SEED,
+    Documents,
+    lengths,
+    long_mixture,
+    starts,
+)
+from cpbench.registry import RegistrationError
+
+Build = TypeVar("Build", bound=Callable[..., AttnMask])
+
+WIDE = 1 << 40  # an offset that limits nothing; slices are made tight when the mask is built
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """What is known of a pattern without building it.
+
+    Attributes:
+        name: the function's name.
+        summary: first line of its docstring.
+        params: parameter names and defaults; ``None`` means that it follows from the others.
+        build: the function.
+    """
+
+    name: str
+    summary: str
+    params: Mapping[str, Any]
+    build: Callable[..., AttnMask]
+
+    @classmethod
+    def of(cls, function: Callable[..., AttnMask]) -> Pattern:
+        """What a pattern function declares through its signature and docstring.
+
+        Raises:
+            RegistrationError: unless it is ``f(seq_len, *, key=default, …)`` with a docstring.
+        """
+        name = getattr(function, "__name__", repr(function))
+        summary = (inspect.getdoc(function) or "").partition("\n")[0]
+        try:
+            signature = list(inspect.signature(function).parameters.values())
+        except (TypeError, ValueError):
+            signature = []
+        if not summary or not signature or signature[0].name != "seq_len":
+            raise RegistrationError(
+                f"mask pattern {name!r} must be a function of seq_len with a docstring"
+            )
+        params: dict[str, Any] = {}
+        for item in signature[1:]:
+            if item.kind is item.VAR_KEYWORD:
+                params |= _DOCUMENT_PARAMS
+            elif item.kind is item.KEYWORD_ONLY and item.default is not item.empty:
+                params[item.name] = item.default
+            else:
+                raise RegistrationError(
+                    f"mask pattern {name!r}: {item.name!r} must be a keyword with a default"
+                )
+        return cls(name, summary, params, function)
+
+
+_DOCUMENT_PARAMS: dict[str, Any] = {
+    **{key: None for key in Documents.__annotations__},
+    "corpus": DEFAULT_CORPUS,
+    "seed": DEFAULT_SEED,
+}
+
+PATTERNS: dict[str, Pattern] = {}
+
+
+def pattern(function: Build) -> Build:
+    """Register a pattern under its function's name, and return the function unchanged.
+
+    Raises:
+        RegistrationError: for a name that is taken, or a function that is not of the right form.
+    """
+    info = Pattern.of(function)
+    if info.name in PATTERNS:
+        raise RegistrationError(f"mask pattern {info.name!r} is registered twice")
+    PATTERNS[info.name] = info
+    return function
+
+
+# --- without documents ------------------------------------------------------------------------
+
+
+@pattern
+def full(seq_len: int, *, seq_q: int | None = None) -> AttnMask:
+    """Every query sees every key.
+
+    ``seq_q`` queries (``seq_len`` unless given) by ``seq_len`` keys; area seq_q · N.
+    """
+    rows = seq_len if seq_q is None else _count("seq_q", seq_q, low=1)
+    return AttnMask.from_slices(rows, seq_len, [(0, rows, 0, seq_len, -WIDE, WIDE)])
+
+
+@pattern
+def causal(seq_len: int, *, seq_q: int | None = None, offset: int | None = None) -> AttnMask:
+    """j <= i + offset.
+
+    ``seq_q`` queries (``seq_len`` unless given) by ``seq_len`` keys.  ``offset`` is ``seq_len -
+    seq_q`` unless given: bottom-right aligned, the last query sees the last key; 0 is top-left
+    aligned.  A negative offset leaves the first queries without keys.  Area T(N) when square.
+    """
+    rows = seq_len if seq_q is None else _count("seq_q", seq_q, low=1)
+    shift = seq_len - rows if offset is None else _count("offset", offset, low=None)
+    return AttnMask.from_slices(rows, seq_len, [(0, rows, 0, seq_len, -WIDE, shift)])
+
+
+@pattern
+def sliding_window(seq_len: int, *, window: int = 1024) -> AttnMask:
+    """|i - j| <= window: up to 2 · window + 1 keys.
+
+    Area (2w+1)N - w(w+1) for w < N.  Source: Longformer (arXiv:2004.05150).
+    """
+    w = _count("window", window, low=0)
+    return AttnMask.from_slices(seq_len, seq_len, [(0, seq_len, 0, seq_len, -w, w)])
+
+
+@pattern
+def sliding_window_causal(seq_len: int, *, window: int = 1024) -> AttnMask:
+    """0 <= i - j <= window: up to window + 1 keys.
+
+    Area (w+1)N - w(w+1)/2 for w < N.  Source: Mistral 7B (arXiv:2310.06825), which counts the
+    query's own key as part of the window; here it comes on top.
+    """
+    w = _count("window", window, low=0)
+    return AttnMask.from_slices(seq_len, seq_len, [(0, seq_len, 0, seq_len, -w, 0)])
+
+
+@pattern
+def prefix_lm_causal(seq_len: int, *, prefix_len: int = 1024) -> AttnMask:
+    """j <= i or j < prefix_len.
+
+    Area p² + (N-p)(N+p+1)/2, with p clamped to N.  Source: T5 (arXiv:1910.10683).
+    """
+    p = min(_count("prefix_len", prefix_len, low=1), seq_len)
+    slices = [(0, p, 0, p, -WIDE, WIDE), (p, seq_len, 0, seq_len, -WIDE, 0)]
+    return AttnMask.from_slices(seq_len, seq_len, slices)
+
+
+@pattern
+def global_sliding_window(seq_len: int, *, num_global: int = 64, window: int = 1024) -> AttnMask:
+    """i < num_global or j < num_global or |i - j| <= window.
+
+    Area N² - r² + (2w+1)r - w(w+1) with r = N - g, for w < r.  Source: Longformer
+    (arXiv:2004.05150), BigBird (arXiv:2007.14062).
+    """
+    g = _count("num_global", num_global, low=0, high=seq_len)
+    w = _count("window", window, low=0)
+    slices = [
+        (0, g, 0, seq_len, -WIDE, WIDE),
+        (g, seq_len, 0, g, -WIDE, WIDE),
+        (g, seq_len, g, seq_len, -w, w),
+    ]
+    return AttnMask.from_slices(seq_len, seq_len, slices)
+
+
+@pattern
+def streaming(seq_len: int, *, num_sinks: int = 4, window: int = 1024) -> AttnMask:
+    """j <= i and (j < num_sinks or i - j <= window).
+
+    Area (w+1)N - w(w+1)/2 + s(N-w-1) - s(s-1)/2 for s <= N - w.  Source: StreamingLLM
+    (arXiv:2309.17453); also called Λ-shaped (LM-Infinite) and A-shape (MInference).
+    """
+    s = _count("num_sinks", num_sinks, low=0, high=seq_len)
+    w = _count("window", window, low=0)
+    slices = [(0, seq_len, 0, s, -WIDE, 0), (0, seq_len, s, seq_len, -w, 0)]
+    return AttnMask.from_slices(seq_len, seq_len, slices)
+
+
+# --- with documents ---------------------------------------------------------------------------
+
+
+@pattern
+def full_document(seq_len: int, **documents: Unpack[Documents]) -> AttnMask:
+    """Same document.
+
+    Area Σ l².  Source: packed pre-training, e.g. Krell et al. (arXiv:2107.02027).
+    """
+    return _squares(seq_len, lengths(seq_len, **documents), hi=WIDE)
+
+
+@pattern
+def causal_document(seq_len: int, **documents: Unpack[Documents]) -> AttnMask:
+    """Same document and j <= i.
+
+    Area Σ T(l).  Source: Llama 3 (arXiv:2407.21783), section 3.2.
+    """
+    return _squares(seq_len, lengths(seq_len, **documents), hi=0)
+
+
+@pattern
+def full_document_long(
+    seq_len: int, *, corpus: str = DEFAULT_CORPUS, seed: int = DEFAULT_SEED
+) -> AttnMask:
+    """Same document, where 60 % of the tokens are in documents of 8K to 30K tokens.
+
+    Area Σ l²; lengths from ``documents.long_mixture``.
+    """
+    return _squares(seq_len, long_mixture(seq_len, corpus, seed), hi=WIDE)
+
+
+@pattern
+def causal_document_long(
+    seq_len: int, *, corpus: str = DEFAULT_CORPUS, seed: int = DEFAULT_SEED
+) -> AttnMask:
+    """Same document and j <= i, where 60 % of the tokens are in documents of 8K to 30K tokens.
+
+    Area Σ T(l); lengths from ``documents.long_mixture``.
+    """
+    return _squares(seq_len, long_mixture(seq_len, corpus, seed), hi=0)
+
+
+@pattern
+def prefix_lm_document(
+    seq_len: int, *, prefix_len: int = 256, **documents: Unpack[Documents]
+) -> AttnMask:
+    """Same document, and j <= i or j among its first prefix_len tokens.
+
+    Area Σ p² + (l-p)(l+p+1)/2, with p clamped to each l.  Source: T5 (arXiv:1910.10683), packed.
+    """
+    wanted = _count("prefix_len", prefix_len, low=1)
+    lens = lengths(seq_len, **documents)
+    first, end = starts(lens), np.cumsum(lens)
+    prefix_end = first + np.minimum(lens, wanted)
+    return AttnMask.from_slices(
+        seq_len,
+        seq_len,
+        np.concatenate(
+            [
+                _rows(first, prefix_end, first, prefix_end, hi=WIDE),
+                _rows(prefix_end, end, first, end, hi=0),
+            ]
+        ),
+    )
+
+
+@pattern
+def share_question(seq_len: int, **documents: Unpack[Documents]) -> AttnMask:
+    """j <= i, and same document or j in the first document (at least 2 documents).
+
+    One question, the first document, is shared by several answers.  Area
+    T(l₁+l₂) + (N-l₁-l₂) · l₁ + Σ_{m>=3} T(l_m).  Source: reward models and DPO with a shared
+    prompt, as in FlashMask (arXiv:2410.01359).
+    """
+    lens = lengths(seq_len, **documents)
+    if len(lens) < 2:
+        raise ValueError(
+            "share_question needs at least 2 documents, not 1: give doc_lens, or another corpus, "
+            "seed or file"
+        )
+    question, pair = int(lens[0]), int(lens[0] + lens[1])
+    first, end = starts(lens)[2:], np.cumsum(lens)[2:]
+    slices = np.concatenate(
+        [
+            [(0, pair, 0, pair, -WIDE, 0), (pair, seq_len, 0, question, -WIDE, WIDE)],
+            _rows(first, end, first, end, hi=0),
+        ]
+    )
+    return AttnMask.from_slices(seq_len, seq_len, slices)
+
+
+@pattern
+def causal_blockwise(seq_len: int, **documents: Unpack[Documents]) -> AttnMask:
+    """Same document and j <= i, but the last document sees all before it.
+
+    Demonstrations that do not see each other, then a test example.  Area
+    Σ_{m<D} T(l_m) + l_D(2N-l_D+1)/2.  Source: block attention for in-context learning, as in
+    FlashMask (arXiv:2410.01359).
+    """
+    lens = lengths(seq_len, **documents)
+    first, end = starts(lens), np.cumsum(lens)
+    visible_from = first.copy()
+    visible_from[-1] = 0
+    slices = _rows(first, end, visible_from, end, hi=0)
+    return AttnMask.from_slices(seq_len, seq_len, slices)
+
+
+@pattern
+def block_causal_document(
+    seq_len: int, *, block_size: int = 1024, **documents: Unpack[Documents]
+) -> AttnMask:
+    """Same document, and j's block <= i's block (blocks counted from the document's start).
+
+    Area Σ b² · m(m+1)/2 + r · l with l = m · b + r.  Source: autoregressive video generation,
+    MAGI-1 (arXiv:2505.13211).
+    """
+    b = min(_count("block_size", block_size, low=1), seq_len)
+    lens = lengths(seq_len, **documents)
+    blocks = -(-lens // b)
+    number = np.arange(int(blocks.sum())) - np.repeat(starts(blocks), blocks)
+    first, end = np.repeat(starts(lens), blocks), np.repeat(np.cumsum(lens), blocks)
+    block = first + number * b
+    block_end = np.minimum(block + b, end)
+    slices = _rows(block, block_end, first, block_end, hi=WIDE)
+    return AttnMask.from_slices(seq_len, seq_len, slices)
+
+
+# --- helpers ----------------------------------------------------------------------------------
+
+
+def _squares(seq_len: int, lens: IntArray, hi: int) -> AttnMask:
+    first, end = starts(lens), np.cumsum(lens)
+    return AttnMask.from_slices(seq_len, seq_len, _rows(first, end, first, end, hi))
+
+
+def _rows(q0: IntArray, q1: IntArray, k0: IntArray, k1: IntArray, hi: int) -> IntArray:
+    """``(n, 6)`` slices without a lower offset."""
+    return np.column_stack([q0, q1, k0, k1, np.full_like(q0, -WIDE), np.full_like(q0, hi)])
+
+
+def _count(name: str, value: object, *, low: int | None, high: int | None = None) -> int:
+    """An integer parameter, checked; wide values are clamped to what limits nothing."""
+    is_int = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    number = int(value) if is_int else 0  # type: ignore[call-overload]
+    if not is_int or (low is not None and number < low) or (high is not None and number > high):
+        bounds = "" if low is None else f" >= {low}"
+        bounds += "" if high is None else f" and <= {high} (seq_len)"
+        raise ValueError(f"{name} must be an integer{bounds}, not {value!r}")
+    return max(-WIDE, min(number, WIDE))

@@ -1,0 +1,80 @@
+"""A picture of a mask: how much of each cell of a coarse grid is visible, exactly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from cpbench.mask import AttnMask
+from cpbench.spec import format_size
+from cpbench.tiling import tiles
+
+MAX_CELLS = 512
+
+
+def draw(mask: AttnMask, path: str | Path, title: str = "") -> None:
+    """Write a PNG of ``mask`` with keys to the right and queries downward.
+
+    A cell stands for a square of tokens, at most 512 x 512 cells, so a million tokens draw as fast
+    as a thousand.  White cells have no visible pair; the shade of the others is the exact share of
+    their pairs that is visible.
+
+    Args:
+        mask: any mask that has at least one query and one key.
+        path: where to write; the folder must exist.
+        title: first line above the picture; area and density follow below it.
+
+    Raises:
+        ValueError: for a mask without queries or keys.
+        OSError: when ``path`` cannot be written.
+    """
+    # Figure and canvas directly: pyplot would keep global state and may look for a display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+    from matplotlib.figure import Figure
+
+    if mask.seq_q < 1 or mask.seq_k < 1:
+        raise ValueError(f"a mask of {mask.seq_q} x {mask.seq_k} tokens has nothing to draw")
+    cell = -(-max(mask.seq_q, mask.seq_k) // MAX_CELLS)
+    visible = tiles(mask, cell, cell).to_dense()
+    heights = np.minimum(cell, mask.seq_q - cell * np.arange(visible.shape[0]))
+    widths = np.minimum(cell, mask.seq_k - cell * np.arange(visible.shape[1]))
+    share = visible / (heights[:, None] * widths[None, :])
+
+    # Square tokens, unless that would make the picture a thread.
+    aspect = min(max(mask.seq_q / mask.seq_k, 0.2), 3.0)
+    figure = Figure(figsize=(6.0, 4.6 * aspect + 1.0), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    colours = LinearSegmentedColormap.from_list("mask", ["#cfe3f5", "#4a90c8", "#0b3c6f"])
+    image = axes.imshow(
+        np.ma.masked_equal(share, 0),
+        cmap=colours,
+        norm=PowerNorm(0.5, vmin=0, vmax=1),
+        extent=(0, share.shape[1] * cell, share.shape[0] * cell, 0),
+        aspect="equal" if aspect == mask.seq_q / mask.seq_k else "auto",
+        interpolation="nearest",
+    )
+    axes.set_xlim(0, mask.seq_k)
+    axes.set_ylim(mask.seq_q, 0)
+    axes.xaxis.tick_top()
+    axes.xaxis.set_label_position("top")
+    axes.set_xlabel("key")
+    axes.set_ylabel("query")
+    for axis, extent in ((axes.xaxis, mask.seq_k), (axes.yaxis, mask.seq_q)):
+        ticks = _ticks(extent)
+        axis.set_ticks(ticks, [format_size(tick) for tick in ticks])
+    summary = f"{mask.area:,} visible pairs, density {mask.density:.3%}"
+    figure.suptitle("\n".join(filter(None, [title, summary])), fontsize=10)
+    if cell > 1:  # else there is nothing between white and full
+        bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02, ticks=[0, 0.1, 0.25, 0.5, 1])
+        bar.ax.set_yticklabels(["0", "10 %", "25 %", "50 %", "100 %"])
+        bar.set_label(f"visible share\nof {cell:,} x {cell:,} tokens", fontsize=8)
+    figure.savefig(path, format="png")
+
+
+def _ticks(extent: int) -> list[int]:
+    """Three to five ticks, at multiples of a power of two of tokens."""
+    step = 1 << ((extent - 1) // 4).bit_length()
+    return list(range(0, extent + 1, step))

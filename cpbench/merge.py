@@ -1,0 +1,145 @@
+"""An operator as strategies receive it: bound to a device, its partial results merged in float32.
+
+Strategies say *what* to compute (queries, keys, plan); how partial results add up is here.  A
+single part passes through untouched, so a strategy with one call per rank pays nothing.
+
+Legend: B batch, S query length, T key length, H query heads, G key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from cpbench.operator import Operator, Unsupported
+from cpbench.registry import OperatorInfo, implementation, operator_info
+from cpbench.spec import Spec
+
+if TYPE_CHECKING:
+    import torch
+
+    from cpbench.mask import AttnMask
+    from cpbench.problem import Problem
+
+
+def merge(
+    out_BSHD: torch.Tensor, lse_BHS: torch.Tensor, part_BSHD: torch.Tensor, part_lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two float32 partial results over disjoint keys as one, in place of the first.
+
+    ``lse' = logaddexp(lse, part)``, each output weighted by ``exp(its lse - lse')``.  Where both
+    are -inf the output stays 0 and the lse -inf.  Source: FlashAttention's online softmax
+    (arXiv 2205.14135), as used between blocks by Ring Attention (arXiv 2310.01889).
+    """
+    import torch
+
+    both = torch.logaddexp(lse_BHS, part_lse)
+    for x_BSHD, lse in ((out_BSHD, lse_BHS), (part_BSHD, part_lse)):
+        weight = torch.exp(lse - both).nan_to_num_(0.0)
+        x_BSHD.mul_(weight.transpose(1, 2).unsqueeze(-1))
+    return out_BSHD.add_(part_BSHD), both
+
+
+class ForwardParts:
+    """Accumulates a forward pass over disjoint sets of keys for one set of queries."""
+
+    def __init__(self, op: Operator, q_BSHD: torch.Tensor) -> None:
+        self._op, self._q = op, q_BSHD
+        self._out: torch.Tensor | None = None
+        self._lse: torch.Tensor | None = None
+
+    def add(self, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor, plan: Any) -> None:
+        """Attend to some more keys."""
+        out, lse = self._op.forward(self._q, k_BTGD, v_BTGD, plan)
+        assert lse is not None, "a strategy that merges was given an operator without lse"
+        if self._out is None or self._lse is None:
+            self._out, self._lse = out, lse
+        else:
+            # .float() copies bfloat16 and hands float32 through: both are ours to overwrite.
+            self._out, self._lse = merge(self._out.float(), self._lse, out.float(), lse)
+
+    def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """out in the dtype of q, and lse; zeros and -inf when nothing was added."""
+        import torch
+
+        if self._out is None or self._lse is None:
+            b, s, h, _ = self._q.shape
+            lse = torch.full((b, h, s), -torch.inf, dtype=torch.float32, device=self._q.device)
+            return torch.zeros_like(self._q), lse
+        return self._out.to(self._q.dtype), self._lse
+
+
+class BackwardParts:
+    """Accumulates dq over disjoint sets of keys; hands dk and dv of each set back."""
+
+    def __init__(
+        self,
+        op: Operator,
+        dout_BSHD: torch.Tensor,
+        q_BSHD: torch.Tensor,
+        out_BSHD: torch.Tensor,
+        lse_BHS: torch.Tensor,
+    ) -> None:
+        self._op, self._dout, self._q = op, dout_BSHD, q_BSHD
+        self._out, self._lse = out_BSHD, lse_BHS
+        self._dq: torch.Tensor | None = None
+
+    def add(
+        self, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor, plan: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """dk, dv of these keys, in their dtype; dq is kept."""
+        dq, dk, dv = self._op.backward(
+            self._dout, self._q, k_BTGD, v_BTGD, self._out, self._lse, plan
+        )
+        self._dq = dq if self._dq is None else self._dq.float().add_(dq)
+        return dk, dv
+
+    def finish(self) -> torch.Tensor:
+        """dq in the dtype of q."""
+        import torch
+
+        if self._dq is None:
+            return torch.zeros_like(self._q)
+        return self._dq.to(self._q.dtype)
+
+
+class BoundOperator:
+    """An operator loaded with its parameters for one device, as strategies receive it."""
+
+    def __init__(self, info: OperatorInfo, impl: Operator, device: str) -> None:
+        self.info, self.impl, self.device = info, impl, device
+        self.forward, self.backward = impl.forward, impl.backward
+
+    @classmethod
+    def load(cls, spec: Spec | str, device: str) -> BoundOperator:
+        """The operator that ``spec`` names, its modules imported.
+
+        Raises:
+            ValueError: for an unknown name or parameter.
+        """
+        spec = Spec.parse(spec)
+        info = operator_info(spec.name)
+        return cls(info, implementation(info, spec.kwargs), device)
+
+    def prepare(self, mask: AttnMask, problem: Problem) -> Any:
+        """The operator's plan for one part of the work.
+
+        Raises:
+            Unsupported: when the operator does not take such a mask or problem.
+        """
+        if mask.kind not in self.info.masks:
+            takes = ", ".join(self.info.masks)
+            raise Unsupported(f"{self.info.name} takes {takes} masks; this one is {mask.kind}")
+        reason = self.impl.unsupported(problem, mask, self.device)
+        if reason is not None:
+            raise Unsupported(reason)
+        return self.impl.prepare(mask, problem, self.device)
+
+    def forward_parts(self, q: torch.Tensor) -> ForwardParts:
+        """An accumulator for attention of these queries over several sets of keys."""
+        return ForwardParts(self.impl, q)
+
+    def backward_parts(
+        self, dout: torch.Tensor, q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+    ) -> BackwardParts:
+        """The accumulator of the matching backward pass, given the global out and lse."""
+        return BackwardParts(self.impl, dout, q, out, lse)

@@ -1,0 +1,177 @@
+"""What is computed (:class:`Problem`) and one row of a sweep (:class:`Case`).
+
+Shapes everywhere: q, out ``[B, S, H, D]``; k, v ``[B, T, G, D]`` with ``H % G == 0`` (GQA); lse
+``[B, H, S]`` float32, natural logarithm.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from cpbench.spec import Spec, format_size
+
+DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+DTYPES = ("float32", "bfloat16", "float16")
+DIRECTIONS = ("fwd", "bwd", "fwd_bwd")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One attention computation, whoever computes it.
+
+    Attributes:
+        batch: B.
+        seq_q, seq_k: S and T, tokens.
+        heads_q, heads_kv: H and G.
+        head_dim: D, of queries, keys and values.
+        dtype: a name in ``DTYPE_BYTES``.
+        direction: ``"fwd"``, ``"bwd"`` or ``"fwd_bwd"``: whether gradients are asked for.
+        scale: what scores are multiplied by; ``head_dim ** -0.5`` unless given.
+        softcap: a field for later; anything but 0 is refused.
+        deterministic: whether two runs must agree to the bit.
+    """
+
+    batch: int
+    seq_q: int
+    seq_k: int
+    heads_q: int
+    heads_kv: int
+    head_dim: int
+    dtype: str
+    direction: str = "fwd_bwd"
+    scale: float | None = None
+    softcap: float = 0.0
+    deterministic: bool = False
+
+    @property
+    def softmax_scale(self) -> float:
+        return self.head_dim**-0.5 if self.scale is None else self.scale
+
+    @property
+    def backward(self) -> bool:
+        return self.direction != "fwd"
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.heads_q // self.heads_kv
+
+    def flops(self, area: int) -> dict[str, int]:
+        """FLOPs of the forward and of the backward pass for ``area`` visible pairs a head.
+
+        Forward: two matrix products, ``4 * D`` per visible pair; backward: five, ``10 * D``.
+        Softmax is not counted, nor is what an operator computes outside the mask.
+        """
+        pairs = self.batch * self.heads_q * area
+        return {"fwd": 4 * self.head_dim * pairs, "bwd": 10 * self.head_dim * pairs}
+
+    def kv_bytes(self, tokens: int) -> int:
+        """Bytes of the keys and values of ``tokens`` tokens."""
+        item = DTYPE_BYTES[self.dtype]
+        return 2 * self.batch * tokens * self.heads_kv * self.head_dim * item
+
+    def q_bytes(self, tokens: int) -> int:
+        """Bytes of the queries of ``tokens`` tokens."""
+        return self.batch * tokens * self.heads_q * self.head_dim * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One row of a sweep: a problem, who computes it and how it is spread over ranks.
+
+    ``content`` maps what a parameter only points at (a file) to the hash of what is there, so that
+    the id follows the content.
+    """
+
+    operator: Spec = Spec("bands")
+    strategy: Spec = Spec("single")
+    layout: Spec = Spec("contiguous")
+    mask: Spec = Spec("causal")
+    batch: int = 1
+    seq_len: int = 1024
+    num_heads_q: int = 4
+    num_heads_kv: int = 4
+    head_dim: int = 64
+    dtype: str = "float32"
+    direction: str = "fwd_bwd"
+    world_size: int = 1
+    seed: int = 0
+    content: tuple[tuple[str, str], ...] = field(default=())
+
+    @property
+    def id(self) -> str:
+        """Twelve hex digits over everything that differs from the defaults."""
+        table = self.to_json()
+        for path, digest in self.content:
+            table = _replace_text(table, path, digest)
+        blank = Case().to_json()
+        told = {key: value for key, value in table.items() if value != blank[key]}
+        told.pop("content", None)
+        text = json.dumps(told, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def problem(self) -> Problem:
+        return Problem(
+            batch=self.batch,
+            seq_q=self.seq_len,
+            seq_k=self.seq_len,
+            heads_q=self.num_heads_q,
+            heads_kv=self.num_heads_kv,
+            head_dim=self.head_dim,
+            dtype=self.dtype,
+            direction=self.direction,
+        )
+
+    @property
+    def label(self) -> str:
+        """A short line for people: what runs, on what."""
+        spread = ""
+        if self.world_size > 1 or self.strategy.name != "single":
+            spread = f" {self.strategy}/{self.layout} x{self.world_size}"
+        heads = f"{self.num_heads_q}:{self.num_heads_kv}"
+        size = f"S={format_size(self.seq_len)} H={heads} D={self.head_dim} {self.dtype}"
+        return f"{self.operator}{spread} {self.mask} {size} {self.direction}"
+
+    def to_json(self) -> dict[str, Any]:
+        """A table of plain values, which :meth:`from_json` reads back."""
+        table: dict[str, Any] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            table[item.name] = value.to_json() if isinstance(value, Spec) else value
+        table["content"] = [list(pair) for pair in self.content]
+        return table
+
+    @classmethod
+    def from_json(cls, table: Mapping[str, Any]) -> Case:
+        """Read back :meth:`to_json`; keys of newer versions are ignored."""
+        known = {item.name for item in fields(cls)}
+        values = {key: value for key, value in table.items() if key in known}
+        for key in ("operator", "strategy", "layout", "mask"):
+            if key in values:
+                values[key] = Spec.parse(values[key])
+        values["content"] = tuple((str(a), str(b)) for a, b in values.get("content", ()))
+        return cls(**values)
+
+    def with_content(self, content: Mapping[str, str]) -> Case:
+        return replace(self, content=tuple(sorted(content.items())))
+
+
+def _replace_text(value: Any, old: str, new: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _replace_text(item, old, new) for key, item in value.items()}
+    return new if isinstance(value, str) and value == old else value
+
+
+def local_problem(problem: Problem, seq_q: int, seq_k: int, heads_q: int, heads_kv: int) -> Problem:
+    """The part of ``problem`` that one rank computes; the softmax scale stays the global one."""
+    scale = problem.softmax_scale
+    assert math.isfinite(scale)
+    return replace(
+        problem, seq_q=seq_q, seq_k=seq_k, heads_q=heads_q, heads_kv=heads_kv, scale=scale
+    )

@@ -1,0 +1,190 @@
+"""Who is registered: operators, strategies, masks; declarations only, readable without torch.
+
+A kernel file declares ``OPERATORS = (OperatorInfo(...), ...)``, a strategy file ``STRATEGY =
+StrategyInfo(...)``.  The files of ``cpbench.kernels`` and ``cpbench.strategies`` are found by
+looking; other packages register through the entry-point groups ``cpbench.operators``,
+``cpbench.strategies`` and ``cpbench.masks``.  ``path/file.py:attribute`` names one that is not
+registered at all.  A name registered twice raises.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import pkgutil
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+ANY_MASK = ("empty", "full", "causal", "bands")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperatorInfo:
+    """What an attention operator is and can do, as plain data.
+
+    Attributes:
+        name: registered name; a dot separates family and member (``sdpa.flash``).
+        summary: one line for people.
+        source: paper or library of the method.
+        load: ``"module:attribute"`` of a callable that takes the spec's parameters and returns the
+            implementation (see ``cpbench.operator.Operator``), or that callable itself.
+        masks: kinds of ``AttnMask.kind`` it takes.
+        dtypes: problem dtypes it takes.
+        max_head_dim: largest head_dim.
+        devices: device types it runs on at all.
+        backward_on: device types on which it has a backward pass.
+        external_lse: whether its backward takes the out and lse of a larger computation, which
+            strategies that merge partial results need.
+        mergeable: whether it has one softmax log-sum-exp, so that partial results merge.
+        deterministic: whether two runs agree to the bit.
+        requires: importable modules it needs.
+        params: names of the parameters that ``load`` takes.
+    """
+
+    name: str
+    summary: str
+    source: str
+    load: str | Callable[..., Any]
+    masks: tuple[str, ...] = ANY_MASK
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
+    max_head_dim: int = 256
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    backward_on: tuple[str, ...] = ("cpu", "cuda")
+    external_lse: bool = True
+    mergeable: bool = True
+    deterministic: bool = True
+    requires: tuple[str, ...] = ("torch",)
+    params: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrategyInfo:
+    """What a context-parallel strategy is, as plain data.
+
+    Attributes:
+        name, summary, source, load, params: as for :class:`OperatorInfo`.
+        layouts: names of the layouts it takes.
+        merges: whether it merges partial results (and so needs a mergeable operator whose backward
+            takes an external out and lse).
+    """
+
+    name: str
+    summary: str
+    source: str
+    load: str | Callable[..., Any]
+    layouts: tuple[str, ...] = ("contiguous", "zigzag", "striped")
+    merges: bool = False
+    params: tuple[str, ...] = ()
+
+
+class RegistrationError(ValueError):
+    """Two things registered under one name, or an entry point that does not declare one."""
+
+
+def _modules(package: str) -> Iterable[ModuleType]:
+    found = importlib.import_module(package)
+    for item in sorted(pkgutil.iter_modules(found.__path__), key=lambda m: m.name):
+        if not item.name.endswith("_device"):
+            yield importlib.import_module(f"{package}.{item.name}")
+
+
+def _collect(kind: type[T], builtin: Iterable[Any], group: str) -> dict[str, T]:
+    found: dict[str, T] = {}
+    origin: dict[str, str] = {}
+    plugins = [(f"entry point {p.value}", p.load()) for p in entry_points(group=group)]
+    for where, declared in [("cpbench", item) for item in builtin] + plugins:
+        for info in declared if isinstance(declared, tuple | list) else (declared,):
+            if not isinstance(info, kind):
+                raise RegistrationError(f"{where} of {group} is not a {kind.__name__}: {info!r}")
+            name = info.name  # type: ignore[attr-defined]
+            if name in found:
+                raise RegistrationError(
+                    f"{name!r} is registered twice in {group}: by {origin[name]} and by {where}"
+                )
+            found[name], origin[name] = info, where
+    return found
+
+
+@functools.cache
+def operators() -> dict[str, OperatorInfo]:
+    """Every registered operator by name."""
+    builtin = [m.OPERATORS for m in _modules("cpbench.kernels") if hasattr(m, "OPERATORS")]
+    return _collect(OperatorInfo, builtin, "cpbench.operators")
+
+
+@functools.cache
+def strategies() -> dict[str, StrategyInfo]:
+    """Every registered strategy by name."""
+    builtin = [m.STRATEGY for m in _modules("cpbench.strategies") if hasattr(m, "STRATEGY")]
+    return _collect(StrategyInfo, builtin, "cpbench.strategies")
+
+
+def operator_info(name: str) -> OperatorInfo:
+    """The declaration of an operator, registered or in a file (``./mine.py:my_op``).
+
+    Raises:
+        ValueError: when there is none; the message lists what there is.
+    """
+    return _lookup(name, operators(), OperatorInfo, "operator")
+
+
+def strategy_info(name: str) -> StrategyInfo:
+    """The declaration of a strategy; as :func:`operator_info`."""
+    return _lookup(name, strategies(), StrategyInfo, "strategy")
+
+
+def check_params(what: str, name: str, given: Iterable[str], allowed: Iterable[str]) -> None:
+    """Raise ``ValueError`` for a parameter that ``name`` does not take."""
+    allowed = tuple(allowed)
+    for key in given:
+        if key not in allowed:
+            takes = ", ".join(allowed) if allowed else "no parameters"
+            raise ValueError(f"{what} {name!r} has no parameter {key!r}; it takes {takes}")
+
+
+def implementation(info: OperatorInfo | StrategyInfo, params: dict[str, Any]) -> Any:
+    """Load what ``info`` declares, with its parameters (a ``ValueError`` names a wrong one)."""
+    check_params("operator" if isinstance(info, OperatorInfo) else "strategy", info.name, params,
+                 info.params)
+    target = info.load
+    if isinstance(target, str):
+        module, _, attribute = target.partition(":")
+        target = getattr(importlib.import_module(module), attribute)
+    return target(**params)
+
+
+def _lookup(name: str, known: dict[str, T], kind: type[T], word: str) -> T:
+    if ".py:" in name:
+        found: T = _from_file(name, kind, word)
+        return found
+    if name not in known:
+        raise ValueError(f"no {word} {name!r}; there are: {', '.join(sorted(known))}")
+    return known[name]
+
+
+@functools.cache
+def _from_file(name: str, kind: type[Any], word: str) -> Any:
+    path, _, attribute = name.rpartition(":")
+    if not Path(path).is_file():
+        raise ValueError(f"{word} {name!r}: there is no file {path!r}")
+    module_name = "cpbench_user_" + Path(path).stem
+    loader = importlib.util.spec_from_file_location(module_name, path)
+    assert loader is not None and loader.loader is not None
+    module = importlib.util.module_from_spec(loader)
+    sys.modules[module_name] = module
+    try:
+        loader.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"{word} {name!r}: {type(error).__name__}: {error}") from error
+    info = getattr(module, attribute, None)
+    if not isinstance(info, kind):
+        raise ValueError(f"{word} {name!r}: {attribute!r} in {path!r} is not a {kind.__name__}")
+    return info

@@ -1,0 +1,65 @@
+"""How cases are measured: the ``[measure]`` table of a sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureSettings:
+    """The ``[measure]`` table.
+
+    Attributes:
+        min_iterations, max_iterations: floor and ceiling of the timed iterations.
+        max_seconds: no further iteration starts after this long.
+        precision: stop when the 95 % interval of the median is within this fraction of it.
+        warmup: untimed iterations before (the first one also compiles).
+        timeout_s: a case that takes longer in all is ended and recorded as ``timeout``.
+        threads: processor threads of each rank (CPU only); 0 shares the cores among the ranks.
+        check_small, check_sampled: the two correctness checks.
+        time: measure at all (``cpbench verify`` only checks).
+        memory: the pass for peak memory.
+    """
+
+    min_iterations: int = 7
+    max_iterations: int = 50
+    max_seconds: float = 10.0
+    precision: float = 0.03
+    warmup: int = 2
+    timeout_s: float = 600.0
+    threads: int = 1
+    check_small: bool = True
+    check_sampled: bool = True
+    time: bool = True
+    memory: bool = True
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            wanted = {"int": int, "float": (int, float), "bool": bool}[str(item.type)]
+            if not isinstance(value, wanted) or (item.type != "bool" and isinstance(value, bool)):
+                raise ValueError(f"measure.{item.name} = {value!r} is not of type {item.type}")
+            if item.type != "bool" and value < 0:
+                raise ValueError(f"measure.{item.name} = {value!r} must not be negative")
+        if not 1 <= self.min_iterations <= self.max_iterations:
+            raise ValueError(
+                f"measure: 1 <= min_iterations ({self.min_iterations}) <= max_iterations "
+                f"({self.max_iterations}) must hold"
+            )
+        if self.timeout_s <= 0:
+            raise ValueError("measure.timeout_s must be positive")
+
+    @classmethod
+    def from_table(cls, table: Mapping[str, Any]) -> MeasureSettings:
+        """Settings from a TOML table.
+
+        Raises:
+            ValueError: for an unknown key or a wrong value, in one line.
+        """
+        known = [item.name for item in fields(cls)]
+        for key in table:
+            if key not in known:
+                raise ValueError(f"[measure] has no key {key!r}; it takes {', '.join(known)}")
+        return cls(**table)

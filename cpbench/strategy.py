@@ -1,0 +1,62 @@
+"""The contract of a context-parallel strategy.
+
+A strategy is plain code against :class:`~cpbench.comm.Comm`.  It receives an operator and never
+imports one, and never branches on tensor values: every decision (who sends what, which steps are
+empty) is taken in ``prepare`` from data that all ranks share.
+
+Legend: B batch, L local tokens, H query heads, G key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from cpbench.comm import Comm
+    from cpbench.layout import Layout
+    from cpbench.mask import AttnMask
+    from cpbench.merge import BoundOperator
+    from cpbench.problem import Problem
+
+
+class Strategy(Protocol):
+    """What a strategy file implements."""
+
+    def unsupported(self, problem: Problem, mask: AttnMask, layout: Layout) -> str | None:
+        """Why this cannot be done, in words a user can act on; None if it can."""
+        ...
+
+    def prepare(
+        self, op: BoundOperator, mask: AttnMask, layout: Layout, problem: Problem, rank: int
+    ) -> Any:
+        """The immutable plan of one rank, made without a communicator."""
+        ...
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        plan: Any,
+        op: BoundOperator,
+        comm: Comm,
+        need_lse: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
+        """Attention on local shards.
+
+        Args:
+            q: ``[B, L, H, D]``; k, v: ``[B, L, G, D]``, contiguous.
+            need_lse: whether the local lse must be returned even where that costs traffic.
+
+        Returns:
+            out ``[B, L, H, D]``, lse ``[B, H, L]`` or None, and what ``backward`` needs.
+        """
+        ...
+
+    def backward(
+        self, dout: torch.Tensor, saved: Any, plan: Any, op: BoundOperator, comm: Comm
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gradients of the local shards, in their shapes and dtypes."""
+        ...

@@ -1,0 +1,275 @@
+"""A sweep: a TOML file whose values may be lists, expanded to cases.
+
+::
+
+    [sweep]                       # the product of all lists is taken
+    operator = ["bands", "sdpa.cpu_flash"]
+    mask = ["causal", {name = "causal_document", corpus = "pile", seed = [0, 1, 2]}]
+    seq_len = ["4k", "16k"]
+
+    [[include]]                   # one more product; its keys replace those of [sweep]
+    strategy = ["ring", "ulysses"]
+    world_size = [2, 4]
+
+    [[exclude]]                   # cases that match every key are dropped
+    strategy = "ulysses"
+    world_size = 4
+
+    [measure]                     # see cpbench.settings.MeasureSettings
+    precision = 0.02
+
+Everything is checked here, before anything starts; each error is one line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from cpbench import layout, masks
+from cpbench.problem import DIRECTIONS, DTYPES, Case
+from cpbench.registry import check_params, operator_info, strategy_info
+from cpbench.settings import MeasureSettings
+from cpbench.spec import Spec, parse_size
+
+SPEC_KEYS = ("operator", "strategy", "layout", "mask")
+INT_KEYS = ("batch", "seq_len", "num_heads_q", "num_heads_kv", "head_dim", "world_size", "seed")
+CHOICES = {"dtype": DTYPES, "direction": DIRECTIONS}
+KEYS = (*SPEC_KEYS, *INT_KEYS, *CHOICES)
+TABLES = ("sweep", "include", "exclude", "measure", "description")
+
+
+class SweepError(ValueError):
+    """A sweep that cannot be run as written; one line that says what is allowed."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """An expanded sweep.
+
+    Attributes:
+        name: of the file, for people.
+        cases: without repeats, in the order written.
+        settings: how they are measured.
+    """
+
+    name: str
+    cases: tuple[Case, ...]
+    settings: MeasureSettings
+
+
+def packaged() -> dict[str, str]:
+    """The sweeps that come with cpbench: name and description."""
+    found = {}
+    for file in sorted(resources.files("cpbench.sweeps").iterdir(), key=lambda f: f.name):
+        if file.name.endswith(".toml"):
+            table = tomllib.loads(file.read_text())
+            found[file.name.removesuffix(".toml")] = str(table.get("description", ""))
+    return found
+
+
+def load(name: str) -> Sweep:
+    """A sweep from a file, or a packaged one by name.
+
+    Raises:
+        SweepError: in one line.
+    """
+    path = Path(name)
+    try:
+        if path.suffix == ".toml" or path.is_file():
+            text, title = path.read_text(encoding="utf-8"), path.stem
+        elif name in packaged():
+            text = resources.files("cpbench.sweeps").joinpath(f"{name}.toml").read_text()
+            title = name
+        else:
+            raise SweepError(
+                f"no sweep {name!r}: neither a file nor one of {', '.join(packaged())}"
+            )
+        table = tomllib.loads(text)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SweepError(f"cannot read {name}: {reason}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise SweepError(f"{name} is not TOML: {' '.join(str(error).split())}") from None
+    try:
+        return expand(table, title)
+    except ValueError as error:
+        raise SweepError(f"{name}: {error}") from None
+
+
+def expand(table: Mapping[str, Any], name: str) -> Sweep:
+    """A sweep from its parsed tables.
+
+    Raises:
+        ValueError: in one line.
+    """
+    for key in table:
+        if key not in TABLES:
+            raise ValueError(f"no table {key!r}; there are: {', '.join(TABLES)}")
+    base = _table("sweep", table.get("sweep", {}))
+    includes = _tables("include", table.get("include", []))
+    excludes = _tables("exclude", table.get("exclude", []))
+    settings = MeasureSettings.from_table(_table("measure", table.get("measure", {})))
+    if not base and not includes:
+        raise ValueError("there is neither a [sweep] nor an [[include]] table: nothing to run")
+    products = [product(base)] if base and "sweep" in table else []
+    products += [product({**base, **extra}) for extra in includes]
+    dropped = [{key: _values(key, value) for key, value in rule.items()} for rule in excludes]
+    cases: dict[str, Case] = {}
+    for case in itertools.chain.from_iterable(products):
+        if not any(_matches(case, rule) for rule in dropped):
+            cases.setdefault(case.id, case)
+    if not cases:
+        raise ValueError("every case is excluded: nothing to run")
+    return Sweep(name, tuple(cases.values()), settings)
+
+
+def product(table: Mapping[str, Any]) -> list[Case]:
+    """Every case of one table of lists, each checked."""
+    keys = [key for key in KEYS if key in table]
+    columns = [_values(key, table[key]) for key in keys]
+    return [checked(dict(zip(keys, row, strict=True))) for row in itertools.product(*columns)]
+
+
+def checked(values: Mapping[str, Any]) -> Case:
+    """One case, its combination of values checked without torch.
+
+    Raises:
+        ValueError: for what no machine could run.
+    """
+    values = dict(values)
+    if "num_heads_kv" not in values and "num_heads_q" in values:
+        values["num_heads_kv"] = values["num_heads_q"]
+    case = Case(**values)
+    if case.num_heads_q % case.num_heads_kv:
+        raise ValueError(
+            f"num_heads_q ({case.num_heads_q}) must be a multiple of num_heads_kv "
+            f"({case.num_heads_kv})"
+        )
+    operator = operator_info(case.operator.name)
+    check_params("operator", operator.name, case.operator.kwargs, operator.params)
+    strategy = strategy_info(case.strategy.name)
+    check_params("strategy", strategy.name, case.strategy.kwargs, strategy.params)
+    layout.build(case.layout, case.seq_len, case.world_size)
+    mask = masks.build(case.mask, case.seq_len)
+    if (mask.seq_q, mask.seq_k) != (case.seq_len, case.seq_len):
+        raise ValueError(
+            f"mask {case.mask} is {mask.seq_q} x {mask.seq_k}; a sweep takes square masks"
+        )
+    return case.with_content(_content(case))
+
+
+def select(cases: Iterable[Case], conditions: Sequence[str]) -> list[Case]:
+    """The cases that meet every ``key=value`` (a spec matches by its text or its name).
+
+    Raises:
+        ValueError: for a condition that is not of that form or an unknown key.
+    """
+    rules = []
+    for condition in conditions:
+        key, equals, value = condition.partition("=")
+        if not equals:
+            raise ValueError(f"{condition!r} is not of the form key=value")
+        rules.append({key.strip(): split_list(value)})
+        _known_key(key.strip())
+    wanted = [{key: _values(key, value) for key, value in rule.items()} for rule in rules]
+    return [case for case in cases if all(_matches(case, rule) for rule in wanted)]
+
+
+def split_list(text: str) -> list[str]:
+    """``"a,b:x=1,y=2,c"`` as ``["a", "b:x=1,y=2", "c"]``: a comma before ``key=`` or inside
+    brackets belongs to the item."""
+    pieces = re.split(r",(?![^\[]*\])(?!\s*\w+=)", text)
+    return [piece.strip() for piece in pieces]
+
+
+def _values(key: str, value: Any) -> list[Any]:
+    """The list of values of one key, each converted and checked."""
+    _known_key(key)
+    items = value if isinstance(value, list) else [value]
+    if not items:
+        raise ValueError(f"{key} = [] is an empty list; give at least one value")
+    if key in SPEC_KEYS:
+        return [spec for item in items for spec in _specs(key, item)]
+    return [_scalar(key, item) for item in items]
+
+
+def _scalar(key: str, item: Any) -> Any:
+    if key in CHOICES:
+        if item not in CHOICES[key]:
+            raise ValueError(f"{key} = {item!r} is not one of {', '.join(CHOICES[key])}")
+        return item
+    if isinstance(item, bool) or not isinstance(item, int | str):
+        raise ValueError(f"{key} = {item!r} is not an integer")
+    try:
+        number = parse_size(item)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+    if number < (0 if key == "seed" else 1):
+        raise ValueError(f"{key} = {number} must be {'0 or more' if key == 'seed' else 'positive'}")
+    return number
+
+
+def _specs(key: str, item: Any) -> list[Spec]:
+    """The specs of one item; a list as a parameter's value is a product too (draws of a seed),
+    except where the parameter is itself a list."""
+    try:
+        spec = Spec.parse(item)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+    columns = [
+        [(name, one) for one in value]
+        if isinstance(value, tuple) and name != "doc_lens" else [(name, value)]
+        for name, value in spec.params
+    ]
+    return [Spec(spec.name, params) for params in itertools.product(*columns)]
+
+
+def _matches(case: Case, rule: Mapping[str, Sequence[Any]]) -> bool:
+    for key, allowed in rule.items():
+        value = getattr(case, key)
+        bare = Spec(value.name) if isinstance(value, Spec) else value
+        if value not in allowed and bare not in allowed:
+            return False
+    return True
+
+
+def _known_key(key: str) -> None:
+    if key not in KEYS:
+        raise ValueError(f"no key {key!r}; there are: {', '.join(KEYS)}")
+
+
+def _table(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is not a table: write [{name}]")
+    if name != "measure":
+        for key in value:
+            _known_key(key)
+    return value
+
+
+def _tables(name: str, value: Any) -> list[dict[str, Any]]:
+    if not isinstance(value, list):
+        raise ValueError(f"{name} is not a list of tables: write [[{name}]]")
+    return [_table(name, item) for item in value]
+
+
+def _content(case: Case) -> dict[str, str]:
+    """Hashes of the files that a case points at."""
+    content = dict(masks.content_files(case.mask))
+    for spec in (case.operator, case.strategy):
+        path, colon, _ = spec.name.rpartition(".py:")
+        if colon:
+            digest = hashlib.sha256(Path(path + ".py").read_bytes()).hexdigest()
+            content[spec.name] = digest
+    return content
+
+
+assert set(KEYS) | {"content"} == {item.name for item in fields(Case)}

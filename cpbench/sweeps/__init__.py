@@ -1,0 +1,1 @@
+"""Sweeps that come with cpbench, as TOML files."""

@@ -1,0 +1,143 @@
+"""FlexAttention, compiled, with its BlockMask built from exact tile areas.
+
+torch's own ``create_block_mask`` evaluates the mask S x S; here the block lists come from the
+slices and a ``mask_mod`` looks each row's visible intervals up in a table.
+
+Source: torch.nn.attention.flex_attention (arXiv 2412.05496).
+
+Legend: B batch, S query length, T key length, H query heads, G key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from cpbench.autograd_op import GraphKeeper
+from cpbench.mask import AttnMask
+from cpbench.masks.convert import row_intervals, to_block_mask_tables
+from cpbench.problem import Problem
+from cpbench.registry import OperatorInfo
+
+if TYPE_CHECKING:
+    import torch
+    from torch.nn.attention.flex_attention import BlockMask
+
+OPERATORS = (
+    OperatorInfo(
+        name="flex",
+        summary="compiled FlexAttention over a BlockMask; forward only on CPUs",
+        source="FlexAttention, arXiv 2412.05496",
+        load="cpbench.kernels.flex:Flex",
+        backward_on=("cuda",),
+        external_lse=False,
+        deterministic=False,
+    ),
+)
+
+BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Plan:
+    block_mask: BlockMask | None
+    scale: float
+    keep_graph: bool
+
+
+class Flex:
+    def __init__(self) -> None:
+        self._keeper = GraphKeeper()
+
+    def unsupported(self, problem: Problem, mask: AttnMask, device: str) -> str | None:
+        if device == "cpu" and shutil.which("g++") is None:
+            return "flex compiles C++ for CPUs and finds no g++; install a C++ compiler"
+        return None
+
+    def prepare(self, mask: AttnMask, problem: Problem, device: str) -> Plan:
+        empty = mask.kind == "empty"
+        block_mask = None if empty else to_block_mask(mask, device)
+        return Plan(block_mask, problem.softmax_scale, problem.backward)
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        import torch
+
+        if plan.block_mask is None:
+            b, s, h, _ = q.shape
+            lse = torch.full((b, h, s), -torch.inf, dtype=torch.float32, device=q.device)
+            return torch.zeros_like(q), lse
+
+        def run(
+            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor | None]:
+            attend, lse_wanted = _compiled()
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            gqa = q.shape[1] != k.shape[1]
+            out, aux = attend(
+                q, k, v, block_mask=plan.block_mask, scale=plan.scale, enable_gqa=gqa,
+                return_aux=lse_wanted,
+            )
+            return out.transpose(1, 2), aux.lse
+
+        return self._keeper.forward(run, q, k, v, plan.keep_graph)
+
+    def backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        plan: Plan,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        import torch
+
+        if plan.block_mask is None:
+            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        return self._keeper.backward(dout, out)
+
+
+def to_block_mask(mask: AttnMask, device: str) -> BlockMask:
+    """FlexAttention's BlockMask of any ``AttnMask``, equal to it pair by pair.
+
+    The q lists come from the transposed plan: torch's own transposition of the kv lists takes
+    longer than everything else by orders of magnitude.
+    """
+    import torch
+    from torch.nn.attention.flex_attention import BlockMask
+
+    found = to_block_mask_tables(mask, BLOCK)
+    tables = {
+        item.name: torch.as_tensor(getattr(found, item.name), device=device)
+        for item in fields(found)
+        if item.name != "block"
+    }
+    intervals = torch.as_tensor(row_intervals(mask), device=device)
+
+    def visible(
+        batch: torch.Tensor, head: torch.Tensor, row: torch.Tensor, key: torch.Tensor
+    ) -> torch.Tensor:
+        seen = (key >= intervals[row, 0, 0]) & (key < intervals[row, 0, 1])
+        for m in range(1, intervals.shape[1]):
+            seen = seen | ((key >= intervals[row, m, 0]) & (key < intervals[row, m, 1]))
+        return seen
+
+    return BlockMask(
+        seq_lengths=(mask.seq_q, mask.seq_k), BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=visible, **tables
+    )
+
+
+@functools.cache
+def _compiled() -> tuple[Any, Any]:
+    import torch
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+    # One compilation per shape and mask is the method here, not an accident to be capped.
+    torch._dynamo.config.recompile_limit = 10_000
+    torch._dynamo.config.accumulated_recompile_limit = 100_000
+    return torch.compile(flex_attention, dynamic=False), AuxRequest(lse=True)

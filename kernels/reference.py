@@ -1,0 +1,148 @@
+"""The reference: attention in float64, block of query rows by block of query rows.
+
+Small problems are one block, that is the materialised textbook formula; large ones stay within a
+fixed amount of memory.  Everything else in the project is held against this.
+
+Legend: B batch, S query length, T key length, H query heads, G key/value heads, D head dim,
+R query heads that share a key/value head (H = G * R).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cpbench.mask import AttnMask
+from cpbench.problem import Problem
+from cpbench.registry import OperatorInfo
+
+if TYPE_CHECKING:
+    import torch
+
+OPERATORS = (
+    OperatorInfo(
+        name="reference",
+        summary="float64 textbook attention, materialised or blockwise by size",
+        source="softmax(Q K^T) V in double precision",
+        load="cpbench.kernels.reference:Reference",
+        dtypes=("float64", "float32", "bfloat16", "float16"),
+        max_head_dim=4096,
+    ),
+)
+
+BLOCK_CELLS = 1 << 24  # scores held at once (128 MiB in float64)
+
+
+@dataclass(frozen=True)
+class Plan:
+    mask: AttnMask
+    scale: float
+
+
+class Reference:
+    def unsupported(self, problem: Problem, mask: AttnMask, device: str) -> str | None:
+        return None
+
+    def prepare(self, mask: AttnMask, problem: Problem, device: str) -> Plan:
+        return Plan(mask, problem.softmax_scale)
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = forward64(q, k, v, plan.mask, plan.scale)
+        return out.to(q.dtype), lse.float()
+
+    def backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        plan: Plan,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        dq, dk, dv = backward64(dout, q, k, v, out, lse, plan.mask, plan.scale)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def forward64(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: AttnMask, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out ``[B, S, H, D]`` and lse ``[B, H, S]``, both float64."""
+    import torch
+
+    b, s, h, d = q.shape
+    out = torch.zeros((b, s, h, d), dtype=torch.float64, device=q.device)
+    lse = torch.full((b, h, s), -torch.inf, dtype=torch.float64, device=q.device)
+    if k.shape[1] == 0:
+        return out, lse
+    q_BGRSD, k_BGTD, v_BGTD = _grouped(q, k.shape[2]), _heads_first(k), _heads_first(v)
+    for rows, visible_ST in _blocks(mask, b * h, q.device):
+        scores = torch.einsum("bgrsd,bgtd->bgrst", q_BGRSD[:, :, :, rows], k_BGTD).mul_(scale)
+        scores.masked_fill_(~visible_ST, -torch.inf)
+        lse_rows = torch.logsumexp(scores, dim=-1)
+        probs = scores.sub_(lse_rows.unsqueeze(-1)).exp_().nan_to_num_(0.0)
+        part = torch.einsum("bgrst,bgtd->bsgrd", probs, v_BGTD)
+        out[:, rows] = part.flatten(2, 3)
+        lse[:, :, rows] = lse_rows.flatten(1, 2)
+    return out, lse
+
+
+def backward64(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    mask: AttnMask,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk, dv in float64, from the (possibly global) out and lse."""
+    import torch
+
+    b, s, h, _ = q.shape
+    g = k.shape[2]
+    q_BGRSD, dout_BGRSD = _grouped(q, g), _grouped(dout, g)
+    k_BGTD, v_BGTD = _heads_first(k), _heads_first(v)
+    delta = (dout_BGRSD * _grouped(out, g)).sum(-1)
+    lse_BGRS = lse.double().unflatten(1, (g, h // g))
+    dq = torch.zeros_like(q_BGRSD)
+    dk, dv = torch.zeros_like(k_BGTD), torch.zeros_like(v_BGTD)
+    if k.shape[1] == 0:
+        return dq.permute(0, 3, 1, 2, 4).flatten(2, 3), dk.transpose(1, 2), dv.transpose(1, 2)
+    for rows, visible_ST in _blocks(mask, b * h, q.device):
+        scores = torch.einsum("bgrsd,bgtd->bgrst", q_BGRSD[:, :, :, rows], k_BGTD).mul_(scale)
+        probs = scores.sub_(lse_BGRS[:, :, :, rows].unsqueeze(-1)).exp_()
+        probs.masked_fill_(~visible_ST, 0.0)
+        dout_rows = dout_BGRSD[:, :, :, rows]
+        dv += torch.einsum("bgrst,bgrsd->bgtd", probs, dout_rows)
+        dscores = torch.einsum("bgrsd,bgtd->bgrst", dout_rows, v_BGTD)
+        dscores.sub_(delta[:, :, :, rows].unsqueeze(-1)).mul_(probs).mul_(scale)
+        dq[:, :, :, rows] = torch.einsum("bgrst,bgtd->bgrsd", dscores, k_BGTD)
+        dk += torch.einsum("bgrst,bgrsd->bgtd", dscores, q_BGRSD[:, :, :, rows])
+    return dq.permute(0, 3, 1, 2, 4).flatten(2, 3), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+def _blocks(
+    mask: AttnMask, copies: int, device: torch.device
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Blocks of query rows that see something, with their dense mask."""
+    import torch
+
+    step = max(1, BLOCK_CELLS // max(1, copies * mask.seq_k))
+    for start in range(0, mask.seq_q, step):
+        end = min(start + step, mask.seq_q)
+        part = mask.crop(start, end, 0, mask.seq_k)
+        if part.area:
+            yield slice(start, end), torch.as_tensor(part.to_dense(), device=device)
+
+
+def _heads_first(x_BTGD: torch.Tensor) -> torch.Tensor:
+    return x_BTGD.double().transpose(1, 2)
+
+
+def _grouped(x_BSHD: torch.Tensor, groups: int) -> torch.Tensor:
+    return x_BSHD.double().unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)

@@ -1,0 +1,345 @@
+"""torch's scaled_dot_product_attention, one operator per back end, chosen explicitly.
+
+Each calls the aten op that returns the log-sum-exp and its explicit backward, which takes an
+external out and lse.  Masks that the back end cannot express natively become a dense additive bias
+where it takes one (refused above a size), and a typed refusal elsewhere.
+
+Legend: B batch, S query length, T key length, H query heads, G key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cpbench.autograd_op import GraphKeeper
+from cpbench.mask import AttnMask
+from cpbench.problem import DTYPE_BYTES, Problem
+from cpbench.registry import OperatorInfo
+
+if TYPE_CHECKING:
+    import torch
+
+DENSE_LIMIT_BYTES = 4 << 30
+_NATIVE = ("empty", "full", "causal")
+_HALF = ("bfloat16", "float16")
+
+
+def _info(name: str, summary: str, **declared: Any) -> OperatorInfo:
+    load = f"cpbench.kernels.sdpa:{''.join(part.title() for part in name.split('_'))}"
+    source = "torch.nn.functional.scaled_dot_product_attention"
+    return OperatorInfo(name=f"sdpa.{name}", summary=summary, source=source, load=load, **declared)
+
+
+OPERATORS = (
+    _info(
+        "math",
+        "torch's unfused formula with a dense mask; it returns no lse",
+        external_lse=False,
+        mergeable=False,
+    ),
+    _info("flash", "FlashAttention-2 in torch", masks=_NATIVE, devices=("cuda",), dtypes=_HALF,
+          deterministic=False),
+    _info("efficient", "memory-efficient attention in torch; other masks as a dense bias",
+          devices=("cuda",), deterministic=False),
+    _info("cudnn", "cuDNN's fused attention in torch", masks=_NATIVE, devices=("cuda",),
+          dtypes=_HALF, deterministic=False),
+    _info("cpu_flash", "torch's flash attention for CPUs; other masks as a dense bias",
+          devices=("cpu",)),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a back end is called with.
+
+    Attributes:
+        scale: of the scores.
+        empty: nothing is visible at all; no call is made.
+        causal: the native causal flag serves.
+        bias_ST: additive mask, 0 or -inf, in the problem's dtype; None where none is needed.
+        blind: indices of queries that see nothing, None where there are none.
+        keep_graph: a backward pass will follow (for the back end that needs autograd).
+    """
+
+    scale: float
+    empty: bool
+    causal: bool
+    bias_ST: torch.Tensor | None
+    blind: torch.Tensor | None
+    keep_graph: bool
+
+
+class _Backend:
+    """Shapes, masks and blind rows, around one aten op on ``[B, H, S, D]`` views."""
+
+    def unsupported(self, problem: Problem, mask: AttnMask, device: str) -> str | None:
+        if mask.kind == "bands":
+            needed = mask.seq_q * mask.seq_k * DTYPE_BYTES[problem.dtype]
+            if needed > DENSE_LIMIT_BYTES:
+                return (
+                    f"a dense mask of {needed / 2**30:.1f} GiB would be needed, "
+                    f"more than the {DENSE_LIMIT_BYTES >> 30} GiB allowed"
+                )
+        return None
+
+    def prepare(self, mask: AttnMask, problem: Problem, device: str) -> Plan:
+        import torch
+
+        bias, blind = None, None
+        if mask.kind == "bands":
+            dtype = getattr(torch, problem.dtype)
+            hidden = ~torch.as_tensor(mask.to_dense(), device=device)
+            bias = torch.zeros(hidden.shape, dtype=dtype, device=device)
+            bias.masked_fill_(hidden, -torch.inf)
+            rows = torch.as_tensor(mask.empty_rows(), device=device)
+            blind = torch.nonzero(rows).flatten() if bool(rows.any()) else None
+        return Plan(
+            scale=problem.softmax_scale,
+            empty=mask.kind == "empty",
+            causal=mask.kind == "causal",
+            bias_ST=bias,
+            blind=blind,
+            keep_graph=problem.backward,
+        )
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        import torch
+
+        if plan.empty:
+            b, s, h, _ = q.shape
+            lse = torch.full((b, h, s), -torch.inf, dtype=torch.float32, device=q.device)
+            return torch.zeros_like(q), lse
+        out, lse = self._forward(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), plan)
+        if plan.blind is not None:
+            # torch's back ends disagree on rows that see nothing (lse 0, NaN outputs).
+            lse.index_fill_(2, plan.blind, -torch.inf)
+            out.index_fill_(2, plan.blind, 0.0)
+        return out.transpose(1, 2), lse
+
+    def backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        plan: Plan,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        import torch
+
+        if plan.empty:
+            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        assert lse is not None
+        # exp(score - lse) must be 0, not NaN, on rows that see nothing.
+        safe_lse = lse.masked_fill(lse == -torch.inf, torch.inf)
+        dout_, q_, k_, v_, out_ = (x.transpose(1, 2) for x in (dout, q, k, v, out))
+        grads = self._backward(dout_, q_, k_, v_, out_, safe_lse, plan)
+        dq, dk, dv = (x.transpose(1, 2) for x in grads)
+        return dq, dk, dv
+
+    def _forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        raise NotImplementedError
+
+    def _backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        plan: Plan,
+    ) -> tuple[torch.Tensor, ...]:
+        raise NotImplementedError
+
+
+class CpuFlash(_Backend):
+    def _forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = op(q, k, v, 0.0, plan.causal, attn_mask=plan.bias_ST, scale=plan.scale)
+        return out, lse.contiguous()
+
+    def _backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        plan: Plan,
+    ) -> tuple[torch.Tensor, ...]:
+        import torch
+
+        op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        grads: tuple[torch.Tensor, ...] = op(
+            dout, q, k, v, out, lse, 0.0, plan.causal, attn_mask=plan.bias_ST, scale=plan.scale
+        )
+        return grads
+
+
+class Math(_Backend):
+    """The unfused path differentiates through autograd, and its op returns no lse."""
+
+    def __init__(self) -> None:
+        self._keeper = GraphKeeper()
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        import torch
+
+        if plan.empty:
+            return super().forward(q, k, v, plan)
+        op = torch.ops.aten._scaled_dot_product_attention_math
+
+        def run(
+            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor | None]:
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            gqa = q.shape[1] != k.shape[1]
+            out, _ = op(q, k, v, plan.bias_ST, 0.0, plan.causal, scale=plan.scale, enable_gqa=gqa)
+            return out.transpose(1, 2), None
+
+        return self._keeper.forward(run, q, k, v, plan.keep_graph)
+
+    def backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        plan: Plan,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if plan.empty:
+            return super().backward(dout, q, k, v, out, lse, plan)
+        return self._keeper.backward(dout, out)
+
+
+class Flash(_Backend):
+    def _forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        op = torch.ops.aten._scaled_dot_product_flash_attention
+        out, lse = op(q, k, v, 0.0, plan.causal, False, scale=plan.scale)[:2]
+        return out, lse
+
+    def _backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        plan: Plan,
+    ) -> tuple[torch.Tensor, ...]:
+        import torch
+
+        op = torch.ops.aten._scaled_dot_product_flash_attention_backward
+        no_seed = torch.empty(2, dtype=torch.uint64, device=q.device)
+        s, t = q.shape[2], k.shape[2]
+        grads: tuple[torch.Tensor, ...] = op(
+            dout, q, k, v, out, lse, None, None, s, t, 0.0, plan.causal, no_seed, no_seed,
+            scale=plan.scale,
+        )
+        return grads
+
+
+class Cudnn(_Backend):
+    def _forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        op = torch.ops.aten._scaled_dot_product_cudnn_attention
+        out, lse = op(q, k, v, None, True, 0.0, plan.causal, False, scale=plan.scale)[:2]
+        return out, lse.reshape(q.shape[:3])
+
+    def _backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        plan: Plan,
+    ) -> tuple[torch.Tensor, ...]:
+        import torch
+
+        op = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
+        no_seed = torch.empty((), dtype=torch.int64, device=q.device)
+        s, t = q.shape[2], k.shape[2]
+        grads: tuple[torch.Tensor, ...] = op(
+            dout, q, k, v, out, lse.unsqueeze(-1), no_seed, no_seed, None, None, None, s, t, 0.0,
+            plan.causal, scale=plan.scale,
+        )
+        return grads
+
+
+class Efficient(_Backend):
+    """Has no GQA and wants the bias padded to 16 columns: heads are repeated (and their gradients
+    summed) inside the timed call, as a user would have to."""
+
+    def _forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        op = torch.ops.aten._scaled_dot_product_efficient_attention
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        bias = _aligned(plan.bias_ST, q)
+        out, lse = op(q, k, v, bias, True, 0.0, plan.causal, scale=plan.scale)[:2]
+        return out, lse[:, :, : q.shape[2]].contiguous()
+
+    def _backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        plan: Plan,
+    ) -> tuple[torch.Tensor, ...]:
+        import torch
+
+        op = torch.ops.aten._scaled_dot_product_efficient_attention_backward
+        heads_kv = k.shape[1]
+        k, v = (x.repeat_interleave(q.shape[1] // heads_kv, 1) for x in (k, v))
+        padded = torch.nn.functional.pad(lse, (0, -lse.shape[2] % 32), value=torch.inf)
+        no_seed = torch.empty((), dtype=torch.int64, device=q.device)
+        bias = _aligned(plan.bias_ST, q)
+        wanted = [True, True, True, False]
+        dq, dk, dv, _ = op(
+            dout, q, k, v, bias, out, padded, no_seed, no_seed, 0.0, wanted, plan.causal,
+            scale=plan.scale,
+        )
+        dk, dv = (x.unflatten(1, (heads_kv, -1)).float().sum(2).to(x.dtype) for x in (dk, dv))
+        return dq, dk, dv
+
+
+def _aligned(bias_ST: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
+    """The bias as ``[B, H, S, T]`` whose rows start at multiples of 16 elements."""
+    import torch
+
+    if bias_ST is None:
+        return None
+    t = bias_ST.shape[1]
+    padded = torch.nn.functional.pad(bias_ST, (0, -t % 16))[:, :t]
+    return padded.expand(q.shape[0], q.shape[1], -1, -1)

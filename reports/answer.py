@@ -1,0 +1,62 @@
+"""Who won where: the short answer of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+QUESTION = ("mask", "seq_len", "world_size", "direction", "dtype", "batch", "num_heads_q",
+            "num_heads_kv", "head_dim", "seed")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The contest for one problem on one number of ranks.
+
+    Attributes:
+        question: what was to be computed.
+        ranking: rows of the tidy table that are ok, fastest first.
+        tie: whether the first two cannot be told apart within their noise.
+    """
+
+    question: dict[str, Any]
+    ranking: pd.DataFrame
+    tie: bool
+
+    @property
+    def lead(self) -> float | None:
+        """Time of the runner-up over the winner's; None without one."""
+        times = self.ranking["time_ms"]
+        return float(times.iloc[1] / times.iloc[0]) if len(times) > 1 else None
+
+
+def answers(table: pd.DataFrame) -> list[Answer]:
+    """One answer for each problem and number of ranks that has a timed case."""
+    timed = table[(table["status"] == "ok") & table["time_ms"].notna()]
+    found = []
+    for key, group in timed.groupby(list(QUESTION), sort=True):
+        ranking = group.sort_values("time_ms")
+        found.append(Answer(dict(zip(QUESTION, key, strict=True)), ranking, _tie(ranking)))
+    return found
+
+
+def method(row: Any, many_ranks: bool) -> str:
+    """What competes in a row: the operator, and on several ranks how it is spread."""
+    if row["strategy"] == "single" and not many_ranks:
+        return str(row["operator"])
+    return f"{row['strategy']}/{row['layout']} {row['operator']}"
+
+
+def _tie(ranking: pd.DataFrame) -> bool:
+    """Whether the intervals of the first two medians overlap; unknown noise counts as a tie."""
+    if len(ranking) < 2:
+        return False
+    first, second = ranking.iloc[0], ranking.iloc[1]
+    if first[["noise"]].isna().any() or second[["noise"]].isna().any():
+        return True
+    low: float = second["time_ms"] * (1 - second["noise"])
+    high: float = first["time_ms"] * (1 + first["noise"])
+    return low <= high

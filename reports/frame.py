@@ -1,0 +1,114 @@
+"""Records as one tidy pandas table: a row a case, columns with units."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cpbench.record import Record, slowest_us
+from cpbench.store import read_run
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COLUMNS = {
+    "id": "case id",
+    "status": "ok, unsupported, oom, wrong, crash or timeout",
+    "reason": "why the status is not ok",
+    "operator": "operator with its parameters",
+    "strategy": "context-parallel strategy with its parameters",
+    "layout": "which rank owns which tokens",
+    "mask": "mask with its parameters",
+    "batch": "sequences",
+    "seq_len": "tokens of a sequence",
+    "num_heads_q": "query heads",
+    "num_heads_kv": "key/value heads",
+    "head_dim": "of queries, keys and values",
+    "dtype": "of inputs and outputs",
+    "direction": "fwd, bwd or fwd_bwd: what the time covers",
+    "world_size": "ranks",
+    "seed": "of the inputs",
+    "time_ms": "median over iterations of the slowest rank",
+    "fwd_ms": "the forward part alone",
+    "bwd_ms": "the backward part alone",
+    "noise": "half-width of the 95 % interval of the median, relative",
+    "iterations": "timed iterations",
+    "tflops_per_rank": "TFLOP/s of each rank, from the mask's exact area",
+    "density": "visible pairs over all pairs",
+    "imbalance": "largest over mean visible pairs of a rank",
+    "plan_ms": "planning, slowest rank",
+    "first_call_ms": "first call, with compilation, slowest rank",
+    "peak_mb": "largest over ranks of the peak beyond the inputs, 10^6 bytes",
+    "inputs_mb": "largest over ranks of the inputs",
+    "sent_mb": "largest over ranks of the bytes sent",
+    "worst_error": "largest relative L2 error of any tensor against float64",
+    "flags": "caveats",
+    "started": "seconds since the epoch",
+    "seconds": "the whole case, checks included",
+    "environment": "id of the environment",
+    "writer": "who wrote the record",
+    "log": "what the failing rank printed",
+}
+
+
+def load(*folders: str | Path) -> pd.DataFrame:
+    """Every case of some run directories as a DataFrame with the columns of ``COLUMNS``.
+
+    Raises:
+        FileNotFoundError: when a folder is no run directory.
+    """
+    records: list[Record] = []
+    for folder in folders:
+        if not (Path(folder) / "records").is_dir():
+            raise FileNotFoundError(f"{folder} is not a run directory: it has no records folder")
+        records += read_run(Path(folder)).records.values()
+    return frame(records)
+
+
+def frame(records: Iterable[Record]) -> pd.DataFrame:
+    """The tidy table of some records."""
+    import pandas as pd
+
+    return pd.DataFrame([_row(record) for record in records], columns=list(COLUMNS))
+
+
+def _row(record: Record) -> dict[str, Any]:
+    case = record.case
+    row: dict[str, Any] = {"id": case.id, "status": record.status, "reason": record.reason}
+    for key in ("operator", "strategy", "layout", "mask"):
+        row[key] = str(getattr(case, key))
+    for key in ("batch", "seq_len", "num_heads_q", "num_heads_kv", "head_dim", "dtype",
+                "direction", "world_size", "seed"):
+        row[key] = getattr(case, key)
+    for key in ("started", "seconds", "environment", "writer", "log"):
+        row[key] = getattr(record, key)
+    row["flags"] = " ".join(record.flags)
+    row["worst_error"] = record.worst_error
+    row["noise"] = record.noise
+    row["iterations"] = len(record.samples_us) or None
+    row["tflops_per_rank"] = record.tflops_per_rank
+    row["time_ms"] = _ms(record.median_us)
+    for phase in record.times_us:
+        row[f"{phase}_ms"] = _ms(_median(slowest_us(record.times_us, (phase,))))
+    row["density"] = record.area / case.seq_len**2 if record.area is not None else None
+    if record.balance and sum(record.balance):
+        row["imbalance"] = max(record.balance) * len(record.balance) / sum(record.balance)
+    row["plan_ms"], row["first_call_ms"] = _ms(record.plan_us), _ms(record.first_call_us)
+    for column, kind in (("peak_mb", "peak"), ("inputs_mb", "inputs")):
+        if kind in record.memory_bytes:
+            row[column] = max(record.memory_bytes[kind]) / 1e6
+    if record.bytes_sent:
+        per_rank = [sum(phases) for phases in zip(*record.bytes_sent.values(), strict=True)]
+        row["sent_mb"] = max(per_rank) / 1e6
+    return row
+
+
+def _ms(us: float | None) -> float | None:
+    return None if us is None else us / 1e3
+
+
+def _median(samples: list[float]) -> float | None:
+    import statistics
+
+    return statistics.median(samples) if samples else None
