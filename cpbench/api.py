@@ -61,7 +61,7 @@ class Attention:
         self.strategy: Strategy = implementation(info, spec.kwargs)
         self.mask, self.layout, self.problem, self.rank = mask, layout, problem, rank
         if info.merges and layout.world_size > 1:
-            reason = _cannot_merge(declared, spec.name, problem)
+            reason = _cannot_merge(declared, spec.name, problem, device)
         if reason is None and layout.name not in info.layouts:
             reason = f"{info.name} takes layouts {', '.join(info.layouts)}, not {layout.name}"
         if reason is None:
@@ -94,8 +94,10 @@ class Attention:
         return self.strategy.backward(dout, saved, self.plan, self.op, comm)  # type: ignore[arg-type]
 
 
-def _cannot_merge(operator: OperatorInfo, strategy: str, problem: Problem) -> str | None:
-    if not operator.mergeable:
+def _cannot_merge(
+    operator: OperatorInfo, strategy: str, problem: Problem, device: str
+) -> str | None:
+    if not operator.mergeable or device not in operator.lse_on:
         return f"{strategy} merges partial results and {operator.name} returns no log-sum-exp"
     if problem.backward and not operator.external_lse:
         return (

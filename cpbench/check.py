@@ -61,7 +61,7 @@ class _Sums:
 
         found, reference = found.double(), reference.double()
         same = torch.isneginf(found) & torch.isneginf(reference)
-        error = torch.where(same, 0.0, found - reference).abs().nan_to_num_(nan=torch.inf)
+        error = torch.where(same, 0.0, found - reference).abs().nan_to_num_(nan=torch.inf, posinf=torch.inf)
         finite = reference[~torch.isneginf(reference)]
         return cls(
             float(error.square().sum()),

@@ -53,7 +53,7 @@ def normal(
     out = torch.empty((batch, len(positions), len(heads), head_dim), dtype=dtype, device=device)
     step = max(1, (_CHUNK if device == "cpu" else 64 * _CHUNK) // (len(heads) * head_dim))
     for b in range(batch):
-        start = _signed64(base + _mix_int(b + 1))
+        start = _signed64(_mix_int(base + b))
         for t in range(0, len(positions), step):
             row = _mix64((token[t : t + step, None] + head) * _signed64(_GOLDEN) + start)
             out[b, t : t + step] = _gaussian(_mix32(row, lane))[..., :head_dim]

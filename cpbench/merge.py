@@ -26,17 +26,19 @@ def merge(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Two float32 partial results over disjoint keys as one, in place of the first.
 
-    ``lse' = logaddexp(lse, part)``, each output weighted by ``exp(its lse - lse')``.  Where both
-    are -inf the output stays 0 and the lse -inf.  Source: FlashAttention's online softmax
-    (arXiv 2205.14135), as used between blocks by Ring Attention (arXiv 2310.01889).
+    The lse becomes ``logaddexp(lse, part)`` and the outputs are weighted by the sigmoids of the
+    difference, which sum to 1 however large the lse are (``exp(lse - both)`` does not: a float32
+    near 5000 is 5e-4 coarse).  Where both are -inf the output stays 0 and the lse -inf.  Source:
+    FlashAttention's online softmax (arXiv 2205.14135), as used between blocks by Ring Attention
+    (arXiv 2310.01889).
     """
     import torch
 
-    both = torch.logaddexp(lse_BHS, part_lse)
-    for x_BSHD, lse in ((out_BSHD, lse_BHS), (part_BSHD, part_lse)):
-        weight = torch.exp(lse - both).nan_to_num_(0.0)
+    difference = part_lse - lse_BHS
+    for x_BSHD, sign in ((out_BSHD, -1), (part_BSHD, 1)):
+        weight = torch.sigmoid(sign * difference).nan_to_num_(0.0)
         x_BSHD.mul_(weight.transpose(1, 2).unsqueeze(-1))
-    return out_BSHD.add_(part_BSHD), both
+    return out_BSHD.add_(part_BSHD), torch.logaddexp(lse_BHS, part_lse)
 
 
 class ForwardParts:

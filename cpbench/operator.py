@@ -46,8 +46,8 @@ class Operator(Protocol):
 
         Returns:
             out ``[B, S, H, D]`` in the dtype of q, 0 for a query that sees nothing; lse
-            ``[B, H, S]`` float32, natural logarithm, -inf for such a query (None when the
-            declaration says that the operator is not mergeable).
+            ``[B, H, S]`` float32, natural logarithm, -inf for such a query (None where the
+            declaration says that there is none: ``mergeable``, ``lse_on``).
         """
         ...
 

@@ -28,11 +28,12 @@ if TYPE_CHECKING:
 OPERATORS = (
     OperatorInfo(
         name="flex",
-        summary="compiled FlexAttention over a BlockMask; forward only on CPUs",
+        summary="compiled FlexAttention over a BlockMask; on CPUs forward only and no lse",
         source="FlexAttention, arXiv 2412.05496",
         load="cpbench.kernels.flex:Flex",
         backward_on=("cuda",),
         external_lse=False,
+        lse_on=("cuda",),
         deterministic=False,
     ),
 )
@@ -77,10 +78,10 @@ class Flex:
             attend, lse_wanted = _compiled()
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
             gqa = q.shape[1] != k.shape[1]
-            out, aux = attend(
-                q, k, v, block_mask=plan.block_mask, scale=plan.scale, enable_gqa=gqa,
-                return_aux=lse_wanted,
-            )
+            told = {"block_mask": plan.block_mask, "scale": plan.scale, "enable_gqa": gqa}
+            if q.device.type == "cpu":  # compiled for CPUs it refuses to return lse
+                return attend(q, k, v, **told).transpose(1, 2), None
+            out, aux = attend(q, k, v, **told, return_aux=lse_wanted)
             return out.transpose(1, 2), aux.lse
 
         return self._keeper.forward(run, q, k, v, plan.keep_graph)

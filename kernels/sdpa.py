@@ -12,6 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from cpbench.autograd_op import GraphKeeper
 from cpbench.mask import AttnMask
 from cpbench.problem import DTYPE_BYTES, Problem
@@ -92,8 +94,8 @@ class _Backend:
             hidden = ~torch.as_tensor(mask.to_dense(), device=device)
             bias = torch.zeros(hidden.shape, dtype=dtype, device=device)
             bias.masked_fill_(hidden, -torch.inf)
-            rows = torch.as_tensor(mask.empty_rows(), device=device)
-            blind = torch.nonzero(rows).flatten() if bool(rows.any()) else None
+            rows = np.flatnonzero(mask.empty_rows())
+            blind = torch.as_tensor(rows, device=device) if len(rows) else None
         return Plan(
             scale=problem.softmax_scale,
             empty=mask.kind == "empty",

@@ -1,0 +1,31 @@
+# make bench: set up and run the quick sweep.  make test: set up, lint, types, tests.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: bench test lint types tests clean
+
+bench: $(VENV)/.installed
+	$(BIN)/cpbench run quick --out results/quick
+
+test: lint types tests
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed
+	$(BIN)/mypy
+
+tests: $(VENV)/.installed
+	$(BIN)/pytest
+
+# The constraints hold pip to one torch: an open range may fetch several GB of CUDA libraries.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) results build dist *.egg-info

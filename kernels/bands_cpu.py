@@ -1,0 +1,231 @@
+"""The `bands` operator on CPU: a few batched matrix products per tile, nothing else of any size.
+
+With P = exp(scores - lse), attention is matrix products of tiles (Dao et al. 2022,
+"FlashAttention", as plain GEMMs).  The forward pass keeps a running row maximum and sum over the
+keys of a tile; the backward pass needs neither, since lse is given.  Rows that see one square go
+to torch's fused CPU kernel instead.  Everything is computed in float32 (float64 for float64), where
+the inputs lie: only half-precision inputs are copied, a few heads at a time.
+
+Legend: S queries, T keys, D head dim; g key/value heads worked on at once, R query heads of each,
+h = g * R; n queries of a tile, m = R * n rows of it (head-major), w keys of a chunk of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from cpbench.kernels.bands_plan import ABOVE, OUTSIDE, Fix, Layout, Span, Tile
+
+if TYPE_CHECKING:
+    import torch
+
+LOG2E = math.log2(math.e)  # exp2 is about twice as fast as exp
+CHUNK = 1 << 17  # most scores of a head at once: 512 KiB, the size of an L2 cache
+SCORES = 1 << 19  # most scores of all heads at once, which sets g: fewer, larger calls
+FLOOR = -1e30  # row maximum of a row that sees nothing: finite, so that -inf - FLOOR is -inf
+
+
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over a layout; see ``cpbench.operator.Operator.forward``."""
+    import torch
+
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out_BSHD = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    lse_BHS = q.new_full((q.shape[0], q.shape[2], q.shape[1]), -math.inf, dtype=torch.float32)
+    work = _Workspace(q, k, layout)
+    for b, heads_q, heads_kv in work.parts():
+        (q_hSD,), (k_gTD, v_gTD) = work.read(b, heads_q, q), work.read(b, heads_kv, k, v)
+        out_hSD, lse_hS1 = out_BSHD[b, :, heads_q].transpose(0, 1), lse_BHS[b, heads_q, :, None]
+        for q0, q1, k0, k1, causal in layout.squares:
+            square = q_hSD[:, q0:q1], k_gTD[:, k0:k1], v_gTD[:, k0:k1]
+            o, lse = flash(*(x[None] for x in square), 0.0, causal, scale=scale)
+            out_hSD[:, q0:q1] = o[0]
+            lse_hS1[:, q0:q1, 0] = lse[0]
+        kT_gDT = k_gTD.mT
+        for tile in layout.tiles:
+            q_gmD = work.fold(q_hSD, tile)
+            state: tuple[torch.Tensor, ...] = ()  # output, row sum and row maximum so far
+            for span, key, count in work.chunks(tile):
+                s_gmw = work.scores(len(q_gmD), tile, count)[0]
+                kT, v_gwD = kT_gDT.narrow(2, key, count), v_gTD.narrow(1, key, count)
+                s_gmw.baddbmm_(q_gmD, kT, beta=0, alpha=scale * LOG2E)
+                work.hide(s_gmw, tile, span, key, count)
+                max_gm1 = s_gmw.amax(-1, True).clamp_(min=FLOOR)
+                if not state:
+                    s_gmw.sub_(max_gm1).exp2_()
+                    state = torch.bmm(s_gmw, v_gwD), s_gmw.sum(-1, True), max_gm1
+                    continue
+                o_gmD, sum_gm1, old_max = state
+                torch.maximum(max_gm1, old_max, out=max_gm1)
+                shrink = old_max.sub_(max_gm1).exp2_()
+                s_gmw.sub_(max_gm1).exp2_()
+                o_gmD.mul_(shrink).baddbmm_(s_gmw, v_gwD)
+                sum_gm1.mul_(shrink).add_(s_gmw.sum(-1, True))
+                state = o_gmD, sum_gm1, max_gm1
+            o_gmD, sum_gm1, max_gm1 = state
+            work.unfold(sum_gm1.log2().add_(max_gm1).mul_(1 / LOG2E), lse_hS1, tile)
+            # The sum is at least 1 in a row that sees anything; 0 in the others.
+            work.unfold(o_gmD.div_(sum_gm1.clamp_(min=1.0)), out_hSD, tile)
+    return out_BSHD, lse_BHS
+
+
+def backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    layout: Layout,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients over a layout; see ``cpbench.operator.Operator.backward``."""
+    import torch
+
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    work = _Workspace(q, k, layout)
+    # exp(scores - inf) is 0: rows that see nothing contribute nothing.
+    lse_BHS = lse.to(work.dtype).masked_fill(lse == -math.inf, math.inf)
+    for b, heads_q, heads_kv in work.parts():
+        q_hSD, do_hSD, out_hSD = work.read(b, heads_q, q, dout, out)
+        k_gTD, v_gTD = work.read(b, heads_kv, k, v)
+        # Zeros still; the gradients themselves where they have the working dtype.
+        (dq_hSD,), (dk_gTD, dv_gTD) = work.read(b, heads_q, dq), work.read(b, heads_kv, dk, dv)
+        for q0, q1, k0, k1, causal in layout.squares:
+            rows, keys = (slice(None), slice(q0, q1)), (slice(None), slice(k0, k1))
+            square = do_hSD[rows], q_hSD[rows], k_gTD[keys], v_gTD[keys], out_hSD[rows]
+            last = lse_BHS[b, heads_q, q0:q1]
+            grads = flash(*(x[None] for x in (*square, last)), 0.0, causal, scale=scale)
+            dq_hSD[rows] = grads[0][0]
+            dk_gTD[keys] += grads[1][0]
+            dv_gTD[keys] += grads[2][0]
+        kT_gDT, vT_gDT, lse_hS1 = k_gTD.mT, v_gTD.mT, lse_BHS[b, heads_q, :, None]
+        for tile in layout.tiles:
+            q_gmD, do_gmD = work.fold(q_hSD, tile), work.fold(do_hSD, tile)
+            delta_gm1 = (do_gmD * work.fold(out_hSD, tile)).sum(-1, True)
+            lse_gm1 = work.fold(lse_hS1, tile)
+            dq_gmD = torch.zeros_like(q_gmD)
+            for span, key, count in work.chunks(tile):
+                p_gmw, ds_gmw, pT_gwm, dsT_gwm = work.scores(len(q_gmD), tile, count)
+                kT, vT = kT_gDT.narrow(2, key, count), vT_gDT.narrow(2, key, count)
+                torch.baddbmm(lse_gm1, q_gmD, kT, beta=-LOG2E, alpha=scale * LOG2E, out=p_gmw)
+                work.hide(p_gmw, tile, span, key, count)
+                p_gmw.exp2_()
+                dv_gTD.narrow(1, key, count).baddbmm_(pT_gwm, do_gmD)
+                torch.baddbmm(delta_gm1, do_gmD, vT, beta=-1, out=ds_gmw)
+                ds_gmw.mul_(p_gmw)
+                dk_gTD.narrow(1, key, count).baddbmm_(dsT_gwm, q_gmD, alpha=scale)
+                dq_gmD.baddbmm_(ds_gmw, k_gTD.narrow(1, key, count), alpha=scale)
+            work.unfold(dq_gmD, dq_hSD, tile)
+        work.write(dq_hSD, dq[b, :, heads_q])
+        work.write(dk_gTD, dk[b, :, heads_kv])
+        work.write(dv_gTD, dv[b, :, heads_kv])
+    return dq, dk, dv
+
+
+class _Workspace:
+    """Scratch memory, hiding, and the way between ``[S, H, D]`` tensors and batches of rows."""
+
+    def __init__(self, q: torch.Tensor, k: torch.Tensor, layout: Layout) -> None:
+        import torch
+
+        self.batch, self.heads_kv, self.group = q.shape[0], k.shape[2], q.shape[2] // k.shape[2]
+        self.dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        rows = max((tile.q1 - tile.q0 for tile in layout.tiles), default=0)
+        cells = 1
+        for tile in layout.tiles:
+            widest = max(span.k1 - span.k0 for span in tile.spans)
+            m = self.group * (tile.q1 - tile.q0)
+            cells = max(cells, m * min(widest, self.most_keys(m)))
+        parts = -(-self.heads_kv * cells // SCORES)
+        self.at_once = -(-self.heads_kv // parts)
+        self.buffers = torch.empty((2, self.at_once * cells), dtype=self.dtype)
+        self.views: dict[tuple[int, int, int], tuple[torch.Tensor, ...]] = {}
+        hidden = torch.full((rows, rows), -math.inf, dtype=self.dtype)
+        self.above, self.below = hidden.triu(1), hidden.tril(-1)
+
+    @staticmethod
+    def most_keys(rows: int) -> int:
+        """Keys of the largest chunk of a tile with so many rows."""
+        return max(1, CHUNK // rows)
+
+    def chunks(self, tile: Tile) -> Iterator[tuple[Span, int, int]]:
+        """Spans of a tile in even chunks: span, first key, number of keys."""
+        most = self.most_keys(self.group * (tile.q1 - tile.q0))
+        for span in tile.spans:
+            width = span.k1 - span.k0
+            parts = -(-width // most)
+            ends = [span.k0 + width * i // parts for i in range(parts + 1)]
+            for begin, end in itertools.pairwise(ends):
+                yield span, begin, end - begin
+
+    def parts(self) -> Iterator[tuple[int, slice, slice]]:
+        """Batch index, query heads and key/value heads of what is worked on together."""
+        for b in range(self.batch):
+            for g0 in range(0, self.heads_kv, self.at_once):
+                g1 = min(g0 + self.at_once, self.heads_kv)
+                yield b, slice(g0 * self.group, g1 * self.group), slice(g0, g1)
+
+    def read(self, b: int, heads: slice, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """``[heads, S, D]`` in the working dtype: views where the tensors have it."""
+        return tuple(x[b, :, heads].to(self.dtype).transpose(0, 1) for x in tensors)
+
+    def write(self, x_hSD: torch.Tensor, to_ShD: torch.Tensor) -> None:
+        """Round what :meth:`read` had to copy."""
+        if x_hSD.dtype != to_ShD.dtype:
+            to_ShD.copy_(x_hSD.transpose(0, 1))
+
+    def fold(self, x_hSC: torch.Tensor, tile: Tile) -> torch.Tensor:
+        """``[g, m, C]``, the rows of a tile: a view unless heads are grouped."""
+        x = x_hSC.narrow(1, tile.q0, tile.q1 - tile.q0)
+        return x if self.group == 1 else x.reshape(len(x) // self.group, -1, x.shape[-1])
+
+    def unfold(self, x_gmC: torch.Tensor, to_hSC: torch.Tensor, tile: Tile) -> None:
+        """The inverse of :meth:`fold`, into a tensor of any dtype."""
+        to = to_hSC.narrow(1, tile.q0, tile.q1 - tile.q0)
+        to.copy_(x_gmC if self.group == 1 else x_gmC.view(to.shape))
+
+    def scores(self, heads: int, tile: Tile, keys: int) -> tuple[torch.Tensor, ...]:
+        """Two uninitialised ``[g, m, w]`` and their transposes, always in the same memory."""
+        shape = (heads, (tile.q1 - tile.q0) * self.group, keys)
+        if shape not in self.views:
+            pair = [x[: math.prod(shape)].view(shape) for x in self.buffers]
+            self.views[shape] = (*pair, *(x.mT for x in pair))
+        return self.views[shape]
+
+    def hide(self, s_gmw: torch.Tensor, tile: Tile, span: Span, key: int, count: int) -> None:
+        """Set the scores of pairs that do not see each other to -inf."""
+        rows = tile.q1 - tile.q0
+        for fix in span.fixes:
+            k0, k1 = max(fix.k0, key), min(fix.k1, key + count)
+            if k0 >= k1:
+                continue
+            if fix.kind == OUTSIDE:
+                hidden = s_gmw.new_tensor(_outside(tile, fix, k0, k1))
+            else:
+                # Column y of a triangle is key y + q0 + offset.
+                triangle, y = self.above if fix.kind == ABOVE else self.below, tile.q0 + fix.offset
+                hidden = triangle[:rows, k0 - y : k1 - y]
+            part = s_gmw if self.group == 1 else s_gmw.view(-1, rows, count)
+            part.narrow(2, k0 - key, k1 - k0).add_(hidden)
+
+
+def _outside(tile: Tile, fix: Fix, k0: int, k1: int) -> npt.NDArray[np.float32]:
+    """``[n, k1 - k0]``: 0 in the pieces of a fix, -inf elsewhere."""
+    hidden = np.full((tile.q1 - tile.q0, k1 - k0), -np.inf, dtype=np.float32)
+    for q0, q1, x0, x1, lo, hi in fix.pieces:
+        x0, x1 = max(x0, k0), min(x1, k1)
+        if x0 < x1:
+            offset = np.arange(x0, x1) - np.arange(q0, q1)[:, None]
+            view = hidden[q0 - tile.q0 : q1 - tile.q0, x0 - k0 : x1 - k0]
+            view[(offset >= lo) & (offset <= hi)] = 0
+    return hidden
