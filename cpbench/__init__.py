@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cpbench import layout, masks
-    from cpbench.api import Unsupported, attention, distributed_attention
+    from cpbench.api import attention, distributed_attention
     from cpbench.mask import AttnMask
+    from cpbench.operator import Unsupported
 
 __version__ = "0.1.0"
 __all__ = ["AttnMask", "Unsupported", "attention", "distributed_attention", "layout", "masks"]
 
 _HOME = {
     "AttnMask": "cpbench.mask",
-    "Unsupported": "cpbench.api",
+    "Unsupported": "cpbench.operator",
     "attention": "cpbench.api",
     "distributed_attention": "cpbench.api",
 }

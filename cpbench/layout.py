@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -217,6 +217,6 @@ def _striped_areas(mask: AttnMask, p: int) -> IntArray:
     return total + np.cumsum(edge, axis=1)[:, :p]
 
 
-def _exact(sums: np.typing.NDArray[np.float64]) -> IntArray:
+def _exact(sums: np.typing.NDArray[Any]) -> IntArray:
     assert sums.max(initial=0) < 2**53, "areas no longer fit a float64 exactly"
     return sums.astype(np.int64)

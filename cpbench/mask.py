@@ -109,7 +109,8 @@ class AttnMask:
 
     def empty_rows(self) -> BoolArray:
         """``(seq_q,)`` true for queries that see nothing."""
-        return self.row_counts() == 0
+        blind: BoolArray = self.row_counts() == 0
+        return blind
 
     def overlap_area(self) -> int:
         """Pairs that are in more than one slice (counted per pair of slices); 0 when disjoint."""
@@ -298,7 +299,8 @@ def _series(x: IntArray, width: IntArray) -> IntArray:
     """Sum over y = 1..x of min(y, width), for any integer x."""
     rise = np.maximum(x, 0)
     over = np.maximum(x - width, 0)
-    return (rise * (rise + 1) - over * (over + 1)) // 2
+    total: IntArray = (rise * (rise + 1) - over * (over + 1)) // 2
+    return total
 
 
 def _line_counts(slices: IntArray, length: int) -> IntArray:
@@ -311,11 +313,9 @@ def _line_counts(slices: IntArray, length: int) -> IntArray:
     np.add.at(bend, np.clip(k0 - lo + 1, q0 + 1, q1), -1)  # the first one leaves the left edge
     np.add.at(bend, q1, 1)
 
-    def seen(i: IntArray) -> IntArray:
-        return np.minimum(k1 - 1, i + hi) - np.maximum(k0, i + lo) + 1
-
-    np.add.at(jump, q0, seen(q0))
-    np.add.at(jump, q1, -seen(q1 - 1))
+    for row, at, sign in ((q0, q0, 1), (q1 - 1, q1, -1)):
+        seen = np.minimum(k1 - 1, row + hi) - np.maximum(k0, row + lo) + 1
+        np.add.at(jump, at, sign * seen)
     return np.cumsum(np.cumsum(bend) + jump)[:length]
 
 

@@ -109,7 +109,6 @@ class BoundOperator:
 
     def __init__(self, info: OperatorInfo, impl: Operator, device: str) -> None:
         self.info, self.impl, self.device = info, impl, device
-        self.forward, self.backward = impl.forward, impl.backward
 
     @classmethod
     def load(cls, spec: Spec | str, device: str) -> BoundOperator:
@@ -135,6 +134,25 @@ class BoundOperator:
         if reason is not None:
             raise Unsupported(reason)
         return self.impl.prepare(mask, problem, self.device)
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See :meth:`Operator.forward`."""
+        return self.impl.forward(q, k, v, plan)
+
+    def backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        plan: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See :meth:`Operator.backward`."""
+        return self.impl.backward(dout, q, k, v, out, lse, plan)
 
     def forward_parts(self, q: torch.Tensor) -> ForwardParts:
         """An accumulator for attention of these queries over several sets of keys."""

@@ -14,7 +14,7 @@ from cpbench.launchers import supervise
 from cpbench.problem import Case
 from cpbench.record import FAILURES, STATUSES, Record
 from cpbench.settings import MeasureSettings
-from cpbench.store import Run, read_run, write_whole
+from cpbench.store import Run, StoreError, read_run, write_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +57,9 @@ def statuses(text: str) -> frozenset[str]:
     return wanted
 
 
-def remaining(request: Request) -> list[Case]:
+def remaining(request: Request, run: Run | None = None) -> list[Case]:
     """The cases without a record, or with one whose status is to be tried again."""
-    done = read_run(request.out).records
+    done = (run or read_run(request.out)).records
     return [
         case for case in request.cases
         if case.id not in done or done[case.id].status in request.retry
@@ -78,22 +78,23 @@ def execute(request: Request, quiet: bool = False) -> int:
     """Run what is left; the exit code of the whole request.
 
     Raises:
-        StoreError, LaunchError: as ``supervise.run``.
+        StoreError, LaunchError, KeyboardInterrupt: as ``supervise.run``.
     """
-    todo = remaining(request)
-    progress = _progress(len(todo), quiet)
+    before = read_run(request.out)
+    todo = remaining(request, before)
+    for warning in before.warnings:
+        print(f"cpbench: {request.out / 'records'}/{warning}", file=sys.stderr)
     try:
         if todo:
             request.out.mkdir(parents=True, exist_ok=True)
             write_whole(request.out / "sweep.json", json.dumps(_told(request), indent=1))
     except OSError as error:
-        raise supervise.StoreError(f"cannot write results to {request.out}: {error.strerror}") \
-            from error
+        raise StoreError(f"cannot write results to {request.out}: {error.strerror}") from error
     kept = len(request.cases) - len(todo)
     if kept and not quiet:
         print(f"{kept} of {len(request.cases)} cases are recorded in {request.out} already",
               file=sys.stderr)
-    with progress:
+    with _progress(len(todo), quiet) as progress:
         supervise.run(todo, request.plan, starting=progress.starting, finished=progress.finished)
     found = Counter(record.status for record in results(request).records.values())
     bad = (*FAILURES, "oom") if request.strict else FAILURES
@@ -103,7 +104,7 @@ def execute(request: Request, quiet: bool = False) -> int:
 def show_plan(request: Request, as_json: bool) -> int:
     """Print the cases that are left and the worker commands, without starting anything."""
     todo = remaining(request)
-    gangs = []
+    gangs: list[dict[str, Any]] = []
     for group in supervise.gangs(todo):
         size = group[0].world_size
         job = request.plan.job(group, f"{request.launcher}-p{size}-STAMP")
@@ -187,6 +188,7 @@ class _Bar(_Lines):
             MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(),
             TextColumn("{task.description}", markup=False),
             console=Console(stderr=True), transient=True,
+            refresh_per_second=2,  # ten would take 2 % of a core that is being measured
         )  # fmt: skip
         self._task = self._bar.add_task("starting workers", total=total)
 

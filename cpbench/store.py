@@ -18,32 +18,47 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from cpbench.problem import Case
 from cpbench.record import SCHEMA, Record
 from cpbench.settings import MeasureSettings
+
+EXIT_STORE = 74  # of a rank that could not write
+PROBE_BYTES = 64 << 10
 
 
 class StoreError(OSError):
     """Results could not be written; what was written before is intact."""
 
 
-class RecordWriter:
-    """Appends JSON lines to one file; a line is there whole or not at all."""
+class Lines:
+    """Appends JSON lines to one file; a line is there whole or not at all.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    Args:
+        path: created with its folders.
+        sync: whether a line must survive a power failure.
+
+    Raises:
+        StoreError: when the disk is full or gone.
+    """
+
+    def __init__(self, path: Path, sync: bool) -> None:
+        self._path, self._sync = path, sync
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        except OSError as error:
+            raise self._failure(error) from error
 
     def append(self, table: dict[str, Any]) -> None:
-        """Write and sync one line.
+        """Write one line.
 
         Raises:
-            OSError: when the disk is full or gone; the file is as it was before.
+            StoreError: when that fails; the file is as it was before.
         """
         line = (json.dumps(table, separators=(",", ":"), allow_nan=False) + "\n").encode()
         size = os.fstat(self._file).st_size
@@ -51,24 +66,64 @@ class RecordWriter:
             written = 0
             while written < len(line):
                 written += os.write(self._file, line[written:])
-            os.fsync(self._file)
-        except OSError:
-            os.ftruncate(self._file, size)
-            raise
+            if self._sync:
+                os.fsync(self._file)
+        except OSError as error:
+            with suppress(OSError):
+                os.ftruncate(self._file, size)
+            raise self._failure(error) from error
 
     def close(self) -> None:
         os.close(self._file)
 
+    def __enter__(self) -> Self:
+        return self
 
-class Journal:
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _failure(self, error: OSError) -> StoreError:
+        return StoreError(f"cannot write results to {self._path}: {error.strerror}")
+
+
+class RecordWriter(Lines):
+    """Records of one writer."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, sync=True)
+
+
+class Journal(Lines):
     """What one rank notes for its parent: small lines, never synced."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - lives as long as the process
+        super().__init__(path, sync=False)
 
     def note(self, event: str, **details: Any) -> None:
-        self._file.write(json.dumps({"event": event, "time": time.time(), **details}) + "\n")
+        self.append({"event": event, "time": time.time(), **details})
+
+
+class Tail:
+    """Reads a file that another process is appending lines to, each line once."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """The objects of the lines that have been finished since the last call.
+
+        A line without its end is left for later; one that is no JSON object is passed over.
+        """
+        try:
+            with open(self._path, "rb") as file:
+                file.seek(self._offset)
+                fresh = file.read()
+        except FileNotFoundError:
+            return []
+        whole = fresh[: fresh.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return [table for line in whole.splitlines() if (table := _object(line)) is not None]
 
 
 @dataclass(frozen=True)
@@ -133,7 +188,7 @@ def read_run(out: Path) -> Run:
     for path in sorted((out / "records").glob("*.jsonl")):
         for number, table in read_lines(path, run.warnings):
             where = f"{path.name}:{number}"
-            if table.get("kind") == "environment":
+            if table.get("kind") == "environment" and isinstance(table.get("id"), str):
                 run.environments[table["id"]] = table
                 continue
             if table.get("schema") != SCHEMA:
@@ -141,7 +196,8 @@ def read_run(out: Path) -> Run:
                 continue
             try:
                 record = Record.from_json(table)
-            except (KeyError, TypeError, ValueError) as error:
+                record.started = float(record.started)
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
                 run.warnings.append(f"{where}: not a record ({type(error).__name__}: {error})")
                 continue
             known = run.records.get(record.case.id)
@@ -150,30 +206,50 @@ def read_run(out: Path) -> Run:
     return run
 
 
-def last_notes(path: Path) -> list[dict[str, Any]]:
-    """What a rank has noted so far; an unreadable journal is an empty one."""
-    return [table for _, table in read_lines(path)] if path.exists() else []
-
-
 def write_whole(path: Path, text: str) -> None:
-    """Replace a file in one step."""
+    """Replace a file in one step; when that fails the old one stays, and nothing else."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
-def read_lines(
-    path: Path, warnings: list[str] | None = None
-) -> Iterator[tuple[int, dict[str, Any]]]:
+def check_writable(folder: Path) -> None:
+    """Prove that there is room for a record or two.
+
+    Raises:
+        StoreError: when there is not.
+    """
+    probe = folder / f".probe.{os.getpid()}"
+    try:
+        probe.write_bytes(bytes(PROBE_BYTES))
+    except OSError as error:
+        raise StoreError(f"cannot write results to {folder}: {error.strerror}") from error
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def read_lines(path: Path, warnings: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Numbered JSON objects of a file; lines that are none are left out with a warning."""
-    warnings = [] if warnings is None else warnings
-    with open(path, encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                table = json.loads(line)
-            except ValueError:
-                table = None
-            if isinstance(table, dict):
-                yield number, table
-            else:
-                warnings.append(f"{path.name}:{number}: torn or damaged line left out")
+    try:
+        with open(path, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                table = _object(line)
+                if table is None:
+                    warnings.append(f"{path.name}:{number}: torn or damaged line left out")
+                else:
+                    yield number, table
+    except OSError as error:
+        warnings.append(f"{path.name}: cannot be read ({error.strerror})")
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    """The JSON object on a line, if it is one."""
+    try:
+        table = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return table if isinstance(table, dict) else None

@@ -64,8 +64,7 @@ def request(
     sizes = sweep.split_list(world_sizes) if world_sizes else list(WORLD_SIZES)
     tables: list[dict[str, Any]] = []
     if not strategies or "single" in spread:
-        for heads, dim in (("4:2", 64), ("3:1", 128)):
-            q, kv = map(int, heads.split(":"))
+        for q, kv, dim in ((4, 2, 64), (3, 1, 128)):
             tables.append({**shapes, "operator": chosen, "num_heads_q": q, "num_heads_kv": kv,
                            "head_dim": dim, "direction": ["fwd", "fwd_bwd"]})
     several = [name for name in spread if Spec.parse(name).name != "single"]

@@ -12,16 +12,13 @@ record and starts a new gang for the cases that are left.
 from __future__ import annotations
 
 import ctypes
-import errno
 import faulthandler
-import json
 import os
 import signal
 import sys
 import time
 import traceback
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,31 +26,33 @@ from cpbench import masks
 from cpbench.environment import collect, environment_id, usable_cores
 from cpbench.problem import Case
 from cpbench.record import Record
-from cpbench.store import Job, Journal, RecordWriter
+from cpbench.store import EXIT_STORE, Job, Journal, RecordWriter, StoreError
 
 if TYPE_CHECKING:
     from cpbench.comm import Comm, Control
     from cpbench.device import Device
 
 EXIT_FAILED = 70  # this rank failed on a case; its journal says how
-EXIT_STORE = 74  # results could not be written
+REASON_CHARS = 400  # the log has the whole of it
+PATIENCE_S = 12 * 3600.0  # far above any timeout of a case: the parent ends what hangs
 
 
 class _Rank:
     """One rank at work on the cases of a job."""
 
-    def __init__(self, job: Job, rank: int, size: int, local_rank: int, local_size: int) -> None:
+    def __init__(
+        self, job: Job, journal: Journal, rank: int, size: int, local_rank: int, local_size: int
+    ) -> None:
         from cpbench.comm import Control, TorchComm
         from cpbench.device import open_device
 
-        self.job, self.rank, self.size = job, rank, size
+        self.job, self.journal, self.rank, self.size = job, journal, rank, size
         self.local_size = local_size
         threads = job.settings.threads or max(1, usable_cores() // local_size)
         self.device: Device = open_device(job.device, local_rank, threads)
         _init_process_group(self.device.backend, rank, size)
         self.comm: Comm = TorchComm()
-        self.control: Control = Control()
-        self.journal = Journal(job.journal_path(rank))
+        self.control: Control = Control(timeout_s=PATIENCE_S)
         self.writer: RecordWriter | None = None
         environment = {**collect(), "device": self.device.describe()}
         self.environment = environment_id(environment)
@@ -71,6 +70,8 @@ class _Rank:
                 record.environment, record.writer = self.environment, self.job.writer
                 self.writer.append(record.to_json())
             self.journal.note("done", case=case.id)
+        if self.writer is not None:
+            self.writer.close()
         self.journal.note("end")
 
     def _case(self, case: Case) -> Record:
@@ -172,24 +173,38 @@ def _init_process_group(backend: str, rank: int, size: int) -> None:
 
     import torch.distributed as dist
 
-    # Far above any timeout of a case: the parent ends what hangs, with a record.
-    patience = timedelta(hours=12)
     path = os.environ.get("CPBENCH_STORE")
-    store = dist.FileStore(path, size) if path else None
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
+    store = dist.FileStore(path, size) if path else None  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size,
+                            timeout=timedelta(seconds=PATIENCE_S))
 
 
 def _die_with_parent() -> None:
     """Ask the kernel to end this process when its parent dies, so that none is left behind."""
     with suppress(OSError, AttributeError):  # Linux only; elsewhere the parent's own care serves
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if _is_orphan():
+            os._exit(EXIT_FAILED)
+
+
+def _is_orphan() -> bool:
+    """Whether who started all this was gone before it could be asked for."""
+    wanted, pid = os.environ.get("CPBENCH_PARENT"), str(os.getpid())
+    while wanted is not None and pid != wanted:
+        if pid in ("0", "1"):
+            return True
+        pid = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+    return False
 
 
 def _last_words(error: BaseException) -> tuple[str, str]:
     """Status and reason of a failure, in one line."""
-    text = f"{type(error).__name__}: {error}".splitlines()
-    line = next((part.strip() for part in text if part.strip()), type(error).__name__)
-    known = ("out of memory", "can't allocate memory", "cannot allocate memory")
+    if isinstance(error, StoreError):
+        return "store", str(error)
+    lines = f"{type(error).__name__}: {error}".splitlines()
+    line = " ".join(next(part for part in lines if part.strip()).split())[:REASON_CHARS]
+    known = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc",
+             "alloc_failed")
     if isinstance(error, MemoryError) or any(word in str(error).lower() for word in known):
         return "oom", line
     return "crash", line
@@ -205,21 +220,21 @@ def main(argv: list[str]) -> int:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    journal = Journal(job.journal_path(rank))
-    journal.note("boot", pid=os.getpid())
     try:
-        _Rank(job, rank, size, local_rank, local_size).run()
+        journal = Journal(job.journal_path(rank))
+        journal.note("boot", pid=os.getpid())
+        _Rank(job, journal, rank, size, local_rank, local_size).run()
     except BaseException as error:
-        traceback.print_exc()
-        sys.stderr.flush()
-        code = EXIT_FAILED
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            code = EXIT_STORE
+        # Other ranks may never answer: nothing from here on talks to them or must succeed.
         with suppress(OSError):
+            traceback.print_exc()
+            sys.stderr.flush()
+        with suppress(OSError, NameError):
             status, reason = _last_words(error)
             journal.note("failed", status=status, reason=reason)
-        sys.stdout.flush()
-        os._exit(code)  # other ranks may never answer: no clean-up that talks to them
+        with suppress(OSError):
+            sys.stdout.flush()
+        os._exit(EXIT_STORE if isinstance(error, StoreError) else EXIT_FAILED)
     import torch.distributed as dist
 
     dist.destroy_process_group()

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,7 +38,7 @@ def forward(
     import torch
 
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    out_BSHD = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    out_BSHD = _empty(q, layout.row_gaps)
     lse_BHS = q.new_full((q.shape[0], q.shape[2], q.shape[1]), -math.inf, dtype=torch.float32)
     work = _Workspace(q, k, layout)
     for b, heads_q, heads_kv in work.parts():
@@ -91,14 +91,17 @@ def backward(
     import torch
 
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    shared = layout.key_gaps is None
+    dq = _empty(q, layout.row_gaps)
+    key_gaps = ((0, k.shape[1]),) if layout.key_gaps is None else layout.key_gaps
+    dk, dv = _empty(k, key_gaps), _empty(v, key_gaps)
     work = _Workspace(q, k, layout)
     # exp(scores - inf) is 0: rows that see nothing contribute nothing.
     lse_BHS = lse.to(work.dtype).masked_fill(lse == -math.inf, math.inf)
     for b, heads_q, heads_kv in work.parts():
         q_hSD, do_hSD, out_hSD = work.read(b, heads_q, q, dout, out)
         k_gTD, v_gTD = work.read(b, heads_kv, k, v)
-        # Zeros still; the gradients themselves where they have the working dtype.
+        # Still to be filled; the gradients themselves where they have the working dtype.
         (dq_hSD,), (dk_gTD, dv_gTD) = work.read(b, heads_q, dq), work.read(b, heads_kv, dk, dv)
         for q0, q1, k0, k1, causal in layout.squares:
             rows, keys = (slice(None), slice(q0, q1)), (slice(None), slice(k0, k1))
@@ -106,8 +109,11 @@ def backward(
             last = lse_BHS[b, heads_q, q0:q1]
             grads = flash(*(x[None] for x in (*square, last)), 0.0, causal, scale=scale)
             dq_hSD[rows] = grads[0][0]
-            dk_gTD[keys] += grads[1][0]
-            dv_gTD[keys] += grads[2][0]
+            for x_gTD, grad in ((dk_gTD, grads[1][0]), (dv_gTD, grads[2][0])):
+                if shared:
+                    x_gTD[keys] += grad
+                else:
+                    x_gTD[keys] = grad
         kT_gDT, vT_gDT, lse_hS1 = k_gTD.mT, v_gTD.mT, lse_BHS[b, heads_q, :, None]
         for tile in layout.tiles:
             q_gmD, do_gmD = work.fold(q_hSD, tile), work.fold(do_hSD, tile)
@@ -130,6 +136,16 @@ def backward(
         work.write(dk_gTD, dk[b, :, heads_kv])
         work.write(dv_gTD, dv[b, :, heads_kv])
     return dq, dk, dv
+
+
+def _empty(like_BSHD: torch.Tensor, zero: Iterable[tuple[int, int]]) -> torch.Tensor:
+    """Contiguous uninitialised memory of that shape, zero in some ranges of tokens."""
+    import torch
+
+    made = torch.empty_like(like_BSHD, memory_format=torch.contiguous_format)
+    for begin, end in zero:
+        made[:, begin:end] = 0
+    return made
 
 
 class _Workspace:

@@ -69,7 +69,7 @@ def forward(
         old, new = lse_BSH[:, q0:q1], lse[..., : q1 - q0].transpose(1, 2)
         both = torch.logaddexp(old, new)
         out_BSHD[:, q0:q1].mul_((old - both).exp_().unsqueeze(-1))
-        out_BSHD[:, q0:q1].addcmul_(o, (new - both).exp_().unsqueeze(-1))
+        out_BSHD[:, q0:q1].addcmul_(o.float(), (new - both).exp_().unsqueeze(-1))
         old.copy_(both)
     return out_BSHD.to(q.dtype), lse_BSH.transpose(1, 2).contiguous()
 

@@ -71,10 +71,17 @@ class Square(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """The tiles of a mask, by rows; ``squares`` are rows left to a fused kernel instead."""
+    """The tiles of a mask, by rows; ``squares`` are rows left to a fused kernel instead.
+
+    Filling memory with zeros costs as much as some of the products, so a plan also says where zeros
+    are needed: ``row_gaps`` are queries ``[q0, q1)`` in no tile and no square; ``key_gaps`` keys in
+    no square, or None where keys are shared, so that their gradients must be added up from zero.
+    """
 
     tiles: tuple[Tile, ...]
     squares: tuple[Square, ...]
+    row_gaps: tuple[tuple[int, int], ...]
+    key_gaps: tuple[tuple[int, int], ...] | None
 
 
 def layout(mask: AttnMask, group: int = 1, tile: int = 0) -> Layout:
@@ -92,7 +99,20 @@ def layout(mask: AttnMask, group: int = 1, tile: int = 0) -> Layout:
     rows = _split_evenly(rows, np.maximum(heights // group, 1))
     pieces, _, row = cut_axis(slices, rows, axis=0)
     order = np.lexsort((pieces[:, K0], row))
-    return Layout(_tiles(pieces[order], row[order], rows), squares)
+    tiles = _tiles(pieces[order], row[order], rows)
+    taken = [(t.q0, t.q1) for t in tiles] + [(s.q0, s.q1) for s in squares]
+    row_gaps = _gaps(taken, mask.seq_q)
+    key_gaps = None if tiles else _gaps([(s.k0, s.k1) for s in squares], mask.seq_k)
+    return Layout(tiles, squares, row_gaps or (), key_gaps)
+
+
+def _gaps(ranges: list[tuple[int, int]], length: int) -> tuple[tuple[int, int], ...] | None:
+    """What ranges leave of ``[0, length)``; None when they overlap."""
+    edges = np.array([(0, 0), *sorted(ranges), (length, length)], dtype=np.int64)
+    free = edges[1:, 0] - edges[:-1, 1]
+    if (free < 0).any():
+        return None
+    return tuple((int(edges[i, 1]), int(edges[i + 1, 0])) for i in np.flatnonzero(free))
 
 
 def _row_intervals(slices: IntArray) -> IntArray:

@@ -113,7 +113,7 @@ def to_block_mask(mask: AttnMask, device: str) -> BlockMask:
     from torch.nn.attention.flex_attention import BlockMask
 
     found = to_block_mask_tables(mask, BLOCK)
-    tables = {
+    tables: dict[str, Any] = {
         item.name: torch.as_tensor(getattr(found, item.name), device=device)
         for item in fields(found)
         if item.name != "block"

@@ -145,4 +145,5 @@ def _heads_first(x_BTGD: torch.Tensor) -> torch.Tensor:
 
 
 def _grouped(x_BSHD: torch.Tensor, groups: int) -> torch.Tensor:
-    return x_BSHD.double().unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)
+    b, s, h, d = x_BSHD.shape
+    return x_BSHD.double().reshape(b, s, groups, h // groups, d).permute(0, 2, 3, 1, 4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import secrets
 import signal
 import subprocess
 import time
@@ -11,6 +12,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+MARK = "CPBENCH_GANG"
+PARENT = "CPBENCH_PARENT"
+KILL_S = 10.0  # a process that held much memory is not gone at once
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class Gang:
 
     def __init__(self, commands: Sequence[Command]) -> None:
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._mark = secrets.token_hex(8)
+        marked = {**os.environ, MARK: self._mark, PARENT: str(os.getpid())}
         try:
             for command in commands:
                 command.log.parent.mkdir(parents=True, exist_ok=True)
@@ -38,7 +45,7 @@ class Gang:
                     self._processes.append(
                         subprocess.Popen(
                             command.argv,
-                            env={**os.environ, **command.env},
+                            env={**marked, **command.env},
                             stdin=subprocess.DEVNULL,
                             stdout=log,
                             stderr=subprocess.STDOUT,
@@ -55,12 +62,31 @@ class Gang:
         return [process.poll() for process in self._processes]
 
     def kill(self) -> None:
-        """End every process at once, stopped ones too, and wait until they are gone."""
+        """End every process at once, stopped ones too, and wait until they are gone.
+
+        Not only those started here: launchers put workers into sessions of their own, and
+        compilers leave helpers behind.  All carry the mark of this gang.
+        """
+        deadline = time.monotonic() + KILL_S
+        while (pids := self.members()) and time.monotonic() < deadline:
+            for pid in pids:
+                with suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
         for process in self._processes:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-        for process in self._processes:
-            process.wait()
+            with suppress(subprocess.TimeoutExpired):
+                process.kill()
+                process.wait(KILL_S)
+
+    def members(self) -> list[int]:
+        """Every process of this gang that is alive, whoever started it."""
+        mark = f"{MARK}={self._mark}".encode()
+        found = []
+        for entry in os.scandir("/proc") if Path("/proc/self").exists() else ():
+            with suppress(OSError):  # gone meanwhile, or another user's
+                if entry.name.isdigit() and mark in Path(entry.path, "environ").read_bytes():
+                    found.append(int(entry.name))
+        return found
 
     def wait(self, seconds: float) -> list[int | None]:
         """Exit codes once all have ended, or after some time."""

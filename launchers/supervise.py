@@ -8,29 +8,33 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
+import secrets
 import signal
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-from cpbench.launchers import local, torchrun
+from cpbench.launchers import autopsy, local, torchrun
 from cpbench.launchers.gang import Command, Gang
 from cpbench.problem import Case
 from cpbench.record import Record
 from cpbench.settings import MeasureSettings
-from cpbench.store import Job, RecordWriter, StoreError, last_notes, read_lines
+from cpbench.store import Job, RecordWriter, StoreError, Tail, check_writable
 
 LAUNCHERS: dict[str, Callable[[Path, int], list[Command]]] = {
     "local": local.commands,
     "torchrun": torchrun.commands,
 }
 STARTUP_S = 300.0  # importing torch on a cold network file system can take minutes
-POLL_S = 0.05
-EXIT_STORE = 74
+POLL_S = (0.05, 0.5)  # more rarely the longer a case takes: the parent shares its cores
+STACKS_S = 0.1  # for ranks to print where they are
+PARTING_S = 2.0  # for the last words of the ranks that are left when one has failed
+EXIT_S = 10.0  # for workers to leave when all is done
+FRUITLESS = 2  # gangs in a row that end without a record: then it is not the cases
 
 
 class LaunchError(RuntimeError):
@@ -78,23 +82,46 @@ def run(
     Raises:
         StoreError: when results cannot be written; all earlier ones are intact.
         LaunchError: when workers cannot start.
+        KeyboardInterrupt: on SIGINT, SIGTERM and SIGHUP, once no worker is left.
     """
-    stamp = f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
-    for group in gangs(cases):
-        remaining = group
-        for attempt in itertools.count():
-            size = group[0].world_size
-            job = plan.job(remaining, f"{plan.launcher}-p{size}-{stamp}-{attempt}")
-            watch = _Watch(job, size, plan, starting, finished)
-            try:
-                watch.follow()
-            except OSError as error:
-                if isinstance(error, StoreError):
-                    raise
-                raise StoreError(f"cannot write results to {plan.out}: {error.strerror}") from error
-            remaining = [case for case in remaining if case.id not in watch.recorded]
-            if not remaining:
-                break
+    # Not the process id: runs in two containers that share a folder may have the same.
+    stamp = f"{time.strftime('%Y%m%dT%H%M%S')}-{secrets.token_hex(3)}"
+    with _interruptible():
+        for group in gangs(cases):
+            left, fruitless = group, 0
+            for attempt in itertools.count():
+                size = group[0].world_size
+                job = plan.job(left, f"{plan.launcher}-p{size}-{stamp}-{attempt}")
+                watch = _Watch(job, size, plan, starting, finished)
+                trouble = watch.follow()
+                fruitless = 0 if watch.recorded else fruitless + 1
+                left = [case for case in left if case.id not in watch.recorded]
+                if not left:
+                    break
+                if fruitless == FRUITLESS:
+                    raise LaunchError(f"workers fail outside of any case: {trouble}")
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Make every request to end a KeyboardInterrupt, and let only the first one through, so that
+    an impatient second Ctrl-C cannot leave workers behind."""
+    before: dict[signal.Signals, Any] = {}
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        for other in before:
+            signal.signal(other, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    with suppress(ValueError):  # only the main thread may set handlers
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                before[number] = signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Watch:
@@ -112,160 +139,148 @@ class _Watch:
         self.recorded: set[str] = set()
         self._starting, self._finished = starting, finished
         self._cases = {case.id: case for case in job.cases}
-        self._notes_read = self._records_read = 0
-        self._current: tuple[Case, float] | None = None
-        self._begun = time.time()
+        self._ranks = [autopsy.Rank(rank, job.journal_path(rank)) for rank in range(size)]
+        self._records = Tail(job.record_path)
+        self._environment: str | None = None
+        self._progress = time.monotonic()  # when a case last started or ended
+        self._oom_kills = autopsy.oom_kills()
 
-    def follow(self) -> None:
-        ooms = _oom_kills()
-        gang = Gang(LAUNCHERS[self.plan.launcher](self.job.save(), self.size))
+    def follow(self) -> str:
+        """Watch until the gang has ended; if cases are left that no record explains, why.
+
+        Raises:
+            StoreError, LaunchError: as :func:`run`.
+        """
+        gang = self._start()
         try:
             while True:
                 self._catch_up()
                 codes = gang.codes()
-                if all(code == 0 for code in codes):
-                    self._catch_up()
-                    self._expect_all()
-                    return
-                if any(code not in (None, 0) for code in codes):
-                    codes = gang.wait(2.0)  # the others' last words may name the cause
-                    self._catch_up()
+                if self._has_failed(codes):
+                    codes = gang.wait(PARTING_S)
                     gang.kill()
-                    self._record_death(codes, _oom_kills() > ooms)
-                    return
-                if self._current and time.time() - self._current[1] > self.job.settings.timeout_s:
-                    reason = self._who_is_where()
-                    gang.kill()
+                    return self._bury(codes)
+                if None not in codes:
                     self._catch_up()
-                    if self._current:
-                        self._record("timeout", reason, 0)
-                    return
-                if not self._current and time.time() - self._begun > STARTUP_S:
+                    return f"workers ended early; see {self._log(0)}"
+                idle = time.monotonic() - self._progress
+                if len(self.recorded) == len(self._cases) and idle > EXIT_S:
+                    return ""  # nothing is lost when a rank hangs in its clean-up
+                if self._current and idle > self.job.settings.timeout_s:
+                    return self._time_out(gang, self._current)
+                if not self._current and idle > STARTUP_S:
                     raise LaunchError(f"workers did not start within {STARTUP_S:.0f} s; "
                                       f"see {self._log(0)}")
-                time.sleep(POLL_S)
+                time.sleep(min(max(POLL_S[0], idle / 20), POLL_S[1]))
         finally:
             gang.kill()
 
+    @property
+    def _current(self) -> Case | None:
+        """The case that rank 0 is in and that has no record yet."""
+        case = self._ranks[0].case
+        return None if case is None or case in self.recorded else self._cases[case]
+
+    def _start(self) -> Gang:
+        try:
+            return Gang(LAUNCHERS[self.plan.launcher](self.job.save(), self.size))
+        except OSError as error:
+            check_writable(self.plan.out)
+            raise LaunchError(f"cannot start workers: {error}") from error
+
     def _catch_up(self) -> None:
         """Take in what rank 0 has noted and recorded since the last time."""
-        notes = last_notes(self.job.journal_path(0))
-        for note in notes[self._notes_read :]:
-            if note["event"] == "start":
-                self._current = self._cases[note["case"]], note["time"]
-                self._starting(self._current[0])
-            if note["event"] == "done":
-                self._current, self._begun = None, time.time()
-        self._notes_read = len(notes)
-        if self.job.record_path.exists():
-            records = [t for _, t in read_lines(self.job.record_path) if t.get("kind") == "case"]
-            for table in records[self._records_read :]:
+        for case in self._ranks[0].catch_up():
+            if case not in self.recorded:
+                self._progress = time.monotonic()
+                self._oom_kills = autopsy.oom_kills()
+                self._starting(self._cases[case])
+        for table in self._records.read():
+            if table.get("kind") == "environment":
+                self._environment = table["id"]
+            else:
                 self._announce(Record.from_json(table))
-            self._records_read = len(records)
 
     def _announce(self, record: Record) -> None:
         self.recorded.add(record.case.id)
-        if self._current and self._current[0].id == record.case.id:
-            self._current = None
-            self._begun = time.time()
+        self._progress = time.monotonic()
         self._finished(record)
 
-    def _expect_all(self) -> None:
-        missing = [case for case in self.job.cases if case.id not in self.recorded]
-        if missing:
-            raise LaunchError(f"workers ended without a record for {missing[0].label}; "
-                              f"see {self._log(0)}")
+    def _has_failed(self, codes: Sequence[int | None]) -> bool:
+        """Whether a process has ended other than by coming to the end of its job."""
+        each = self.size // len(codes)  # torchrun is one process for all ranks
+        for process, code in enumerate(codes):
+            if code == 0:
+                ranks = self._ranks[process * each : (process + 1) * each]
+                for rank in ranks:
+                    rank.catch_up()
+                code = not all(rank.ended for rank in ranks)
+            if code:
+                return True
+        return False
 
-    def _record_death(self, codes: Sequence[int | None], oom_killed: bool) -> None:
-        """A rank died: find out which was first and why, and record it."""
-        words = {r: self._note(r, "failed") for r in range(self.size)}
-        spoken = {rank: note for rank, note in words.items() if note}
-        if EXIT_STORE in codes or any("No space left" in n["reason"] for n in spoken.values()):
-            raise StoreError(f"cannot write results to {self.plan.out}: No space left on device")
-        rank, code = self._first_killed(codes)
-        if rank is not None:
-            name = signal.Signals(-code).name if -code in list(signal.Signals) else str(-code)
-            status = "oom" if oom_killed and name == "SIGKILL" else "crash"
-            killer = " by the kernel, out of memory" if status == "oom" else ""
-            reason = f"rank {rank} was killed by {name}{killer}"
-        elif spoken:
-            rank = min(spoken, key=lambda r: (spoken[r]["status"] != "oom", spoken[r]["time"]))
-            status, reason = spoken[rank]["status"], f"rank {rank}: {spoken[rank]['reason']}"
-        else:
-            rank, status, reason = 0, "crash", f"workers ended with codes {list(codes)}"
-        if self._current is None:
-            raise LaunchError(f"workers failed before any case: {reason}; see {self._log(rank)}")
-        self._record(status, reason, rank)
+    def _bury(self, codes: Sequence[int | None]) -> str:
+        """A rank has died: find out which was first and why, and record it."""
+        self._catch_up()
+        reported: dict[int, int] = {}
+        if self.plan.launcher == "torchrun" and codes[0]:
+            reported = autopsy.torchrun_codes(self._log(0).read_text(errors="replace"))
+        for rank in self._ranks:
+            rank.catch_up()
+            if self.plan.launcher != "torchrun":
+                rank.code = codes[rank.number]
+            else:
+                rank.code = reported.get(rank.number) if codes[0] else 0
+        check_writable(self.plan.out)
+        if any(rank.lost_its_disk for rank in self._ranks):
+            raise StoreError(f"cannot write results to {self.plan.out}: a rank found no room")
+        killed = autopsy.oom_kills() > self._oom_kills
+        found = autopsy.cause(self._ranks, killed)
+        if found is None:  # the launcher itself
+            ended = autopsy.describe_end(codes[0])
+            found = self._ranks[0], "crash", f"{self.plan.launcher} {ended}"
+        return self._blame(*found)
 
-    def _first_killed(self, codes: Sequence[int | None]) -> tuple[int | None, int]:
-        """The rank that a signal ended, and minus that signal; SIGABRT last, since Gloo aborts
-        when a peer is lost."""
-        if self.plan.launcher == "torchrun":
-            with suppress(OSError):
-                log = self._log(0).read_text(errors="replace")
-                root = log.rpartition("Root Cause")[2]
-                rank, code = (re.search(rf"{key}\s*:\s*(-?\d+)", root) for key in
-                              ("rank", "exitcode"))
-                if rank and code and int(code[1]) < 0:
-                    return int(rank[1]), int(code[1])
-            return None, 0
-        killed = [(rank, code) for rank, code in enumerate(codes) if code is not None and code < 0]
-        killed.sort(key=lambda item: item[1] == -signal.SIGABRT)
-        return killed[0] if killed else (None, 0)
+    def _blame(self, rank: autopsy.Rank, status: str, reason: str) -> str:
+        """Record the case that a rank failed in.  A rank may fail once its case is recorded, or
+        before its first: then no case is to blame, and the next gang tries again."""
+        if rank.case is not None and rank.case not in self.recorded:
+            self._record(self._cases[rank.case], rank, status, reason)
+        return f"{reason}; see {self._log(rank.number)}"
 
-    def _who_is_where(self) -> str:
-        """One line on a case that took too long: what each rank was at."""
-        assert self._current is not None
-        phases = []
-        for rank in range(self.size):
-            notes = last_notes(self.job.journal_path(rank))
-            pid = next((note["pid"] for note in reversed(notes) if "pid" in note), None)
-            halted = " (stopped)" if pid and _is_stopped(pid) else ""
-            phases.append(f"rank {rank} {notes[-1]['event'] if notes else 'silent'}{halted}")
-        return f"no result after {self.job.settings.timeout_s:g} s: {', '.join(phases)}"
+    def _time_out(self, gang: Gang, case: Case) -> str:
+        """End a case that takes too long; its record says what each rank was at."""
+        for rank in self._ranks[1:]:
+            rank.catch_up()
+        where = ", ".join(rank.where for rank in self._ranks)
+        reason = f"no result after {self.job.settings.timeout_s:g} s: {where}"
+        self._ask_for_stacks(gang)
+        gang.kill()
+        self._catch_up()  # it may have come to an end in this very moment
+        late = [rank for rank in self._ranks if rank.case != case.id]
+        if case.id in self.recorded or late:
+            return f"{reason}; see {self._log(late[0].number if late else 0)}"
+        return self._blame(self._ranks[0], "timeout", reason)
 
-    def _note(self, rank: int, event: str) -> dict[str, Any] | None:
-        notes = [n for n in last_notes(self.job.journal_path(rank)) if n["event"] == event]
-        return notes[-1] if notes else None
+    def _ask_for_stacks(self, gang: Gang) -> None:
+        """Have every rank that still answers print where it is to its log."""
+        members = gang.members()
+        for rank in self._ranks:
+            if rank.pid in members:
+                with suppress(ProcessLookupError):
+                    os.kill(rank.pid, signal.SIGUSR1)
+        time.sleep(STACKS_S)
 
     def _log(self, rank: int) -> Path:
-        return self.job.folder / ("rank0.log" if self.plan.launcher == "torchrun"
-                                  else f"rank{rank}.log")
+        """Where a rank's output goes."""
+        return self.job.folder / f"rank{0 if self.plan.launcher == 'torchrun' else rank}.log"
 
-    def _record(self, status: str, reason: str, rank: int) -> None:
-        assert self._current is not None
-        case, begun = self._current
-        record = Record(case=case, status=status, reason=reason, started=begun)
-        record.seconds, record.writer = time.time() - begun, f"parent-{self.job.writer}"
-        record.log = str(self._log(rank).relative_to(self.plan.out))
-        writer = RecordWriter(self.plan.out / "records" / f"{record.writer}.jsonl")
-        try:
+    def _record(self, case: Case, rank: autopsy.Rank, status: str, reason: str) -> None:
+        record = Record(case=case, status=status, reason=reason, started=rank.since)
+        record.seconds = time.time() - rank.since
+        record.environment = self._environment
+        record.writer = f"parent-{self.job.writer}"
+        record.log = str(self._log(rank.number).relative_to(self.plan.out))
+        with RecordWriter(self.plan.out / "records" / f"{record.writer}.jsonl") as writer:
             writer.append(record.to_json())
-        finally:
-            writer.close()
         self._announce(record)
-
-
-def _is_stopped(pid: int) -> bool:
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
-    return False
-
-
-def _oom_kills() -> int:
-    """How often the kernel has killed for memory in this process's cgroup (v2 or v1)."""
-    total = 0
-    with suppress(OSError, ValueError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, kinds, path = line.split(":", 2)
-            if kinds == "":
-                files = [Path(f"/sys/fs/cgroup{path}/memory.events")]
-            elif "memory" in kinds.split(","):
-                files = [Path(f"/sys/fs/cgroup/memory{path}/memory.oom_control")]
-            else:
-                continue
-            for file in files:
-                with suppress(OSError):
-                    found = re.search(r"^oom_kill (\d+)", file.read_text(), re.MULTILINE)
-                    total += int(found[1]) if found else 0
-    return total

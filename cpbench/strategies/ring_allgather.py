@@ -51,14 +51,16 @@ class RingAllGather:
         comm: Comm,
         need_lse: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
-        out, lse = op.forward(q, *_gather(k, v, comm), plan)
+        k_all, v_all = _gather(k, v, comm)
+        out, lse = op.forward(q, k_all, v_all, plan)
         return out, lse, (q, k, v, out, lse)
 
     def backward(
         self, dout: torch.Tensor, saved: Any, plan: Any, op: BoundOperator, comm: Comm
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         q, k, v, out, lse = saved
-        dq, dk_all, dv_all = op.backward(dout, q, *_gather(k, v, comm), out, lse, plan)
+        k_all, v_all = _gather(k, v, comm)
+        dq, dk_all, dv_all = op.backward(dout, q, k_all, v_all, out, lse, plan)
         dk, dv = _scatter((dk_all, dv_all), comm)
         return dq, dk.to(k.dtype), dv.to(v.dtype)
 

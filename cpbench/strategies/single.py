@@ -51,4 +51,5 @@ class Single:
     def backward(
         self, dout: torch.Tensor, saved: Any, plan: Any, op: BoundOperator, comm: Comm
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return op.backward(dout, *saved, plan)
+        q, k, v, out, lse = saved
+        return op.backward(dout, q, k, v, out, lse, plan)

@@ -72,9 +72,10 @@ class Ulysses:
     def backward(
         self, dout: torch.Tensor, saved: Any, plan: Any, op: BoundOperator, comm: Comm
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        *tensors, heads_kv = saved
+        q_all, k_all, v_all, out_all, lse_all, heads_kv = saved
         (dout_all,) = _to_heads([dout], comm)
-        dq, dk, dv = _to_tokens(list(op.backward(dout_all, *tensors, plan)), comm)
+        grads = op.backward(dout_all, q_all, k_all, v_all, out_all, lse_all, plan)
+        dq, dk, dv = _to_tokens(list(grads), comm)
         return dq, _sum_replicas(dk, heads_kv), _sum_replicas(dv, heads_kv)
 
 
@@ -87,7 +88,8 @@ def _kv_head_of(heads_kv: int, size: int) -> list[int]:
 def _sum_replicas(grad: torch.Tensor, heads_kv: int) -> torch.Tensor:
     if grad.shape[2] == heads_kv:
         return grad
-    return grad.unflatten(2, (heads_kv, -1)).float().sum(3).to(grad.dtype)
+    total: torch.Tensor = grad.unflatten(2, (heads_kv, -1)).float().sum(3).to(grad.dtype)
+    return total
 
 
 def _to_heads(shards: list[torch.Tensor], comm: Comm) -> list[torch.Tensor]:

@@ -1,0 +1,108 @@
+"""Operators that fail in every way a worker can: ``tests/faulty_operators.py:faulty:how=kill``.
+
+They behave while CPBENCH_TEST_CALM is set, so that what failed can be run again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from cpbench.kernels.reference import Plan, Reference
+from cpbench.registry import OperatorInfo
+from cpbench.store import Journal
+
+
+class Faulty(Reference):
+    """The reference, but that one rank fails in its forward pass.
+
+    Args:
+        how: a key of ``FAULTS``, or ``"wrong"``.
+        rank: that does it; the others do what is right.
+    """
+
+    def __init__(self, how: str, rank: int = 0) -> None:
+        guilty = int(os.environ["RANK"]) == rank and "CPBENCH_TEST_CALM" not in os.environ
+        self.how = how if guilty else "well"
+
+    def forward(self, q: Any, k: Any, v: Any, plan: Plan) -> Any:
+        out, lse = super().forward(q, k, v, plan)
+        if self.how == "wrong":
+            return out * 1.01, lse
+        FAULTS.get(self.how, lambda: None)()
+        return out, lse
+
+
+def _raise() -> NoReturn:
+    raise RuntimeError("this is the root cause\nand more of it on a second line")
+
+
+def _allocate() -> None:
+    """More than the process may have: the limit is put a little above what it has."""
+    import torch
+
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + (64 << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    torch.ones(1 << 30)
+
+
+def _hang() -> None:
+    while True:
+        time.sleep(3600)
+
+
+def _fill_the_disk() -> None:
+    """The run directory's, which the job file is in."""
+    with open(Path(sys.argv[1]).parents[2] / "ballast", "ab", buffering=0) as ballast:
+        for size in (4096, 1):
+            try:
+                while True:
+                    ballast.write(bytes(size))
+            except OSError:
+                pass
+
+
+def _die_once_recorded() -> None:
+    """Finish the case with all others, then die before noting that it is done."""
+    note = Journal.note
+
+    def fatal(self: Journal, event: str, **details: Any) -> None:
+        if event == "done":
+            os.kill(os.getpid(), signal.SIGKILL)
+        note(self, event, **details)
+
+    Journal.note = fatal  # type: ignore[method-assign]
+
+
+def _cannot_be_imported() -> Reference:
+    if "CPBENCH_TEST_CALM" not in os.environ:
+        import cpbench_no_such_module  # noqa: F401
+    return Reference()
+
+
+FAULTS: dict[str, Callable[[], Any]] = {
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "raise": _raise,
+    "oom": _allocate,
+    "hang": _hang,
+    "segfault": lambda: ctypes.string_at(0),
+    "exit": lambda: os._exit(0),
+    "late": _die_once_recorded,
+    "fill": _fill_the_disk,
+}
+
+faulty = OperatorInfo(
+    name="faulty", summary="fails", source="tests", load=Faulty, params=("how", "rank")
+)
+missing = OperatorInfo(
+    name="missing", summary="cannot be imported", source="tests", load=_cannot_be_imported
+)
