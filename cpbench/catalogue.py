@@ -19,15 +19,14 @@ def _operators(device: str) -> list[dict[str, Any]]:
     return [
         {
             "operator": info.name,
-            f"on {device} here": _here(info, device),
-            "masks": "any" if set(info.masks) == set(registry.ANY_MASK)
-            else " ".join(m for m in info.masks if m != "empty"),
-            "dtypes": " ".join(info.dtypes),
+            "here": _here(info, device),
+            "masks": ["any"] if set(info.masks) == set(registry.ANY_MASK)
+            else [kind for kind in info.masks if kind != "empty"],
+            "dtypes": list(info.dtypes),
             "head_dim": f"<= {info.max_head_dim}",
-            "devices": " ".join(info.devices),
-            "backward": " ".join(d for d in info.devices if d in info.backward_on) or "no",
-            "merges": _merges(info),
-            "deterministic": "yes" if info.deterministic else "no",
+            "backward": [d for d in info.devices if d in info.backward_on] or ["no"],
+            "merges": _merges(info, device),
+            "repeatable": "yes" if info.deterministic else "no",
             "summary": info.summary,
         }
         for _, info in sorted(registry.operators().items())
@@ -43,11 +42,11 @@ def _here(info: registry.OperatorInfo, device: str) -> str:
         reason = declared_refusal(info, problem, device)
         if reason is None:
             return answer
-    return f"no: {reason}"
+    return f"no: {(reason or '').removeprefix(f'{info.name} ')}"
 
 
-def _merges(info: registry.OperatorInfo) -> str:
-    if not info.mergeable:
+def _merges(info: registry.OperatorInfo, device: str) -> str:
+    if not info.mergeable or device not in info.lse_on:
         return "no"
     return "yes" if info.external_lse else "forward"
 
@@ -56,9 +55,9 @@ def _strategies(device: str) -> list[dict[str, Any]]:
     return [
         {
             "strategy": info.name,
-            "layouts": " ".join(info.layouts),
-            "parameters": " ".join(info.params),
-            "operator": "mergeable" if info.merges else "any",
+            "layouts": list(info.layouts),
+            "parameters": list(info.params),
+            "operators": "those that merge" if info.merges else "any",
             "summary": info.summary,
             "source": info.source,
         }
@@ -74,7 +73,8 @@ def _masks(device: str) -> list[dict[str, Any]]:
     return [
         {
             "mask": name,
-            "parameters": " ".join(f"{key}={value}" for key, value in info.params.items()),
+            "parameters": [key if value is None else f"{key}={value}"
+                           for key, value in info.params.items()],
             "summary": info.summary,
         }
         for name, info in masks.describe().items()

@@ -7,99 +7,89 @@ timeout (or oom with ``--strict``); 2 bad input; 130 interrupted.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from cpbench import __version__
+from cpbench.options import (
+    AsJson,
+    Format,
+    Kept,
+    Kind,
+    Launcher,
+    LauncherName,
+    OnDevice,
+    UserError,
+    device_name,
+    file,
+    folder,
+    run_directory,
+    several,
+    user_input,
+    write_text,
+)
 
 app = typer.Typer(
     name="cpbench",
     help="Attention kernels and context-parallel strategies, measured and verified.",
     add_completion=False,
-    no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
 INTERRUPTED = 130
 
 
-class UserError(Exception):
-    """Bad input; the message is the one line that the user sees."""
-
-
-class Kind(str, Enum):
-    operators = "operators"
-    strategies = "strategies"
-    layouts = "layouts"
-    masks = "masks"
-    sweeps = "sweeps"
-
-
-class DeviceName(str, Enum):
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class LauncherName(str, Enum):
-    local = "local"
-    torchrun = "torchrun"
-
-
-class Format(str, Enum):
-    table = "table"
-    md = "md"
-    csv = "csv"
-    json = "json"
-
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-OnDevice = Annotated[DeviceName | None, typer.Option(help="Default: cuda where there is one.")]
-
-
-@contextmanager
-def user_input() -> Iterator[None]:
-    """Errors in here are the user's: one line, exit code 2."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        text = getattr(error, "strerror", None)
-        name = getattr(error, "filename", None)
-        raise UserError(f"{name}: {text}" if text and name else str(error)) from error
-
-
 def main() -> None:
     """Entry point: runs the app and turns what it raises into lines and exit codes."""
-    sys.exit(run())
+    try:
+        code = run()
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter tries once more
+        code = 0  # a reader that has seen enough
+        if error.errno == errno.ENOSPC:
+            code = _complain(f"cannot write the output: {error.strerror}", 1)
+    sys.exit(code)
 
 
 def run(argv: list[str] | None = None) -> int:
-    """The exit code of a command line."""
+    """The exit code of a command line; without words, its help."""
+    words = sys.argv[1:] if argv is None else argv
     try:
-        code = app(args=argv, standalone_mode=False)
+        code = app(args=words or ["--help"], prog_name="cpbench", standalone_mode=False)
     except UserError as error:
         return _complain(str(error), 2)
     except (KeyboardInterrupt, typer.Abort):
         return _complain("interrupted", INTERRUPTED)
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader has seen enough
-        return 0
     except typer.Exit as stop:
         return stop.exit_code
+    except SystemExit:  # how typer ends when nobody reads what is printed any more
+        return 0
     except Exception as error:
-        usage = getattr(error, "format_message", None)  # the parser's own errors
-        if usage is None:
+        if not hasattr(error, "format_message"):  # what the parser's own errors have
             raise
-        return _complain(usage(), 2) if usage() else 2
+        return _complain(_usage(error), 2)
     return code if isinstance(code, int) else 0
+
+
+def _usage(error: Any) -> str:
+    """What is wrong with a command line, and where to read what is right."""
+    text = error.format_message().replace("Value error, ", "").strip().rstrip(".")
+    context = getattr(error, "ctx", None)
+    commands = getattr(getattr(context, "command", None), "commands", None)
+    if commands:
+        return f"{text}; commands: {', '.join(commands)}"
+    return f"{text}; see {context.command_path} --help" if context else text
 
 
 def _complain(text: str, code: int) -> int:
@@ -113,7 +103,8 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(epilog="Start with: cpbench doctor, cpbench run quick. "
+              "Each command explains its options: cpbench run --help.")
 def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
@@ -124,33 +115,35 @@ def _root(
 
 @app.command("list")
 def list_(
-    kind: Kind,
+    kind: Annotated[Kind, typer.Argument(help="What to list.")],
     device: OnDevice = None,
     as_json: AsJson = False,
 ) -> None:
-    """What there is: operators with their support, strategies, layouts, masks, sweeps."""
+    """Show what there is: operators, strategies, layouts, masks, sweeps."""
     from cpbench import catalogue
 
     with user_input():
-        rows = catalogue.rows(kind.value, _device(device))
+        rows = catalogue.rows(kind.value, device_name(device))
     _print_rows(rows, as_json)
 
 
 @app.command()
 def mask(
-    mask: Annotated[str, typer.Argument(help="A mask, e.g. causal_document:corpus=pile,seed=3")],
-    seq_len: Annotated[str, typer.Option(help="Tokens, e.g. 8192 or 64k.")],
-    png: Annotated[Path | None, typer.Option(help="Draw it into this file.")] = None,
+    mask: Annotated[
+        str, typer.Argument(metavar="MASK", help="Such as causal_document:corpus=pile,seed=3.")
+    ],
+    seq_len: Annotated[str, typer.Option(metavar="TOKENS", help="Such as 8192 or 64k.")],
+    png: Annotated[Path | None, file(help="Draw it into this file (.png).")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Area, density, slices and build time of a mask; its picture."""
+    """Show the area, density and slices of a mask, and draw it."""
     import time
 
     from cpbench import masks
-    from cpbench.spec import parse_size
+    from cpbench.sweep import number
 
     with user_input():
-        tokens = parse_size(seq_len)
+        tokens = number("seq_len", seq_len)
         start = time.perf_counter()
         built = masks.build(mask, seq_len=tokens)
         build_ms = (time.perf_counter() - start) * 1e3
@@ -176,31 +169,39 @@ def mask(
 
 @app.command("run")
 def run_(
-    sweep: Annotated[str, typer.Argument(help="A TOML file, or a packaged sweep by name.")],
-    out: Annotated[Path | None, typer.Option(help="Run directory; results/SWEEP if left out.")]
-    = None,
-    launcher: LauncherName = LauncherName.local,
+    sweep: Annotated[
+        str,
+        typer.Argument(metavar="SWEEP", help="A TOML file, or a packaged sweep (list sweeps)."),
+    ],
+    out: Annotated[Path | None, folder(help="Run directory.  [default: results/SWEEP]")] = None,
+    launcher: Launcher = LauncherName.local,
     device: OnDevice = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print, run nothing.")] = False,
-    retry: Annotated[str, typer.Option(help="Statuses to try again, e.g. oom,timeout.")] = "",
-    where: Annotated[list[str] | None, typer.Option(help="Only cases with key=value.")] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="oom is a failure too.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print cases and commands; run nothing.")
+    ] = False,
+    retry: Annotated[
+        str, typer.Option(metavar="STATUSES", help="Run these again, such as oom,timeout.")
+    ] = "",
+    where: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Only such cases, e.g. seq_len=4k,16k; repeat."),
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit 1 for oom too.")] = False,
     as_json: AsJson = False,
 ) -> int:
-    """Run a sweep; run again, it goes on where it stopped."""
-    from cpbench import runs, sweep as sweeps
+    """Run a sweep, or go on with one that was stopped."""
+    from cpbench import runs
+    from cpbench import sweep as sweeps
 
     with user_input():
         loaded = sweeps.load(sweep)
         cases = sweeps.select(loaded.cases, where or [])
-        if not cases:
-            raise ValueError(f"no case of {loaded.name} meets {' and '.join(where or [])}")
         request = runs.Request(
             name=loaded.name,
             cases=cases,
-            out=out or Path("results") / loaded.name,
+            out=run_directory(out or Path("results") / loaded.name),
             launcher=launcher.value,
-            device=_device(device),
+            device=device_name(device),
             settings=loaded.settings,
             retry=runs.statuses(retry),
             strict=strict,
@@ -212,31 +213,45 @@ def run_(
 
 @app.command()
 def bench(
-    operator: Annotated[str, typer.Option(help="Operators: a,b:x=1 or ./mine.py:my_op.")]
-    = "bands",
-    mask: Annotated[list[str] | None, typer.Option(help="A mask; repeat for more.")] = None,
-    seq_len: Annotated[str, typer.Option(help="Tokens: 1k,4k")] = "1k,4k",
-    strategy: Annotated[str | None, typer.Option(help="Strategies: ring,ulysses")] = None,
-    layout: Annotated[str | None, typer.Option(help="Layouts: contiguous,zigzag")] = None,
-    world_size: Annotated[str, typer.Option(help="Ranks: 1,2,4")] = "1",
-    batch: str = "1",
-    num_heads_q: str = "4",
-    num_heads_kv: Annotated[str | None, typer.Option(help="As num-heads-q unless given.")] = None,
-    head_dim: str = "64",
-    dtype: str = "float32",
-    direction: Annotated[str, typer.Option(help="fwd, bwd, fwd_bwd")] = "fwd_bwd",
-    seed: str = "0",
-    precision: Annotated[float, typer.Option(help="Stop at this relative half-width.")] = 0.03,
-    max_seconds: Annotated[float, typer.Option(help="Per case.")] = 10.0,
-    out: Annotated[Path | None, typer.Option(help="Keep the records here.")] = None,
-    launcher: LauncherName = LauncherName.local,
+    operator: Annotated[str, several(help="Registered, or ./mine.py:my_op.")] = "bands",
+    mask: Annotated[
+        list[str] | None, several(help="Repeat for more.  [default: causal]")
+    ] = None,
+    seq_len: Annotated[str, several(help="Tokens.")] = "1k,4k",
+    strategy: Annotated[
+        str | None, several(help="Such as ring,ulysses.  [default: single]")
+    ] = None,
+    layout: Annotated[
+        str | None, several(help="Such as zigzag,striped.  [default: contiguous]")
+    ] = None,
+    world_size: Annotated[str, several(help="Ranks.")] = "1",
+    batch: Annotated[str, several()] = "1",
+    num_heads_q: Annotated[str, several()] = "4",
+    num_heads_kv: Annotated[str | None, several(help="[default: as --num-heads-q]")] = None,
+    head_dim: Annotated[str, several()] = "64",
+    dtype: Annotated[str, several(help="Of float32, bfloat16, float16.")] = "float32",
+    direction: Annotated[str, several(help="Of fwd, bwd, fwd_bwd.")] = "fwd_bwd",
+    seed: Annotated[str, several(help="Of the inputs.")] = "0",
+    precision: Annotated[
+        float,
+        typer.Option(metavar="SHARE", help="Stop once the median is known to within this share."),
+    ] = 0.03,
+    max_seconds: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Stop after this, for each case.")
+    ] = 10.0,
+    out: Kept = None,
+    launcher: Launcher = LauncherName.local,
     device: OnDevice = None,
     as_json: AsJson = False,
 ) -> int:
-    """A sweep without a file."""
+    """Run every combination of some values: a sweep without a file.
+
+    A LIST is one value or several with commas between: --seq-len 1k,4k.
+    """
     import tempfile
 
-    from cpbench import runs, sweep as sweeps
+    from cpbench import runs
+    from cpbench import sweep as sweeps
 
     given = {
         "operator": operator, "strategy": strategy, "layout": layout, "seq_len": seq_len,
@@ -249,34 +264,38 @@ def bench(
         table["mask"] = [one for text in mask or ["causal"] for one in sweeps.split_list(text)]
         measure = {"precision": precision, "max_seconds": max_seconds}
         loaded = sweeps.expand({"sweep": table, "measure": measure}, "bench")
-        folder = out or Path(tempfile.mkdtemp(prefix="cpbench-"))
         request = runs.Request(
-            name="bench", cases=list(loaded.cases), out=folder, launcher=launcher.value,
-            device=_device(device), settings=loaded.settings,
+            name="bench", cases=list(loaded.cases),
+            out=run_directory(out) if out else Path(tempfile.mkdtemp(prefix="cpbench-")),
+            launcher=launcher.value, device=device_name(device), settings=loaded.settings,
         )  # fmt: skip
     return _execute(request, as_json)
 
 
 @app.command()
 def verify(
-    operator: Annotated[str | None, typer.Option(help="Only these operators.")] = None,
-    strategy: Annotated[str | None, typer.Option(help="Only these strategies.")] = None,
-    mask: Annotated[list[str] | None, typer.Option(help="Only these masks; repeat.")] = None,
-    world_size: Annotated[str | None, typer.Option(help="Ranks: 1,2,3,4")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32,bfloat16")] = None,
+    operator: Annotated[str | None, several(help="Only these.  [default: all]")] = None,
+    strategy: Annotated[str | None, several(help="Only these.  [default: all]")] = None,
+    mask: Annotated[list[str] | None, several(help="Only these; repeat for more.")] = None,
+    world_size: Annotated[str | None, several(help="Ranks.  [default: 1,2,3,4]")] = None,
+    dtype: Annotated[str | None, several(help="[default: float32,bfloat16]")] = None,
     device: OnDevice = None,
-    launcher: LauncherName = LauncherName.local,
-    out: Annotated[Path | None, typer.Option(help="Keep the records here.")] = None,
+    launcher: Launcher = LauncherName.local,
+    out: Kept = None,
     as_json: AsJson = False,
 ) -> int:
-    """Hold operators and strategies against float64: outputs, log-sum-exp, gradients."""
+    """Check operators and strategies against float64, without timing.
+
+    Outputs, log-sum-exp and gradients are compared, over masks that cover every pattern.
+    A LIST is one value or several with commas between.
+    """
     from cpbench import runs, verification
 
     with user_input():
-        kind = _device(device)
+        kind = device_name(device)
         request = verification.request(
             operators=operator, strategies=strategy, masks=mask, world_sizes=world_size,
-            dtypes=dtype, device=kind, launcher=launcher.value, out=out,
+            dtypes=dtype, device=kind, launcher=launcher.value, out=out and run_directory(out),
         )  # fmt: skip
     code = _supervised(request, quiet=as_json)
     run = runs.results(request)
@@ -292,36 +311,45 @@ def verify(
 
 @app.command()
 def report(
-    folder: Annotated[Path | None, typer.Argument(help="A run directory.")] = None,
-    form: Annotated[Format, typer.Option("--format", help="How to print.")] = Format.table,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Into this file.")] = None,
-    columns: Annotated[bool, typer.Option("--columns", help="Explain the columns.")] = False,
+    run_dir: Annotated[
+        Path | None, typer.Argument(metavar="FOLDER", help="A run directory.")
+    ] = None,
+    form: Annotated[
+        Format, typer.Option("--format", help="table and md for people, csv and json for programs.")
+    ] = Format.table,
+    output: Annotated[
+        Path | None, file("-o", "--output", help="Write here instead of printing.")
+    ] = None,
+    columns: Annotated[
+        bool, typer.Option("--columns", help="Explain the columns of csv and json.")
+    ] = False,
 ) -> None:
-    """Who won where, every case, what failed and why."""
+    """Show who won where, every case, and what failed and why."""
     from cpbench.reports import render
-    from cpbench.store import read_run, write_whole
+    from cpbench.store import read_run
 
     if columns:
         print(render.columns(), end="")
         return
-    if folder is None:
+    if run_dir is None:
         raise UserError("report needs a run directory, or --columns")
-    if not (folder / "records").is_dir():
-        raise UserError(f"{folder} is not a run directory: it has no records folder")
-    run = read_run(folder)
+    if not (run_dir / "records").is_dir():
+        raise UserError(f"{run_dir} is not a run directory: it has no records folder")
+    with user_input():
+        run = read_run(run_dir)
     if not run.records:
-        raise UserError(f"{folder} holds no finished case yet")
-    text = render.render(run, folder, form.value)
+        raise UserError("; ".join([f"{run_dir} holds no finished case yet", *run.warnings[:1]]))
+    text = render.render(run, run_dir, form.value)
     if output is None:
         print(text, end="")
     else:
         with user_input():
-            write_whole(output, text)
+            write_text(output, text)
 
 
 @app.command()
 def doctor(as_json: AsJson = False) -> int:
-    """What this machine can run, and what is missing."""
+    """Show what this machine can run, and what is missing."""
     from cpbench import diagnosis
 
     rows = diagnosis.examine()
@@ -360,20 +388,13 @@ def _supervised(request: Any, quiet: bool) -> int:
         raise typer.Exit(_complain(text, INTERRUPTED)) from None
 
 
-def _device(name: DeviceName | None) -> str:
-    if name is not None:
-        return name.value
-    return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
-
-
 def _print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows, indent=1))
     elif rows:
-        from cpbench.reports.render import tabulated
+        from cpbench.reports.text import listing
 
-        print(tabulated(rows, "table"))
-
+        print(listing(rows))
 
 
 if __name__ == "__main__":

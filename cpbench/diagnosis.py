@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cpbench import registry
+from cpbench import masks, registry
 from cpbench.environment import commit, usable_cores
 
 _PROBE = """
@@ -54,8 +54,12 @@ def examine() -> list[dict[str, Any]]:
         there = importlib.util.find_spec(module) is not None
         rows.append(_row(module, "ok" if there else "missing", use))
     rows.append(_row("shared memory", *_shared_memory()))
-    for name, known in (("operators", registry.operators()), ("strategies", registry.strategies())):
-        rows.append(_row(name, "ok", " ".join(sorted(known))))
+    for name, known in (("operators", registry.operators), ("strategies", registry.strategies),
+                        ("masks", masks.describe)):
+        try:
+            rows.append(_row(name, "ok", " ".join(sorted(known()))))
+        except registry.RegistrationError as error:
+            rows.append(_row(name, "broken", str(error)))
     return rows
 
 

@@ -4,7 +4,8 @@ A kernel file declares ``OPERATORS = (OperatorInfo(...), ...)``, a strategy file
 StrategyInfo(...)``.  The files of ``cpbench.kernels`` and ``cpbench.strategies`` are found by
 looking; other packages register through the entry-point groups ``cpbench.operators``,
 ``cpbench.strategies`` and ``cpbench.masks``.  ``path/file.py:attribute`` names one that is not
-registered at all.  A name registered twice raises.
+registered at all; the file is run by the parent too, so it imports torch inside functions.  A name
+registered twice raises.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import importlib
 import importlib.util
 import pkgutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -44,6 +46,7 @@ class OperatorInfo:
         external_lse: whether its backward takes the out and lse of a larger computation, which
             strategies that merge partial results need.
         mergeable: whether it has one softmax log-sum-exp, so that partial results merge.
+        lse_on: device types on which its forward returns that log-sum-exp.
         deterministic: whether two runs agree to the bit.
         requires: importable modules it needs.
         params: names of the parameters that ``load`` takes.
@@ -60,6 +63,7 @@ class OperatorInfo:
     backward_on: tuple[str, ...] = ("cpu", "cuda")
     external_lse: bool = True
     mergeable: bool = True
+    lse_on: tuple[str, ...] = ("cpu", "cuda")
     deterministic: bool = True
     requires: tuple[str, ...] = ("torch",)
     params: tuple[str, ...] = ()
@@ -96,11 +100,27 @@ def _modules(package: str) -> Iterable[ModuleType]:
             yield importlib.import_module(f"{package}.{item.name}")
 
 
+def plugins(group: str) -> Iterator[tuple[str, Any]]:
+    """What other packages declare in an entry-point group, each with words for where it is from.
+
+    Raises:
+        RegistrationError: when one cannot be imported.
+    """
+    for point in entry_points(group=group):
+        where = f"entry point {point.value}"
+        try:
+            found = point.load()
+        except Exception as error:  # somebody else's code: whatever it raises
+            raise RegistrationError(
+                f"{where} of {group} cannot be loaded: {type(error).__name__}: {error}"
+            ) from error
+        yield where, found
+
+
 def _collect(kind: type[T], builtin: Iterable[Any], group: str) -> dict[str, T]:
     found: dict[str, T] = {}
     origin: dict[str, str] = {}
-    plugins = [(f"entry point {p.value}", p.load()) for p in entry_points(group=group)]
-    for where, declared in [("cpbench", item) for item in builtin] + plugins:
+    for where, declared in [*(("cpbench", item) for item in builtin), *plugins(group)]:
         for info in declared if isinstance(declared, tuple | list) else (declared,):
             if not isinstance(info, kind):
                 raise RegistrationError(f"{where} of {group} is not a {kind.__name__}: {info!r}")
@@ -161,7 +181,7 @@ def implementation(info: OperatorInfo | StrategyInfo, params: dict[str, Any]) ->
     return target(**params)
 
 
-def _lookup(name: str, known: dict[str, T], kind: type[T], word: str) -> T:
+def _lookup(name: str, known: dict[str, T], kind: Any, word: str) -> T:
     if ".py:" in name:
         found: T = _from_file(name, kind, word)
         return found
@@ -171,20 +191,26 @@ def _lookup(name: str, known: dict[str, T], kind: type[T], word: str) -> T:
 
 
 @functools.cache
-def _from_file(name: str, kind: type[Any], word: str) -> Any:
+def _from_file(name: str, kind: Any, word: str) -> Any:
     path, _, attribute = name.rpartition(":")
     if not Path(path).is_file():
         raise ValueError(f"{word} {name!r}: there is no file {path!r}")
     module_name = "cpbench_user_" + Path(path).stem
     loader = importlib.util.spec_from_file_location(module_name, path)
-    assert loader is not None and loader.loader is not None
+    assert loader is not None
+    assert loader.loader is not None
     module = importlib.util.module_from_spec(loader)
     sys.modules[module_name] = module
     try:
-        loader.loader.exec_module(module)
-    except Exception as error:
+        with redirect_stdout(sys.stderr):  # stdout may be somebody's JSON
+            loader.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # the user's code: whatever it raises
         raise ValueError(f"{word} {name!r}: {type(error).__name__}: {error}") from error
     info = getattr(module, attribute, None)
     if not isinstance(info, kind):
-        raise ValueError(f"{word} {name!r}: {attribute!r} in {path!r} is not a {kind.__name__}")
+        there = [key for key, value in vars(module).items() if isinstance(value, kind)]
+        raise ValueError(
+            f"{word} {name!r}: {attribute!r} is not among the {kind.__name__} objects of {path!r}: "
+            f"{', '.join(there) or 'it has none'}"
+        )
     return info

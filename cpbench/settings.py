@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
+
+MAX_THREADS = 1024
+_TYPES = {"int": (int,), "float": (int, float), "bool": (bool,)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +42,10 @@ class MeasureSettings:
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
-            wanted = {"int": int, "float": (int, float), "bool": bool}[str(item.type)]
-            if not isinstance(value, wanted) or (item.type != "bool" and isinstance(value, bool)):
+            if type(value) not in _TYPES[str(item.type)]:  # a boolean is no integer here
                 raise ValueError(f"measure.{item.name} = {value!r} is not of type {item.type}")
-            if item.type != "bool" and value < 0:
-                raise ValueError(f"measure.{item.name} = {value!r} must not be negative")
+            if item.type != "bool" and not 0 <= value < math.inf:  # nan fails every comparison
+                raise ValueError(f"measure.{item.name} = {value!r} must be 0 or more, and finite")
         if not 1 <= self.min_iterations <= self.max_iterations:
             raise ValueError(
                 f"measure: 1 <= min_iterations ({self.min_iterations}) <= max_iterations "
@@ -50,6 +53,8 @@ class MeasureSettings:
             )
         if self.timeout_s <= 0:
             raise ValueError("measure.timeout_s must be positive")
+        if self.threads > MAX_THREADS:
+            raise ValueError(f"measure.threads = {self.threads} must be at most {MAX_THREADS}")
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any]) -> MeasureSettings:

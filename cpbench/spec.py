@@ -7,6 +7,7 @@ in brackets, or plain strings.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,8 +16,10 @@ from typing import Any
 Value = bool | int | float | str | tuple[int, ...]
 
 _SIZE = re.compile(r"(\d+(?:_\d+)*)\s*([kmKM]?)")
+_NEGATIVE = re.compile(r"-\d{1,19}")
 _NAME = re.compile(r"[^:]+\.py:\w+|[\w.\-]+")
 _SUFFIX = {"": 1, "k": 1024, "m": 1024 * 1024}
+_MAX_DIGITS = 19  # of a 64-bit integer
 
 
 def parse_size(text: str | int) -> int:
@@ -30,6 +33,8 @@ def parse_size(text: str | int) -> int:
     match = _SIZE.fullmatch(str(text).strip())
     if match is None:
         raise ValueError(f"{text!r} is not a size: write an integer, or one with k or m (64k, 1m)")
+    if len(match[1]) > _MAX_DIGITS:
+        raise ValueError(f"{match[1][:_MAX_DIGITS]}... is too large: at most {_MAX_DIGITS} digits")
     return int(match[1].replace("_", "")) * _SUFFIX[match[2].lower()]
 
 
@@ -79,6 +84,8 @@ class Spec:
             key, equals, text = item.partition("=")
             if not equals or not key.strip().isidentifier() or not text.strip():
                 raise ValueError(f"{item!r} in {source!r} is not of the form key=value")
+            if key.strip() == "name":
+                raise ValueError(f"no parameter can be called 'name', as in {source!r}")
             if key.strip() in params:
                 raise ValueError(f"{key.strip()!r} is given twice in {source!r}")
             params[key.strip()] = parse_value(text.strip())
@@ -87,7 +94,7 @@ class Spec:
         return cls.of(match[0], **params)
 
     @classmethod
-    def of(cls, name: str, **params: Value) -> Spec:
+    def of(cls, name: str, /, **params: Value) -> Spec:
         """A spec from Python values."""
         return cls(name, tuple(sorted(params.items())))
 
@@ -111,15 +118,20 @@ class Spec:
 def parse_value(text: str) -> Value:
     """One parameter value from text."""
     if text.startswith("[") and text.endswith("]"):
-        return tuple(parse_size(item.strip()) for item in text[1:-1].split(",") if item.strip())
+        items = [item.strip() for item in text[1:-1].split(",")]
+        # Negative numbers are no sizes, but a list may hold them.
+        return tuple(int(x) if _NEGATIVE.fullmatch(x) else parse_size(x) for x in items if x)
     if text in ("true", "false"):
         return text == "true"
     if _SIZE.fullmatch(text):
         return parse_size(text)
+    if re.fullmatch(r"[+-]?\d+", text):
+        return int(text)
     try:
-        return int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
+        number = float(text)
     except ValueError:
         return text
+    return _finite(text, number)
 
 
 def format_value(value: Value) -> str:
@@ -134,11 +146,22 @@ def format_value(value: Value) -> str:
 def _from_toml(key: str, value: object) -> Value:
     if isinstance(value, str):
         return parse_value(value)
-    if isinstance(value, bool | int | float):
+    if isinstance(value, float):
+        return _finite(f"{key} = {value}", value)
+    if isinstance(value, bool | int):
         return value
     if isinstance(value, list) and all(type(item) is int for item in value):
         return tuple(value)
-    raise ValueError(f"{key} = {value!r} is not a number, a string, a boolean or a list of integers")
+    raise ValueError(
+        f"{key} = {value!r} is not a number, a string, a boolean or a list of integers"
+    )
+
+
+def _finite(text: str, number: float) -> float:
+    # No parameter means anything by nan or inf, and JSON cannot hold them.
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not a finite number")
+    return number
 
 
 def _split(text: str) -> list[str]:

@@ -25,9 +25,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
@@ -37,13 +38,18 @@ from cpbench import layout, masks
 from cpbench.problem import DIRECTIONS, DTYPES, Case
 from cpbench.registry import check_params, operator_info, strategy_info
 from cpbench.settings import MeasureSettings
-from cpbench.spec import Spec, parse_size
+from cpbench.spec import Spec, Value, format_size, parse_size
 
 SPEC_KEYS = ("operator", "strategy", "layout", "mask")
 INT_KEYS = ("batch", "seq_len", "num_heads_q", "num_heads_kv", "head_dim", "world_size", "seed")
 CHOICES = {"dtype": DTYPES, "direction": DIRECTIONS}
 KEYS = (*SPEC_KEYS, *INT_KEYS, *CHOICES)
 TABLES = ("sweep", "include", "exclude", "measure", "description")
+
+# Slips of the keyboard, not problems: beyond these, planning alone would eat the machine.
+MAX_CASES = 100_000
+LARGEST = {"batch": 1 << 16, "seq_len": 1 << 26, "num_heads_q": 1 << 12, "num_heads_kv": 1 << 12,
+           "head_dim": 1 << 14, "world_size": 1 << 14, "seed": (1 << 63) - 1}
 
 
 class SweepError(ValueError):
@@ -93,10 +99,13 @@ def load(name: str) -> Sweep:
                 f"no sweep {name!r}: neither a file nor one of {', '.join(packaged())}"
             )
         table = tomllib.loads(text)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise SweepError(f"cannot read {name}: {reason}") from None
-    except tomllib.TOMLDecodeError as error:
+    except OSError as error:
+        raise SweepError(f"cannot read {name}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise SweepError(f"cannot read {name}: it is not UTF-8 text") from None
+    except RecursionError:
+        raise SweepError(f"{name} is nested too deeply") from None
+    except ValueError as error:  # TOMLDecodeError, or a number of thousands of digits
         raise SweepError(f"{name} is not TOML: {' '.join(str(error).split())}") from None
     try:
         return expand(table, title)
@@ -113,13 +122,15 @@ def expand(table: Mapping[str, Any], name: str) -> Sweep:
     for key in table:
         if key not in TABLES:
             raise ValueError(f"no table {key!r}; there are: {', '.join(TABLES)}")
+    if not isinstance(table.get("description", ""), str):
+        raise ValueError(f"description = {table['description']!r} is not a string")
     base = _table("sweep", table.get("sweep", {}))
     includes = _tables("include", table.get("include", []))
     excludes = _tables("exclude", table.get("exclude", []))
     settings = MeasureSettings.from_table(_table("measure", table.get("measure", {})))
     if not base and not includes:
         raise ValueError("there is neither a [sweep] nor an [[include]] table: nothing to run")
-    products = [product(base)] if base and "sweep" in table else []
+    products = [product(base)] if base else []
     products += [product({**base, **extra}) for extra in includes]
     dropped = [{key: _values(key, value) for key, value in rule.items()} for rule in excludes]
     cases: dict[str, Case] = {}
@@ -132,55 +143,71 @@ def expand(table: Mapping[str, Any], name: str) -> Sweep:
 
 
 def product(table: Mapping[str, Any]) -> list[Case]:
-    """Every case of one table of lists, each checked."""
-    keys = [key for key in KEYS if key in table]
-    columns = [_values(key, table[key]) for key in keys]
-    return [checked(dict(zip(keys, row, strict=True))) for row in itertools.product(*columns)]
-
-
-def checked(values: Mapping[str, Any]) -> Case:
-    """One case, its combination of values checked without torch.
+    """Every case of one table of lists, checked without torch.
 
     Raises:
-        ValueError: for what no machine could run.
+        ValueError: for what no machine could run, in one line.
     """
-    values = dict(values)
-    if "num_heads_kv" not in values and "num_heads_q" in values:
-        values["num_heads_kv"] = values["num_heads_q"]
-    case = Case(**values)
-    if case.num_heads_q % case.num_heads_kv:
-        raise ValueError(
-            f"num_heads_q ({case.num_heads_q}) must be a multiple of num_heads_kv "
-            f"({case.num_heads_kv})"
-        )
-    operator = operator_info(case.operator.name)
-    check_params("operator", operator.name, case.operator.kwargs, operator.params)
-    strategy = strategy_info(case.strategy.name)
-    check_params("strategy", strategy.name, case.strategy.kwargs, strategy.params)
-    layout.build(case.layout, case.seq_len, case.world_size)
-    mask = masks.build(case.mask, case.seq_len)
-    if (mask.seq_q, mask.seq_k) != (case.seq_len, case.seq_len):
-        raise ValueError(
-            f"mask {case.mask} is {mask.seq_q} x {mask.seq_k}; a sweep takes square masks"
-        )
-    return case.with_content(_content(case))
+    for key in SPEC_KEYS:
+        if key not in table:  # the default must be there too
+            _CHECKS[key](getattr(Case(), key))
+    keys = [key for key in KEYS if key in table]
+    columns = [_values(key, table[key]) for key in keys]
+    size = math.prod(map(len, columns))
+    if size > MAX_CASES:
+        raise ValueError(f"the lists multiply to {size} cases; at most {MAX_CASES} are allowed")
+    cases = [_case(dict(zip(keys, row, strict=True))) for row in itertools.product(*columns)]
+    # Texts as keys: they tell apart what compares equal, such as 1 and true.
+    content: dict[tuple[str, ...], dict[str, str]] = {}
+    for mask, seq_len in {(str(c.mask), c.seq_len): (c.mask, c.seq_len) for c in cases}.values():
+        _check_mask(mask, seq_len)
+    for case in cases:
+        files = (str(case.operator), str(case.strategy), str(case.mask))
+        if files not in content:
+            content[files] = _content(case)
+    return [
+        case.with_content(content[str(case.operator), str(case.strategy), str(case.mask)])
+        for case in cases
+    ]
+
+
+def number(key: str, item: Any) -> int:
+    """The value of one of ``INT_KEYS``: an integer, or a text such as ``"64k"``.
+
+    Raises:
+        ValueError: for anything else, or one out of bounds.
+    """
+    if isinstance(item, bool) or not isinstance(item, int | str):
+        raise ValueError(f"{key} = {item!r} is not an integer")
+    try:
+        found = parse_size(item)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+    if found < (0 if key == "seed" else 1):
+        raise ValueError(f"{key} = {found} must be {'0 or more' if key == 'seed' else 'positive'}")
+    if found > LARGEST[key]:
+        raise ValueError(f"{key} = {item} is too large: at most {format_size(LARGEST[key])}")
+    return found
 
 
 def select(cases: Iterable[Case], conditions: Sequence[str]) -> list[Case]:
     """The cases that meet every ``key=value`` (a spec matches by its text or its name).
 
     Raises:
-        ValueError: for a condition that is not of that form or an unknown key.
+        ValueError: for a condition that is not of that form, an unknown key, or no case left.
     """
-    rules = []
+    kept = list(cases)
     for condition in conditions:
-        key, equals, value = condition.partition("=")
+        key, equals, value = (part.strip() for part in condition.partition("="))
         if not equals:
-            raise ValueError(f"{condition!r} is not of the form key=value")
-        rules.append({key.strip(): split_list(value)})
-        _known_key(key.strip())
-    wanted = [{key: _values(key, value) for key, value in rule.items()} for rule in rules]
-    return [case for case in cases if all(_matches(case, rule) for rule in wanted)]
+            raise ValueError(f"{condition!r} is not of the form key=value; keys: {', '.join(KEYS)}")
+        _known_key(key)
+        wanted = {key: _values(key, split_list(value))}
+        there = dict.fromkeys(str(getattr(case, key)) for case in kept)
+        kept = [case for case in kept if _matches(case, wanted)]
+        if not kept:
+            raise ValueError(f"no case has {condition}; {key} is one of: {', '.join(there)}")
+    return kept
 
 
 def split_list(text: str) -> list[str]:
@@ -206,15 +233,7 @@ def _scalar(key: str, item: Any) -> Any:
         if item not in CHOICES[key]:
             raise ValueError(f"{key} = {item!r} is not one of {', '.join(CHOICES[key])}")
         return item
-    if isinstance(item, bool) or not isinstance(item, int | str):
-        raise ValueError(f"{key} = {item!r} is not an integer")
-    try:
-        number = parse_size(item)
-    except ValueError as error:
-        raise ValueError(f"{key}: {error}") from None
-    if number < (0 if key == "seed" else 1):
-        raise ValueError(f"{key} = {number} must be {'0 or more' if key == 'seed' else 'positive'}")
-    return number
+    return number(key, item)
 
 
 def _specs(key: str, item: Any) -> list[Spec]:
@@ -224,12 +243,48 @@ def _specs(key: str, item: Any) -> list[Spec]:
         spec = Spec.parse(item)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from None
-    columns = [
-        [(name, one) for one in value]
-        if isinstance(value, tuple) and name != "doc_lens" else [(name, value)]
-        for name, value in spec.params
-    ]
+    _CHECKS[key](spec)
+    columns: list[list[tuple[str, Value]]] = []
+    for name, value in spec.params:
+        draws = value if isinstance(value, tuple) and name != "doc_lens" else (value,)
+        if not draws:
+            raise ValueError(f"{key} {spec.name}: {name} = [] is an empty list; give a value")
+        columns.append([(name, one) for one in draws])
     return [Spec(spec.name, params) for params in itertools.product(*columns)]
+
+
+def _check_operator(spec: Spec) -> None:
+    check_params("operator", spec.name, spec.kwargs, operator_info(spec.name).params)
+
+
+def _check_strategy(spec: Spec) -> None:
+    check_params("strategy", spec.name, spec.kwargs, strategy_info(spec.name).params)
+
+
+def _check_mask(spec: Spec, seq_len: int) -> None:
+    mask = masks.build(spec, seq_len)
+    if (mask.seq_q, mask.seq_k) != (seq_len, seq_len):
+        raise ValueError(f"mask {spec} is {mask.seq_q} x {mask.seq_k}; a sweep takes square masks")
+
+
+_CHECKS: dict[str, Callable[[Spec], object]] = {
+    "operator": _check_operator,
+    "strategy": _check_strategy,
+    "layout": lambda spec: layout.build(spec, 1, 1),
+    "mask": masks.pattern_info,
+}
+
+
+def _case(values: dict[str, Any]) -> Case:
+    if "num_heads_q" in values:
+        values.setdefault("num_heads_kv", values["num_heads_q"])
+    case = Case(**values)
+    if case.num_heads_q % case.num_heads_kv:
+        raise ValueError(
+            f"num_heads_q ({case.num_heads_q}) must be a multiple of num_heads_kv "
+            f"({case.num_heads_kv})"
+        )
+    return case
 
 
 def _matches(case: Case, rule: Mapping[str, Sequence[Any]]) -> bool:
@@ -258,17 +313,19 @@ def _table(name: str, value: Any) -> dict[str, Any]:
 def _tables(name: str, value: Any) -> list[dict[str, Any]]:
     if not isinstance(value, list):
         raise ValueError(f"{name} is not a list of tables: write [[{name}]]")
+    if {} in value:  # an exclude without a key would match every case
+        raise ValueError(f"an [[{name}]] is empty; it takes {', '.join(KEYS)}")
     return [_table(name, item) for item in value]
 
 
 def _content(case: Case) -> dict[str, str]:
-    """Hashes of the files that a case points at."""
+    """Hashes of the files that a case points at, by the text that stands for them in the case."""
     content = dict(masks.content_files(case.mask))
-    for spec in (case.operator, case.strategy):
-        path, colon, _ = spec.name.rpartition(".py:")
-        if colon:
-            digest = hashlib.sha256(Path(path + ".py").read_bytes()).hexdigest()
-            content[spec.name] = digest
+    for spec in (case.operator, case.strategy, case.mask):
+        path, colon, attribute = spec.name.rpartition(":")
+        if colon:  # one file may hold several
+            digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+            content[spec.name] = f"{digest}:{attribute}"
     return content
 
 

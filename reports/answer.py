@@ -18,7 +18,7 @@ class Answer:
 
     Attributes:
         question: what was to be computed.
-        ranking: rows of the tidy table that are ok, fastest first.
+        ranking: rows of the tidy table that are ok and timed, fastest first.
         tie: whether the first two cannot be told apart within their noise.
     """
 
@@ -38,14 +38,14 @@ def answers(table: pd.DataFrame) -> list[Answer]:
     timed = table[(table["status"] == "ok") & table["time_ms"].notna()]
     found = []
     for key, group in timed.groupby(list(QUESTION), sort=True):
-        ranking = group.sort_values("time_ms")
+        ranking = group.sort_values("time_ms", kind="stable")
         found.append(Answer(dict(zip(QUESTION, key, strict=True)), ranking, _tie(ranking)))
     return found
 
 
-def method(row: Any, many_ranks: bool) -> str:
-    """What competes in a row: the operator, and on several ranks how it is spread."""
-    if row["strategy"] == "single" and not many_ranks:
+def method(row: Any) -> str:
+    """What competes in a row: the operator, and how it is spread where it is."""
+    if row["strategy"] == "single" and row["world_size"] == 1:
         return str(row["operator"])
     return f"{row['strategy']}/{row['layout']} {row['operator']}"
 
@@ -59,4 +59,4 @@ def _tie(ranking: pd.DataFrame) -> bool:
         return True
     low: float = second["time_ms"] * (1 - second["noise"])
     high: float = first["time_ms"] * (1 + first["noise"])
-    return low <= high
+    return bool(low <= high)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +52,8 @@ COLUMNS = {
     "writer": "who wrote the record",
     "log": "what the failing rank printed",
 }
+TEXTS = ("id", "status", "reason", "operator", "strategy", "layout", "mask", "dtype", "direction",
+         "flags", "environment", "writer", "log")
 
 
 def load(*folders: str | Path) -> pd.DataFrame:
@@ -70,7 +74,11 @@ def frame(records: Iterable[Record]) -> pd.DataFrame:
     """The tidy table of some records."""
     import pandas as pd
 
-    return pd.DataFrame([_row(record) for record in records], columns=list(COLUMNS))
+    rows = [_row(record) for record in records]
+    table = pd.DataFrame(rows, columns=list(COLUMNS), dtype=object)  # a text is a str or None
+    numbers = [column for column in COLUMNS if column not in TEXTS]
+    table[numbers] = table[numbers].apply(pd.to_numeric)  # what nobody measured is nan, not None
+    return table.astype({"iterations": "Int64"})
 
 
 def _row(record: Record) -> dict[str, Any]:
@@ -84,7 +92,7 @@ def _row(record: Record) -> dict[str, Any]:
     for key in ("started", "seconds", "environment", "writer", "log"):
         row[key] = getattr(record, key)
     row["flags"] = " ".join(record.flags)
-    row["worst_error"] = record.worst_error
+    row["worst_error"] = _worst_error(record)
     row["noise"] = record.noise
     row["iterations"] = len(record.samples_us) or None
     row["tflops_per_rank"] = record.tflops_per_rank
@@ -104,11 +112,15 @@ def _row(record: Record) -> dict[str, Any]:
     return row
 
 
+def _worst_error(record: Record) -> float | None:
+    found = [e["rel_l2"] for tensors in record.errors.values() for e in tensors.values()]
+    # JSON has no infinity: an error that is none is a null in the record.
+    return max((math.inf if e is None else e for e in found), default=None)
+
+
 def _ms(us: float | None) -> float | None:
     return None if us is None else us / 1e3
 
 
 def _median(samples: list[float]) -> float | None:
-    import statistics
-
     return statistics.median(samples) if samples else None

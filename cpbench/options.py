@@ -1,0 +1,104 @@
+"""What the commands of the command line share: options, and what is done with their values."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Kind(str, Enum):
+    operators = "operators"
+    strategies = "strategies"
+    layouts = "layouts"
+    masks = "masks"
+    sweeps = "sweeps"
+
+
+class DeviceName(str, Enum):
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class LauncherName(str, Enum):
+    local = "local"
+    torchrun = "torchrun"
+
+
+class Format(str, Enum):
+    table = "table"
+    md = "md"
+    csv = "csv"
+    json = "json"
+
+
+several = partial(typer.Option, metavar="LIST")
+folder = partial(typer.Option, metavar="FOLDER")
+file = partial(typer.Option, metavar="FILE")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+OnDevice = Annotated[
+    DeviceName | None, typer.Option(help="Where to compute.  [default: cuda where there is a GPU]")
+]
+Launcher = Annotated[LauncherName, typer.Option(help="What starts the ranks.")]
+Kept = Annotated[Path | None, folder(help="Keep the records here.  [default: a temporary folder]")]
+
+
+class UserError(Exception):
+    """Bad input; the message is the one line that the user sees."""
+
+
+@contextmanager
+def user_input() -> Iterator[None]:
+    """Errors in here are the user's: one line, exit code 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        text = getattr(error, "strerror", None)
+        name = getattr(error, "filename", None)
+        raise UserError(f"{name}: {text}" if text and name else str(error)) from error
+
+
+def device_name(name: DeviceName | None) -> str:
+    """The device asked for, or the one there is, found out without torch."""
+    if name is not None:
+        return name.value
+    return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
+
+
+def run_directory(out: Path) -> Path:
+    """A run directory that is there or can be made.
+
+    Raises:
+        ValueError: when a file is in its way.
+    """
+    nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"--out {out}: {nearest} is a file; give a folder, there or not")
+    if not os.access(nearest, os.W_OK):
+        raise ValueError(f"--out {out}: {nearest} is not writable; give another folder")
+    return out
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write what the user wants in a file.
+
+    Raises:
+        ValueError: when it cannot be there.
+        OSError: when it cannot be written.
+    """
+    from cpbench.store import write_whole
+
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise ValueError(f"-o {path}: {what}; give a file in a folder that is there")
+    if path.exists() and not path.is_file():
+        path.write_text(text)  # a pipe or device, not to be replaced by a file
+    else:
+        write_whole(path, text)

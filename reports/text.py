@@ -1,0 +1,96 @@
+"""Rows as a table: for a terminal, cells wrapped to its width, or as Markdown."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+NARROWEST = 14  # a column is not wrapped below this
+_NUMBER = re.compile(r"(?:<= )?[\d.,]+(?:e[+-]?\d+)?[kmx]?|tie|")
+_PIECE = re.compile(r"[^\s,:/]*(?:[,:/]+\s?|\s|$)")
+
+
+def tabulated(rows: Sequence[Mapping[str, Any]], form: str) -> str:
+    """Rows of equal keys as ``"table"`` or ``"md"``; columns with nothing in them are left out."""
+    if form == "table":
+        return "\n".join(line for row in row_lines(rows) for line in row)
+    from tabulate import tabulate
+
+    columns, align = _columns([{k: escaped(_plain(v)) for k, v in row.items()} for row in rows])
+    return str(tabulate(columns, headers="keys", tablefmt="github", disable_numparse=True,
+                        colalign=["right" if right else "left" for right in align.values()]))
+
+
+def row_lines(rows: Sequence[Mapping[str, Any]], width: int | None = None) -> list[list[str]]:
+    """The lines of the head, then those of each row, for a terminal.
+
+    Args:
+        width: of the terminal; its own, or 100 where there is none, unless given.
+    """
+    columns, align = _columns([{k: _plain(v) for k, v in row.items()} for row in rows])
+    widths = {key: max(map(len, [key, *cells])) for key, cells in columns.items()}
+    limit = width or shutil.get_terminal_size((100, 24)).columns
+    while sum(widths.values()) + 2 * (len(widths) - 1) > limit:
+        widest = max(widths, key=lambda key: widths[key])
+        if widths[widest] <= max(NARROWEST, len(widest)):
+            break  # rather too wide than unreadable
+        widths[widest] -= 1
+
+    def laid_out(cells: Mapping[str, str]) -> list[str]:
+        wraps = {key: wrapped(text, widths[key]) for key, text in cells.items()}
+        lines = []
+        for i in range(max(map(len, wraps.values()))):
+            parts = [(wrap[i] if i < len(wrap) else "", key) for key, wrap in wraps.items()]
+            line = "  ".join(
+                text.rjust(widths[key]) if align[key] else text.ljust(widths[key])
+                for text, key in parts
+            )
+            lines.append(line.rstrip())
+        return lines
+
+    head = [*laid_out({key: key for key in columns}), "  ".join("-" * n for n in widths.values())]
+    return [head, *(laid_out({key: columns[key][i] for key in columns}) for i in range(len(rows)))]
+
+
+def listing(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table for a terminal in which the ``summary`` of a row, where there is one beside several
+    columns, is a line below it: there is no room for a sentence beside them."""
+    below = "summary" if len(rows[0]) > 2 else ""
+    head, *bodies = row_lines([{k: v for k, v in row.items() if k != below} for row in rows])
+    lines = list(head)
+    for row, body in zip(rows, bodies, strict=True):
+        lines += [*body, *([f"    {row[below]}"] if below in row else [])]
+    return "\n".join(lines)
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """Lines of at most ``width``, broken after spaces and punctuation where that is possible."""
+    lines = [""]
+    for piece in _PIECE.findall(text):
+        if len((lines[-1] + piece).rstrip()) > width and lines[-1]:
+            lines.append("")
+        while len(piece.rstrip()) > width:
+            cut = piece.rfind("_", 0, width) + 1 or width
+            lines[-1:] = [piece[:cut], ""]
+            piece = piece[cut:]
+        lines[-1] += piece
+    return [line.rstrip() for line in lines]
+
+
+def escaped(text: str) -> str:
+    """Text that Markdown leaves as it is, in a table too."""
+    return re.sub(r"([\\|*`<>])", r"\\\1", text)
+
+
+def _plain(value: Any) -> str:
+    words = value if isinstance(value, list | tuple) else str(value).split()
+    return " ".join(map(str, words))
+
+
+def _columns(rows: list[dict[str, str]]) -> tuple[dict[str, list[str]], dict[str, bool]]:
+    """The columns that have something in them, and whether each holds numbers."""
+    columns = {key: [row[key] for row in rows] for key in rows[0]}
+    columns = {key: cells for key, cells in columns.items() if any(cells)}
+    return columns, {key: all(map(_NUMBER.fullmatch, c)) for key, c in columns.items()}
