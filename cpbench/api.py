@@ -159,8 +159,16 @@ def attention(
             f"and {mask.seq_k} keys; shapes are [B, S, H, D]"
         )
     problem = _problem(q, k, v, q.shape[1], k.shape[1], scale)
-    work = _prepared(Spec.parse(operator), Spec("single"), Spec("contiguous"), _ByDigest(mask),
-                     problem, 1, 0, q.device.type)
+    work = _prepared(
+        Spec.parse(operator),
+        Spec("single"),
+        Spec("contiguous"),
+        _ByDigest(mask),
+        problem,
+        1,
+        0,
+        q.device.type,
+    )
     return _Autograd.apply(q, k, v, work, None)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -198,8 +206,13 @@ def distributed_attention(
     comm, control = _communicators(group)
     problem = _problem(q, k, v, mask.seq_q, mask.seq_k, scale)
     work = _agreed(
-        control, Spec.parse(operator), Spec.parse(strategy), Spec.parse(layout), _ByDigest(mask),
-        problem, q.device.type,
+        control,
+        Spec.parse(operator),
+        Spec.parse(strategy),
+        Spec.parse(layout),
+        _ByDigest(mask),
+        problem,
+        q.device.type,
     )
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.shape[1] != work.layout.local_len:

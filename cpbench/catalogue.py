@@ -11,8 +11,13 @@ from cpbench.problem import DTYPES, Problem
 
 def rows(kind: str, device: str) -> list[dict[str, Any]]:
     """One row for each registered thing of a kind (operators, strategies, layouts, …)."""
-    return {"operators": _operators, "strategies": _strategies, "layouts": _layouts,
-            "masks": _masks, "sweeps": _sweeps}[kind](device)
+    return {
+        "operators": _operators,
+        "strategies": _strategies,
+        "layouts": _layouts,
+        "masks": _masks,
+        "sweeps": _sweeps,
+    }[kind](device)
 
 
 def _operators(device: str) -> list[dict[str, Any]]:
@@ -20,7 +25,8 @@ def _operators(device: str) -> list[dict[str, Any]]:
         {
             "operator": info.name,
             "here": _here(info, device),
-            "masks": ["any"] if set(info.masks) == set(registry.ANY_MASK)
+            "masks": ["any"]
+            if set(info.masks) == set(registry.ANY_MASK)
             else [kind for kind in info.masks if kind != "empty"],
             "dtypes": list(info.dtypes),
             "head_dim": f"<= {info.max_head_dim}",
@@ -37,8 +43,16 @@ def _here(info: registry.OperatorInfo, device: str) -> str:
     """``yes``, ``forward only``, or why not."""
     for direction, answer in (("fwd_bwd", "yes"), ("fwd", "forward only")):
         dtype = next((name for name in DTYPES if name in info.dtypes), info.dtypes[0])
-        problem = Problem(batch=1, seq_q=1, seq_k=1, heads_q=1, heads_kv=1, head_dim=64,
-                          dtype=dtype, direction=direction)
+        problem = Problem(
+            batch=1,
+            seq_q=1,
+            seq_k=1,
+            heads_q=1,
+            heads_kv=1,
+            head_dim=64,
+            dtype=dtype,
+            direction=direction,
+        )
         reason = declared_refusal(info, problem, device)
         if reason is None:
             return answer
@@ -73,8 +87,9 @@ def _masks(device: str) -> list[dict[str, Any]]:
     return [
         {
             "mask": name,
-            "parameters": [key if value is None else f"{key}={value}"
-                           for key, value in info.params.items()],
+            "parameters": [
+                key if value is None else f"{key}={value}" for key, value in info.params.items()
+            ],
             "summary": info.summary,
         }
         for name, info in masks.describe().items()

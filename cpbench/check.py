@@ -61,7 +61,11 @@ class _Sums:
 
         found, reference = found.double(), reference.double()
         same = torch.isneginf(found) & torch.isneginf(reference)
-        error = torch.where(same, 0.0, found - reference).abs().nan_to_num_(nan=torch.inf, posinf=torch.inf)
+        error = (
+            torch.where(same, 0.0, found - reference)
+            .abs()
+            .nan_to_num_(nan=torch.inf, posinf=torch.inf)
+        )
         finite = reference[~torch.isneginf(reference)]
         return cls(
             float(error.square().sum()),
@@ -114,9 +118,16 @@ def make_inputs(
     import torch
 
     def make(name: str, heads: int) -> torch.Tensor:
-        return normal(name, seed, positions, batch=problem.batch, heads=range(heads),
-                      head_dim=problem.head_dim, device=device,
-                      dtype=getattr(torch, dtype or problem.dtype))
+        return normal(
+            name,
+            seed,
+            positions,
+            batch=problem.batch,
+            heads=range(heads),
+            head_dim=problem.head_dim,
+            device=device,
+            dtype=getattr(torch, dtype or problem.dtype),
+        )
 
     names = ("q", "k", "v", "dout") if problem.backward else ("q", "k", "v")
     return {n: make(n, problem.heads_kv if n in "kv" else problem.heads_q) for n in names}
@@ -131,9 +142,16 @@ def small_mask(mask: AttnMask, tokens: int = SMALL_TOKENS) -> AttnMask:
     if mask.seq_q != mask.seq_k or mask.seq_q <= tokens:
         return mask
     n = mask.seq_q
-    corners = np.unique(np.concatenate(
-        [mask.slices[:, :4].reshape(-1), mask.slices[:, 0] + mask.slices[:, 4],
-         mask.slices[:, 0] + mask.slices[:, 5], np.array([0, n])]))
+    corners = np.unique(
+        np.concatenate(
+            [
+                mask.slices[:, :4].reshape(-1),
+                mask.slices[:, 0] + mask.slices[:, 4],
+                mask.slices[:, 0] + mask.slices[:, 5],
+                np.array([0, n]),
+            ]
+        )
+    )
     corners = corners[(corners >= 0) & (corners <= n)]
     count = tokens // WINDOW
     chosen = corners[np.unique(np.linspace(0, len(corners) - 1, count).astype(int))]
@@ -144,8 +162,18 @@ def small_mask(mask: AttnMask, tokens: int = SMALL_TOKENS) -> AttnMask:
     return mask.restrict(ranges, ranges)
 
 
-def small(make: Any, mask: AttnMask, problem: Problem, world_size: int, layout: str, seed: int,
-          device: str, comm: Comm | None, control: Control | None, rank: int) -> Errors:
+def small(
+    make: Any,
+    mask: AttnMask,
+    problem: Problem,
+    world_size: int,
+    layout: str,
+    seed: int,
+    device: str,
+    comm: Comm | None,
+    control: Control | None,
+    rank: int,
+) -> Errors:
     """Errors of every output and gradient at a small size.
 
     Args:
@@ -244,9 +272,16 @@ def sampled(
     def everything(name: str) -> torch.Tensor:
         """``[heads, S, D]`` float64 of the sampled heads, all tokens, one batch."""
         wanted = [head_kv] if name in ("k", "v") else list(heads)
-        whole = normal(name, seed, np.arange(mask.seq_k), batch=problem.batch, heads=wanted,
-                       head_dim=problem.head_dim, device=device,
-                       dtype=getattr(torch, problem.dtype))
+        whole = normal(
+            name,
+            seed,
+            np.arange(mask.seq_k),
+            batch=problem.batch,
+            heads=wanted,
+            head_dim=problem.head_dim,
+            device=device,
+            dtype=getattr(torch, problem.dtype),
+        )
         return whole[batch].transpose(0, 1).double()
 
     index = _index(local, device)
@@ -320,7 +355,9 @@ def _everyones_lse(
 
 def _visible(mask: AttnMask, line: int, device: str) -> torch.Tensor:
     """Indices of the keys that one query sees."""
-    q0, q1, k0, k1, lo, hi = mask.slices[(mask.slices[:, 0] <= line) & (line < mask.slices[:, 1])].T
+    _q0, _q1, k0, k1, lo, hi = mask.slices[
+        (mask.slices[:, 0] <= line) & (line < mask.slices[:, 1])
+    ].T
     start, end = np.maximum(k0, line + lo), np.minimum(k1, line + hi + 1)
     parts = [np.arange(a, b) for a, b in zip(start, end, strict=True)]
     return _index(np.concatenate(parts) if parts else np.zeros(0, np.int64), device)

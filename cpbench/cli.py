@@ -103,8 +103,10 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(epilog="Start with: cpbench doctor, cpbench run quick. "
-              "Each command explains its options: cpbench run --help.")
+@app.callback(
+    epilog="Start with: cpbench doctor, cpbench run quick. "
+    "Each command explains its options: cpbench run --help."
+)
 def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
@@ -214,9 +216,7 @@ def run_(
 @app.command()
 def bench(
     operator: Annotated[str, several(help="Registered, or ./mine.py:my_op.")] = "bands",
-    mask: Annotated[
-        list[str] | None, several(help="Repeat for more.  [default: causal]")
-    ] = None,
+    mask: Annotated[list[str] | None, several(help="Repeat for more.  [default: causal]")] = None,
     seq_len: Annotated[str, several(help="Tokens.")] = "1k,4k",
     strategy: Annotated[
         str | None, several(help="Such as ring,ulysses.  [default: single]")
@@ -383,8 +383,10 @@ def _supervised(request: Any, quiet: bool) -> int:
         raise typer.Exit(_complain(str(error), 1)) from None
     except KeyboardInterrupt:
         kept = len(runs.results(request).records)
-        text = (f"interrupted: {kept} of {len(request.cases)} cases are kept in {request.out}; "
-                "the same command goes on from here")
+        text = (
+            f"interrupted: {kept} of {len(request.cases)} cases are kept in {request.out}; "
+            "the same command goes on from here"
+        )
         raise typer.Exit(_complain(text, INTERRUPTED)) from None
 
 

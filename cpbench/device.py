@@ -83,7 +83,8 @@ class Cpu:
 
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
             kept = work()
-        assert seen.profiler is not None and seen.profiler.kineto_results is not None
+        assert seen.profiler is not None
+        assert seen.profiler.kineto_results is not None
         events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
         del kept
         now = peak = 0
@@ -127,10 +128,6 @@ class Cuda:
     def __init__(self, index: int) -> None:
         import torch
 
-        if not torch.cuda.is_available() or index >= torch.cuda.device_count():
-            raise ValueError(
-                f"there is no CUDA device {index}: torch sees {torch.cuda.device_count()}"
-            )
         torch.cuda.set_device(index)
         self.index = index
         size = 2 * torch.cuda.get_device_properties(index).L2_cache_size
@@ -215,11 +212,23 @@ class _nvml:
         self._nvml.nvmlShutdown()
 
 
+def shortage(kind: str, ranks_here: int) -> str | None:
+    """Why this machine cannot give each of its ranks a device, or None.  All ranks agree."""
+    if kind != "cuda":
+        return None
+    import torch
+
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if found >= ranks_here:
+        return None
+    return f"{ranks_here} CUDA devices are needed here, one for each rank; torch sees {found}"
+
+
 def open_device(kind: str, local_rank: int, threads: int) -> Device:
-    """The device of a rank.
+    """The device of a rank; :func:`shortage` says beforehand whether there are enough.
 
     Raises:
-        ValueError: when there is no such device here.
+        ValueError: for a kind that there is not.
     """
     if kind == "cuda":
         return Cuda(local_rank)

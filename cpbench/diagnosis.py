@@ -44,18 +44,35 @@ def examine() -> list[dict[str, Any]]:
         found = json.loads(probe.stdout.strip().splitlines()[-1])
         rows.append(_row("torch", "ok", found["torch"]))
         rows.append(_row("gloo", "ok" if found["gloo"] else "broken", "CPU communication"))
-        rows.append(_row("CUDA devices", "ok" if found["cuda"] else "missing",
-                         ", ".join(found["cuda"]) or "none: CUDA operators are refused"))
+        rows.append(
+            _row(
+                "CUDA devices",
+                "ok" if found["cuda"] else "missing",
+                ", ".join(found["cuda"]) or "none: CUDA operators are refused",
+            )
+        )
         rows.append(_row("nccl", "ok" if found["nccl"] else "missing", "GPU communication"))
-    rows.append(_row("C++ compiler", "ok" if shutil.which("g++") else "missing",
-                     shutil.which("g++") or "flex on CPUs is refused"))
-    for module, use in (("pynvml", "GPU clocks and throttling"), ("triton", "GPU kernels"),
-                        ("mpi4py", "MPI launching"), ("pyarrow", "document lengths from parquet")):
+    rows.append(
+        _row(
+            "C++ compiler",
+            "ok" if shutil.which("g++") else "missing",
+            shutil.which("g++") or "flex on CPUs is refused",
+        )
+    )
+    for module, use in (
+        ("pynvml", "GPU clocks and throttling"),
+        ("triton", "GPU kernels"),
+        ("mpi4py", "MPI launching"),
+        ("pyarrow", "document lengths from parquet"),
+    ):
         there = importlib.util.find_spec(module) is not None
         rows.append(_row(module, "ok" if there else "missing", use))
     rows.append(_row("shared memory", *_shared_memory()))
-    for name, known in (("operators", registry.operators), ("strategies", registry.strategies),
-                        ("masks", masks.describe)):
+    for name, known in (
+        ("operators", registry.operators),
+        ("strategies", registry.strategies),
+        ("masks", masks.describe),
+    ):
         try:
             rows.append(_row(name, "ok", " ".join(sorted(known()))))
         except registry.RegistrationError as error:

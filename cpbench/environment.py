@@ -17,11 +17,28 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PREFIXES = ("NCCL_", "GLOO_", "UCX_", "TORCH_NCCL_", "TORCHINDUCTOR_", "TRITON_", "OMP_", "MKL_",
-            "KMP_", "OPENBLAS_")
-NAMES = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_MAX_CONNECTIONS", "CUBLAS_WORKSPACE_CONFIG",
-         "SLURM_JOB_ID", "SLURM_JOB_NUM_NODES", "SLURM_JOB_PARTITION", "PYTORCH_ALLOC_CONF",
-         "PYTORCH_CUDA_ALLOC_CONF")
+PREFIXES = (
+    "NCCL_",
+    "GLOO_",
+    "UCX_",
+    "TORCH_NCCL_",
+    "TORCHINDUCTOR_",
+    "TRITON_",
+    "OMP_",
+    "MKL_",
+    "KMP_",
+    "OPENBLAS_",
+)
+NAMES = (
+    "CUDA_VISIBLE_DEVICES",
+    "CUDA_DEVICE_MAX_CONNECTIONS",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "SLURM_JOB_ID",
+    "SLURM_JOB_NUM_NODES",
+    "SLURM_JOB_PARTITION",
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+)
 PACKAGES = ("torch", "triton", "numpy", "mpi4py", "ring-flash-attn", "flash-attn", "nvidia-ml-py")
 
 

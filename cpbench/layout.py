@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cpbench.mask import HI, K0, K1, LO, Q0, Q1, AttnMask, IntArray, areas, cut_axis
+from cpbench.mask import HI, LO, Q0, Q1, AttnMask, IntArray, areas, cut_axis
 from cpbench.registry import check_params
 from cpbench.spec import Spec
 

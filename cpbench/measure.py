@@ -80,7 +80,8 @@ def measure_time(
             before = comm.traffic.bytes_sent, comm.traffic.messages
             took_us = device.time_us(lambda phase=phase: workload.call(phase))  # type: ignore[misc]
             traffic[phase] = (
-                comm.traffic.bytes_sent - before[0], comm.traffic.messages - before[1]
+                comm.traffic.bytes_sent - before[0],
+                comm.traffic.messages - before[1],
             )
             if warmup == 0:
                 first_call_us += took_us

@@ -37,7 +37,7 @@ class Record:
         bytes_sent: by phase, ``[rank]``, counted at the transport.
         messages: by phase, ``[rank]``.
         flags: caveats, such as ``contended`` or ``oversubscribed``.
-        environment: id of the environment record in the same file.
+        environment: id of an environment record in the same run directory.
         started: seconds since the epoch; ``seconds``: how long the whole case took.
         writer: which worker gang or parent wrote this.
         log: file under the run directory with what the failing rank printed.
@@ -46,7 +46,7 @@ class Record:
     case: Case
     status: str
     reason: str | None = None
-    errors: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    errors: dict[str, dict[str, dict[str, float | None]]] = field(default_factory=dict)
     times_us: dict[str, list[list[float]]] = field(default_factory=dict)
     plan_us: float | None = None
     first_call_us: float | None = None
@@ -89,9 +89,9 @@ class Record:
 
     @property
     def worst_error(self) -> float | None:
-        """Largest relative L2 error of any tensor in any check."""
+        """Largest relative L2 error of any tensor in any check (null in JSON is infinite)."""
         found = [e["rel_l2"] for tensors in self.errors.values() for e in tensors.values()]
-        return max(found) if found else None
+        return max((math.inf if error is None else error for error in found), default=None)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, keys in order; :meth:`from_json` reads them back."""
@@ -109,13 +109,16 @@ class Record:
         return cls(**values)
 
 
-def slowest_us(times_us: Mapping[str, Sequence[Sequence[float]]], phases: Sequence[str]
-               ) -> list[float]:
+def slowest_us(
+    times_us: Mapping[str, Sequence[Sequence[float]]], phases: Sequence[str]
+) -> list[float]:
     """Per iteration, the slowest rank's time over ``phases`` together."""
     if not phases:
         return []
-    per_rank = [[sum(parts) for parts in zip(*ranks, strict=True)]
-                for ranks in zip(*(times_us[phase] for phase in phases), strict=True)]
+    per_rank = [
+        [sum(parts) for parts in zip(*ranks, strict=True)]
+        for ranks in zip(*(times_us[phase] for phase in phases), strict=True)
+    ]
     return [max(iteration) for iteration in zip(*per_rank, strict=True)]
 
 

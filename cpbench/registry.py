@@ -172,8 +172,9 @@ def check_params(what: str, name: str, given: Iterable[str], allowed: Iterable[s
 
 def implementation(info: OperatorInfo | StrategyInfo, params: dict[str, Any]) -> Any:
     """Load what ``info`` declares, with its parameters (a ``ValueError`` names a wrong one)."""
-    check_params("operator" if isinstance(info, OperatorInfo) else "strategy", info.name, params,
-                 info.params)
+    check_params(
+        "operator" if isinstance(info, OperatorInfo) else "strategy", info.name, params, info.params
+    )
     target = info.load
     if isinstance(target, str):
         module, _, attribute = target.partition(":")
@@ -183,7 +184,7 @@ def implementation(info: OperatorInfo | StrategyInfo, params: dict[str, Any]) ->
 
 def _lookup(name: str, known: dict[str, T], kind: Any, word: str) -> T:
     if ".py:" in name:
-        found: T = _from_file(name, kind, word)
+        found: T = from_file(name, kind, word)
         return found
     if name not in known:
         raise ValueError(f"no {word} {name!r}; there are: {', '.join(sorted(known))}")
@@ -191,7 +192,12 @@ def _lookup(name: str, known: dict[str, T], kind: Any, word: str) -> T:
 
 
 @functools.cache
-def _from_file(name: str, kind: Any, word: str) -> Any:
+def from_file(name: str, kind: Any, word: str) -> Any:
+    """What ``path/file.py:attribute`` names, an instance of ``kind``; loaded once.
+
+    Raises:
+        ValueError: when there is no such file or attribute, or the file cannot be loaded.
+    """
     path, _, attribute = name.rpartition(":")
     if not Path(path).is_file():
         raise ValueError(f"{word} {name!r}: there is no file {path!r}")

@@ -61,7 +61,8 @@ def remaining(request: Request, run: Run | None = None) -> list[Case]:
     """The cases without a record, or with one whose status is to be tried again."""
     done = (run or read_run(request.out)).records
     return [
-        case for case in request.cases
+        case
+        for case in request.cases
         if case.id not in done or done[case.id].status in request.retry
     ]
 
@@ -92,8 +93,10 @@ def execute(request: Request, quiet: bool = False) -> int:
         raise StoreError(f"cannot write results to {request.out}: {error.strerror}") from error
     kept = len(request.cases) - len(todo)
     if kept and not quiet:
-        print(f"{kept} of {len(request.cases)} cases are recorded in {request.out} already",
-              file=sys.stderr)
+        print(
+            f"{kept} of {len(request.cases)} cases are recorded in {request.out} already",
+            file=sys.stderr,
+        )
     with _progress(len(todo), quiet) as progress:
         supervise.run(todo, request.plan, starting=progress.starting, finished=progress.finished)
     found = Counter(record.status for record in results(request).records.values())
@@ -109,12 +112,21 @@ def show_plan(request: Request, as_json: bool) -> int:
         size = group[0].world_size
         job = request.plan.job(group, f"{request.launcher}-p{size}-STAMP")
         commands = supervise.LAUNCHERS[request.launcher](job.folder.resolve() / "job.json", size)
-        gangs.append({"world_size": size, "cases": len(group),
-                      "commands": [command.to_json() for command in commands]})
+        gangs.append(
+            {
+                "world_size": size,
+                "cases": len(group),
+                "commands": [command.to_json() for command in commands],
+            }
+        )
     if as_json:
         cases = [{"id": case.id, **case.to_json()} for case in todo]
-        print(json.dumps({"sweep": request.name, "out": str(request.out), "cases": cases,
-                          "gangs": gangs}, indent=1))
+        print(
+            json.dumps(
+                {"sweep": request.name, "out": str(request.out), "cases": cases, "gangs": gangs},
+                indent=1,
+            )
+        )
         return 0
     for case in todo:
         print(f"{case.id}  {case.label}")
@@ -166,8 +178,11 @@ class _Lines:
     def finished(self, record: Record) -> None:
         self._done += 1
         if not self._quiet:
-            print(f"[{self._done}/{self._total}] {record.case.label}: {outcome(record)}",
-                  file=sys.stderr, flush=True)
+            print(
+                f"[{self._done}/{self._total}] {record.case.label}: {outcome(record)}",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 class _Bar(_Lines):
@@ -203,12 +218,11 @@ class _Bar(_Lines):
         self._bar.update(self._task, description=case.label)
 
     def finished(self, record: Record) -> None:
-        self._bar.console.print(f"{record.case.label}: {outcome(record)}", markup=False,
-                                highlight=False, soft_wrap=True)
+        self._bar.console.print(
+            f"{record.case.label}: {outcome(record)}", markup=False, highlight=False, soft_wrap=True
+        )
         self._bar.advance(self._task)
 
 
 def _progress(total: int, quiet: bool) -> _Lines:
     return _Bar(total) if sys.stderr.isatty() and not quiet else _Lines(total, quiet)
-
-

@@ -48,8 +48,15 @@ TABLES = ("sweep", "include", "exclude", "measure", "description")
 
 # Slips of the keyboard, not problems: beyond these, planning alone would eat the machine.
 MAX_CASES = 100_000
-LARGEST = {"batch": 1 << 16, "seq_len": 1 << 26, "num_heads_q": 1 << 12, "num_heads_kv": 1 << 12,
-           "head_dim": 1 << 14, "world_size": 1 << 14, "seed": (1 << 63) - 1}
+LARGEST = {
+    "batch": 1 << 16,
+    "seq_len": 1 << 26,
+    "num_heads_q": 1 << 12,
+    "num_heads_kv": 1 << 12,
+    "head_dim": 1 << 14,
+    "world_size": 1 << 14,
+    "seed": (1 << 63) - 1,
+}
 
 
 class SweepError(ValueError):

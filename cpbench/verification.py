@@ -56,8 +56,7 @@ def request(
     chosen = sweep.split_list(operators) if operators else every_operator
     spread = sweep.split_list(strategies) if strategies else sorted(registry.strategies())
     shapes: dict[str, Any] = {
-        "mask": [one for text in masks for one in sweep.split_list(text)] if masks
-        else list(MASKS),
+        "mask": [one for text in masks for one in sweep.split_list(text)] if masks else list(MASKS),
         "dtype": sweep.split_list(dtypes) if dtypes else ["float32", "bfloat16"],
         "seq_len": SEQ_LEN,
     }
@@ -65,19 +64,40 @@ def request(
     tables: list[dict[str, Any]] = []
     if not strategies or "single" in spread:
         for q, kv, dim in ((4, 2, 64), (3, 1, 128)):
-            tables.append({**shapes, "operator": chosen, "num_heads_q": q, "num_heads_kv": kv,
-                           "head_dim": dim, "direction": ["fwd", "fwd_bwd"]})
+            tables.append(
+                {
+                    **shapes,
+                    "operator": chosen,
+                    "num_heads_q": q,
+                    "num_heads_kv": kv,
+                    "head_dim": dim,
+                    "direction": ["fwd", "fwd_bwd"],
+                }
+            )
     several = [name for name in spread if Spec.parse(name).name != "single"]
     if several and (strategies or not operators):
-        layouts = sorted({name for text in several
-                          for name in registry.strategy_info(Spec.parse(text).name).layouts})
+        layouts = sorted(
+            {
+                name
+                for text in several
+                for name in registry.strategy_info(Spec.parse(text).name).layouts
+            }
+        )
         # 12 query and 6 key/value heads: 2, 3 and 6 ranks divide both, 4 makes Ulysses refuse,
         # and 12:4 heads on 8 ranks replicate; 1 rank runs every strategy without traffic.
         for heads in ((12, 6), (8, 2)):
-            tables.append({**shapes, "operator": chosen if operators else "bands",
-                           "strategy": several, "layout": layouts, "num_heads_q": heads[0],
-                           "num_heads_kv": heads[1], "head_dim": 64,
-                           "world_size": sizes if world_sizes else [1, *sizes]})
+            tables.append(
+                {
+                    **shapes,
+                    "operator": chosen if operators else "bands",
+                    "strategy": several,
+                    "layout": layouts,
+                    "num_heads_q": heads[0],
+                    "num_heads_kv": heads[1],
+                    "head_dim": 64,
+                    "world_size": sizes if world_sizes else [1, *sizes],
+                }
+            )
     cases: dict[str, Case] = {}
     for table in tables:
         for case in sweep.product(table):
@@ -107,28 +127,43 @@ def summary(records: Iterable[Record]) -> list[dict[str, Any]]:
         worst = {name: _worst(members, name) for name in ("out", "lse", "dq", "dk", "dv")}
         failed = sum(counts[status] for status in (*FAILURES, "oom"))
         ranks = sorted({record.case.world_size for record in members})
-        rows.append({
-            "operator": operator,
-            "strategy/layout": spread,
-            "ranks": " ".join(map(str, ranks)),
-            "dtype": dtype,
-            "ok": counts["ok"],
-            "refused": counts["unsupported"],
-            "failed": failed,
-            **{name: "" if error is None else f"{error:.1e}" for name, error in worst.items()},
-            "why": next((f"{r.status}: {r.reason}" for r in members if r.status not in
-                         ("ok", "unsupported")),
-                        next((r.reason for r in members if r.status == "unsupported"
-                              and counts["ok"] == 0), "")),
-        })
+        rows.append(
+            {
+                "operator": operator,
+                "strategy/layout": spread,
+                "ranks": " ".join(map(str, ranks)),
+                "dtype": dtype,
+                "ok": counts["ok"],
+                "refused": counts["unsupported"],
+                "failed": failed,
+                **{name: "" if error is None else f"{error:.1e}" for name, error in worst.items()},
+                "why": next(
+                    (
+                        f"{r.status}: {r.reason}"
+                        for r in members
+                        if r.status not in ("ok", "unsupported")
+                    ),
+                    next(
+                        (
+                            r.reason
+                            for r in members
+                            if r.status == "unsupported" and counts["ok"] == 0
+                        ),
+                        "",
+                    ),
+                ),
+            }
+        )
     return rows
 
 
 def conclusion(run: Run, asked: Request) -> str:
     """The closing lines, to paste into an issue."""
     counts = Counter(record.status for record in run.records.values())
-    lines = [f"\n{len(run.records)} of {len(asked.cases)} cases: "
-             + ", ".join(f"{n} {status}" for status, n in counts.most_common())]
+    lines = [
+        f"\n{len(run.records)} of {len(asked.cases)} cases: "
+        + ", ".join(f"{n} {status}" for status, n in counts.most_common())
+    ]
     for environment in run.environments.values():
         device = environment.get("device", {})
         packages = environment.get("packages", {})
@@ -145,6 +180,6 @@ def _worst(records: Iterable[Record], tensor: str) -> float | None:
         errors[tensor]["rel_l2"]
         for record in records
         for errors in record.errors.values()
-        if tensor in errors and errors[tensor]["rel_l2"] is not None
+        if tensor in errors
     ]
-    return max(found) if found else None
+    return max((float("inf") if error is None else error for error in found), default=None)

@@ -103,7 +103,7 @@ def backward64(
     """dq, dk, dv in float64, from the (possibly global) out and lse."""
     import torch
 
-    b, s, h, _ = q.shape
+    b, _s, h, _ = q.shape
     g = k.shape[2]
     q_BGRSD, dout_BGRSD = _grouped(q, g), _grouped(dout, g)
     k_BGTD, v_BGTD = _heads_first(k), _heads_first(v)

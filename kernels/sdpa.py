@@ -28,7 +28,8 @@ _HALF = ("bfloat16", "float16")
 
 
 def _info(name: str, summary: str, **declared: Any) -> OperatorInfo:
-    load = f"cpbench.kernels.sdpa:{''.join(part.title() for part in name.split('_'))}"
+    home = "sdpa_cuda" if declared.get("devices") == ("cuda",) else "sdpa"
+    load = f"cpbench.kernels.{home}:{''.join(part.title() for part in name.split('_'))}"
     source = "torch.nn.functional.scaled_dot_product_attention"
     return OperatorInfo(name=f"sdpa.{name}", summary=summary, source=source, load=load, **declared)
 
@@ -40,14 +41,33 @@ OPERATORS = (
         external_lse=False,
         mergeable=False,
     ),
-    _info("flash", "FlashAttention-2 in torch", masks=_NATIVE, devices=("cuda",), dtypes=_HALF,
-          deterministic=False),
-    _info("efficient", "memory-efficient attention in torch; other masks as a dense bias",
-          devices=("cuda",), deterministic=False),
-    _info("cudnn", "cuDNN's fused attention in torch", masks=_NATIVE, devices=("cuda",),
-          dtypes=_HALF, deterministic=False),
-    _info("cpu_flash", "torch's flash attention for CPUs; other masks as a dense bias",
-          devices=("cpu",)),
+    _info(
+        "flash",
+        "FlashAttention-2 in torch",
+        masks=_NATIVE,
+        devices=("cuda",),
+        dtypes=_HALF,
+        deterministic=False,
+    ),
+    _info(
+        "efficient",
+        "memory-efficient attention in torch; other masks as a dense bias",
+        devices=("cuda",),
+        deterministic=False,
+    ),
+    _info(
+        "cudnn",
+        "cuDNN's fused attention in torch",
+        masks=_NATIVE,
+        devices=("cuda",),
+        dtypes=_HALF,
+        deterministic=False,
+    ),
+    _info(
+        "cpu_flash",
+        "torch's flash attention for CPUs; other masks as a dense bias",
+        devices=("cpu",),
+    ),
 )
 
 
@@ -72,7 +92,7 @@ class Plan:
     keep_graph: bool
 
 
-class _Backend:
+class Backend:
     """Shapes, masks and blind rows, around one aten op on ``[B, H, S, D]`` views."""
 
     def unsupported(self, problem: Problem, mask: AttnMask, device: str) -> str | None:
@@ -161,7 +181,7 @@ class _Backend:
         raise NotImplementedError
 
 
-class CpuFlash(_Backend):
+class CpuFlash(Backend):
     def _forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -190,7 +210,7 @@ class CpuFlash(_Backend):
         return grads
 
 
-class Math(_Backend):
+class Math(Backend):
     """The unfused path differentiates through autograd, and its op returns no lse."""
 
     def __init__(self) -> None:
@@ -228,120 +248,3 @@ class Math(_Backend):
         if plan.empty:
             return super().backward(dout, q, k, v, out, lse, plan)
         return self._keeper.backward(dout, out)
-
-
-class Flash(_Backend):
-    def _forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        import torch
-
-        op = torch.ops.aten._scaled_dot_product_flash_attention
-        out, lse = op(q, k, v, 0.0, plan.causal, False, scale=plan.scale)[:2]
-        return out, lse
-
-    def _backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        plan: Plan,
-    ) -> tuple[torch.Tensor, ...]:
-        import torch
-
-        op = torch.ops.aten._scaled_dot_product_flash_attention_backward
-        no_seed = torch.empty(2, dtype=torch.uint64, device=q.device)
-        s, t = q.shape[2], k.shape[2]
-        grads: tuple[torch.Tensor, ...] = op(
-            dout, q, k, v, out, lse, None, None, s, t, 0.0, plan.causal, no_seed, no_seed,
-            scale=plan.scale,
-        )
-        return grads
-
-
-class Cudnn(_Backend):
-    def _forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        import torch
-
-        op = torch.ops.aten._scaled_dot_product_cudnn_attention
-        out, lse = op(q, k, v, None, True, 0.0, plan.causal, False, scale=plan.scale)[:2]
-        return out, lse.reshape(q.shape[:3])
-
-    def _backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        plan: Plan,
-    ) -> tuple[torch.Tensor, ...]:
-        import torch
-
-        op = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
-        no_seed = torch.empty((), dtype=torch.int64, device=q.device)
-        s, t = q.shape[2], k.shape[2]
-        grads: tuple[torch.Tensor, ...] = op(
-            dout, q, k, v, out, lse.unsqueeze(-1), no_seed, no_seed, None, None, None, s, t, 0.0,
-            plan.causal, scale=plan.scale,
-        )
-        return grads
-
-
-class Efficient(_Backend):
-    """Has no GQA and wants the bias padded to 16 columns: heads are repeated (and their gradients
-    summed) inside the timed call, as a user would have to."""
-
-    def _forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        import torch
-
-        op = torch.ops.aten._scaled_dot_product_efficient_attention
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        bias = _aligned(plan.bias_ST, q)
-        out, lse = op(q, k, v, bias, True, 0.0, plan.causal, scale=plan.scale)[:2]
-        return out, lse[:, :, : q.shape[2]].contiguous()
-
-    def _backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        plan: Plan,
-    ) -> tuple[torch.Tensor, ...]:
-        import torch
-
-        op = torch.ops.aten._scaled_dot_product_efficient_attention_backward
-        heads_kv = k.shape[1]
-        k, v = (x.repeat_interleave(q.shape[1] // heads_kv, 1) for x in (k, v))
-        padded = torch.nn.functional.pad(lse, (0, -lse.shape[2] % 32), value=torch.inf)
-        no_seed = torch.empty((), dtype=torch.int64, device=q.device)
-        bias = _aligned(plan.bias_ST, q)
-        wanted = [True, True, True, False]
-        dq, dk, dv, _ = op(
-            dout, q, k, v, bias, out, padded, no_seed, no_seed, 0.0, wanted, plan.causal,
-            scale=plan.scale,
-        )
-        dk, dv = (x.unflatten(1, (heads_kv, -1)).float().sum(2).to(x.dtype) for x in (dk, dv))
-        return dq, dk, dv
-
-
-def _aligned(bias_ST: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
-    """The bias as ``[B, H, S, T]`` whose rows start at multiples of 16 elements."""
-    import torch
-
-    if bias_ST is None:
-        return None
-    t = bias_ST.shape[1]
-    padded = torch.nn.functional.pad(bias_ST, (0, -t % 16))[:, :t]
-    return padded.expand(q.shape[0], q.shape[1], -1, -1)

@@ -10,9 +10,7 @@ from pathlib import Path
 from cpbench.launchers.gang import Command
 
 
-def commands(
-    job: Path, world_size: int, environ: Mapping[str, str] = os.environ
-) -> list[Command]:
+def commands(job: Path, world_size: int, environ: Mapping[str, str] = os.environ) -> list[Command]:
     """One command per rank.
 
     Args:

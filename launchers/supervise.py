@@ -169,8 +169,9 @@ class _Watch:
                 if self._current and idle > self.job.settings.timeout_s:
                     return self._time_out(gang, self._current)
                 if not self._current and idle > STARTUP_S:
-                    raise LaunchError(f"workers did not start within {STARTUP_S:.0f} s; "
-                                      f"see {self._log(0)}")
+                    raise LaunchError(
+                        f"workers did not start within {STARTUP_S:.0f} s; see {self._log(0)}"
+                    )
                 time.sleep(min(max(POLL_S[0], idle / 20), POLL_S[1]))
         finally:
             gang.kill()

@@ -10,9 +10,7 @@ from pathlib import Path
 from cpbench.launchers.gang import Command
 
 
-def commands(
-    job: Path, world_size: int, environ: Mapping[str, str] = os.environ
-) -> list[Command]:
+def commands(job: Path, world_size: int, environ: Mapping[str, str] = os.environ) -> list[Command]:
     """One torchrun for all ranks; arguments as for ``local``.  Its c10d rendezvous picks a port."""
     argv = (
         sys.executable, "-m", "torch.distributed.run",

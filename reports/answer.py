@@ -8,8 +8,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas as pd
 
-QUESTION = ("mask", "seq_len", "world_size", "direction", "dtype", "batch", "num_heads_q",
-            "num_heads_kv", "head_dim", "seed")
+QUESTION = (
+    "mask",
+    "seq_len",
+    "world_size",
+    "direction",
+    "dtype",
+    "batch",
+    "num_heads_q",
+    "num_heads_kv",
+    "head_dim",
+    "seed",
+)
 
 
 @dataclass(frozen=True)

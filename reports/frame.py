@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
@@ -52,8 +51,21 @@ COLUMNS = {
     "writer": "who wrote the record",
     "log": "what the failing rank printed",
 }
-TEXTS = ("id", "status", "reason", "operator", "strategy", "layout", "mask", "dtype", "direction",
-         "flags", "environment", "writer", "log")
+TEXTS = (
+    "id",
+    "status",
+    "reason",
+    "operator",
+    "strategy",
+    "layout",
+    "mask",
+    "dtype",
+    "direction",
+    "flags",
+    "environment",
+    "writer",
+    "log",
+)
 
 
 def load(*folders: str | Path) -> pd.DataFrame:
@@ -86,13 +98,22 @@ def _row(record: Record) -> dict[str, Any]:
     row: dict[str, Any] = {"id": case.id, "status": record.status, "reason": record.reason}
     for key in ("operator", "strategy", "layout", "mask"):
         row[key] = str(getattr(case, key))
-    for key in ("batch", "seq_len", "num_heads_q", "num_heads_kv", "head_dim", "dtype",
-                "direction", "world_size", "seed"):
+    for key in (
+        "batch",
+        "seq_len",
+        "num_heads_q",
+        "num_heads_kv",
+        "head_dim",
+        "dtype",
+        "direction",
+        "world_size",
+        "seed",
+    ):
         row[key] = getattr(case, key)
     for key in ("started", "seconds", "environment", "writer", "log"):
         row[key] = getattr(record, key)
     row["flags"] = " ".join(record.flags)
-    row["worst_error"] = _worst_error(record)
+    row["worst_error"] = record.worst_error
     row["noise"] = record.noise
     row["iterations"] = len(record.samples_us) or None
     row["tflops_per_rank"] = record.tflops_per_rank
@@ -110,12 +131,6 @@ def _row(record: Record) -> dict[str, Any]:
         per_rank = [sum(phases) for phases in zip(*record.bytes_sent.values(), strict=True)]
         row["sent_mb"] = max(per_rank) / 1e6
     return row
-
-
-def _worst_error(record: Record) -> float | None:
-    found = [e["rel_l2"] for tensors in record.errors.values() for e in tensors.values()]
-    # JSON has no infinity: an error that is none is a null in the record.
-    return max((math.inf if e is None else e for e in found), default=None)
 
 
 def _ms(us: float | None) -> float | None:

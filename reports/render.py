@@ -55,8 +55,11 @@ def render(run: Run, out: Path, form: str) -> str:
         return json.dumps(_plain(table), indent=1) + "\n"
     text: Callable[[str], str] = escaped if form == "md" else str
     timed, found = table[table["status"] == "ok"], answers(table)
-    constant = [fact for fact in _FACTS if fact not in _ALWAYS
-                and len({_FACTS[fact][0](row) for _, row in table.iterrows()}) == 1]
+    constant = [
+        fact
+        for fact in _FACTS
+        if fact not in _ALWAYS and len({_FACTS[fact][0](row) for _, row in table.iterrows()}) == 1
+    ]
     varying = [fact for fact in _FACTS if fact not in constant]
     marks = _marks(timed)
     lines = [f"# {text(out.name)}: {_counts(table)}", ""]
@@ -80,14 +83,16 @@ def winners(found: list[Answer], varying: list[str]) -> list[dict[str, str]]:
         first = answer.ranking.iloc[0]
         second = method(answer.ranking.iloc[1]) if len(answer.ranking) > 1 else "no other"
         lead = "tie" if answer.tie else f"{answer.lead:.2f}x" if answer.lead else ""
-        rows.append({
-            **_told(first, varying),
-            "fastest": method(first),
-            "ms": _significant(first["time_ms"]),
-            _unit(found): _rate(first["tflops_per_rank"], found),
-            "lead": lead,
-            "over": second,
-        })
+        rows.append(
+            {
+                **_told(first, varying),
+                "fastest": method(first),
+                "ms": _significant(first["time_ms"]),
+                _unit(found): _rate(first["tflops_per_rank"], found),
+                "lead": lead,
+                "over": second,
+            }
+        )
     return rows
 
 
@@ -95,8 +100,11 @@ def every_case(
     found: list[Answer], timed: pd.DataFrame, varying: list[str], marks: dict[str, str]
 ) -> list[dict[str, str]]:
     """Every case that is ok, problem by problem: its noise, memory and traffic."""
-    contests = [(row, float(answer.ranking["time_ms"].iloc[0]))
-                for answer in found for _, row in answer.ranking.iterrows()]
+    contests = [
+        (row, float(answer.ranking["time_ms"].iloc[0]))
+        for answer in found
+        for _, row in answer.ranking.iterrows()
+    ]
     checked_only = timed[timed["time_ms"].isna()]
     return [
         {
@@ -118,8 +126,10 @@ def refusals(table: pd.DataFrame) -> list[dict[str, Any]]:
     """What was refused, how often and why."""
     refused = table[table["status"] == "unsupported"]
     counts = Counter((method(row), str(row["reason"])) for _, row in refused.iterrows())
-    return [{"method": name, "cases": count, "reason": reason}
-            for (name, reason), count in sorted(counts.items())]
+    return [
+        {"method": name, "cases": count, "reason": reason}
+        for (name, reason), count in sorted(counts.items())
+    ]
 
 
 def failures(table: pd.DataFrame, out: Path) -> list[tuple[str, str, str, str]]:
@@ -139,11 +149,18 @@ def failures(table: pd.DataFrame, out: Path) -> list[tuple[str, str, str, str]]:
 def checks(timed: pd.DataFrame) -> list[str]:
     """That what is ok was found right, and how nearly."""
     errors = timed["worst_error"].dropna()
-    lines = [f"Checked against float64: {len(errors)} of {len(timed)} cases that are ok; largest "
-             f"relative L2 error {errors.max():.1e}."] if len(errors) else []
+    lines = (
+        [
+            f"Checked against float64: {len(errors)} of {len(timed)} cases that are ok; largest "
+            f"relative L2 error {errors.max():.1e}."
+        ]
+        if len(errors)
+        else []
+    )
     if timed["time_ms"].notna().any() and timed["world_size"].max() > 1:
-        lines.append("FLOP/s are for each rank; ms, peak and sent are those of the slowest or "
-                     "largest rank.")
+        lines.append(
+            "FLOP/s are for each rank; ms, peak and sent are those of the slowest or largest rank."
+        )
     return lines
 
 
@@ -200,8 +217,10 @@ def _listed(failed: list[tuple[str, str, str, str]], form: str) -> list[str]:
     lines = []
     for status, case, reason, log in failed:
         if form == "md":
-            lines.append(f"- **{status}** {escaped(case)}: {escaped(reason)}"
-                         + (f" (log: `{log}`)" if log else ""))
+            lines.append(
+                f"- **{status}** {escaped(case)}: {escaped(reason)}"
+                + (f" (log: `{log}`)" if log else "")
+            )
         else:
             lines += [f"{status:8} {case}", f"{'':8} {reason}"]
             lines += [f"{'':8} log: {log}"] if log else []
@@ -212,8 +231,10 @@ def _score(found: list[Answer]) -> str:
     """How often each method was the fastest."""
     won = Counter(method(a.ranking.iloc[0]) for a in found if not a.tie and a.lead is not None)
     parts = [f"{name} {count}" for name, count in won.most_common()]
-    others = {"ties": sum(a.tie for a in found),
-              "without a rival": sum(a.lead is None for a in found)}
+    others = {
+        "ties": sum(a.tie for a in found),
+        "without a rival": sum(a.lead is None for a in found),
+    }
     parts += [f"{name} {count}" for name, count in others.items() if count]
     return f"Of {_counted(len(found), 'problem')}: {', '.join(parts)}."
 

@@ -19,8 +19,15 @@ def tabulated(rows: Sequence[Mapping[str, Any]], form: str) -> str:
     from tabulate import tabulate
 
     columns, align = _columns([{k: escaped(_plain(v)) for k, v in row.items()} for row in rows])
-    return str(tabulate(columns, headers="keys", tablefmt="github", disable_numparse=True,
-                        colalign=["right" if right else "left" for right in align.values()]))
+    return str(
+        tabulate(
+            columns,
+            headers="keys",
+            tablefmt="github",
+            disable_numparse=True,
+            colalign=["right" if right else "left" for right in align.values()],
+        )
+    )
 
 
 def row_lines(rows: Sequence[Mapping[str, Any]], width: int | None = None) -> list[list[str]]:

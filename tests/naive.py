@@ -38,7 +38,12 @@ def error(found: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def random_inputs(
-    batch: int, tokens: int, heads_q: int, heads_kv: int, head_dim: int, dtype: torch.dtype,
+    batch: int,
+    tokens: int,
+    heads_q: int,
+    heads_kv: int,
+    head_dim: int,
+    dtype: torch.dtype,
     seed: int = 0,
 ) -> list[torch.Tensor]:
     """q, k, v, dout."""

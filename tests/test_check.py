@@ -25,8 +25,15 @@ def _work(operator: str, mask: AttnMask, layout: Any, problem: Problem) -> Atten
 
 
 def _problem(**changes: Any) -> Problem:
-    values = {"batch": 2, "seq_q": TOKENS, "seq_k": TOKENS, "heads_q": 4, "heads_kv": 2,
-              "head_dim": 16, "dtype": "float32"}
+    values = {
+        "batch": 2,
+        "seq_q": TOKENS,
+        "seq_k": TOKENS,
+        "heads_q": 4,
+        "heads_kv": 2,
+        "head_dim": 16,
+        "dtype": "float32",
+    }
     return Problem(**{**values, **changes})
 
 
@@ -82,10 +89,16 @@ def test_only_the_sampled_check_finds_what_appears_at_size(operator: str, tensor
     assert verdict.startswith(f"{tensor} differs from float64: ")
 
 
-@pytest.mark.parametrize("text", [
-    "causal", "sliding_window_causal:window=700", "causal_document:corpus=prolong64k,seed=0",
-    "streaming:num_sinks=4,window=900", "global_sliding_window:num_global=64,window=1000",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "causal",
+        "sliding_window_causal:window=700",
+        "causal_document:corpus=prolong64k,seed=0",
+        "streaming:num_sinks=4,window=900",
+        "global_sliding_window:num_global=64,window=1000",
+    ],
+)
 def test_the_small_mask_keeps_what_is_particular_to_the_mask(text: str) -> None:
     mask = masks.build(text, 1 << 15)
     tiny = check.small_mask(mask)

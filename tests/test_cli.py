@@ -41,8 +41,14 @@ my_op = OperatorInfo(name="my_op", summary="the reference again", source="me", l
 
 
 def command(*words: str, folder: Path, **environ: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([CPBENCH, *words], cwd=folder, env={**os.environ, **environ},
-                          capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [CPBENCH, *words],
+        cwd=folder,
+        env={**os.environ, **environ},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -71,9 +77,11 @@ def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_imports_little() -> None:
-    code = ("import sys; from cpbench import cli; cli.run(['--help']); cli.run(['run', '--help']); "
-            "found = {'torch', 'numpy', 'pandas', 'matplotlib'} & set(sys.modules); "
-            "assert not found, found")
+    code = (
+        "import sys; from cpbench import cli; cli.run(['--help']); cli.run(['run', '--help']); "
+        "found = {'torch', 'numpy', 'pandas', 'matplotlib'} & set(sys.modules); "
+        "assert not found, found"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
 
 
@@ -82,8 +90,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_list(kind: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-              ) -> None:
+def test_list(
+    kind: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     rows = as_json(capsys, "list", kind, "--device", "cpu")
     text = printed(capsys, "list", kind, "--device", "cpu")
@@ -96,8 +105,10 @@ def test_list(kind: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
 
 
 def test_list_says_what_runs_here(capsys: pytest.CaptureFixture[str]) -> None:
-    here = {row["operator"]: row["here"] for row in as_json(capsys, "list", "operators",
-                                                            "--device", "cpu")}
+    here = {
+        row["operator"]: row["here"]
+        for row in as_json(capsys, "list", "operators", "--device", "cpu")
+    }
     assert here["bands"] == "yes"
     assert here["sdpa.flash"] == "no: runs on cuda, not on cpu"
 
@@ -128,8 +139,16 @@ def test_dry_run_without_torch(tmp_path: Path) -> None:
         (tmp_path / "no" / f"{name}.py").write_text(f"raise ImportError('{name} is asked for')\n")
     work = tmp_path / "work"
     work.mkdir()
-    done = command("run", "quick", "--dry-run", "--json", "--launcher", "local", folder=work,
-                   PYTHONPATH=str(tmp_path / "no"))
+    done = command(
+        "run",
+        "quick",
+        "--dry-run",
+        "--json",
+        "--launcher",
+        "local",
+        folder=work,
+        PYTHONPATH=str(tmp_path / "no"),
+    )
     assert (done.returncode, done.stderr) == (0, "")
     told = json.loads(done.stdout)
     assert [case["id"] for case in told["cases"]] == [c.id for c in sweep.load("quick").cases]
@@ -143,24 +162,53 @@ def test_dry_run_without_torch(tmp_path: Path) -> None:
     assert not list(work.iterdir())
 
 
-def test_dry_run_for_people(capsys: pytest.CaptureFixture[str], tmp_path: Path,
-                            monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dry_run_for_people(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    text = printed(capsys, "run", "quick", "--dry-run", "--launcher", "torchrun", "--where",
-                   "world_size=2", "--where", "strategy=ring")
+    text = printed(
+        capsys,
+        "run",
+        "quick",
+        "--dry-run",
+        "--launcher",
+        "torchrun",
+        "--where",
+        "world_size=2",
+        "--where",
+        "strategy=ring",
+    )
     assert "torch.distributed.run" in text
     assert "--nproc-per-node 2" in text
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory
-          ) -> tuple[Path, subprocess.CompletedProcess[str]]:
+def bench(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """A folder with a real run of a user's own operator, a wrong one and one that is refused."""
     folder = tmp_path_factory.mktemp("bench")
     (folder / "mine.py").write_text(MINE)
-    done = command("bench", "--operator", "./mine.py:my_op:sign=[1,-1],bands,sdpa.cudnn",
-                   "--mask", "causal", "--seq-len", "96", "--head-dim", "16", "--num-heads-q", "2",
-                   "--max-seconds", "0.2", "--device", "cpu", "--out", "run", folder=folder)
+    done = command(
+        "bench",
+        "--operator",
+        "./mine.py:my_op:sign=[1,-1],bands,sdpa.cudnn",
+        "--mask",
+        "causal",
+        "--seq-len",
+        "96",
+        "--head-dim",
+        "16",
+        "--num-heads-q",
+        "2",
+        "--max-seconds",
+        "0.2",
+        "--device",
+        "cpu",
+        "--out",
+        "run",
+        folder=folder,
+    )
     return folder, done
 
 
@@ -179,9 +227,25 @@ def test_bench(bench: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
 def test_bench_again_runs_nothing(bench: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, _ = bench
     before = sorted((folder / "run" / "jobs").iterdir())
-    done = command("bench", "--operator", "./mine.py:my_op:sign=1", "--mask", "causal",
-                   "--seq-len", "96", "--head-dim", "16", "--num-heads-q", "2", "--device", "cpu",
-                   "--out", "run", "--json", folder=folder)
+    done = command(
+        "bench",
+        "--operator",
+        "./mine.py:my_op:sign=1",
+        "--mask",
+        "causal",
+        "--seq-len",
+        "96",
+        "--head-dim",
+        "16",
+        "--num-heads-q",
+        "2",
+        "--device",
+        "cpu",
+        "--out",
+        "run",
+        "--json",
+        folder=folder,
+    )
     assert done.returncode == 0
     (row,) = json.loads(done.stdout)
     assert row["operator"] == "./mine.py:my_op:sign=1"
@@ -189,8 +253,12 @@ def test_bench_again_runs_nothing(bench: tuple[Path, subprocess.CompletedProcess
 
 
 @pytest.mark.parametrize("form", ["table", "md", "csv", "json"])
-def test_report(form: str, bench: tuple[Path, subprocess.CompletedProcess[str]],
-                capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_report(
+    form: str,
+    bench: tuple[Path, subprocess.CompletedProcess[str]],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
     run = str(bench[0] / "run")
     text = printed(capsys, "report", run, "--format", form)
     assert "sdpa.cudnn" in text
@@ -202,8 +270,21 @@ def test_report(form: str, bench: tuple[Path, subprocess.CompletedProcess[str]],
 
 
 def test_verify_json(tmp_path: Path) -> None:
-    done = command("verify", "--operator", "reference", "--mask", "causal", "--dtype", "float32",
-                   "--device", "cpu", "--json", "--out", "out", folder=tmp_path)
+    done = command(
+        "verify",
+        "--operator",
+        "reference",
+        "--mask",
+        "causal",
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        "--json",
+        "--out",
+        "out",
+        folder=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(done.stdout)
     assert (row["operator"], row["failed"]) == ("reference", 0)
@@ -230,8 +311,14 @@ def test_no_reader_at_all(unbuffered: str) -> None:
     """Buffered, the pipe breaks at the end; unbuffered, while the command prints."""
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run([CPBENCH, "list", "masks"], stdout=write, stderr=subprocess.PIPE,
-                          env={**os.environ, "PYTHONUNBUFFERED": unbuffered}, text=True, timeout=60)
+    done = subprocess.run(
+        [CPBENCH, "list", "masks"],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        text=True,
+        timeout=60,
+    )
     os.close(write)
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -239,7 +326,8 @@ def test_no_reader_at_all(unbuffered: str) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_output_that_cannot_be_written() -> None:
     with open("/dev/full", "w") as full:
-        done = subprocess.run([CPBENCH, "list", "masks"], stdout=full, stderr=subprocess.PIPE,
-                              text=True, timeout=60)
+        done = subprocess.run(
+            [CPBENCH, "list", "masks"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+        )
     assert done.returncode == 1
     assert done.stderr == "cpbench: cannot write the output: No space left on device\n"

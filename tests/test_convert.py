@@ -116,7 +116,8 @@ def test_row_intervals_of_any_mask(data: st.DataObject) -> None:
 
 def _check_intervals(mask: AttnMask) -> None:
     table = convert.row_intervals(mask)
-    assert table.dtype == np.int32 and table.shape[::2] == (mask.seq_q, 2)
+    assert table.dtype == np.int32
+    assert table.shape[::2] == (mask.seq_q, 2)
     keys = np.arange(mask.seq_k)
     inside = (table[..., :1] <= keys) & (keys < table[..., 1:])
     assert (inside.sum(axis=1) == mask.to_dense()).all()  # a sum: so they are disjoint

@@ -27,7 +27,8 @@ def _digest(lens: np.ndarray) -> str:
 def test_lengths_tile_the_sequence(seq_len: int, corpus: str, seed: int) -> None:
     for draw in (documents.from_corpus, documents.long_mixture):
         lens = draw(seq_len, corpus, seed)
-        assert lens.dtype == np.int64 and lens.ndim == 1
+        assert lens.dtype == np.int64
+        assert lens.ndim == 1
         assert lens.min() >= 1
         assert lens.sum() == seq_len
         assert (draw(seq_len, corpus, seed) == lens).all()
@@ -101,7 +102,8 @@ def test_long_mixture_shares() -> None:
     assert all(8192 <= length < 30_720 for length in rest[1:])  # one is cut
     assert rest[0] < 30_720
     half = len(lens) // 2
-    assert max(lens[:half]) >= 8192 and max(lens[half:]) >= 8192  # shuffled
+    assert max(lens[:half]) >= 8192
+    assert max(lens[half:]) >= 8192
 
 
 @pytest.mark.parametrize("seq_len", [1, 2, 10, 4096, 13_000])
@@ -155,7 +157,8 @@ def test_files(tmp_path: Path, kind: str) -> None:
         (23, [5, 1, 4, 5, 1, 4, 3]),
     ]:
         found = documents.from_file(seq_len, file, column)
-        assert found.dtype == np.int64 and found.tolist() == expected
+        assert found.dtype == np.int64
+        assert found.tolist() == expected
     spec = f"causal_document:file={file}" + (f",column={column}" if column else "")
     assert masks.build(spec, 10).area == 15 + 1 + 10
 
@@ -200,7 +203,8 @@ def _refused(message: str, *args: Any) -> None:
     with pytest.raises(ValueError) as caught:
         documents.from_file(*args)
     text = str(caught.value)
-    assert message in text and "\n" not in text
+    assert message in text
+    assert "\n" not in text
     assert repr(args[1]) in text  # says which file
 
 

@@ -16,10 +16,21 @@ LINKED = ("kernels", "launchers", "reports", "slurm")
 # Modules of cpbench by layer; a folder stands for all that is in it.
 LAYERS = (
     ("mask", "problem", "record", "environment", "registry", "spec", "settings"),
-    ("masks", "layout", "merge", "comm", "device", "inputs", "operator", "strategy", "tiling",
-     "autograd_op"),
+    (
+        "masks",
+        "layout",
+        "merge",
+        "comm",
+        "device",
+        "inputs",
+        "operator",
+        "strategy",
+        "tiling",
+        "autograd_op",
+    ),
     ("kernels", "strategies"),
     ("api", "check", "measure"),
+    ("evaluate",),
     ("worker",),
 )
 # The parent's own order.  It plans with the torch-free part of the lower layers.
@@ -31,8 +42,15 @@ PARENT = (
     ("cli",),
 )
 SHARED = ("store",)  # what both worlds use: job files, journals, records
-HEAVY = ("torch", "triton", "mpi4py", "flash_attn", "ring_flash_attn", "magi_attention",
-         "transformer_engine")
+HEAVY = (
+    "torch",
+    "triton",
+    "mpi4py",
+    "flash_attn",
+    "ring_flash_attn",
+    "magi_attention",
+    "transformer_engine",
+)
 
 
 def sources() -> dict[str, Path]:
@@ -83,8 +101,11 @@ def rank(name: str) -> int | None:
 
 
 def test_every_module_has_a_layer() -> None:
-    homeless = [n for n in SOURCES if level(n) is None and rank(n) is None
-                and top(n) not in ("__init__", "sweeps", "slurm")]
+    homeless = [
+        n
+        for n in SOURCES
+        if level(n) is None and rank(n) is None and top(n) not in ("__init__", "sweeps", "slurm")
+    ]
     assert not homeless, f"put {homeless} into LAYERS or PARENT"
     assert len(SOURCES) > 40
 
@@ -122,8 +143,12 @@ def test_strategies_import_no_kernel(name: str) -> None:
 
 
 def test_only_check_imports_a_kernel() -> None:
-    users = {(name, other) for name, others in IMPORTS.items() for other in others
-             if top(other) == "kernels" and top(name) != "kernels"}
+    users = {
+        (name, other)
+        for name, others in IMPORTS.items()
+        for other in others
+        if top(other) == "kernels" and top(name) != "kernels"
+    }
     assert users <= {("check", "kernels.reference")}
 
 
@@ -149,8 +174,12 @@ def test_the_parent_loads_no_torch() -> None:
     parents = [name for name in SOURCES if rank(name) is not None]
     assert {"cli", "sweep", "store", "runs", "launchers.local", "reports.render"} <= set(parents)
     lines = [f"import cpbench.{name}" for name in parents]
-    lines += ["from cpbench import registry, masks", "registry.operators()",
-              "registry.strategies()", "masks.describe()"]
+    lines += [
+        "from cpbench import registry, masks",
+        "registry.operators()",
+        "registry.strategies()",
+        "masks.describe()",
+    ]
     loads("\n".join(lines), *HEAVY)
 
 
@@ -161,14 +190,22 @@ def test_importing_cpbench_loads_next_to_nothing() -> None:
 def test_the_worker_s_modules_load_no_optional_package() -> None:
     names = [n for n in sorted(SOURCES) if level(n) is not None and not n.endswith("_device")]
     # pynvml is not asked for: torch itself imports it where it is there.
-    loads("\n".join(f"import cpbench.{name}" for name in names), *HEAVY[1:], "pyarrow",
-          "matplotlib", "typer", "rich")
+    loads(
+        "\n".join(f"import cpbench.{name}" for name in names),
+        *HEAVY[1:],
+        "pyarrow",
+        "matplotlib",
+        "typer",
+        "rich",
+    )
 
 
 def test_the_check_can_fail(tmp_path: Path) -> None:
     file = tmp_path / "bad.py"
-    file.write_text("import os\ndef f():\n    from cpbench import api\n"
-                    "    import cpbench.kernels.bands\n    from cpbench.mask import AttnMask\n")
+    file.write_text(
+        "import os\ndef f():\n    from cpbench import api\n"
+        "    import cpbench.kernels.bands\n    from cpbench.mask import AttnMask\n"
+    )
     assert list(imported(file, set(SOURCES))) == ["api", "kernels.bands", "mask"]
 
 

@@ -41,12 +41,16 @@ SWEEPS: dict[str, tuple[str, list[str]]] = {
     "strategy parameter": ("[sweep]\nstrategy = 'ring:x=1'", ["'ring'", "'x'", "no parameters"]),
     "layout": ("[sweep]\nlayout = 'zig'", ["layout 'zig'", "contiguous, striped, zigzag"]),
     "layout parameter": ("[sweep]\nlayout = 'zigzag:x=1'", ["'zigzag'", "'x'", "no parameters"]),
-    "excluded strategy": ("[sweep]\nseed = 1\n[[exclude]]\nstrategy = 'ulyses'",
-                          ["'ulyses'", "ulysses"]),
+    "excluded strategy": (
+        "[sweep]\nseed = 1\n[[exclude]]\nstrategy = 'ulyses'",
+        ["'ulyses'", "ulysses"],
+    ),
     "mask": ("[sweep]\nmask = 'casual'", ["mask 'casual'", "causal, "]),
     "mask parameter": ("[sweep]\nmask = 'sliding_window:w=3'", ["'w'", "takes window"]),
-    "mask parameter twice": ("[sweep]\nmask = 'sliding_window:window=1,window=2'",
-                             ["'window'", "twice"]),
+    "mask parameter twice": (
+        "[sweep]\nmask = 'sliding_window:window=1,window=2'",
+        ["'window'", "twice"],
+    ),
     "mask parameter name": ("[sweep]\nmask = 'causal:name=3'", ["'name'", "parameter"]),
     "mask parameter cls": ("[sweep]\nmask = 'causal:cls=3'", ["'cls'", "takes seq_q, offset"]),
     "mask grammar": ("[sweep]\nmask = 'causal:'", ["'causal:'", "key=value"]),
@@ -56,11 +60,15 @@ SWEEPS: dict[str, tuple[str, list[str]]] = {
     "mask fraction": ("[sweep]\nmask = 'sliding_window:window=1.5'", ["window", "integer", "1.5"]),
     "mask nan": ("[sweep]\nmask = 'sliding_window:window=nan'", ["nan", "finite"]),
     "mask inf": ("[sweep]\nmask = {name = 'sliding_window', window = inf}", ["inf", "finite"]),
-    "mask date": ("[sweep]\nmask = {name = 'sliding_window', window = 2020-01-01}",
-                  ["window", "a number, a string"]),
+    "mask date": (
+        "[sweep]\nmask = {name = 'sliding_window', window = 2020-01-01}",
+        ["window", "a number, a string"],
+    ),
     "mask no draws": ("[sweep]\nmask = {name = 'causal_document', seed = []}", ["seed", "empty"]),
-    "mask too wide": ("[sweep]\nmask = 'streaming:num_sinks=9k'\nseq_len = '4k'",
-                      ["num_sinks", "<= 4096"]),
+    "mask too wide": (
+        "[sweep]\nmask = 'streaming:num_sinks=9k'\nseq_len = '4k'",
+        ["num_sinks", "<= 4096"],
+    ),
     "mask not square": ("[sweep]\nmask = 'causal:seq_q=5'", ["5 x 1024", "square"]),
     "mask corpus": ("[sweep]\nmask = 'full_document:corpus=bible'", ["'bible'", "pile, "]),
     "mask seed": ("[sweep]\nmask = 'full_document:seed=-1'", ["seed", ">= 0", "-1"]),
@@ -68,8 +76,10 @@ SWEEPS: dict[str, tuple[str, list[str]]] = {
     "doc_lens zero": ("[sweep]\nmask = 'full_document:doc_lens=[0,1024]'", ["doc_lens", ">= 1"]),
     "doc_lens empty": ("[sweep]\nmask = 'full_document:doc_lens=[]'", ["doc_lens", "at least one"]),
     "doc_lens words": ("[sweep]\nmask = 'full_document:doc_lens=[a,b]'", ["'a'", "size"]),
-    "two document sources": ("[sweep]\nmask = 'full_document:corpus=pile,doc_lens=[1024]'",
-                             ["doc_lens and corpus", "one of"]),
+    "two document sources": (
+        "[sweep]\nmask = 'full_document:corpus=pile,doc_lens=[1024]'",
+        ["doc_lens and corpus", "one of"],
+    ),
     "lengths file": ("[sweep]\nmask = 'full_document:file=no.txt'", ["'no.txt'", "no file"]),
     "lengths file kind": ("[sweep]\nmask = 'full_document:file=s.toml'", [".txt, .json"]),
     "size word": ("[sweep]\nseq_len = '64q'", ["seq_len", "'64q'", "64k, 1m"]),
@@ -89,9 +99,13 @@ SWEEPS: dict[str, tuple[str, list[str]]] = {
     "huge head_dim": ("[sweep]\nhead_dim = '1m'", ["head_dim = 1m", "at most 16k"]),
     "huge seed": ("[sweep]\nseed = 9223372036854775808", ["seed", "at most"]),
     "negative seed": ("[sweep]\nseed = -1", ["seed = -1", "0 or more"]),
-    "too many cases": ("[sweep]\n" + "".join(
-        f"{key} = {[*range(1, 101)]}\n" for key in ("seed", "seq_len", "batch", "world_size")),
-        ["100000000 cases", "at most 100000"]),
+    "too many cases": (
+        "[sweep]\n"
+        + "".join(
+            f"{key} = {[*range(1, 101)]}\n" for key in ("seed", "seq_len", "batch", "world_size")
+        ),
+        ["100000000 cases", "at most 100000"],
+    ),
     "heads": ("[sweep]\nnum_heads_q = 4\nnum_heads_kv = 3", ["(4)", "multiple", "(3)"]),
     "dtype": ("[sweep]\ndtype = 'float8'", ["dtype = 'float8'", "float32, bfloat16, float16"]),
     "dtype number": ("[sweep]\ndtype = 32", ["dtype = 32", "float32, bfloat16, float16"]),
@@ -102,8 +116,10 @@ SWEEPS: dict[str, tuple[str, list[str]]] = {
     "precision negative": ("[sweep]\nseed = 1\n[measure]\nprecision = -0.1", ["-0.1", "0 or more"]),
     "iterations text": ("[sweep]\nseed = 1\n[measure]\nmax_iterations = '9'", ["'9'", "type int"]),
     "iterations boolean": ("[sweep]\nseed = 1\n[measure]\nwarmup = true", ["True", "type int"]),
-    "iterations order": ("[sweep]\nseed = 1\n[measure]\nmin_iterations = 9\nmax_iterations = 3",
-                         ["min_iterations (9)", "<= max_iterations"]),
+    "iterations order": (
+        "[sweep]\nseed = 1\n[measure]\nmin_iterations = 9\nmax_iterations = 3",
+        ["min_iterations (9)", "<= max_iterations"],
+    ),
     "threads": ("[sweep]\nseed = 1\n[measure]\nthreads = 1000000", ["threads", "at most 1024"]),
     "time number": ("[sweep]\nseed = 1\n[measure]\ntime = 1", ["time = 1", "type bool"]),
     "operator file": ("[sweep]\noperator = './no.py:op'", ["'./no.py'", "no file"]),
@@ -111,8 +127,10 @@ SWEEPS: dict[str, tuple[str, list[str]]] = {
     "operator file raises": ("[sweep]\noperator = './exits.py:op'", ["exits.py", "SystemExit"]),
     "operator file binary": ("[sweep]\noperator = './binary.py:op'", ["binary.py", "null bytes"]),
     "operator attribute": ("[sweep]\noperator = './good.py:nosuch'", ["'nosuch'", "my_op"]),
-    "operator of wrong kind": ("[sweep]\nstrategy = './good.py:my_op'",
-                               ["'my_op'", "StrategyInfo", "none"]),
+    "operator of wrong kind": (
+        "[sweep]\nstrategy = './good.py:my_op'",
+        ["'my_op'", "StrategyInfo", "none"],
+    ),
     "operator not Python": ("[sweep]\noperator = './good.txt:my_op'", ["good.txt", "name"]),
     "mask file attribute": ("[sweep]\nmask = './good.py:number'", ["'number'", "function"]),
 }
@@ -164,8 +182,10 @@ LINES: dict[str, tuple[list[str], list[str]]] = {
     "mask huge": (["mask", "full_document", "--seq-len", "1000000m"], ["at most 64m"]),
     "mask no size": (["mask", "causal"], ["--seq-len", "cpbench mask --help"]),
     "mask png kind": (["mask", "causal", "--seq-len", "9", "--png", "x.jpg"], ["x.jpg", ".png"]),
-    "mask png folder": (["mask", "causal", "--seq-len", "9", "--png", "no/x.png"],
-                        ["no/x.png", "No such file"]),
+    "mask png folder": (
+        ["mask", "causal", "--seq-len", "9", "--png", "no/x.png"],
+        ["no/x.png", "No such file"],
+    ),
     "report nothing": (["report"], ["run directory", "--columns"]),
     "report missing": (["report", "no"], ["no is not a run directory", "records"]),
     "report other folder": (["report", "folder.toml"], ["folder.toml", "records"]),
@@ -174,9 +194,20 @@ LINES: dict[str, tuple[list[str], list[str]]] = {
     "report damaged": (["report", "damaged"], ["no finished case", "damaged line"]),
     "report format": (["report", "started", "--format", "html"], ["'html'", "'table', 'md'"]),
 }
-REAL = ["command", "run missing", "run folder", "run binary", "run where none", "run out file",
-        "bench operator", "bench huge", "verify strategy", "mask name", "report missing",
-        "report format"]
+REAL = [
+    "command",
+    "run missing",
+    "run folder",
+    "run binary",
+    "run where none",
+    "run out file",
+    "bench operator",
+    "bench huge",
+    "verify strategy",
+    "mask name",
+    "report missing",
+    "report format",
+]
 
 GOOD = """
 from cpbench.registry import OperatorInfo
@@ -221,8 +252,9 @@ def _refused(code: int, out: str, err: str, parts: list[str]) -> None:
         assert part in err
 
 
-def _check(argv: list[str], parts: list[str], folder: Path, capfd: pytest.CaptureFixture[str]
-           ) -> None:
+def _check(
+    argv: list[str], parts: list[str], folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     before = _files(folder)
     code = cli.run(argv)
     printed = capfd.readouterr()
@@ -248,8 +280,12 @@ def test_line(name: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> Non
 def test_real_command(name: str, folder: Path) -> None:
     argv, parts = LINES[name]
     before = _files(folder)
-    done = subprocess.run([Path(sys.executable).with_name("cpbench"), *argv], text=True,
-                          capture_output=True, timeout=60)
+    done = subprocess.run(
+        [Path(sys.executable).with_name("cpbench"), *argv],
+        text=True,
+        capture_output=True,
+        timeout=60,
+    )
     _refused(done.returncode, done.stdout, done.stderr, parts)
     assert _files(folder) == before
 
@@ -258,8 +294,12 @@ def test_report_into_what_cannot_be_written(
     folder: Path, capfd: pytest.CaptureFixture[str], finished_run: Path
 ) -> None:
     for target, part in (("no/x.md", "no folder no"), ("folder.toml", "is a folder")):
-        _check(["report", str(finished_run), "-o", target], [target, part, "give a file"], folder,
-               capfd)
+        _check(
+            ["report", str(finished_run), "-o", target],
+            [target, part, "give a file"],
+            folder,
+            capfd,
+        )
 
 
 def test_report_leaves_a_device_a_device(finished_run: Path) -> None:

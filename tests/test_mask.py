@@ -63,7 +63,8 @@ def test_slices_are_canonical(mask: AttnMask) -> None:
     for q0, q1, k0, k1, lo, hi in mask.slices:
         i, j = np.ogrid[q0:q1, k0:k1]
         seen = (j - i >= lo) & (j - i <= hi)
-        assert seen.any(axis=1).all() and seen.any(axis=0).all()
+        assert seen.any(axis=1).all()
+        assert seen.any(axis=0).all()
         offsets = (j - i)[seen]
         assert (offsets.min(), offsets.max()) == (lo, hi)
     assert not mask.slices.flags.writeable
@@ -191,7 +192,8 @@ def test_tiles_agree_with_dense(mask: AttnMask, block_q: int, block_k: int) -> N
     assert grid.executed_area == len(expected) * block_q * block_k
     assert grid.to_dense().sum() == mask.area
     starts = grid.row_starts
-    assert len(starts) == grid.num_rows + 1 and starts[-1] == len(grid)
+    assert len(starts) == grid.num_rows + 1
+    assert starts[-1] == len(grid)
     for r in range(grid.num_rows):
         assert (grid.rows[starts[r] : starts[r + 1]] == r).all()
 
@@ -199,7 +201,8 @@ def test_tiles_agree_with_dense(mask: AttnMask, block_q: int, block_k: int) -> N
 @pytest.mark.parametrize(("seq_q", "seq_k"), [(0, 0), (0, 5), (5, 0), (5, 5)])
 def test_tiles_of_nothing(seq_q: int, seq_k: int) -> None:
     grid = tiles(AttnMask.from_slices(seq_q, seq_k, []), 2, 2)
-    assert len(grid) == 0 and grid.executed_area == 0
+    assert len(grid) == 0
+    assert grid.executed_area == 0
     assert grid.row_starts.tolist() == [0] * (grid.num_rows + 1)
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpbench import masks
+from cpbench import masks, registry
 from cpbench.mask import AttnMask
 from cpbench.registry import RegistrationError
 from cpbench.spec import Spec
@@ -327,7 +327,7 @@ def _plug_in(monkeypatch: pytest.MonkeyPatch, *functions: Any) -> None:
             self.load = lambda: function
 
     points = [Point(function) for function in functions]
-    monkeypatch.setattr(masks, "entry_points", lambda group: points)
+    monkeypatch.setattr(registry, "entry_points", lambda group: points)
     monkeypatch.setattr(masks, "_plugins", UNCACHED_PLUGINS)
 
 
@@ -376,7 +376,8 @@ def test_content_files_follow_content(tmp_path: Path) -> None:
     path.write_text("2\n3\n")
     spec = f"full_document:file={path}"
     before = masks.content_files(spec)
-    assert list(before) == [str(path)] and len(before[str(path)]) == 64
+    assert list(before) == [str(path)]
+    assert len(before[str(path)]) == 64
     assert masks.build(spec, 5).area == 13
     assert masks.build("full_document", 5, file=path).area == 13
     path.write_text("1\n4\n")

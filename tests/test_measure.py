@@ -56,13 +56,18 @@ def test_stopping_has_a_floor_a_ceiling_and_a_budget() -> None:
 
 def test_flops_follow_the_area() -> None:
     mask = masks.build("causal", 100)
-    problem = Problem(batch=2, seq_q=100, seq_k=100, heads_q=8, heads_kv=2, head_dim=64,
-                      dtype="float32")
+    problem = Problem(
+        batch=2, seq_q=100, seq_k=100, heads_q=8, heads_kv=2, head_dim=64, dtype="float32"
+    )
     flops = problem.flops(mask.area)
     assert flops["fwd"] == 4 * 64 * 2 * 8 * 5050
     assert flops["bwd"] == 2.5 * flops["fwd"]
-    record = Record(case=Case(world_size=4), status="ok", flops=flops,
-                    times_us={"fwd": [[2.0] * 7] * 4, "bwd": [[6.0] * 7] * 4})
+    record = Record(
+        case=Case(world_size=4),
+        status="ok",
+        flops=flops,
+        times_us={"fwd": [[2.0] * 7] * 4, "bwd": [[6.0] * 7] * 4},
+    )
     assert record.median_us == 8.0
     assert record.tflops_per_rank == pytest.approx(sum(flops.values()) / 4 / 8e-6 / 1e12)
 
@@ -99,8 +104,12 @@ def test_an_unknown_device_is_named() -> None:
 
 
 def test_records_survive_json() -> None:
-    record = Record(case=Case(seq_len=77), status="ok", times_us={"fwd": [[1.0] * 7]},
-                    errors={"small": {"out": {"rel_l2": 1e-7, "max_rms": 1e-6}}})
+    record = Record(
+        case=Case(seq_len=77),
+        status="ok",
+        times_us={"fwd": [[1.0] * 7]},
+        errors={"small": {"out": {"rel_l2": 1e-7, "max_rms": 1e-6}}},
+    )
     again = Record.from_json(record.to_json())
     assert again == record
     assert again.worst_error == 1e-7

@@ -14,10 +14,16 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = [
-    "cpbench/kernels/bands.py", "cpbench/kernels/sdpa.py", "cpbench/launchers/local.py",
-    "cpbench/reports/render.py", "cpbench/strategies/ring.py", "cpbench/masks/patterns.py",
-    "cpbench/masks/data/doc_length_histograms.json", "cpbench/sweeps/quick.toml",
-    "cpbench/sweeps/longca.toml", "cpbench/py.typed",
+    "cpbench/kernels/bands.py",
+    "cpbench/kernels/sdpa.py",
+    "cpbench/launchers/local.py",
+    "cpbench/reports/render.py",
+    "cpbench/strategies/ring.py",
+    "cpbench/masks/patterns.py",
+    "cpbench/masks/data/doc_length_histograms.json",
+    "cpbench/sweeps/quick.toml",
+    "cpbench/sweeps/longca.toml",
+    "cpbench/py.typed",
 ]
 
 
@@ -40,7 +46,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     shutil.copytree(ROOT, tree, symlinks=True, ignore=ignored)
     done = subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(tree)],
-        capture_output=True, text=True, timeout=300)
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr + done.stdout
     (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
     return sdist, wheel
@@ -79,15 +88,36 @@ def test_a_copy_runs(built: tuple[Path, Path], tmp_path: Path) -> None:
     target, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     elsewhere.mkdir()
     subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index",
-         "--disable-pip-version-check", "--target", str(target), str(built[1])],
-        check=True, capture_output=True, timeout=120)
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--no-index",
+            "--disable-pip-version-check",
+            "--target",
+            str(target),
+            str(built[1]),
+        ],
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
     code = "import cpbench, cpbench.kernels.bands as b; print(cpbench.__file__, b.__file__)"
     environ = {**os.environ, "PYTHONPATH": str(target)}
 
     def python(*words: str) -> str:
-        return subprocess.run([sys.executable, *words], cwd=elsewhere, env=environ, text=True,
-                              capture_output=True, check=True, timeout=60).stdout
+        return subprocess.run(
+            [sys.executable, *words],
+            cwd=elsewhere,
+            env=environ,
+            text=True,
+            capture_output=True,
+            check=True,
+            timeout=60,
+        ).stdout
 
     assert all(path.startswith(str(target)) for path in python("-c", code).split())
     assert "causal_document" in python("-m", "cpbench.cli", "list", "masks")

@@ -113,10 +113,24 @@ def install(folder: Path, entry_points: str) -> dict[str, str]:
     (folder / "acme" / "acme_attention.py").write_text(CODE)
     (folder / "acme" / "pyproject.toml").write_text(PROJECT + entry_points)
     subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation",
-         "--no-index", "--disable-pip-version-check", "--target", str(folder / "site"),
-         str(folder / "acme")],
-        check=True, capture_output=True, timeout=120)
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--no-build-isolation",
+            "--no-index",
+            "--disable-pip-version-check",
+            "--target",
+            str(folder / "site"),
+            str(folder / "acme"),
+        ],
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
     return {**os.environ, "PYTHONPATH": str(folder / "site")}
 
 
@@ -126,13 +140,20 @@ def plugin(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def cpbench(environ: dict[str, str], folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([Path(sys.executable).with_name("cpbench"), *words],
-                          env={**environ, "TMPDIR": str(folder)},
-                          cwd=folder, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [Path(sys.executable).with_name("cpbench"), *words],
+        env={**environ, "TMPDIR": str(folder)},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
-@pytest.mark.parametrize(("kind", "name"), [
-    ("operators", "acme.textbook"), ("strategies", "acme.alone"), ("masks", "acme_checkers")])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("operators", "acme.textbook"), ("strategies", "acme.alone"), ("masks", "acme_checkers")],
+)
 def test_listed(plugin: dict[str, str], tmp_path: Path, kind: str, name: str) -> None:
     done = cpbench(plugin, tmp_path, "list", kind)
     assert done.returncode == 0, done.stderr
@@ -141,25 +162,50 @@ def test_listed(plugin: dict[str, str], tmp_path: Path, kind: str, name: str) ->
 
 
 def test_runs_with_a_green_check(plugin: dict[str, str], tmp_path: Path) -> None:
-    done = cpbench(plugin, tmp_path, "bench", "--operator", "acme.textbook", "--strategy",
-                   "acme.alone", "--mask", "acme_checkers:block=50", "--seq-len", "200",
-                   "--num-heads-q", "2", "--head-dim", "16", "--max-seconds", "0.2", "--json")
+    done = cpbench(
+        plugin,
+        tmp_path,
+        "bench",
+        "--operator",
+        "acme.textbook",
+        "--strategy",
+        "acme.alone",
+        "--mask",
+        "acme_checkers:block=50",
+        "--seq-len",
+        "200",
+        "--num-heads-q",
+        "2",
+        "--head-dim",
+        "16",
+        "--max-seconds",
+        "0.2",
+        "--json",
+    )
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(done.stdout)
     assert (row["status"], row["operator"], row["strategy"], row["mask"]) == (
-        "ok", "acme.textbook", "acme.alone", "acme_checkers:block=50")
+        "ok",
+        "acme.textbook",
+        "acme.alone",
+        "acme_checkers:block=50",
+    )
     assert 0 < row["worst_error"] < 1e-5
     assert row["time_ms"] > 0
 
 
-@pytest.mark.parametrize(("group", "target", "parts"), [
-    ("operators", "again", ["'reference' is registered twice", "cpbench.operators"]),
-    ("masks", "causal", ["'causal' is registered twice", "cpbench.masks"]),
-    ("strategies", "operator", ["is not a StrategyInfo", "cpbench.strategies"]),
-    ("operators", "nothing", ["cannot be loaded", "AttributeError"]),
-])
-def test_a_bad_plugin_is_one_line(tmp_path: Path, group: str, target: str, parts: list[str]
-                                  ) -> None:
+@pytest.mark.parametrize(
+    ("group", "target", "parts"),
+    [
+        ("operators", "again", ["'reference' is registered twice", "cpbench.operators"]),
+        ("masks", "causal", ["'causal' is registered twice", "cpbench.masks"]),
+        ("strategies", "operator", ["is not a StrategyInfo", "cpbench.strategies"]),
+        ("operators", "nothing", ["cannot be loaded", "AttributeError"]),
+    ],
+)
+def test_a_bad_plugin_is_one_line(
+    tmp_path: Path, group: str, target: str, parts: list[str]
+) -> None:
     # What pip would write, without pip: four installs take ten seconds.
     site = tmp_path / "site"
     (site / "acme_attention-1.dist-info").mkdir(parents=True)

@@ -27,8 +27,11 @@ def record(operator: str, ms: float | None = None, noise: float = 0.01, **given:
     keys = [key for key in given if key in Case.__dataclass_fields__]
     case: dict[str, Any] = {key: given.pop(key) for key in keys}
     specs = {key: Spec.parse(case[key]) for key in ("mask", "strategy", "layout") if key in case}
-    made = Record(case=Case(operator=Spec.parse(operator), **{**case, **specs}),
-                  status=given.pop("status", "ok"), **given)
+    made = Record(
+        case=Case(operator=Spec.parse(operator), **{**case, **specs}),
+        status=given.pop("status", "ok"),
+        **given,
+    )
     if ms is not None:
         low, high = ms * (1 - noise), ms * (1 + noise)
         made.times_us = {"fwd": [[1e3 * x for x in [low] * 4 + [ms] + [high] * 4]]}
@@ -56,8 +59,10 @@ def test_winner_and_lead() -> None:
     assert not answer.tie
 
 
-@pytest.mark.parametrize(("ms", "noise", "tie"), [
-    (2.0, 0.01, True), (2.03, 0.01, True), (2.05, 0.01, False), (2.05, 0.05, True)])
+@pytest.mark.parametrize(
+    ("ms", "noise", "tie"),
+    [(2.0, 0.01, True), (2.03, 0.01, True), (2.05, 0.01, False), (2.05, 0.05, True)],
+)
 def test_tie_within_noise(ms: float, noise: float, tie: bool) -> None:
     (answer,) = answers(frame([record("a", 2.0, noise), record("b", ms, noise)]))
     assert answer.tie is tie
@@ -77,9 +82,17 @@ def test_no_rival() -> None:
 
 
 def test_each_problem_and_world_size_is_a_contest_of_its_own() -> None:
-    found = answers(frame([
-        record("a", 1.0), record("b", 2.0, seq_len=2048), record("c", 3.0, world_size=2),
-        record("d", 4.0, dtype="bfloat16"), record("e", 5.0, seed=1)]))
+    found = answers(
+        frame(
+            [
+                record("a", 1.0),
+                record("b", 2.0, seq_len=2048),
+                record("c", 3.0, world_size=2),
+                record("d", 4.0, dtype="bfloat16"),
+                record("e", 5.0, seed=1),
+            ]
+        )
+    )
     assert [len(answer.ranking) for answer in found] == [1] * 5
 
 
@@ -91,28 +104,43 @@ def test_the_slowest_rank_counts() -> None:
 
 
 def test_table() -> None:
-    text = shown(record("quick", 2.0), record("slow", 3.0), record("alike", 3.01, seq_len=4096),
-                 record("same", 3.0, seq_len=4096))
+    text = shown(
+        record("quick", 2.0),
+        record("slow", 3.0),
+        record("alike", 3.01, seq_len=4096),
+        record("same", 3.0, seq_len=4096),
+    )
     assert "# night: 4 cases, 4 ok" in text
     assert "Throughout: world size 1, fwd_bwd, float32, batch 1, 4:4 heads" in text
     head, _, *rows = section(text, "Winners")
     assert head.split() == ["mask", "tokens", "fastest", "ms", "GFLOP/s", "lead", "over"]
     assert [row.split() for row in rows if row.startswith("causal")] == [
         ["causal", "1k", "quick", "2.00", "500", "1.50x", "slow"],
-        ["causal", "4k", "same", "3.00", "333", "tie", "alike"]]
+        ["causal", "4k", "same", "3.00", "333", "tie", "alike"],
+    ]
     assert "Of 2 problems: quick 1, ties 1." in text
-    assert [line.split()[0] for line in section(text, "All cases, fastest first") if line
-            ][:5] == ["method", "------", "causal,", "quick", "slow"]
+    assert [line.split()[0] for line in section(text, "All cases, fastest first") if line][:5] == [
+        "method",
+        "------",
+        "causal,",
+        "quick",
+        "slow",
+    ]
 
 
 def test_a_long_mask_fits_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     mask = "global_sliding_window:num_global=64,window=1024"
-    text = shown(*(record(name, ms, mask=mask, strategy=strategy, world_size=4, layout="zigzag",
-                          dtype=dtype)
-                   for name, ms in (("bands", 2.0), ("sdpa.efficient", 3.0))
-                   for strategy in ("ring_allgather", "ulysses")
-                   for dtype in ("float32", "bfloat16")))
+    text = shown(
+        *(
+            record(
+                name, ms, mask=mask, strategy=strategy, world_size=4, layout="zigzag", dtype=dtype
+            )
+            for name, ms in (("bands", 2.0), ("sdpa.efficient", 3.0))
+            for strategy in ("ring_allgather", "ulysses")
+            for dtype in ("float32", "bfloat16")
+        )
+    )
     for title in ("Winners", "All cases, fastest first"):
         assert max(map(len, section(text, title))) <= 100
     assert mask in text
@@ -130,23 +158,27 @@ def test_caveats_are_told_once() -> None:
 
 
 def test_failures_say_why_and_where() -> None:
-    crash = record("a", status="crash", reason="rank 1 was killed\nby SIGSEGV",
-                   log="jobs/x/r1.log")
+    crash = record("a", status="crash", reason="rank 1 was killed\nby SIGSEGV", log="jobs/x/r1.log")
     text = shown(crash, record("b", 2.0), record("c", status="oom", reason="out of memory"))
     lines = section(text, "Failed")
     assert lines[:3] == [
         "crash    a, causal, 1k tokens, world size 1, fwd_bwd, float32, batch 1, 4:4 heads, "
         "head_dim 64, seed 0",
-        "         rank 1 was killed by SIGSEGV", "         log: results/night/jobs/x/r1.log"]
+        "         rank 1 was killed by SIGSEGV",
+        "         log: results/night/jobs/x/r1.log",
+    ]
     assert "- **crash** a, causal" in shown(crash, form="md")
 
 
 def test_refusals_are_counted_by_reason() -> None:
-    text = shown(record("a", status="unsupported", reason="other", seed=3),
-                 *(record("a", status="unsupported", reason="too long", seq_len=n)
-                   for n in (1024, 2048)))
+    text = shown(
+        record("a", status="unsupported", reason="other", seed=3),
+        *(record("a", status="unsupported", reason="too long", seq_len=n) for n in (1024, 2048)),
+    )
     assert [row.split() for row in section(text, "Refused")[2:4]] == [
-        ["a", "1", "other"], ["a", "2", "too", "long"]]
+        ["a", "1", "other"],
+        ["a", "2", "too", "long"],
+    ]
 
 
 @pytest.mark.parametrize("form", render.FORMATS)
@@ -160,16 +192,22 @@ def test_nothing_timed(form: str) -> None:
 
 def test_an_infinite_error_is_shown() -> None:
     wrong = record("a", status="wrong", reason="out is nan")
-    wrong.errors = {"small": {"out": {"rel_l2": None, "max_rms": None},  # type: ignore[dict-item]
-                              "lse": {"rel_l2": 1e-7, "max_rms": 1e-7}}}
+    wrong.errors = {
+        "small": {
+            "out": {"rel_l2": None, "max_rms": None},  # type: ignore[dict-item]
+            "lse": {"rel_l2": 1e-7, "max_rms": 1e-7},
+        }
+    }
     assert frame([wrong])["worst_error"].tolist() == [float("inf")]
     assert "wrong" in shown(wrong)
     assert json.loads(shown(wrong, form="json"))[0]["worst_error"] is None
 
 
-ROWS = (record("a", 2.123456789012345, 0.0123456789),
-        record("b", status="crash", reason='say "hi", | and\nbye', log="jobs/x.log"),
-        record("c", status="unsupported", reason="no", mask="full_document:doc_lens=[24,1000]"))
+ROWS = (
+    record("a", 2.123456789012345, 0.0123456789),
+    record("b", status="crash", reason='say "hi", | and\nbye', log="jobs/x.log"),
+    record("c", status="unsupported", reason="no", mask="full_document:doc_lens=[24,1000]"),
+)
 
 
 def test_csv_round_trip() -> None:
@@ -194,7 +232,8 @@ def test_json_round_trip() -> None:
 
 def test_markdown_escapes() -> None:
     text = shown(record("./a|b.py:op", 2.0), form="md") + shown(
-        record("c", status="unsupported", reason="x | y * z `q` <b>"), form="md")
+        record("c", status="unsupported", reason="x | y * z `q` <b>"), form="md"
+    )
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
     assert len(tables) == 3
     for rows in tables:
@@ -216,7 +255,10 @@ def test_load_refuses_what_is_no_run(tmp_path: Path) -> None:
 def test_wrapped() -> None:
     assert wrapped("a:b=1,c=2", 20) == ["a:b=1,c=2"]
     assert wrapped("sliding_window:window=512,sinks=4", 16) == [
-        "sliding_window:", "window=512,", "sinks=4"]
+        "sliding_window:",
+        "window=512,",
+        "sinks=4",
+    ]
     assert wrapped("one_word_that_is_long", 10) == ["one_word_", "that_is_", "long"]
     assert wrapped("x" * 25, 10) == ["x" * 10, "x" * 10, "x" * 5]
     assert wrapped("", 10) == [""]

@@ -117,7 +117,11 @@ def _bytes(rank: int, size: int, strategy: str, layout: str, mask_text: str) -> 
     comm = TorchComm()
     work = Attention("bands", strategy, mask, dealt, problem, rank, "cpu")
     whole = naive.random_inputs(
-        problem.batch, problem.seq_q, problem.heads_q, problem.heads_kv, problem.head_dim,
+        problem.batch,
+        problem.seq_q,
+        problem.heads_q,
+        problem.heads_kv,
+        problem.head_dim,
         torch.bfloat16,
     )
     q, k, v, dout = (dealt.shard(x, rank) for x in whole)
@@ -128,8 +132,9 @@ def _bytes(rank: int, size: int, strategy: str, layout: str, mask_text: str) -> 
 
 
 def _problem() -> Problem:
-    return Problem(batch=2, seq_q=48, seq_k=48, heads_q=12, heads_kv=2, head_dim=16,
-                   dtype="bfloat16")
+    return Problem(
+        batch=2, seq_q=48, seq_k=48, heads_q=12, heads_kv=2, head_dim=16, dtype="bfloat16"
+    )
 
 
 def _q_and_kv(size: int) -> tuple[int, int]:

@@ -22,8 +22,12 @@ def cases(**table: Any) -> list[Case]:
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(seed=SMALL, batch=SMALL, seq_len=SMALL,
-       direction=st.lists(st.sampled_from(["fwd", "bwd", "fwd_bwd"]), min_size=1, unique=True))
+@given(
+    seed=SMALL,
+    batch=SMALL,
+    seq_len=SMALL,
+    direction=st.lists(st.sampled_from(["fwd", "bwd", "fwd_bwd"]), min_size=1, unique=True),
+)
 def test_product(
     seed: list[int], batch: list[int], seq_len: list[int], direction: list[str]
 ) -> None:
@@ -55,13 +59,19 @@ def test_draws() -> None:
 
 
 def test_include_replaces_keys_of_the_sweep() -> None:
-    found = sweep.expand({
-        "sweep": {"mask": ["full", "causal"], "seq_len": 64},
-        "include": [{"mask": "full", "world_size": [2, 4], "strategy": "ring"}],
-    }, "s").cases
+    found = sweep.expand(
+        {
+            "sweep": {"mask": ["full", "causal"], "seq_len": 64},
+            "include": [{"mask": "full", "world_size": [2, 4], "strategy": "ring"}],
+        },
+        "s",
+    ).cases
     assert [(c.mask.name, c.strategy.name, c.world_size, c.seq_len) for c in found] == [
-        ("full", "single", 1, 64), ("causal", "single", 1, 64),
-        ("full", "ring", 2, 64), ("full", "ring", 4, 64)]
+        ("full", "single", 1, 64),
+        ("causal", "single", 1, 64),
+        ("full", "ring", 2, 64),
+        ("full", "ring", 4, 64),
+    ]
 
 
 def test_what_is_written_twice_runs_once() -> None:
@@ -70,8 +80,10 @@ def test_what_is_written_twice_runs_once() -> None:
 
 
 def test_exclude_takes_all_keys_and_any_value() -> None:
-    table = {"sweep": {"strategy": ["ring", "ulysses"], "world_size": [2, 3, 4]},
-             "exclude": [{"strategy": "ulysses", "world_size": [3, 4]}]}
+    table = {
+        "sweep": {"strategy": ["ring", "ulysses"], "world_size": [2, 3, 4]},
+        "exclude": [{"strategy": "ulysses", "world_size": [3, 4]}],
+    }
     left = [(c.strategy.name, c.world_size) for c in sweep.expand(table, "s").cases]
     assert left == [("ring", 2), ("ring", 3), ("ring", 4), ("ulysses", 2)]
 
@@ -85,8 +97,9 @@ def test_exclude_by_name_or_by_whole_spec() -> None:
 
 
 def test_exclude_applies_to_includes_too() -> None:
-    found = sweep.expand({"sweep": {"seed": 1}, "include": [{"seed": 2}, {"seed": 3}],
-                          "exclude": [{"seed": 2}]}, "s").cases
+    found = sweep.expand(
+        {"sweep": {"seed": 1}, "include": [{"seed": 2}, {"seed": 3}], "exclude": [{"seed": 2}]}, "s"
+    ).cases
     assert [case.seed for case in found] == [1, 3]
 
 
@@ -106,12 +119,25 @@ def test_split_list() -> None:
 FROZEN: dict[str, dict[str, Any]] = {
     "44136fa355b3": {},
     "114e5a70b8eb": {"mask": "causal_document:corpus=pile,seed=3", "seq_len": "64k"},
-    "836f83383a59": {"operator": "sdpa.cpu_flash", "mask": "sliding_window:window=512",
-                     "dtype": "bfloat16", "direction": "fwd"},
-    "6ff0bb473cf4": {"strategy": "ring", "layout": "zigzag", "world_size": 4, "num_heads_q": 8,
-                     "num_heads_kv": 2},
-    "666091512ad4": {"mask": "full_document:doc_lens=[1,1023]", "batch": 2, "head_dim": 128,
-                     "seed": 7},
+    "836f83383a59": {
+        "operator": "sdpa.cpu_flash",
+        "mask": "sliding_window:window=512",
+        "dtype": "bfloat16",
+        "direction": "fwd",
+    },
+    "6ff0bb473cf4": {
+        "strategy": "ring",
+        "layout": "zigzag",
+        "world_size": 4,
+        "num_heads_q": 8,
+        "num_heads_kv": 2,
+    },
+    "666091512ad4": {
+        "mask": "full_document:doc_lens=[1,1023]",
+        "batch": 2,
+        "head_dim": 128,
+        "seed": 7,
+    },
 }
 
 
@@ -128,9 +154,21 @@ def test_defaults_are_left_out_of_the_id() -> None:
 
 
 def test_every_key_is_in_the_id() -> None:
-    other = {"operator": "reference", "strategy": "ring", "layout": "zigzag", "mask": "full",
-             "batch": 2, "seq_len": 64, "num_heads_q": 8, "num_heads_kv": 2, "head_dim": 32,
-             "dtype": "bfloat16", "direction": "fwd", "world_size": 2, "seed": 1}
+    other = {
+        "operator": "reference",
+        "strategy": "ring",
+        "layout": "zigzag",
+        "mask": "full",
+        "batch": 2,
+        "seq_len": 64,
+        "num_heads_q": 8,
+        "num_heads_kv": 2,
+        "head_dim": 32,
+        "dtype": "bfloat16",
+        "direction": "fwd",
+        "world_size": 2,
+        "seed": 1,
+    }
     assert set(other) == set(sweep.KEYS)
     ids = {cases(**{key: value})[0].id for key, value in other.items()}
     assert len(ids | {Case().id}) == len(other) + 1
@@ -180,10 +218,12 @@ def hidden(seq_len):
 """
 
 
-@pytest.mark.parametrize(("key", "names"), [("operator", ("one", "two")),
-                                            ("mask", ("seen", "hidden"))])
-def test_a_python_file_enters_by_its_content(key: str, names: tuple[str, str], tmp_path: Path
-                                             ) -> None:
+@pytest.mark.parametrize(
+    ("key", "names"), [("operator", ("one", "two")), ("mask", ("seen", "hidden"))]
+)
+def test_a_python_file_enters_by_its_content(
+    key: str, names: tuple[str, str], tmp_path: Path
+) -> None:
     here, there = tmp_path / "here.py", tmp_path / "there.py"
     here.write_text(OPERATORS)
     there.write_text(OPERATORS)

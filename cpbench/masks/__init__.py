@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Mapping
-from importlib.metadata import entry_points
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -72,7 +71,7 @@ def pattern_info(mask: str | Mapping[str, Any] | Spec) -> Pattern:
     """
     spec = Spec.parse(mask)
     if ".py:" in spec.name:
-        info = Pattern.of(registry._from_file(spec.name, FunctionType, "mask"))
+        info = Pattern.of(registry.from_file(spec.name, FunctionType, "mask"))
     elif spec.name in _registered():
         info = _registered()[spec.name]
     else:
@@ -110,9 +109,7 @@ def _plugins() -> dict[str, Pattern]:
         RegistrationError: for a name that is registered twice.
     """
     found: dict[str, Pattern] = {}
-    for point in entry_points(group=GROUP):
-        where = f"entry point {point.value}"
-        function = point.load()
+    for where, function in registry.plugins(GROUP):
         if not callable(function):
             raise registry.RegistrationError(f"{where} of {GROUP} is not a function: {function!r}")
         info = Pattern.of(function)
@@ -128,7 +125,18 @@ def _plugins() -> dict[str, Pattern]:
 
 @functools.lru_cache(maxsize=64)
 def _built(spec: Spec, seq_len: int, key: tuple[object, ...]) -> AttnMask:
-    return pattern_info(spec).build(seq_len, **spec.kwargs)
+    info = pattern_info(spec)
+    if info.name in PATTERNS:
+        return info.build(seq_len, **spec.kwargs)
+    try:
+        built = info.build(seq_len, **spec.kwargs)
+    except Exception as error:  # somebody else's code: whatever it raises
+        raise ValueError(f"mask {str(spec)!r}: {type(error).__name__}: {error}") from error
+    if not isinstance(built, AttnMask):
+        raise ValueError(f"mask {str(spec)!r} returned {type(built).__name__}, not AttnMask")
+    if built.overlap_area():
+        raise ValueError(f"mask {str(spec)!r} returned slices that overlap")
+    return built
 
 
 def _plain(key: str, value: Any) -> Value:

@@ -32,6 +32,7 @@ from cpbench.registry import RegistrationError
 
 Build = TypeVar("Build", bound=Callable[..., AttnMask])
 
+MOST_BLOCKS = 1 << 22  # a slice each: some hundred MB
 WIDE = 1 << 40  # an offset that limits nothing; slices are made tight when the mask is built
 
 
@@ -82,7 +83,7 @@ class Pattern:
 
 
 _DOCUMENT_PARAMS: dict[str, Any] = {
-    **{key: None for key in Documents.__annotations__},
+    **dict.fromkeys(Documents.__annotations__),
     "corpus": DEFAULT_CORPUS,
     "seed": DEFAULT_SEED,
 }
@@ -311,6 +312,11 @@ def block_causal_document(
     b = min(_count("block_size", block_size, low=1), seq_len)
     lens = lengths(seq_len, **documents)
     blocks = -(-lens // b)
+    if blocks.sum() > MOST_BLOCKS:
+        raise ValueError(
+            f"block_size {b} cuts {seq_len} tokens into {blocks.sum()} blocks; "
+            f"at most {MOST_BLOCKS} are allowed"
+        )
     number = np.arange(int(blocks.sum())) - np.repeat(starts(blocks), blocks)
     first, end = np.repeat(starts(lens), blocks), np.repeat(np.cumsum(lens), blocks)
     block = first + number * b

@@ -189,8 +189,9 @@ class _Travel:
 
     def _buffer(self) -> tuple[torch.Tensor, torch.Tensor]:
         if len(self._buffers) < 2:
-            self._buffers.append((self.kv[0].new_empty(self.kv[0].shape), self.kv[1].new_empty(
-                self.kv[1].shape)))
+            self._buffers.append(
+                (self.kv[0].new_empty(self.kv[0].shape), self.kv[1].new_empty(self.kv[1].shape))
+            )
         self._turn += 1
         return self._buffers[(self._turn - 1) % 2]
 

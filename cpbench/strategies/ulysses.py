@@ -116,5 +116,6 @@ def _to_tokens(by_head: list[torch.Tensor], comm: Comm) -> list[torch.Tensor]:
     wire = wire.unflatten(0, (comm.size, -1))
     arrived = torch.empty_like(wire)
     comm.all_to_all(arrived, wire).wait()
-    return [x.permute(2, 1, 0, 3, 4).flatten(2, 3).contiguous()
-            for x in arrived.split(heads, dim=3)]
+    return [
+        x.permute(2, 1, 0, 3, 4).flatten(2, 3).contiguous() for x in arrived.split(heads, dim=3)
+    ]

@@ -1,0 +1,169 @@
+"""torch's CUDA back ends of scaled_dot_product_attention; see ``sdpa`` for what surrounds them.
+
+Written against the schemas of torch 2.13, which a test holds on meta tensors; not yet run on a GPU.
+Without dropout the random state that the backward ops ask for is not read.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cpbench.kernels.sdpa import Backend, Plan
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Flash(Backend):
+    def _forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        op = torch.ops.aten._scaled_dot_product_flash_attention
+        out, lse = op(q, k, v, 0.0, plan.causal, False, scale=plan.scale)[:2]
+        return out, lse
+
+    def _backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        plan: Plan,
+    ) -> tuple[torch.Tensor, ...]:
+        import torch
+
+        op = torch.ops.aten._scaled_dot_product_flash_attention_backward
+        no_seed = torch.empty(2, dtype=torch.uint64, device=q.device)
+        s, t = q.shape[2], k.shape[2]
+        grads: tuple[torch.Tensor, ...] = op(
+            dout,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            None,
+            None,
+            s,
+            t,
+            0.0,
+            plan.causal,
+            no_seed,
+            no_seed,
+            scale=plan.scale,
+        )
+        return grads
+
+
+class Cudnn(Backend):
+    def _forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        op = torch.ops.aten._scaled_dot_product_cudnn_attention
+        out, lse = op(q, k, v, None, True, 0.0, plan.causal, False, scale=plan.scale)[:2]
+        return out, lse.reshape(q.shape[:3])
+
+    def _backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        plan: Plan,
+    ) -> tuple[torch.Tensor, ...]:
+        import torch
+
+        op = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
+        no_seed = torch.empty((), dtype=torch.int64, device=q.device)
+        s, t = q.shape[2], k.shape[2]
+        grads: tuple[torch.Tensor, ...] = op(
+            dout,
+            q,
+            k,
+            v,
+            out,
+            lse.unsqueeze(-1),
+            no_seed,
+            no_seed,
+            None,
+            None,
+            None,
+            s,
+            t,
+            0.0,
+            plan.causal,
+            scale=plan.scale,
+        )
+        return grads
+
+
+class Efficient(Backend):
+    """Has no GQA and wants the bias padded to 16 columns: heads are repeated (and their gradients
+    summed) inside the timed call, as a user would have to."""
+
+    def _forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        op = torch.ops.aten._scaled_dot_product_efficient_attention
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        bias = _aligned(plan.bias_ST, q)
+        out, lse = op(q, k, v, bias, True, 0.0, plan.causal, scale=plan.scale)[:2]
+        return out, lse[:, :, : q.shape[2]].contiguous()
+
+    def _backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        plan: Plan,
+    ) -> tuple[torch.Tensor, ...]:
+        import torch
+
+        op = torch.ops.aten._scaled_dot_product_efficient_attention_backward
+        heads_kv = k.shape[1]
+        k, v = (x.repeat_interleave(q.shape[1] // heads_kv, 1) for x in (k, v))
+        padded = torch.nn.functional.pad(lse, (0, -lse.shape[2] % 32), value=torch.inf)
+        no_seed = torch.empty((), dtype=torch.int64, device=q.device)
+        bias = _aligned(plan.bias_ST, q)
+        wanted = [True, True, True, False]
+        dq, dk, dv, _ = op(
+            dout,
+            q,
+            k,
+            v,
+            bias,
+            out,
+            padded,
+            no_seed,
+            no_seed,
+            0.0,
+            wanted,
+            plan.causal,
+            scale=plan.scale,
+        )
+        dk, dv = (x.unflatten(1, (heads_kv, -1)).float().sum(2).to(x.dtype) for x in (dk, dv))
+        return dq, dk, dv
+
+
+def _aligned(bias_ST: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
+    """The bias as ``[B, H, S, T]`` whose rows start at multiples of 16 elements."""
+    import torch
+
+    if bias_ST is None:
+        return None
+    t = bias_ST.shape[1]
+    padded = torch.nn.functional.pad(bias_ST, (0, -t % 16))[:, :t]
+    return padded.expand(q.shape[0], q.shape[1], -1, -1)
