@@ -9,6 +9,7 @@ trees) may move the same bytes by other routes.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -42,6 +43,7 @@ class Comm(Protocol):
     rank: int
     size: int
     traffic: Traffic
+    pause_s: float  # after each wait; see cpbench.measure.measure_memory
 
     def exchange(
         self,
@@ -68,12 +70,14 @@ class Comm(Protocol):
 
 
 class _Works:
-    def __init__(self, works: Sequence[Any]) -> None:
-        self._works = works
+    def __init__(self, works: Sequence[Any], pause_s: float) -> None:
+        self._works, self._pause_s = works, pause_s
 
     def wait(self) -> None:
         for work in self._works:
             work.wait()
+        if self._pause_s and self._works:
+            time.sleep(self._pause_s)
 
 
 class TorchComm:
@@ -85,6 +89,7 @@ class TorchComm:
         self._dist, self._group = dist, group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.traffic = Traffic()
+        self.pause_s = 0.0
 
     def exchange(
         self,
@@ -104,27 +109,27 @@ class TorchComm:
         for tensor, peer in recvs:
             if peer != self.rank:
                 ops.append(dist.P2POp(dist.irecv, tensor, group=self._group, group_peer=peer))
-        return _Works(dist.batch_isend_irecv(ops) if ops else [])
+        return _Works(dist.batch_isend_irecv(ops) if ops else [], self.pause_s)
 
     def all_to_all(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
         assert len(x) == len(out) == self.size
         self.traffic.add(_nbytes(x) // self.size * (self.size - 1), self.size - 1)
         work = self._dist.all_to_all_single(out, x, group=self._group, async_op=True)
-        return _Works([work])
+        return _Works([work], self.pause_s)
 
     def all_gather(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
         assert len(out) == self.size
         self.traffic.add(_nbytes(x) * (self.size - 1), self.size - 1)
         gather = getattr(self._dist, "all_gather_single", self._dist.all_gather_into_tensor)
         work = gather(out.flatten(0, 1), x, group=self._group, async_op=True)
-        return _Works([work])
+        return _Works([work], self.pause_s)
 
     def reduce_scatter(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
         assert len(x) == self.size
         self.traffic.add(_nbytes(out) * (self.size - 1), self.size - 1)
         scatter = getattr(self._dist, "reduce_scatter_single", self._dist.reduce_scatter_tensor)
         work = scatter(out, x.flatten(0, 1), group=self._group, async_op=True)
-        return _Works([work])
+        return _Works([work], self.pause_s)
 
 
 class Control:

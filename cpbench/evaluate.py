@@ -130,7 +130,7 @@ class Evaluation:
         memory = {"inputs": sum(x.nbytes for x in inputs.values())}
         if self._settings.memory:
             self._note("memory")
-            memory.update(measure.measure_memory(workload, self._device, self._control))
+            memory.update(measure.measure_memory(workload, self._device, self._comm, self._control))
         ranks = self._control.gather((timing, memory, sorted(flags)))
         timings: list[measure.Timing] = [timing for timing, _, _ in ranks]
         record.times_us = {p: [t.times_us[p] for t in timings] for p in workload.phases}

@@ -228,3 +228,31 @@ def _twice(rank: int, size: int) -> bool:
 
 def test_a_second_group_works_beside_the_first() -> None:
     assert run_ranks(2, _twice) == [True, True]
+
+
+def _peak_bytes(rank: int, size: int, strategy: str) -> int:
+    """Peak of forward and backward on 256 local tokens of a full mask."""
+    from cpbench.comm import Control
+    from cpbench.device import Cpu
+    from cpbench.measure import Workload, measure_memory
+
+    tokens = 256 * size
+    problem = Problem(
+        batch=1, seq_q=tokens, seq_k=tokens, heads_q=4, heads_kv=4, head_dim=64, dtype="float32"
+    )
+    dealt = build_layout("contiguous", tokens, size)
+    mask = masks.build("full", tokens)
+    work = Attention("bands", strategy, mask, dealt, problem, rank, "cpu")
+    whole = naive.random_inputs(1, tokens, 4, 4, 64, torch.float32)
+    local = [dealt.shard(x, rank) for x in whole]
+    inputs = dict(zip(("q", "k", "v", "dout"), local, strict=True))
+    comm = TorchComm()
+    return measure_memory(Workload(work, inputs, comm), Cpu(1), comm, Control())["peak"]
+
+
+def test_ring_memory_does_not_grow_with_the_ranks_and_allgather_memory_does() -> None:
+    kv = 2 * 256 * 4 * 64 * 4
+    ring = {size: max(run_ranks(size, _peak_bytes, "ring")) for size in (3, 5)}
+    gathered = {size: max(run_ranks(size, _peak_bytes, "ring_allgather")) for size in (3, 5)}
+    assert ring[5] - ring[3] < 0.1 * kv
+    assert gathered[5] - gathered[3] > 3.5 * kv  # two more shards of keys and of gradients
