@@ -7,6 +7,7 @@ float32, natural logarithm, -inf for queries that see nothing (whose output is 0
 from __future__ import annotations
 
 import functools
+import time
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -68,12 +69,25 @@ class Attention:
             reason = self.strategy.unsupported(problem, mask, layout)
         if reason is not None:
             raise Unsupported(reason)
+        self._splits = info.splits
+        self._names = f"{wanted} {spec}"
+        begun = time.perf_counter()
         self.plan = self.strategy.prepare(self.op, mask, layout, problem, rank)
+        self.plan_us = (time.perf_counter() - begun) * 1e6
 
     @property
     def digest(self) -> str:
         """What all ranks must agree on before anything is sent."""
-        return f"{self.mask.digest} {self.layout.name} x{self.layout.world_size} {self.problem}"
+        spread = f"{self.layout.name} x{self.layout.world_size}"
+        return f"{self._names} {spread} {self.mask.digest} {self.problem}"
+
+    def areas(self) -> list[int]:
+        """Visible pairs that each rank computes, times the share of the heads that it has."""
+        if self._splits == "heads":
+            size = self.layout.world_size
+            return [self.mask.area // size] * size
+        areas: list[int] = self.layout.area_matrix(self.mask).sum(axis=1).tolist()
+        return areas
 
     def forward(
         self,
@@ -119,12 +133,15 @@ class _Autograd(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         out, lse, ctx.saved = work.forward(q, k, v, comm)
         ctx.work, ctx.comm = work, comm
+        ctx.inputs = [(x, x._version) for x in (q, k, v)]
         if lse is not None:
             ctx.mark_non_differentiable(lse)
         return out.view_as(out), lse
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor, dlse: Any) -> tuple[Any, ...]:
+        if any(x._version != version for x, version in ctx.inputs):
+            raise RuntimeError("q, k or v was changed in place after attention was computed")
         dq, dk, dv = ctx.work.backward(dout.contiguous(), ctx.saved, ctx.comm)
         return dq, dk, dv, None, None
 
@@ -163,7 +180,7 @@ def attention(
         Spec.parse(operator),
         Spec("single"),
         Spec("contiguous"),
-        _ByDigest(mask),
+        mask,
         problem,
         1,
         0,
@@ -202,6 +219,7 @@ def distributed_attention(
     Raises:
         ValueError: when shapes do not fit the layout, or a name is unknown.
         Unsupported: when this cannot be done, with the reason, before anything is sent.
+        RuntimeError: when ranks ask for different things in a first call.
     """
     comm, control = _communicators(group)
     problem = _problem(q, k, v, mask.seq_q, mask.seq_k, scale)
@@ -210,7 +228,7 @@ def distributed_attention(
         Spec.parse(operator),
         Spec.parse(strategy),
         Spec.parse(layout),
-        _ByDigest(mask),
+        mask,
         problem,
         q.device.type,
     )
@@ -224,32 +242,19 @@ def distributed_attention(
     return _Autograd.apply(q, k, v, work, comm)  # type: ignore[no-any-return, no-untyped-call]
 
 
-class _ByDigest:
-    """A mask as a cache key, by content."""
-
-    def __init__(self, mask: AttnMask) -> None:
-        self.mask = mask
-
-    def __hash__(self) -> int:
-        return hash(self.mask.digest)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _ByDigest) and other.mask.digest == self.mask.digest
-
-
 @functools.lru_cache(maxsize=64)
 def _prepared(
     operator: Spec,
     strategy: Spec,
     layout: Spec,
-    mask: _ByDigest,
+    mask: AttnMask,
     problem: Problem,
     world_size: int,
     rank: int,
     device: str,
 ) -> Attention:
-    dealt = layouts.build(layout, mask.mask.seq_q, world_size)
-    return Attention(operator, strategy, mask.mask, dealt, problem, rank, device)
+    dealt = layouts.build(layout, mask.seq_q, world_size)
+    return Attention(operator, strategy, mask, dealt, problem, rank, device)
 
 
 @functools.lru_cache(maxsize=64)
@@ -258,7 +263,7 @@ def _agreed(
     operator: Spec,
     strategy: Spec,
     layout: Spec,
-    mask: _ByDigest,
+    mask: AttnMask,
     problem: Problem,
     device: str,
 ) -> Attention:
@@ -278,6 +283,8 @@ def _agreed(
     return work
 
 
+# Ranks agree on a problem when they first see it; a rank that has seen it before does not come.
+AGREEMENT_S = 60.0
 _COMMUNICATORS: weakref.WeakKeyDictionary[Any, tuple[TorchComm, Control]] = (
     weakref.WeakKeyDictionary()
 )
@@ -291,7 +298,7 @@ def _communicators(group: Any) -> tuple[TorchComm, Control]:
         raise ValueError("torch.distributed is not initialised: call init_process_group first")
     group = dist.group.WORLD if group is None else group
     if group not in _COMMUNICATORS:
-        _COMMUNICATORS[group] = (TorchComm(group), Control(group))
+        _COMMUNICATORS[group] = (TorchComm(group), Control(group, AGREEMENT_S))
     return _COMMUNICATORS[group]
 
 

@@ -90,6 +90,12 @@ class TorchComm:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.traffic = Traffic()
         self.pause_s = 0.0
+        if "nccl" in dist.get_backend(group):
+            # NCCL wants every rank in a group's first operation, which a ring's first exchange,
+            # with its skipped steps, is not; and no communicator is made in a timed window.
+            import torch
+
+            dist.all_reduce(torch.zeros(1, device="cuda"), group=group)
 
     def exchange(
         self,

@@ -151,6 +151,7 @@ class Cuda:
         import torch
 
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # what the checks have cached is not the method's
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         kept = work()
@@ -183,14 +184,18 @@ class Cuda:
     def flags(self, ranks_here: int) -> list[str]:
         with suppress(Exception), _nvml(self.index) as (nvml, handle):
             reasons = nvml.nvmlDeviceGetCurrentClocksEventReasons(handle)
-            harmless = (
-                nvml.nvmlClocksEventReasonGpuIdle
-                | nvml.nvmlClocksEventReasonApplicationsClocksSetting
+            held_down = (
+                nvml.nvmlClocksEventReasonSwThermalSlowdown
+                | nvml.nvmlClocksThrottleReasonHwSlowdown
+                | nvml.nvmlClocksThrottleReasonHwThermalSlowdown
+                | nvml.nvmlClocksThrottleReasonHwPowerBrakeSlowdown
             )
-            found = ["throttled"] if reasons & ~harmless else []
+            found = ["throttled"] if reasons & held_down else []
+            if reasons & nvml.nvmlClocksThrottleReasonSwPowerCap:
+                found.append("power-capped")
             others = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
             return found + (["contended"] if len(others) > 1 else [])
-        return ["nvml not available"]
+        return ["nvml-missing"]
 
 
 class _nvml:

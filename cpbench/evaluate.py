@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from cpbench import check, masks, measure
+from cpbench import check, check_at_size, masks, measure
 from cpbench import layout as layouts
 from cpbench.api import Attention
 from cpbench.operator import Unsupported
@@ -48,19 +48,37 @@ class Evaluation:
     ) -> None:
         self._device, self._comm, self._control = device, comm, control
         self._settings, self._ranks_here, self._note = settings, ranks_here, note
+        self._rank = check.Rank(device.type, comm, control)
 
     def record(self, case: Case) -> Record:
         """The record of a case, without what only the writer knows (times of day, environment)."""
         self._note("prepare")
         work, record = self._prepared(case)
+        record.conditions = self._settings.conditions(self._device.type)
         if work is None:
             return record
-        inputs = check.make_inputs(
-            case.problem, work.layout.positions(self._comm.rank), case.seed, self._device.type
-        )
-        self._check(case, work, inputs, record)
+        positions = work.layout.positions(work.rank)
+        inputs = check.make_inputs(case.problem, positions, case.seed, self._device.type)
+        given = check.fingerprint(inputs)
+        workload = measure.Workload(work, inputs, self._comm)
+        if self._settings.check_small:
+            self._note("check")
+            self._judge("small", self._small(case, work), record)
+        if self._settings.time:
+            self._note("first call")
+            first_us = measure.measure_first_call(workload, self._device, self._control)
+            record.first_call_us = self._control.slowest(first_us)
+        found = check.run(work, inputs, self._comm)
+        checked = check.fingerprint(found)
+        if self._settings.check_sampled and case.seq_len > check.SMALL_TOKENS:
+            self._note("check at size")
+            errors = check_at_size.sampled(work, inputs, found, case.seed, self._rank)
+            self._judge("sampled", errors, record)
+        del found
         if record.status == "ok" and self._settings.time:
-            self._measure(work, inputs, record)
+            self._measure(workload, record, checked)
+            record.memory_bytes["inputs"] = self._gather(sum(x.nbytes for x in inputs.values()))
+        self._hold(given, check.fingerprint(inputs), "the operator overwrote its input", record)
         return record
 
     def _attention(self, case: Case, mask: AttnMask, layout: Layout, problem: Problem) -> Attention:
@@ -68,85 +86,95 @@ class Evaluation:
             case.operator, case.strategy, mask, layout, problem, self._comm.rank, self._device.type
         )
 
+    def _gather(self, value: int) -> list[int]:
+        return list(self._control.gather(value))
+
     def _prepared(self, case: Case) -> tuple[Attention | None, Record]:
         """The computation and a record begun; None when some rank refuses."""
-        begun = time.perf_counter()
         work, refusal = None, None
-        mask = masks.build(case.mask, case.seq_len)
+        begun = time.perf_counter()
+        mask = masks.rebuild(case.mask, case.seq_len)
+        mask_us = (time.perf_counter() - begun) * 1e6
         layout = layouts.build(case.layout, case.seq_len, self._comm.size)
         try:
             work = self._attention(case, mask, layout, case.problem)
+            # The small problem is refused here too, before any rank sends anything.
+            self._small_attention(case, work)
         except Unsupported as error:
             refusal = str(error)
-        plan_us = (time.perf_counter() - begun) * 1e6
-        answers = self._control.gather((refusal, plan_us, work.digest if work else None))
-        refusals = [reason for reason, _, _ in answers if reason]
-        if refusals:
+        answers = self._control.gather(
+            (refusal, mask_us, work.plan_us if work else 0.0, work.digest if work else "")
+        )
+        refusals = [reason for reason, *_ in answers if reason]
+        if work is None or refusals:
             return None, Record(case=case, status="unsupported", reason=refusals[0])
-        if len({digest for _, _, digest in answers}) > 1:
+        if len({digest for *_, digest in answers}) > 1:
             raise RuntimeError(f"ranks disagree on the problem: {answers}")
         flops = case.problem.flops(mask.area)
         record = Record(
             case=case,
             status="ok",
-            plan_us=max(us for _, us, _ in answers),
+            mask_us=max(us for _, us, _, _ in answers),
+            plan_us=max(us for _, _, us, _ in answers),
             area=mask.area,
-            balance=layout.area_matrix(mask).sum(axis=1).tolist(),
+            balance=work.areas(),
             flops={phase: flops[phase] for phase in case.direction.split("_")},
         )
         return work, record
 
-    def _check(self, case: Case, work: Attention, inputs: dict[str, Any], record: Record) -> None:
-        """Both checks of :mod:`cpbench.check`; the record becomes ``wrong`` when one fails."""
-        device = self._device.type
-        errors: dict[str, check.Errors] = {}
-        if self._settings.check_small:
-            self._note("check")
-            errors["small"] = check.small(
-                lambda mask, layout, problem: self._attention(case, mask, layout, problem),
-                work.mask, case.problem, self._comm.size, case.layout.name, case.seed, device,
-                self._comm, self._control, self._comm.rank,
-            )  # fmt: skip
-        if self._settings.check_sampled and case.seq_len > check.SMALL_TOKENS:
-            self._note("check at size")
-            errors["sampled"] = check.sampled(
-                work, inputs, case.seed, device, self._comm, self._control
-            )
-        verdicts = [check.verdict(found, case.dtype) for found in errors.values()]
-        wrong = [verdict for verdict in verdicts if verdict is not None]
-        if wrong:
-            record.status, record.reason = "wrong", wrong[0]
-        record.errors = _finite(errors)
+    def _small_attention(self, case: Case, work: Attention) -> Attention:
+        mask, layout, problem = check.small_problem(work)
+        return self._attention(case, mask, layout, problem)
 
-    def _measure(self, work: Attention, inputs: dict[str, Any], record: Record) -> None:
-        """Times, memory, traffic and caveats of every rank."""
-        workload = measure.Workload(work, inputs, self._comm)
+    def _small(self, case: Case, work: Attention) -> check.Errors:
+        return check.small(self._small_attention(case, work), case.seed, self._rank)
+
+    def _judge(self, name: str, errors: check.Errors, record: Record) -> None:
+        """Keep the errors of a check; too large ones make the record ``wrong``."""
+        record.errors[name] = _finite(errors)
+        verdict = check.verdict(errors, record.case.dtype)
+        if verdict is not None and record.status == "ok":
+            record.status, record.reason = "wrong", verdict
+
+    def _hold(
+        self, before: check.Tensors, after: check.Tensors, words: str, record: Record
+    ) -> None:
+        """A tensor that changed on any rank makes the record ``wrong``, without its times."""
+        changed = self._control.gather(check.changed(before, after, record.case.dtype))
+        names = [name for name in changed if name]
+        if names and record.status == "ok":
+            record.status, record.reason = "wrong", f"{words} {names[0]}"
+            record.times_us = {}
+
+    def _measure(self, workload: measure.Workload, record: Record, checked: check.Tensors) -> None:
+        """Times, memory, traffic and caveats of every rank; what the last timed call returned must
+        be what was checked."""
+        device, control, settings = self._device, self._control, self._settings
         self._note("measure")
-        flags = set(self._device.flags(self._ranks_here))
-        timing = measure.measure_time(
-            workload, self._device, self._comm, self._control, self._settings
-        )
-        flags.update(self._device.flags(self._ranks_here))
-        memory = {"inputs": sum(x.nbytes for x in inputs.values())}
-        if self._settings.memory:
+        flags = set(device.flags(self._ranks_here))
+        timing = measure.measure_time(workload, device, self._comm, control, settings)
+        flags.update(device.flags(self._ranks_here))
+        if not (settings.check_small and settings.check_sampled):
+            flags.add("unchecked")
+        timed = check.fingerprint(workload.results)
+        memory: dict[str, int] = {}
+        if settings.memory:
             self._note("memory")
-            memory.update(measure.measure_memory(workload, self._device, self._comm, self._control))
-        ranks = self._control.gather((timing, memory, sorted(flags)))
+            memory = measure.measure_memory(workload, device, self._comm, control)
+        workload.ready()
+        ranks = control.gather((timing, memory, sorted(flags)))
         timings: list[measure.Timing] = [timing for timing, _, _ in ranks]
         record.times_us = {p: [t.times_us[p] for t in timings] for p in workload.phases}
-        record.first_call_us = max(t.first_call_us for t in timings)
         record.bytes_sent = {p: [t.bytes_sent[p] for t in timings] for p in workload.phases}
         record.messages = {p: [t.messages[p] for t in timings] for p in workload.phases}
         record.memory_bytes = {kind: [m[kind] for _, m, _ in ranks] for kind in memory}
         record.flags = sorted({flag for _, _, found in ranks for flag in found})
+        self._hold(checked, timed, "a timed call returned another result than the checked:", record)
 
 
-def _finite(errors: dict[str, check.Errors]) -> dict[str, dict[str, dict[str, float | None]]]:
+def _finite(errors: check.Errors) -> dict[str, dict[str, float | None]]:
     """JSON has no infinity: an infinite or undefined error is null."""
     return {
-        name: {
-            tensor: {metric: x if math.isfinite(x) else None for metric, x in metrics.items()}
-            for tensor, metrics in tensors.items()
-        }
-        for name, tensors in errors.items()
+        tensor: {metric: x if math.isfinite(x) else None for metric, x in metrics.items()}
+        for tensor, metrics in errors.items()
     }

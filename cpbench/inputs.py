@@ -30,19 +30,19 @@ def normal(
     seed: int,
     positions: np.typing.NDArray[np.int64],
     *,
-    batch: int,
+    batches: Sequence[int],
     heads: Sequence[int],
     head_dim: int,
     dtype: torch.dtype,
     device: str,
 ) -> torch.Tensor:
-    """``[batch, len(positions), len(heads), head_dim]`` of normals.
+    """``[len(batches), len(positions), len(heads), head_dim]`` of normals.
 
     Args:
         tensor: ``"q"``, ``"k"``, ``"v"`` or ``"dout"``.
         seed: any integer.
         positions: global token indices.
-        heads: global head indices.
+        batches, heads: global batch and head indices.
     """
     import torch
 
@@ -50,13 +50,15 @@ def normal(
     head = torch.as_tensor(list(heads), device=device)
     token = torch.as_tensor(positions, device=device) * (1 << 20)
     lane = torch.arange(-(-head_dim // 2), device=device, dtype=torch.int32) * _signed32(_GOLDEN)
-    out = torch.empty((batch, len(positions), len(heads), head_dim), dtype=dtype, device=device)
+    out = torch.empty(
+        (len(batches), len(positions), len(heads), head_dim), dtype=dtype, device=device
+    )
     step = max(1, (_CHUNK if device == "cpu" else 64 * _CHUNK) // (len(heads) * head_dim))
-    for b in range(batch):
+    for place, b in enumerate(batches):
         start = _signed64(_mix_int(base + b))
         for t in range(0, len(positions), step):
             row = _mix64((token[t : t + step, None] + head) * _signed64(_GOLDEN) + start)
-            out[b, t : t + step] = _gaussian(_mix32(row, lane))[..., :head_dim]
+            out[place, t : t + step] = _gaussian(_mix32(row, lane))[..., :head_dim]
     return out
 
 

@@ -72,6 +72,12 @@ class AttnMask:
         slices.setflags(write=False)
         return cls(int(seq_q), int(seq_k), slices)
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, AttnMask) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
     # --- what it is ---------------------------------------------------------------------------
 
     @functools.cached_property

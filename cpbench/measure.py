@@ -1,7 +1,7 @@
 """Time and memory of one prepared computation on every rank.
 
-Each iteration starts from a barrier and a flushed cache; phases are timed apart; the figure of an
-iteration is that of its slowest rank.  Iterations go on until the 95 % interval of the median is
+Each phase starts from a barrier and a flushed cache; the figure of an iteration is the slowest
+rank's time in each phase, added up.  Iterations go on until the 95 % interval of the median is
 narrow enough, within a floor and a ceiling; rank 0 decides and tells the others.  Memory is taken
 in a pass of its own, since looking costs time.
 """
@@ -25,10 +25,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Timing:
-    """What one rank saw: microseconds by phase and iteration, and the first call's."""
+    """What one rank saw: microseconds by phase and iteration, bytes and messages sent by phase."""
 
     times_us: dict[str, list[float]]
-    first_call_us: float
     bytes_sent: dict[str, int]
     messages: dict[str, int]
 
@@ -41,89 +40,120 @@ class Workload:
         self._saved: Any = None
         direction = work.problem.direction
         self.phases = {"fwd": ("fwd",), "bwd": ("bwd",), "fwd_bwd": ("fwd", "bwd")}[direction]
-
-    def fwd(self) -> Any:
-        x = self._inputs
-        out, lse, self._saved = self._work.forward(
-            x["q"], x["k"], x["v"], self._comm, need_lse=False
-        )
-        return out, lse
-
-    def bwd(self) -> Any:
-        if self._saved is None:
-            self.fwd()
-        return self._work.backward(self._inputs["dout"], self._saved, self._comm)
+        self.results: dict[str, torch.Tensor] = {}
 
     def call(self, phase: str) -> Any:
-        return self.fwd() if phase == "fwd" else self.bwd()
+        """Run one phase; ``results`` holds what it returned."""
+        if phase == "fwd":
+            x = self._inputs
+            out, _, self._saved = self._work.forward(
+                x["q"], x["k"], x["v"], self._comm, need_lse=False
+            )
+            self.results["out"] = out
+        else:
+            grads = self._work.backward(self._inputs["dout"], self._saved, self._comm)
+            self.results.update(zip(("dq", "dk", "dv"), grads, strict=True))
 
-    def whole(self) -> Any:
+    def whole(self) -> dict[str, torch.Tensor]:
         """All phases, results held: what memory is measured of."""
-        return [self.call(phase) for phase in self.phases]
+        for phase in self.phases:
+            self.call(phase)
+        return self.results
 
-    def forget(self) -> None:
-        """Drop what the forward pass left for the backward pass."""
-        self._saved = None
+    def ready(self) -> None:
+        """As before a first call: nothing of earlier ones is held, except, where the backward pass
+        alone is asked for, the forward result that it starts from."""
+        self.results = {}
+        if self.phases != ("bwd",):
+            self._saved = None
+        elif self._saved is None:
+            self.call("fwd")
+            self.results = {}
+
+    def held_bytes(self) -> dict[str, int]:
+        """What the operator and strategy hold beside inputs and results: their plan, and the
+        forward result that a backward pass alone starts from."""
+        saved = () if self.phases != ("bwd",) else self._saved
+        known = {x.untyped_storage().data_ptr() for x in self._inputs.values()}
+        return {
+            "plan": tensor_bytes(self._work.plan, set(known)),
+            "saved": tensor_bytes(saved, set(known)),
+        }
+
+
+def measure_first_call(workload: Workload, device: Device, control: Control) -> float:
+    """Microseconds of the very first pass at the measured size, compilation included."""
+    workload.ready()
+    control.barrier()
+    return device.time_us(workload.whole)
 
 
 def measure_time(
     workload: Workload, device: Device, comm: Comm, control: Control, settings: MeasureSettings
 ) -> Timing:
     """Timed iterations on this rank; collective over all ranks."""
-    traffic: dict[str, tuple[int, int]] = {}
-    first_call_us = 0.0
-    if workload.phases == ("bwd",):
-        workload.fwd()  # its result serves every backward iteration, untimed
-    for warmup in range(max(settings.warmup, 1)):
-        control.barrier()
-        for phase in workload.phases:
-            before = comm.traffic.bytes_sent, comm.traffic.messages
-            took_us = device.time_us(lambda phase=phase: workload.call(phase))  # type: ignore[misc]
-            traffic[phase] = (
-                comm.traffic.bytes_sent - before[0],
-                comm.traffic.messages - before[1],
-            )
-            if warmup == 0:
-                first_call_us += took_us
-    times_us: dict[str, list[float]] = {phase: [] for phase in workload.phases}
+    timing = Timing({phase: [] for phase in workload.phases}, {}, {})
+    for _ in range(settings.warmup):
+        _iterate(workload, device, comm, control, Timing({p: [] for p in workload.phases}, {}, {}))
     slowest: list[float] = []
     started = time.monotonic()
     going = True
     while going:
-        device.flush_cache()
-        control.barrier()
-        total = 0.0
-        for phase in workload.phases:
-            took_us = device.time_us(lambda phase=phase: workload.call(phase))  # type: ignore[misc]
-            times_us[phase].append(took_us)
-            total += took_us
-        slowest.append(control.slowest(total))
+        slowest.append(_iterate(workload, device, comm, control, timing))
         going = control.decide(_go_on(slowest, time.monotonic() - started, settings))
-    return Timing(
-        times_us,
-        first_call_us,
-        {phase: sent for phase, (sent, _) in traffic.items()},
-        {phase: count for phase, (_, count) in traffic.items()},
-    )
+    return timing
+
+
+def _iterate(
+    workload: Workload, device: Device, comm: Comm, control: Control, timing: Timing
+) -> float:
+    """One iteration: every phase from a flushed cache and a barrier.  Returns the microseconds of
+    the slowest rank in each phase, added up."""
+    workload.ready()
+    total = 0.0
+    for phase in workload.phases:
+        device.flush_cache()
+        sent, messages = comm.traffic.bytes_sent, comm.traffic.messages
+        control.barrier()
+        took_us = device.time_us(lambda phase=phase: workload.call(phase))  # type: ignore[misc]
+        timing.times_us[phase].append(took_us)
+        timing.bytes_sent[phase] = comm.traffic.bytes_sent - sent
+        timing.messages[phase] = comm.traffic.messages - messages
+        total += control.slowest(took_us)
+    return total
 
 
 def measure_memory(
     workload: Workload, device: Device, comm: Comm, control: Control
 ) -> dict[str, int]:
-    """Peak bytes of one pass over all phases on this rank, on top of its inputs.
+    """Peak bytes of one pass over all phases on this rank, on top of what is held before it.
 
     The pass is unhurried: Gloo's threads let go of a buffer a moment after its transfer has ended,
     and if they were the last to hold it, the profiler would not see it freed.
     """
-    workload.forget()
+    workload.ready()
     control.barrier()
-    if workload.phases == ("bwd",):
-        workload.fwd()
     comm.pause_s = 0.002
     peak = device.peak_bytes(workload.whole)
     comm.pause_s = 0.0
-    workload.forget()
-    return peak
+    return {**peak, **workload.held_bytes()}
+
+
+def tensor_bytes(value: Any, seen: set[int]) -> int:
+    """Bytes of the tensors in a plan or other nest of objects, each storage once."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        storage = value.untyped_storage()
+        if storage.data_ptr() in seen:
+            return 0
+        seen.add(storage.data_ptr())
+        return storage.nbytes()
+    if isinstance(value, dict):
+        return sum(tensor_bytes(item, seen) for item in value.values())
+    if isinstance(value, list | tuple | set):
+        return sum(tensor_bytes(item, seen) for item in value)
+    return tensor_bytes(vars(value), seen) if hasattr(value, "__dict__") else 0
 
 
 def _go_on(samples: list[float], seconds: float, settings: MeasureSettings) -> bool:

@@ -52,18 +52,19 @@ class ForwardParts:
     def add(self, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor, plan: Any) -> None:
         """Attend to some more keys."""
         out, lse = self._op.forward(self._q, k_BTGD, v_BTGD, plan)
-        assert lse is not None, "a strategy that merges was given an operator without lse"
-        if self._out is None or self._lse is None:
+        if self._out is None:
             self._out, self._lse = out, lse
         else:
+            assert lse is not None
+            assert self._lse is not None
             # .float() copies bfloat16 and hands float32 through: both are ours to overwrite.
             self._out, self._lse = merge(self._out.float(), self._lse, out.float(), lse)
 
-    def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def finish(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """out in the dtype of q, and lse; zeros and -inf when nothing was added."""
         import torch
 
-        if self._out is None or self._lse is None:
+        if self._out is None:
             b, s, h, _ = self._q.shape
             lse = torch.full((b, h, s), -torch.inf, dtype=torch.float32, device=self._q.device)
             return torch.zeros_like(self._q), lse
@@ -79,7 +80,7 @@ class BackwardParts:
         dout_BSHD: torch.Tensor,
         q_BSHD: torch.Tensor,
         out_BSHD: torch.Tensor,
-        lse_BHS: torch.Tensor,
+        lse_BHS: torch.Tensor | None,
     ) -> None:
         self._op, self._dout, self._q = op, dout_BSHD, q_BSHD
         self._out, self._lse = out_BSHD, lse_BHS
@@ -159,7 +160,7 @@ class BoundOperator:
         return ForwardParts(self.impl, q)
 
     def backward_parts(
-        self, dout: torch.Tensor, q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+        self, dout: torch.Tensor, q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None
     ) -> BackwardParts:
         """The accumulator of the matching backward pass, given the global out and lse."""
         return BackwardParts(self.impl, dout, q, out, lse)

@@ -28,14 +28,16 @@ class Record:
         errors: largest error of each tensor over ranks and checks, see ``cpbench.check``:
             ``{"small"|"sampled": {"out": {"rel_l2": …, "max_rms": …}, …}}``.
         times_us: microseconds by phase (``fwd``, ``bwd``) as ``[rank][iteration]``.
-        plan_us, first_call_us: planning, and the first call (with compilation), slowest rank.
+        mask_us, plan_us, first_call_us: building the mask, planning, and the first call at size
+            (with compilation), slowest rank.
         flops: by phase, from the mask's exact area, all ranks together.
         area: visible pairs of the mask per head.
-        balance: visible pairs of each rank's queries.
-        memory_bytes: by kind, ``[rank]``: ``inputs``, ``peak`` (on top of inputs), and on GPUs
-            ``reserved`` and ``device``.
+        balance: visible pairs that each rank computes, times the share of the heads that it has.
+        memory_bytes: by kind, ``[rank]``: ``inputs``; ``plan`` and ``saved`` (held before a pass);
+            ``peak`` (on top of those, during one); on GPUs ``reserved`` and ``device``.
         bytes_sent: by phase, ``[rank]``, counted at the transport.
         messages: by phase, ``[rank]``.
+        conditions: device, threads, and what was asked to be checked and timed.
         flags: caveats, such as ``contended`` or ``oversubscribed``.
         environment: id of an environment record in the same run directory.
         started: seconds since the epoch; ``seconds``: how long the whole case took.
@@ -48,6 +50,7 @@ class Record:
     reason: str | None = None
     errors: dict[str, dict[str, dict[str, float | None]]] = field(default_factory=dict)
     times_us: dict[str, list[list[float]]] = field(default_factory=dict)
+    mask_us: float | None = None
     plan_us: float | None = None
     first_call_us: float | None = None
     flops: dict[str, int] = field(default_factory=dict)
@@ -56,6 +59,7 @@ class Record:
     memory_bytes: dict[str, list[int]] = field(default_factory=dict)
     bytes_sent: dict[str, list[int]] = field(default_factory=dict)
     messages: dict[str, list[int]] = field(default_factory=dict)
+    conditions: dict[str, Any] = field(default_factory=dict)
     flags: list[str] = field(default_factory=list)
     environment: str | None = None
     started: float = 0.0
@@ -66,7 +70,7 @@ class Record:
 
     @property
     def samples_us(self) -> list[float]:
-        """Per iteration: all phases of a rank added up, the slowest rank taken."""
+        """Per iteration: the slowest rank's time in each phase, added up."""
         return slowest_us(self.times_us, tuple(self.times_us))
 
     @property
@@ -112,18 +116,14 @@ class Record:
 def slowest_us(
     times_us: Mapping[str, Sequence[Sequence[float]]], phases: Sequence[str]
 ) -> list[float]:
-    """Per iteration, the slowest rank's time over ``phases`` together."""
-    if not phases:
-        return []
-    per_rank = [
-        [sum(parts) for parts in zip(*ranks, strict=True)]
-        for ranks in zip(*(times_us[phase] for phase in phases), strict=True)
-    ]
-    return [max(iteration) for iteration in zip(*per_rank, strict=True)]
+    """Per iteration, the slowest rank's time in each of ``phases``, added up (every phase starts
+    at a barrier, so ranks do not make up in one for another)."""
+    slowest = [[max(ranks) for ranks in zip(*times_us[phase], strict=True)] for phase in phases]
+    return [sum(parts) for parts in zip(*slowest, strict=True)]
 
 
-def relative_half_width(samples: Sequence[float]) -> float | None:
-    """Half-width of the 95 % confidence interval of the median, relative to the median.
+def median_interval(samples: Sequence[float]) -> tuple[float, float] | None:
+    """The nominal 95 % confidence interval of the median.
 
     Distribution-free, from order statistics (binomial, normal approximation); None below six
     samples, where no pair of order statistics covers 95 %.
@@ -133,7 +133,12 @@ def relative_half_width(samples: Sequence[float]) -> float | None:
         return None
     ordered = sorted(samples)
     spread = 1.96 * math.sqrt(n) / 2
-    low = max(math.floor(n / 2 - spread), 0)
-    high = min(math.ceil(n / 2 + spread), n - 1)
-    middle = statistics.median(ordered)
-    return (ordered[high] - ordered[low]) / 2 / middle if middle else None
+    low, high = math.floor(n / 2 - spread), math.ceil(n / 2 + spread)
+    return ordered[max(low, 0)], ordered[min(high, n - 1)]
+
+
+def relative_half_width(samples: Sequence[float]) -> float | None:
+    """Half the width of :func:`median_interval` relative to the median; None where it is None."""
+    interval = median_interval(samples)
+    middle = statistics.median(samples) if samples else 0.0
+    return (interval[1] - interval[0]) / 2 / middle if interval and middle else None

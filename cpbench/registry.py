@@ -78,6 +78,7 @@ class StrategyInfo:
         layouts: names of the layouts it takes.
         merges: whether it merges partial results (and so needs a mergeable operator whose backward
             takes an external out and lse).
+        splits: what ranks divide as they compute, ``"tokens"`` or ``"heads"``.
     """
 
     name: str
@@ -86,6 +87,7 @@ class StrategyInfo:
     load: str | Callable[..., Any]
     layouts: tuple[str, ...] = ("contiguous", "zigzag", "striped")
     merges: bool = False
+    splits: str = "tokens"
     params: tuple[str, ...] = ()
 
 

@@ -28,6 +28,9 @@ class Request:
         launcher, device, settings: as for ``supervise.Plan``.
         retry: statuses whose cases are run again.
         strict: whether oom counts as a failure.
+
+    Raises:
+        ValueError: when the directory holds results of another device or number of threads.
     """
 
     name: str
@@ -39,9 +42,28 @@ class Request:
     retry: frozenset[str] = field(default_factory=frozenset)
     strict: bool = False
 
+    def __post_init__(self) -> None:
+        wanted = self.settings.conditions(self.device)
+        for record in read_run(self.out).records.values():
+            for key in ("device", "threads"):
+                there = record.conditions.get(key, wanted[key])
+                if there != wanted[key]:
+                    raise ValueError(
+                        f"{self.out} holds results of {key} {there}, not {wanted[key]}: "
+                        "choose another --out"
+                    )
+
     @property
     def plan(self) -> supervise.Plan:
         return supervise.Plan(self.out, self.launcher, self.device, self.settings)
+
+
+def serves(record: Record, request: Request) -> bool:
+    """Whether a record answers what a request asks: checked and timed where that is wanted."""
+    wanted = request.settings.conditions(request.device)
+    return record.status != "ok" or all(
+        record.conditions.get(key, False) or not wanted[key] for key in ("checked", "timed")
+    )
 
 
 def statuses(text: str) -> frozenset[str]:
@@ -58,12 +80,14 @@ def statuses(text: str) -> frozenset[str]:
 
 
 def remaining(request: Request, run: Run | None = None) -> list[Case]:
-    """The cases without a record, or with one whose status is to be tried again."""
+    """The cases without a record, or with one that does not serve or is to be tried again."""
     done = (run or read_run(request.out)).records
     return [
         case
         for case in request.cases
-        if case.id not in done or done[case.id].status in request.retry
+        if case.id not in done
+        or done[case.id].status in request.retry
+        or not serves(done[case.id], request)
     ]
 
 

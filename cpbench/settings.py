@@ -56,6 +56,15 @@ class MeasureSettings:
         if self.threads > MAX_THREADS:
             raise ValueError(f"measure.threads = {self.threads} must be at most {MAX_THREADS}")
 
+    def conditions(self, device: str) -> dict[str, Any]:
+        """What a record must say for it to be comparable with others under these settings."""
+        return {
+            "device": device,
+            "threads": self.threads,
+            "checked": self.check_small and self.check_sampled,
+            "timed": self.time,
+        }
+
     @classmethod
     def from_table(cls, table: Mapping[str, Any]) -> MeasureSettings:
         """Settings from a TOML table.

@@ -140,8 +140,12 @@ def expand(table: Mapping[str, Any], name: str) -> Sweep:
     products = [product(base)] if base else []
     products += [product({**base, **extra}) for extra in includes]
     dropped = [{key: _values(key, value) for key, value in rule.items()} for rule in excludes]
+    made = list(itertools.chain.from_iterable(products))
+    for rule, written in zip(dropped, excludes, strict=True):
+        if not any(_matches(case, rule) for case in made):
+            raise ValueError(f"[[exclude]] {written!r} matches no case")
     cases: dict[str, Case] = {}
-    for case in itertools.chain.from_iterable(products):
+    for case in made:
         if not any(_matches(case, rule) for rule in dropped):
             cases.setdefault(case.id, case)
     if not cases:

@@ -33,6 +33,8 @@ MASKS = (
     f"block_causal_document:block_size=32,{DOCUMENTS}",
     "streaming:num_sinks=4,window=37",
 )
+LONG_SEQ_LEN = 1111
+LONG_MASKS = ("causal", "sliding_window_causal:window=200", "causal_document:corpus=prolong64k")
 WORLD_SIZES = (2, 3, 4)
 
 
@@ -74,6 +76,10 @@ def request(
                     "direction": ["fwd", "fwd_bwd"],
                 }
             )
+        # One size that the sampled check sees too.
+        longer = {**shapes, "seq_len": LONG_SEQ_LEN, "mask": list(LONG_MASKS)}
+        if not masks:
+            tables.append({**longer, "operator": chosen, "num_heads_q": 4, "num_heads_kv": 2})
     several = [name for name in spread if Spec.parse(name).name != "single"]
     if several and (strategies or not operators):
         layouts = sorted(

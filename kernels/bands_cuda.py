@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from cpbench.mask import AttnMask
+from cpbench.merge import merge
 
 if TYPE_CHECKING:
     import torch
@@ -60,18 +61,15 @@ def forward(
 
     B, S, H, _ = q.shape
     out_BSHD = torch.zeros_like(q, dtype=torch.float32, memory_format=torch.contiguous_format)
-    lse_BSH = q.new_full((B, S, H), -torch.inf, dtype=torch.float32)
+    lse_BHS = q.new_full((B, H, S), -torch.inf, dtype=torch.float32)
     for q0, q1, k0, k1, left, right in plan:
         o, lse, *_ = torch.ops.aten._flash_attention_forward(
             q[:, q0:q1], k[:, k0:k1], v[:, k0:k1], None, None, q1 - q0, k1 - k0, 0.0, False, False,
             scale=scale, window_size_left=left, window_size_right=right,
         )  # fmt: skip
-        old, new = lse_BSH[:, q0:q1], lse[..., : q1 - q0].transpose(1, 2)
-        both = torch.logaddexp(old, new)
-        out_BSHD[:, q0:q1].mul_((old - both).exp_().unsqueeze(-1))
-        out_BSHD[:, q0:q1].addcmul_(o.float(), (new - both).exp_().unsqueeze(-1))
-        old.copy_(both)
-    return out_BSHD.to(q.dtype), lse_BSH.transpose(1, 2).contiguous()
+        so_far = out_BSHD[:, q0:q1], lse_BHS[..., q0:q1]
+        lse_BHS[..., q0:q1] = merge(*so_far, o.float(), lse[..., : q1 - q0])[1]
+    return out_BSHD.to(q.dtype), lse_BHS
 
 
 def backward(

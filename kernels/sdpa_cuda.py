@@ -6,6 +6,7 @@ Without dropout the random state that the backward ops ask for is not read.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cpbench.kernels.sdpa import Backend, Plan
@@ -13,8 +14,14 @@ from cpbench.kernels.sdpa import Backend, Plan
 if TYPE_CHECKING:
     import torch
 
+    from cpbench.mask import AttnMask
+    from cpbench.problem import Problem
+
 
 class Flash(Backend):
+    def unsupported(self, problem: Problem, mask: AttnMask, device: str) -> str | None:
+        return _multiple_of_eight("sdpa.flash", problem)
+
     def _forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,6 +67,9 @@ class Flash(Backend):
 
 
 class Cudnn(Backend):
+    def unsupported(self, problem: Problem, mask: AttnMask, device: str) -> str | None:
+        return _multiple_of_eight("sdpa.cudnn", problem)
+
     def _forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,6 +119,17 @@ class Efficient(Backend):
     """Has no GQA and wants the bias padded to 16 columns: heads are repeated (and their gradients
     summed) inside the timed call, as a user would have to."""
 
+    def prepare(self, mask: AttnMask, problem: Problem, device: str) -> Plan:
+        import torch
+
+        plan = super().prepare(mask, problem, device)
+        if plan.bias_ST is None:
+            return plan
+        # Rows that start at multiples of 16 elements, as the kernel wants them.
+        t = plan.bias_ST.shape[1]
+        padded = torch.nn.functional.pad(plan.bias_ST, (0, -t % 16))
+        return replace(plan, bias_ST=padded[:, :t])
+
     def _forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,7 +137,7 @@ class Efficient(Backend):
 
         op = torch.ops.aten._scaled_dot_product_efficient_attention
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        bias = _aligned(plan.bias_ST, q)
+        bias = _for_all_heads(plan.bias_ST, q)
         out, lse = op(q, k, v, bias, True, 0.0, plan.causal, scale=plan.scale)[:2]
         return out, lse[:, :, : q.shape[2]].contiguous()
 
@@ -137,7 +158,7 @@ class Efficient(Backend):
         k, v = (x.repeat_interleave(q.shape[1] // heads_kv, 1) for x in (k, v))
         padded = torch.nn.functional.pad(lse, (0, -lse.shape[2] % 32), value=torch.inf)
         no_seed = torch.empty((), dtype=torch.int64, device=q.device)
-        bias = _aligned(plan.bias_ST, q)
+        bias = _for_all_heads(plan.bias_ST, q)
         wanted = [True, True, True, False]
         dq, dk, dv, _ = op(
             dout,
@@ -158,12 +179,11 @@ class Efficient(Backend):
         return dq, dk, dv
 
 
-def _aligned(bias_ST: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
-    """The bias as ``[B, H, S, T]`` whose rows start at multiples of 16 elements."""
-    import torch
+def _for_all_heads(bias_ST: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
+    return None if bias_ST is None else bias_ST.expand(q.shape[0], q.shape[1], -1, -1)
 
-    if bias_ST is None:
-        return None
-    t = bias_ST.shape[1]
-    padded = torch.nn.functional.pad(bias_ST, (0, -t % 16))[:, :t]
-    return padded.expand(q.shape[0], q.shape[1], -1, -1)
+
+def _multiple_of_eight(name: str, problem: Problem) -> str | None:
+    if problem.head_dim % 8:
+        return f"{name} needs head_dim a multiple of 8, not {problem.head_dim}"
+    return None

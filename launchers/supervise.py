@@ -278,6 +278,7 @@ class _Watch:
 
     def _record(self, case: Case, rank: autopsy.Rank, status: str, reason: str) -> None:
         record = Record(case=case, status=status, reason=reason, started=rank.since)
+        record.conditions = self.job.settings.conditions(self.job.device)
         record.seconds = time.time() - rank.since
         record.environment = self._environment
         record.writer = f"parent-{self.job.writer}"

@@ -19,6 +19,8 @@ QUESTION = (
     "num_heads_kv",
     "head_dim",
     "seed",
+    "content",
+    "machine",
 )
 
 
@@ -29,7 +31,7 @@ class Answer:
     Attributes:
         question: what was to be computed.
         ranking: rows of the tidy table that are ok and timed, fastest first.
-        tie: whether the first two cannot be told apart within their noise.
+        tie: whether some rival cannot be told apart from the winner within the noise.
     """
 
     question: dict[str, Any]
@@ -45,7 +47,8 @@ class Answer:
 
 def answers(table: pd.DataFrame) -> list[Answer]:
     """One answer for each problem and number of ranks that has a timed case."""
-    timed = table[(table["status"] == "ok") & table["time_ms"].notna()]
+    unchecked = table["flags"].str.contains("unchecked", na=False)
+    timed = table[(table["status"] == "ok") & table["time_ms"].notna() & ~unchecked]
     found = []
     for key, group in timed.groupby(list(QUESTION), sort=True):
         ranking = group.sort_values("time_ms", kind="stable")
@@ -61,12 +64,10 @@ def method(row: Any) -> str:
 
 
 def _tie(ranking: pd.DataFrame) -> bool:
-    """Whether the intervals of the first two medians overlap; unknown noise counts as a tie."""
-    if len(ranking) < 2:
+    """Whether some rival's interval of the median reaches into the winner's; an interval that is
+    not known reaches everywhere."""
+    first, rivals = ranking.iloc[0], ranking.iloc[1:]
+    if rivals.empty:
         return False
-    first, second = ranking.iloc[0], ranking.iloc[1]
-    if first[["noise"]].isna().any() or second[["noise"]].isna().any():
-        return True
-    low: float = second["time_ms"] * (1 - second["noise"])
-    high: float = first["time_ms"] * (1 + first["noise"])
-    return bool(low <= high)
+    unknown = ranking[["low_ms", "high_ms"]].isna().any(axis=None)
+    return bool(unknown or (rivals["low_ms"] <= first["high_ms"]).any())

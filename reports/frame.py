@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpbench.record import Record, slowest_us
+from cpbench.record import Record, median_interval, slowest_us
 from cpbench.store import read_run
 
 if TYPE_CHECKING:
@@ -30,17 +30,22 @@ COLUMNS = {
     "direction": "fwd, bwd or fwd_bwd: what the time covers",
     "world_size": "ranks",
     "seed": "of the inputs",
+    "content": "hashes of the files that the case is made from",
+    "machine": "host and device",
     "time_ms": "median over iterations of the slowest rank",
     "fwd_ms": "the forward part alone",
     "bwd_ms": "the backward part alone",
+    "low_ms": "lower end of the nominal 95 % interval of the median",
+    "high_ms": "its upper end",
     "noise": "half-width of the 95 % interval of the median, relative",
     "iterations": "timed iterations",
     "tflops_per_rank": "TFLOP/s of each rank, from the mask's exact area",
     "density": "visible pairs over all pairs",
     "imbalance": "largest over mean visible pairs of a rank",
+    "mask_ms": "building the mask, slowest rank",
     "plan_ms": "planning, slowest rank",
     "first_call_ms": "first call, with compilation, slowest rank",
-    "peak_mb": "largest over ranks of the peak beyond the inputs, 10^6 bytes",
+    "peak_mb": "largest over ranks of what is held beside the inputs: plan and peak, 10^6 bytes",
     "inputs_mb": "largest over ranks of the inputs",
     "sent_mb": "largest over ranks of the bytes sent",
     "worst_error": "largest relative L2 error of any tensor against float64",
@@ -61,6 +66,8 @@ TEXTS = (
     "mask",
     "dtype",
     "direction",
+    "content",
+    "machine",
     "flags",
     "environment",
     "writer",
@@ -75,25 +82,30 @@ def load(*folders: str | Path) -> pd.DataFrame:
         FileNotFoundError: when a folder is no run directory.
     """
     records: list[Record] = []
+    environments: dict[str, dict[str, Any]] = {}
     for folder in folders:
         if not (Path(folder) / "records").is_dir():
             raise FileNotFoundError(f"{folder} is not a run directory: it has no records folder")
-        records += read_run(Path(folder)).records.values()
-    return frame(records)
+        run = read_run(Path(folder))
+        records += run.records.values()
+        environments |= run.environments
+    return frame(records, environments)
 
 
-def frame(records: Iterable[Record]) -> pd.DataFrame:
+def frame(
+    records: Iterable[Record], environments: Mapping[str, dict[str, Any]] | None = None
+) -> pd.DataFrame:
     """The tidy table of some records."""
     import pandas as pd
 
-    rows = [_row(record) for record in records]
+    rows = [_row(record, environments or {}) for record in records]
     table = pd.DataFrame(rows, columns=list(COLUMNS), dtype=object)  # a text is a str or None
     numbers = [column for column in COLUMNS if column not in TEXTS]
     table[numbers] = table[numbers].apply(pd.to_numeric)  # what nobody measured is nan, not None
     return table.astype({"iterations": "Int64"})
 
 
-def _row(record: Record) -> dict[str, Any]:
+def _row(record: Record, environments: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     case = record.case
     row: dict[str, Any] = {"id": case.id, "status": record.status, "reason": record.reason}
     for key in ("operator", "strategy", "layout", "mask"):
@@ -112,6 +124,12 @@ def _row(record: Record) -> dict[str, Any]:
         row[key] = getattr(case, key)
     for key in ("started", "seconds", "environment", "writer", "log"):
         row[key] = getattr(record, key)
+    environment = environments.get(record.environment or "", {})
+    device = environment.get("device", {}).get("name") or environment.get("processor")
+    row["machine"] = f"{environment.get('host')}, {device}" if environment else "unknown"
+    row["content"] = " ".join(digest[:8] for _, digest in case.content) or "none"
+    interval = median_interval(record.samples_us)
+    row["low_ms"], row["high_ms"] = map(_ms, interval or (None, None))
     row["flags"] = " ".join(record.flags)
     row["worst_error"] = record.worst_error
     row["noise"] = record.noise
@@ -123,10 +141,14 @@ def _row(record: Record) -> dict[str, Any]:
     row["density"] = record.area / case.seq_len**2 if record.area is not None else None
     if record.balance and sum(record.balance):
         row["imbalance"] = max(record.balance) * len(record.balance) / sum(record.balance)
-    row["plan_ms"], row["first_call_ms"] = _ms(record.plan_us), _ms(record.first_call_us)
-    for column, kind in (("peak_mb", "peak"), ("inputs_mb", "inputs")):
-        if kind in record.memory_bytes:
-            row[column] = max(record.memory_bytes[kind]) / 1e6
+    row["mask_ms"], row["plan_ms"] = _ms(record.mask_us), _ms(record.plan_us)
+    row["first_call_ms"] = _ms(record.first_call_us)
+    held = record.memory_bytes
+    if "inputs" in held:
+        row["inputs_mb"] = max(held["inputs"]) / 1e6
+    if "peak" in held:
+        kinds = [held[kind] for kind in ("plan", "saved", "peak") if kind in held]
+        row["peak_mb"] = max(map(sum, zip(*kinds, strict=True))) / 1e6
     if record.bytes_sent:
         per_rank = [sum(phases) for phases in zip(*record.bytes_sent.values(), strict=True)]
         row["sent_mb"] = max(per_rank) / 1e6

@@ -48,7 +48,7 @@ def render(run: Run, out: Path, form: str) -> str:
     ``csv`` and ``json`` are the tidy table (see ``COLUMNS``); ``table`` and ``md`` are for people:
     winners, every case, what could not run and why, caveats, environments.
     """
-    table = frame(run.records.values())
+    table = frame(run.records.values(), run.environments)
     if form == "csv":
         return str(table.to_csv(index=False))
     if form == "json":
@@ -116,7 +116,7 @@ def every_case(
             "vs best": _number(row["time_ms"] / best, ".2f", "x"),
             _unit(found): _rate(row["tflops_per_rank"], found),
             "peak MB": _number(row["peak_mb"], ".1f"),
-            "sent MB": _number(row["sent_mb"] or math.nan, ".2f"),
+            "sent MB": _number(row["sent_mb"] if row["world_size"] > 1 else math.nan, ".2f"),
         }
         for row, best in [*contests, *((row, math.nan) for _, row in checked_only.iterrows())]
     ]

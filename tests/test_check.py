@@ -11,6 +11,7 @@ import torch
 
 from cpbench import check, masks
 from cpbench.api import Attention
+from cpbench.check_at_size import sampled
 from cpbench.layout import build as build_layout
 from cpbench.mask import AttnMask
 from cpbench.problem import Problem
@@ -37,19 +38,24 @@ def _problem(**changes: Any) -> Problem:
     return Problem(**{**values, **changes})
 
 
-def _small(operator: str, mask: AttnMask, **changes: Any) -> str | None:
-    def make(tiny: AttnMask, layout: Any, problem: Problem) -> Attention:
-        return _work(operator, tiny, layout, problem)
+def _measured(operator: str, mask: AttnMask, **changes: Any) -> Attention:
+    return _work(operator, mask, build_layout("contiguous", TOKENS, 1), _problem(**changes))
 
-    errors = check.small(make, mask, _problem(**changes), 1, "contiguous", 5, "cpu", None, None, 0)
+
+def _small(operator: str, mask: AttnMask, **changes: Any) -> str | None:
+    tiny = check.small_problem(_measured(operator, mask, **changes))
+    errors = check.small(_work(operator, *tiny), 5, check.Rank("cpu"))
     return check.verdict(errors, _problem(**changes).dtype)
 
 
-def _sampled(operator: str, mask: AttnMask, **changes: Any) -> tuple[str | None, check.Errors]:
+def _sampled(
+    operator: str, mask: AttnMask, seed: int = 5, **changes: Any
+) -> tuple[str | None, check.Errors]:
     problem = _problem(**changes)
-    work = _work(operator, mask, build_layout("contiguous", TOKENS, 1), problem)
-    inputs = check.make_inputs(problem, np.arange(TOKENS), 5, "cpu")
-    errors = check.sampled(work, inputs, 5, "cpu", None, None)
+    work = _measured(operator, mask, **changes)
+    inputs = check.make_inputs(problem, np.arange(TOKENS), seed, "cpu")
+    found = check.run(work, inputs, None)
+    errors = sampled(work, inputs, found, seed, check.Rank("cpu"))
     return check.verdict(errors, problem.dtype), errors
 
 
@@ -81,10 +87,17 @@ def test_the_small_check_finds(operator: str, tensor: str) -> None:
     assert verdict.startswith(f"{tensor} differs from float64: ")
 
 
-@pytest.mark.parametrize(("operator", "tensor"), [("far_rows", "out"), ("far_keys", "dk")])
-def test_only_the_sampled_check_finds_what_appears_at_size(operator: str, tensor: str) -> None:
-    assert _small(operator, MASK) is None
-    verdict, _ = _sampled(operator, MASK)
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    ("operator", "tensor"),
+    [("far_rows", "out"), ("far_keys", "dk"), ("other_heads", "out"), ("last_tile", "out")],
+)
+def test_only_the_sampled_check_finds_what_appears_at_size(
+    operator: str, tensor: str, seed: int
+) -> None:
+    if seed == 0:
+        assert _small(operator, MASK) is None
+    verdict, _ = _sampled(operator, MASK, seed)
     assert verdict is not None
     assert verdict.startswith(f"{tensor} differs from float64: ")
 
@@ -110,7 +123,28 @@ def test_the_small_mask_keeps_what_is_particular_to_the_mask(text: str) -> None:
         assert not np.array_equal(dense, np.tril(np.ones_like(dense)))
 
 
+@pytest.mark.parametrize("text", ["full", "causal"])
+def test_the_small_mask_stays_of_the_kind_that_native_kernels_take(text: str) -> None:
+    for tokens in (500, 4096, 50_000):
+        mask = masks.build(text, tokens)
+        assert check.small_mask(mask).kind == mask.kind
+
+
+def test_one_head_a_little_off_is_found_in_half_precision() -> None:
+    mask = masks.build("full", TOKENS)
+    verdict = _small("one_head", mask, heads_q=8, heads_kv=8, dtype="bfloat16")
+    assert verdict is not None
+
+
+def test_a_result_that_changes_and_an_overwritten_input_are_seen() -> None:
+    before = {"q": torch.randn(2, 50, 3, 8), "dout": torch.randn(2, 50, 3, 8)}
+    seen = check.fingerprint(before)
+    assert check.changed(seen, check.fingerprint(before), "float32") is None
+    before["q"][1, :, 2] = 0
+    assert check.changed(seen, check.fingerprint(before), "bfloat16") == "q"
+
+
 def test_mismatched_infinities_are_an_infinite_error() -> None:
-    sums = check._Sums.of(torch.tensor([0.0, 1.0]), torch.tensor([-torch.inf, 1.0]))
+    sums = check.TensorSums.of(torch.tensor([0.0, 1.0]), torch.tensor([-torch.inf, 1.0]))
     assert sums.errors(absolute=True)["max_rms"] == float("inf")
     assert check.verdict({"lse": sums.errors(absolute=True)}, "float32") is not None

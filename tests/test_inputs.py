@@ -9,7 +9,13 @@ from cpbench.inputs import TENSORS, normal
 
 
 def _make(tensor: str = "q", seed: int = 0, tokens: object = None, **overrides: object):
-    shape = {"batch": 2, "heads": range(4), "head_dim": 64, "dtype": torch.float32, "device": "cpu"}
+    shape = {
+        "batches": range(2),
+        "heads": range(4),
+        "head_dim": 64,
+        "dtype": torch.float32,
+        "device": "cpu",
+    }
     positions = np.arange(1024) if tokens is None else np.asarray(tokens)
     return normal(tensor, seed, positions, **{**shape, **overrides})
 
@@ -23,7 +29,7 @@ def test_moments_are_those_of_a_standard_normal() -> None:
 
 
 def test_neighbours_are_uncorrelated() -> None:
-    x = _make(tokens=np.arange(4096), batch=1)[0].double()
+    x = _make(tokens=np.arange(4096), batches=[0])[0].double()
     for other in (x.roll(1, 0), x.roll(1, 1), x.roll(1, 2), x.roll(32, 2)):
         assert abs((x * other).mean()) < 4e-3
     rows = torch.corrcoef(x[:256].flatten(1)).fill_diagonal_(0)

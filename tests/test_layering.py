@@ -29,7 +29,7 @@ LAYERS = (
         "autograd_op",
     ),
     ("kernels", "strategies"),
-    ("api", "check", "measure"),
+    ("api", "check", "check_at_size", "measure"),
     ("evaluate",),
     ("worker",),
 )

@@ -58,10 +58,67 @@ class NotANumber(Reference):
         return out, lse
 
 
+class OtherHeads(Reference):
+    """Garbage in all heads but one, beyond a thousand tokens."""
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Any) -> Any:
+        out, lse = super().forward(q, k, v, plan)
+        out[:, 1000:, 1:] = 7.0
+        return out, lse
+
+
+class ForgetsTheLastTile(Reference):
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Any) -> Any:
+        out, lse = super().forward(q, k, v, plan)
+        if q.shape[1] > 1000:
+            out[:, q.shape[1] // 128 * 128 :] = 0
+        return out, lse
+
+
+class OneHeadOff(Reference):
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Any) -> Any:
+        out, lse = super().forward(q, k, v, plan)
+        out[:, :, 3] *= 1.04
+        return out, lse
+
+
+class OverwritesItsInput(Reference):
+    """Right the first time, and never again."""
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Any) -> Any:
+        out, lse = super().forward(q, k, v, plan)
+        v.zero_()
+        return out, lse
+
+
+class RightWhenWatched(Reference):
+    """Wrong from the third call at one size on, as a stale buffer would be."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Any) -> Any:
+        out, lse = super().forward(q, k, v, plan)
+        self.calls += 1
+        return (out if self.calls < 4 else out * 0), lse
+
+
 far_rows = _info("far_rows", ForgetsFarRows)
 far_keys = _info("far_keys", DropsFarKeyGradients)
 scales_twice = _info("scales_twice", ScalesTwice)
 log_two = _info("log_two", LogTwo)
 one_element = _info("one_element", OneBadElement)
 not_a_number = _info("not_a_number", NotANumber)
+other_heads = _info("other_heads", OtherHeads)
+last_tile = _info("last_tile", ForgetsTheLastTile)
+one_head = _info("one_head", OneHeadOff)
+overwrites = _info("overwrites", OverwritesItsInput)
+when_watched = _info("when_watched", RightWhenWatched)
+native = OperatorInfo(
+    name="native",
+    summary="full and causal only",
+    source="tests",
+    load=Reference,
+    masks=("empty", "full", "causal"),
+)
 right = _info("right", Reference)

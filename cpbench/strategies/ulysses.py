@@ -26,6 +26,7 @@ STRATEGY = StrategyInfo(
     summary="all-to-all to head shards and back; KV heads are replicated when there are too few",
     source="DeepSpeed-Ulysses, arXiv 2309.14509",
     load="cpbench.strategies.ulysses:Ulysses",
+    splits="heads",
 )
 
 

@@ -1,0 +1,183 @@
+"""The sampled half of ``check``: single rows and columns recomputed at the measured size."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cpbench.check import Errors, Rank, Tensors, TensorSums, combine, index_of
+from cpbench.inputs import normal
+from cpbench.mask import AttnMask, IntArray
+from cpbench.problem import Problem
+
+if TYPE_CHECKING:
+    import torch
+
+    from cpbench.api import Attention
+
+SAMPLED_LINES = 64
+TILES = (64, 128, 256)  # extents of tiles whose last, partial one is always looked at
+Floats = np.typing.NDArray[np.float64]
+
+
+def sampled(work: Attention, inputs: Tensors, found: Tensors, seed: int, rank: Rank) -> Errors:
+    """Errors of sampled rows and columns at the measured size.
+
+    Every rank recomputes lines of its own tokens, each of another batch and key/value head in
+    turn, from regenerated global inputs.  Columns need the lse and delta of every query: those are
+    the operator's own, gathered, and are themselves checked by the rows.
+
+    Args:
+        inputs: of this rank, as :func:`make_inputs` made them.
+        found: what :func:`run` returned for them.
+    """
+    import torch
+
+    source = _Source(work.problem, work.mask, seed, rank.device)
+    local = sampled_lines(work.mask, work.layout.positions(work.rank), seed)
+    lines = work.layout.positions(work.rank)[local]
+    pairs = [(b, g) for b in range(work.problem.batch) for g in range(work.problem.heads_kv)]
+    turn = np.arange(len(lines)) * work.layout.world_size + work.rank + seed
+    whole = _everyones_lse(work, inputs, found, rank) if "dq" in found and "lse" in found else None
+    got: dict[str, list[torch.Tensor]] = {}
+    want: dict[str, list[torch.Tensor]] = {}
+    for number, (b, g) in enumerate(pairs):
+        for i in np.flatnonzero(turn % len(pairs) == number):
+            rows = source.row(b, g, int(lines[i]))
+            if whole is not None:
+                rows |= source.column(b, g, int(lines[i]), whole[0][b], whole[1][b])
+            heads = slice(g * work.problem.group, (g + 1) * work.problem.group)
+            for name in [name for name in rows if name in found]:
+                value = found[name][b]
+                mine = value[:, local[i]] if name == "lse" else value[local[i]]
+                got.setdefault(name, []).append(mine[g] if name in ("dk", "dv") else mine[heads])
+                want.setdefault(name, []).append(rows[name])
+        source.forget()
+    sums = {name: TensorSums.of(torch.cat(got[name]), torch.cat(want[name])) for name in got}
+    return combine(rank.gather(sums))
+
+
+def sampled_lines(mask: AttnMask, positions: IntArray, seed: int) -> IntArray:
+    """Local indices of the sampled tokens of a rank: those at edges, and others at random."""
+    n = mask.seq_q
+    corners = mask.slices[:, [0, 1, 2, 3]].reshape(-1)
+    corners = np.concatenate([corners, corners - 1])
+    corners = corners[np.linspace(0, len(corners) - 1, min(8, len(corners))).astype(int)]
+    edges = np.concatenate([[0, n - 1], corners, *([n // t * t, n // t * t - 1] for t in TILES)])
+    real = np.flatnonzero(positions < n)
+    at_edges = real[np.isin(positions[real], edges)]
+    both_ends = real[[0, -1]] if len(real) else real
+    count = min(len(real), max(8, SAMPLED_LINES * len(positions) // max(n, 1)))
+    chance = np.random.default_rng([seed, int(positions[0])])
+    spread = chance.choice(real, size=count, replace=False)
+    return np.unique(np.concatenate([at_edges, both_ends, spread])).astype(np.int64)
+
+
+def _everyones_lse(
+    work: Attention, inputs: Tensors, found: Tensors, rank: Rank
+) -> tuple[Floats, Floats]:
+    """lse and delta of all queries, ``[B, H, S]`` each, in global order."""
+    delta = (inputs["dout"].double() * found["out"].double()).sum(-1).transpose(1, 2)
+    mine = (found["lse"].double().cpu().numpy(), delta.cpu().numpy())
+    parts = rank.control.gather(mine) if rank.control else [mine]
+    shape = (2, *mine[0].shape[:2], work.layout.padded_len)
+    whole = np.empty(shape)
+    for other, part in enumerate(parts):
+        whole[..., work.layout.positions(other)] = part
+    return whole[0], whole[1]
+
+
+class _Source:
+    """Single rows and columns of the problem in float64, from inputs made anew.
+
+    Legend: R query heads of a group, T visible keys (or queries, for a column), D head dim.
+    """
+
+    def __init__(self, problem: Problem, mask: AttnMask, seed: int, device: str) -> None:
+        self._problem, self._seed, self._device = problem, seed, device
+        self._mask, self._transposed = mask, mask.transpose()
+        self._keys: dict[str, torch.Tensor] = {}
+
+    def forget(self) -> None:
+        """Drop the keys and values of the present batch and head."""
+        self._keys.clear()
+
+    def row(self, b: int, g: int, line: int) -> Tensors:
+        """out and dq ``[R, D]`` and lse ``[R]`` of one query."""
+        import torch
+
+        seen = self._visible(self._mask, line)
+        for name in ("k", "v"):
+            if name not in self._keys:
+                tokens = np.arange(self._mask.seq_k)
+                self._keys[name] = self._make(name, b, [g], tokens)[:, 0]
+        k_TD, v_TD = (self._keys[name][seen].double() for name in ("k", "v"))
+        q_RD = self._of_queries("q", b, g, np.array([line]))[:, 0]
+        scale = self._problem.softmax_scale
+        scores_RT = (q_RD @ k_TD.T) * scale
+        lse_R = torch.logsumexp(scores_RT, -1)
+        probs_RT = torch.exp(scores_RT - lse_R[:, None])
+        found = {"out": probs_RT @ v_TD, "lse": lse_R}
+        if self._problem.backward:
+            dout_RD = self._of_queries("dout", b, g, np.array([line]))[:, 0]
+            delta_R1 = (dout_RD * found["out"]).sum(-1, keepdim=True)
+            found["dq"] = (probs_RT * (dout_RD @ v_TD.T - delta_R1) * scale) @ k_TD
+        return found
+
+    def column(
+        self,
+        b: int,
+        g: int,
+        line: int,
+        lse_HS: Floats,
+        delta_HS: Floats,
+    ) -> Tensors:
+        """dk and dv ``[D]`` of one key, given the lse and delta of all queries."""
+        import torch
+
+        k_D, v_D = (self._keys[name][line].double() for name in ("k", "v"))
+        heads = slice(g * self._problem.group, (g + 1) * self._problem.group)
+        dk_D, dv_D = torch.zeros_like(k_D), torch.zeros_like(v_D)
+        seen = self._visible(self._transposed, line).cpu().numpy()
+        for start in range(0, len(seen), 1 << 14):
+            part = seen[start : start + (1 << 14)]
+            q_RTD, dout_RTD = (self._of_queries(name, b, g, part) for name in ("q", "dout"))
+            lse_RT, delta_RT = (
+                torch.as_tensor(x[heads, part], device=self._device) for x in (lse_HS, delta_HS)
+            )
+            scale = self._problem.softmax_scale
+            probs_RT = torch.exp((q_RTD @ k_D) * scale - lse_RT)
+            dscores_RT = probs_RT * (dout_RTD @ v_D - delta_RT) * scale
+            dv_D += torch.einsum("rt,rtd->d", probs_RT, dout_RTD)
+            dk_D += torch.einsum("rt,rtd->d", dscores_RT, q_RTD)
+        return {"dk": dk_D, "dv": dv_D}
+
+    def _of_queries(self, name: str, b: int, g: int, tokens: IntArray) -> torch.Tensor:
+        """``[R, tokens, D]`` float64 of the query heads of a group."""
+        heads = range(g * self._problem.group, (g + 1) * self._problem.group)
+        return self._make(name, b, heads, tokens).double().transpose(0, 1)
+
+    def _make(self, name: str, b: int, heads: list[int] | range, tokens: IntArray) -> torch.Tensor:
+        import torch
+
+        dtype = getattr(torch, self._problem.dtype)
+        dim, device = self._problem.head_dim, self._device
+        return normal(
+            name,
+            self._seed,
+            tokens,
+            batches=[b],
+            heads=heads,
+            head_dim=dim,
+            dtype=dtype,
+            device=device,
+        )[0]
+
+    def _visible(self, mask: AttnMask, line: int) -> torch.Tensor:
+        """Indices of the keys that one query sees."""
+        here = mask.slices[(mask.slices[:, 0] <= line) & (line < mask.slices[:, 1])]
+        _, _, k0, k1, lo, hi = here.T
+        start, end = np.maximum(k0, line + lo), np.minimum(k1, line + hi + 1)
+        parts = [np.arange(a, b) for a, b in zip(start, end, strict=True)]
+        return index_of(np.concatenate(parts) if parts else np.zeros(0, np.int64), self._device)
