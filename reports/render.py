@@ -32,13 +32,19 @@ _FACTS: dict[str, tuple[Callable[[Any], object], str]] = {
     "heads": (lambda row: f"{row['num_heads_q']}:{row['num_heads_kv']}", "{} heads"),
     "head_dim": (itemgetter("head_dim"), "head_dim {}"),
     "seed": (itemgetter("seed"), "seed {}"),
+    "files": (itemgetter("content"), "files {}"),
+    "machine": (itemgetter("machine"), "on {}"),
 }
+_UNSAID = ("none", "unknown")  # not worth a word where they hold throughout
 _ALWAYS = ("mask", "tokens")
 _MARKS = "*†‡§"
 _MEANING = {
     "contended": "other work took processor time: too slow",
     "oversubscribed": "more threads than cores, ranks took turns: too slow",
     "throttled": "the clock was held down: too slow",
+    "power-capped": "the power limit held the clock down",
+    "nvml-missing": "nobody could tell whether the clock was held down",
+    "unchecked": "not held against float64: no winner among them",
 }
 
 
@@ -65,7 +71,11 @@ def render(run: Run, out: Path, form: str) -> str:
     lines = [f"# {text(out.name)}: {_counts(table)}", ""]
     lines += [text(f"Throughout: {_sentence(table.iloc[0], constant)}."), ""] if constant else []
     lines += _section("Winners", winners(found, varying), form)
-    lines += [text(_score(found)), ""] if found else ["No case was timed.", ""]
+    lines += (
+        [text(_score(found)), ""]
+        if found
+        else ["No case competes: none was both timed and checked.", ""]
+    )
     lines += _all_cases(every_case(found, timed, varying, marks), form)
     lines += _section("Refused", refusals(table), form)
     failed = failures(table, out)
@@ -105,7 +115,8 @@ def every_case(
         for answer in found
         for _, row in answer.ranking.iterrows()
     ]
-    checked_only = timed[timed["time_ms"].isna()]
+    ranked = {row["id"] for row, _ in contests}
+    others = timed[~timed["id"].isin(ranked)]  # only checked, or not checked
     return [
         {
             **_told(row, varying),
@@ -118,7 +129,7 @@ def every_case(
             "peak MB": _number(row["peak_mb"], ".1f"),
             "sent MB": _number(row["sent_mb"] if row["world_size"] > 1 else math.nan, ".2f"),
         }
-        for row, best in [*contests, *((row, math.nan) for _, row in checked_only.iterrows())]
+        for row, best in [*contests, *((row, math.nan) for _, row in others.iterrows())]
     ]
 
 
@@ -252,7 +263,8 @@ def _told(row: Any, facts: Iterable[str]) -> dict[str, str]:
 
 
 def _sentence(row: Any, facts: Iterable[str]) -> str:
-    return ", ".join(_FACTS[fact][1].format(_FACTS[fact][0](row)) for fact in facts)
+    values = ((_FACTS[fact][1], _FACTS[fact][0](row)) for fact in facts)
+    return ", ".join(words.format(value) for words, value in values if value not in _UNSAID)
 
 
 def _counted(count: int, thing: str) -> str:
