@@ -176,13 +176,13 @@ class Cuda:
             "multiprocessors": properties.multi_processor_count,
             "cuda": torch.version.cuda,
         }
-        with suppress(Exception), _nvml(self.index) as (nvml, handle):
+        with suppress(OSError), _nvml(self.index) as (nvml, handle):
             about["driver"] = nvml.nvmlSystemGetDriverVersion()
             about["power_limit_mw"] = nvml.nvmlDeviceGetEnforcedPowerLimit(handle)
         return about
 
     def flags(self, ranks_here: int) -> list[str]:
-        with suppress(Exception), _nvml(self.index) as (nvml, handle):
+        with suppress(OSError), _nvml(self.index) as (nvml, handle):
             reasons = nvml.nvmlDeviceGetCurrentClocksEventReasons(handle)
             held_down = (
                 nvml.nvmlClocksEventReasonSwThermalSlowdown
@@ -199,7 +199,7 @@ class Cuda:
 
 
 class _nvml:
-    """NVML opened for one device, and closed again."""
+    """NVML opened for one device, and closed again; what it cannot do is an ``OSError``."""
 
     def __init__(self, index: int) -> None:
         self._index = index
@@ -208,13 +208,18 @@ class _nvml:
         import pynvml
         import torch
 
-        pynvml.nvmlInit()
         self._nvml = pynvml
-        uuid = f"GPU-{torch.cuda.get_device_properties(self._index).uuid}"
-        return pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        try:
+            pynvml.nvmlInit()
+            uuid = f"GPU-{torch.cuda.get_device_properties(self._index).uuid}"
+            return pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        except pynvml.NVMLError as error:
+            raise OSError(f"NVML: {error}") from error
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._nvml.nvmlShutdown()
+        if isinstance(error, self._nvml.NVMLError):
+            raise OSError(f"NVML: {error}") from error
 
 
 def shortage(kind: str, ranks_here: int) -> str | None:

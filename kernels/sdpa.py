@@ -9,8 +9,9 @@ Legend: B batch, S query length, T key length, H query heads, G key/value heads,
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -92,8 +93,19 @@ class Plan:
     keep_graph: bool
 
 
+class Given(NamedTuple):
+    """What a backward pass starts from, ``[B, H, S, D]`` and lse ``[B, H, S]``, never -inf."""
+
+    dout: torch.Tensor
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    out: torch.Tensor
+    lse: torch.Tensor
+
+
 class Backend:
-    """Shapes, masks and blind rows, around one aten op on ``[B, H, S, D]`` views."""
+    """What every back end needs: the mask as it takes it, or the refusal of one."""
 
     def unsupported(self, problem: Problem, mask: AttnMask, device: str) -> str | None:
         if mask.kind == "bands":
@@ -124,6 +136,10 @@ class Backend:
             blind=blind,
             keep_graph=problem.backward,
         )
+
+
+class Fused(Backend, ABC):
+    """Axes, empty masks and blind rows, around one aten op on ``[B, H, S, D]`` views."""
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
@@ -159,29 +175,22 @@ class Backend:
         # exp(score - lse) must be 0, not NaN, on rows that see nothing.
         safe_lse = lse.masked_fill(lse == -torch.inf, torch.inf)
         dout_, q_, k_, v_, out_ = (x.transpose(1, 2) for x in (dout, q, k, v, out))
-        grads = self._backward(dout_, q_, k_, v_, out_, safe_lse, plan)
+        grads = self._backward(Given(dout_, q_, k_, v_, out_, safe_lse), plan)
         dq, dk, dv = (x.transpose(1, 2) for x in grads)
         return dq, dk, dv
 
+    @abstractmethod
     def _forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        raise NotImplementedError
+        """out ``[B, H, S, D]`` and lse ``[B, H, S]`` from ``[B, H, S, D]``."""
 
-    def _backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        plan: Plan,
-    ) -> tuple[torch.Tensor, ...]:
-        raise NotImplementedError
+    @abstractmethod
+    def _backward(self, given: Given, plan: Plan) -> tuple[torch.Tensor, ...]:
+        """dq, dk, dv in the same axes."""
 
 
-class CpuFlash(Backend):
+class CpuFlash(Fused):
     def _forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -191,18 +200,10 @@ class CpuFlash(Backend):
         out, lse = op(q, k, v, 0.0, plan.causal, attn_mask=plan.bias_ST, scale=plan.scale)
         return out, lse.contiguous()
 
-    def _backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        plan: Plan,
-    ) -> tuple[torch.Tensor, ...]:
+    def _backward(self, given: Given, plan: Plan) -> tuple[torch.Tensor, ...]:
         import torch
 
+        dout, q, k, v, out, lse = given
         op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         grads: tuple[torch.Tensor, ...] = op(
             dout, q, k, v, out, lse, 0.0, plan.causal, attn_mask=plan.bias_ST, scale=plan.scale
@@ -222,7 +223,7 @@ class Math(Backend):
         import torch
 
         if plan.empty:
-            return super().forward(q, k, v, plan)
+            return torch.zeros_like(q), None
         op = torch.ops.aten._scaled_dot_product_attention_math
 
         def run(
@@ -245,6 +246,8 @@ class Math(Backend):
         lse: torch.Tensor | None,
         plan: Plan,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        import torch
+
         if plan.empty:
-            return super().backward(dout, q, k, v, out, lse, plan)
+            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         return self._keeper.backward(dout, out)

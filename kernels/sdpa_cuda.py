@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from cpbench.kernels.sdpa import Backend, Plan
+from cpbench.kernels.sdpa import Fused, Given, Plan
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cpbench.problem import Problem
 
 
-class Flash(Backend):
+class Flash(Fused):
     def unsupported(self, problem: Problem, mask: AttnMask, device: str) -> str | None:
         return _multiple_of_eight("sdpa.flash", problem)
 
@@ -31,18 +31,10 @@ class Flash(Backend):
         out, lse = op(q, k, v, 0.0, plan.causal, False, scale=plan.scale)[:2]
         return out, lse
 
-    def _backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        plan: Plan,
-    ) -> tuple[torch.Tensor, ...]:
+    def _backward(self, given: Given, plan: Plan) -> tuple[torch.Tensor, ...]:
         import torch
 
+        dout, q, k, v, out, lse = given
         op = torch.ops.aten._scaled_dot_product_flash_attention_backward
         no_seed = torch.empty(2, dtype=torch.uint64, device=q.device)
         s, t = q.shape[2], k.shape[2]
@@ -66,7 +58,7 @@ class Flash(Backend):
         return grads
 
 
-class Cudnn(Backend):
+class Cudnn(Fused):
     def unsupported(self, problem: Problem, mask: AttnMask, device: str) -> str | None:
         return _multiple_of_eight("sdpa.cudnn", problem)
 
@@ -79,18 +71,10 @@ class Cudnn(Backend):
         out, lse = op(q, k, v, None, True, 0.0, plan.causal, False, scale=plan.scale)[:2]
         return out, lse.reshape(q.shape[:3])
 
-    def _backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        plan: Plan,
-    ) -> tuple[torch.Tensor, ...]:
+    def _backward(self, given: Given, plan: Plan) -> tuple[torch.Tensor, ...]:
         import torch
 
+        dout, q, k, v, out, lse = given
         op = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
         no_seed = torch.empty((), dtype=torch.int64, device=q.device)
         s, t = q.shape[2], k.shape[2]
@@ -115,7 +99,7 @@ class Cudnn(Backend):
         return grads
 
 
-class Efficient(Backend):
+class Efficient(Fused):
     """Has no GQA and wants the bias padded to 16 columns: heads are repeated (and their gradients
     summed) inside the timed call, as a user would have to."""
 
@@ -141,18 +125,10 @@ class Efficient(Backend):
         out, lse = op(q, k, v, bias, True, 0.0, plan.causal, scale=plan.scale)[:2]
         return out, lse[:, :, : q.shape[2]].contiguous()
 
-    def _backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        plan: Plan,
-    ) -> tuple[torch.Tensor, ...]:
+    def _backward(self, given: Given, plan: Plan) -> tuple[torch.Tensor, ...]:
         import torch
 
+        dout, q, k, v, out, lse = given
         op = torch.ops.aten._scaled_dot_product_efficient_attention_backward
         heads_kv = k.shape[1]
         k, v = (x.repeat_interleave(q.shape[1] // heads_kv, 1) for x in (k, v))
