@@ -7,34 +7,42 @@ float32, natural logarithm, -inf for queries that see nothing (whose output is 0
 from __future__ import annotations
 
 import functools
+import importlib.util
 import time
 import weakref
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cpbench import __version__
 from cpbench import layout as layouts
 from cpbench.comm import Comm, Control, TorchComm
-from cpbench.layout import Layout
 from cpbench.mask import AttnMask
 from cpbench.merge import BoundOperator
 from cpbench.operator import Unsupported, declared_refusal
 from cpbench.problem import Problem
-from cpbench.registry import OperatorInfo, implementation, operator_info, strategy_info
+from cpbench.registry import (
+    OperatorInfo,
+    StrategyInfo,
+    implementation,
+    operator_info,
+    strategy_info,
+)
 from cpbench.spec import Spec
+from cpbench.trace import MODULUS, RankTrace, mismatch, trace_rank
+from cpbench.world import World
 
 if TYPE_CHECKING:
     from cpbench.strategy import Strategy
 
 
 class Attention:
-    """One rank's prepared computation: an operator under a strategy on one mask.
+    """One rank's prepared computation: an operator under a strategy in a world of ranks.
 
     Args:
         operator, strategy: specs, texts or tables.
-        mask: the global mask.
-        layout: which rank owns which tokens.
-        problem: the global problem.
+        world: the whole computation, as all ranks see it.
         rank: this rank.
         device: ``"cpu"`` or ``"cuda"``.
 
@@ -44,50 +52,44 @@ class Attention:
     """
 
     def __init__(
-        self,
-        operator: Spec | str,
-        strategy: Spec | str,
-        mask: AttnMask,
-        layout: Layout,
-        problem: Problem,
-        rank: int,
-        device: str,
+        self, operator: Spec | str, strategy: Spec | str, world: World, rank: int, device: str
     ) -> None:
         spec, wanted = Spec.parse(strategy), Spec.parse(operator)
-        info, declared = strategy_info(spec.name), operator_info(wanted.name)
-        reason = declared_refusal(declared, problem, device)
+        self.info, declared = strategy_info(spec.name), operator_info(wanted.name)
+        reason = declared_refusal(declared, world.problem, device)
+        reason = reason or _declared_refusal(self.info, declared, world, device)
         if reason is not None:
             raise Unsupported(reason)
         self.op = BoundOperator.load(wanted, device)
-        self.strategy: Strategy = implementation(info, spec.kwargs)
-        self.mask, self.layout, self.problem, self.rank = mask, layout, problem, rank
-        if info.merges and layout.world_size > 1:
-            reason = _cannot_merge(declared, spec.name, problem, device)
-        if reason is None and layout.name not in info.layouts:
-            reason = f"{info.name} takes layouts {', '.join(info.layouts)}, not {layout.name}"
-        if reason is None:
-            reason = self.strategy.unsupported(problem, mask, layout)
+        self.strategy: Strategy = implementation(self.info, spec.kwargs)
+        self.world, self.rank = world, rank
+        self.mask, self.layout, self.problem = world.mask, world.keys, world.problem
+        reason = self.strategy.unsupported(world)
         if reason is not None:
             raise Unsupported(reason)
-        self._splits = info.splits
         self._names = f"{wanted} {spec}"
         begun = time.perf_counter()
-        self.plan = self.strategy.prepare(self.op, mask, layout, problem, rank)
+        self.plan = self.strategy.prepare(self.op, world, rank)
         self.plan_us = (time.perf_counter() - begun) * 1e6
 
-    @property
-    def digest(self) -> str:
-        """What all ranks must agree on before anything is sent."""
-        spread = f"{self.layout.name} x{self.layout.world_size}"
-        return f"{self._names} {spread} {self.mask.digest} {self.problem}"
+    @functools.cached_property
+    def digest(self) -> tuple[str, int]:
+        """What ranks agree on before anything is sent: the same text, and numbers whose sum is 0
+        (see ``cpbench.trace``)."""
+        world = self.world
+        nodes = f"{world.ranks_per_node} {world.placement}"
+        spread = f"{world.queries.name} {world.keys.name} x{world.size} {nodes}"
+        text = f"{__version__} {self._names} {spread} {world.mask.digest} {world.problem}"
+        return text, self.trace.balance if self.trace else 0
 
-    def areas(self) -> list[int]:
-        """Visible pairs that each rank computes, times the share of the heads that it has."""
-        if self._splits == "heads":
-            size = self.layout.world_size
-            return [self.mask.area // size] * size
-        areas: list[int] = self.layout.area_matrix(self.mask).sum(axis=1).tolist()
-        return areas
+    @functools.cached_property
+    def trace(self) -> RankTrace | None:
+        """What this rank will send and compute; None for a library's strategy."""
+        return self.traced() if self.info.traced else None
+
+    def traced(self, log: bool = False) -> RankTrace:
+        """The trace made anew, with a log of every message."""
+        return trace_rank(self.strategy, self.op.info, self.world, self.rank, log)
 
     def forward(
         self,
@@ -98,7 +100,7 @@ class Attention:
         need_lse: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
         """out, lse (None where the operator has none) and what :meth:`backward` needs."""
-        assert comm is not None or self.layout.world_size == 1
+        assert comm is not None or self.world.size == 1
         return self.strategy.forward(q, k, v, self.plan, self.op, comm, need_lse)  # type: ignore[arg-type]
 
     def backward(
@@ -106,6 +108,33 @@ class Attention:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """dq, dk, dv of the local shards."""
         return self.strategy.backward(dout, saved, self.plan, self.op, comm)  # type: ignore[arg-type]
+
+
+def disagreement(works: Sequence[tuple[str, int]]) -> str | None:
+    """What ranks disagree on, from the :attr:`Attention.digest` of each; None if they agree."""
+    texts = sorted({text for text, _ in works})
+    if len(texts) > 1:
+        return f"ranks disagree on the problem: {' against '.join(texts)}"
+    if sum(number for _, number in works) % MODULUS:
+        return "ranks disagree on who sends what"
+    return None
+
+
+def _declared_refusal(
+    info: StrategyInfo, operator: OperatorInfo, world: World, device: str
+) -> str | None:
+    """Why the declarations alone rule a strategy out, or None."""
+    for module in info.requires:
+        if importlib.util.find_spec(module) is None:
+            return f"{info.name} needs the Python package {module}, which is not installed"
+    if world.keys.name not in info.layouts:
+        return f"{info.name} takes layouts {', '.join(info.layouts)}, not {world.keys.name}"
+    if world.placement and world.placement not in info.axes:
+        takes = f"placements {', '.join(info.axes)}" if info.axes else "no placement"
+        return f"{info.name} takes {takes}, not {world.placement!r}"
+    if info.merges and world.size > 1:
+        return _cannot_merge(operator, info.name, world.problem, device)
+    return None
 
 
 def _cannot_merge(
@@ -176,16 +205,7 @@ def attention(
             f"and {mask.seq_k} keys; shapes are [B, S, H, D]"
         )
     problem = _problem(q, k, v, q.shape[1], k.shape[1], scale)
-    work = _prepared(
-        Spec.parse(operator),
-        Spec("single"),
-        Spec("contiguous"),
-        mask,
-        problem,
-        1,
-        0,
-        q.device.type,
-    )
+    work = _prepared(Spec.parse(operator), mask, problem, q.device.type)
     return _Autograd.apply(q, k, v, work, None)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -199,11 +219,12 @@ def distributed_attention(
     operator: Spec | str = "bands",
     group: Any = None,
     scale: float | None = None,
+    placement: str = "",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Context-parallel attention on local shards, differentiable in out.
 
     Every rank of ``group`` calls it with the tokens that ``layout`` gives it: see
-    ``cpbench.layout.build(layout, seq_len, world_size)`` and its ``shard``, ``unshard`` and
+    ``cpbench.layout.build(layout, seq_len, world_size, mask)`` and its ``shard``, ``unshard`` and
     ``positions``.
 
     Args:
@@ -212,6 +233,7 @@ def distributed_attention(
         strategy, layout, operator: names, with parameters.
         group: a torch.distributed group; the default group unless given.
         scale: multiplies the scores; ``D ** -0.5`` unless given.
+        placement: the axis of the strategy's mesh whose groups are to share a node.
 
     Returns:
         out ``[B, L, H, D]`` and lse ``[B, H, L]``.  No gradient flows through lse.
@@ -221,17 +243,10 @@ def distributed_attention(
         Unsupported: when this cannot be done, with the reason, before anything is sent.
         RuntimeError: when ranks ask for different things in a first call.
     """
-    comm, control = _communicators(group)
+    comm, control, ranks_per_node = _communicators(group)
     problem = _problem(q, k, v, mask.seq_q, mask.seq_k, scale)
-    work = _agreed(
-        control,
-        Spec.parse(operator),
-        Spec.parse(strategy),
-        Spec.parse(layout),
-        mask,
-        problem,
-        q.device.type,
-    )
+    names = (Spec.parse(operator), Spec.parse(strategy), Spec.parse(layout), placement)
+    work = _agreed(control, *names, mask, problem, ranks_per_node, q.device.type)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.shape[1] != work.layout.local_len:
             raise ValueError(
@@ -243,18 +258,15 @@ def distributed_attention(
 
 
 @functools.lru_cache(maxsize=64)
-def _prepared(
-    operator: Spec,
-    strategy: Spec,
-    layout: Spec,
-    mask: AttnMask,
-    problem: Problem,
-    world_size: int,
-    rank: int,
-    device: str,
-) -> Attention:
-    dealt = layouts.build(layout, mask.seq_q, world_size)
-    return Attention(operator, strategy, mask, dealt, problem, rank, device)
+def _prepared(operator: Spec, mask: AttnMask, problem: Problem, device: str) -> Attention:
+    alone = World(
+        problem,
+        mask,
+        layouts.build("contiguous", mask.seq_q, 1),
+        layouts.build("contiguous", mask.seq_k, 1),
+        ranks_per_node=1,
+    )
+    return Attention(operator, "single", alone, 0, device)
 
 
 @functools.lru_cache(maxsize=64)
@@ -263,42 +275,61 @@ def _agreed(
     operator: Spec,
     strategy: Spec,
     layout: Spec,
+    placement: str,
     mask: AttnMask,
     problem: Problem,
+    ranks_per_node: int,
     device: str,
 ) -> Attention:
-    """As :func:`_prepared`, and every rank has prepared the same: else all of them raise."""
+    """The computation, and every rank has prepared the same: else all of them raise."""
     work, error = None, ""
     try:
-        work = _prepared(
-            operator, strategy, layout, mask, problem, control.size, control.rank, device
-        )
+        dealt = layouts.build(layout, mask.seq_k, control.size, mask)
+        world = World.of(problem, mask, dealt, ranks_per_node, placement)
+        work = Attention(operator, strategy, world, control.rank, device)
     except ValueError as refusal:
         error = str(refusal)
-    errors = [text for text in control.gather(error) if text]
+    answers = control.gather((error, work.digest if work else ("", 0)))
+    errors = [text for text, _ in answers if text]
     if errors:
         raise Unsupported(errors[0])
     assert work is not None
-    control.agree("problem", work.digest)
+    agree(control, work, [digest for _, digest in answers])
     return work
+
+
+def agree(control: Control, work: Attention, digests: Sequence[tuple[str, int]]) -> None:
+    """Raise on every rank, saying at what, when the ranks would not understand each other.
+
+    Args:
+        digests: of every rank's computation, gathered.
+    """
+    words = disagreement(digests)
+    if words is None:
+        return
+    if len({text for text, _ in digests}) == 1:
+        words += f": {mismatch(control.gather(work.traced(log=True).log))}"
+    raise RuntimeError(words)
 
 
 # Ranks agree on a problem when they first see it; a rank that has seen it before does not come.
 AGREEMENT_S = 60.0
-_COMMUNICATORS: weakref.WeakKeyDictionary[Any, tuple[TorchComm, Control]] = (
+_COMMUNICATORS: weakref.WeakKeyDictionary[Any, tuple[TorchComm, Control, int]] = (
     weakref.WeakKeyDictionary()
 )
 
 
-def _communicators(group: Any) -> tuple[TorchComm, Control]:
-    """The communicators of a process group, made once, on every rank of it together."""
+def _communicators(group: Any) -> tuple[TorchComm, Control, int]:
+    """The communicators of a process group and its ranks per node, made once, on every rank of it
+    together."""
     import torch.distributed as dist
 
     if not dist.is_initialized():
         raise ValueError("torch.distributed is not initialised: call init_process_group first")
     group = dist.group.WORLD if group is None else group
     if group not in _COMMUNICATORS:
-        _COMMUNICATORS[group] = (TorchComm(group), Control(group, AGREEMENT_S))
+        control = Control(group, AGREEMENT_S)
+        _COMMUNICATORS[group] = (TorchComm(group), control, control.ranks_per_node())
     return _COMMUNICATORS[group]
 
 

@@ -24,13 +24,13 @@ from cpbench import layout as layouts
 from cpbench.inputs import normal
 from cpbench.mask import AttnMask, IntArray
 from cpbench.problem import Problem
+from cpbench.world import World
 
 if TYPE_CHECKING:
     import torch
 
     from cpbench.api import Attention
     from cpbench.comm import Comm, Control
-    from cpbench.layout import Layout
 
 SMALL_TOKENS = 320
 WINDOW = 32
@@ -183,11 +183,12 @@ def small_mask(mask: AttnMask, tokens: int = SMALL_TOKENS) -> AttnMask:
     return mask.restrict(ranges, ranges).simplify()
 
 
-def small_problem(work: Attention) -> tuple[AttnMask, Layout, Problem]:
+def small_world(work: Attention) -> World:
     """What :func:`small` computes in place of ``work``: its mask cut down, dealt alike."""
-    tiny = small_mask(work.mask)
-    layout = layouts.build(work.layout.name, tiny.seq_q, work.layout.world_size)
-    return tiny, layout, replace(work.problem, seq_q=tiny.seq_q, seq_k=tiny.seq_k)
+    world, tiny = work.world, small_mask(work.mask)
+    problem = replace(world.problem, seq_q=tiny.seq_q, seq_k=tiny.seq_k)
+    layout = layouts.build(world.keys.name, tiny.seq_k, world.size, tiny)
+    return World.of(problem, tiny, layout, world.ranks_per_node, world.placement)
 
 
 def small(work: Attention, seed: int, rank: Rank) -> Errors:

@@ -1,17 +1,22 @@
 """Communication between ranks: what strategies may ask for, and torch.distributed doing it.
 
 Bytes are counted here, from the tensors that cross the transport boundary, independently of any
-plan.  Attribution, per rank: a send counts its bytes unless it is to the rank itself; all_to_all
-counts the chunks for the other ranks; all_gather counts the own shard once per other rank;
-reduce_scatter counts the chunks of the other ranks.  What a transport does underneath (rings,
-trees) may move the same bytes by other routes.
+plan.  Attribution to (sender, receiver), one message each unless said otherwise:
+
+- exchange: every tensor to its receiver, unless that is the sender itself;
+- all_to_all: each chunk to its rank;  all_gather: the own shard to every other rank;
+- reduce_scatter: each chunk to its rank;
+- all_reduce: as reduce-scatter and all-gather, two messages of 1/P of the tensor to every other.
+
+What a transport does underneath (rings, trees) may move the same bytes by other routes; per rank
+and in sum it cannot do with fewer.
 """
 
 from __future__ import annotations
 
+import socket
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,25 +30,61 @@ class Handle(Protocol):
     def wait(self) -> None: ...
 
 
-@dataclass
 class Traffic:
-    """What this rank has sent to other ranks."""
+    """What one rank has sent to other ranks.
 
-    bytes_sent: int = 0
-    messages: int = 0
+    Attributes:
+        bytes_to: by receiver, ``[P]``.
+        messages: how many.
+        largest: bytes of the largest.
+    """
 
-    def add(self, nbytes: int, messages: int) -> None:
-        self.bytes_sent += nbytes
+    def __init__(self, size: int) -> None:
+        self.bytes_to = [0] * size
+        self.messages = self.largest = 0
+
+    def add(self, receiver: int, nbytes: int, messages: int = 1) -> None:
+        """Note messages of ``nbytes`` each."""
+        self.bytes_to[receiver] += nbytes * messages
         self.messages += messages
+        self.largest = max(self.largest, nbytes)
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.bytes_to = [0] * len(self.bytes_to)
+        self.messages = self.largest = 0
+
+    @property
+    def bytes_sent(self) -> int:
+        return sum(self.bytes_to)
+
+    def across(self, sender: int, ranks_per_node: int) -> int:
+        """Bytes to ranks of other nodes."""
+        node = sender // ranks_per_node * ranks_per_node
+        return self.bytes_sent - sum(self.bytes_to[node : node + ranks_per_node])
 
 
 class Comm(Protocol):
-    """The operations of a strategy.  Tensors are contiguous; each returns a handle to wait on."""
+    """The operations of a strategy.  Tensors are contiguous; each returns a handle to wait on.
+
+    Attributes:
+        rank, size: in this communicator.
+        traffic: of the whole job's rank, shared by its sub-communicators.
+        pause_s: slept after each wait; see cpbench.measure.measure_memory.
+    """
 
     rank: int
     size: int
     traffic: Traffic
-    pause_s: float  # after each wait; see cpbench.measure.measure_memory
+    pause_s: float
+
+    def sub(self, ranks: Sequence[int]) -> Comm:
+        """The communicator of some ranks, of which this must be one, numbered in this order.
+
+        Its members ask for the same communicators in the same order; nothing is sent before the
+        first collective.
+        """
+        ...
 
     def exchange(
         self,
@@ -68,28 +109,51 @@ class Comm(Protocol):
         """out becomes the sum over ranks of their ``x[rank]``."""
         ...
 
+    def all_reduce(self, x: torch.Tensor, largest: bool = False) -> Handle:
+        """x becomes the sum over ranks of x, or the elementwise largest."""
+        ...
+
+
+class Done:
+    """A handle on nothing left to do."""
+
+    def wait(self) -> None:
+        pass
+
 
 class _Works:
-    def __init__(self, works: Sequence[Any], pause_s: float) -> None:
-        self._works, self._pause_s = works, pause_s
+    """torch.distributed's works, and what is left to do when they have ended."""
+
+    def __init__(
+        self, comm: TorchComm, works: Sequence[Any], then: Callable[[], Any] | None = None
+    ) -> None:
+        self._works, self._then, self._pause_s = works, then, comm.pause_s
 
     def wait(self) -> None:
         for work in self._works:
             work.wait()
         if self._pause_s and self._works:
             time.sleep(self._pause_s)
+        if self._then is not None:
+            self._then()
+        self._works, self._then = (), None
 
 
 class TorchComm:
-    """:class:`Comm` over a torch.distributed group (Gloo for CPU tensors, NCCL for CUDA ones)."""
+    """:class:`Comm` over a torch.distributed group (Gloo for CPU tensors, NCCL for CUDA ones).
+
+    Args:
+        group: a process group; the default one unless given.
+    """
 
     def __init__(self, group: Any = None) -> None:
         import torch.distributed as dist
 
-        self._dist, self._group = dist, group
-        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self.traffic = Traffic()
-        self.pause_s = 0.0
+        self._dist, self._root, self._group = dist, self, group
+        self._members = tuple(range(dist.get_world_size(group)))
+        self._subs: dict[tuple[int, ...], TorchComm] = {self._members: self}
+        self.rank, self.size = dist.get_rank(group), len(self._members)
+        self.traffic, self._pause_s = Traffic(self.size), 0.0
         if "nccl" in dist.get_backend(group):
             # NCCL wants every rank in a group's first operation, which a ring's first exchange,
             # with its skipped steps, is not; and no communicator is made in a timed window.
@@ -97,12 +161,43 @@ class TorchComm:
 
             dist.all_reduce(torch.zeros(1, device="cuda"), group=group)
 
+    @property
+    def pause_s(self) -> float:
+        return self._root._pause_s
+
+    @pause_s.setter
+    def pause_s(self, seconds: float) -> None:
+        self._root._pause_s = seconds
+
+    def sub(self, ranks: Sequence[int]) -> TorchComm:
+        members = tuple(self._members[rank] for rank in ranks)
+        if members not in self._root._subs:
+            made = object.__new__(TorchComm)
+            made._dist, made._root, made._group = self._dist, self._root, None
+            made._members, made._subs = members, {}
+            made.rank, made.size = members.index(self._root.rank), len(members)
+            made.traffic = self._root.traffic
+            self._root._subs[members] = made
+        return self._root._subs[members]
+
+    def _collective(self, nbytes: int, messages: int = 1) -> Any:
+        """The process group, made when first needed; notes what goes to each other rank."""
+        if self._group is None and self is not self._root:
+            assert list(self._members) == sorted(self._members), "process groups sort their ranks"
+            world = self._dist.get_process_group_ranks(self._root._group)
+            ranks = [world[member] for member in self._members]
+            self._group = self._dist.new_group(ranks, use_local_synchronization=True)
+        for member in self._members:
+            if member != self._root.rank:
+                self.traffic.add(member, nbytes, messages)
+        return self._group
+
     def exchange(
         self,
         sends: Sequence[tuple[torch.Tensor, int]],
         recvs: Sequence[tuple[torch.Tensor, int]],
     ) -> Handle:
-        dist = self._dist
+        dist, group = self._dist, self._root._group
         own = [tensor for tensor, peer in sends if peer == self.rank]
         into = [tensor for tensor, peer in recvs if peer == self.rank]
         for target, source in zip(into, own, strict=True):  # Gloo cannot send to itself
@@ -110,32 +205,51 @@ class TorchComm:
         ops = []
         for tensor, peer in sends:
             if peer != self.rank:
-                self.traffic.add(_nbytes(tensor), 1)
-                ops.append(dist.P2POp(dist.isend, tensor, group=self._group, group_peer=peer))
+                receiver = self._members[peer]
+                self.traffic.add(receiver, _nbytes(tensor))
+                ops.append(dist.P2POp(dist.isend, tensor, group=group, group_peer=receiver))
         for tensor, peer in recvs:
             if peer != self.rank:
-                ops.append(dist.P2POp(dist.irecv, tensor, group=self._group, group_peer=peer))
-        return _Works(dist.batch_isend_irecv(ops) if ops else [], self.pause_s)
+                sender = self._members[peer]
+                ops.append(dist.P2POp(dist.irecv, tensor, group=group, group_peer=sender))
+        return _Works(self, dist.batch_isend_irecv(ops) if ops else [])
 
     def all_to_all(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
         assert len(x) == len(out) == self.size
-        self.traffic.add(_nbytes(x) // self.size * (self.size - 1), self.size - 1)
-        work = self._dist.all_to_all_single(out, x, group=self._group, async_op=True)
-        return _Works([work], self.pause_s)
+        if self.size == 1:
+            return _Works(self, [], lambda: out.copy_(x))
+        group = self._collective(_nbytes(x[0]))
+        return _Works(self, [self._dist.all_to_all_single(out, x, group=group, async_op=True)])
 
     def all_gather(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
         assert len(out) == self.size
-        self.traffic.add(_nbytes(x) * (self.size - 1), self.size - 1)
+        if self.size == 1:
+            return _Works(self, [], lambda: out[0].copy_(x))
+        group = self._collective(_nbytes(x))
         gather = getattr(self._dist, "all_gather_single", self._dist.all_gather_into_tensor)
-        work = gather(out.flatten(0, 1), x, group=self._group, async_op=True)
-        return _Works([work], self.pause_s)
+        return _Works(self, [gather(out.flatten(0, 1), x, group=group, async_op=True)])
 
     def reduce_scatter(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
+        import torch
+
         assert len(x) == self.size
-        self.traffic.add(_nbytes(out) * (self.size - 1), self.size - 1)
+        if self.size == 1:
+            return _Works(self, [], lambda: out.copy_(x[0]))
+        group = self._collective(_nbytes(out))
+        if x.device.type == "cpu":
+            # Gloo's own is an all-reduce: twice the bytes, and sums in an order of its own.
+            parts = torch.empty_like(x)
+            work = self._dist.all_to_all_single(parts, x, group=group, async_op=True)
+            return _Works(self, [work], lambda: torch.sum(parts, 0, out=out))
         scatter = getattr(self._dist, "reduce_scatter_single", self._dist.reduce_scatter_tensor)
-        work = scatter(out, x.flatten(0, 1), group=self._group, async_op=True)
-        return _Works([work], self.pause_s)
+        return _Works(self, [scatter(out, x.flatten(0, 1), group=group, async_op=True)])
+
+    def all_reduce(self, x: torch.Tensor, largest: bool = False) -> Handle:
+        if self.size == 1:
+            return Done()
+        group = self._collective(-(-_nbytes(x) // self.size), 2)
+        kind = self._dist.ReduceOp.MAX if largest else self._dist.ReduceOp.SUM
+        return _Works(self, [self._dist.all_reduce(x, kind, group=group, async_op=True)])
 
 
 class Control:
@@ -182,11 +296,14 @@ class Control:
         self._dist.broadcast(cell, group=self._group, group_src=0)
         return bool(cell.item())
 
-    def agree(self, what: str, value: str) -> None:
-        """Raise on every rank when the ranks do not all hold the same value."""
-        values = self.gather(value)
-        if len(set(values)) > 1:
-            raise RuntimeError(f"ranks disagree on the {what}: {values}")
+    def ranks_per_node(self) -> int:
+        """Ranks that share a machine, where they are numbered machine by machine and as many on
+        each; else 1."""
+        hosts = self.gather(socket.gethostname())
+        each = hosts.count(hosts[0])
+        runs = [hosts[i : i + each] for i in range(0, len(hosts), each)]
+        even = all(len(run) == each and len(set(run)) == 1 for run in runs)
+        return each if even and len(set(hosts)) == len(runs) else 1
 
 
 def _nbytes(tensor: torch.Tensor) -> int:

@@ -13,18 +13,15 @@ from typing import TYPE_CHECKING
 
 from cpbench import check, check_at_size, masks, measure
 from cpbench import layout as layouts
-from cpbench.api import Attention
-from cpbench.operator import Unsupported
+from cpbench.api import Attention, agree
 from cpbench.problem import Case
 from cpbench.record import Record
 from cpbench.settings import MeasureSettings
+from cpbench.world import World
 
 if TYPE_CHECKING:
     from cpbench.comm import Comm, Control
     from cpbench.device import Device
-    from cpbench.layout import Layout
-    from cpbench.mask import AttnMask
-    from cpbench.problem import Problem
 
 
 class Evaluation:
@@ -68,7 +65,9 @@ class Evaluation:
             self._note("first call")
             first_us = measure.measure_first_call(workload, self._device, self._control)
             record.first_call_us = self._control.slowest(first_us)
+        work.op.pairs = 0
         found = check.run(work, inputs, self._comm)
+        record.balance = self._gather(work.op.pairs)
         checked = check.fingerprint(found)
         if self._settings.check_sampled and case.seq_len > check.SMALL_TOKENS:
             self._note("check at size")
@@ -81,10 +80,8 @@ class Evaluation:
         self._hold(given, check.fingerprint(inputs), "the operator overwrote its input", record)
         return record
 
-    def _attention(self, case: Case, mask: AttnMask, layout: Layout, problem: Problem) -> Attention:
-        return Attention(
-            case.operator, case.strategy, mask, layout, problem, self._comm.rank, self._device.type
-        )
+    def _attention(self, case: Case, world: World) -> Attention:
+        return Attention(case.operator, case.strategy, world, self._comm.rank, self._device.type)
 
     def _gather(self, value: int) -> list[int]:
         return list(self._control.gather(value))
@@ -95,21 +92,22 @@ class Evaluation:
         begun = time.perf_counter()
         mask = masks.rebuild(case.mask, case.seq_len)
         mask_us = (time.perf_counter() - begun) * 1e6
-        layout = layouts.build(case.layout, case.seq_len, self._comm.size)
         try:
-            work = self._attention(case, mask, layout, case.problem)
+            layout = layouts.build(case.layout, case.seq_len, self._comm.size, mask)
+            nodes = case.ranks_per_node or self._ranks_here
+            world = World.of(case.problem, mask, layout, nodes, case.placement)
+            work = self._attention(case, world)
             # The small problem is refused here too, before any rank sends anything.
             self._small_attention(case, work)
-        except Unsupported as error:
+        except ValueError as error:  # Unsupported, or a layout that does not fit
             refusal = str(error)
         answers = self._control.gather(
-            (refusal, mask_us, work.plan_us if work else 0.0, work.digest if work else "")
+            (refusal, mask_us, work.plan_us if work else 0.0, work.digest if work else ("", 0))
         )
         refusals = [reason for reason, *_ in answers if reason]
         if work is None or refusals:
             return None, Record(case=case, status="unsupported", reason=refusals[0])
-        if len({digest for *_, digest in answers}) > 1:
-            raise RuntimeError(f"ranks disagree on the problem: {answers}")
+        agree(self._control, work, [digest for *_, digest in answers])
         flops = case.problem.flops(mask.area)
         record = Record(
             case=case,
@@ -117,14 +115,13 @@ class Evaluation:
             mask_us=max(us for _, us, _, _ in answers),
             plan_us=max(us for _, _, us, _ in answers),
             area=mask.area,
-            balance=work.areas(),
+            ranks_per_node=work.world.ranks_per_node,
             flops={phase: flops[phase] for phase in case.direction.split("_")},
         )
         return work, record
 
     def _small_attention(self, case: Case, work: Attention) -> Attention:
-        mask, layout, problem = check.small_problem(work)
-        return self._attention(case, mask, layout, problem)
+        return self._attention(case, check.small_world(work))
 
     def _small(self, case: Case, work: Attention) -> check.Errors:
         return check.small(self._small_attention(case, work), case.seed, self._rank)
@@ -162,13 +159,23 @@ class Evaluation:
             self._note("memory")
             memory = measure.measure_memory(workload, device, self._comm, control)
         workload.ready()
-        ranks = control.gather((timing, memory, sorted(flags)))
-        timings: list[measure.Timing] = [timing for timing, _, _ in ranks]
+        traced = workload.predicted_bytes()
+        ranks = control.gather((timing, memory, sorted(flags), traced))
+        timings: list[measure.Timing] = [timing for timing, *_ in ranks]
         record.times_us = {p: [t.times_us[p] for t in timings] for p in workload.phases}
-        record.bytes_sent = {p: [t.bytes_sent[p] for t in timings] for p in workload.phases}
-        record.messages = {p: [t.messages[p] for t in timings] for p in workload.phases}
-        record.memory_bytes = {kind: [m[kind] for _, m, _ in ranks] for kind in memory}
-        record.flags = sorted({flag for _, _, found in ranks for flag in found})
+        sent = {p: [t.traffic[p] for t in timings] for p in workload.phases}
+        nodes = record.ranks_per_node
+        record.bytes_sent = {p: [t.bytes_sent for t in sent[p]] for p in sent}
+        record.bytes_across = {
+            p: [t.across(rank, nodes) for rank, t in enumerate(sent[p])] for p in sent
+        }
+        record.messages = {p: [t.messages for t in sent[p]] for p in sent}
+        record.largest_message = {p: max(t.largest for t in sent[p]) for p in sent}
+        record.predicted_bytes = {p: [traced[p] for *_, traced in ranks] for p in traced}
+        record.memory_bytes = {kind: [m[kind] for _, m, *_ in ranks] for kind in memory}
+        record.flags = sorted({flag for _, _, found, _ in ranks for flag in found})
+        if traced and record.predicted_bytes != record.bytes_sent:
+            record.flags.append("mispredicted")
         self._hold(checked, timed, "a timed call returned another result than the checked:", record)
 
 

@@ -130,6 +130,21 @@ class AttnMask:
         )
         return int(areas(canonical(both)).sum())
 
+    def diagonal_blocks(self) -> IntArray:
+        """Starts of the runs of tokens that see and are seen by nobody outside their run.
+
+        These are the documents of a document mask; 0 alone where everything hangs together.
+        Tokens that see nothing join the run before them.
+        """
+        if self.seq_q != self.seq_k or not len(self.slices):
+            return np.zeros(1, dtype=np.int64)
+        start = np.minimum(self.slices[:, Q0], self.slices[:, K0])
+        end = np.maximum(self.slices[:, Q1], self.slices[:, K1])
+        order = np.argsort(start, kind="stable")
+        start, reach = start[order], np.maximum.accumulate(end[order])
+        begins = np.append(0, start[1:][start[1:] >= reach[:-1]])
+        return begins.astype(np.int64)
+
     def to_dense(self) -> BoolArray:
         """``(seq_q, seq_k)`` booleans: for tests and pictures of small masks only."""
         dense = np.zeros((self.seq_q, self.seq_k), dtype=np.bool_)

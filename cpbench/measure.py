@@ -8,10 +8,12 @@ in a pass of its own, since looking costs time.
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cpbench.comm import Traffic
 from cpbench.record import relative_half_width
 from cpbench.settings import MeasureSettings
 
@@ -25,11 +27,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Timing:
-    """What one rank saw: microseconds by phase and iteration, bytes and messages sent by phase."""
+    """What one rank saw: microseconds by phase and iteration, and what it sent by phase."""
 
     times_us: dict[str, list[float]]
-    bytes_sent: dict[str, int]
-    messages: dict[str, int]
+    traffic: dict[str, Traffic]
 
 
 class Workload:
@@ -70,6 +71,11 @@ class Workload:
             self.call("fwd")
             self.results = {}
 
+    def predicted_bytes(self) -> dict[str, int]:
+        """What this rank sends by phase, according to its trace; empty where there is none."""
+        trace = self._work.trace
+        return {p: sum(trace.phases[p].bytes_to) for p in self.phases} if trace else {}
+
     def held_bytes(self) -> dict[str, int]:
         """What the operator and strategy hold beside inputs and results: their plan, and the
         forward result that a backward pass alone starts from."""
@@ -92,9 +98,9 @@ def measure_time(
     workload: Workload, device: Device, comm: Comm, control: Control, settings: MeasureSettings
 ) -> Timing:
     """Timed iterations on this rank; collective over all ranks."""
-    timing = Timing({phase: [] for phase in workload.phases}, {}, {})
+    timing = Timing({phase: [] for phase in workload.phases}, {})
     for _ in range(settings.warmup):
-        _iterate(workload, device, comm, control, Timing({p: [] for p in workload.phases}, {}, {}))
+        _iterate(workload, device, comm, control, Timing({p: [] for p in workload.phases}, {}))
     slowest: list[float] = []
     started = time.monotonic()
     going = True
@@ -113,12 +119,11 @@ def _iterate(
     total = 0.0
     for phase in workload.phases:
         device.flush_cache()
-        sent, messages = comm.traffic.bytes_sent, comm.traffic.messages
+        comm.traffic.clear()
         control.barrier()
         took_us = device.time_us(lambda phase=phase: workload.call(phase))  # type: ignore[misc]
         timing.times_us[phase].append(took_us)
-        timing.bytes_sent[phase] = comm.traffic.bytes_sent - sent
-        timing.messages[phase] = comm.traffic.messages - messages
+        timing.traffic[phase] = copy.copy(comm.traffic)
         total += control.slowest(took_us)
     return total
 

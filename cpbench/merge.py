@@ -8,6 +8,7 @@ Legend: B batch, S query length, T key length, H query heads, G key/value heads,
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cpbench.operator import Operator, Unsupported
@@ -17,8 +18,7 @@ from cpbench.spec import Spec
 if TYPE_CHECKING:
     import torch
 
-    from cpbench.mask import AttnMask
-    from cpbench.problem import Problem
+    from cpbench.world import Part
 
 
 def merge(
@@ -44,14 +44,17 @@ def merge(
 class ForwardParts:
     """Accumulates a forward pass over disjoint sets of keys for one set of queries."""
 
-    def __init__(self, op: Operator, q_BSHD: torch.Tensor) -> None:
+    def __init__(self, op: BoundOperator, q_BSHD: torch.Tensor) -> None:
         self._op, self._q = op, q_BSHD
         self._out: torch.Tensor | None = None
         self._lse: torch.Tensor | None = None
 
     def add(self, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor, plan: Any) -> None:
         """Attend to some more keys."""
-        out, lse = self._op.forward(self._q, k_BTGD, v_BTGD, plan)
+        self.add_result(*self._op.forward(self._q, k_BTGD, v_BTGD, plan))
+
+    def add_result(self, out: torch.Tensor, lse: torch.Tensor | None) -> None:
+        """What somebody else found for the same queries and some more keys; overwritten."""
         if self._out is None:
             self._out, self._lse = out, lse
         else:
@@ -76,7 +79,7 @@ class BackwardParts:
 
     def __init__(
         self,
-        op: Operator,
+        op: BoundOperator,
         dout_BSHD: torch.Tensor,
         q_BSHD: torch.Tensor,
         out_BSHD: torch.Tensor,
@@ -93,8 +96,12 @@ class BackwardParts:
         dq, dk, dv = self._op.backward(
             self._dout, self._q, k_BTGD, v_BTGD, self._out, self._lse, plan
         )
-        self._dq = dq if self._dq is None else self._dq.float().add_(dq)
+        self.add_result(dq)
         return dk, dv
+
+    def add_result(self, dq: torch.Tensor) -> None:
+        """What somebody else found for dq from some more keys; the first one is overwritten."""
+        self._dq = dq if self._dq is None else self._dq.float().add_(dq)
 
     def finish(self) -> torch.Tensor:
         """dq in the dtype of q."""
@@ -105,11 +112,24 @@ class BackwardParts:
         return self._dq.to(self._q.dtype)
 
 
+@dataclass(frozen=True)
+class Planned:
+    """An operator's plan for one part of the work, and the visible pairs in it."""
+
+    plan: Any
+    area: int
+
+
 class BoundOperator:
-    """An operator loaded with its parameters for one device, as strategies receive it."""
+    """An operator loaded with its parameters for one device, as strategies receive it.
+
+    Attributes:
+        pairs: visible pairs computed so far, each once for every query head.
+    """
 
     def __init__(self, info: OperatorInfo, impl: Operator, device: str) -> None:
         self.info, self.impl, self.device = info, impl, device
+        self.pairs = 0
 
     @classmethod
     def load(cls, spec: Spec | str, device: str) -> BoundOperator:
@@ -122,25 +142,27 @@ class BoundOperator:
         info = operator_info(spec.name)
         return cls(info, implementation(info, spec.kwargs), device)
 
-    def prepare(self, mask: AttnMask, problem: Problem) -> Any:
+    def prepare(self, part: Part) -> Any:
         """The operator's plan for one part of the work.
 
         Raises:
             Unsupported: when the operator does not take such a mask or problem.
         """
+        mask, problem = part.mask, part.problem
         if mask.kind not in self.info.masks:
             takes = ", ".join(self.info.masks)
             raise Unsupported(f"{self.info.name} takes {takes} masks; this one is {mask.kind}")
         reason = self.impl.unsupported(problem, mask, self.device)
         if reason is not None:
             raise Unsupported(reason)
-        return self.impl.prepare(mask, problem, self.device)
+        return Planned(self.impl.prepare(mask, problem, self.device), part.area)
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See :meth:`Operator.forward`."""
-        return self.impl.forward(q, k, v, plan)
+        self.pairs += plan.area * q.shape[2]
+        return self.impl.forward(q, k, v, plan.plan)
 
     def backward(
         self,
@@ -153,14 +175,15 @@ class BoundOperator:
         plan: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See :meth:`Operator.backward`."""
-        return self.impl.backward(dout, q, k, v, out, lse, plan)
+        self.pairs += plan.area * q.shape[2]
+        return self.impl.backward(dout, q, k, v, out, lse, plan.plan)
 
     def forward_parts(self, q: torch.Tensor) -> ForwardParts:
         """An accumulator for attention of these queries over several sets of keys."""
-        return ForwardParts(self.impl, q)
+        return ForwardParts(self, q)
 
     def backward_parts(
         self, dout: torch.Tensor, q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None
     ) -> BackwardParts:
         """The accumulator of the matching backward pass, given the global out and lse."""
-        return BackwardParts(self.impl, dout, q, out, lse)
+        return BackwardParts(self, dout, q, out, lse)

@@ -84,6 +84,9 @@ class Problem:
 class Case:
     """One row of a sweep: a problem, who computes it and how it is spread over ranks.
 
+    ``ranks_per_node`` 0 is as the launcher places them; ``placement`` names the axis of the
+    strategy's mesh that is to lie inside a node, "" leaving that to the strategy.
+
     ``content`` maps what a parameter only points at (a file) to the hash of what is there, so that
     the id follows the content.
     """
@@ -100,6 +103,8 @@ class Case:
     dtype: str = "float32"
     direction: str = "fwd_bwd"
     world_size: int = 1
+    ranks_per_node: int = 0
+    placement: str = ""
     seed: int = 0
     content: tuple[tuple[str, str], ...] = field(default=())
 
@@ -133,7 +138,9 @@ class Case:
         """A short line for people: what runs, on what."""
         spread = ""
         if self.world_size > 1 or self.strategy.name != "single":
-            spread = f" {self.strategy}/{self.layout} x{self.world_size}"
+            place = f" {self.placement} inside" if self.placement else ""
+            nodes = f" ({self.ranks_per_node} a node)" if self.ranks_per_node else ""
+            spread = f" {self.strategy}{place}/{self.layout} x{self.world_size}{nodes}"
         heads = f"{self.num_heads_q}:{self.num_heads_kv}"
         size = f"S={format_size(self.seq_len)} H={heads} D={self.head_dim} {self.dtype}"
         return f"{self.operator}{spread} {self.mask} {size} {self.direction}"

@@ -32,11 +32,16 @@ class Record:
             (with compilation), slowest rank.
         flops: by phase, from the mask's exact area, all ranks together.
         area: visible pairs of the mask per head.
-        balance: visible pairs that each rank computes, times the share of the heads that it has.
+        balance: visible pairs that each rank computed in one pass over all phases, each counted
+            once for every query head.
         memory_bytes: by kind, ``[rank]``: ``inputs``; ``plan`` and ``saved`` (held before a pass);
             ``peak`` (on top of those, during one); on GPUs ``reserved`` and ``device``.
         bytes_sent: by phase, ``[rank]``, counted at the transport.
-        messages: by phase, ``[rank]``.
+        bytes_across: of these, those to ranks of other nodes.
+        messages: by phase, ``[rank]``; ``largest_message``: bytes of the largest, of any rank.
+        predicted_bytes: by phase, ``[rank]``, sent according to the trace of the plan (see
+            ``cpbench.trace``); empty where a library does the sending.
+        ranks_per_node: ranks that share a node, for ``bytes_across`` and the strategy's mesh.
         conditions: device, threads, and what was asked to be checked and timed.
         flags: caveats, such as ``contended`` or ``oversubscribed``.
         environment: id of an environment record in the same run directory.
@@ -58,7 +63,11 @@ class Record:
     balance: list[int] | None = None
     memory_bytes: dict[str, list[int]] = field(default_factory=dict)
     bytes_sent: dict[str, list[int]] = field(default_factory=dict)
+    bytes_across: dict[str, list[int]] = field(default_factory=dict)
     messages: dict[str, list[int]] = field(default_factory=dict)
+    largest_message: dict[str, int] = field(default_factory=dict)
+    predicted_bytes: dict[str, list[int]] = field(default_factory=dict)
+    ranks_per_node: int = 1
     conditions: dict[str, Any] = field(default_factory=dict)
     flags: list[str] = field(default_factory=list)
     environment: str | None = None

@@ -1,11 +1,11 @@
 """Who is registered: operators, strategies, masks; declarations only, readable without torch.
 
 A kernel file declares ``OPERATORS = (OperatorInfo(...), ...)``, a strategy file ``STRATEGY =
-StrategyInfo(...)``.  The files of ``cpbench.kernels`` and ``cpbench.strategies`` are found by
-looking; other packages register through the entry-point groups ``cpbench.operators``,
-``cpbench.strategies`` and ``cpbench.masks``.  ``path/file.py:attribute`` names one that is not
-registered at all; the file is run by the parent too, so it imports torch inside functions.  A name
-registered twice raises.
+StrategyInfo(...)`` (or a tuple of them).  The files of ``cpbench.kernels`` and
+``cpbench.strategies`` are found by looking; other packages register through the entry-point groups
+``cpbench.operators``, ``cpbench.strategies`` and ``cpbench.masks``.  ``path/file.py:attribute``
+names one that is not registered at all; the file is run by the parent too, so it imports torch
+inside functions.  A name registered twice raises.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 ANY_MASK = ("empty", "full", "causal", "bands")
+ANY_LAYOUT = ("contiguous", "zigzag", "zigzag_document", "striped")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,17 +79,21 @@ class StrategyInfo:
         layouts: names of the layouts it takes.
         merges: whether it merges partial results (and so needs a mergeable operator whose backward
             takes an external out and lse).
-        splits: what ranks divide as they compute, ``"tokens"`` or ``"heads"``.
+        axes: of its mesh, outermost first; ``placement`` may put one of them inside a node.
+        traced: whether all it sends goes through ``Comm``, so that its traffic can be predicted.
+        requires: importable modules it needs.
     """
 
     name: str
     summary: str
     source: str
     load: str | Callable[..., Any]
-    layouts: tuple[str, ...] = ("contiguous", "zigzag", "striped")
+    layouts: tuple[str, ...] = ANY_LAYOUT
     merges: bool = False
-    splits: str = "tokens"
     params: tuple[str, ...] = ()
+    axes: tuple[str, ...] = ()
+    traced: bool = True
+    requires: tuple[str, ...] = ()
 
 
 class RegistrationError(ValueError):
@@ -138,14 +143,16 @@ def _collect(kind: type[T], builtin: Iterable[Any], group: str) -> dict[str, T]:
 @functools.cache
 def operators() -> dict[str, OperatorInfo]:
     """Every registered operator by name."""
-    builtin = [m.OPERATORS for m in _modules("cpbench.kernels") if hasattr(m, "OPERATORS")]
+    declared = [m.OPERATORS for m in _modules("cpbench.kernels") if hasattr(m, "OPERATORS")]
+    builtin = [one for some in declared for one in some]
     return _collect(OperatorInfo, builtin, "cpbench.operators")
 
 
 @functools.cache
 def strategies() -> dict[str, StrategyInfo]:
     """Every registered strategy by name."""
-    builtin = [m.STRATEGY for m in _modules("cpbench.strategies") if hasattr(m, "STRATEGY")]
+    declared = [m.STRATEGY for m in _modules("cpbench.strategies") if hasattr(m, "STRATEGY")]
+    builtin = [one for some in declared for one in (some if isinstance(some, tuple) else (some,))]
     return _collect(StrategyInfo, builtin, "cpbench.strategies")
 
 

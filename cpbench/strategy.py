@@ -15,23 +15,23 @@ if TYPE_CHECKING:
     import torch
 
     from cpbench.comm import Comm
-    from cpbench.layout import Layout
-    from cpbench.mask import AttnMask
     from cpbench.merge import BoundOperator
-    from cpbench.problem import Problem
+    from cpbench.world import World
 
 
 class Strategy(Protocol):
     """What a strategy file implements."""
 
-    def unsupported(self, problem: Problem, mask: AttnMask, layout: Layout) -> str | None:
+    def unsupported(self, world: World) -> str | None:
         """Why this cannot be done, in words a user can act on; None if it can."""
         ...
 
-    def prepare(
-        self, op: BoundOperator, mask: AttnMask, layout: Layout, problem: Problem, rank: int
-    ) -> Any:
-        """The immutable plan of one rank, made without a communicator."""
+    def prepare(self, op: BoundOperator, world: World, rank: int) -> Any:
+        """The immutable plan of one rank, made without a communicator.
+
+        It is made a second time with a :class:`~cpbench.trace.TracedOperator`, so that ranks can
+        agree on who sends what before anything is sent.
+        """
         ...
 
     def forward(

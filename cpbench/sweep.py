@@ -41,9 +41,19 @@ from cpbench.settings import MeasureSettings
 from cpbench.spec import Spec, Value, format_size, parse_size
 
 SPEC_KEYS = ("operator", "strategy", "layout", "mask")
-INT_KEYS = ("batch", "seq_len", "num_heads_q", "num_heads_kv", "head_dim", "world_size", "seed")
+INT_KEYS = (
+    "batch",
+    "seq_len",
+    "num_heads_q",
+    "num_heads_kv",
+    "head_dim",
+    "world_size",
+    "ranks_per_node",
+    "seed",
+)
 CHOICES = {"dtype": DTYPES, "direction": DIRECTIONS}
-KEYS = (*SPEC_KEYS, *INT_KEYS, *CHOICES)
+KEYS = (*SPEC_KEYS, *INT_KEYS, *CHOICES, "placement")
+FROM_ZERO = ("seed", "ranks_per_node")
 TABLES = ("sweep", "include", "exclude", "measure", "description")
 
 # Slips of the keyboard, not problems: beyond these, planning alone would eat the machine.
@@ -55,6 +65,7 @@ LARGEST = {
     "num_heads_kv": 1 << 12,
     "head_dim": 1 << 14,
     "world_size": 1 << 14,
+    "ranks_per_node": 1 << 14,
     "seed": (1 << 63) - 1,
 }
 
@@ -194,8 +205,10 @@ def number(key: str, item: Any) -> int:
         found = parse_size(item)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from None
-    if found < (0 if key == "seed" else 1):
-        raise ValueError(f"{key} = {found} must be {'0 or more' if key == 'seed' else 'positive'}")
+    if found < (0 if key in FROM_ZERO else 1):
+        raise ValueError(
+            f"{key} = {found} must be {'0 or more' if key in FROM_ZERO else 'positive'}"
+        )
     if found > LARGEST[key]:
         raise ValueError(f"{key} = {item} is too large: at most {format_size(LARGEST[key])}")
     return found
@@ -244,6 +257,10 @@ def _scalar(key: str, item: Any) -> Any:
         if item not in CHOICES[key]:
             raise ValueError(f"{key} = {item!r} is not one of {', '.join(CHOICES[key])}")
         return item
+    if key == "placement":
+        if not isinstance(item, str):
+            raise ValueError(f"placement = {item!r} is not the name of a mesh axis")
+        return item
     return number(key, item)
 
 
@@ -281,7 +298,7 @@ def _check_mask(spec: Spec, seq_len: int) -> None:
 _CHECKS: dict[str, Callable[[Spec], object]] = {
     "operator": _check_operator,
     "strategy": _check_strategy,
-    "layout": lambda spec: layout.build(spec, 1, 1),
+    "layout": lambda spec: layout.build(spec, 1, 1, masks.build("causal", 1)),
     "mask": masks.pattern_info,
 }
 
@@ -295,6 +312,15 @@ def _case(values: dict[str, Any]) -> Case:
             f"num_heads_q ({case.num_heads_q}) must be a multiple of num_heads_kv "
             f"({case.num_heads_kv})"
         )
+    if case.ranks_per_node and case.world_size % case.ranks_per_node:
+        raise ValueError(
+            f"world_size ({case.world_size}) must be a multiple of ranks_per_node "
+            f"({case.ranks_per_node})"
+        )
+    axes = strategy_info(case.strategy.name).axes
+    if case.placement and case.placement not in axes:
+        takes = f"takes {', '.join(axes)}" if axes else "has no mesh"
+        raise ValueError(f"placement = {case.placement!r}: {case.strategy.name} {takes}")
     return case
 
 

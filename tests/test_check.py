@@ -15,14 +15,15 @@ from cpbench.check_at_size import sampled
 from cpbench.layout import build as build_layout
 from cpbench.mask import AttnMask
 from cpbench.problem import Problem
+from cpbench.world import World
 
 HERE = Path(__file__).parent / "wrong_operators.py"
 TOKENS = 1500
 
 
-def _work(operator: str, mask: AttnMask, layout: Any, problem: Problem) -> Attention:
+def _work(operator: str, world: World) -> Attention:
     spec = f"{HERE}:{operator}" if operator not in ("bands", "sdpa.math") else operator
-    return Attention(spec, "single", mask, layout, problem, 0, "cpu")
+    return Attention(spec, "single", world, 0, "cpu")
 
 
 def _problem(**changes: Any) -> Problem:
@@ -39,12 +40,13 @@ def _problem(**changes: Any) -> Problem:
 
 
 def _measured(operator: str, mask: AttnMask, **changes: Any) -> Attention:
-    return _work(operator, mask, build_layout("contiguous", TOKENS, 1), _problem(**changes))
+    layout = build_layout("contiguous", TOKENS, 1)
+    return _work(operator, World.of(_problem(**changes), mask, layout))
 
 
 def _small(operator: str, mask: AttnMask, **changes: Any) -> str | None:
-    tiny = check.small_problem(_measured(operator, mask, **changes))
-    errors = check.small(_work(operator, *tiny), 5, check.Rank("cpu"))
+    tiny = check.small_world(_measured(operator, mask, **changes))
+    errors = check.small(_work(operator, tiny), 5, check.Rank("cpu"))
     return check.verdict(errors, _problem(**changes).dtype)
 
 

@@ -19,8 +19,11 @@ LAYERS = (
     (
         "masks",
         "layout",
+        "mesh",
+        "world",
         "merge",
         "comm",
+        "trace",
         "device",
         "inputs",
         "operator",

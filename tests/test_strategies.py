@@ -20,6 +20,7 @@ from cpbench.comm import TorchComm
 from cpbench.layout import build as build_layout
 from cpbench.operator import Unsupported
 from cpbench.problem import Problem
+from cpbench.world import World
 
 TOKENS = 41  # divides by nothing, so every layout pads
 DOCS = "doc_lens=[1,9,13,2,16]"
@@ -49,9 +50,9 @@ def _matrix(rank: int, size: int) -> dict[tuple[str, ...], Any]:
     """Largest error per tensor of every combination, or the reason of its refusal."""
     found: dict[tuple[str, ...], Any] = {}
     for strategy, layout in STRATEGIES:
-        dealt = build_layout(layout, TOKENS, size)
         for mask_text in MASKS:
             mask = masks.build(mask_text, TOKENS)
+            dealt = build_layout(layout, TOKENS, size, mask)
             for heads_q, heads_kv, dtype in SHAPES:
                 key = (strategy, layout, mask_text, f"{heads_q}:{heads_kv}", dtype)
                 try:
@@ -112,10 +113,10 @@ def test_equals_float64(strategy: str, layout: str, size: int) -> None:
 def _bytes(rank: int, size: int, strategy: str, layout: str, mask_text: str) -> tuple[int, int]:
     """Bytes this rank sent in the forward and in the backward pass."""
     problem = _problem()
-    dealt = build_layout(layout, problem.seq_q, size)
     mask = masks.build(mask_text, problem.seq_q)
+    dealt = build_layout(layout, problem.seq_q, size, mask)
     comm = TorchComm()
-    work = Attention("bands", strategy, mask, dealt, problem, rank, "cpu")
+    work = Attention("bands", strategy, World.of(problem, mask, dealt), rank, "cpu")
     whole = naive.random_inputs(
         problem.batch,
         problem.seq_q,
@@ -242,7 +243,7 @@ def _peak_bytes(rank: int, size: int, strategy: str) -> int:
     )
     dealt = build_layout("contiguous", tokens, size)
     mask = masks.build("full", tokens)
-    work = Attention("bands", strategy, mask, dealt, problem, rank, "cpu")
+    work = Attention("bands", strategy, World.of(problem, mask, dealt), rank, "cpu")
     whole = naive.random_inputs(1, tokens, 4, 4, 64, torch.float32)
     local = [dealt.shard(x, rank) for x in whole]
     inputs = dict(zip(("q", "k", "v", "dout"), local, strict=True))

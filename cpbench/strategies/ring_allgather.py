@@ -1,45 +1,59 @@
 """Gather all keys, attend once; in the backward pass gather again and reduce-scatter dK and dV.
 
-Memory is P times the local keys, but there is one operator call and no merging, so any operator
-and any mask will do.  Gradients are summed in float32.
+There is no merging, so any operator and any mask will do.  Memory is P times the local keys; with
+``stages`` above 1 it is so many times less, as key/value heads are gathered in turns, each while
+the one before is computed.  Gradients are summed in float32.
 
-Source: Llama 3's context parallelism (arXiv 2407.21783).
+Source: Llama 3's context parallelism (arXiv 2407.21783); turns of heads as in ring-flash-attn's
+llama3 variant.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cpbench.problem import Problem, local_problem
 from cpbench.registry import StrategyInfo
 
 if TYPE_CHECKING:
     import torch
 
     from cpbench.comm import Comm
-    from cpbench.layout import Layout
-    from cpbench.mask import AttnMask
     from cpbench.merge import BoundOperator
+    from cpbench.world import World
 
 STRATEGY = StrategyInfo(
     name="ring_allgather",
-    summary="all-gather the keys, attend once, reduce-scatter their gradients",
+    summary="all-gather the keys, attend once, reduce-scatter their gradients; stages bound memory",
     source="Llama 3, arXiv 2407.21783",
     load="cpbench.strategies.ring_allgather:RingAllGather",
+    params=("stages",),
 )
 
 
 class RingAllGather:
-    def unsupported(self, problem: Problem, mask: AttnMask, layout: Layout) -> str | None:
+    """The strategy.
+
+    Args:
+        stages: turns in which key/value heads are gathered.
+    """
+
+    def __init__(self, stages: int = 1) -> None:
+        if stages < 1:
+            raise ValueError(f"ring_allgather: stages = {stages} must be 1 or more")
+        self.stages = stages
+
+    def unsupported(self, world: World) -> str | None:
+        if world.problem.heads_kv % self.stages:
+            return (
+                f"ring_allgather: stages = {self.stages} must divide num_heads_kv, "
+                f"{world.problem.heads_kv}"
+            )
         return None
 
-    def prepare(
-        self, op: BoundOperator, mask: AttnMask, layout: Layout, problem: Problem, rank: int
-    ) -> Any:
-        local = local_problem(
-            problem, layout.local_len, layout.padded_len, problem.heads_q, problem.heads_kv
-        )
-        return op.prepare(layout.local_mask(mask, rank, range(layout.world_size)), local)
+    def prepare(self, op: BoundOperator, world: World, rank: int) -> Any:
+        problem = world.problem
+        staged = world.with_heads(problem.heads_q // self.stages, problem.heads_kv // self.stages)
+        return op.prepare(staged.part([rank], range(world.size)))
 
     def forward(
         self,
@@ -51,38 +65,67 @@ class RingAllGather:
         comm: Comm,
         need_lse: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
-        k_all, v_all = _gather(k, v, comm)
-        out, lse = op.forward(q, k_all, v_all, plan)
+        outs, lses = [], []
+        for q_i, (k_all, v_all) in zip(self._turns(q), self._gathered(k, v, comm), strict=True):
+            out, lse = op.forward(q_i, k_all, v_all, plan)
+            outs.append(out)
+            lses.append(lse)
+        out, lse = _joined(outs, 2), None if lses[0] is None else _joined(lses, 1)
         return out, lse, (q, k, v, out, lse)
 
     def backward(
         self, dout: torch.Tensor, saved: Any, plan: Any, op: BoundOperator, comm: Comm
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         q, k, v, out, lse = saved
-        k_all, v_all = _gather(k, v, comm)
-        dq, dk_all, dv_all = op.backward(dout, q, k_all, v_all, out, lse, plan)
-        dk, dv = _scatter((dk_all, dv_all), comm)
-        return dq, dk.to(k.dtype), dv.to(v.dtype)
+        lses = self._turns(lse, 1) if lse is not None else [None] * self.stages
+        turns = zip(
+            self._turns(dout), self._turns(q), self._gathered(k, v, comm), self._turns(out), lses,
+            strict=True,
+        )  # fmt: skip
+        dqs, scattered = [], []
+        for dout_i, q_i, (k_all, v_all), out_i, lse_i in turns:
+            dq, *dkv = op.backward(dout_i, q_i, k_all, v_all, out_i, lse_i, plan)
+            dqs.append(dq)
+            scattered.append([_scatter(grad, comm) for grad in dkv])
+        for handle, _ in (pair for stage in scattered for pair in stage):
+            handle.wait()
+        dk, dv = (
+            _joined([local.transpose(0, 1) for _, local in stages], 2)
+            for stages in zip(*scattered, strict=True)
+        )
+        return _joined(dqs, 2), dk.to(k.dtype), dv.to(v.dtype)
+
+    def _turns(self, x: torch.Tensor, axis: int = 2) -> list[torch.Tensor]:
+        return list(x.chunk(self.stages, dim=axis))
+
+    def _gathered(self, k: torch.Tensor, v: torch.Tensor, comm: Comm) -> Any:
+        """Keys and values of each stage, ``[B, P * L, G / stages, D]`` in rank-major order; the
+        next stage is on its way meanwhile."""
+        turns = list(zip(self._turns(k), self._turns(v), strict=True))
+        coming = [_gather(x, comm) for x in turns[0]]
+        for i in range(self.stages):
+            for handle, _ in coming:
+                handle.wait()
+            here = [x.flatten(0, 1).transpose(0, 1) for _, x in coming]
+            coming = [_gather(x, comm) for x in turns[i + 1]] if i + 1 < self.stages else []
+            yield here
 
 
-def _gather(k: torch.Tensor, v: torch.Tensor, comm: Comm) -> list[torch.Tensor]:
-    """``[B, P * L, G, D]`` in rank-major order.
-
-    Tokens lead on the wire, so that the gathered keys need no reordering: ``[B, …]`` is a view.
-    """
-    wire = [x.transpose(0, 1).contiguous() for x in (k, v)]
-    everyone = [x.new_empty((comm.size, *x.shape)) for x in wire]
-    handles = [comm.all_gather(out, x) for out, x in zip(everyone, wire, strict=True)]
-    for handle in handles:
-        handle.wait()
-    return [x.flatten(0, 1).transpose(0, 1) for x in everyone]
+def _gather(x: torch.Tensor, comm: Comm) -> Any:
+    """Tokens lead on the wire, so that what arrives needs no reordering: ``[B, …]`` is a view."""
+    wire = x.transpose(0, 1).contiguous()
+    everyone = wire.new_empty((comm.size, *wire.shape))
+    return comm.all_gather(everyone, wire), everyone
 
 
-def _scatter(grads: tuple[torch.Tensor, torch.Tensor], comm: Comm) -> list[torch.Tensor]:
-    """The sum over ranks of the local part of each, ``[B, L, G, D]`` float32."""
-    wire = [x.float().transpose(0, 1).contiguous().unflatten(0, (comm.size, -1)) for x in grads]
-    local = [x.new_empty(x.shape[1:]) for x in wire]
-    handles = [comm.reduce_scatter(out, x) for out, x in zip(local, wire, strict=True)]
-    for handle in handles:
-        handle.wait()
-    return [x.transpose(0, 1) for x in local]
+def _scatter(grad: torch.Tensor, comm: Comm) -> Any:
+    """The sum over ranks of the local part, ``[L, B, g, D]`` float32, on its way."""
+    wire = grad.float().transpose(0, 1).contiguous().unflatten(0, (comm.size, -1))
+    local = wire.new_empty(wire.shape[1:])
+    return comm.reduce_scatter(local, wire), local
+
+
+def _joined(parts: list[Any], axis: int) -> Any:
+    import torch
+
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis)

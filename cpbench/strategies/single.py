@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cpbench.problem import Problem
 from cpbench.registry import StrategyInfo
 
 if TYPE_CHECKING:
     import torch
 
     from cpbench.comm import Comm
-    from cpbench.layout import Layout
-    from cpbench.mask import AttnMask
     from cpbench.merge import BoundOperator
+    from cpbench.world import World
 
 STRATEGY = StrategyInfo(
     name="single",
@@ -25,15 +23,13 @@ STRATEGY = StrategyInfo(
 
 
 class Single:
-    def unsupported(self, problem: Problem, mask: AttnMask, layout: Layout) -> str | None:
-        if layout.world_size != 1:
-            return f"single runs on 1 rank, not on {layout.world_size}"
+    def unsupported(self, world: World) -> str | None:
+        if world.size != 1:
+            return f"single runs on 1 rank, not on {world.size}"
         return None
 
-    def prepare(
-        self, op: BoundOperator, mask: AttnMask, layout: Layout, problem: Problem, rank: int
-    ) -> Any:
-        return op.prepare(mask, problem)
+    def prepare(self, op: BoundOperator, world: World, rank: int) -> Any:
+        return op.prepare(world.part([0], [0]))
 
     def forward(
         self,

@@ -1,122 +1,154 @@
 """Ulysses: all-to-all from token shards to head shards, attention over all tokens, and back.
 
-With fewer key/value heads than ranks each is replicated to the ranks that need it, and the
-gradients of its copies are summed in float32.  Head-uniform masks are always balanced.
+With ``chunks`` above 1 the heads of a rank go in so many turns, so that one chunk is computed while
+the next is on its way and the one before it returns.  Head-uniform masks are always balanced.
 
-Source: DeepSpeed-Ulysses (arXiv 2309.14509).
+Source: DeepSpeed-Ulysses (arXiv 2309.14509); chunks of heads as in FPDT (arXiv 2408.16978).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cpbench.problem import Problem, local_problem
 from cpbench.registry import StrategyInfo
+from cpbench.strategies import heads
 
 if TYPE_CHECKING:
     import torch
 
     from cpbench.comm import Comm
-    from cpbench.layout import Layout
-    from cpbench.mask import AttnMask
     from cpbench.merge import BoundOperator
+    from cpbench.world import World
 
 STRATEGY = StrategyInfo(
     name="ulysses",
-    summary="all-to-all to head shards and back; KV heads are replicated when there are too few",
+    summary="all-to-all to head shards and back; chunks of heads overlap with computing",
     source="DeepSpeed-Ulysses, arXiv 2309.14509",
     load="cpbench.strategies.ulysses:Ulysses",
-    splits="heads",
+    params=("chunks",),
 )
 
 
-class Ulysses:
-    def unsupported(self, problem: Problem, mask: AttnMask, layout: Layout) -> str | None:
-        size, heads_q, heads_kv = layout.world_size, problem.heads_q, problem.heads_kv
-        if heads_q % size:
-            return f"ulysses needs num_heads_q divisible by the ranks: {heads_q} on {size}"
-        if heads_kv % size and size % heads_kv:
-            return (
-                f"ulysses needs num_heads_kv divisible by the ranks, or the ranks by num_heads_kv "
-                f"(then heads are replicated): {heads_kv} on {size}"
-            )
-        return None
+@dataclass(frozen=True)
+class Plan:
+    """The operator's plan for a chunk of the heads, and the key/value heads of this problem."""
 
-    def prepare(
-        self, op: BoundOperator, mask: AttnMask, layout: Layout, problem: Problem, rank: int
-    ) -> Any:
-        size, tokens = layout.world_size, layout.padded_len
-        heads_kv = max(problem.heads_kv // size, 1)
-        local = local_problem(problem, tokens, tokens, problem.heads_q // size, heads_kv)
-        return op.prepare(layout.gathered_mask(mask), local)
+    op: Any
+    heads_kv: int
+
+
+class Ulysses:
+    """The strategy.
+
+    Args:
+        chunks: turns in which the heads of a rank go.
+    """
+
+    def __init__(self, chunks: int = 1) -> None:
+        if chunks < 1:
+            raise ValueError(f"ulysses: chunks = {chunks} must be 1 or more")
+        self.chunks = chunks
+
+    def unsupported(self, world: World) -> str | None:
+        reason = heads.refusal("ulysses", world.problem, world.size)
+        if reason is None:
+            mine_q, mine_kv = heads.local_heads(world.problem, world.size)
+            turns_kv = min(self.chunks, mine_kv)
+            if mine_q % self.chunks or mine_kv % turns_kv or self.chunks % turns_kv:
+                reason = (
+                    f"ulysses: chunks = {self.chunks} must divide the {mine_q} query and "
+                    f"{mine_kv} key/value heads of a rank (or be a multiple of the latter)"
+                )
+        return reason
+
+    def prepare(self, op: BoundOperator, world: World, rank: int) -> Plan:
+        mine_q, mine_kv = heads.local_heads(world.problem, world.size)
+        chunk = (mine_q // self.chunks, max(mine_kv // self.chunks, 1))
+        whole = world.merged([range(world.size)], *chunk)
+        return Plan(op.prepare(whole.part([0], [0])), world.problem.heads_kv)
 
     def forward(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        plan: Any,
+        plan: Plan,
         op: BoundOperator,
         comm: Comm,
         need_lse: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
-        kv_heads = _kv_head_of(k.shape[2], comm.size)
-        q_all, k_all, v_all = _to_heads([q, k[:, :, kv_heads], v[:, :, kv_heads]], comm)
-        out_all, lse_all = op.forward(q_all, k_all, v_all, plan)
-        (out,) = _to_tokens([out_all], comm)
+        import torch
+
+        turns = self._turns(q, k, v, comm.size)
+        coming = heads.to_heads(turns[0], comm)
+        kv: list[torch.Tensor] = []
+        chunks: list[Any] = []
+        going = []
+        for i in range(self.chunks):
+            q_all, *kv_all = coming.wait()
+            k_all, v_all = kv = kv_all or kv  # chunks that share a key/value head get it once
+            if i + 1 < self.chunks:
+                coming = heads.to_heads(turns[i + 1], comm)
+            out_all, lse_all = op.forward(q_all, k_all, v_all, plan.op)
+            going.append(heads.to_tokens([out_all], comm))
+            chunks.append((q_all, k_all, v_all, out_all, lse_all))
+        out = _joined([pending.wait()[0] for pending in going], comm.size)
         lse = None
-        if need_lse and lse_all is not None:
-            (lse_BLH1,) = _to_tokens([lse_all.transpose(1, 2).unsqueeze(-1)], comm)
-            lse = lse_BLH1.squeeze(-1).transpose(1, 2)
-        return out, lse, (q_all, k_all, v_all, out_all, lse_all, k.shape[2])
+        if need_lse and chunks[0][-1] is not None:
+            lse = heads.lse_to_tokens(torch.cat([c[-1] for c in chunks], dim=1), comm)
+        return out, lse, chunks
 
     def backward(
-        self, dout: torch.Tensor, saved: Any, plan: Any, op: BoundOperator, comm: Comm
+        self, dout: torch.Tensor, saved: Any, plan: Plan, op: BoundOperator, comm: Comm
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        q_all, k_all, v_all, out_all, lse_all, heads_kv = saved
-        (dout_all,) = _to_heads([dout], comm)
-        grads = op.backward(dout_all, q_all, k_all, v_all, out_all, lse_all, plan)
-        dq, dk, dv = _to_tokens(list(grads), comm)
-        return dq, _sum_replicas(dk, heads_kv), _sum_replicas(dv, heads_kv)
+        douts = [[x] for x in _split(dout, comm.size, self.chunks)]
+        coming = heads.to_heads(douts[0], comm)
+        going = []
+        kv: tuple[torch.Tensor, torch.Tensor] | None = None  # of the chunks that share a head
+        for i, (q_all, k_all, v_all, out_all, lse_all) in enumerate(saved):
+            (dout_all,) = coming.wait()
+            if i + 1 < self.chunks:
+                coming = heads.to_heads(douts[i + 1], comm)
+            dq, dk, dv = op.backward(dout_all, q_all, k_all, v_all, out_all, lse_all, plan.op)
+            kv = (dk, dv) if kv is None else (kv[0].float().add_(dk), kv[1].float().add_(dv))
+            grads = [dq]
+            if i + 1 == self.chunks or saved[i + 1][1] is not k_all:
+                grads += [grad.to(dq.dtype) for grad in kv]
+                kv = None
+            going.append(heads.to_tokens(grads, comm))
+        arrived = [pending.wait() for pending in going]
+        dq = _joined([grads[0] for grads in arrived], comm.size)
+        of_kv = [grads[1:] for grads in arrived if len(grads) > 1]
+        dk, dv = (_joined(list(x), comm.size) for x in zip(*of_kv, strict=True))
+        return dq, heads.sum_replicas(dk, plan.heads_kv), heads.sum_replicas(dv, plan.heads_kv)
+
+    def _turns(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, size: int
+    ) -> list[list[torch.Tensor]]:
+        """What is sent in each turn: a chunk of query heads and, unless an earlier one brought
+        them, its key/value heads."""
+        k, v = heads.replicated(k, size), heads.replicated(v, size)
+        turns_kv = min(self.chunks, k.shape[2] // size)
+        turns: list[list[torch.Tensor]] = [[x] for x in _split(q, size, self.chunks)]
+        pairs = zip(_split(k, size, turns_kv), _split(v, size, turns_kv), strict=True)
+        for i, kv in enumerate(pairs):
+            turns[i * (self.chunks // turns_kv)] += kv
+        return turns
 
 
-def _kv_head_of(heads_kv: int, size: int) -> list[int]:
-    """Which key/value head stands at each place of the replicated head axis."""
-    places = max(heads_kv, size)
-    return [place * heads_kv // places for place in range(places)]
+def _split(x: torch.Tensor, size: int, chunks: int) -> list[torch.Tensor]:
+    """The heads of every rank in ``chunks`` parts: ``[B, L, size * h, D]`` each."""
+    if chunks == 1:
+        return [x]
+    by_chunk = x.unflatten(2, (size, chunks, -1))
+    return [by_chunk[:, :, :, i].flatten(2, 3) for i in range(chunks)]
 
 
-def _sum_replicas(grad: torch.Tensor, heads_kv: int) -> torch.Tensor:
-    if grad.shape[2] == heads_kv:
-        return grad
-    total: torch.Tensor = grad.unflatten(2, (heads_kv, -1)).float().sum(3).to(grad.dtype)
-    return total
-
-
-def _to_heads(shards: list[torch.Tensor], comm: Comm) -> list[torch.Tensor]:
-    """Token shards ``[B, L, P * h, D]`` to head shards ``[B, P * L, h, D]``, in one all-to-all.
-
-    Tokens lead on the wire, so that what arrives needs no reordering: ``[B, …]`` is a view.
-    """
+def _joined(chunks: list[torch.Tensor], size: int) -> torch.Tensor:
+    """The inverse of :func:`_split`."""
     import torch
 
-    by_rank = [x.unflatten(2, (comm.size, -1)).permute(2, 1, 0, 3, 4) for x in shards]
-    wire = torch.cat(by_rank, dim=3).contiguous()
-    arrived = torch.empty_like(wire)
-    comm.all_to_all(arrived, wire).wait()
-    heads = [x.shape[3] for x in by_rank]
-    return list(arrived.flatten(0, 1).transpose(0, 1).split(heads, dim=2))
-
-
-def _to_tokens(by_head: list[torch.Tensor], comm: Comm) -> list[torch.Tensor]:
-    """The inverse of :func:`_to_heads`."""
-    import torch
-
-    heads = [x.shape[2] for x in by_head]
-    wire = torch.cat([x.transpose(0, 1) for x in by_head], dim=2).contiguous()
-    wire = wire.unflatten(0, (comm.size, -1))
-    arrived = torch.empty_like(wire)
-    comm.all_to_all(arrived, wire).wait()
-    return [
-        x.permute(2, 1, 0, 3, 4).flatten(2, 3).contiguous() for x in arrived.split(heads, dim=3)
-    ]
+    if len(chunks) == 1:
+        return chunks[0]
+    return torch.stack([x.unflatten(2, (size, -1)) for x in chunks], dim=3).flatten(2, 4)

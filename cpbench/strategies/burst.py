@@ -1,0 +1,81 @@
+"""BurstAttention: the forward pass is a ring; in the backward pass the queries travel.
+
+The queries' side (q, dout, and per query delta and the log-sum-exp) goes round with dq following
+it, while keys, values and their gradients stay at home.  That sends less than dK and dV would with
+as many key/value heads as query heads, and more under GQA.
+
+Source: BurstAttention (arXiv 2403.09347), backward communication optimisation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cpbench.registry import StrategyInfo
+from cpbench.strategies import delta
+from cpbench.strategies.ring import Ring
+from cpbench.strategies.rotation import Following, Step, steps, travel
+
+if TYPE_CHECKING:
+    import torch
+
+    from cpbench.comm import Comm
+    from cpbench.merge import BoundOperator
+    from cpbench.world import World
+
+STRATEGY = StrategyInfo(
+    name="burst",
+    summary="ring forward; backward sends queries round and keeps keys at home: for MHA",
+    source="BurstAttention, arXiv 2403.09347",
+    load="cpbench.strategies.burst:Burst",
+    merges=True,
+    params=("grad_dtype", "window"),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of one rank with travelling keys (forward) and queries (backward)."""
+
+    steps: tuple[Step, ...]
+    back: tuple[Step, ...]
+
+
+class Burst(Ring):
+    """The strategy; parameters as for :class:`Ring`, ``grad_dtype`` being that of dQ."""
+
+    def prepare(self, op: BoundOperator, world: World, rank: int) -> Plan:  # type: ignore[override]
+        forward = super().prepare(op, world, rank).steps
+        back = steps(
+            world.areas.T > 0,
+            rank,
+            self.window or world.size,
+            lambda source: op.prepare(world.part([source], [rank])),
+        )
+        return Plan(forward, back if world.problem.backward else ())
+
+    def backward(
+        self,
+        dout: torch.Tensor,
+        saved: Any,
+        plan: Plan,  # type: ignore[override]
+        op: BoundOperator,
+        comm: Comm,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        import torch
+
+        q, k, v, out, lse = saved
+        grads = Following(q.shape, getattr(torch, self.grad_dtype), q.device, comm)
+        dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
+        block = (q, dout, delta.of(dout, out), lse)
+        for step, (q_s, dout_s, delta_s, lse_s) in travel(plan.back, block, comm):
+            found = None
+            if step.computes:
+                out_s = delta.stand_in(dout_s, delta_s)
+                found, dk_s, dv_s = op.backward(dout_s, q_s, k, v, out_s, lse_s, step.plan)
+                found = found.float()
+                dk += dk_s
+                dv += dv_s
+            grads.add(step, found)
+        return grads.finish().to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)

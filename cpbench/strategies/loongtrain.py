@@ -1,0 +1,73 @@
+"""LoongTrain: head parallelism and a double ring over the ranks that share heads.
+
+The ranks form a mesh, ``outer`` x ``inner`` x ``ulysses``: the ring is cut into windows of
+``inner`` ranks, and each hop between windows overlaps a whole turn inside one.  Head-first
+placement (the default) makes the Ulysses groups neighbours; context-first is
+``placement = "inner"``.
+
+Source: LoongTrain (arXiv 2406.18485).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from cpbench.mesh import Mesh, largest_divisor
+from cpbench.registry import StrategyInfo
+from cpbench.strategies import heads
+from cpbench.strategies.usp import Usp
+
+if TYPE_CHECKING:
+    from cpbench.world import World
+
+STRATEGY = StrategyInfo(
+    name="loongtrain",
+    summary="head parallelism and a double ring of windows",
+    source="LoongTrain, arXiv 2406.18485",
+    load="cpbench.strategies.loongtrain:LoongTrain",
+    merges=True,
+    params=("ulysses", "window", "grad_dtype"),
+    axes=("outer", "inner", "ulysses"),
+)
+
+
+class LoongTrain(Usp):
+    """The strategy.
+
+    Args:
+        ulysses, grad_dtype: as for :class:`Usp`.
+        window: ranks of an inner ring; 0 for as many as share a node, or about the square root of
+            the ring where the placement leaves none on one node.
+    """
+
+    name = "loongtrain"
+
+    def __init__(self, ulysses: int = 0, window: int = 0, grad_dtype: str = "float32") -> None:
+        super().__init__(ulysses, grad_dtype)
+        if window < 0:
+            raise ValueError(f"loongtrain: window = {window} must be ranks, or 0 to choose")
+        self.window = window
+
+    def unsupported(self, world: World) -> str | None:
+        reason = super().unsupported(world)
+        if reason is None:
+            ring = world.size // heads.group_size(world, self.ulysses)
+            if self.window and ring % self.window:
+                reason = f"loongtrain: window = {self.window} must divide the ring of {ring} ranks"
+        return reason
+
+    def mesh(self, world: World) -> Mesh:
+        size = heads.group_size(world, self.ulysses)
+        ring = world.size // size
+        window = self.window or _window(world, ring, size)
+        return world.mesh(outer=ring // window, inner=window, ulysses=size)
+
+
+def _window(world: World, ring: int, size: int) -> int:
+    neighbours = (
+        world.ranks_per_node if world.placement == "inner" else world.ranks_per_node // size
+    )
+    if 1 < neighbours < ring:
+        return largest_divisor(ring, neighbours)
+    return largest_divisor(ring, math.isqrt(ring))

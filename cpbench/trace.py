@@ -1,0 +1,273 @@
+"""The very code of a strategy, run on tensors without data: who would send what to whom.
+
+:class:`TraceComm` moves nothing: it notes the bytes of every operation for one rank, from the
+definition of the operation, and folds every message into a number that adds up to zero over all
+ranks exactly when each message sent is expected, and each collective is entered, by all that it
+concerns, in the same order and size.  So ranks can agree on a schedule before the first send.
+
+:class:`TracedOperator` computes nothing: it counts the visible pairs that it would compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cpbench.comm import Done, Handle, Traffic
+from cpbench.merge import BackwardParts, BoundOperator, ForwardParts
+
+if TYPE_CHECKING:
+    import torch
+
+    from cpbench.registry import OperatorInfo
+    from cpbench.strategy import Strategy
+    from cpbench.world import Part, World
+
+MODULUS = 1 << 61
+
+
+@dataclass
+class PhaseTrace:
+    """What one rank would do in one phase.
+
+    Attributes:
+        bytes_to: sent, by receiver ``[P]``.
+        messages, largest: how many, and bytes of the largest.
+        pairs: visible pairs that it computes, each counted once a query head.
+    """
+
+    bytes_to: list[int]
+    messages: int
+    largest: int
+    pairs: int
+
+
+@dataclass
+class RankTrace:
+    """What one rank would do.
+
+    Attributes:
+        phases: by name, ``fwd`` and ``bwd``.
+        balance: its share of a number that is 0 modulo ``MODULUS`` in the sum over all ranks.
+        log: every message and collective, for people; empty unless asked for.
+    """
+
+    phases: dict[str, PhaseTrace]
+    balance: int
+    log: list[tuple[object, ...]]
+
+
+class TraceComm:
+    """:class:`~cpbench.comm.Comm` for one rank on meta tensors."""
+
+    def __init__(self, rank: int, size: int, log: bool = False) -> None:
+        self.log: list[tuple[object, ...]] | None = [] if log else None
+        self._root, self._members = self, tuple(range(size))
+        self._subs: dict[tuple[int, ...], TraceComm] = {self._members: self}
+        self.rank, self.size = rank, size
+        self.traffic, self.pause_s = Traffic(size), 0.0
+        self.balance = 0
+        self._sent: dict[int, int] = {}
+        self._received: dict[int, int] = {}
+        self._entered = 0
+
+    def sub(self, ranks: Sequence[int]) -> TraceComm:
+        members = tuple(self._members[rank] for rank in ranks)
+        root = self._root
+        if members not in root._subs:
+            made = object.__new__(TraceComm)
+            made._root, made._members, made._entered = root, members, 0
+            made.rank, made.size = members.index(root.rank), len(members)
+            made.traffic, made.pause_s = root.traffic, 0.0
+            root._subs[members] = made
+        return root._subs[members]
+
+    def exchange(
+        self,
+        sends: Sequence[tuple[torch.Tensor, int]],
+        recvs: Sequence[tuple[torch.Tensor, int]],
+    ) -> Handle:
+        root, members = self._root, self._members
+        here = root.rank
+        for tensor, peer in sends:
+            if peer != self.rank:
+                to, nbytes = members[peer], tensor.numel() * tensor.element_size()
+                number = root._sent[to] = root._sent.get(to, 0) + 1
+                root.balance += _mixed(here, to, number, nbytes)
+                root.traffic.add(to, nbytes)
+                if root.log is not None:
+                    root.log.append(("message", here, to, number, nbytes, "sent"))
+        for tensor, peer in recvs:
+            if peer != self.rank:
+                sender, nbytes = members[peer], tensor.numel() * tensor.element_size()
+                number = root._received[sender] = root._received.get(sender, 0) + 1
+                root.balance -= _mixed(sender, here, number, nbytes)
+                if root.log is not None:
+                    root.log.append(("message", sender, here, number, nbytes, "expected"))
+        return Done()
+
+    def all_to_all(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
+        assert out.shape == x.shape
+        return self._enter(1, x.numel() * x.element_size() // self.size)
+
+    def all_gather(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
+        assert out.shape == (self.size, *x.shape)
+        return self._enter(2, x.numel() * x.element_size())
+
+    def reduce_scatter(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
+        assert x.shape == (self.size, *out.shape)
+        return self._enter(3, out.numel() * out.element_size())
+
+    def all_reduce(self, x: torch.Tensor, largest: bool = False) -> Handle:
+        nbytes = x.numel() * x.element_size()
+        return self._enter(5 if largest else 4, (nbytes + self.size - 1) // self.size, 2)
+
+    def _enter(self, kind: int, nbytes: int, messages: int = 1) -> Handle:
+        """A collective in which ``nbytes`` go from each rank to each other, ``messages`` times."""
+        self._entered += 1
+        if self._root.log is not None:
+            self._root.log.append(("collective", self._members, self._entered, kind, nbytes))
+        mixed = _mixed(kind, hash(self._members) % MODULUS, self._entered, nbytes)
+        self._root.balance += mixed * (self.size - 1 if self.rank == 0 else -1)
+        for place, member in enumerate(self._members):
+            if place != self.rank:
+                self.traffic.add(member, nbytes, messages)
+        return Done()
+
+
+def _mixed(a: int, b: int, c: int, d: int) -> int:
+    """One number of four, such that others have others."""
+    x = ((a * 0x9E3779B97F4A7C15 + b) * 0xBF58476D1CE4E5B9 + c) * 0x94D049BB133111EB + d
+    x ^= x >> 29
+    return (x * 0xD6E8FEB86659FD93 ^ (x >> 17)) % MODULUS
+
+
+class TracedOperator(BoundOperator):
+    """An operator that only knows how many visible pairs each of its calls would compute."""
+
+    def __init__(self, info: OperatorInfo) -> None:
+        super().__init__(info, None, "meta")  # type: ignore[arg-type]
+
+    def prepare(self, part: Part) -> Any:
+        return part.area
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self.pairs += plan * q.shape[2]
+        return q.new_empty(q.shape), _lse(q)
+
+    def backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        plan: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self.pairs += plan * q.shape[2]
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+    def forward_parts(self, q: torch.Tensor) -> ForwardParts:
+        return _ForwardParts(self, q)
+
+    def backward_parts(
+        self, dout: torch.Tensor, q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None
+    ) -> BackwardParts:
+        return _BackwardParts(self, dout, q, out, lse)
+
+
+class _ForwardParts(ForwardParts):
+    """As its base, but merging costs nothing."""
+
+    def add(self, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor, plan: Any) -> None:
+        self._op.pairs += plan * self._q.shape[2]
+
+    def add_result(self, out: torch.Tensor, lse: torch.Tensor | None) -> None:
+        pass
+
+    def finish(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self._q.new_empty(self._q.shape), _lse(self._q)
+
+
+class _BackwardParts(BackwardParts):
+    """As its base, but merging costs nothing."""
+
+    def add(
+        self, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor, plan: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self._op.pairs += plan * self._q.shape[2]
+        return k_BTGD, v_BTGD
+
+    def add_result(self, dq: torch.Tensor) -> None:
+        pass
+
+    def finish(self) -> torch.Tensor:
+        return self._q.new_empty(self._q.shape)
+
+
+def _lse(q: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+
+
+def trace_rank(
+    strategy: Strategy, operator: OperatorInfo, world: World, rank: int, log: bool = False
+) -> RankTrace:
+    """What one rank would send and compute in the phases of the problem's direction.
+
+    The log-sum-exp is not asked for, as in timed runs.
+    """
+    import torch
+
+    op, comm = TracedOperator(operator), TraceComm(rank, world.size, log)
+    plan = strategy.prepare(op, world, rank)
+    problem = world.problem
+
+    def empty(tokens: int, heads: int) -> torch.Tensor:
+        dtype = getattr(torch, problem.dtype)
+        return torch.empty(
+            (problem.batch, tokens, heads, problem.head_dim), dtype=dtype, device="meta"
+        )
+
+    q = empty(world.queries.local_len, problem.heads_q)
+    k, v = (empty(world.keys.local_len, problem.heads_kv) for _ in range(2))
+    _, _, saved = strategy.forward(q, k, v, plan, op, comm, need_lse=False)
+    phases = {"fwd": _phase(op, comm)}
+    if problem.backward:
+        strategy.backward(q, saved, plan, op, comm)
+        phases["bwd"] = _phase(op, comm)
+    return RankTrace(phases, comm.balance, comm.log or [])
+
+
+def _phase(op: TracedOperator, comm: TraceComm) -> PhaseTrace:
+    """What has been noted since the last time."""
+    traffic = comm.traffic
+    found = PhaseTrace(traffic.bytes_to, traffic.messages, traffic.largest, op.pairs)
+    traffic.clear()
+    op.pairs = 0
+    return found
+
+
+def mismatch(logs: Sequence[Sequence[tuple[object, ...]]]) -> str:
+    """The first message that is sent and not expected (or the other way), or collective that not
+    all its ranks enter alike, in words."""
+    ways: dict[tuple[object, ...], set[object]] = {}
+    for log in logs:
+        for kind, sender, receiver, number, *rest in log:
+            if kind == "message":
+                nbytes, way = rest
+                ways.setdefault((sender, receiver, number, nbytes), set()).add(way)
+    for (sender, receiver, number, nbytes), found in ways.items():
+        if len(found) == 1:
+            other = "does not expect it so" if "sent" in found else "does not send it so"
+            who = receiver if "sent" in found else sender
+            return (
+                f"message {number} from rank {sender} to rank {receiver}, {nbytes} bytes: "
+                f"rank {who} {other}"
+            )
+    return "a collective that not all of its ranks enter alike"

@@ -1,0 +1,140 @@
+"""What all ranks know of one computation: the problem, the mask, who owns which tokens, the nodes.
+
+Strategies plan from a :class:`World`: which parts of the mask lie between which ranks, how large
+they are, and how ranks form a mesh.  Masks of parts are cut out only when somebody reads them, so
+that a schedule alone (``cpbench.trace``) costs nothing but areas.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from cpbench.layout import Layout, area_matrix, local_mask
+from cpbench.mask import AttnMask, IntArray
+from cpbench.mesh import Mesh
+from cpbench.problem import Problem, local_problem
+
+
+@dataclass(frozen=True, eq=False)
+class World:
+    """One computation as all ranks see it.
+
+    Attributes:
+        problem: the whole of it.
+        mask: ``seq_q x seq_k``, global.
+        queries, keys: which rank owns which queries and keys (one layout, unless they differ).
+        ranks_per_node: ranks that share a node; ranks are numbered node by node.
+        placement: the mesh axis whose groups are to be neighbours, or "" for the strategy's own
+            choice.
+    """
+
+    problem: Problem
+    mask: AttnMask
+    queries: Layout
+    keys: Layout
+    ranks_per_node: int = 0
+    placement: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        problem: Problem,
+        mask: AttnMask,
+        layout: Layout,
+        ranks_per_node: int = 0,
+        placement: str = "",
+    ) -> World:
+        """Queries and keys dealt alike; ``ranks_per_node`` 0 puts all ranks on one node."""
+        nodes = ranks_per_node or layout.world_size
+        return cls(problem, mask, layout, layout, nodes, placement)
+
+    @property
+    def size(self) -> int:
+        """P, ranks."""
+        return self.keys.world_size
+
+    @functools.cached_property
+    def areas(self) -> IntArray:
+        """``(P, P)`` visible pairs between the queries of rank r (row) and the keys of rank s."""
+        return area_matrix(self.mask, self.queries, self.keys)
+
+    def part(self, q_ranks: Sequence[int], k_ranks: Sequence[int]) -> Part:
+        """The work between the queries of some ranks and the keys of some, both concatenated in
+        the order given; its area is 0 where the mask is empty there."""
+        if len(q_ranks) == len(k_ranks) == 1:
+            area = int(self.areas[q_ranks[0], k_ranks[0]])
+        else:
+            area = int(self.areas[np.ix_(list(q_ranks), list(k_ranks))].sum())
+        return Part(self, tuple(q_ranks), tuple(k_ranks), area)
+
+    def mesh(self, **axes: int) -> Mesh:
+        """The ranks as a mesh of ``axes``, outermost first; ``placement`` moves one innermost.
+
+        Raises:
+            ValueError: when ``placement`` is no axis.
+        """
+        mesh = Mesh.of(axes, self.placement)
+        assert np.prod(mesh.sizes) == self.size, f"{axes} are not {self.size} ranks"
+        return mesh
+
+    def with_heads(self, heads_q: int, heads_kv: int) -> World:
+        """The same for some of the heads."""
+        return self.merged([[rank] for rank in range(self.size)], heads_q, heads_kv)
+
+    def merged(self, groups: Sequence[Sequence[int]], heads_q: int = 0, heads_kv: int = 0) -> World:
+        """Groups of ranks as one rank each, in this order: as after an exchange of tokens for
+        heads inside the groups, which leaves each member with some heads of all their tokens.
+
+        Args:
+            groups: all ranks, each once, in groups of one size.
+            heads_q, heads_kv: heads of the new problem; 0 keeps them.
+        """
+        q_heads, kv_heads = heads_q or self.problem.heads_q, heads_kv or self.problem.heads_kv
+        tokens = (self.problem.seq_q, self.problem.seq_k)
+        queries = self.queries.merged(groups)
+        keys = queries if self.keys is self.queries else self.keys.merged(groups)
+        problem = local_problem(self.problem, *tokens, q_heads, kv_heads)
+        whole = replace(self, problem=problem, queries=queries, keys=keys, placement="")
+        order = np.concatenate([np.asarray(group) for group in groups])
+        n, each = len(groups), self.size // len(groups)
+        blocks = self.areas[np.ix_(order, order)].reshape(n, each, n, each)
+        whole.__dict__["areas"] = blocks.sum((1, 3))  # what the cached property would find
+        return whole
+
+
+@dataclass(frozen=True)
+class Part:
+    """The work between the queries of some ranks and the keys of some.
+
+    Attributes:
+        world: that it is a part of.
+        q_ranks, k_ranks: whose queries and whose keys, concatenated in this order.
+        area: visible pairs.
+    """
+
+    world: World
+    q_ranks: tuple[int, ...]
+    k_ranks: tuple[int, ...]
+    area: int
+
+    @property
+    def mask(self) -> AttnMask:
+        """The mask in local coordinates, cut out anew."""
+        world = self.world
+        return local_mask(world.mask, world.queries, self.q_ranks, world.keys, self.k_ranks)
+
+    @property
+    def problem(self) -> Problem:
+        """What an operator computes here."""
+        world = self.world
+        return local_problem(
+            world.problem,
+            world.queries.local_len * len(self.q_ranks),
+            world.keys.local_len * len(self.k_ranks),
+            world.problem.heads_q,
+            world.problem.heads_kv,
+        )
