@@ -12,6 +12,7 @@ QUESTION = (
     "mask",
     "seq_len",
     "world_size",
+    "ranks_per_node",
     "direction",
     "dtype",
     "batch",
@@ -47,20 +48,25 @@ class Answer:
 
 def answers(table: pd.DataFrame) -> list[Answer]:
     """One answer for each problem and number of ranks that has a timed case."""
-    unchecked = table["flags"].str.contains("unchecked", na=False)
-    timed = table[(table["status"] == "ok") & table["time_ms"].notna() & ~unchecked]
     found = []
-    for key, group in timed.groupby(list(QUESTION), sort=True):
+    for key, group in table[competing(table)].groupby(list(QUESTION), sort=True):
         ranking = group.sort_values("time_ms", kind="stable")
         found.append(Answer(dict(zip(QUESTION, key, strict=True)), ranking, _tie(ranking)))
     return found
+
+
+def competing(table: pd.DataFrame) -> pd.Series[bool]:
+    """Which rows are timed and were held against float64."""
+    unchecked = table["flags"].str.contains("unchecked", na=False)
+    return (table["status"] == "ok") & table["time_ms"].notna() & ~unchecked
 
 
 def method(row: Any) -> str:
     """What competes in a row: the operator, and how it is spread where it is."""
     if row["strategy"] == "single" and row["world_size"] == 1:
         return str(row["operator"])
-    return f"{row['strategy']}/{row['layout']} {row['operator']}"
+    place = f" {row['placement']} inside" if row["placement"] else ""
+    return f"{row['strategy']}{place}/{row['layout']} {row['operator']}"
 
 
 def _tie(ranking: pd.DataFrame) -> bool:

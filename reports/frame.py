@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpbench.record import Record, median_interval, slowest_us
+from cpbench.spec import Spec, format_value
 from cpbench.store import read_run
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ COLUMNS = {
     "strategy": "context-parallel strategy with its parameters",
     "layout": "which rank owns which tokens",
     "mask": "mask with its parameters",
+    "mask_family": "mask without its seed: what its draws have in common",
+    "draw": "the mask's seed, empty where it has none",
     "batch": "sequences",
     "seq_len": "tokens of a sequence",
     "num_heads_q": "query heads",
@@ -29,7 +32,9 @@ COLUMNS = {
     "dtype": "of inputs and outputs",
     "direction": "fwd, bwd or fwd_bwd: what the time covers",
     "world_size": "ranks",
-    "seed": "of the inputs",
+    "ranks_per_node": "ranks that share a node; 0 is as the launcher places them",
+    "placement": "axis of the strategy's mesh that lies inside a node, empty for its own choice",
+    "seed": "of the inputs (the mask's is draw)",
     "content": "hashes of the files that the case is made from",
     "machine": "host and device",
     "time_ms": "median over iterations of the slowest rank",
@@ -56,6 +61,7 @@ COLUMNS = {
     "writer": "who wrote the record",
     "log": "what the failing rank printed",
 }
+UNKNOWN = "unknown"  # a machine
 TEXTS = (
     "id",
     "status",
@@ -64,8 +70,11 @@ TEXTS = (
     "strategy",
     "layout",
     "mask",
+    "mask_family",
+    "draw",
     "dtype",
     "direction",
+    "placement",
     "content",
     "machine",
     "flags",
@@ -110,6 +119,7 @@ def _row(record: Record, environments: Mapping[str, dict[str, Any]]) -> dict[str
     row: dict[str, Any] = {"id": case.id, "status": record.status, "reason": record.reason}
     for key in ("operator", "strategy", "layout", "mask"):
         row[key] = str(getattr(case, key))
+    row["mask_family"], row["draw"] = _family(case.mask)
     for key in (
         "batch",
         "seq_len",
@@ -119,14 +129,16 @@ def _row(record: Record, environments: Mapping[str, dict[str, Any]]) -> dict[str
         "dtype",
         "direction",
         "world_size",
+        "ranks_per_node",
         "seed",
     ):
         row[key] = getattr(case, key)
+    row["placement"] = case.placement or None
     for key in ("started", "seconds", "environment", "writer", "log"):
         row[key] = getattr(record, key)
     environment = environments.get(record.environment or "", {})
     device = environment.get("device", {}).get("name") or environment.get("processor")
-    row["machine"] = f"{environment.get('host')}, {device}" if environment else "unknown"
+    row["machine"] = f"{environment.get('host')}, {device}" if environment else UNKNOWN
     row["content"] = " ".join(digest[:8] for _, digest in case.content) or "none"
     interval = median_interval(record.samples_us)
     row["low_ms"], row["high_ms"] = map(_ms, interval or (None, None))
@@ -153,6 +165,15 @@ def _row(record: Record, environments: Mapping[str, dict[str, Any]]) -> dict[str
         per_rank = [sum(phases) for phases in zip(*record.bytes_sent.values(), strict=True)]
         row["sent_mb"] = max(per_rank) / 1e6
     return row
+
+
+def _family(mask: Spec) -> tuple[str, int | str | None]:
+    """A mask's text without its seed, and the seed."""
+    rest = tuple((key, value) for key, value in mask.params if key != "seed")
+    seed = mask.kwargs.get("seed")
+    if seed is not None and not isinstance(seed, int):
+        seed = format_value(seed)
+    return str(Spec(mask.name, rest)), seed
 
 
 def _ms(us: float | None) -> float | None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import math
 from collections import Counter
-from collections.abc import Callable, Iterable
-from operator import itemgetter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpbench.reports.answer import Answer, answers, method
+from cpbench.reports import tables
+from cpbench.reports.answer import answers
+from cpbench.reports.draws import FEWEST_P95, FEWEST_TOLD, Family, split
 from cpbench.reports.frame import COLUMNS, frame
-from cpbench.reports.text import escaped, row_lines, tabulated
-from cpbench.spec import format_size
+from cpbench.reports.text import escaped, fitted, row_lines, tabulated
+from cpbench.reports.wording import FACTS, Rate, counted, phrase, sentence
 from cpbench.store import Run
 
 if TYPE_CHECKING:
@@ -21,21 +22,6 @@ if TYPE_CHECKING:
 
 FORMATS = ("table", "md", "csv", "json")
 
-# What a problem is: column by heading, from a row of the tidy table, and how a sentence says it.
-_FACTS: dict[str, tuple[Callable[[Any], object], str]] = {
-    "mask": (itemgetter("mask"), "{}"),
-    "tokens": (lambda row: format_size(int(row["seq_len"])), "{} tokens"),
-    "ranks": (itemgetter("world_size"), "world size {}"),
-    "direction": (itemgetter("direction"), "{}"),
-    "dtype": (itemgetter("dtype"), "{}"),
-    "batch": (itemgetter("batch"), "batch {}"),
-    "heads": (lambda row: f"{row['num_heads_q']}:{row['num_heads_kv']}", "{} heads"),
-    "head_dim": (itemgetter("head_dim"), "head_dim {}"),
-    "seed": (itemgetter("seed"), "seed {}"),
-    "files": (itemgetter("content"), "files {}"),
-    "machine": (itemgetter("machine"), "on {}"),
-}
-_UNSAID = ("none", "unknown")  # not worth a word where they hold throughout
 _ALWAYS = ("mask", "tokens")
 _MARKS = "*†‡§"
 _MEANING = {
@@ -52,7 +38,8 @@ def render(run: Run, out: Path, form: str) -> str:
     """The report of a run in one of ``FORMATS``.
 
     ``csv`` and ``json`` are the tidy table (see ``COLUMNS``); ``table`` and ``md`` are for people:
-    winners, every case, what could not run and why, caveats, environments.
+    winners, methods over draws, every other case, what could not run and why, caveats,
+    environments.
     """
     table = frame(run.records.values(), run.environments)
     if form == "csv":
@@ -60,101 +47,54 @@ def render(run: Run, out: Path, form: str) -> str:
     if form == "json":
         return json.dumps(_plain(table), indent=1) + "\n"
     text: Callable[[str], str] = escaped if form == "md" else str
-    timed, found = table[table["status"] == "ok"], answers(table)
     constant = [
         fact
-        for fact in _FACTS
-        if fact not in _ALWAYS and len({_FACTS[fact][0](row) for _, row in table.iterrows()}) == 1
+        for fact in FACTS
+        if fact not in _ALWAYS and len({FACTS[fact][0](row) for _, row in table.iterrows()}) == 1
     ]
-    varying = [fact for fact in _FACTS if fact not in constant]
-    marks = _marks(timed)
+    varying = [fact for fact in FACTS if fact not in constant]
+    singles, families = split(table)
+    timed, found = table[table["status"] == "ok"], answers(singles)
+    marks, rate = _marks(timed), Rate(timed["tflops_per_rank"])
+    alone = singles[singles["status"] == "ok"]
+    cases = tables.every_case(found, alone, varying, rate, marks)
     lines = [f"# {text(out.name)}: {_counts(table)}", ""]
-    lines += [text(f"Throughout: {_sentence(table.iloc[0], constant)}."), ""] if constant else []
-    lines += _section("Winners", winners(found, varying), form)
-    lines += (
-        [text(_score(found)), ""]
-        if found
-        else ["No case competes: none was both timed and checked.", ""]
-    )
-    lines += _all_cases(every_case(found, timed, varying, marks), form)
-    lines += _section("Refused", refusals(table), form)
-    failed = failures(table, out)
+    lines += [text(f"Throughout: {sentence(table.iloc[0], constant)}."), ""] if constant else []
+    won = tables.winners(found, varying, rate)
+    won += tables.winners_over_draws(families, varying, rate)
+    lines += _section("Winners", won, form)
+    lines += [text(tables.score(found, families)), ""]
+    lines += _over_draws(families, varying, rate, marks, form)
+    lines += _all_cases(cases, bool(families), form)
+    lines += _section("Refused", tables.refusals(table), form)
+    failed = tables.failures(table, out)
     if failed:
         lines += ["## Failed", "", *_listed(failed, form), ""]
-    notes = [*checks(timed), *caveats(timed, marks), *origins(run, out)]
+    notes = [*readings(families), *checks(timed), *caveats(timed, marks), *origins(run, out)]
     lines += [f"- {text(note)}" if form == "md" else note for note in notes]
     return "\n".join(lines) + "\n"
 
 
-def winners(found: list[Answer], varying: list[str]) -> list[dict[str, str]]:
-    """The fastest method of each problem, and how far ahead of which other it is."""
-    rows = []
-    for answer in found:
-        first = answer.ranking.iloc[0]
-        second = method(answer.ranking.iloc[1]) if len(answer.ranking) > 1 else "no other"
-        lead = "tie" if answer.tie else f"{answer.lead:.2f}x" if answer.lead else ""
-        rows.append(
-            {
-                **_told(first, varying),
-                "fastest": method(first),
-                "ms": _significant(first["time_ms"]),
-                _unit(found): _rate(first["tflops_per_rank"], found),
-                "lead": lead,
-                "over": second,
-            }
-        )
-    return rows
-
-
-def every_case(
-    found: list[Answer], timed: pd.DataFrame, varying: list[str], marks: dict[str, str]
-) -> list[dict[str, str]]:
-    """Every case that is ok, problem by problem: its noise, memory and traffic."""
-    contests = [
-        (row, float(answer.ranking["time_ms"].iloc[0]))
-        for answer in found
-        for _, row in answer.ranking.iterrows()
+def readings(families: Sequence[Family]) -> list[str]:
+    """How to read what is told of draws."""
+    if not families:
+        return []
+    verdicts = {family.verdict for family in families if family.compared}
+    few = any(family.common < FEWEST_P95 for family in families)
+    lines = [
+        "Over draws: ms is the median, worst the slowest draw; a / b is median / worst."
+        + (f" p95 takes {FEWEST_P95} draws." if few else "")
     ]
-    ranked = {row["id"] for row, _ in contests}
-    others = timed[~timed["id"].isin(ranked)]  # only checked, or not checked
-    return [
-        {
-            **_told(row, varying),
-            "method": method(row),
-            "ms": _significant(row["time_ms"]),
-            "±%": _number(row["noise"] * 100, ".1f"),
-            "": "".join(mark for flag, mark in marks.items() if flag in row["flags"].split()),
-            "vs best": _number(row["time_ms"] / best, ".2f", "x"),
-            _unit(found): _rate(row["tflops_per_rank"], found),
-            "peak MB": _number(row["peak_mb"], ".1f"),
-            "sent MB": _number(row["sent_mb"] if row["world_size"] > 1 else math.nan, ".2f"),
-        }
-        for row, best in [*contests, *((row, math.nan) for _, row in others.iterrows())]
-    ]
-
-
-def refusals(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """What was refused, how often and why."""
-    refused = table[table["status"] == "unsupported"]
-    counts = Counter((method(row), str(row["reason"])) for _, row in refused.iterrows())
-    return [
-        {"method": name, "cases": count, "reason": reason}
-        for (name, reason), count in sorted(counts.items())
-    ]
-
-
-def failures(table: pd.DataFrame, out: Path) -> list[tuple[str, str, str, str]]:
-    """Status, case, reason and log of every case that is oom, wrong, crash or timeout."""
-    failed = table[~table["status"].isin(["ok", "unsupported"])]
-    return [
-        (
-            row["status"],
-            f"{method(row)}, {_sentence(row, _FACTS)}",
-            " ".join(str(row["reason"]).split()),
-            str(out / row["log"]) if row["log"] else "",
-        )
-        for _, row in failed.iterrows()
-    ]
+    if verdicts - {"alone"}:
+        lines += [
+            "vs best, lead: geometric mean over draws of time over the best's on the same draw.",
+            "at p95, at worst: whose 95th percentile, or worst of few draws, is the least.",
+        ]
+    if "tie" in verdicts:
+        lines.append("tie over draws: a sign test at 5 % cannot tell, or the mean says otherwise.")
+    if "open" in verdicts:
+        lines.append(f"open: under {FEWEST_TOLD} draws a sign test never can tell; sweep more.")
+    return lines
 
 
 def checks(timed: pd.DataFrame) -> list[str]:
@@ -210,44 +150,78 @@ def _section(title: str, rows: list[dict[str, Any]], form: str) -> list[str]:
     return [f"## {title}", "", tabulated(rows, form), ""] if rows else []
 
 
-def _all_cases(rows: list[dict[str, str]], form: str) -> list[str]:
-    title = "All cases, fastest first"
-    if form != "table" or not rows:
+def _over_draws(
+    families: Sequence[Family],
+    varying: Sequence[str],
+    rate: Rate,
+    marks: dict[str, str],
+    form: str,
+) -> list[str]:
+    """Every family: what was drawn, every method over it, which draws are missing."""
+    times, costs = [], []
+    for family in families:
+        problem = sentence(family.question, varying)
+        above = [problem]
+        for drawn, rows in tables.blocks(family, rate, marks):
+            times.append(([*above, drawn], rows, list[str]()))
+            above = []
+        if missing := tables.missing(family):
+            times[-1][2].extend(missing)
+        if rows := tables.costs(family):
+            costs.append(([problem], rows, list[str]()))
+    lines = _blocks("Over draws, fastest in the median first", times, form)
+    return lines + _blocks("Over draws: what ranks hold, compute and send", costs, form)
+
+
+def _all_cases(rows: list[tables.Row], others: bool, form: str) -> list[str]:
+    title = f"All {'other ' if others else ''}cases, fastest first"
+    if form != "table":
         return _section(title, rows, form)
     # In a terminal each problem is a line of its own: its mask may be long.
-    head, *bodies = row_lines([{k: v for k, v in r.items() if k not in _FACTS} for r in rows])
-    lines, above = [f"## {title}", "", *head], None
-    for row, body in zip(rows, bodies, strict=True):
-        problem = ", ".join(_FACTS[key][1].format(row[key]) for key in _FACTS if key in row)
-        lines += [*([] if problem == above else ["", problem]), *body]
-        above = problem
+    blocks = []
+    for problem, group in itertools.groupby(rows, key=_problem):
+        cells = [{key: row[key] for key in row if key not in FACTS} for row in group]
+        blocks.append(([problem], cells, list[str]()))
+    return _blocks(title, blocks, form)
+
+
+def _problem(row: tables.Row) -> str:
+    return phrase({key: row[key] for key in FACTS if key in row})
+
+
+def _blocks(
+    title: str, blocks: Sequence[tuple[list[str], list[tables.Row], list[str]]], form: str
+) -> list[str]:
+    """Rows in blocks, with lines above and below them: in a terminal under one head."""
+    if not blocks:
+        return []
+    lines = [f"## {title}", ""]
+    if form == "md":
+        for above, rows, below in blocks:
+            lines += [*itertools.chain.from_iterable((escaped(line), "") for line in above)]
+            lines += [tabulated(rows, form), ""]
+            lines += [*(f"- {escaped(line)}" for line in below), *([""] if below else [])]
+        return lines
+    head, *bodies = row_lines([row for _, rows, _ in blocks for row in rows])
+    lines, left = [*lines, *head], iter(bodies)
+    for above, rows, below in blocks:
+        lines += ["", *itertools.chain.from_iterable(map(fitted, above))]
+        lines += itertools.chain.from_iterable(itertools.islice(left, len(rows)))
+        lines += itertools.chain.from_iterable(map(fitted, below))
     return [*lines, ""]
 
 
-def _listed(failed: list[tuple[str, str, str, str]], form: str) -> list[str]:
+def _listed(failed: Sequence[tuple[str, str, str, list[str]]], form: str) -> list[str]:
     lines = []
-    for status, case, reason, log in failed:
+    for status, case, reason, logs in failed:
+        more = f" and {len(logs) - 1} more" if len(logs) > 1 else ""
         if form == "md":
-            lines.append(
-                f"- **{status}** {escaped(case)}: {escaped(reason)}"
-                + (f" (log: `{log}`)" if log else "")
-            )
+            log = f" (log: `{logs[0]}`{more})" if logs else ""
+            lines.append(f"- **{status}** {escaped(case)}: {escaped(reason)}{log}")
         else:
             lines += [f"{status:8} {case}", f"{'':8} {reason}"]
-            lines += [f"{'':8} log: {log}"] if log else []
+            lines += [f"{'':8} log: {logs[0]}{more}"] if logs else []
     return lines
-
-
-def _score(found: list[Answer]) -> str:
-    """How often each method was the fastest."""
-    won = Counter(method(a.ranking.iloc[0]) for a in found if not a.tie and a.lead is not None)
-    parts = [f"{name} {count}" for name, count in won.most_common()]
-    others = {
-        "ties": sum(a.tie for a in found),
-        "without a rival": sum(a.lead is None for a in found),
-    }
-    parts += [f"{name} {count}" for name, count in others.items() if count]
-    return f"Of {_counted(len(found), 'problem')}: {', '.join(parts)}."
 
 
 def _marks(timed: pd.DataFrame) -> dict[str, str]:
@@ -258,46 +232,9 @@ def _marks(timed: pd.DataFrame) -> dict[str, str]:
     return dict(zip(some, _MARKS, strict=False))
 
 
-def _told(row: Any, facts: Iterable[str]) -> dict[str, str]:
-    return {fact: str(_FACTS[fact][0](row)) for fact in facts}
-
-
-def _sentence(row: Any, facts: Iterable[str]) -> str:
-    values = ((_FACTS[fact][1], _FACTS[fact][0](row)) for fact in facts)
-    return ", ".join(words.format(value) for words, value in values if value not in _UNSAID)
-
-
-def _counted(count: int, thing: str) -> str:
-    return f"{count} {thing}{'' if count == 1 else 's'}"
-
-
 def _counts(table: pd.DataFrame) -> str:
     counts = table["status"].value_counts()
-    return f"{_counted(len(table), 'case')}, " + ", ".join(f"{n} {s}" for s, n in counts.items())
-
-
-def _unit(found: list[Answer]) -> str:
-    return "TFLOP/s" if _peak(found) >= 1 else "GFLOP/s"
-
-
-def _peak(found: list[Answer]) -> float:
-    return max((float(answer.ranking["tflops_per_rank"].max()) for answer in found), default=0.0)
-
-
-def _rate(tflops: float, found: list[Answer]) -> str:
-    return _significant(tflops if _peak(found) >= 1 else tflops * 1e3)
-
-
-def _significant(value: float) -> str:
-    """Three significant digits, never in scientific notation."""
-    if math.isnan(value):
-        return ""
-    digits = 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
-    return f"{value:.3g}" if abs(value) < 1 else f"{value:,.{digits}f}"
-
-
-def _number(value: float, form: str, unit: str = "") -> str:
-    return "" if math.isnan(value) else format(value, form) + unit
+    return f"{counted(len(table), 'case')}, " + ", ".join(f"{n} {s}" for s, n in counts.items())
 
 
 def _plain(table: pd.DataFrame) -> list[dict[str, Any]]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import shutil
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 NARROWEST = 14  # a column is not wrapped below this
-_NUMBER = re.compile(r"(?:<= )?[\d.,]+(?:e[+-]?\d+)?[kmx]?|tie|")
+_NUMBER = re.compile(r"(?:<= )?[\d.,]+(?:e[+-]?\d+)?[kmx]?(?: (?:of|/) [\d.,]+)?|tie|open|")
 _PIECE = re.compile(r"[^\s,:/]*(?:[,:/]+\s?|\s|$)")
 
 
@@ -38,7 +39,7 @@ def row_lines(rows: Sequence[Mapping[str, Any]], width: int | None = None) -> li
     """
     columns, align = _columns([{k: _plain(v) for k, v in row.items()} for row in rows])
     widths = {key: max(map(len, [key, *cells])) for key, cells in columns.items()}
-    limit = width or shutil.get_terminal_size((100, 24)).columns
+    limit = width or _terminal()
     while sum(widths.values()) + 2 * (len(widths) - 1) > limit:
         widest = max(widths, key=lambda key: widths[key])
         if widths[widest] <= max(NARROWEST, len(widest)):
@@ -86,9 +87,19 @@ def wrapped(text: str, width: int) -> list[str]:
     return [line.rstrip() for line in lines]
 
 
+def fitted(text: str) -> list[str]:
+    """A sentence as lines of a terminal."""
+    return textwrap.wrap(text, _terminal(), break_long_words=False, break_on_hyphens=False)
+
+
 def escaped(text: str) -> str:
     """Text that Markdown leaves as it is, in a table too."""
     return re.sub(r"([\\|*`<>])", r"\\\1", text)
+
+
+def _terminal() -> int:
+    """Characters of a line."""
+    return shutil.get_terminal_size((100, 24)).columns
 
 
 def _plain(value: Any) -> str:

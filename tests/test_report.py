@@ -163,7 +163,7 @@ def test_failures_say_why_and_where() -> None:
     lines = section(text, "Failed")
     assert lines[:3] == [
         "crash    a, causal, 1k tokens, world size 1, fwd_bwd, float32, batch 1, 4:4 heads, "
-        "head_dim 64, seed 0",
+        "head_dim 64, input seed 0",
         "         rank 1 was killed by SIGSEGV",
         "         log: results/night/jobs/x/r1.log",
     ]
@@ -210,12 +210,15 @@ ROWS = (
     record("a", 2.123456789012345, 0.0123456789),
     record("b", status="crash", reason='say "hi", | and\nbye', log="jobs/x.log"),
     record("c", status="unsupported", reason="no", mask="full_document:doc_lens=[24,1000]"),
+    record("d", 1.0, mask="causal_document:corpus=pile,seed=9007199254740993"),
 )
 
 
 def test_csv_round_trip() -> None:
     table = frame(ROWS)
-    back = pd.read_csv(io.StringIO(shown(*ROWS, form="csv")), dtype={"iterations": "Int64"})
+    back = pd.read_csv(
+        io.StringIO(shown(*ROWS, form="csv")), dtype={"iterations": "Int64", "draw": "Int64"}
+    )
     assert list(back.columns) == list(COLUMNS)
     for column in COLUMNS:
         mine = table[column].replace("", None) if column in ("flags", "writer") else table[column]
@@ -226,7 +229,7 @@ def test_csv_round_trip() -> None:
 
 def test_json_round_trip() -> None:
     table = frame(ROWS)
-    back = pd.DataFrame(json.loads(shown(*ROWS, form="json")))
+    back = pd.DataFrame(json.loads(shown(*ROWS, form="json")), dtype=object)
     assert list(back.columns) == list(COLUMNS)
     for column in COLUMNS:
         assert table[column].isna().tolist() == back[column].isna().tolist(), column

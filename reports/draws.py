@@ -1,0 +1,220 @@
+"""Drawn masks: the draws of one family are one question, answered as a distribution over draws."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cpbench.reports.answer import QUESTION, competing, method
+from cpbench.reports.frame import UNKNOWN
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# What draws of one family have in common, apart from the machine.
+FAMILY = tuple({"mask": "mask_family"}.get(key, key) for key in QUESTION if key != "machine")
+FEWEST_P95 = 20  # draws; the 95th percentile of fewer is the worst one
+FEWEST_TOLD = 6  # draws; the sign test tells nothing of fewer
+CHANCE = 0.05  # two-sided, of the sign test
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One method over draws.
+
+    Attributes:
+        method: the operator, and how it is spread where it is.
+        rows: of the tidy table, one a draw, indexed by draw.
+    """
+
+    method: str
+    rows: pd.DataFrame
+
+    def median(self, column: str) -> float:
+        """The middle over draws; nan where nothing is known."""
+        return float(self.rows[column].median())
+
+    def most(self, column: str) -> float:
+        return float(self.rows[column].max())
+
+    def p95(self, column: str) -> float:
+        """What 95 % of the draws do not exceed, itself of a draw; nan below ``FEWEST_P95``."""
+        return percentile95(self.rows[column].tolist())
+
+    def tail(self, column: str) -> float:
+        """The 95th percentile, or the largest where there are too few draws for one."""
+        return self.p95(column) if len(self.rows) >= FEWEST_P95 else self.most(column)
+
+    def ratio(self, other: Spread) -> float:
+        """Geometric mean over the same draws of this time over the other's."""
+        return math.exp(sum(self._logs(other)) / len(self.rows))
+
+    def slower(self, other: Spread) -> bool:
+        """Whether this is slower on average and on more of the same draws than chance allows."""
+        logs = self._logs(other)
+        won, lost = sum(log > 0 for log in logs), sum(log < 0 for log in logs)
+        return sum(logs) > 0 and won > lost and sign_test(won, lost) <= CHANCE
+
+    def _logs(self, other: Spread) -> list[float]:
+        mine, others = self.rows["time_ms"], other.rows["time_ms"]
+        assert list(mine.index) == list(others.index)
+        return [math.log(a / b) for a, b in zip(mine, others, strict=True)]
+
+
+@dataclass(frozen=True)
+class Family:
+    """The contest over the draws of one mask, for one problem on one number of ranks.
+
+    Attributes:
+        question: what was to be computed; ``mask`` is without its seed.
+        draws: seeds that some method was asked for.
+        compared: every method that competes, over the draws that all of these completed (ok,
+            checked and timed); smallest median time first.
+        lacking: for each method that completed some, why draws are missing, and how many.
+        own: every method that some draw is ok of, over all draws that it was timed on.
+        density: least and largest share of visible pairs of a draw, where known.
+    """
+
+    question: dict[str, Any]
+    draws: list[Any]
+    compared: list[Spread]
+    own: list[Spread]
+    lacking: dict[str, Counter[str]]
+    density: tuple[float, float] | None
+
+    @property
+    def common(self) -> int:
+        """Draws on which methods are compared."""
+        return len(self.compared[0].rows) if self.compared else 0
+
+    @property
+    def common_density(self) -> tuple[float, float] | None:
+        """``density`` of the draws on which methods are compared."""
+        return _ends(self.compared[0].rows["density"]) if self.compared else None
+
+    @property
+    def apart(self) -> list[Spread]:
+        """Of ``own``, what is not over the same draws as in ``compared``."""
+        known = {spread.method: len(spread.rows) for spread in self.compared}
+        return [spread for spread in self.own if known.get(spread.method) != len(spread.rows)]
+
+    @property
+    def methods(self) -> list[Spread]:
+        """Each method once: those that compete over common draws, then others over their own."""
+        known = {spread.method for spread in self.compared}
+        return [*self.compared, *(spread for spread in self.own if spread.method not in known)]
+
+    @property
+    def verdict(self) -> str:
+        """In the median: ``"alone"``, ``"open"`` (too few draws to tell), ``"tie"``, ``"won"``."""
+        first, *rivals = self.compared
+        if not rivals:
+            return "alone"
+        if self.common < FEWEST_TOLD:
+            return "open"
+        return "won" if all(rival.slower(first) for rival in rivals) else "tie"
+
+    @property
+    def tail_winner(self) -> str | None:
+        """The method of the smallest 95th percentile (worst of few draws); None for a tie.
+
+        It is a tie when a rival's, taken from the lower ends of its times' intervals, is not
+        above the winner's, taken from the upper ends; an end that is not known reaches everywhere.
+        """
+        first, *rivals = sorted(self.compared, key=lambda spread: spread.tail("time_ms"))
+        ends = [spread.rows[["low_ms", "high_ms"]] for spread in self.compared]
+        if any(end.isna().any(axis=None) for end in ends):
+            return None
+        reach = first.tail("high_ms")
+        return first.method if all(rival.tail("low_ms") > reach for rival in rivals) else None
+
+    def fastest_on(self, spread: Spread) -> int:
+        """Draws on which no method that competes took less time."""
+        times = [rival.rows["time_ms"] for rival in self.compared]
+        return sum(
+            mine <= min(others)
+            for mine, *others in zip(spread.rows["time_ms"], *times, strict=True)
+        )
+
+
+def split(table: pd.DataFrame) -> tuple[pd.DataFrame, list[Family]]:
+    """The cases that belong to no family of several draws, and the families."""
+    found, members = [], set()
+    for key, group in _groups(table[table["draw"].notna()]):
+        if group["draw"].nunique() > 1:
+            found.append(_family(key, group))
+            members |= set(group.index)
+    return table[~table.index.isin(members)], found
+
+
+def percentile95(values: list[float]) -> float:
+    """The smallest value that 95 % of all do not exceed; nan below ``FEWEST_P95`` values."""
+    n = len(values)
+    return sorted(values)[-(-95 * n // 100) - 1] if n >= FEWEST_P95 else math.nan
+
+
+def sign_test(won: int, lost: int) -> float:
+    """The chance of a score at least as uneven if either side were as likely to win a draw."""
+    n = won + lost
+    tail = sum(math.comb(n, k) for k in range(max(won, lost), n + 1))
+    return min(1.0, tail / 2.0 ** (n - 1))
+
+
+def _groups(drawn: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+    """Draws of one family and machine; a failure on a machine that nobody noted is of every."""
+    for key, group in drawn.groupby(list(FAMILY), sort=True):
+        nowhere = (group["machine"] == UNKNOWN) & (group["status"] != "ok")
+        for machine in sorted(group.loc[~nowhere, "machine"].unique()) or [UNKNOWN]:
+            question = dict(zip(FAMILY, key, strict=True)) | {"machine": machine}
+            question["mask"] = question.pop("mask_family")
+            yield question, group[(group["machine"] == machine) | nowhere]
+
+
+def _family(question: dict[str, Any], group: pd.DataFrame) -> Family:
+    draws = list(dict.fromkeys(group["draw"]))
+    names = [method(row) for _, row in group.iterrows()]
+    cases = {name: _newest(group[[name == other for other in names]]) for name in sorted({*names})}
+    done = {name: rows[competing(rows)] for name, rows in cases.items()}
+    most = max(map(len, done.values()))
+    rivals = [name for name, rows in done.items() if most and 2 * len(rows) >= most]
+    common = [draw for draw in draws if all(draw in done[name].index for name in rivals)]
+    compared = [Spread(name, done[name].loc[common]) for name in rivals] if common else []
+    compared.sort(key=lambda spread: spread.median("time_ms"))
+    names = list(dict.fromkeys([*(spread.method for spread in compared), *cases]))
+    fine = {name: cases[name][cases[name]["status"] == "ok"] for name in names}
+    fine = {name: rows for name, rows in fine.items() if len(rows)}
+    return Family(
+        question=question,
+        draws=draws,
+        compared=compared,
+        own=[Spread(name, rows[rows["time_ms"].notna()]) for name, rows in fine.items()],
+        lacking={
+            name: Counter(_why(cases[name], draw) for draw in draws if draw not in done[name].index)
+            for name in fine
+            if len(done[name]) < len(draws)
+        },
+        density=_ends(group["density"]),
+    )
+
+
+def _ends(values: pd.Series[float]) -> tuple[float, float] | None:
+    known = values.dropna()
+    return (float(known.min()), float(known.max())) if len(known) else None
+
+
+def _newest(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row a draw."""
+    return rows.sort_values("started").drop_duplicates("draw", keep="last").set_index("draw")
+
+
+def _why(rows: pd.DataFrame, draw: Any) -> str:
+    """Why a method did not complete a draw, in a word or two."""
+    if draw not in rows.index:
+        return "not run"
+    row = rows.loc[draw]
+    if row["status"] != "ok":
+        return str(row["status"])
+    return "not timed" if math.isnan(float(row["time_ms"])) else "not checked"
