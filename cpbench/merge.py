@@ -8,6 +8,7 @@ Legend: B batch, S query length, T key length, H query heads, G key/value heads,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,23 @@ def merge(
         weight = torch.sigmoid(sign * difference).nan_to_num_(0.0)
         x_BSHD.mul_(weight.transpose(1, 2).unsqueeze(-1))
     return out_BSHD.add_(part_BSHD), torch.logaddexp(lse_BHS, part_lse)
+
+
+def row_delta(dout_BSHD: torch.Tensor, out_BSHD: torch.Tensor) -> torch.Tensor:
+    """``[B, S, H]`` float32, sum(dout * out): all that a backward pass needs of the output."""
+    return (dout_BSHD.float() * out_BSHD.float()).sum(-1)
+
+
+def stand_in(dout_BSHD: torch.Tensor, delta_BSH: torch.Tensor) -> torch.Tensor:
+    """An output that has this delta, for operators that take outputs; 0 where dout is 0.
+
+    Of all such it is the shortest, a multiple of dout, so that rounding it to the dtype of dout
+    costs no more than rounding the output did.
+    """
+    square = dout_BSHD.float().square().sum(-1)
+    factor = (delta_BSH / square).masked_fill_(square == 0, 0.0)
+    made: torch.Tensor = (dout_BSHD.float() * factor.unsqueeze(-1)).to(dout_BSHD.dtype)
+    return made
 
 
 class ForwardParts:
@@ -75,7 +93,7 @@ class ForwardParts:
 
 
 class BackwardParts:
-    """Accumulates dq over disjoint sets of keys; hands dk and dv of each set back."""
+    """Accumulates dq over disjoint sets of keys; hands back dk and dv of each set."""
 
     def __init__(
         self,
@@ -89,27 +107,28 @@ class BackwardParts:
         self._out, self._lse = out_BSHD, lse_BHS
         self._dq: torch.Tensor | None = None
 
-    def add(
-        self, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor, plan: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """dk, dv of these keys, in their dtype; dq is kept."""
+    def add(self, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor, plan: Any) -> torch.Tensor:
+        """dk and dv of these keys, ``[2, B, T, G, D]`` float32; dq is kept."""
+        import torch
+
         dq, dk, dv = self._op.backward(
             self._dout, self._q, k_BTGD, v_BTGD, self._out, self._lse, plan
         )
         self.add_result(dq)
-        return dk, dv
+        return torch.stack([dk.float(), dv.float()])
 
     def add_result(self, dq: torch.Tensor) -> None:
         """What somebody else found for dq from some more keys; the first one is overwritten."""
         self._dq = dq if self._dq is None else self._dq.float().add_(dq)
 
-    def finish(self) -> torch.Tensor:
-        """dq in the dtype of q."""
+    def finish(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """dq in the dtype of q, or another."""
         import torch
 
+        dtype = dtype or self._q.dtype
         if self._dq is None:
-            return torch.zeros_like(self._q)
-        return self._dq.to(self._q.dtype)
+            return torch.zeros_like(self._q, dtype=dtype)
+        return self._dq.to(dtype)
 
 
 @dataclass(frozen=True)
@@ -178,6 +197,12 @@ class BoundOperator:
         self.pairs += plan.area * q.shape[2]
         return self.impl.backward(dout, q, k, v, out, lse, plan.plan)
 
+    def zeros(self, shape: Sequence[int]) -> torch.Tensor:
+        """Float32 zeros on the device of the operator, to add gradients to."""
+        import torch
+
+        return torch.zeros(tuple(shape), dtype=torch.float32, device=self.device)
+
     def forward_parts(self, q: torch.Tensor) -> ForwardParts:
         """An accumulator for attention of these queries over several sets of keys."""
         return ForwardParts(self, q)
@@ -187,3 +212,10 @@ class BoundOperator:
     ) -> BackwardParts:
         """The accumulator of the matching backward pass, given the global out and lse."""
         return BackwardParts(self, dout, q, out, lse)
+
+    def lent_parts(
+        self, dout: torch.Tensor, q: torch.Tensor, delta: torch.Tensor, lse: torch.Tensor
+    ) -> BackwardParts:
+        """As :meth:`backward_parts` for somebody else's queries, given :func:`row_delta` in place
+        of the output that it stands for."""
+        return BackwardParts(self, dout, q, stand_in(dout, delta), lse)

@@ -80,6 +80,7 @@ class StrategyInfo:
         merges: whether it merges partial results (and so needs a mergeable operator whose backward
             takes an external out and lse).
         axes: of its mesh, outermost first; ``placement`` may put one of them inside a node.
+        variants: parameters that verification tries beside the defaults, as ``"key=value,…"``.
         traced: whether all it sends goes through ``Comm``, so that its traffic can be predicted.
         requires: importable modules it needs.
     """
@@ -92,6 +93,7 @@ class StrategyInfo:
     merges: bool = False
     params: tuple[str, ...] = ()
     axes: tuple[str, ...] = ()
+    variants: tuple[str, ...] = ()
     traced: bool = True
     requires: tuple[str, ...] = ()
 

@@ -10,6 +10,7 @@ concerns, in the same order and size.  So ranks can agree on a schedule before t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from cpbench.world import Part, World
 
 MODULUS = 1 << 61
+_DONE = Done()
 
 
 @dataclass
@@ -92,35 +94,35 @@ class TraceComm:
         here = root.rank
         for tensor, peer in sends:
             if peer != self.rank:
-                to, nbytes = members[peer], tensor.numel() * tensor.element_size()
+                to, nbytes = members[peer], tensor.nbytes
                 number = root._sent[to] = root._sent.get(to, 0) + 1
-                root.balance += _mixed(here, to, number, nbytes)
+                root.balance += hash((here, to, number, nbytes))  # of integers: alike everywhere
                 root.traffic.add(to, nbytes)
                 if root.log is not None:
                     root.log.append(("message", here, to, number, nbytes, "sent"))
         for tensor, peer in recvs:
             if peer != self.rank:
-                sender, nbytes = members[peer], tensor.numel() * tensor.element_size()
+                sender, nbytes = members[peer], tensor.nbytes
                 number = root._received[sender] = root._received.get(sender, 0) + 1
-                root.balance -= _mixed(sender, here, number, nbytes)
+                root.balance -= hash((sender, here, number, nbytes))
                 if root.log is not None:
                     root.log.append(("message", sender, here, number, nbytes, "expected"))
-        return Done()
+        return _DONE
 
     def all_to_all(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
         assert out.shape == x.shape
-        return self._enter(1, x.numel() * x.element_size() // self.size)
+        return self._enter(1, x.nbytes // self.size)
 
     def all_gather(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
         assert out.shape == (self.size, *x.shape)
-        return self._enter(2, x.numel() * x.element_size())
+        return self._enter(2, x.nbytes)
 
     def reduce_scatter(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
         assert x.shape == (self.size, *out.shape)
-        return self._enter(3, out.numel() * out.element_size())
+        return self._enter(3, out.nbytes)
 
     def all_reduce(self, x: torch.Tensor, largest: bool = False) -> Handle:
-        nbytes = x.numel() * x.element_size()
+        nbytes = x.nbytes
         return self._enter(5 if largest else 4, (nbytes + self.size - 1) // self.size, 2)
 
     def _enter(self, kind: int, nbytes: int, messages: int = 1) -> Handle:
@@ -128,19 +130,12 @@ class TraceComm:
         self._entered += 1
         if self._root.log is not None:
             self._root.log.append(("collective", self._members, self._entered, kind, nbytes))
-        mixed = _mixed(kind, hash(self._members) % MODULUS, self._entered, nbytes)
+        mixed = hash((kind, self._members, self._entered, nbytes))
         self._root.balance += mixed * (self.size - 1 if self.rank == 0 else -1)
         for place, member in enumerate(self._members):
             if place != self.rank:
                 self.traffic.add(member, nbytes, messages)
-        return Done()
-
-
-def _mixed(a: int, b: int, c: int, d: int) -> int:
-    """One number of four, such that others have others."""
-    x = ((a * 0x9E3779B97F4A7C15 + b) * 0xBF58476D1CE4E5B9 + c) * 0x94D049BB133111EB + d
-    x ^= x >> 29
-    return (x * 0xD6E8FEB86659FD93 ^ (x >> 17)) % MODULUS
+        return _DONE
 
 
 class TracedOperator(BoundOperator):
@@ -151,6 +146,9 @@ class TracedOperator(BoundOperator):
 
     def prepare(self, part: Part) -> Any:
         return part.area
+
+    def zeros(self, shape: Sequence[int]) -> torch.Tensor:
+        return _ghost(shape)
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Any
@@ -179,6 +177,11 @@ class TracedOperator(BoundOperator):
     ) -> BackwardParts:
         return _BackwardParts(self, dout, q, out, lse)
 
+    def lent_parts(
+        self, dout: torch.Tensor, q: torch.Tensor, delta: torch.Tensor, lse: torch.Tensor
+    ) -> BackwardParts:
+        return _BackwardParts(self, dout, q, dout, lse)
+
 
 class _ForwardParts(ForwardParts):
     """As its base, but merging costs nothing."""
@@ -196,23 +199,47 @@ class _ForwardParts(ForwardParts):
 class _BackwardParts(BackwardParts):
     """As its base, but merging costs nothing."""
 
-    def add(
-        self, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor, plan: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def add(self, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor, plan: Any) -> torch.Tensor:
         self._op.pairs += plan * self._q.shape[2]
-        return k_BTGD, v_BTGD
+        return _ghost((2, *k_BTGD.shape))
 
     def add_result(self, dq: torch.Tensor) -> None:
         pass
 
-    def finish(self) -> torch.Tensor:
-        return self._q.new_empty(self._q.shape)
+    def finish(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return _ghost(self._q.shape, dtype or self._q.dtype)
 
 
 def _lse(q: torch.Tensor) -> torch.Tensor:
     import torch
 
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+
+
+@functools.cache
+def _ghost_type() -> Any:
+    import torch
+
+    class Ghost(torch.Tensor):
+        """A tensor without data to which adding does nothing: torch takes 0.1 ms to find that out,
+        and there may be a million such additions."""
+
+        __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+        def add_(self, other: Any, **_: Any) -> Any:
+            return self
+
+        __iadd__ = add_
+
+    return Ghost
+
+
+def _ghost(shape: Sequence[int], dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Of float32, unless said otherwise."""
+    import torch
+
+    made = torch.empty(tuple(shape), dtype=dtype or torch.float32, device="meta")
+    return made.as_subclass(_ghost_type())  # type: ignore[no-any-return]
 
 
 def trace_rank(

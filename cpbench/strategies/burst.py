@@ -12,8 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cpbench.merge import row_delta
 from cpbench.registry import StrategyInfo
-from cpbench.strategies import delta
 from cpbench.strategies.ring import Ring
 from cpbench.strategies.rotation import Following, Step, steps, travel
 
@@ -31,6 +31,7 @@ STRATEGY = StrategyInfo(
     load="cpbench.strategies.burst:Burst",
     merges=True,
     params=("grad_dtype", "window"),
+    variants=("grad_dtype=bfloat16",),
 )
 
 
@@ -67,15 +68,13 @@ class Burst(Ring):
 
         q, k, v, out, lse = saved
         grads = Following(q.shape, getattr(torch, self.grad_dtype), q.device, comm)
-        dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
-        block = (q, dout, delta.of(dout, out), lse)
+        own = op.zeros((2, *k.shape))
+        block = (q, dout, row_delta(dout, out), lse)
         for step, (q_s, dout_s, delta_s, lse_s) in travel(plan.back, block, comm):
             found = None
             if step.computes:
-                out_s = delta.stand_in(dout_s, delta_s)
-                found, dk_s, dv_s = op.backward(dout_s, q_s, k, v, out_s, lse_s, step.plan)
-                found = found.float()
-                dk += dk_s
-                dv += dv_s
+                parts = op.lent_parts(dout_s, q_s, delta_s, lse_s)
+                own += parts.add(k, v, step.plan)
+                found = parts.finish(torch.float32)
             grads.add(step, found)
-        return grads.finish().to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+        return grads.finish().to(q.dtype), own[0].to(k.dtype), own[1].to(v.dtype)

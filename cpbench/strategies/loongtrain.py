@@ -29,6 +29,7 @@ STRATEGY = StrategyInfo(
     merges=True,
     params=("ulysses", "window", "grad_dtype"),
     axes=("outer", "inner", "ulysses"),
+    variants=("ulysses=1,window=2", "ulysses=2,window=2"),
 )
 
 

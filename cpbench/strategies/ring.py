@@ -30,6 +30,7 @@ STRATEGY = StrategyInfo(
     load="cpbench.strategies.ring:Ring",
     merges=True,
     params=("grad_dtype", "window"),
+    variants=("grad_dtype=bfloat16", "window=2"),
 )
 GRAD_DTYPES = ("float32", "bfloat16")
 
@@ -97,9 +98,6 @@ class Ring:
         parts = op.backward_parts(dout, q, out, lse)
         grads = Following((2, *k.shape), getattr(torch, self.grad_dtype), k.device, comm)
         for step, (k_s, v_s) in travel(plan.steps, (k, v), comm):
-            found = None
-            if step.computes:
-                found = torch.stack([x.float() for x in parts.add(k_s, v_s, step.plan)])
-            grads.add(step, found)
+            grads.add(step, parts.add(k_s, v_s, step.plan) if step.computes else None)
         dk, dv = grads.finish()
         return parts.finish(), dk.to(k.dtype), dv.to(v.dtype)

@@ -27,6 +27,7 @@ STRATEGY = StrategyInfo(
     source="Llama 3, arXiv 2407.21783",
     load="cpbench.strategies.ring_allgather:RingAllGather",
     params=("stages",),
+    variants=("stages=2",),
 )
 
 

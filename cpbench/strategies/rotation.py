@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from cpbench.comm import Done
 from cpbench.mask import BoolArray, IntArray
 
 if TYPE_CHECKING:
     import torch
 
-    from cpbench.comm import Comm
+    from cpbench.comm import Comm, Handle
 
 NOBODY = -1
 
@@ -185,7 +186,8 @@ def travel(
             crossing = comm.exchange(sends, [(x, step.outer_from) for x in beyond or ()])
         coming = buffer() if step.coming_from != NOBODY else None
         sends = [(x, step.to) for x in here] if step.to != NOBODY else []
-        moving = comm.exchange(sends, [(x, step.coming_from) for x in coming or ()])
+        recvs = [(x, step.coming_from) for x in coming or ()]
+        moving = comm.exchange(sends, recvs) if sends or recvs else Done()
         yield step, here
         moving.wait()
         if coming is not None:
@@ -210,7 +212,7 @@ class Following:
         self._own: torch.Tensor | None = None
         self._arriving: torch.Tensor | None = None
         self._home: torch.Tensor | None = None
-        self._moving = comm.exchange([], [])
+        self._moving: Handle = Done()
 
     def add(self, step: Step, found: torch.Tensor | None) -> None:
         """What a rank adds at a step, float32 (overwritten); None for nothing."""
@@ -233,7 +235,7 @@ class Following:
         if step.home_from != NOBODY:
             self._home = self._buffer()
             recvs.append((self._home, step.home_from))
-        self._moving = self._comm.exchange(sends, recvs)
+        self._moving = self._comm.exchange(sends, recvs) if sends or recvs else Done()
 
     def finish(self) -> torch.Tensor:
         """The gradient of the own block, float32."""

@@ -27,6 +27,7 @@ STRATEGY = StrategyInfo(
     source="DeepSpeed-Ulysses, arXiv 2309.14509",
     load="cpbench.strategies.ulysses:Ulysses",
     params=("chunks",),
+    variants=("chunks=2",),
 )
 
 

@@ -31,6 +31,7 @@ STRATEGY = StrategyInfo(
     merges=True,
     params=("ulysses", "grad_dtype"),
     axes=("ring", "ulysses"),
+    variants=("ulysses=2",),
 )
 
 

@@ -1,0 +1,178 @@
+"""Hierarchical: heads are exchanged inside a node, keys go from node to node, one copy of each.
+
+As USP with a node's ranks for the Ulysses groups, but where key/value heads are fewer than those
+ranks, and so replicated, each replica carries only its slice of the tokens across the slow link,
+and the replicas gather the slices inside the node.  Their gradients are summed inside the node
+before they go back, again one copy.
+
+Source: 2D attention with KV replication (LoongTrain, arXiv 2406.18485), the replicas' common part
+kept off the slow link as in hierarchical collectives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cpbench.registry import StrategyInfo
+from cpbench.strategies import heads
+from cpbench.strategies.rotation import Following, Step, steps, travel
+
+if TYPE_CHECKING:
+    import torch
+
+    from cpbench.comm import Comm
+    from cpbench.merge import BoundOperator
+    from cpbench.world import World
+
+STRATEGY = StrategyInfo(
+    name="hierarchical",
+    summary="all-to-all inside a node, a ring of nodes; one copy of the keys crosses",
+    source="LoongTrain, arXiv 2406.18485",
+    load="cpbench.strategies.hierarchical:Hierarchical",
+    merges=True,
+    axes=("nodes", "local"),
+    variants=("local=2",),
+    params=("local", "grad_dtype"),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The groups of one rank, the replicas of its heads in its node, and the steps of its ring."""
+
+    node: tuple[int, ...]
+    across: tuple[int, ...]
+    replicas: tuple[int, ...]
+    steps: tuple[Step, ...]
+    heads_kv: int
+
+
+class Hierarchical:
+    """The strategy.
+
+    Args:
+        local: ranks that exchange heads; 0 for those of a node.
+        grad_dtype: in which dK and dV travel between nodes.
+    """
+
+    def __init__(self, local: int = 0, grad_dtype: str = "float32") -> None:
+        if local < 0:
+            raise ValueError(f"hierarchical: local = {local} must be ranks, or 0 for a node's")
+        if grad_dtype not in ("float32", "bfloat16"):
+            raise ValueError(
+                f"hierarchical: grad_dtype = {grad_dtype!r} is not float32 or bfloat16"
+            )
+        self.local, self.grad_dtype = local, grad_dtype
+
+    def unsupported(self, world: World) -> str | None:
+        size = self.local or world.ranks_per_node
+        if world.size % size:
+            return f"hierarchical: local = {size} must divide the {world.size} ranks"
+        return heads.refusal("hierarchical", world.problem, size)
+
+    def prepare(self, op: BoundOperator, world: World, rank: int) -> Plan:
+        size = self.local or world.ranks_per_node
+        mesh = world.mesh(nodes=world.size // size, local=size)
+        inner = heads.exchanged(world, mesh.groups("local"))
+        node, across = mesh.group(rank, "local"), mesh.group(rank, "nodes")
+        copies = max(size // world.problem.heads_kv, 1)
+        first = node.index(rank) // copies * copies
+        me = across.index(rank)
+        return Plan(
+            node=node,
+            across=across,
+            replicas=node[first : first + copies],
+            steps=steps(
+                inner.areas > 0,
+                me,
+                inner.size,
+                lambda source: op.prepare(inner.part([me], [source])),
+            ),
+            heads_kv=world.problem.heads_kv,
+        )
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        plan: Plan,
+        op: BoundOperator,
+        comm: Comm,
+        need_lse: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
+        node, size = comm.sub(plan.node), len(plan.node)
+        shards = [q, heads.replicated(k, size), heads.replicated(v, size)]
+        q_all, k_all, v_all = heads.to_heads(shards, node).wait()
+        parts = op.forward_parts(q_all)
+        for step, keys, values in self._rounds(k_all, v_all, plan, comm):
+            parts.add(keys, values, step.plan)
+        out_all, lse_all = parts.finish()
+        (out,) = heads.to_tokens([out_all], node).wait()
+        lse = heads.lse_to_tokens(lse_all, node) if need_lse and lse_all is not None else None
+        return out, lse, (q_all, k_all, v_all, out_all, lse_all)
+
+    def backward(
+        self, dout: torch.Tensor, saved: Any, plan: Plan, op: BoundOperator, comm: Comm
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        import torch
+
+        q_all, k_all, v_all, out_all, lse_all = saved
+        node, across, replicas = (comm.sub(g) for g in (plan.node, plan.across, plan.replicas))
+        (dout_all,) = heads.to_heads([dout], node).wait()
+        parts = op.backward_parts(dout_all, q_all, out_all, lse_all)
+        batch, tokens, local_heads, dim = k_all.shape
+        thin = (2, tokens // replicas.size, batch, local_heads, dim)
+        grads = Following(thin, getattr(torch, self.grad_dtype), k_all.device, across)
+        own = op.zeros((2, tokens, *thin[2:]))
+        for step, keys, values in self._rounds(k_all, v_all, plan, comm, idle=True):
+            found = None
+            if step.computes:
+                found = parts.add(keys, values, step.plan).transpose(1, 2).contiguous()
+                if step.source == across.rank:
+                    own, found = found, None
+                elif replicas.size > 1:
+                    found = _summed(found, replicas)
+            grads.add(step, found)
+        mine = own.unflatten(1, (replicas.size, -1))[:, replicas.rank]
+        mine += grads.finish()
+        dk_dv = [x.transpose(0, 1).to(k_all.dtype) for x in own]
+        dq, dk, dv = heads.to_tokens([parts.finish(), *dk_dv], node).wait()
+        return dq, heads.sum_replicas(dk, plan.heads_kv), heads.sum_replicas(dv, plan.heads_kv)
+
+    def _rounds(
+        self, k: torch.Tensor, v: torch.Tensor, plan: Plan, comm: Comm, idle: bool = False
+    ) -> Any:
+        """Each step of the ring of nodes with the keys and values of its node, ``[B, T, g, D]``;
+        steps that compute nothing only where asked for."""
+        across, replicas = comm.sub(plan.across), comm.sub(plan.replicas)
+        thin = tuple(
+            x.transpose(0, 1).unflatten(0, (replicas.size, -1))[replicas.rank].contiguous()
+            for x in (k, v)
+        )
+        for step, block in travel(plan.steps, thin, across):
+            keys, values = k, v
+            if step.computes and step.source != across.rank:
+                keys, values = (x.transpose(0, 1) for x in _gathered(block, replicas))
+            if step.computes or idle:
+                yield step, keys, values
+
+
+def _gathered(block: tuple[torch.Tensor, ...], replicas: Comm) -> list[torch.Tensor]:
+    """The slices of all replicas, tokens leading."""
+    if replicas.size == 1:
+        return list(block)
+    whole = [x.new_empty((replicas.size, *x.shape)) for x in block]
+    handles = [replicas.all_gather(out, x) for out, x in zip(whole, block, strict=True)]
+    for handle in handles:
+        handle.wait()
+    return [x.flatten(0, 1) for x in whole]
+
+
+def _summed(grad: torch.Tensor, replicas: Comm) -> torch.Tensor:
+    """This replica's slice of the sum over replicas of ``[2, T, B, g, D]``."""
+    wire = grad.unflatten(1, (replicas.size, -1)).transpose(0, 1).contiguous()
+    thin: torch.Tensor = wire.new_empty(wire.shape[1:])
+    replicas.reduce_scatter(thin, wire).wait()
+    return thin
