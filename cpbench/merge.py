@@ -107,15 +107,15 @@ class BackwardParts:
         self._out, self._lse = out_BSHD, lse_BHS
         self._dq: torch.Tensor | None = None
 
-    def add(self, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor, plan: Any) -> torch.Tensor:
-        """dk and dv of these keys, ``[2, B, T, G, D]`` float32; dq is kept."""
-        import torch
-
+    def add(
+        self, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor, plan: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """dk and dv of these keys, in their dtype; dq is kept."""
         dq, dk, dv = self._op.backward(
             self._dout, self._q, k_BTGD, v_BTGD, self._out, self._lse, plan
         )
         self.add_result(dq)
-        return torch.stack([dk.float(), dv.float()])
+        return dk, dv
 
     def add_result(self, dq: torch.Tensor) -> None:
         """What somebody else found for dq from some more keys; the first one is overwritten."""
@@ -197,11 +197,20 @@ class BoundOperator:
         self.pairs += plan.area * q.shape[2]
         return self.impl.backward(dout, q, k, v, out, lse, plan.plan)
 
-    def zeros(self, shape: Sequence[int]) -> torch.Tensor:
-        """Float32 zeros on the device of the operator, to add gradients to."""
+    def add_up(self, total: torch.Tensor | None, found: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The float32 sum of gradients, stacked: ``total``, added to in place, or a new one."""
         import torch
 
-        return torch.zeros(tuple(shape), dtype=torch.float32, device=self.device)
+        if total is None:
+            total = torch.empty(
+                (len(found), *found[0].shape), dtype=torch.float32, device=self.device
+            )
+            for into, x in zip(total, found, strict=True):
+                into.copy_(x)
+        else:
+            for into, x in zip(total, found, strict=True):
+                into.add_(x)
+        return total
 
     def forward_parts(self, q: torch.Tensor) -> ForwardParts:
         """An accumulator for attention of these queries over several sets of keys."""

@@ -10,7 +10,6 @@ concerns, in the same order and size.  So ranks can agree on a schedule before t
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -147,8 +146,13 @@ class TracedOperator(BoundOperator):
     def prepare(self, part: Part) -> Any:
         return part.area
 
-    def zeros(self, shape: Sequence[int]) -> torch.Tensor:
-        return _ghost(shape)
+    def add_up(self, total: torch.Tensor | None, found: Sequence[torch.Tensor]) -> torch.Tensor:
+        import torch
+
+        if total is None:
+            shape = (len(found), *found[0].shape)
+            total = torch.empty(shape, dtype=torch.float32, device="meta")
+        return total
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Any
@@ -199,47 +203,23 @@ class _ForwardParts(ForwardParts):
 class _BackwardParts(BackwardParts):
     """As its base, but merging costs nothing."""
 
-    def add(self, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor, plan: Any) -> torch.Tensor:
+    def add(
+        self, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor, plan: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         self._op.pairs += plan * self._q.shape[2]
-        return _ghost((2, *k_BTGD.shape))
+        return k_BTGD, v_BTGD
 
     def add_result(self, dq: torch.Tensor) -> None:
         pass
 
     def finish(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return _ghost(self._q.shape, dtype or self._q.dtype)
+        return self._q.new_empty(self._q.shape, dtype=dtype)
 
 
 def _lse(q: torch.Tensor) -> torch.Tensor:
     import torch
 
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
-
-
-@functools.cache
-def _ghost_type() -> Any:
-    import torch
-
-    class Ghost(torch.Tensor):
-        """A tensor without data to which adding does nothing: torch takes 0.1 ms to find that out,
-        and there may be a million such additions."""
-
-        __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-        def add_(self, other: Any, **_: Any) -> Any:
-            return self
-
-        __iadd__ = add_
-
-    return Ghost
-
-
-def _ghost(shape: Sequence[int], dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Of float32, unless said otherwise."""
-    import torch
-
-    made = torch.empty(tuple(shape), dtype=dtype or torch.float32, device="meta")
-    return made.as_subclass(_ghost_type())  # type: ignore[no-any-return]
 
 
 def trace_rank(
@@ -249,26 +229,29 @@ def trace_rank(
 
     The log-sum-exp is not asked for, as in timed runs.
     """
-    import torch
-
     op, comm = TracedOperator(operator), TraceComm(rank, world.size, log)
     plan = strategy.prepare(op, world, rank)
-    problem = world.problem
-
-    def empty(tokens: int, heads: int) -> torch.Tensor:
-        dtype = getattr(torch, problem.dtype)
-        return torch.empty(
-            (problem.batch, tokens, heads, problem.head_dim), dtype=dtype, device="meta"
-        )
-
-    q = empty(world.queries.local_len, problem.heads_q)
-    k, v = (empty(world.keys.local_len, problem.heads_kv) for _ in range(2))
+    q, k, v, dout = empty_inputs(world)
     _, _, saved = strategy.forward(q, k, v, plan, op, comm, need_lse=False)
     phases = {"fwd": _phase(op, comm)}
-    if problem.backward:
-        strategy.backward(q, saved, plan, op, comm)
+    if world.problem.backward:
+        strategy.backward(dout, saved, plan, op, comm)
         phases["bwd"] = _phase(op, comm)
     return RankTrace(phases, comm.balance, comm.log or [])
+
+
+def empty_inputs(world: World) -> list[torch.Tensor]:
+    """q, k, v and dout of one rank, without data."""
+    import torch
+
+    problem = world.problem
+    dtype = getattr(torch, problem.dtype)
+    of_queries = (world.queries.local_len, problem.heads_q)
+    of_keys = (world.keys.local_len, problem.heads_kv)
+    return [
+        torch.empty((problem.batch, *shape, problem.head_dim), dtype=dtype, device="meta")
+        for shape in (of_queries, of_keys, of_keys, of_queries)
+    ]
 
 
 def _phase(op: TracedOperator, comm: TraceComm) -> PhaseTrace:

@@ -67,14 +67,15 @@ class Burst(Ring):
         import torch
 
         q, k, v, out, lse = saved
-        grads = Following(q.shape, getattr(torch, self.grad_dtype), q.device, comm)
-        own = op.zeros((2, *k.shape))
+        grads = Following((1, *q.shape), getattr(torch, self.grad_dtype), op, comm)
+        own = None
         block = (q, dout, row_delta(dout, out), lse)
         for step, (q_s, dout_s, delta_s, lse_s) in travel(plan.back, block, comm):
             found = None
             if step.computes:
                 parts = op.lent_parts(dout_s, q_s, delta_s, lse_s)
-                own += parts.add(k, v, step.plan)
-                found = parts.finish(torch.float32)
+                own = op.add_up(own, parts.add(k, v, step.plan))
+                found = [parts.finish(torch.float32)]
             grads.add(step, found)
-        return grads.finish().to(q.dtype), own[0].to(k.dtype), own[1].to(v.dtype)
+        dk, dv = own.to(k.dtype) if own is not None else (torch.zeros_like(k), torch.zeros_like(v))
+        return grads.finish()[0].to(q.dtype), dk, dv

@@ -10,6 +10,7 @@ Source: DistFlashAttn / LightSeq (arXiv 2310.03294); whom to help is decided her
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -127,7 +128,7 @@ class DistFlash:
                 returns.send([out, lse], step.source)
             if step.queries_out:
                 shape = (q.shape[0], q.shape[2], q.shape[1])
-                buffers = [torch.empty_like(q), q.new_empty(shape, dtype=torch.float32)]
+                buffers = [q.new_empty(q.shape), q.new_empty(shape, dtype=torch.float32)]
                 returns.expect(buffers, step.target, parts.add_result)
             returns.post()
         returns.settle()
@@ -142,29 +143,35 @@ class DistFlash:
         q, k, v, out, lse = saved
         wire = getattr(torch, self.grad_dtype)
         parts = op.backward_parts(dout, q, out, lse)
-        own = op.zeros((2, *k.shape))
+        own: torch.Tensor | None = None  # dK and dV of our keys, float32
+
+        def add(found: Sequence[torch.Tensor] | torch.Tensor) -> None:
+            nonlocal own
+            own = op.add_up(own, tuple(found))
+
         returns = Returns(comm)
         lend = (q, dout, row_delta(dout, out), lse)
         for step, kv, queries in _visits(plan, lend, (k, v), comm):
             if step is None:
                 if plan.own is not None:
-                    own += parts.add(k, v, plan.own)
+                    add(parts.add(k, v, plan.own))
                 continue
             if step.attend is not None:
-                grads = parts.add(kv[0], kv[1], step.attend)
+                grads = op.add_up(None, parts.add(kv[0], kv[1], step.attend))
                 returns.send([grads.to(wire)], step.source)
             if step.keys_out:
-                returns.expect([torch.empty_like(own, dtype=wire)], step.target, own.add_)
+                returns.expect([k.new_empty((2, *k.shape), dtype=wire)], step.target, add)
             if step.help is not None:
                 q_s, dout_s, delta_s, lse_s = queries
                 theirs = op.lent_parts(dout_s, q_s, delta_s, lse_s)
-                own += theirs.add(k, v, step.help)
+                add(theirs.add(k, v, step.help))
                 returns.send([theirs.finish(wire)], step.source)
             if step.queries_out:
-                returns.expect([torch.empty_like(q, dtype=wire)], step.target, parts.add_result)
+                returns.expect([q.new_empty(q.shape, dtype=wire)], step.target, parts.add_result)
             returns.post()
         returns.settle()
-        return parts.finish(), own[0].to(k.dtype), own[1].to(v.dtype)
+        dk, dv = own.to(k.dtype) if own is not None else (torch.zeros_like(k), torch.zeros_like(v))
+        return parts.finish(), dk, dv
 
 
 def _visits(plan: Plan, queries: tuple[Any, ...], keys: tuple[Any, ...], comm: Comm) -> Any:

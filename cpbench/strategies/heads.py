@@ -76,7 +76,7 @@ def to_heads(shards: list[torch.Tensor], comm: Comm) -> Pending:
         return Pending(comm.exchange([], []), lambda: shards)
     by_rank = [x.unflatten(2, (comm.size, -1)).permute(2, 1, 0, 3, 4) for x in shards]
     wire = torch.cat(by_rank, dim=3)
-    arrived = torch.empty_like(wire)
+    arrived = wire.new_empty(wire.shape)
     heads = [x.shape[3] for x in by_rank]
     return Pending(
         comm.all_to_all(arrived, wire),
@@ -93,7 +93,7 @@ def to_tokens(by_head: list[torch.Tensor], comm: Comm) -> Pending:
     heads = [x.shape[2] for x in by_head]
     wire = torch.cat([x.transpose(0, 1) for x in by_head], dim=2)
     wire = wire.unflatten(0, (comm.size, -1))
-    arrived = torch.empty_like(wire)
+    arrived = wire.new_empty(wire.shape)
 
     def take() -> list[torch.Tensor]:
         return [

@@ -124,21 +124,23 @@ class Hierarchical:
         parts = op.backward_parts(dout_all, q_all, out_all, lse_all)
         batch, tokens, local_heads, dim = k_all.shape
         thin = (2, tokens // replicas.size, batch, local_heads, dim)
-        grads = Following(thin, getattr(torch, self.grad_dtype), k_all.device, across)
-        own = op.zeros((2, tokens, *thin[2:]))
+        grads = Following(thin, getattr(torch, self.grad_dtype), op, across)
+        own = torch.zeros((2, tokens, *thin[2:]), dtype=torch.float32, device=k_all.device)
         for step, keys, values in self._rounds(k_all, v_all, plan, comm, idle=True):
-            found = None
+            found: Any = None
             if step.computes:
-                found = parts.add(keys, values, step.plan).transpose(1, 2).contiguous()
+                dk_dv = [x.transpose(0, 1) for x in parts.add(keys, values, step.plan)]
                 if step.source == across.rank:
-                    own, found = found, None
+                    own = op.add_up(None, dk_dv)
                 elif replicas.size > 1:
-                    found = _summed(found, replicas)
+                    found = _summed(op.add_up(None, dk_dv), replicas).unbind()
+                else:
+                    found = dk_dv
             grads.add(step, found)
         mine = own.unflatten(1, (replicas.size, -1))[:, replicas.rank]
         mine += grads.finish()
-        dk_dv = [x.transpose(0, 1).to(k_all.dtype) for x in own]
-        dq, dk, dv = heads.to_tokens([parts.finish(), *dk_dv], node).wait()
+        local = [parts.finish(), *(x.transpose(0, 1).to(k_all.dtype) for x in own)]
+        dq, dk, dv = heads.to_tokens(local, node).wait()
         return dq, heads.sum_replicas(dk, plan.heads_kv), heads.sum_replicas(dv, plan.heads_kv)
 
     def _rounds(

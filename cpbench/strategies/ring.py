@@ -96,7 +96,7 @@ class Ring:
 
         q, k, v, out, lse = saved
         parts = op.backward_parts(dout, q, out, lse)
-        grads = Following((2, *k.shape), getattr(torch, self.grad_dtype), k.device, comm)
+        grads = Following((2, *k.shape), getattr(torch, self.grad_dtype), op, comm)
         for step, (k_s, v_s) in travel(plan.steps, (k, v), comm):
             grads.add(step, parts.add(k_s, v_s, step.plan) if step.computes else None)
         dk, dv = grads.finish()

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from cpbench.comm import Comm, Handle
+    from cpbench.merge import BoundOperator
 
 NOBODY = -1
 
@@ -38,7 +39,6 @@ class Step(NamedTuple):
         computes: whether there is work between it and this rank.
         to, coming_from: where the block goes next, and where the next one comes from.
         outer_to, outer_from: the same across windows, under way for a whole round.
-        grad_starts: the gradient of this block begins here (else it has arrived, or there is none).
         grad_to: where it goes after this step: onward, or home.
         grad_from: where the gradient of the next step's block comes from.
         home_from: where a gradient of the own block comes home from, after this step.
@@ -52,7 +52,6 @@ class Step(NamedTuple):
     coming_from: int
     outer_to: int
     outer_from: int
-    grad_starts: bool
     grad_to: int
     grad_from: int
     home_from: int
@@ -75,7 +74,7 @@ def steps(
         step = Step(*row)
         if step.computes:
             step = step._replace(plan=plan(step.source))
-        if step.computes or max(row[3:7]) > NOBODY or max(row[8:]) > NOBODY:
+        if step.computes or max(row[3:7]) > NOBODY or max(row[7:]) > NOBODY:
             found.append(step)
     return tuple(found)
 
@@ -84,7 +83,7 @@ _CACHE: dict[tuple[bytes, int, int], IntArray] = {}
 
 
 def _schedule(needed_bytes: bytes, size: int, window: int) -> IntArray:
-    """``(steps, ranks, 11)``: the fields of every step of every rank, made for all ranks at once.
+    """``(steps, ranks, 10)``: the fields of every step of every rank, made for all ranks at once.
 
     Legend of axes: (block s, round o, turn i) or (round o, turn i, rank r).
     """
@@ -113,7 +112,6 @@ def _make_schedule(needed: BoolArray, window: int) -> IntArray:
     crosses = o < last_round[:, None, None]  # (s, o, 1)
     grad = any_here[:, :, None] & (first <= i) & (i <= last)
     home = grad & (i == last)
-    turn = i
 
     r, o, i = np.arange(size)[None, None, :], *np.ogrid[:rounds, :window]
     o, i = o[:, :, None], i[:, :, None]
@@ -136,7 +134,6 @@ def _make_schedule(needed: BoolArray, window: int) -> IntArray:
         peer(of(goes, coming) & more, of(holder, coming)),
         peer(of(crosses, source) & (i == 0), (r + window) % size),
         peer(of(crosses, beyond) & (i == 0), (r - window) % size),
-        of(grad & (first == turn), source),
         peer(of(grad, source), np.where(of(home, source), source, of(onward, source))),
         peer(of(grad & goes, coming) & more, of(holder, coming)),
         peer(
@@ -198,32 +195,31 @@ def travel(
 
 
 class Following:
-    """Gradients of travelling blocks, one step behind them.
+    """Gradients of travelling blocks, one step behind them, each a stack of tensors.
 
     Args:
-        shape: of the gradient of a block.
+        shape: of the stack.
         dtype: it travels in; sums on a rank are float32 always.
+        op: whose results are added up.
     """
 
     def __init__(
-        self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, comm: Comm
+        self, shape: Sequence[int], dtype: torch.dtype, op: BoundOperator, comm: Comm
     ) -> None:
-        self._shape, self._dtype, self._device, self._comm = shape, dtype, device, comm
+        self._shape, self._dtype, self._op, self._comm = shape, dtype, op, comm
         self._own: torch.Tensor | None = None
         self._arriving: torch.Tensor | None = None
         self._home: torch.Tensor | None = None
         self._moving: Handle = Done()
 
-    def add(self, step: Step, found: torch.Tensor | None) -> None:
-        """What a rank adds at a step, float32 (overwritten); None for nothing."""
+    def add(self, step: Step, found: Sequence[torch.Tensor] | None) -> None:
+        """What a rank adds at a step; None for nothing."""
         self._settle()
         here, self._arriving = self._arriving, None
         if found is not None and step.source == self._comm.rank:
-            self._own = found
-        elif step.grad_starts:
-            here = found
-        elif here is not None and found is not None:
-            here = found.add_(here)
+            self._own = self._op.add_up(self._own, found)
+        elif found is not None:
+            here = self._op.add_up(None if here is None else here.float(), found)
         sends = []
         if step.grad_to != NOBODY:
             assert here is not None
@@ -243,7 +239,7 @@ class Following:
 
         self._settle()
         if self._own is None:
-            return torch.zeros(self._shape, dtype=torch.float32, device=self._device)
+            return torch.zeros(tuple(self._shape), dtype=torch.float32, device=self._op.device)
         return self._own
 
     def _settle(self) -> None:
@@ -256,4 +252,4 @@ class Following:
     def _buffer(self) -> torch.Tensor:
         import torch
 
-        return torch.empty(self._shape, dtype=self._dtype, device=self._device)
+        return torch.empty(tuple(self._shape), dtype=self._dtype, device=self._op.device)

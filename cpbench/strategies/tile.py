@@ -161,7 +161,7 @@ class Tile:
                 returns.send(list(parts.finish()), row.source)
             if row.sends:
                 shape = (q.shape[0], q.shape[2], q.shape[1])
-                buffers = [torch.empty_like(q), q.new_empty(shape, dtype=torch.float32)]
+                buffers = [q.new_empty(q.shape), q.new_empty(shape, dtype=torch.float32)]
                 returns.expect(buffers, row.target, own.add_result)
             returns.post()
         columns.finish()
@@ -189,25 +189,28 @@ class Tile:
             for i, tile in enumerate(row.plans):
                 if tile is not None:
                     k_s, v_s = columns[i]
-                    found = parts.add(k_s, v_s, tile)
-                    grads[i] = grads[i].add_(found) if i in grads else found
+                    grads[i] = op.add_up(grads.get(i), parts.add(k_s, v_s, tile))
             if row is plan.rows[0]:
                 continue
             if row.receives:
                 returns.send([parts.finish(wire)], row.source)
             if row.sends:
-                returns.expect([torch.empty_like(q, dtype=wire)], row.target, own.add_result)
+                returns.expect([q.new_empty(q.shape, dtype=wire)], row.target, own.add_result)
             returns.post()
         columns.finish()
-        total = grads[0] if 0 in grads else op.zeros((2, *k.shape))
+
+        def add(found: torch.Tensor) -> None:
+            grads[0] = op.add_up(grads.get(0), found.unbind())
+
         for i, column in list(enumerate(plan.columns))[1:]:
             if column.receives:
                 returns.send([grads[i].to(wire)], column.source)
             if column.sends:
-                returns.expect([torch.empty_like(total, dtype=wire)], column.target, total.add_)
+                returns.expect([k.new_empty((2, *k.shape), dtype=wire)], column.target, add)
             returns.post()
         returns.settle()
-        return own.finish(), total[0].to(k.dtype), total[1].to(v.dtype)
+        dk, dv = grads[0].to(k.dtype) if 0 in grads else (torch.zeros_like(k), torch.zeros_like(v))
+        return own.finish(), dk, dv
 
 
 class _Columns:

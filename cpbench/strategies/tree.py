@@ -77,7 +77,7 @@ class Tree:
         q_all, dout_all, delta_all, lse_all = _gathered([q, dout, *per_row], comm)
         lse_BHS = lse_all.transpose(1, 2).contiguous()
         parts = op.lent_parts(dout_all, q_all, delta_all, lse_BHS)
-        dk, dv = parts.add(k, v, plan).to(k.dtype)
+        dk, dv = parts.add(k, v, plan)
         dq = _reduced(parts.finish(torch.float32).transpose(0, 1), comm).transpose(0, 1)
         return dq.to(q.dtype), dk, dv
 
