@@ -310,6 +310,53 @@ def verify(
 
 
 @app.command()
+def traffic(
+    strategy: Annotated[str, typer.Argument(metavar="STRATEGY", help="Such as usp:ulysses=8.")],
+    mask: Annotated[str, typer.Option(metavar="MASK", help="See cpbench list masks.")] = "causal",
+    seq_len: Annotated[str, typer.Option(metavar="TOKENS", help="Of all ranks.")] = "128k",
+    world_size: Annotated[str, typer.Option(metavar="RANKS")] = "8",
+    gpus_per_node: Annotated[str, typer.Option(metavar="RANKS", help="That share a node.")] = "8",
+    layout: Annotated[str, typer.Option(metavar="LAYOUT", help="See list layouts.")] = "contiguous",
+    placement: Annotated[
+        str, typer.Option(metavar="AXIS", help="Mesh axis inside a node.  [default: its own]")
+    ] = "",
+    num_heads_q: Annotated[str, typer.Option(metavar="HEADS")] = "64",
+    num_heads_kv: Annotated[str, typer.Option(metavar="HEADS")] = "8",
+    head_dim: Annotated[str, typer.Option(metavar="LANES")] = "128",
+    batch: Annotated[str, typer.Option(metavar="SEQUENCES")] = "1",
+    dtype: Annotated[str, typer.Option(metavar="DTYPE")] = "bfloat16",
+    direction: Annotated[str, typer.Option(help="fwd, bwd or fwd_bwd.")] = "fwd_bwd",
+    as_json: AsJson = False,
+) -> None:
+    """Predict what every rank would send, to the byte, from the strategy's own code.
+
+    Nothing is run: tensors have no data. Up to 1,024 ranks take a minute.
+    """
+    from cpbench import forecast
+    from cpbench import sweep as sweeps
+
+    with user_input():
+        ranks = sweeps.number("world_size", world_size)
+        nodes = sweeps.number("ranks_per_node", gpus_per_node) or ranks
+        (case,) = sweeps.product(
+            {
+                "strategy": strategy, "layout": layout, "mask": mask, "seq_len": seq_len,
+                "world_size": ranks, "ranks_per_node": min(nodes, ranks), "batch": batch,
+                "num_heads_q": num_heads_q, "num_heads_kv": num_heads_kv, "head_dim": head_dim,
+                "dtype": dtype, "direction": direction, "placement": placement,
+            }
+        )  # fmt: skip
+        found = forecast.forecast(case)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        print(f"{case.label}, {case.ranks_per_node} ranks a node")
+        _print_rows(forecast.table(found), False)
+        held = max(found["buffers_bytes"].values()) / 1e6
+        print(f"memory beside inputs, the operator's own aside: {held:,.1f} MB a rank at most")
+
+
+@app.command()
 def report(
     run_dir: Annotated[
         Path | None, typer.Argument(metavar="FOLDER", help="A run directory.")

@@ -6,6 +6,7 @@ groups are neighbours: inside a node as far as they fit.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -39,17 +40,16 @@ class Mesh:
             raise ValueError(f"no mesh axis {inside!r}; there are: {', '.join(axes)}")
         return cls(tuple(axes), tuple(axes.values()), inside)
 
-    def groups(self, *axes: str) -> list[tuple[int, ...]]:
+    def groups(self, *axes: str) -> tuple[tuple[int, ...], ...]:
         """The ranks that differ only along ``axes``, the last of which varies fastest.
 
         Groups come in the order of the other axes, the last of which varies fastest.
         """
-        return [tuple(group) for group in self._along(axes).tolist()]
+        return _groups(self, axes)
 
     def group(self, rank: int, *axes: str) -> tuple[int, ...]:
         """The group of one rank along ``axes``."""
-        table = self._along(axes)
-        return tuple(table[np.argwhere(table == rank)[0, 0]].tolist())
+        return self.groups(*axes)[_places(self, axes)[rank]]
 
     def _along(self, axes: tuple[str, ...]) -> IntArray:
         physical = sorted(range(len(self.names)), key=lambda i: self.names[i] == self.inside)
@@ -60,6 +60,17 @@ class Mesh:
         size = math.prod(self.sizes[i] for i in along)
         table: IntArray = ranks.transpose(*others, *along).reshape(-1, size)
         return table
+
+
+@functools.lru_cache(maxsize=16)
+def _groups(mesh: Mesh, axes: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(group) for group in mesh._along(axes).tolist())
+
+
+@functools.lru_cache(maxsize=16)
+def _places(mesh: Mesh, axes: tuple[str, ...]) -> dict[int, int]:
+    """Which group each rank is in."""
+    return {rank: i for i, group in enumerate(_groups(mesh, axes)) for rank in group}
 
 
 def largest_divisor(number: int, limit: int) -> int:

@@ -89,23 +89,27 @@ class TraceComm:
         sends: Sequence[tuple[torch.Tensor, int]],
         recvs: Sequence[tuple[torch.Tensor, int]],
     ) -> Handle:
-        root, members = self._root, self._members
-        here = root.rank
+        root, members, me = self._root, self._members, self.rank
+        here, balance, traffic = root.rank, root.balance, root.traffic
         for tensor, peer in sends:
-            if peer != self.rank:
+            if peer != me:
                 to, nbytes = members[peer], tensor.nbytes
                 number = root._sent[to] = root._sent.get(to, 0) + 1
-                root.balance += hash((here, to, number, nbytes))  # of integers: alike everywhere
-                root.traffic.add(to, nbytes)
+                balance += hash((here, to, number, nbytes))  # of integers: alike everywhere
+                traffic.bytes_to[to] += nbytes
+                traffic.messages += 1
+                if nbytes > traffic.largest:
+                    traffic.largest = nbytes
                 if root.log is not None:
                     root.log.append(("message", here, to, number, nbytes, "sent"))
         for tensor, peer in recvs:
-            if peer != self.rank:
+            if peer != me:
                 sender, nbytes = members[peer], tensor.nbytes
                 number = root._received[sender] = root._received.get(sender, 0) + 1
-                root.balance -= hash((sender, here, number, nbytes))
+                balance -= hash((sender, here, number, nbytes))
                 if root.log is not None:
                     root.log.append(("message", sender, here, number, nbytes, "expected"))
+        root.balance = balance
         return _DONE
 
     def all_to_all(self, out: torch.Tensor, x: torch.Tensor) -> Handle:

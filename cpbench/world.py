@@ -83,27 +83,34 @@ class World:
 
     def with_heads(self, heads_q: int, heads_kv: int) -> World:
         """The same for some of the heads."""
-        return self.merged([[rank] for rank in range(self.size)], heads_q, heads_kv)
+        problem = replace(self.problem, scale=self.problem.softmax_scale)
+        world = replace(self, problem=replace(problem, heads_q=heads_q, heads_kv=heads_kv))
+        world.__dict__["areas"] = self.areas
+        return world
 
-    def merged(self, groups: Sequence[Sequence[int]], heads_q: int = 0, heads_kv: int = 0) -> World:
+    def merged(self, groups: tuple[tuple[int, ...], ...], heads_q: int, heads_kv: int) -> World:
         """Groups of ranks as one rank each, in this order: as after an exchange of tokens for
         heads inside the groups, which leaves each member with some heads of all their tokens.
 
         Args:
             groups: all ranks, each once, in groups of one size.
-            heads_q, heads_kv: heads of the new problem; 0 keeps them.
+            heads_q, heads_kv: heads of the new problem.
         """
-        q_heads, kv_heads = heads_q or self.problem.heads_q, heads_kv or self.problem.heads_kv
-        tokens = (self.problem.seq_q, self.problem.seq_k)
-        queries = self.queries.merged(groups)
-        keys = queries if self.keys is self.queries else self.keys.merged(groups)
-        problem = local_problem(self.problem, *tokens, q_heads, kv_heads)
-        whole = replace(self, problem=problem, queries=queries, keys=keys, placement="")
-        order = np.concatenate([np.asarray(group) for group in groups])
-        n, each = len(groups), self.size // len(groups)
-        blocks = self.areas[np.ix_(order, order)].reshape(n, each, n, each)
-        whole.__dict__["areas"] = blocks.sum((1, 3))  # what the cached property would find
-        return whole
+        return _merged(self, groups, heads_q, heads_kv)
+
+
+@functools.lru_cache(maxsize=8)  # every rank of a trace asks for the same
+def _merged(
+    world: World, groups: tuple[tuple[int, ...], ...], heads_q: int, heads_kv: int
+) -> World:
+    queries = world.queries.merged(groups)
+    keys = queries if world.keys is world.queries else world.keys.merged(groups)
+    whole = replace(world.with_heads(heads_q, heads_kv), queries=queries, keys=keys, placement="")
+    order = np.concatenate([np.asarray(group) for group in groups])
+    n, each = len(groups), world.size // len(groups)
+    blocks = world.areas[np.ix_(order, order)].reshape(n, each, n, each)
+    whole.__dict__["areas"] = blocks.sum((1, 3))  # what the cached property would find
+    return whole
 
 
 @dataclass(frozen=True)

@@ -32,15 +32,15 @@ LAYERS = (
         "autograd_op",
     ),
     ("kernels", "strategies"),
-    ("api", "check", "check_at_size", "measure"),
+    ("api", "buffers", "check", "check_at_size", "measure"),
     ("evaluate",),
-    ("worker",),
+    ("worker", "trace_ranks"),
 )
 # The parent's own order.  It plans with the torch-free part of the lower layers.
 PARENT = (
     ("store",),
     ("sweep", "launchers", "reports"),
-    ("runs", "catalogue", "diagnosis", "options"),
+    ("runs", "catalogue", "diagnosis", "forecast", "options"),
     ("verification",),
     ("cli",),
 )

@@ -8,7 +8,7 @@ Legend: B batch, L local tokens, P ranks of the group, h heads of a rank, D head
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -118,6 +118,6 @@ def group_size(world: World, wanted: int) -> int:
     return next(fits)
 
 
-def exchanged(world: World, groups: Sequence[Sequence[int]]) -> World:
+def exchanged(world: World, groups: tuple[tuple[int, ...], ...]) -> World:
     """The world after the exchange: each group is one rank, with its share of the heads."""
     return world.merged(groups, *local_heads(world.problem, len(groups[0])))

@@ -13,6 +13,7 @@ Source: Ring Attention (arXiv 2310.01889); double ring: LoongTrain (arXiv 2406.1
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -79,24 +80,17 @@ def steps(
     return tuple(found)
 
 
-_CACHE: dict[tuple[bytes, int, int], IntArray] = {}
-
-
-def _schedule(needed_bytes: bytes, size: int, window: int) -> IntArray:
-    """``(steps, ranks, 10)``: the fields of every step of every rank, made for all ranks at once.
-
-    Legend of axes: (block s, round o, turn i) or (round o, turn i, rank r).
-    """
-    key = (needed_bytes, size, window)
-    if key not in _CACHE:
-        _CACHE.clear()
-        _CACHE[key] = _make_schedule(
-            np.frombuffer(needed_bytes, dtype=np.bool_).reshape(size, size), window
-        )
-    return _CACHE[key]
+@functools.lru_cache(maxsize=4)
+def _schedule(needed: bytes, size: int, window: int) -> IntArray:
+    """:func:`_make_schedule`, made once for all ranks."""
+    return _make_schedule(np.frombuffer(needed, dtype=np.bool_).reshape(size, size), window)
 
 
 def _make_schedule(needed: BoolArray, window: int) -> IntArray:
+    """``(steps, ranks, 10)``: the fields of every step of every rank.
+
+    Legend of axes: (block s, round o, turn i) or (round o, turn i, rank r).
+    """
     size, rounds = len(needed), len(needed) // window
     s, o, i = np.ogrid[:size, :rounds, :window]
     holder = (s // window + o) % rounds * window + (s % window + i) % window  # (s, o, i)

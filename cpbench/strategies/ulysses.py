@@ -66,7 +66,7 @@ class Ulysses:
     def prepare(self, op: BoundOperator, world: World, rank: int) -> Plan:
         mine_q, mine_kv = heads.local_heads(world.problem, world.size)
         chunk = (mine_q // self.chunks, max(mine_kv // self.chunks, 1))
-        whole = world.merged([range(world.size)], *chunk)
+        whole = world.merged((tuple(range(world.size)),), *chunk)
         return Plan(op.prepare(whole.part([0], [0])), world.problem.heads_kv)
 
     def forward(

@@ -1,0 +1,79 @@
+"""Trace some ranks of a case: ``python -m cpbench.trace_ranks``, started by ``cpbench.forecast``.
+
+Takes a JSON request on stdin and prints a JSON answer: what each rank of its share would do.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from cpbench import layout as layouts
+from cpbench import masks
+from cpbench.problem import Case
+from cpbench.registry import implementation, operator_info, strategy_info
+from cpbench.trace import RankTrace, trace_rank
+from cpbench.world import World
+
+
+def answer(case: Case, ranks: Sequence[int], for_buffers: Sequence[int]) -> dict[str, Any]:
+    """Rows by rank, and the memory that the strategy needs on some ranks.
+
+    Raises:
+        ValueError: when the strategy refuses the case.
+    """
+    from cpbench.buffers import peak_bytes
+
+    mask = masks.rebuild(case.mask, case.seq_len)
+    dealt = layouts.build(case.layout, case.seq_len, case.world_size, mask)
+    world = World.of(case.problem, mask, dealt, case.ranks_per_node, case.placement)
+    info, operator = strategy_info(case.strategy.name), operator_info(case.operator.name)
+    if not info.traced:
+        raise ValueError(f"{info.name} does its own sending: only a run can count its bytes")
+    if dealt.name not in info.layouts:
+        raise ValueError(f"{info.name} takes layouts {', '.join(info.layouts)}, not {dealt.name}")
+    strategy = implementation(info, case.strategy.kwargs)
+    reason = strategy.unsupported(world)
+    if reason is not None:
+        raise ValueError(reason)
+    phases = case.direction.split("_")
+    return {
+        "area": mask.area,
+        "local_tokens": dealt.local_len,
+        "ranks": {
+            rank: {phase: _row(found, phase, rank, world) for phase in phases}
+            for rank, found in ((r, trace_rank(strategy, operator, world, r)) for r in ranks)
+        },
+        "buffers": {rank: peak_bytes(strategy, operator, world, rank) for rank in for_buffers},
+    }
+
+
+def _row(found: RankTrace, phase: str, rank: int, world: World) -> dict[str, int]:
+    seen = found.phases[phase]
+    node = rank // world.ranks_per_node * world.ranks_per_node
+    same = sum(seen.bytes_to[node : node + world.ranks_per_node])
+    return {
+        "same_node": same,
+        "across_nodes": sum(seen.bytes_to) - same,
+        "messages": seen.messages,
+        "largest": seen.largest,
+        "pairs": seen.pairs,
+    }
+
+
+def main() -> int:
+    """One request from stdin; a refusal is one line and exit code 2."""
+    request = json.load(sys.stdin)
+    try:
+        found = answer(Case.from_json(request["case"]), request["ranks"], request["buffers"])
+    except ValueError as refusal:
+        print(refusal, file=sys.stderr)
+        return 2
+    print(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
