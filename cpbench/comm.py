@@ -14,6 +14,7 @@ and in sum it cannot do with fewer.
 
 from __future__ import annotations
 
+import copy
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -53,6 +54,12 @@ class Traffic:
         """Begin anew."""
         self.bytes_to = [0] * len(self.bytes_to)
         self.messages = self.largest = 0
+
+    def snapshot(self) -> Traffic:
+        """What has been noted so far; later messages do not change it."""
+        found = copy.copy(self)
+        found.bytes_to = list(self.bytes_to)
+        return found
 
     @property
     def bytes_sent(self) -> int:

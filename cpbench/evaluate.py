@@ -158,6 +158,7 @@ class Evaluation:
         if settings.memory:
             self._note("memory")
             memory = measure.measure_memory(workload, device, self._comm, control)
+            memory |= workload.predicted_peak()
         workload.ready()
         traced = workload.predicted_bytes()
         ranks = control.gather((timing, memory, sorted(flags), traced))

@@ -8,11 +8,11 @@ in a pass of its own, since looking costs time.
 
 from __future__ import annotations
 
-import copy
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cpbench.buffers import peak_bytes
 from cpbench.comm import Traffic
 from cpbench.record import relative_half_width
 from cpbench.settings import MeasureSettings
@@ -76,6 +76,13 @@ class Workload:
         trace = self._work.trace
         return {p: sum(trace.phases[p].bytes_to) for p in self.phases} if trace else {}
 
+    def predicted_peak(self) -> dict[str, int]:
+        """What the strategy's own code needs beside the inputs, see ``cpbench.buffers``."""
+        work = self._work
+        if work.trace is None:
+            return {}
+        return {"predicted": peak_bytes(work.strategy, work.op.info, work.world, work.rank)}
+
     def held_bytes(self) -> dict[str, int]:
         """What the operator and strategy hold beside inputs and results: their plan, and the
         forward result that a backward pass alone starts from."""
@@ -123,7 +130,7 @@ def _iterate(
         control.barrier()
         took_us = device.time_us(lambda phase=phase: workload.call(phase))  # type: ignore[misc]
         timing.times_us[phase].append(took_us)
-        timing.traffic[phase] = copy.copy(comm.traffic)
+        timing.traffic[phase] = comm.traffic.snapshot()
         total += control.slowest(took_us)
     return total
 

@@ -35,7 +35,8 @@ class Record:
         balance: visible pairs that each rank computed in one pass over all phases, each counted
             once for every query head.
         memory_bytes: by kind, ``[rank]``: ``inputs``; ``plan`` and ``saved`` (held before a pass);
-            ``peak`` (on top of those, during one); on GPUs ``reserved`` and ``device``.
+            ``peak`` (on top of those, during one); ``predicted`` (a peak without the operator's
+            own temporaries, see ``cpbench.buffers``); on GPUs ``reserved`` and ``device``.
         bytes_sent: by phase, ``[rank]``, counted at the transport.
         bytes_across: of these, those to ranks of other nodes.
         messages: by phase, ``[rank]``; ``largest_message``: bytes of the largest, of any rank.

@@ -35,7 +35,10 @@ MASKS = (
 )
 LONG_SEQ_LEN = 1111
 LONG_MASKS = ("causal", "sliding_window_causal:window=200", "causal_document:corpus=prolong64k")
+FEW_MASKS = ("full", "causal", f"causal_document:{DOCUMENTS}", f"share_question:{DOCUMENTS}")
 WORLD_SIZES = (2, 3, 4)
+# 2, 3 and 6 ranks divide 6 key/value heads; 2 are replicated on 4, 6 and 8.
+STRATEGY_HEADS = ((24, 6), (24, 2))
 
 
 def request(
@@ -54,15 +57,15 @@ def request(
     Raises:
         ValueError: for a name that is not registered, or a value that is not allowed.
     """
-    every_operator = sorted(registry.operators())
-    chosen = sweep.split_list(operators) if operators else every_operator
-    spread = sweep.split_list(strategies) if strategies else sorted(registry.strategies())
+    chosen = sweep.split_list(operators) if operators else sorted(registry.operators())
+    ours = sorted(name for name, info in registry.strategies().items() if info.traced)
+    spread = sweep.split_list(strategies) if strategies else ours  # libraries when named
     shapes: dict[str, Any] = {
         "mask": [one for text in masks for one in sweep.split_list(text)] if masks else list(MASKS),
         "dtype": sweep.split_list(dtypes) if dtypes else ["float32", "bfloat16"],
         "seq_len": SEQ_LEN,
     }
-    sizes = sweep.split_list(world_sizes) if world_sizes else list(WORLD_SIZES)
+    sizes = sweep.split_list(world_sizes) if world_sizes else [str(n) for n in WORLD_SIZES]
     tables: list[dict[str, Any]] = []
     if not strategies or "single" in spread:
         for q, kv, dim in ((4, 2, 64), (3, 1, 128)):
@@ -80,30 +83,12 @@ def request(
         longer = {**shapes, "seq_len": LONG_SEQ_LEN, "mask": list(LONG_MASKS)}
         if not masks:
             tables.append({**longer, "operator": chosen, "num_heads_q": 4, "num_heads_kv": 2})
-    several = [name for name in spread if Spec.parse(name).name != "single"]
+    several = [Spec.parse(text) for text in spread if Spec.parse(text).name != "single"]
     if several and (strategies or not operators):
-        layouts = sorted(
-            {
-                name
-                for text in several
-                for name in registry.strategy_info(Spec.parse(text).name).layouts
-            }
-        )
-        # 12 query and 6 key/value heads: 2, 3 and 6 ranks divide both, 4 makes Ulysses refuse,
-        # and 12:4 heads on 8 ranks replicate; 1 rank runs every strategy without traffic.
-        for heads in ((12, 6), (8, 2)):
-            tables.append(
-                {
-                    **shapes,
-                    "operator": chosen if operators else "bands",
-                    "strategy": several,
-                    "layout": layouts,
-                    "num_heads_q": heads[0],
-                    "num_heads_kv": heads[1],
-                    "head_dim": 64,
-                    "world_size": sizes if world_sizes else [1, *sizes],
-                }
-            )
+        base = {**shapes, "operator": chosen if operators else "bands", "head_dim": 16}
+        sizes = sizes if world_sizes else ["1", *sizes]
+        for spec in several:
+            tables += _spread(spec, base, sizes, some=not masks)
     cases: dict[str, Case] = {}
     for table in tables:
         for case in sweep.product(table):
@@ -120,12 +105,47 @@ def request(
     )
 
 
+def _spread(spec: Spec, base: dict[str, Any], sizes: list[str], some: bool) -> list[dict[str, Any]]:
+    """Tables of one strategy: on all its layouts; its variants and placements (of a spec without
+    parameters) on the first and last layout, and with a few of the masks if ``some``."""
+    info = registry.strategy_info(spec.name)
+    few = {"mask": list(FEW_MASKS)} if some else {}
+    ends = list(dict.fromkeys([info.layouts[0], info.layouts[-1]]))
+    variants = [] if spec.params else [f"{spec.name}:{text}" for text in info.variants]
+    tables: list[dict[str, Any]] = []
+    for heads in STRATEGY_HEADS:
+        shared = {**base, "num_heads_q": heads[0], "num_heads_kv": heads[1]}
+        tables.append(
+            {**shared, "strategy": str(spec), "layout": list(info.layouts), "world_size": sizes}
+        )
+        if variants:
+            tables.append(
+                {**shared, **few, "strategy": variants, "layout": ends, "world_size": sizes}
+            )
+        for size in (int(n) for n in sizes if n.isdigit()):
+            if info.axes and size % 2 == 0 and size > 2:  # two nodes, another axis inside them
+                placed = {"placement": list(info.axes[:-1]), "ranks_per_node": size // 2}
+                names = [str(spec), *variants[-1:]]
+                tables.append(
+                    {
+                        **shared,
+                        **few,
+                        **placed,
+                        "strategy": names,
+                        "layout": ends,
+                        "world_size": size,
+                    }
+                )
+    return tables
+
+
 def summary(records: Iterable[Record]) -> list[dict[str, Any]]:
     """One row for each way of computing and dtype: counts, and the largest error per tensor."""
     groups: dict[tuple[str, ...], list[Record]] = {}
     for record in records:
         case = record.case
         spread = "" if case.strategy.name == "single" else f"{case.strategy}/{case.layout}"
+        spread += f" {case.placement} inside" if case.placement else ""
         groups.setdefault((str(case.operator), spread, case.dtype), []).append(record)
     rows = []
     for (operator, spread, dtype), members in sorted(groups.items()):

@@ -51,8 +51,14 @@ COLUMNS = {
     "plan_ms": "planning, slowest rank",
     "first_call_ms": "first call, with compilation, slowest rank",
     "peak_mb": "largest over ranks of what is held beside the inputs: plan and peak, 10^6 bytes",
+    "predicted_peak_mb": "largest over ranks of what the strategy's own code needs, the operator's "
+    "temporaries left out",
     "inputs_mb": "largest over ranks of the inputs",
     "sent_mb": "largest over ranks of the bytes sent",
+    "predicted_sent_mb": "the same according to the trace of the plan",
+    "across_mb": "largest over ranks of the bytes sent to other nodes",
+    "messages": "largest over ranks of the messages sent",
+    "largest_message_mb": "largest of any rank",
     "worst_error": "largest relative L2 error of any tensor against float64",
     "flags": "caveats",
     "started": "seconds since the epoch",
@@ -161,9 +167,14 @@ def _row(record: Record, environments: Mapping[str, dict[str, Any]]) -> dict[str
     if "peak" in held:
         kinds = [held[kind] for kind in ("plan", "saved", "peak") if kind in held]
         row["peak_mb"] = max(map(sum, zip(*kinds, strict=True))) / 1e6
-    if record.bytes_sent:
-        per_rank = [sum(phases) for phases in zip(*record.bytes_sent.values(), strict=True)]
-        row["sent_mb"] = max(per_rank) / 1e6
+    if "predicted" in held:
+        row["predicted_peak_mb"] = max(held["predicted"]) / 1e6
+    row["sent_mb"] = _largest(record.bytes_sent, 1e6)
+    row["predicted_sent_mb"] = _largest(record.predicted_bytes, 1e6)
+    row["across_mb"] = _largest(record.bytes_across, 1e6)
+    row["messages"] = _largest(record.messages, 1)
+    if record.largest_message:
+        row["largest_message_mb"] = max(record.largest_message.values()) / 1e6
     return row
 
 
@@ -174,6 +185,12 @@ def _family(mask: Spec) -> tuple[str, int | str | None]:
     if seed is not None and not isinstance(seed, int):
         seed = format_value(seed)
     return str(Spec(mask.name, rest)), seed
+
+
+def _largest(by_phase: Mapping[str, list[int]], unit: float) -> float | None:
+    """Of the sums over phases, that of the rank with the most."""
+    per_rank = [sum(phases) for phases in zip(*by_phase.values(), strict=True)]
+    return max(per_rank) / unit if per_rank else None
 
 
 def _ms(us: float | None) -> float | None:

@@ -107,10 +107,17 @@ def every_case(
             "vs best": number(row["time_ms"] / best, ".2f", "x"),
             rate.unit: rate(row["tflops_per_rank"]),
             "peak MB": number(row["peak_mb"], ".1f"),
-            "sent MB": number(row["sent_mb"] if row["world_size"] > 1 else math.nan, ".2f"),
+            "predicted": number(_several(row, "predicted_peak_mb"), ".1f"),
+            "sent MB": number(_several(row, "sent_mb"), ".2f"),
+            "across": number(_several(row, "across_mb") or math.nan, ".2f"),
         }
         for row, best in [*contests, *((row, math.nan) for _, row in others.iterrows())]
     ]
+
+
+def _several(row: Any, column: str) -> float:
+    """A figure that means something with several ranks only."""
+    return float(row[column]) if row["world_size"] > 1 else math.nan
 
 
 def blocks(family: Family, rate: Rate, marks: dict[str, str]) -> list[tuple[str, list[Row]]]:

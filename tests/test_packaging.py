@@ -23,6 +23,7 @@ SHIPPED = [
     "cpbench/masks/data/doc_length_histograms.json",
     "cpbench/sweeps/quick.toml",
     "cpbench/sweeps/longca.toml",
+    "cpbench/sweeps/longca_cp.toml",
     "cpbench/py.typed",
 ]
 

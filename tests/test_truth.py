@@ -90,3 +90,17 @@ def test_ulysses_is_balanced_and_ring_is_not(tmp_path: Path) -> None:
     assert ring.balance[1] > 2.9 * ring.balance[0]
     assert ulysses.balance is not None
     assert ulysses.balance[0] == ulysses.balance[1]
+
+
+def test_what_is_sent_and_held_is_what_the_plan_foretold(tmp_path: Path) -> None:
+    found = _run(
+        tmp_path, strategy=["ring", "ulysses", "tile:rows=2"], mask="causal", seq_len=2048,
+        num_heads_q=4, head_dim=64, world_size=2, ranks_per_node=1,
+    )  # fmt: skip
+    for record in found:
+        assert "mispredicted" not in record.flags
+        assert record.bytes_sent == record.predicted_bytes == record.bytes_across
+        assert min(record.bytes_sent["bwd"]) > 0
+        pairs = zip(record.memory_bytes["predicted"], record.memory_bytes["peak"], strict=True)
+        for foretold, peak in pairs:  # the operator's own temporaries come on top
+            assert 0.6 * peak < foretold < 1.02 * peak
