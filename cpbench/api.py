@@ -229,7 +229,8 @@ def distributed_attention(
 
     Args:
         q: ``[B, L, H, D]``; k, v: ``[B, L, G, D]``; L is the layout's ``local_len``.
-        mask: the mask of the whole sequence.
+        mask: the mask of the whole sequence; where it has fewer queries than keys, both are dealt
+            by the layout, each by its own length.
         strategy, layout, operator: names, with parameters.
         group: a torch.distributed group; the default group unless given.
         scale: multiplies the scores; ``D ** -0.5`` unless given.
@@ -247,11 +248,16 @@ def distributed_attention(
     problem = _problem(q, k, v, mask.seq_q, mask.seq_k, scale)
     names = (Spec.parse(operator), Spec.parse(strategy), Spec.parse(layout), placement)
     work = _agreed(control, *names, mask, problem, ranks_per_node, q.device.type)
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.shape[1] != work.layout.local_len:
+    world = work.world
+    for name, tensor, dealt in (
+        ("q", q, world.queries),
+        ("k", k, world.keys),
+        ("v", v, world.keys),
+    ):
+        if tensor.shape[1] != dealt.local_len:
             raise ValueError(
-                f"{name} has {tensor.shape[1]} tokens; layout {work.layout.name} gives each of "
-                f"{comm.size} ranks {work.layout.local_len} of {mask.seq_q}"
+                f"{name} has {tensor.shape[1]} tokens; layout {dealt.name} gives each of "
+                f"{comm.size} ranks {dealt.local_len} of {dealt.seq_len}"
             )
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     return _Autograd.apply(q, k, v, work, comm)  # type: ignore[no-any-return, no-untyped-call]

@@ -130,15 +130,22 @@ def verdict(errors: Errors, dtype: str) -> str | None:
     return None
 
 
-def make_inputs(problem: Problem, positions: IntArray, seed: int, device: str) -> Tensors:
-    """q, k, v and (for gradients) dout of some global tokens, ``[B, tokens, heads, D]``."""
+def make_inputs(
+    problem: Problem, queries: IntArray, keys: IntArray, seed: int, device: str
+) -> Tensors:
+    """q, k, v and (for gradients) dout of some global tokens, ``[B, tokens, heads, D]``.
+
+    Args:
+        queries: positions of the tokens of q and dout, counted among the queries.
+        keys: of those of k and v.
+    """
     import torch
 
     def make(name: str) -> torch.Tensor:
         return normal(
             name,
             seed,
-            positions,
+            keys if name in "kv" else queries,
             batches=range(problem.batch),
             heads=range(problem.heads_kv if name in "kv" else problem.heads_q),
             head_dim=problem.head_dim,
@@ -147,6 +154,12 @@ def make_inputs(problem: Problem, positions: IntArray, seed: int, device: str) -
         )
 
     return {name: make(name) for name in ("q", "k", "v", "dout")[: 4 if problem.backward else 3]}
+
+
+def inputs_of(work: Attention, seed: int, device: str) -> Tensors:
+    """The inputs of the rank of ``work``."""
+    queries, keys = (x.positions(work.rank) for x in (work.world.queries, work.world.keys))
+    return make_inputs(work.problem, queries, keys, seed, device)
 
 
 def run(work: Attention, inputs: Tensors, comm: Comm | None) -> Tensors:
@@ -167,20 +180,29 @@ def run(work: Attention, inputs: Tensors, comm: Comm | None) -> Tensors:
 def small_mask(mask: AttnMask, tokens: int = SMALL_TOKENS) -> AttnMask:
     """The mask itself when it is small, else its restriction to windows of tokens where slices
     begin and end, spread over the sequence; of the same kind, and the same on every rank."""
-    if mask.seq_q != mask.seq_k or mask.seq_q <= tokens:
+    if max(mask.seq_q, mask.seq_k) <= tokens:
         return mask
-    n = mask.seq_q
     q0, q1, k0, k1, lo, hi = mask.slices.T
-    corners = np.unique(np.concatenate([q0, q1, k0, k1, q0 + lo, q0 + hi, np.array([0, n])]))
-    corners = corners[(corners >= 0) & (corners <= n)]
+    at_queries, at_keys = [q0, q1, k0 - hi, k1 - lo], [k0, k1, q0 + lo, q0 + hi]
+    if mask.seq_q == mask.seq_k:
+        at_queries = at_keys = [q0, q1, *at_keys]
+    queries = _windows(mask.seq_q, np.concatenate(at_queries), tokens)
+    keys = _windows(mask.seq_k, np.concatenate(at_keys), tokens)
+    # Simplified, so that causal stays causal and takes the path that is measured.
+    return mask.restrict(queries, keys).simplify()
+
+
+def _windows(n: int, corners: IntArray, tokens: int) -> IntArray:
+    """``(m, 2)`` starts and lengths of windows of ``n`` tokens, at corners and between."""
+    if n <= tokens:
+        return np.array([[0, n]])
+    corners = np.unique(np.append(corners[(corners >= 0) & (corners <= n)], [0, n]))
     count = tokens // WINDOW
     chosen = corners[np.unique(np.linspace(0, len(corners) - 1, count).astype(int))]
     evenly = np.linspace(0, n, count - len(chosen) + 2).astype(int)[1:-1]
     starts = np.unique(np.clip(np.concatenate([chosen, evenly]) - WINDOW // 2, 0, n - WINDOW))
     ends = np.minimum(starts + WINDOW, np.append(starts[1:], n))
-    ranges = np.column_stack([starts, ends - starts])
-    # Simplified, so that causal stays causal and takes the path that is measured.
-    return mask.restrict(ranges, ranges).simplify()
+    return np.column_stack([starts, ends - starts])
 
 
 def small_world(work: Attention) -> World:
@@ -193,13 +215,13 @@ def small_world(work: Attention) -> World:
 
 def small(work: Attention, seed: int, rank: Rank) -> Errors:
     """Errors of every output and gradient of a small problem."""
-    mask, problem = work.mask, work.problem
-    positions = work.layout.positions(work.rank)
-    real = np.flatnonzero(positions < mask.seq_q)
-    found = run(work, make_inputs(problem, positions, seed, rank.device), rank.comm)
-    reference = _reference(mask, problem, seed, rank.device)
+    found = run(work, inputs_of(work, seed, rank.device), rank.comm)
+    reference = _reference(work.mask, work.problem, seed, rank.device)
     sums = {}
     for name, value in found.items():
+        layout = work.world.keys if name in ("dk", "dv") else work.world.queries
+        positions = layout.positions(work.rank)
+        real = np.flatnonzero(positions < layout.seq_len)
         heads_first = value if name == "lse" else value.transpose(1, 2)
         want = reference[name].to(rank.device)
         mine = heads_first.index_select(2, index_of(real, rank.device))
@@ -215,7 +237,7 @@ def _reference(mask: AttnMask, problem: Problem, seed: int, device: str) -> Tens
     from cpbench.kernels.reference import backward64, forward64
 
     scale = problem.softmax_scale
-    x = make_inputs(problem, np.arange(mask.seq_q), seed, device)
+    x = make_inputs(problem, np.arange(mask.seq_q), np.arange(mask.seq_k), seed, device)
     out, lse = forward64(x["q"], x["k"], x["v"], mask, scale)
     found = {"out": out.transpose(1, 2), "lse": lse}
     if problem.backward:

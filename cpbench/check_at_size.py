@@ -34,34 +34,49 @@ def sampled(work: Attention, inputs: Tensors, found: Tensors, seed: int, rank: R
     """
     import torch
 
-    source = _Source(work.problem, work.mask, seed, rank.device)
-    local = sampled_lines(work.mask, work.layout.positions(work.rank), seed)
-    lines = work.layout.positions(work.rank)[local]
-    pairs = [(b, g) for b in range(work.problem.batch) for g in range(work.problem.heads_kv)]
-    turn = np.arange(len(lines)) * work.layout.world_size + work.rank + seed
+    problem, world = work.problem, work.world
+    source = _Source(problem, work.mask, seed, rank.device)
+    queries, keys = (x.positions(work.rank) for x in (world.queries, world.keys))
+    rows = sampled_lines(work.mask, queries, seed)
+    columns = sampled_lines(work.mask.transpose(), keys, seed)
     whole = _everyones_lse(work, inputs, found, rank) if "dq" in found and "lse" in found else None
+    pairs = [(b, g) for b in range(problem.batch) for g in range(problem.heads_kv)]
     got: dict[str, list[torch.Tensor]] = {}
     want: dict[str, list[torch.Tensor]] = {}
+
+    def hold(name: str, mine: torch.Tensor, right: torch.Tensor) -> None:
+        got.setdefault(name, []).append(mine)
+        want.setdefault(name, []).append(right)
+
     for number, (b, g) in enumerate(pairs):
-        for i in np.flatnonzero(turn % len(pairs) == number):
-            rows = source.row(b, g, int(lines[i]))
-            if whole is not None:
-                rows |= source.column(b, g, int(lines[i]), whole[0][b], whole[1][b])
-            heads = slice(g * work.problem.group, (g + 1) * work.problem.group)
-            for name in [name for name in rows if name in found]:
+        heads = slice(g * problem.group, (g + 1) * problem.group)
+        for i in _turns(len(rows), number, len(pairs), work, seed):
+            right = source.row(b, g, int(queries[rows[i]]))
+            for name in [name for name in right if name in found]:
                 value = found[name][b]
-                mine = value[:, local[i]] if name == "lse" else value[local[i]]
-                got.setdefault(name, []).append(mine[g] if name in ("dk", "dv") else mine[heads])
-                want.setdefault(name, []).append(rows[name])
+                mine = value[:, rows[i]] if name == "lse" else value[rows[i]]
+                hold(name, mine[heads], right[name])
+        for i in _turns(len(columns) if whole else 0, number, len(pairs), work, seed):
+            assert whole is not None
+            right = source.column(b, g, int(keys[columns[i]]), whole[0][b], whole[1][b])
+            for name in right:
+                hold(name, found[name][b][columns[i], g], right[name])
         source.forget()
     sums = {name: TensorSums.of(torch.cat(got[name]), torch.cat(want[name])) for name in got}
     return combine(rank.gather(sums))
 
 
+def _turns(count: int, number: int, pairs: int, work: Attention, seed: int) -> IntArray:
+    """Which of a rank's lines are looked at in a batch and head: each in one of them."""
+    turn = np.arange(count) * work.world.size + work.rank + seed
+    return np.flatnonzero(turn % pairs == number)
+
+
 def sampled_lines(mask: AttnMask, positions: IntArray, seed: int) -> IntArray:
-    """Local indices of the sampled tokens of a rank: those at edges, and others at random."""
+    """Local indices of the sampled queries of a rank: those at edges, and others at random."""
     n = mask.seq_q
-    corners = mask.slices[:, [0, 1, 2, 3]].reshape(-1)
+    columns = [0, 1, 2, 3] if mask.seq_q == mask.seq_k else [0, 1]
+    corners = mask.slices[:, columns].reshape(-1)
     corners = np.concatenate([corners, corners - 1])
     corners = corners[np.linspace(0, len(corners) - 1, min(8, len(corners))).astype(int)]
     edges = np.concatenate([[0, n - 1], corners, *([n // t * t, n // t * t - 1] for t in TILES)])
@@ -81,10 +96,10 @@ def _everyones_lse(
     delta = (inputs["dout"].double() * found["out"].double()).sum(-1).transpose(1, 2)
     mine = (found["lse"].double().cpu().numpy(), delta.cpu().numpy())
     parts = rank.control.gather(mine) if rank.control else [mine]
-    shape = (2, *mine[0].shape[:2], work.layout.padded_len)
-    whole = np.empty(shape)
+    layout = work.world.queries
+    whole = np.empty((2, *mine[0].shape[:2], layout.padded_len))
     for other, part in enumerate(parts):
-        whole[..., work.layout.positions(other)] = part
+        whole[..., layout.positions(other)] = part
     return whole[0], whole[1]
 
 

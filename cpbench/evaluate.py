@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from cpbench import check, check_at_size, masks, measure
-from cpbench import layout as layouts
 from cpbench.api import Attention, agree
 from cpbench.problem import Case
 from cpbench.record import Record
@@ -54,8 +53,7 @@ class Evaluation:
         record.conditions = self._settings.conditions(self._device.type)
         if work is None:
             return record
-        positions = work.layout.positions(work.rank)
-        inputs = check.make_inputs(case.problem, positions, case.seed, self._device.type)
+        inputs = check.inputs_of(work, case.seed, self._device.type)
         given = check.fingerprint(inputs)
         workload = measure.Workload(work, inputs, self._comm)
         if self._settings.check_small:
@@ -90,13 +88,10 @@ class Evaluation:
         """The computation and a record begun; None when some rank refuses."""
         work, refusal = None, None
         begun = time.perf_counter()
-        mask = masks.rebuild(case.mask, case.seq_len)
+        masks.rebuild(case.mask, case.seq_len)
         mask_us = (time.perf_counter() - begun) * 1e6
         try:
-            layout = layouts.build(case.layout, case.seq_len, self._comm.size, mask)
-            nodes = case.ranks_per_node or self._ranks_here
-            world = World.of(case.problem, mask, layout, nodes, case.placement)
-            work = self._attention(case, world)
+            work = self._attention(case, World.of_case(case, self._ranks_here))
             # The small problem is refused here too, before any rank sends anything.
             self._small_attention(case, work)
         except ValueError as error:  # Unsupported, or a layout that does not fit
@@ -108,13 +103,13 @@ class Evaluation:
         if work is None or refusals:
             return None, Record(case=case, status="unsupported", reason=refusals[0])
         agree(self._control, work, [digest for *_, digest in answers])
-        flops = case.problem.flops(mask.area)
+        flops = case.problem.flops(work.mask.area)
         record = Record(
             case=case,
             status="ok",
             mask_us=max(us for _, us, _, _ in answers),
             plan_us=max(us for _, _, us, _ in answers),
-            area=mask.area,
+            area=work.mask.area,
             ranks_per_node=work.world.ranks_per_node,
             flops={phase: flops[phase] for phase in case.direction.split("_")},
         )

@@ -84,8 +84,9 @@ class Problem:
 class Case:
     """One row of a sweep: a problem, who computes it and how it is spread over ranks.
 
-    ``ranks_per_node`` 0 is as the launcher places them; ``placement`` names the axis of the
-    strategy's mesh that is to lie inside a node, "" leaving that to the strategy.
+    ``queries`` above 0 are the last so many tokens alone, attending to all ``seq_len`` (decoding,
+    a chunk of a prefill).  ``ranks_per_node`` 0 is as the launcher places them; ``placement`` names
+    the axis of the strategy's mesh that is to lie inside a node, "" leaving that to the strategy.
 
     ``content`` maps what a parameter only points at (a file) to the hash of what is there, so that
     the id follows the content.
@@ -97,6 +98,7 @@ class Case:
     mask: Spec = Spec("causal")
     batch: int = 1
     seq_len: int = 1024
+    queries: int = 0
     num_heads_q: int = 4
     num_heads_kv: int = 4
     head_dim: int = 64
@@ -124,7 +126,7 @@ class Case:
     def problem(self) -> Problem:
         return Problem(
             batch=self.batch,
-            seq_q=self.seq_len,
+            seq_q=self.queries or self.seq_len,
             seq_k=self.seq_len,
             heads_q=self.num_heads_q,
             heads_kv=self.num_heads_kv,
@@ -142,7 +144,8 @@ class Case:
             nodes = f" ({self.ranks_per_node} a node)" if self.ranks_per_node else ""
             spread = f" {self.strategy}{place}/{self.layout} x{self.world_size}{nodes}"
         heads = f"{self.num_heads_q}:{self.num_heads_kv}"
-        size = f"S={format_size(self.seq_len)} H={heads} D={self.head_dim} {self.dtype}"
+        few = f"{self.queries} of " if self.queries else ""
+        size = f"S={few}{format_size(self.seq_len)} H={heads} D={self.head_dim} {self.dtype}"
         return f"{self.operator}{spread} {self.mask} {size} {self.direction}"
 
     def to_json(self) -> dict[str, Any]:

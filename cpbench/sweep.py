@@ -44,6 +44,7 @@ SPEC_KEYS = ("operator", "strategy", "layout", "mask")
 INT_KEYS = (
     "batch",
     "seq_len",
+    "queries",
     "num_heads_q",
     "num_heads_kv",
     "head_dim",
@@ -53,7 +54,7 @@ INT_KEYS = (
 )
 CHOICES = {"dtype": DTYPES, "direction": DIRECTIONS}
 KEYS = (*SPEC_KEYS, *INT_KEYS, *CHOICES, "placement")
-FROM_ZERO = ("seed", "ranks_per_node")
+FROM_ZERO = ("seed", "ranks_per_node", "queries")
 TABLES = ("sweep", "include", "exclude", "measure", "description")
 
 # Slips of the keyboard, not problems: beyond these, planning alone would eat the machine.
@@ -61,6 +62,7 @@ MAX_CASES = 100_000
 LARGEST = {
     "batch": 1 << 16,
     "seq_len": 1 << 26,
+    "queries": 1 << 26,
     "num_heads_q": 1 << 12,
     "num_heads_kv": 1 << 12,
     "head_dim": 1 << 14,
@@ -311,6 +313,10 @@ def _case(values: dict[str, Any]) -> Case:
         raise ValueError(
             f"num_heads_q ({case.num_heads_q}) must be a multiple of num_heads_kv "
             f"({case.num_heads_kv})"
+        )
+    if case.queries >= case.seq_len:
+        raise ValueError(
+            f"queries ({case.queries}) must be fewer than seq_len ({case.seq_len}), or 0 for all"
         )
     if case.ranks_per_node and case.world_size % case.ranks_per_node:
         raise ValueError(

@@ -10,8 +10,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from cpbench import layout as layouts
-from cpbench import masks
 from cpbench.problem import Case
 from cpbench.registry import implementation, operator_info, strategy_info
 from cpbench.trace import RankTrace, trace_rank
@@ -26,22 +24,21 @@ def answer(case: Case, ranks: Sequence[int], for_buffers: Sequence[int]) -> dict
     """
     from cpbench.buffers import peak_bytes
 
-    mask = masks.rebuild(case.mask, case.seq_len)
-    dealt = layouts.build(case.layout, case.seq_len, case.world_size, mask)
-    world = World.of(case.problem, mask, dealt, case.ranks_per_node, case.placement)
+    world = World.of_case(case, case.world_size)
     info, operator = strategy_info(case.strategy.name), operator_info(case.operator.name)
     if not info.traced:
         raise ValueError(f"{info.name} does its own sending: only a run can count its bytes")
-    if dealt.name not in info.layouts:
-        raise ValueError(f"{info.name} takes layouts {', '.join(info.layouts)}, not {dealt.name}")
+    if world.keys.name not in info.layouts:
+        takes = ", ".join(info.layouts)
+        raise ValueError(f"{info.name} takes layouts {takes}, not {world.keys.name}")
     strategy = implementation(info, case.strategy.kwargs)
     reason = strategy.unsupported(world)
     if reason is not None:
         raise ValueError(reason)
     phases = case.direction.split("_")
     return {
-        "area": mask.area,
-        "local_tokens": dealt.local_len,
+        "area": world.mask.area,
+        "local_tokens": world.keys.local_len,
         "ranks": {
             rank: {phase: _row(found, phase, rank, world) for phase in phases}
             for rank, found in ((r, trace_rank(strategy, operator, world, r)) for r in ranks)

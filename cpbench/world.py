@@ -13,10 +13,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from cpbench import layout as layouts
+from cpbench import masks
 from cpbench.layout import Layout, area_matrix, local_mask
 from cpbench.mask import AttnMask, IntArray
 from cpbench.mesh import Mesh
-from cpbench.problem import Problem, local_problem
+from cpbench.problem import Case, Problem, local_problem
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,9 +50,29 @@ class World:
         ranks_per_node: int = 0,
         placement: str = "",
     ) -> World:
-        """Queries and keys dealt alike; ``ranks_per_node`` 0 puts all ranks on one node."""
-        nodes = ranks_per_node or layout.world_size
-        return cls(problem, mask, layout, layout, nodes, placement)
+        """Queries dealt as ``layout`` deals the keys; ``ranks_per_node`` 0 is all on one node."""
+        nodes, queries = ranks_per_node or layout.world_size, layout
+        if mask.seq_q != layout.seq_len:
+            together = AttnMask.from_slices(1, 1, [])  # a few queries have no documents
+            queries = layouts.build(layout.name, mask.seq_q, layout.world_size, together)
+        return cls(problem, mask, queries, layout, nodes, placement)
+
+    @classmethod
+    def of_case(cls, case: Case, ranks_per_node: int) -> World:
+        """The world of a row of a sweep.
+
+        Args:
+            ranks_per_node: where the case leaves it to the launcher.
+
+        Raises:
+            ValueError: for a layout that does not fit.
+        """
+        mask = masks.rebuild(case.mask, case.seq_len)
+        layout = layouts.build(case.layout, case.seq_len, case.world_size, mask)
+        if case.queries:
+            mask = mask.crop(case.seq_len - case.queries, case.seq_len, 0, case.seq_len)
+        nodes = case.ranks_per_node or ranks_per_node
+        return cls.of(case.problem, mask, layout, nodes, case.placement)
 
     @property
     def size(self) -> int:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 QUESTION = (
     "mask",
     "seq_len",
+    "queries",
     "world_size",
     "ranks_per_node",
     "direction",

@@ -26,6 +26,7 @@ COLUMNS = {
     "draw": "the mask's seed, empty where it has none",
     "batch": "sequences",
     "seq_len": "tokens of a sequence",
+    "queries": "the last so many tokens alone attend; 0 is all",
     "num_heads_q": "query heads",
     "num_heads_kv": "key/value heads",
     "head_dim": "of queries, keys and values",
@@ -129,6 +130,7 @@ def _row(record: Record, environments: Mapping[str, dict[str, Any]]) -> dict[str
     for key in (
         "batch",
         "seq_len",
+        "queries",
         "num_heads_q",
         "num_heads_kv",
         "head_dim",
@@ -156,7 +158,8 @@ def _row(record: Record, environments: Mapping[str, dict[str, Any]]) -> dict[str
     row["time_ms"] = _ms(record.median_us)
     for phase in record.times_us:
         row[f"{phase}_ms"] = _ms(_median(slowest_us(record.times_us, (phase,))))
-    row["density"] = record.area / case.seq_len**2 if record.area is not None else None
+    if record.area is not None:
+        row["density"] = record.area / (case.queries or case.seq_len) / case.seq_len
     if record.balance and sum(record.balance):
         row["imbalance"] = max(record.balance) * len(record.balance) / sum(record.balance)
     row["mask_ms"], row["plan_ms"] = _ms(record.mask_us), _ms(record.plan_us)

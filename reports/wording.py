@@ -17,6 +17,7 @@ _SHOWN = 5  # runs of seeds that are listed
 FACTS: dict[str, tuple[Callable[[Any], object], str]] = {
     "mask": (itemgetter("mask"), "{}"),
     "tokens": (lambda row: format_size(int(row["seq_len"])), "{} tokens"),
+    "queries": (lambda row: int(row["queries"]) or "", "{} queries"),
     "ranks": (itemgetter("world_size"), "world size {}"),
     "a node": (lambda row: row["ranks_per_node"] or _AS_LAUNCHED, "{} ranks a node"),
     "direction": (itemgetter("direction"), "{}"),

@@ -52,11 +52,12 @@ class Combination:
     dtype: str
     placement: str = ""
     nodes: int = 0
+    queries: int = TOKENS  # the last ones
 
     @property
     def problem(self) -> Problem:
         return Problem(
-            batch=2, seq_q=TOKENS, seq_k=TOKENS, heads_q=self.heads_q, heads_kv=self.heads_kv,
+            batch=2, seq_q=self.queries, seq_k=TOKENS, heads_q=self.heads_q, heads_kv=self.heads_kv,
             head_dim=8, dtype=self.dtype,
         )  # fmt: skip
 
@@ -97,6 +98,8 @@ def combinations(size: int, reduced: bool) -> Iterator[Combination]:
         for mask in chosen:
             shape = SHAPES[next(turn) % len(SHAPES)]
             yield Combination(strategy, layout, mask, *shape, placement, nodes)
+        few = (next(turn) % 3) * 3 + 1  # of queries: 1, 4 or 7
+        yield Combination(strategy, layout, "causal", *SHAPES[2], placement, nodes, few)
 
 
 def run(rank: int, size: int, wanted: list[Combination]) -> list[Outcome]:
@@ -107,15 +110,18 @@ def run(rank: int, size: int, wanted: list[Combination]) -> list[Outcome]:
 
 def _outcome(one: Combination, comm: TorchComm) -> Outcome:
     mask = masks.build(one.mask, TOKENS)
-    dealt = build_layout(one.layout, TOKENS, comm.size, mask)
-    world = World.of(one.problem, mask, dealt, one.nodes, one.placement)
+    keys = build_layout(one.layout, TOKENS, comm.size, mask)
+    mask = mask.crop(TOKENS - one.queries, TOKENS, 0, TOKENS)
+    world = World.of(one.problem, mask, keys, one.nodes, one.placement)
+    queries = world.queries
     try:
         work = Attention("bands", one.strategy, world, comm.rank, "cpu")
     except Unsupported as refusal:
         return Outcome(refused=str(refusal))
     assert work.trace is not None
-    whole, want = _problem_and_answer(one.heads_q, one.heads_kv, one.dtype, one.mask)
-    q, k, v, dout = (dealt.shard(x, comm.rank) for x in whole)
+    whole, want = _problem_and_answer(one.heads_q, one.heads_kv, one.dtype, one.mask, one.queries)
+    owners = (queries, keys, keys, queries)
+    q, k, v, dout = (o.shard(x, comm.rank) for o, x in zip(owners, whole, strict=True))
     comm.traffic.clear()
     out, _, saved = work.forward(q, k, v, comm, need_lse=False)
     counted = {"fwd": comm.traffic.bytes_to}
@@ -125,10 +131,10 @@ def _outcome(one: Combination, comm: TorchComm) -> Outcome:
     again, lse, _ = work.forward(q, k, v, comm)
     assert torch.equal(again, out)
     found = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
-    real = torch.as_tensor(dealt.positions(comm.rank) < TOKENS).nonzero().flatten()
     errors = {}
     for name in naive.TENSORS:
-        axis = 2 if name == "lse" else 1
+        axis, dealt = 2 if name == "lse" else 1, keys if name in ("dk", "dv") else queries
+        real = torch.as_tensor(dealt.positions(comm.rank) < dealt.seq_len).nonzero().flatten()
         mine = dealt.shard(want[name], comm.rank, dim=axis).index_select(axis, real)
         errors[name] = naive.error(found[name].index_select(axis, real), mine)
     traced = {phase: seen.bytes_to for phase, seen in work.trace.phases.items()}
@@ -136,9 +142,12 @@ def _outcome(one: Combination, comm: TorchComm) -> Outcome:
 
 
 @functools.cache
-def _problem_and_answer(heads_q: int, heads_kv: int, dtype: str, mask: str) -> Any:
-    whole = naive.random_inputs(2, TOKENS, heads_q, heads_kv, 8, getattr(torch, dtype))
-    return whole, naive.attention(*whole, masks.build(mask, TOKENS))
+def _problem_and_answer(heads_q: int, heads_kv: int, dtype: str, mask: str, queries: int) -> Any:
+    first = TOKENS - queries
+    q, k, v, dout = naive.random_inputs(2, TOKENS, heads_q, heads_kv, 8, getattr(torch, dtype))
+    whole = (q[:, first:], k, v, dout[:, first:])
+    seen = masks.build(mask, TOKENS).crop(first, TOKENS, 0, TOKENS)
+    return whole, naive.attention(*whole, seen)
 
 
 def faults(one: Combination, ranks: list[Outcome], limit: dict[str, float]) -> list[str]:

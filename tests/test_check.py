@@ -55,7 +55,7 @@ def _sampled(
 ) -> tuple[str | None, check.Errors]:
     problem = _problem(**changes)
     work = _measured(operator, mask, **changes)
-    inputs = check.make_inputs(problem, np.arange(TOKENS), seed, "cpu")
+    inputs = check.inputs_of(work, seed, "cpu")
     found = check.run(work, inputs, None)
     errors = sampled(work, inputs, found, seed, check.Rank("cpu"))
     return check.verdict(errors, problem.dtype), errors

@@ -161,17 +161,38 @@ def test_every_key_is_in_the_id() -> None:
         "mask": "full",
         "batch": 2,
         "seq_len": 64,
+        "queries": 1,
         "num_heads_q": 8,
         "num_heads_kv": 2,
         "head_dim": 32,
         "dtype": "bfloat16",
         "direction": "fwd",
         "world_size": 2,
+        "ranks_per_node": 1,
         "seed": 1,
     }
-    assert set(other) == set(sweep.KEYS)
+    assert {*other, "placement"} == set(sweep.KEYS)
     ids = {cases(**{key: value})[0].id for key, value in other.items()}
     assert len(ids | {Case().id}) == len(other) + 1
+    usp = {"strategy": "usp", "world_size": 2}
+    assert cases(**usp)[0].id != cases(**usp, placement="ring")[0].id
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ({"placement": "ring"}, "placement = 'ring': single has no mesh"),
+        ({"strategy": "usp", "placement": "node"}, "placement = 'node': usp takes ring, ulysses"),
+        ({"placement": 3, "strategy": "usp"}, "placement = 3 is not the name of a mesh axis"),
+        ({"world_size": 4, "ranks_per_node": 3}, "a multiple of ranks_per_node (3)"),
+        ({"ranks_per_node": -1}, "ranks_per_node = -1 must be 0 or more"),
+        ({"queries": 1024}, "queries (1024) must be fewer than seq_len (1024), or 0 for all"),
+    ],
+)
+def test_topology_and_queries_are_checked_beforehand(table: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError) as error:
+        cases(**table)
+    assert words in str(error.value)
 
 
 def test_one_and_true_are_different_parameters() -> None:

@@ -65,6 +65,16 @@ class Pending:
         return self._take()
 
 
+class _Both(Pending):
+    """Two, one after the other."""
+
+    def __init__(self, first: Pending, second: Pending) -> None:
+        self._parts = (first, second)
+
+    def wait(self) -> list[torch.Tensor]:
+        return [x for part in self._parts for x in part.wait()]
+
+
 def to_heads(shards: list[torch.Tensor], comm: Comm) -> Pending:
     """Token shards ``[B, L, P * h, D]`` to head shards ``[B, P * L, h, D]``, in one all-to-all.
 
@@ -74,6 +84,8 @@ def to_heads(shards: list[torch.Tensor], comm: Comm) -> Pending:
 
     if comm.size == 1:
         return Pending(comm.exchange([], []), lambda: shards)
+    if shards[0].shape[1] != shards[-1].shape[1]:  # fewer queries than keys
+        return _Both(to_heads(shards[:1], comm), to_heads(shards[1:], comm))
     by_rank = [x.unflatten(2, (comm.size, -1)).permute(2, 1, 0, 3, 4) for x in shards]
     wire = torch.cat(by_rank, dim=3)
     arrived = wire.new_empty(wire.shape)
@@ -90,6 +102,8 @@ def to_tokens(by_head: list[torch.Tensor], comm: Comm) -> Pending:
 
     if comm.size == 1:
         return Pending(comm.exchange([], []), lambda: by_head)
+    if by_head[0].shape[1] != by_head[-1].shape[1]:
+        return _Both(to_tokens(by_head[:1], comm), to_tokens(by_head[1:], comm))
     heads = [x.shape[2] for x in by_head]
     wire = torch.cat([x.transpose(0, 1) for x in by_head], dim=2)
     wire = wire.unflatten(0, (comm.size, -1))
