@@ -8,7 +8,6 @@ timeout (or oom with ``--strict``); 2 bad input; 130 interrupted.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from cpbench import __version__
+from cpbench.cli_tools import tools
 from cpbench.options import (
     AsJson,
     Format,
@@ -29,6 +29,7 @@ from cpbench.options import (
     device_name,
     file,
     folder,
+    print_rows,
     run_directory,
     several,
     user_input,
@@ -121,52 +122,12 @@ def list_(
     device: OnDevice = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what there is: operators, strategies, layouts, masks, sweeps."""
+    """Show what there is: operators, strategies, masks, sweeps."""
     from cpbench import catalogue
 
     with user_input():
         rows = catalogue.rows(kind.value, device_name(device))
-    _print_rows(rows, as_json)
-
-
-@app.command()
-def mask(
-    mask: Annotated[
-        str, typer.Argument(metavar="MASK", help="Such as causal_document:corpus=pile,seed=3.")
-    ],
-    seq_len: Annotated[str, typer.Option(metavar="TOKENS", help="Such as 8192 or 64k.")],
-    png: Annotated[Path | None, file(help="Draw it into this file (.png).")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Show the area, density and slices of a mask, and draw it."""
-    import time
-
-    from cpbench import masks
-    from cpbench.sweep import number
-
-    with user_input():
-        tokens = number("seq_len", seq_len)
-        start = time.perf_counter()
-        built = masks.build(mask, seq_len=tokens)
-        build_ms = (time.perf_counter() - start) * 1e3
-        if png is not None:
-            if png.suffix != ".png":
-                raise ValueError(f"--png {str(png)!r}: the file must end in .png")
-            from cpbench.masks.picture import draw
-
-            draw(built, png, f"{mask}, {seq_len} tokens")
-    row = {
-        "mask": mask, "seq_q": built.seq_q, "seq_k": built.seq_k, "area": built.area,
-        "density": round(built.density, 6), "slices": len(built.slices),
-        "build_ms": round(build_ms, 3), "digest": built.digest,
-    }  # fmt: skip
-    if as_json:
-        print(json.dumps({**row, "slice_rows": built.slices.tolist()}))
-    else:
-        for key, value in row.items():
-            print(f"{key:9} {value}")
-        if png is not None:
-            print(f"{'picture':9} {png}")
+    print_rows(rows, as_json)
 
 
 @app.command("run")
@@ -225,6 +186,13 @@ def bench(
         str | None, several(help="Such as zigzag,striped.  [default: contiguous]")
     ] = None,
     world_size: Annotated[str, several(help="Ranks.")] = "1",
+    ranks_per_node: Annotated[
+        str, several(help="Ranks that share a node.  [default: as launched]")
+    ] = "0",
+    placement: Annotated[
+        str | None, several(help="Axis of the strategy's mesh inside a node.")
+    ] = None,
+    queries: Annotated[str, several(help="Only so many last tokens attend; 0 is all.")] = "0",
     batch: Annotated[str, several()] = "1",
     num_heads_q: Annotated[str, several()] = "4",
     num_heads_kv: Annotated[str | None, several(help="[default: as --num-heads-q]")] = None,
@@ -255,7 +223,8 @@ def bench(
 
     given = {
         "operator": operator, "strategy": strategy, "layout": layout, "seq_len": seq_len,
-        "world_size": world_size, "batch": batch, "num_heads_q": num_heads_q,
+        "world_size": world_size, "ranks_per_node": ranks_per_node, "placement": placement,
+        "queries": queries, "batch": batch, "num_heads_q": num_heads_q,
         "num_heads_kv": num_heads_kv, "head_dim": head_dim, "dtype": dtype,
         "direction": direction, "seed": seed,
     }  # fmt: skip
@@ -301,59 +270,12 @@ def verify(
     run = runs.results(request)
     rows = verification.summary(run.records.values())
     if as_json:
-        _print_rows(rows, True)
+        print_rows(rows, True)
     else:
         print()
-        _print_rows(rows, False)
+        print_rows(rows, False)
         print(verification.conclusion(run, request))
     return code
-
-
-@app.command()
-def traffic(
-    strategy: Annotated[str, typer.Argument(metavar="STRATEGY", help="Such as usp:ulysses=8.")],
-    mask: Annotated[str, typer.Option(metavar="MASK", help="See cpbench list masks.")] = "causal",
-    seq_len: Annotated[str, typer.Option(metavar="TOKENS", help="Of all ranks.")] = "128k",
-    world_size: Annotated[str, typer.Option(metavar="RANKS")] = "8",
-    gpus_per_node: Annotated[str, typer.Option(metavar="RANKS", help="That share a node.")] = "8",
-    layout: Annotated[str, typer.Option(metavar="LAYOUT", help="See list layouts.")] = "contiguous",
-    placement: Annotated[
-        str, typer.Option(metavar="AXIS", help="Mesh axis inside a node.  [default: its own]")
-    ] = "",
-    num_heads_q: Annotated[str, typer.Option(metavar="HEADS")] = "64",
-    num_heads_kv: Annotated[str, typer.Option(metavar="HEADS")] = "8",
-    head_dim: Annotated[str, typer.Option(metavar="LANES")] = "128",
-    batch: Annotated[str, typer.Option(metavar="SEQUENCES")] = "1",
-    dtype: Annotated[str, typer.Option(metavar="DTYPE")] = "bfloat16",
-    direction: Annotated[str, typer.Option(help="fwd, bwd or fwd_bwd.")] = "fwd_bwd",
-    as_json: AsJson = False,
-) -> None:
-    """Predict what every rank would send, to the byte, from the strategy's own code.
-
-    Nothing is run: tensors have no data. Up to 1,024 ranks take a minute.
-    """
-    from cpbench import forecast
-    from cpbench import sweep as sweeps
-
-    with user_input():
-        ranks = sweeps.number("world_size", world_size)
-        nodes = sweeps.number("ranks_per_node", gpus_per_node) or ranks
-        (case,) = sweeps.product(
-            {
-                "strategy": strategy, "layout": layout, "mask": mask, "seq_len": seq_len,
-                "world_size": ranks, "ranks_per_node": min(nodes, ranks), "batch": batch,
-                "num_heads_q": num_heads_q, "num_heads_kv": num_heads_kv, "head_dim": head_dim,
-                "dtype": dtype, "direction": direction, "placement": placement,
-            }
-        )  # fmt: skip
-        found = forecast.forecast(case)
-    if as_json:
-        print(json.dumps(found))
-    else:
-        print(f"{case.label}, {case.ranks_per_node} ranks a node")
-        _print_rows(forecast.table(found), False)
-        held = max(found["buffers_bytes"].values()) / 1e6
-        print(f"memory beside inputs, the operator's own aside: {held:,.1f} MB a rank at most")
 
 
 @app.command()
@@ -394,16 +316,6 @@ def report(
             write_text(output, text)
 
 
-@app.command()
-def doctor(as_json: AsJson = False) -> int:
-    """Show what this machine can run, and what is missing."""
-    from cpbench import diagnosis
-
-    rows = diagnosis.examine()
-    _print_rows(rows, as_json)
-    return 1 if any(row["verdict"] == "broken" for row in rows) else 0
-
-
 def _execute(request: Any, as_json: bool) -> int:
     from cpbench import runs
     from cpbench.reports import render
@@ -437,13 +349,7 @@ def _supervised(request: Any, quiet: bool) -> int:
         raise typer.Exit(_complain(text, INTERRUPTED)) from None
 
 
-def _print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(rows, indent=1))
-    elif rows:
-        from cpbench.reports.text import listing
-
-        print(listing(rows))
+app.registered_commands += tools.registered_commands
 
 
 if __name__ == "__main__":

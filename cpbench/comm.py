@@ -209,16 +209,17 @@ class TorchComm:
         into = [tensor for tensor, peer in recvs if peer == self.rank]
         for target, source in zip(into, own, strict=True):  # Gloo cannot send to itself
             target.copy_(source)
+        # Receives first: over Gloo, being ready to receive would queue behind one's own data.
         ops = []
+        for tensor, peer in recvs:
+            if peer != self.rank:
+                sender = self._members[peer]
+                ops.append(dist.P2POp(dist.irecv, tensor, group=group, group_peer=sender))
         for tensor, peer in sends:
             if peer != self.rank:
                 receiver = self._members[peer]
                 self.traffic.add(receiver, _nbytes(tensor))
                 ops.append(dist.P2POp(dist.isend, tensor, group=group, group_peer=receiver))
-        for tensor, peer in recvs:
-            if peer != self.rank:
-                sender = self._members[peer]
-                ops.append(dist.P2POp(dist.irecv, tensor, group=group, group_peer=sender))
         return _Works(self, dist.batch_isend_irecv(ops) if ops else [])
 
     def all_to_all(self, out: torch.Tensor, x: torch.Tensor) -> Handle:

@@ -102,3 +102,13 @@ def write_text(path: Path, text: str) -> None:
         path.write_text(text)  # a pipe or device, not to be replaced by a file
     else:
         write_whole(path, text)
+
+
+def print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
+    """Rows for people, or for programs."""
+    if as_json:
+        print(json.dumps(rows, indent=1))
+    elif rows:
+        from cpbench.reports.text import listing
+
+        print(listing(rows))

@@ -78,7 +78,7 @@ class _Rank:
         from cpbench.evaluate import Evaluation
 
         rank, size, local_size = self.ranks
-        _init_process_group(self.device.backend, rank, size)
+        init_process_group(self.device.backend, rank, size)
         control = Control(timeout_s=PATIENCE_S)
         settings, note = self.job.settings, self.journal.note
         return Evaluation(self.device, TorchComm(), control, settings, local_size, note)
@@ -87,7 +87,7 @@ class _Rank:
         return Record(case=case, status="unsupported", reason=self.shortage)
 
 
-def _init_process_group(backend: str, rank: int, size: int) -> None:
+def init_process_group(backend: str, rank: int, size: int) -> None:
     from datetime import timedelta
 
     import torch.distributed as dist
@@ -99,7 +99,7 @@ def _init_process_group(backend: str, rank: int, size: int) -> None:
     )
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Ask the kernel to end this process when its parent dies, so that none is left behind."""
     with suppress(OSError, AttributeError):  # Linux only; elsewhere the parent's own care serves
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
@@ -117,7 +117,7 @@ def _is_orphan() -> bool:
     return False
 
 
-def _last_words(error: BaseException) -> tuple[str, str]:
+def last_words(error: BaseException) -> tuple[str, str]:
     """Status and reason of a failure, in one line."""
     if isinstance(error, StoreError):
         return "store", str(error)
@@ -137,7 +137,7 @@ def _last_words(error: BaseException) -> tuple[str, str]:
 
 def main(argv: list[str]) -> int:
     """Work through the job file named in ``argv``."""
-    _die_with_parent()
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)
@@ -155,7 +155,7 @@ def main(argv: list[str]) -> int:
             traceback.print_exc()
             sys.stderr.flush()
         with suppress(OSError, NameError):
-            status, reason = _last_words(error)
+            status, reason = last_words(error)
             journal.note("failed", status=status, reason=reason)
         with suppress(OSError):
             sys.stdout.flush()

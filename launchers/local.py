@@ -10,13 +10,19 @@ from pathlib import Path
 from cpbench.launchers.gang import Command
 
 
-def commands(job: Path, world_size: int, environ: Mapping[str, str] = os.environ) -> list[Command]:
+def commands(
+    job: Path,
+    world_size: int,
+    environ: Mapping[str, str] = os.environ,
+    module: str = "cpbench.worker",
+) -> list[Command]:
     """One command per rank.
 
     Args:
         job: the job file; logs and the meeting point are put beside it.
         world_size: ranks.
         environ: what the user has set, which is not overridden.
+        module: what each rank runs.
     """
     shared = {
         "WORLD_SIZE": str(world_size),
@@ -28,7 +34,7 @@ def commands(job: Path, world_size: int, environ: Mapping[str, str] = os.environ
     }
     return [
         Command(
-            argv=(sys.executable, "-m", "cpbench.worker", str(job)),
+            argv=(sys.executable, "-m", module, str(job)),
             env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             log=job.parent / f"rank{rank}.log",
         )

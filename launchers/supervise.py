@@ -25,7 +25,7 @@ from cpbench.record import Record
 from cpbench.settings import MeasureSettings
 from cpbench.store import Job, RecordWriter, StoreError, Tail, check_writable
 
-LAUNCHERS: dict[str, Callable[[Path, int], list[Command]]] = {
+LAUNCHERS: dict[str, Callable[..., list[Command]]] = {
     "local": local.commands,
     "torchrun": torchrun.commands,
 }

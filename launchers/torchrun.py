@@ -10,7 +10,12 @@ from pathlib import Path
 from cpbench.launchers.gang import Command
 
 
-def commands(job: Path, world_size: int, environ: Mapping[str, str] = os.environ) -> list[Command]:
+def commands(
+    job: Path,
+    world_size: int,
+    environ: Mapping[str, str] = os.environ,
+    module: str = "cpbench.worker",
+) -> list[Command]:
     """One torchrun for all ranks; arguments as for ``local``.  Its c10d rendezvous picks a port."""
     argv = (
         sys.executable, "-m", "torch.distributed.run",
@@ -19,7 +24,7 @@ def commands(job: Path, world_size: int, environ: Mapping[str, str] = os.environ
         "--rdzv-backend", "c10d",
         "--rdzv-endpoint", "127.0.0.1:0",
         "--local-addr", "127.0.0.1",
-        "-m", "cpbench.worker", str(job),
+        "-m", module, str(job),
     )  # fmt: skip
     env = {
         "OMP_NUM_THREADS": environ.get("OMP_NUM_THREADS", "1"),

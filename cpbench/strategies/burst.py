@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpbench.merge import row_delta
 from cpbench.registry import StrategyInfo
+from cpbench.strategies import wire
 from cpbench.strategies.ring import Ring
 from cpbench.strategies.rotation import Following, Step, steps, travel
 
@@ -67,7 +68,7 @@ class Burst(Ring):
         import torch
 
         q, k, v, out, lse = saved
-        grads = Following((1, *q.shape), getattr(torch, self.grad_dtype), op, comm)
+        grads = Following((1, *q.shape), wire.dtype(self.grad_dtype), op, comm)
         own = None
         block = (q, dout, row_delta(dout, out), lse)
         for step, (q_s, dout_s, delta_s, lse_s) in travel(plan.back, block, comm):

@@ -21,6 +21,7 @@ from cpbench.comm import Done
 from cpbench.mask import BoolArray
 from cpbench.merge import row_delta
 from cpbench.registry import StrategyInfo
+from cpbench.strategies import wire
 from cpbench.strategies.returns import Returns
 
 if TYPE_CHECKING:
@@ -76,12 +77,10 @@ class DistFlash:
     """
 
     def __init__(self, grad_dtype: str = "float32") -> None:
-        if grad_dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"distflash: grad_dtype = {grad_dtype!r} is not float32 or bfloat16")
-        self.grad_dtype = grad_dtype
+        self.grad_dtype = wire.checked("distflash", grad_dtype)
 
     def unsupported(self, world: World) -> str | None:
-        return None
+        return wire.refusal("distflash", self.grad_dtype, world.problem)
 
     def prepare(self, op: BoundOperator, world: World, rank: int) -> Plan:
         size, (by_owner, by_helper, last) = world.size, _shared(world)
@@ -141,7 +140,7 @@ class DistFlash:
         import torch
 
         q, k, v, out, lse = saved
-        wire = getattr(torch, self.grad_dtype)
+        travels = wire.dtype(self.grad_dtype)
         parts = op.backward_parts(dout, q, out, lse)
         own: torch.Tensor | None = None  # dK and dV of our keys, float32
 
@@ -158,16 +157,16 @@ class DistFlash:
                 continue
             if step.attend is not None:
                 grads = op.add_up(None, parts.add(kv[0], kv[1], step.attend))
-                returns.send([grads.to(wire)], step.source)
+                returns.send([grads.to(travels)], step.source)
             if step.keys_out:
-                returns.expect([k.new_empty((2, *k.shape), dtype=wire)], step.target, add)
+                returns.expect([k.new_empty((2, *k.shape), dtype=travels)], step.target, add)
             if step.help is not None:
                 q_s, dout_s, delta_s, lse_s = queries
                 theirs = op.lent_parts(dout_s, q_s, delta_s, lse_s)
                 add(theirs.add(k, v, step.help))
-                returns.send([theirs.finish(wire)], step.source)
+                returns.send([theirs.finish(travels)], step.source)
             if step.queries_out:
-                returns.expect([q.new_empty(q.shape, dtype=wire)], step.target, parts.add_result)
+                returns.expect([q.new_empty(q.shape, dtype=travels)], step.target, parts.add_result)
             returns.post()
         returns.settle()
         dk, dv = own.to(k.dtype) if own is not None else (torch.zeros_like(k), torch.zeros_like(v))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cpbench.registry import StrategyInfo
-from cpbench.strategies import heads
+from cpbench.strategies import heads, wire
 from cpbench.strategies.rotation import Following, Step, steps, travel
 
 if TYPE_CHECKING:
@@ -63,13 +63,14 @@ class Hierarchical:
             raise ValueError(
                 f"hierarchical: grad_dtype = {grad_dtype!r} is not float32 or bfloat16"
             )
-        self.local, self.grad_dtype = local, grad_dtype
+        self.local, self.grad_dtype = local, wire.checked("hierarchical", grad_dtype)
 
     def unsupported(self, world: World) -> str | None:
         size = self.local or world.ranks_per_node
         if world.size % size:
             return f"hierarchical: local = {size} must divide the {world.size} ranks"
-        return heads.refusal("hierarchical", world.problem, size)
+        reason = heads.refusal("hierarchical", world.problem, size)
+        return reason or wire.refusal("hierarchical", self.grad_dtype, world.problem)
 
     def prepare(self, op: BoundOperator, world: World, rank: int) -> Plan:
         size = self.local or world.ranks_per_node
@@ -124,7 +125,7 @@ class Hierarchical:
         parts = op.backward_parts(dout_all, q_all, out_all, lse_all)
         batch, tokens, local_heads, dim = k_all.shape
         thin = (2, tokens // replicas.size, batch, local_heads, dim)
-        grads = Following(thin, getattr(torch, self.grad_dtype), op, across)
+        grads = Following(thin, wire.dtype(self.grad_dtype), op, across)
         own = torch.zeros((2, tokens, *thin[2:]), dtype=torch.float32, device=k_all.device)
         for step, keys, values in self._rounds(k_all, v_all, plan, comm, idle=True):
             found: Any = None

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cpbench.registry import StrategyInfo
+from cpbench.strategies import wire
 from cpbench.strategies.rotation import Following, Step, steps, travel
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ STRATEGY = StrategyInfo(
     params=("grad_dtype", "window"),
     variants=("grad_dtype=bfloat16", "window=2"),
 )
-GRAD_DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,14 @@ class Ring:
     """
 
     def __init__(self, grad_dtype: str = "float32", window: int = 0) -> None:
-        if grad_dtype not in GRAD_DTYPES:
-            raise ValueError(f"ring: grad_dtype = {grad_dtype!r} is not float32 or bfloat16")
         if window < 0:
             raise ValueError(f"ring: window = {window} must be a number of ranks, or 0 for all")
-        self.grad_dtype, self.window = grad_dtype, window
+        self.grad_dtype, self.window = wire.checked("ring", grad_dtype), window
 
     def unsupported(self, world: World) -> str | None:
         if self.window and world.size % self.window:
             return f"ring: window = {self.window} must divide the {world.size} ranks of the ring"
-        return None
+        return wire.refusal("ring", self.grad_dtype, world.problem)
 
     def prepare(self, op: BoundOperator, world: World, rank: int) -> Plan:
         return Plan(
@@ -92,11 +90,9 @@ class Ring:
     def backward(
         self, dout: torch.Tensor, saved: Any, plan: Plan, op: BoundOperator, comm: Comm
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        import torch
-
         q, k, v, out, lse = saved
         parts = op.backward_parts(dout, q, out, lse)
-        grads = Following((2, *k.shape), getattr(torch, self.grad_dtype), op, comm)
+        grads = Following((2, *k.shape), wire.dtype(self.grad_dtype), op, comm)
         for step, (k_s, v_s) in travel(plan.steps, (k, v), comm):
             grads.add(step, parts.add(k_s, v_s, step.plan) if step.computes else None)
         dk, dv = grads.finish()

@@ -19,6 +19,7 @@ from cpbench.comm import Done
 from cpbench.merge import row_delta
 from cpbench.mesh import Mesh
 from cpbench.registry import StrategyInfo
+from cpbench.strategies import wire
 from cpbench.strategies.returns import Returns
 
 if TYPE_CHECKING:
@@ -91,14 +92,12 @@ class Tile:
     def __init__(self, rows: int = 0, grad_dtype: str = "float32") -> None:
         if rows < 0:
             raise ValueError(f"tile: rows = {rows} must be a number of ranks, or 0 to choose")
-        if grad_dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"tile: grad_dtype = {grad_dtype!r} is not float32 or bfloat16")
-        self.rows, self.grad_dtype = rows, grad_dtype
+        self.rows, self.grad_dtype = rows, wire.checked("tile", grad_dtype)
 
     def unsupported(self, world: World) -> str | None:
         if self.rows and world.size % self.rows:
             return f"tile: rows = {self.rows} must divide the {world.size} ranks"
-        return None
+        return wire.refusal("tile", self.grad_dtype, world.problem)
 
     def prepare(self, op: BoundOperator, world: World, rank: int) -> Plan:
         rows = self.rows or least_traffic(world.problem, world.keys.local_len, world.size)
@@ -175,7 +174,7 @@ class Tile:
         import torch
 
         q, k, v, out, lse = saved
-        wire = getattr(torch, self.grad_dtype)
+        travels = wire.dtype(self.grad_dtype)
         columns = _Columns(k, v, plan, comm)
         grads: dict[int, torch.Tensor] = {}  # dK and dV of each column, float32
         returns = Returns(comm)
@@ -193,9 +192,9 @@ class Tile:
             if row is plan.rows[0]:
                 continue
             if row.receives:
-                returns.send([parts.finish(wire)], row.source)
+                returns.send([parts.finish(travels)], row.source)
             if row.sends:
-                returns.expect([q.new_empty(q.shape, dtype=wire)], row.target, own.add_result)
+                returns.expect([q.new_empty(q.shape, dtype=travels)], row.target, own.add_result)
             returns.post()
         columns.finish()
 
@@ -204,9 +203,9 @@ class Tile:
 
         for i, column in list(enumerate(plan.columns))[1:]:
             if column.receives:
-                returns.send([grads[i].to(wire)], column.source)
+                returns.send([grads[i].to(travels)], column.source)
             if column.sends:
-                returns.expect([k.new_empty((2, *k.shape), dtype=wire)], column.target, add)
+                returns.expect([k.new_empty((2, *k.shape), dtype=travels)], column.target, add)
             returns.post()
         returns.settle()
         dk, dv = grads[0].to(k.dtype) if 0 in grads else (torch.zeros_like(k), torch.zeros_like(v))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpbench.mesh import Mesh
 from cpbench.registry import StrategyInfo
-from cpbench.strategies import heads
+from cpbench.strategies import heads, wire
 from cpbench.strategies.ring import Ring
 
 if TYPE_CHECKING:
@@ -64,7 +64,8 @@ class Usp:
         size = heads.group_size(world, self.ulysses)
         if world.size % size:
             return f"{self.name}: ulysses = {size} must divide the {world.size} ranks"
-        return heads.refusal(self.name, world.problem, size)
+        reason = heads.refusal(self.name, world.problem, size)
+        return reason or wire.refusal(self.name, self.ring.grad_dtype, world.problem)
 
     def mesh(self, world: World) -> Mesh:
         """The ranks as a mesh; the axes before ``ulysses`` make up the ring, the last of them its

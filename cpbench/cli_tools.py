@@ -1,0 +1,152 @@
+"""The commands that look and measure nothing of a sweep: masks, traffic, links, this machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cpbench.options import (
+    AsJson,
+    Launcher,
+    LauncherName,
+    OnDevice,
+    device_name,
+    file,
+    print_rows,
+    several,
+    user_input,
+)
+
+tools = typer.Typer()
+
+
+@tools.command()
+def mask(
+    mask: Annotated[
+        str, typer.Argument(metavar="MASK", help="Such as causal_document:corpus=pile,seed=3.")
+    ],
+    seq_len: Annotated[str, typer.Option(metavar="TOKENS", help="Such as 8192 or 64k.")],
+    png: Annotated[Path | None, file(help="Draw it into this file (.png).")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the area, density and slices of a mask, and draw it."""
+    import time
+
+    from cpbench import masks
+    from cpbench.sweep import number
+
+    with user_input():
+        tokens = number("seq_len", seq_len)
+        start = time.perf_counter()
+        built = masks.build(mask, seq_len=tokens)
+        build_ms = (time.perf_counter() - start) * 1e3
+        if png is not None:
+            if png.suffix != ".png":
+                raise ValueError(f"--png {str(png)!r}: the file must end in .png")
+            from cpbench.masks.picture import draw
+
+            draw(built, png, f"{mask}, {seq_len} tokens")
+    row = {
+        "mask": mask, "seq_q": built.seq_q, "seq_k": built.seq_k, "area": built.area,
+        "density": round(built.density, 6), "slices": len(built.slices),
+        "build_ms": round(build_ms, 3), "digest": built.digest,
+    }  # fmt: skip
+    if as_json:
+        print(json.dumps({**row, "slice_rows": built.slices.tolist()}))
+    else:
+        for key, value in row.items():
+            print(f"{key:9} {value}")
+        if png is not None:
+            print(f"{'picture':9} {png}")
+
+
+@tools.command()
+def traffic(
+    strategy: Annotated[str, typer.Argument(metavar="STRATEGY", help="Such as usp:ulysses=8.")],
+    mask: Annotated[str, typer.Option(metavar="MASK", help="See cpbench list masks.")] = "causal",
+    seq_len: Annotated[str, typer.Option(metavar="TOKENS", help="Of all ranks.")] = "128k",
+    world_size: Annotated[str, typer.Option(metavar="RANKS")] = "8",
+    gpus_per_node: Annotated[str, typer.Option(metavar="RANKS", help="That share a node.")] = "8",
+    layout: Annotated[str, typer.Option(metavar="LAYOUT", help="See list layouts.")] = "contiguous",
+    placement: Annotated[
+        str, typer.Option(metavar="AXIS", help="Mesh axis inside a node.  [default: its own]")
+    ] = "",
+    queries: Annotated[
+        str, typer.Option(metavar="TOKENS", help="Only so many last tokens attend; 0 is all.")
+    ] = "0",
+    num_heads_q: Annotated[str, typer.Option(metavar="HEADS")] = "64",
+    num_heads_kv: Annotated[str, typer.Option(metavar="HEADS")] = "8",
+    head_dim: Annotated[str, typer.Option(metavar="LANES")] = "128",
+    batch: Annotated[str, typer.Option(metavar="SEQUENCES")] = "1",
+    dtype: Annotated[str, typer.Option(metavar="DTYPE")] = "bfloat16",
+    direction: Annotated[str, typer.Option(help="fwd, bwd or fwd_bwd.")] = "fwd_bwd",
+    as_json: AsJson = False,
+) -> None:
+    """Predict what every rank would send, to the byte.
+
+    The strategy's own code runs on tensors without data. 1,024 ranks take up to a minute.
+    """
+    from cpbench import forecast
+    from cpbench import sweep as sweeps
+
+    with user_input():
+        ranks = sweeps.number("world_size", world_size)
+        nodes = sweeps.number("ranks_per_node", gpus_per_node) or ranks
+        (case,) = sweeps.product(
+            {
+                "strategy": strategy, "layout": layout, "mask": mask, "seq_len": seq_len,
+                "queries": queries, "world_size": ranks, "ranks_per_node": min(nodes, ranks),
+                "batch": batch, "num_heads_q": num_heads_q, "num_heads_kv": num_heads_kv, "head_dim": head_dim,
+                "dtype": dtype, "direction": direction, "placement": placement,
+            }
+        )  # fmt: skip
+        found = forecast.forecast(case)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        print(f"{case.label}, {case.ranks_per_node} ranks a node")
+        print_rows(forecast.table(found), False)
+        held = max(found["buffers_bytes"].values()) / 1e6
+        print(f"memory beside inputs, the operator's own aside: {held:,.1f} MB a rank at most")
+
+
+@tools.command()
+def links(
+    world_size: Annotated[int, typer.Option(metavar="RANKS", help="Of this machine.")] = 2,
+    ranks_per_node: Annotated[
+        int, typer.Option(metavar="RANKS", help="That share a node; 0 to tell by host names.")
+    ] = 0,
+    sizes: Annotated[str, several(help="Bytes.")] = "8,1k,32k,1m,16m,64m",
+    seconds: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Of sampling, for each operation and size.")
+    ] = 0.3,
+    device: OnDevice = None,
+    launcher: Launcher = LauncherName.local,
+    as_json: AsJson = False,
+) -> int:
+    """Measure latency and bandwidth between ranks.
+
+    Point-to-point and collectives, inside nodes and across; what arrives is checked. Exit code 1
+    when a rank dies, hangs or receives wrong data.
+    """
+    from cpbench import linkcheck
+
+    with user_input():
+        wanted = linkcheck.sizes(sizes)
+        linkcheck.refuse(world_size, ranks_per_node)
+    return linkcheck.run(
+        world_size, device_name(device), launcher.value, wanted, ranks_per_node, as_json, seconds
+    )
+
+
+@tools.command()
+def doctor(as_json: AsJson = False) -> int:
+    """Show what this machine can run, and what is missing."""
+    from cpbench import diagnosis
+
+    rows = diagnosis.examine()
+    print_rows(rows, as_json)
+    return 1 if any(row["verdict"] == "broken" for row in rows) else 0
