@@ -99,7 +99,8 @@ def traffic(
             {
                 "strategy": strategy, "layout": layout, "mask": mask, "seq_len": seq_len,
                 "queries": queries, "world_size": ranks, "ranks_per_node": min(nodes, ranks),
-                "batch": batch, "num_heads_q": num_heads_q, "num_heads_kv": num_heads_kv, "head_dim": head_dim,
+                "batch": batch, "num_heads_q": num_heads_q, "num_heads_kv": num_heads_kv,
+                "head_dim": head_dim,
                 "dtype": dtype, "direction": direction, "placement": placement,
             }
         )  # fmt: skip

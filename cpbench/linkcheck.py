@@ -96,9 +96,8 @@ def run(
     folder = Path(tempfile.mkdtemp(prefix="cpbench-links-"))
     job = LinkJob(device, tuple(sizes), ranks_per_node, seconds).save(folder)
     try:
-        trouble = _Watch(job, world_size).follow(
-            LAUNCHERS[launcher](job, world_size, module="cpbench.links")
-        )
+        ranks = LAUNCHERS[launcher](job, world_size, module="cpbench.links")
+        trouble = _Watch(job, world_size).follow(ranks)
     except OSError as error:
         trouble = f"cannot start ranks: {error}"
     except KeyboardInterrupt:

@@ -15,7 +15,9 @@ import pytest
 from cpbench import cli, sweep
 
 CPBENCH = Path(sys.executable).with_name("cpbench")
-COMMANDS = ("list", "mask", "run", "bench", "verify", "report", "doctor")
+COMMANDS = (
+    "list", "run", "bench", "verify", "report", "mask", "traffic", "links", "doctor",
+)  # fmt: skip
 KINDS = ("operators", "strategies", "layouts", "masks", "sweeps")
 
 MINE = """

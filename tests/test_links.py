@@ -244,10 +244,6 @@ def test_bad_input() -> None:
         linkcheck.run(4, "cpu", "local", [8], ranks_per_node=3)
 
 
-@pytest.mark.skipif(
-    "links" not in [command.callback.__name__ for command in cli.app.registered_commands],
-    reason="cpbench.cli has no command links",
-)
 def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (
         ["--world-size", "1"],
