@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 from cpbench import layout, masks, registry, sweep
@@ -69,14 +70,21 @@ def _strategies(device: str) -> list[dict[str, Any]]:
     return [
         {
             "strategy": info.name,
-            "layouts": list(info.layouts),
+            "layouts": ["any"] if info.layouts == registry.ANY_LAYOUT else list(info.layouts),
             "parameters": list(info.params),
+            "placements": list(info.axes),
+            "here": _here_or_missing(info),
             "operators": "those that merge" if info.merges else "any",
             "summary": info.summary,
             "source": info.source,
         }
         for _, info in sorted(registry.strategies().items())
     ]
+
+
+def _here_or_missing(info: registry.StrategyInfo) -> str:
+    missing = [name for name in info.requires if importlib.util.find_spec(name) is None]
+    return f"no: needs {', '.join(missing)}" if missing else "yes"
 
 
 def _layouts(device: str) -> list[dict[str, Any]]:
