@@ -109,6 +109,14 @@ class AttnMask:
         square = self.seq_q == self.seq_k and len(self.slices) == 1
         return "causal" if square and self.slices[0].tolist() == causal else "bands"
 
+    @property
+    def hull(self) -> tuple[int, int, int, int]:
+        """``(q0, q1, k0, k1)``, the smallest rectangle that holds every visible pair."""
+        if not len(self.slices):
+            return (0, 0, 0, 0)
+        least, most = self.slices.min(axis=0), self.slices.max(axis=0)
+        return (int(least[Q0]), int(most[Q1]), int(least[K0]), int(most[K1]))
+
     def row_counts(self) -> IntArray:
         """``(seq_q,)`` number of keys each query sees, in O(slices + seq_q)."""
         return _line_counts(self.slices, self.seq_q)

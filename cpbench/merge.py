@@ -9,7 +9,7 @@ Legend: B batch, S query length, T key length, H query heads, G key/value heads,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from cpbench.operator import Operator, Unsupported
@@ -69,7 +69,16 @@ class ForwardParts:
 
     def add(self, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor, plan: Any) -> None:
         """Attend to some more keys."""
-        self.add_result(*self._op.forward(self._q, k_BTGD, v_BTGD, plan))
+        if self._out is None or not isinstance(plan, Planned) or plan.crop is None:
+            self.add_result(*self._op.forward(self._q, k_BTGD, v_BTGD, plan))
+            return
+        q0, q1, _, _ = plan.crop  # the other queries see none of these keys
+        out, lse = self._op.forward_cropped(self._q, k_BTGD, v_BTGD, plan)
+        assert lse is not None
+        assert self._lse is not None
+        self._out = self._out.float()
+        some = self._lse[:, :, q0:q1]
+        some.copy_(merge(self._out[:, q0:q1], some, out.float(), lse)[1])
 
     def add_result(self, out: torch.Tensor, lse: torch.Tensor | None) -> None:
         """What somebody else found for the same queries and some more keys; overwritten."""
@@ -111,11 +120,16 @@ class BackwardParts:
         self, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor, plan: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """dk and dv of these keys, in their dtype; dq is kept."""
-        dq, dk, dv = self._op.backward(
-            self._dout, self._q, k_BTGD, v_BTGD, self._out, self._lse, plan
-        )
-        self.add_result(dq)
-        return dk, dv
+        given = (self._dout, self._q, k_BTGD, v_BTGD, self._out, self._lse, plan)
+        if self._dq is None or not isinstance(plan, Planned) or plan.crop is None:
+            dq, dk, dv = self._op.backward(*given)
+            self.add_result(dq)
+            return dk, dv
+        q0, q1, k0, k1 = plan.crop
+        dq, dk, dv = self._op.backward_cropped(*given)
+        self._dq = self._dq.float()
+        self._dq[:, q0:q1].add_(dq)
+        return padded(dk, k_BTGD, k0, k1), padded(dv, v_BTGD, k0, k1)
 
     def add_result(self, dq: torch.Tensor) -> None:
         """What somebody else found for dq from some more keys; the first one is overwritten."""
@@ -133,10 +147,29 @@ class BackwardParts:
 
 @dataclass(frozen=True)
 class Planned:
-    """An operator's plan for one part of the work, and the visible pairs in it."""
+    """An operator's plan for one part of the work.
+
+    Attributes:
+        plan: the operator's own.
+        area: visible pairs in it.
+        crop: ``(q0, q1, k0, k1)`` where the plan is for these queries and keys alone, since no
+            others see or are seen; None where it is for all.
+    """
 
     plan: Any
     area: int
+    crop: tuple[int, int, int, int] | None = None
+
+
+def padded(part: torch.Tensor, like: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    """Tokens ``start`` to ``end`` of a tensor that is 0 elsewhere, in the shape of ``like``."""
+    import torch
+
+    if part.shape == like.shape:
+        return part
+    whole = torch.zeros(like.shape, dtype=part.dtype, device=part.device)
+    whole[:, start:end] = part
+    return whole
 
 
 class BoundOperator:
@@ -164,23 +197,50 @@ class BoundOperator:
     def prepare(self, part: Part) -> Any:
         """The operator's plan for one part of the work.
 
+        Where all that is visible is one rectangle, full or causal (a step of a zigzag or striped
+        ring is), the plan is for that rectangle, which operators compute natively.
+
         Raises:
             Unsupported: when the operator does not take such a mask or problem.
         """
-        mask, problem = part.mask, part.problem
+        mask, problem, crop = part.mask, part.problem, None
+        if mask.kind == "bands":
+            inner = mask.crop(*mask.hull)
+            if inner.kind in ("full", "causal"):
+                crop, mask = mask.hull, inner
+                problem = replace(problem, seq_q=mask.seq_q, seq_k=mask.seq_k)
         if mask.kind not in self.info.masks:
             takes = ", ".join(self.info.masks)
             raise Unsupported(f"{self.info.name} takes {takes} masks; this one is {mask.kind}")
         reason = self.impl.unsupported(problem, mask, self.device)
         if reason is not None:
             raise Unsupported(reason)
-        return Planned(self.impl.prepare(mask, problem, self.device), part.area)
+        return Planned(self.impl.prepare(mask, problem, self.device), part.area, crop)
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See :meth:`Operator.forward`."""
+        import torch
+
+        out, lse = self.forward_cropped(q, k, v, plan)
+        if plan.crop is None or out.shape == q.shape:
+            return out, lse
+        q0, q1, _, _ = plan.crop
+        if lse is not None:
+            found, (b, h, _) = lse, lse.shape
+            lse = torch.full((b, h, q.shape[1]), -torch.inf, dtype=lse.dtype, device=lse.device)
+            lse[:, :, q0:q1] = found
+        return padded(out, q, q0, q1), lse
+
+    def forward_cropped(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Planned
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As :meth:`forward`, of the queries of ``plan.crop`` alone."""
         self.pairs += plan.area * q.shape[2]
+        if plan.crop is not None:
+            q0, q1, k0, k1 = plan.crop
+            q, k, v = q[:, q0:q1], k[:, k0:k1], v[:, k0:k1]
         return self.impl.forward(q, k, v, plan.plan)
 
     def backward(
@@ -194,7 +254,29 @@ class BoundOperator:
         plan: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See :meth:`Operator.backward`."""
+        dq, dk, dv = self.backward_cropped(dout, q, k, v, out, lse, plan)
+        if plan.crop is None:
+            return dq, dk, dv
+        q0, q1, k0, k1 = plan.crop
+        return padded(dq, q, q0, q1), padded(dk, k, k0, k1), padded(dv, v, k0, k1)
+
+    def backward_cropped(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        plan: Planned,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As :meth:`backward`, of the queries and keys of ``plan.crop`` alone."""
         self.pairs += plan.area * q.shape[2]
+        if plan.crop is not None:
+            q0, q1, k0, k1 = plan.crop
+            dout, q, out = dout[:, q0:q1], q[:, q0:q1], out[:, q0:q1]
+            k, v = k[:, k0:k1], v[:, k0:k1]
+            lse = lse[:, :, q0:q1].contiguous() if lse is not None else None
         return self.impl.backward(dout, q, k, v, out, lse, plan.plan)
 
     def add_up(self, total: torch.Tensor | None, found: Sequence[torch.Tensor]) -> torch.Tensor:
