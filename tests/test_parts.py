@@ -1,4 +1,4 @@
-"""Parts of the work as operators get them: cut down to the rectangle in which anything is visible."""
+"""Parts of the work as operators get them: cut down to the rectangle where anything is visible."""
 
 from __future__ import annotations
 
