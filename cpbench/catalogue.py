@@ -73,8 +73,8 @@ def _strategies(device: str) -> list[dict[str, Any]]:
             "layouts": ["any"] if info.layouts == registry.ANY_LAYOUT else list(info.layouts),
             "parameters": list(info.params),
             "placements": list(info.axes),
+            "operators": "merging" if info.merges else "any",
             "here": _here_or_missing(info),
-            "operators": "those that merge" if info.merges else "any",
             "summary": info.summary,
             "source": info.source,
         }

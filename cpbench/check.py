@@ -207,7 +207,9 @@ def _windows(n: int, corners: IntArray, tokens: int) -> IntArray:
 
 def small_world(work: Attention) -> World:
     """What :func:`small` computes in place of ``work``: its mask cut down, dealt alike."""
-    world, tiny = work.world, small_mask(work.mask)
+    world = work.world
+    # A multiple of what a layout deals evenly: some strategies pad nothing.
+    tiny = small_mask(work.mask, SMALL_TOKENS - SMALL_TOKENS % (2 * world.size))
     problem = replace(world.problem, seq_q=tiny.seq_q, seq_k=tiny.seq_k)
     layout = layouts.build(world.keys.name, tiny.seq_k, world.size, tiny)
     return World.of(problem, tiny, layout, world.ranks_per_node, world.placement)

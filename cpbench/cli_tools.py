@@ -82,7 +82,9 @@ def traffic(
     head_dim: Annotated[str, typer.Option(metavar="LANES")] = "128",
     batch: Annotated[str, typer.Option(metavar="SEQUENCES")] = "1",
     dtype: Annotated[str, typer.Option(metavar="DTYPE")] = "bfloat16",
-    direction: Annotated[str, typer.Option(help="fwd, bwd or fwd_bwd.")] = "fwd_bwd",
+    direction: Annotated[
+        str, typer.Option(metavar="PHASES", help="fwd, bwd or fwd_bwd.")
+    ] = "fwd_bwd",
     as_json: AsJson = False,
 ) -> None:
     """Predict what every rank would send, to the byte.

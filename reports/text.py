@@ -41,7 +41,7 @@ def row_lines(rows: Sequence[Mapping[str, Any]], width: int | None = None) -> li
     widths = {key: max(map(len, [key, *cells])) for key, cells in columns.items()}
     limit = width or _terminal()
     while sum(widths.values()) + 2 * (len(widths) - 1) > limit:
-        widest = max(widths, key=lambda key: widths[key])
+        widest = max(list(widths)[1:] or widths, key=lambda key: widths[key])  # names stay whole
         if widths[widest] <= max(NARROWEST, len(widest)):
             break  # rather too wide than unreadable
         widths[widest] -= 1
@@ -66,7 +66,8 @@ def listing(rows: Sequence[Mapping[str, Any]]) -> str:
     """A table for a terminal in which the ``summary`` of a row, where there is one beside several
     columns, is a line below it: there is no room for a sentence beside them."""
     below = "summary" if len(rows[0]) > 2 else ""
-    head, *bodies = row_lines([{k: v for k, v in row.items() if k != below} for row in rows])
+    left_out = (below, "source")  # programs get the source too
+    head, *bodies = row_lines([{k: v for k, v in row.items() if k not in left_out} for row in rows])
     lines = list(head)
     for row, body in zip(rows, bodies, strict=True):
         lines += [*body, *([f"    {row[below]}"] if below in row else [])]

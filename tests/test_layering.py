@@ -57,6 +57,8 @@ HEAVY = (
     "ring_flash_attn",
     "magi_attention",
     "transformer_engine",
+    "yunchang",
+    "deepspeed",
 )
 
 

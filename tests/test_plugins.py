@@ -54,11 +54,11 @@ class Textbook:
 class Alone:
     """One rank, nothing sent."""
 
-    def unsupported(self, problem, mask, layout):
-        return None if layout.world_size == 1 else "alone runs on 1 rank"
+    def unsupported(self, world):
+        return None if world.size == 1 else "alone runs on 1 rank"
 
-    def prepare(self, op, mask, layout, problem, rank):
-        return op.prepare(mask, problem)
+    def prepare(self, op, world, rank):
+        return op.prepare(world.part([0], [0]))
 
     def forward(self, q, k, v, plan, op, comm, need_lse):
         out, lse = op.forward(q, k, v, plan)
