@@ -31,17 +31,21 @@ def tabulated(rows: Sequence[Mapping[str, Any]], form: str) -> str:
     )
 
 
-def row_lines(rows: Sequence[Mapping[str, Any]], width: int | None = None) -> list[list[str]]:
+def row_lines(
+    rows: Sequence[Mapping[str, Any]], width: int | None = None, whole_names: bool = False
+) -> list[list[str]]:
     """The lines of the head, then those of each row, for a terminal.
 
     Args:
         width: of the terminal; its own, or 100 where there is none, unless given.
+        whole_names: do not wrap the first column.
     """
     columns, align = _columns([{k: _plain(v) for k, v in row.items()} for row in rows])
     widths = {key: max(map(len, [key, *cells])) for key, cells in columns.items()}
     limit = width or _terminal()
     while sum(widths.values()) + 2 * (len(widths) - 1) > limit:
-        widest = max(list(widths)[1:] or widths, key=lambda key: widths[key])  # names stay whole
+        shrinking = list(widths)[1:] if whole_names else list(widths)
+        widest = max(shrinking, key=lambda key: widths[key])
         if widths[widest] <= max(NARROWEST, len(widest)):
             break  # rather too wide than unreadable
         widths[widest] -= 1
@@ -67,7 +71,8 @@ def listing(rows: Sequence[Mapping[str, Any]]) -> str:
     columns, is a line below it: there is no room for a sentence beside them."""
     below = "summary" if len(rows[0]) > 2 else ""
     left_out = (below, "source")  # programs get the source too
-    head, *bodies = row_lines([{k: v for k, v in row.items() if k not in left_out} for row in rows])
+    shown = [{k: v for k, v in row.items() if k not in left_out} for row in rows]
+    head, *bodies = row_lines(shown, whole_names=len(shown[0]) > 1)
     lines = list(head)
     for row, body in zip(rows, bodies, strict=True):
         lines += [*body, *([f"    {row[below]}"] if below in row else [])]

@@ -10,7 +10,7 @@ from typing import Any
 from cpbench.spec import format_size
 
 _AS_LAUNCHED = "as launched"
-_UNSAID = ("none", "unknown", _AS_LAUNCHED)  # not worth a word where they hold throughout
+_UNSAID = ("", "none", "unknown", _AS_LAUNCHED)  # not worth a word where they hold throughout
 _SHOWN = 5  # runs of seeds that are listed
 
 # What a problem is: column by heading, from a row of the tidy table, and how a sentence says it.

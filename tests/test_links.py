@@ -169,11 +169,11 @@ def test_tables(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     assert max(map(len, out.splitlines())) <= 100
 
 
-def sabotaged(code: str) -> Callable[[Path, int], list[Command]]:
+def sabotaged(code: str) -> Callable[..., list[Command]]:
     """A launcher whose rank 1 runs some code before it starts."""
 
-    def commands(job: Path, size: int) -> list[Command]:
-        made = local.commands(job, size)
+    def commands(job: Path, size: int, module: str) -> list[Command]:
+        made = local.commands(job, size, module=module)
         start = f"import sys\n{code}\nfrom cpbench import links\nlinks.main(sys.argv[1:])"
         argv = (sys.executable, "-c", start, str(job))
         return [made[0], dataclasses.replace(made[1], argv=argv), *made[2:]]

@@ -38,7 +38,7 @@ SWEEPS: dict[str, tuple[str, list[str]]] = {
     "operator number": ("[sweep]\noperator = 5", ["operator: 5", "name"]),
     "operator without name": ("[sweep]\noperator = {x = 1}", ["operator:", "name = "]),
     "strategy": ("[sweep]\nstrategy = 'rng'", ["strategy 'rng'", "ring, ", "ulysses"]),
-    "strategy parameter": ("[sweep]\nstrategy = 'ring:x=1'", ["'ring'", "'x'", "no parameters"]),
+    "strategy parameter": ("[sweep]\nstrategy = 'ring:x=1'", ["'ring'", "'x'", "takes grad_dtype"]),
     "layout": ("[sweep]\nlayout = 'zig'", ["layout 'zig'", "contiguous, striped, zigzag"]),
     "layout parameter": ("[sweep]\nlayout = 'zigzag:x=1'", ["'zigzag'", "'x'", "no parameters"]),
     "excluded strategy": (
@@ -147,7 +147,10 @@ LINES: dict[str, tuple[list[str], list[str]]] = {
     "run missing": (["run", "no.toml"], ["no.toml", "No such file"]),
     "run folder": (["run", "folder.toml"], ["folder.toml", "directory"]),
     "run binary": (["run", "binary.py.toml"], ["binary.py.toml", "UTF-8"]),
-    "run packaged": (["run", "quik"], ["'quik'", "context_parallel, kernels, longca, quick"]),
+    "run packaged": (
+        ["run", "quik"],
+        ["'quik'", "context_parallel, context_parallel_quick, kernels, longca"],
+    ),
     "run launcher": (["run", "quick", "--launcher", "mpi"], ["'mpi'", "'local', 'torchrun'"]),
     "run device": (["run", "quick", "--device", "gpu"], ["'gpu'", "'cpu', 'cuda'"]),
     "run retry": (["run", "quick", "--retry", "failed"], ["'failed'", "ok, unsupported, oom"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import naive
 import pytest
@@ -10,11 +11,13 @@ import torch
 
 import cpbench
 from cpbench import masks, registry
+from cpbench.layout import build as build_layout
 from cpbench.mask import AttnMask
 from cpbench.merge import BoundOperator, merge
 from cpbench.operator import Unsupported, declared_refusal
 from cpbench.problem import Problem
 from cpbench.verification import MASKS, SEQ_LEN
+from cpbench.world import Part, World
 
 LIMIT = {"float32": 2e-6, "bfloat16": 1.2e-2}
 COMPILED = {"flex"}  # seconds of compilation a case: a test of its own
@@ -68,6 +71,12 @@ def test_rows_that_see_nothing(operator: str) -> None:
     _compare(operator, AttnMask.from_slices(9, 9, []), (1, 2, 2, 64), "float32")
 
 
+def _alone(mask: AttnMask, problem: Problem) -> Part:
+    """A whole mask as the part of one rank."""
+    problem = replace(problem, seq_q=mask.seq_q, seq_k=mask.seq_k)
+    return World.of(problem, mask, build_layout("contiguous", mask.seq_k, 1)).part([0], [0])
+
+
 @pytest.mark.parametrize(
     "operator", [name for name in HERE if registry.operator_info(name).external_lse]
 )
@@ -80,7 +89,7 @@ def test_parts_over_split_keys_add_up_to_the_whole(operator: str) -> None:
     problem = Problem(
         batch=1, seq_q=96, seq_k=96, heads_q=4, heads_kv=2, head_dim=64, dtype="float32"
     )
-    plans = [op.prepare(mask.crop(0, 96, a, b), problem) for a, b in spans]
+    plans = [op.prepare(_alone(mask.crop(0, 96, a, b), problem)) for a, b in spans]
     forward = op.forward_parts(q)
     for (a, b), plan in zip(spans, plans, strict=True):
         forward.add(k[:, a:b].contiguous(), v[:, a:b].contiguous(), plan)
@@ -161,9 +170,9 @@ def test_refusals_say_why(name: str, changes: dict, device: str, words: str) -> 
 
 def test_a_dense_mask_that_does_not_fit_is_refused_with_its_size() -> None:
     op = BoundOperator.load("sdpa.cpu_flash", "cpu")
-    mask = masks.build("sliding_window", 1 << 17, window=16)
+    part = _alone(masks.build("sliding_window", 1 << 17, window=16), _problem())
     with pytest.raises(Unsupported, match=r"a dense mask of 64\.0 GiB would be needed"):
-        op.prepare(mask, _problem(seq_q=1 << 17, seq_k=1 << 17))
+        op.prepare(part)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 
 from cpbench.comm import Traffic
 
-LIMIT_S = 120.0
+LIMIT_S = 400.0
 
 
 class ThreadComm:
