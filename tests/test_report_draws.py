@@ -88,8 +88,9 @@ def test_other_masks_and_single_draws_stay_as_they_are() -> None:
     assert len(words(section(text, "All other cases, fastest first"), "a")) == len(others)
 
 
-def test_median_and_tail_have_winners_of_their_own() -> None:
+def test_median_and_tail_have_winners_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """b is a little slower on most draws and much faster on the heavy ones."""
+    monkeypatch.setenv("COLUMNS", "140")  # no cell wraps
     found = family(*draws("a", [1.0] * 26 + [9.0] * 4), *draws("b", [1.1] * 26 + [5.0] * 4))
     a, b = found.compared
     assert (a.method, a.median("time_ms"), a.p95("time_ms"), a.most("time_ms")) == ("a", 1, 9, 9)
