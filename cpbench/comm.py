@@ -19,7 +19,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 if TYPE_CHECKING:
     import torch
@@ -146,27 +146,19 @@ class _Works:
         self._works, self._then = (), None
 
 
-class TorchComm:
-    """:class:`Comm` over a torch.distributed group (Gloo for CPU tensors, NCCL for CUDA ones).
+class Grouped:
+    """What communicators share: members of a root one, and sub-communicators made once.
 
     Args:
-        group: a process group; the default one unless given.
+        rank, size: of the root.
     """
 
-    def __init__(self, group: Any = None) -> None:
-        import torch.distributed as dist
-
-        self._dist, self._root, self._group = dist, self, group
-        self._members = tuple(range(dist.get_world_size(group)))
-        self._subs: dict[tuple[int, ...], TorchComm] = {self._members: self}
-        self.rank, self.size = dist.get_rank(group), len(self._members)
-        self.traffic, self._pause_s = Traffic(self.size), 0.0
-        if "nccl" in dist.get_backend(group):
-            # NCCL wants every rank in a group's first operation, which a ring's first exchange,
-            # with its skipped steps, is not; and no communicator is made in a timed window.
-            import torch
-
-            dist.all_reduce(torch.zeros(1, device="cuda"), group=group)
+    def __init__(self: Self, rank: int, size: int) -> None:
+        self._root: Self = self
+        self._members = tuple(range(size))  # ranks of the root, in the order of this one
+        self._subs: dict[tuple[int, ...], Self] = {self._members: self}
+        self.rank, self.size = rank, size
+        self.traffic, self._pause_s = Traffic(size), 0.0
 
     @property
     def pause_s(self) -> float:
@@ -176,35 +168,68 @@ class TorchComm:
     def pause_s(self, seconds: float) -> None:
         self._root._pause_s = seconds
 
-    def sub(self, ranks: Sequence[int]) -> TorchComm:
+    def sub(self, ranks: Sequence[int]) -> Self:
+        """See :meth:`Comm.sub`."""
         members = tuple(self._members[rank] for rank in ranks)
         if members not in self._root._subs:
-            made = object.__new__(TorchComm)
-            made._dist, made._root, made._group = self._dist, self._root, None
-            made._members, made._subs = members, {}
-            made.rank, made.size = members.index(self._root.rank), len(members)
-            made.traffic = self._root.traffic
+            made = copy.copy(self._root)  # traffic and all else is the root's
+            made._members, made.size = members, len(members)
+            made.rank = members.index(self._root.rank)
+            made._begin()
             self._root._subs[members] = made
         return self._root._subs[members]
 
-    def _collective(self, nbytes: int, messages: int = 1) -> Any:
-        """The process group, made when first needed; notes what goes to each other rank."""
-        if self._group is None and self is not self._root:
-            assert list(self._members) == sorted(self._members), "process groups sort their ranks"
-            world = self._dist.get_process_group_ranks(self._root._group)
-            ranks = [world[member] for member in self._members]
-            self._group = self._dist.new_group(ranks, use_local_synchronization=True)
+    def _begin(self) -> None:
+        """What a sub-communicator has of its own."""
+
+    def _note(self, nbytes: int, messages: int) -> None:
+        """A collective in which so much goes to each other member."""
         for member in self._members:
             if member != self._root.rank:
                 self.traffic.add(member, nbytes, messages)
-        return self._group
+
+
+class TorchComm(Grouped):
+    """:class:`Comm` over a torch.distributed group (Gloo for CPU tensors, NCCL for CUDA ones).
+
+    Args:
+        group: a process group; the default one unless given.
+
+    Attributes:
+        group: that of the members, None for the default one or one that nothing has needed yet.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        import torch.distributed as dist
+
+        super().__init__(dist.get_rank(group), dist.get_world_size(group))
+        self._dist, self._world, self.group = dist, group, group
+        if "nccl" in dist.get_backend(group):
+            # NCCL wants every rank in a group's first operation, which a ring's first exchange,
+            # with its skipped steps, is not; and no communicator is made in a timed window.
+            import torch
+
+            dist.all_reduce(torch.zeros(1, device="cuda"), group=group)
+
+    def _begin(self) -> None:
+        self.group = None
+
+    def _collective(self, nbytes: int, messages: int = 1) -> Any:
+        """The process group, made when first needed; notes what goes to each other rank."""
+        if self.group is None and self is not self._root:
+            assert list(self._members) == sorted(self._members), "process groups sort their ranks"
+            world = self._dist.get_process_group_ranks(self._world)
+            ranks = [world[member] for member in self._members]
+            self.group = self._dist.new_group(ranks, use_local_synchronization=True)
+        self._note(nbytes, messages)
+        return self.group
 
     def exchange(
         self,
         sends: Sequence[tuple[torch.Tensor, int]],
         recvs: Sequence[tuple[torch.Tensor, int]],
     ) -> Handle:
-        dist, group = self._dist, self._root._group
+        dist, group = self._dist, self._world
         own = [tensor for tensor, peer in sends if peer == self.rank]
         into = [tensor for tensor, peer in recvs if peer == self.rank]
         for target, source in zip(into, own, strict=True):  # Gloo cannot send to itself

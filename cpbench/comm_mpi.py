@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cpbench.comm import Done, Handle, Traffic
+from cpbench.comm import Done, Grouped, Handle
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +44,7 @@ class _Requests:
         self._requests, self._then = [], None
 
 
-class MpiComm:
+class MpiComm(Grouped):
     """:class:`~cpbench.comm.Comm` over an MPI communicator, for CPU tensors.
 
     Args:
@@ -57,41 +57,20 @@ class MpiComm:
     def __init__(self, comm: Any = None, nap_s: float = 0.0) -> None:
         from mpi4py import MPI
 
-        self.mpi, self._root = MPI, self
-        self._comm: Any = (MPI.COMM_WORLD if comm is None else comm).Dup()
-        self.rank, self.size = self._comm.Get_rank(), self._comm.Get_size()
-        self._members = tuple(range(self.size))
-        self._subs: dict[tuple[int, ...], MpiComm] = {self._members: self}
-        self.traffic, self._pause_s, self.nap_s = Traffic(self.size), 0.0, nap_s
+        self._job = (MPI.COMM_WORLD if comm is None else comm).Dup()
+        super().__init__(self._job.Get_rank(), self._job.Get_size())
+        self.mpi, self.nap_s = MPI, nap_s
+        self._comm: Any = self._job
 
-    @property
-    def pause_s(self) -> float:
-        return self._root._pause_s
-
-    @pause_s.setter
-    def pause_s(self, seconds: float) -> None:
-        self._root._pause_s = seconds
-
-    def sub(self, ranks: Sequence[int]) -> MpiComm:
-        members = tuple(self._members[rank] for rank in ranks)
-        if members not in self._root._subs:
-            made = object.__new__(MpiComm)
-            made.mpi, made._root, made._comm = self.mpi, self._root, None
-            made._members, made._subs = members, {}
-            made.rank, made.size = members.index(self._root.rank), len(members)
-            made.traffic, made.nap_s = self._root.traffic, self._root.nap_s
-            self._root._subs[members] = made
-        return self._root._subs[members]
+    def _begin(self) -> None:
+        self._comm = None
 
     def _collective(self, nbytes: int, messages: int = 1) -> Any:
         """The communicator, made by its members when first needed; notes what goes to each other
         rank."""
         if self._comm is None:
-            everyone = self._root._comm
-            self._comm = everyone.Create_group(everyone.Get_group().Incl(self._members))
-        for member in self._members:
-            if member != self._root.rank:
-                self.traffic.add(member, nbytes, messages)
+            self._comm = self._job.Create_group(self._job.Get_group().Incl(self._members))
+        self._note(nbytes, messages)
         return self._comm
 
     def exchange(
@@ -99,7 +78,7 @@ class MpiComm:
         sends: Sequence[tuple[torch.Tensor, int]],
         recvs: Sequence[tuple[torch.Tensor, int]],
     ) -> Handle:
-        comm = self._root._comm
+        comm = self._job
         own = [tensor for tensor, peer in sends if peer == self.rank]
         into = [tensor for tensor, peer in recvs if peer == self.rank]
         for target, source in zip(into, own, strict=True):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cpbench.comm import Done, Handle, Traffic
+from cpbench.comm import Done, Grouped, Handle
 from cpbench.merge import BackwardParts, BoundOperator, ForwardParts
 
 if TYPE_CHECKING:
@@ -59,30 +59,19 @@ class RankTrace:
     log: list[tuple[object, ...]]
 
 
-class TraceComm:
+class TraceComm(Grouped):
     """:class:`~cpbench.comm.Comm` for one rank on meta tensors."""
 
     def __init__(self, rank: int, size: int, log: bool = False) -> None:
         self.log: list[tuple[object, ...]] | None = [] if log else None
-        self._root, self._members = self, tuple(range(size))
-        self._subs: dict[tuple[int, ...], TraceComm] = {self._members: self}
-        self.rank, self.size = rank, size
-        self.traffic, self.pause_s = Traffic(size), 0.0
+        super().__init__(rank, size)
         self.balance = 0
         self._sent: dict[int, int] = {}
         self._received: dict[int, int] = {}
         self._entered = 0
 
-    def sub(self, ranks: Sequence[int]) -> TraceComm:
-        members = tuple(self._members[rank] for rank in ranks)
-        root = self._root
-        if members not in root._subs:
-            made = object.__new__(TraceComm)
-            made._root, made._members, made._entered = root, members, 0
-            made.rank, made.size = members.index(root.rank), len(members)
-            made.traffic, made.pause_s = root.traffic, 0.0
-            root._subs[members] = made
-        return root._subs[members]
+    def _begin(self) -> None:
+        self._entered = 0
 
     def exchange(
         self,

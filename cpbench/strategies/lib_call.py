@@ -51,7 +51,7 @@ def process_group(comm: Comm) -> Any:
 
     if not isinstance(comm, TorchComm):
         raise Unsupported("libraries call torch.distributed themselves: no other transport will do")
-    return comm._group or dist.group.WORLD
+    return comm.group or dist.group.WORLD
 
 
 _SUBGROUPS: weakref.WeakKeyDictionary[Any, dict[tuple[int, ...], Any]] = weakref.WeakKeyDictionary()
