@@ -7,7 +7,6 @@ float32, natural logarithm, -inf for queries that see nothing (whose output is 0
 from __future__ import annotations
 
 import functools
-import importlib.util
 import time
 import weakref
 from collections.abc import Sequence
@@ -24,12 +23,12 @@ from cpbench.operator import Unsupported, declared_refusal
 from cpbench.problem import Problem
 from cpbench.registry import (
     OperatorInfo,
-    StrategyInfo,
     implementation,
     operator_info,
     strategy_info,
 )
 from cpbench.spec import Spec
+from cpbench.strategy import declared_refusal as strategy_refusal
 from cpbench.trace import MODULUS, RankTrace, mismatch, trace_rank
 from cpbench.world import World
 
@@ -57,7 +56,9 @@ class Attention:
         spec, wanted = Spec.parse(strategy), Spec.parse(operator)
         self.info, declared = strategy_info(spec.name), operator_info(wanted.name)
         reason = declared_refusal(declared, world.problem, device)
-        reason = reason or _declared_refusal(self.info, declared, world, device)
+        reason = reason or strategy_refusal(self.info, world)
+        if reason is None and self.info.merges and world.size > 1:
+            reason = _cannot_merge(declared, spec.name, world.problem, device)
         if reason is not None:
             raise Unsupported(reason)
         self.op = BoundOperator.load(wanted, device)
@@ -117,23 +118,6 @@ def disagreement(works: Sequence[tuple[str, int]]) -> str | None:
         return f"ranks disagree on the problem: {' against '.join(texts)}"
     if sum(number for _, number in works) % MODULUS:
         return "ranks disagree on who sends what"
-    return None
-
-
-def _declared_refusal(
-    info: StrategyInfo, operator: OperatorInfo, world: World, device: str
-) -> str | None:
-    """Why the declarations alone rule a strategy out, or None."""
-    for module in info.requires:
-        if importlib.util.find_spec(module) is None:
-            return f"{info.name} needs the Python package {module}, which is not installed"
-    if world.keys.name not in info.layouts:
-        return f"{info.name} takes layouts {', '.join(info.layouts)}, not {world.keys.name}"
-    if world.placement and world.placement not in info.axes:
-        takes = f"placements {', '.join(info.axes)}" if info.axes else "no placement"
-        return f"{info.name} takes {takes}, not {world.placement!r}"
-    if info.merges and world.size > 1:
-        return _cannot_merge(operator, info.name, world.problem, device)
     return None
 
 

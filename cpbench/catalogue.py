@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 from cpbench import layout, masks, registry, sweep
@@ -83,8 +82,8 @@ def _strategies(device: str) -> list[dict[str, Any]]:
 
 
 def _here_or_missing(info: registry.StrategyInfo) -> str:
-    missing = [name for name in info.requires if importlib.util.find_spec(name) is None]
-    return f"no: needs {', '.join(missing)}" if missing else "yes"
+    missing = registry.missing_package(info)
+    return f"no: needs {missing}" if missing else "yes"
 
 
 def _layouts(device: str) -> list[dict[str, Any]]:

@@ -139,7 +139,7 @@ def links(
 
     with user_input():
         wanted = linkcheck.sizes(sizes)
-        linkcheck.refuse(world_size, ranks_per_node)
+        linkcheck.refuse(world_size, ranks_per_node, seconds)
     return linkcheck.run(
         world_size, device_name(device), launcher.value, wanted, ranks_per_node, as_json, seconds
     )

@@ -30,6 +30,8 @@ from cpbench.store import Tail
 
 LARGEST = 1 << 30
 SECONDS = 0.3
+MOST_SECONDS = 600.0
+MOST_RANKS = 256  # processes on one machine: beyond, they would only wait for each other
 SILENCE_S = 300.0  # without another step begun: then something hangs
 POLL_S = 0.05
 
@@ -56,10 +58,14 @@ def sizes(text: str) -> list[int]:
     return sorted(set(found))
 
 
-def refuse(world_size: int, ranks_per_node: int) -> None:
-    """Raise ``ValueError`` for ranks between which there is nothing to measure."""
+def refuse(world_size: int, ranks_per_node: int, seconds: float) -> None:
+    """Raise ``ValueError`` for ranks between which there is nothing to measure, or no time to."""
     if world_size < 2:
         raise ValueError(f"--world-size {world_size}: a link has two ends, so give 2 or more")
+    if world_size > MOST_RANKS:
+        raise ValueError(f"--world-size {world_size}: at most {MOST_RANKS} ranks on one machine")
+    if not 0 < seconds <= MOST_SECONDS:
+        raise ValueError(f"--seconds {seconds}: give more than 0 and at most {MOST_SECONDS:g}")
     if ranks_per_node < 0 or (ranks_per_node and world_size % ranks_per_node):
         raise ValueError(
             f"--ranks-per-node {ranks_per_node}: must divide the {world_size} ranks, or be 0 to "
@@ -92,7 +98,7 @@ def run(
     Raises:
         ValueError: see :func:`refuse`.
     """
-    refuse(world_size, ranks_per_node)
+    refuse(world_size, ranks_per_node, seconds)
     folder = Path(tempfile.mkdtemp(prefix="cpbench-links-"))
     job = LinkJob(device, tuple(sizes), ranks_per_node, seconds).save(folder)
     try:

@@ -9,10 +9,9 @@ and delta = sum(dout * out), the gradients of the parts just add.
 
 from __future__ import annotations
 
-import importlib.util
 from typing import TYPE_CHECKING, Any, Protocol
 
-from cpbench.registry import OperatorInfo
+from cpbench.registry import OperatorInfo, missing_package
 
 if TYPE_CHECKING:
     import torch
@@ -75,9 +74,9 @@ def declared_refusal(info: OperatorInfo, problem: Problem, device: str) -> str |
     """
     if device not in info.devices:
         return f"{info.name} runs on {' and '.join(info.devices)}, not on {device}"
-    for module in info.requires:
-        if importlib.util.find_spec(module) is None:
-            return f"{info.name} needs the Python package {module}, which is not installed"
+    missing = missing_package(info)
+    if missing is not None:
+        return f"{info.name} needs the Python package {missing}, which is not installed"
     if problem.dtype not in info.dtypes:
         return f"{info.name} takes {', '.join(info.dtypes)}, not {problem.dtype}"
     if problem.head_dim > info.max_head_dim:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import inspect
 import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -172,6 +173,11 @@ def strategy_info(name: str) -> StrategyInfo:
     return _lookup(name, strategies(), StrategyInfo, "strategy")
 
 
+def missing_package(info: OperatorInfo | StrategyInfo) -> str | None:
+    """The first module that ``info`` needs and that is not installed, or None."""
+    return next((name for name in info.requires if importlib.util.find_spec(name) is None), None)
+
+
 def check_params(what: str, name: str, given: Iterable[str], allowed: Iterable[str]) -> None:
     """Raise ``ValueError`` for a parameter that ``name`` does not take."""
     allowed = tuple(allowed)
@@ -190,6 +196,10 @@ def implementation(info: OperatorInfo | StrategyInfo, params: dict[str, Any]) ->
     if isinstance(target, str):
         module, _, attribute = target.partition(":")
         target = getattr(importlib.import_module(module), attribute)
+    wanted = inspect.signature(target).parameters
+    for key, value in params.items():
+        if key in wanted and wanted[key].annotation in ("int", int) and type(value) is not int:
+            raise ValueError(f"{info.name}: {key} = {value!r} is not an integer")
     return target(**params)
 
 

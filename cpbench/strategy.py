@@ -11,11 +11,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
+from cpbench.registry import missing_package
+
 if TYPE_CHECKING:
     import torch
 
     from cpbench.comm import Comm
     from cpbench.merge import BoundOperator
+    from cpbench.registry import StrategyInfo
     from cpbench.world import World
 
 
@@ -60,3 +63,16 @@ class Strategy(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Gradients of the local shards, in their shapes and dtypes."""
         ...
+
+
+def declared_refusal(info: StrategyInfo, world: World) -> str | None:
+    """Why the declaration alone rules a world out; None if it does not."""
+    missing = missing_package(info)
+    if missing is not None:
+        return f"{info.name} needs the Python package {missing}, which is not installed"
+    if world.keys.name not in info.layouts:
+        return f"{info.name} takes layouts {', '.join(info.layouts)}, not {world.keys.name}"
+    if world.placement and world.placement not in info.axes:
+        takes = f"placements {', '.join(info.axes)}" if info.axes else "no placement"
+        return f"{info.name} takes {takes}, not {world.placement!r}"
+    return None

@@ -23,6 +23,7 @@ Everything is checked here, before anything starts; each error is one line.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import math
@@ -36,7 +37,13 @@ from typing import Any
 
 from cpbench import layout, masks
 from cpbench.problem import DIRECTIONS, DTYPES, Case
-from cpbench.registry import check_params, operator_info, strategy_info
+from cpbench.registry import (
+    StrategyInfo,
+    check_params,
+    implementation,
+    operator_info,
+    strategy_info,
+)
 from cpbench.settings import MeasureSettings
 from cpbench.spec import Spec, Value, format_size, parse_size
 
@@ -323,11 +330,19 @@ def _case(values: dict[str, Any]) -> Case:
             f"world_size ({case.world_size}) must be a multiple of ranks_per_node "
             f"({case.ranks_per_node})"
         )
-    axes = strategy_info(case.strategy.name).axes
+    axes = _made(case.strategy).axes
     if case.placement and case.placement not in axes:
         takes = f"takes {', '.join(axes)}" if axes else "has no mesh"
         raise ValueError(f"placement = {case.placement!r}: {case.strategy.name} {takes}")
     return case
+
+
+@functools.lru_cache(maxsize=256)
+def _made(spec: Spec) -> StrategyInfo:
+    """The declaration of a strategy, whose parameters it has looked at itself."""
+    info = strategy_info(spec.name)
+    implementation(info, spec.kwargs)
+    return info
 
 
 def _matches(case: Case, rule: Mapping[str, Sequence[Any]]) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 from cpbench.problem import Case
 from cpbench.registry import implementation, operator_info, strategy_info
+from cpbench.strategy import declared_refusal
 from cpbench.trace import RankTrace, trace_rank
 from cpbench.world import World
 
@@ -28,11 +29,8 @@ def answer(case: Case, ranks: Sequence[int], for_buffers: Sequence[int]) -> dict
     info, operator = strategy_info(case.strategy.name), operator_info(case.operator.name)
     if not info.traced:
         raise ValueError(f"{info.name} does its own sending: only a run can count its bytes")
-    if world.keys.name not in info.layouts:
-        takes = ", ".join(info.layouts)
-        raise ValueError(f"{info.name} takes layouts {takes}, not {world.keys.name}")
     strategy = implementation(info, case.strategy.kwargs)
-    reason = strategy.unsupported(world)
+    reason = declared_refusal(info, world) or strategy.unsupported(world)
     if reason is not None:
         raise ValueError(reason)
     phases = case.direction.split("_")

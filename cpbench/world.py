@@ -67,7 +67,7 @@ class World:
         Raises:
             ValueError: for a layout that does not fit.
         """
-        mask = masks.rebuild(case.mask, case.seq_len)
+        mask = masks.build(case.mask, case.seq_len)
         layout = layouts.build(case.layout, case.seq_len, case.world_size, mask)
         if case.queries:
             mask = mask.crop(case.seq_len - case.queries, case.seq_len, 0, case.seq_len)

@@ -96,6 +96,11 @@ def to_heads(shards: list[torch.Tensor], comm: Comm) -> Pending:
     )
 
 
+def qkv_to_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, comm: Comm) -> Pending:
+    """:func:`to_heads` of queries, keys and values, key/value heads replicated as needed."""
+    return to_heads([q, replicated(k, comm.size), replicated(v, comm.size)], comm)
+
+
 def to_tokens(by_head: list[torch.Tensor], comm: Comm) -> Pending:
     """The inverse of :func:`to_heads`."""
     import torch

@@ -103,9 +103,8 @@ class Hierarchical:
         comm: Comm,
         need_lse: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
-        node, size = comm.sub(plan.node), len(plan.node)
-        shards = [q, heads.replicated(k, size), heads.replicated(v, size)]
-        q_all, k_all, v_all = heads.to_heads(shards, node).wait()
+        node = comm.sub(plan.node)
+        q_all, k_all, v_all = heads.qkv_to_heads(q, k, v, node).wait()
         parts = op.forward_parts(q_all)
         for step, keys, values in self._rounds(k_all, v_all, plan, comm):
             parts.add(keys, values, step.plan)

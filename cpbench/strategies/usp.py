@@ -95,9 +95,8 @@ class Usp:
         comm: Comm,
         need_lse: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
-        group, size = comm.sub(plan.heads_group), len(plan.heads_group)
-        shards = [q, heads.replicated(k, size), heads.replicated(v, size)]
-        q_all, k_all, v_all = (x.contiguous() for x in heads.to_heads(shards, group).wait())
+        group = comm.sub(plan.heads_group)
+        q_all, k_all, v_all = (x.contiguous() for x in heads.qkv_to_heads(q, k, v, group).wait())
         ring = comm.sub(plan.ring_group)
         out_all, lse_all, saved = self.ring.forward(
             q_all, k_all, v_all, plan.ring, op, ring, need_lse
