@@ -110,10 +110,12 @@ def traffic(
     if as_json:
         print(json.dumps(found))
     else:
-        print(f"{case.label}, {case.ranks_per_node} ranks a node")
+        print(case.label)
         print_rows(forecast.table(found), False)
         held = max(found["buffers_bytes"].values()) / 1e6
-        print(f"memory beside inputs, the operator's own aside: {held:,.1f} MB a rank at most")
+        print(f"memory of a rank beside inputs and the operator's temporaries: {held:,.1f} MB")
+        if found["imbalance"]:
+            print(f"work of the busiest rank over the mean: {found['imbalance']:.2f}")
 
 
 @tools.command()

@@ -120,24 +120,19 @@ def _told(case: Case, answers: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row for each phase, and for all, for people: means and worst over ranks."""
-    whole = {**found, "bytes_by_link": None}
-    rows = []
-    for name, phase in [*found["phases"].items(), ("all", whole)]:
-        if name == "all" and len(found["phases"]) == 1:
-            continue
-        sent = phase["bytes_sent_per_rank"]
-        across = phase["bytes_across_nodes_per_rank"]
-        area = phase["area_per_rank"]
-        rows.append(
-            {
-                "phase": name,
-                "sent MB a rank": f"{sum(sent) / len(sent) / 1e6:,.2f}",
-                "most": f"{max(sent) / 1e6:,.2f}",
-                "across nodes MB": f"{sum(across) / len(across) / 1e6:,.2f}",
-                "messages": f"{sum(phase['messages_per_rank']) / len(sent):,.0f}",
-                "largest MB": f"{phase['largest_message_bytes'] / 1e6:,.2f}",
-                "imbalance": f"{max(area) * len(area) / sum(area):.2f}" if sum(area) else "",
-            }
-        )
-    return rows
+    """For people: a row for each phase, then one for all of them; sums over ranks, and the rank
+    with the most."""
+    phases = dict(found["phases"])
+    if len(phases) > 1:
+        phases["all"] = found
+    return [
+        {
+            "phase": name,
+            "MB sent": f"{sum(phase['bytes_sent_per_rank']) / 1e6:,.2f}",
+            "most of a rank": f"{max(phase['bytes_sent_per_rank']) / 1e6:,.2f}",
+            "MB across nodes": f"{sum(phase['bytes_across_nodes_per_rank']) / 1e6:,.2f}",
+            "messages": f"{sum(phase['messages_per_rank']):,}",
+            "largest MB": f"{phase['largest_message_bytes'] / 1e6:,.2f}",
+        }
+        for name, phase in phases.items()
+    ]

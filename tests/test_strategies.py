@@ -27,17 +27,32 @@ SIZES = {1: True, 2: False, 3: True, 4: False, 6: True, 8: True}  # ranks: only 
 
 
 @functools.cache
-def _gang(size: int) -> tuple[list[matrix.Combination], list[list[matrix.Outcome]]]:
-    """Every combination, and its outcome on each rank."""
-    wanted = list(matrix.combinations(size, SIZES[size]))
+def _gang(
+    size: int, names: frozenset[str]
+) -> tuple[list[matrix.Combination], list[list[matrix.Outcome]]]:
+    """Every combination of some strategies, and its outcome on each rank."""
+    wanted = [one for one in matrix.combinations(size, SIZES[size]) if _name(one) in names]
     ranks = run_ranks(size, matrix.run, wanted, timeout_s=400)
     return wanted, [list(outcomes) for outcomes in zip(*ranks, strict=True)]
 
 
+@pytest.fixture
+def names(request: pytest.FixtureRequest) -> frozenset[str]:
+    """The strategies of the tests that were selected: one gang computes for all of them."""
+    chosen = [getattr(item, "callspec", None) for item in request.session.items]
+    found = {one.params.get("name") for one in chosen if one is not None} & set(NAMES)
+    return frozenset(found or NAMES)
+
+
+NAMES = sorted({name.partition(":")[0] for name, *_ in matrix.names()})
+
+
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", sorted({name.partition(":")[0] for name, *_ in matrix.names()}))
-def test_equals_float64_and_sends_what_was_traced(name: str, size: int) -> None:
-    wanted, outcomes = _gang(size)
+@pytest.mark.parametrize("name", NAMES)
+def test_equals_float64_and_sends_what_was_traced(
+    name: str, size: int, names: frozenset[str]
+) -> None:
+    wanted, outcomes = _gang(size, names)
     mine = [(one, o) for one, o in zip(wanted, outcomes, strict=True) if _name(one) == name]
     assert any(not o[0].refused for _, o in mine), f"{name} refused everything on {size} ranks"
     found = [fault for one, o in mine for fault in matrix.faults(one, o, LIMIT)]
@@ -48,13 +63,13 @@ def _name(one: matrix.Combination) -> str:
     return one.strategy.partition(":")[0]
 
 
-def test_the_matrix_meets_every_mask_shape_and_layout() -> None:
-    wanted, outcomes = _gang(4)
+def test_the_matrix_meets_every_mask_shape_and_layout(names: frozenset[str]) -> None:
+    wanted, outcomes = _gang(4, names)
     computed = [one for one, o in zip(wanted, outcomes, strict=True) if not o[0].refused]
     assert {one.mask for one in computed} == set(matrix.MASKS)
     assert {(one.heads_q, one.heads_kv, one.dtype) for one in computed} == set(matrix.SHAPES)
     for name, info in registry.strategies().items():
-        if info.traced and name != "single":
+        if name in names:
             assert {one.layout for one in computed if _name(one) == name} == set(info.layouts)
             placed = {one.placement for one in computed if _name(one) == name}
             assert placed == {"", *info.axes[:-1]}

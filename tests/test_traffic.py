@@ -84,13 +84,11 @@ def test_stages_of_all_gather_move_the_same(stages: int) -> None:
     assert found[0].phases["fwd"].largest == kv // 2 // stages
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [2, 4, 8])  # two heads on three ranks are refused
 @pytest.mark.parametrize("chunks", [1, 3])
 def test_ulysses(size: int, chunks: int) -> None:
     q, kv, _ = volumes(size)
-    replicated = kv * max(2, size) // 2 if size != 3 else 0  # two key/value heads on P ranks
-    if size == 3:
-        return  # two heads on three ranks are refused
+    replicated = kv * max(2, size) // 2  # two key/value heads on P ranks
     found = traces(f"ulysses:chunks={chunks}", "causal", size=size)
     assert sent(found, "fwd") == [(2 * q + replicated) * (size - 1) // size] * size
     assert sent(found, "bwd") == sent(found, "fwd")

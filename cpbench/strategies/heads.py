@@ -8,13 +8,14 @@ Legend: B batch, L local tokens, P ranks of the group, h heads of a rank, D head
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
+
+from cpbench.strategies.collectives import Pending
 
 if TYPE_CHECKING:
     import torch
 
-    from cpbench.comm import Comm, Handle
+    from cpbench.comm import Comm
     from cpbench.problem import Problem
     from cpbench.world import World
 
@@ -54,27 +55,6 @@ def sum_replicas(grad: torch.Tensor, heads_kv: int) -> torch.Tensor:
     return total.to(grad.dtype)
 
 
-class Pending:
-    """Tensors on their way; ``wait`` returns them."""
-
-    def __init__(self, handle: Handle, take: Callable[[], list[torch.Tensor]]) -> None:
-        self._handle, self._take = handle, take
-
-    def wait(self) -> list[torch.Tensor]:
-        self._handle.wait()
-        return self._take()
-
-
-class _Both(Pending):
-    """Two, one after the other."""
-
-    def __init__(self, first: Pending, second: Pending) -> None:
-        self._parts = (first, second)
-
-    def wait(self) -> list[torch.Tensor]:
-        return [x for part in self._parts for x in part.wait()]
-
-
 def to_heads(shards: list[torch.Tensor], comm: Comm) -> Pending:
     """Token shards ``[B, L, P * h, D]`` to head shards ``[B, P * L, h, D]``, in one all-to-all.
 
@@ -83,15 +63,15 @@ def to_heads(shards: list[torch.Tensor], comm: Comm) -> Pending:
     import torch
 
     if comm.size == 1:
-        return Pending(comm.exchange([], []), lambda: shards)
+        return Pending((), lambda: shards)
     if shards[0].shape[1] != shards[-1].shape[1]:  # fewer queries than keys
-        return _Both(to_heads(shards[:1], comm), to_heads(shards[1:], comm))
+        return _both(to_heads(shards[:1], comm), to_heads(shards[1:], comm))
     by_rank = [x.unflatten(2, (comm.size, -1)).permute(2, 1, 0, 3, 4) for x in shards]
     wire = torch.cat(by_rank, dim=3)
     arrived = wire.new_empty(wire.shape)
     heads = [x.shape[3] for x in by_rank]
     return Pending(
-        comm.all_to_all(arrived, wire),
+        [comm.all_to_all(arrived, wire)],
         lambda: list(arrived.flatten(0, 1).transpose(0, 1).split(heads, dim=2)),
     )
 
@@ -106,9 +86,9 @@ def to_tokens(by_head: list[torch.Tensor], comm: Comm) -> Pending:
     import torch
 
     if comm.size == 1:
-        return Pending(comm.exchange([], []), lambda: by_head)
+        return Pending((), lambda: by_head)
     if by_head[0].shape[1] != by_head[-1].shape[1]:
-        return _Both(to_tokens(by_head[:1], comm), to_tokens(by_head[1:], comm))
+        return _both(to_tokens(by_head[:1], comm), to_tokens(by_head[1:], comm))
     heads = [x.shape[2] for x in by_head]
     wire = torch.cat([x.transpose(0, 1) for x in by_head], dim=2)
     wire = wire.unflatten(0, (comm.size, -1))
@@ -119,7 +99,11 @@ def to_tokens(by_head: list[torch.Tensor], comm: Comm) -> Pending:
             x.permute(2, 1, 0, 3, 4).flatten(2, 3).contiguous() for x in arrived.split(heads, dim=3)
         ]
 
-    return Pending(comm.all_to_all(arrived, wire), take)
+    return Pending([comm.all_to_all(arrived, wire)], take)
+
+
+def _both(first: Pending, second: Pending) -> Pending:
+    return Pending((), lambda: first.wait() + second.wait())
 
 
 def lse_to_tokens(lse_BHS: torch.Tensor, comm: Comm) -> torch.Tensor:

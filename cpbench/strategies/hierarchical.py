@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpbench.registry import StrategyInfo
 from cpbench.strategies import heads, wire
+from cpbench.strategies.collectives import gather, reduce
 from cpbench.strategies.rotation import Following, Step, steps, travel
 
 if TYPE_CHECKING:
@@ -132,10 +133,8 @@ class Hierarchical:
                 dk_dv = [x.transpose(0, 1) for x in parts.add(keys, values, step.plan)]
                 if step.source == across.rank:
                     own = op.add_up(None, dk_dv)
-                elif replicas.size > 1:
-                    found = _summed(op.add_up(None, dk_dv), replicas).unbind()
                 else:
-                    found = dk_dv
+                    found = reduce([x.float().contiguous() for x in dk_dv], replicas).wait()
             grads.add(step, found)
         mine = own.unflatten(1, (replicas.size, -1))[:, replicas.rank]
         mine += grads.finish()
@@ -156,25 +155,6 @@ class Hierarchical:
         for step, block in travel(plan.steps, thin, across):
             keys, values = k, v
             if step.computes and step.source != across.rank:
-                keys, values = (x.transpose(0, 1) for x in _gathered(block, replicas))
+                keys, values = (x.transpose(0, 1) for x in gather(block, replicas).wait())
             if step.computes or idle:
                 yield step, keys, values
-
-
-def _gathered(block: tuple[torch.Tensor, ...], replicas: Comm) -> list[torch.Tensor]:
-    """The slices of all replicas, tokens leading."""
-    if replicas.size == 1:
-        return list(block)
-    whole = [x.new_empty((replicas.size, *x.shape)) for x in block]
-    handles = [replicas.all_gather(out, x) for out, x in zip(whole, block, strict=True)]
-    for handle in handles:
-        handle.wait()
-    return [x.flatten(0, 1) for x in whole]
-
-
-def _summed(grad: torch.Tensor, replicas: Comm) -> torch.Tensor:
-    """This replica's slice of the sum over replicas of ``[2, T, B, g, D]``."""
-    wire = grad.unflatten(1, (replicas.size, -1)).transpose(0, 1).contiguous()
-    thin: torch.Tensor = wire.new_empty(wire.shape[1:])
-    replicas.reduce_scatter(thin, wire).wait()
-    return thin

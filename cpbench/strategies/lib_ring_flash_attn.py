@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
+from abc import abstractmethod
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from types import ModuleType
@@ -101,9 +102,9 @@ class _Blockwise(Library):
     def unsupported(self, world: World) -> str | None:
         return refusal(f"ring_flash_attn.{self.name}", world, self.masks)
 
+    @abstractmethod
     def shapes(self, tokens: int) -> list[tuple[int, int, bool]]:
         """(queries, keys, causal) of the blocks that a rank may compute."""
-        raise NotImplementedError
 
     def prepare(self, op: BoundOperator, world: World, rank: int) -> Plan:
         library(self.name)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from cpbench.registry import StrategyInfo
+from cpbench.strategies.collectives import gather, reduce, tokens_first
 
 if TYPE_CHECKING:
     import torch
@@ -87,12 +88,11 @@ class RingAllGather:
         for dout_i, q_i, (k_all, v_all), out_i, lse_i in turns:
             dq, *dkv = op.backward(dout_i, q_i, k_all, v_all, out_i, lse_i, plan)
             dqs.append(dq)
-            scattered.append([_scatter(grad, comm) for grad in dkv])
-        for handle, _ in (pair for stage in scattered for pair in stage):
-            handle.wait()
+            scattered.append(reduce([tokens_first(grad.float()) for grad in dkv], comm))
+        stages = [pending.wait() for pending in scattered]
         dk, dv = (
-            _joined([local.transpose(0, 1) for _, local in stages], 2)
-            for stages in zip(*scattered, strict=True)
+            _joined([local.transpose(0, 1) for local in of_stages], 2)
+            for of_stages in zip(*stages, strict=True)
         )
         return _joined(dqs, 2), dk.to(k.dtype), dv.to(v.dtype)
 
@@ -103,27 +103,12 @@ class RingAllGather:
         """Keys and values of each stage, ``[B, P * L, G / stages, D]`` in rank-major order; the
         next stage is on its way meanwhile."""
         turns = list(zip(self._turns(k), self._turns(v), strict=True))
-        coming = [_gather(x, comm) for x in turns[0]]
+        coming = gather([tokens_first(x) for x in turns[0]], comm)
         for i in range(self.stages):
-            for handle, _ in coming:
-                handle.wait()
-            here = [x.flatten(0, 1).transpose(0, 1) for _, x in coming]
-            coming = [_gather(x, comm) for x in turns[i + 1]] if i + 1 < self.stages else []
+            here = [x.transpose(0, 1) for x in coming.wait()]
+            if i + 1 < self.stages:
+                coming = gather([tokens_first(x) for x in turns[i + 1]], comm)
             yield here
-
-
-def _gather(x: torch.Tensor, comm: Comm) -> Any:
-    """Tokens lead on the wire, so that what arrives needs no reordering: ``[B, …]`` is a view."""
-    wire = x.transpose(0, 1).contiguous()
-    everyone = wire.new_empty((comm.size, *wire.shape))
-    return comm.all_gather(everyone, wire), everyone
-
-
-def _scatter(grad: torch.Tensor, comm: Comm) -> Any:
-    """The sum over ranks of the local part, ``[L, B, g, D]`` float32, on its way."""
-    wire = grad.float().transpose(0, 1).contiguous().unflatten(0, (comm.size, -1))
-    local = wire.new_empty(wire.shape[1:])
-    return comm.reduce_scatter(local, wire), local
 
 
 def _joined(parts: list[Any], axis: int) -> Any:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpbench.merge import row_delta
 from cpbench.registry import StrategyInfo
+from cpbench.strategies.collectives import gather, reduce, tokens_first
 
 if TYPE_CHECKING:
     import torch
@@ -49,8 +50,8 @@ class Tree:
     ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
         import torch
 
-        (q_all,) = _gathered([q], comm)
-        part_BSHD, part_lse = op.forward(q_all, k, v, plan)
+        (q_all,) = gather([tokens_first(q)], comm).wait()
+        part_BSHD, part_lse = op.forward(q_all.transpose(0, 1), k, v, plan)
         assert part_lse is not None
         lse_SBH = part_lse.permute(2, 0, 1).contiguous()
         largest = lse_SBH.clone()
@@ -59,7 +60,7 @@ class Tree:
         sums = torch.cat(
             [part_BSHD.transpose(0, 1) * weight.unsqueeze(-1), weight.unsqueeze(-1)], -1
         )
-        mine = _reduced(sums, comm)  # numerator and denominator, [L, B, H, D + 1]
+        (mine,) = reduce([sums], comm).wait()  # numerator and denominator, [L, B, H, D + 1]
         denominator = mine[..., -1:]
         out = (mine[..., :-1] / denominator).masked_fill_(denominator == 0, 0.0)
         here = largest.unflatten(0, (comm.size, -1))[comm.rank]
@@ -74,27 +75,10 @@ class Tree:
         import torch
 
         per_row = [row_delta(dout, out), lse.transpose(1, 2)]
-        q_all, dout_all, delta_all, lse_all = _gathered([q, dout, *per_row], comm)
+        wire = [tokens_first(x) for x in (q, dout, *per_row)]
+        q_all, dout_all, delta_all, lse_all = (x.transpose(0, 1) for x in gather(wire, comm).wait())
         lse_BHS = lse_all.transpose(1, 2).contiguous()
         parts = op.lent_parts(dout_all, q_all, delta_all, lse_BHS)
         dk, dv = parts.add(k, v, plan)
-        dq = _reduced(parts.finish(torch.float32).transpose(0, 1), comm).transpose(0, 1)
-        return dq.to(q.dtype), dk, dv
-
-
-def _gathered(shards: list[torch.Tensor], comm: Comm) -> list[torch.Tensor]:
-    """``[B, P * L, …]`` in rank-major order; tokens lead on the wire."""
-    wire = [x.transpose(0, 1).contiguous() for x in shards]
-    everyone = [x.new_empty((comm.size, *x.shape)) for x in wire]
-    handles = [comm.all_gather(out, x) for out, x in zip(everyone, wire, strict=True)]
-    for handle in handles:
-        handle.wait()
-    return [x.flatten(0, 1).transpose(0, 1) for x in everyone]
-
-
-def _reduced(x_SB: torch.Tensor, comm: Comm) -> torch.Tensor:
-    """The local tokens of the sum over ranks."""
-    wire = x_SB.contiguous().unflatten(0, (comm.size, -1))
-    local: torch.Tensor = wire.new_empty(wire.shape[1:])
-    comm.reduce_scatter(local, wire).wait()
-    return local
+        (dq,) = reduce([tokens_first(parts.finish(torch.float32))], comm).wait()
+        return dq.transpose(0, 1).to(q.dtype), dk, dv
