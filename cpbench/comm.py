@@ -97,10 +97,13 @@ class Comm(Protocol):
         self,
         sends: Sequence[tuple[torch.Tensor, int]],
         recvs: Sequence[tuple[torch.Tensor, int]],
+        what: str = "",
     ) -> Handle:
         """Send tensors to ranks and receive into tensors from ranks, all at once.
 
-        Between two ranks, messages match in the order in which they are given.
+        Between two ranks, messages match in the order in which they are given.  ``what`` says in
+        a word what is sent (``"keys"``): ranks agree on the words before anything is sent, so that
+        messages of one size that would swap places are found.
         """
         ...
 
@@ -228,6 +231,7 @@ class TorchComm(Grouped):
         self,
         sends: Sequence[tuple[torch.Tensor, int]],
         recvs: Sequence[tuple[torch.Tensor, int]],
+        what: str = "",
     ) -> Handle:
         dist, group = self._dist, self._world
         own = [tensor for tensor, peer in sends if peer == self.rank]

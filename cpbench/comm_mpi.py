@@ -77,6 +77,7 @@ class MpiComm(Grouped):
         self,
         sends: Sequence[tuple[torch.Tensor, int]],
         recvs: Sequence[tuple[torch.Tensor, int]],
+        what: str = "",
     ) -> Handle:
         comm = self._job
         own = [tensor for tensor, peer in sends if peer == self.rank]

@@ -10,6 +10,8 @@ concerns, in the same order and size.  So ranks can agree on a schedule before t
 
 from __future__ import annotations
 
+import functools
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -77,27 +79,29 @@ class TraceComm(Grouped):
         self,
         sends: Sequence[tuple[torch.Tensor, int]],
         recvs: Sequence[tuple[torch.Tensor, int]],
+        what: str = "",
     ) -> Handle:
         root, members, me = self._root, self._members, self.rank
         here, balance, traffic = root.rank, root.balance, root.traffic
+        word = _number(what)
         for tensor, peer in sends:
             if peer != me:
                 to, nbytes = members[peer], tensor.nbytes
                 number = root._sent[to] = root._sent.get(to, 0) + 1
-                balance += hash((here, to, number, nbytes))  # of integers: alike everywhere
+                balance += hash((here, to, number, nbytes, word))  # of integers: alike everywhere
                 traffic.bytes_to[to] += nbytes
                 traffic.messages += 1
                 if nbytes > traffic.largest:
                     traffic.largest = nbytes
                 if root.log is not None:
-                    root.log.append(("message", here, to, number, nbytes, "sent"))
+                    root.log.append(("message", here, to, number, nbytes, what, "sent"))
         for tensor, peer in recvs:
             if peer != me:
                 sender, nbytes = members[peer], tensor.nbytes
                 number = root._received[sender] = root._received.get(sender, 0) + 1
-                balance -= hash((sender, here, number, nbytes))
+                balance -= hash((sender, here, number, nbytes, word))
                 if root.log is not None:
-                    root.log.append(("message", sender, here, number, nbytes, "expected"))
+                    root.log.append(("message", sender, here, number, nbytes, what, "expected"))
         root.balance = balance
         return _DONE
 
@@ -247,6 +251,12 @@ def empty_inputs(world: World) -> list[torch.Tensor]:
     ]
 
 
+@functools.cache
+def _number(word: str) -> int:
+    """The same in every process, which ``hash`` of a text is not."""
+    return zlib.crc32(word.encode())
+
+
 def _phase(op: TracedOperator, comm: TraceComm) -> PhaseTrace:
     """What has been noted since the last time."""
     traffic = comm.traffic
@@ -263,14 +273,15 @@ def mismatch(logs: Sequence[Sequence[tuple[object, ...]]]) -> str:
     for log in logs:
         for kind, sender, receiver, number, *rest in log:
             if kind == "message":
-                nbytes, way = rest
-                ways.setdefault((sender, receiver, number, nbytes), set()).add(way)
-    for (sender, receiver, number, nbytes), found in ways.items():
+                *content, way = rest
+                ways.setdefault((sender, receiver, number, *content), set()).add(way)
+    for (sender, receiver, number, nbytes, what), found in ways.items():
         if len(found) == 1:
             other = "does not expect it so" if "sent" in found else "does not send it so"
             who = receiver if "sent" in found else sender
             return (
-                f"message {number} from rank {sender} to rank {receiver}, {nbytes} bytes: "
+                f"message {number} from rank {sender} to rank {receiver}, {nbytes} bytes"
+                f"{f' of {what}' if what else ''}: "
                 f"rank {who} {other}"
             )
     return "a collective that not all of its ranks enter alike"

@@ -26,6 +26,9 @@ GAP_KEYS = 16
 # matrix products but compute more hidden cells along the edges of a band, so wide rows get more.
 ROWS, WIDE_ROWS, WIDE_KEYS = 128, 256, 2048
 
+# Least rows and keys for which a fused causal call and one for the keys before it beat tiles.
+FUSED_ROWS = 256
+
 ABOVE, BELOW, OUTSIDE = range(3)
 
 
@@ -60,13 +63,15 @@ class Tile(NamedTuple):
 
 
 class Square(NamedTuple):
-    """Queries ``[q0, q1)`` that see keys ``[k0, k1)``, all or causally, and nothing else."""
+    """Queries ``[q0, q1)`` that see keys ``[k0, k1)``, all or causally, all of the keys
+    ``[before, k0)``, and nothing else."""
 
     q0: int
     q1: int
     k0: int
     k1: int
     causal: bool
+    before: int
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ def layout(mask: AttnMask, group: int = 1, tile: int = 0) -> Layout:
     tiles = _tiles(pieces[order], row[order], rows)
     taken = [(t.q0, t.q1) for t in tiles] + [(s.q0, s.q1) for s in squares]
     row_gaps = _gaps(taken, mask.seq_q)
-    key_gaps = None if tiles else _gaps([(s.k0, s.k1) for s in squares], mask.seq_k)
+    key_gaps = None if tiles else _gaps([(s.before, s.k1) for s in squares], mask.seq_k)
     return Layout(tiles, squares, row_gaps or (), key_gaps)
 
 
@@ -143,16 +148,22 @@ def _split_evenly(rows: IntArray, height: IntArray) -> IntArray:
 
 
 def _squares(slices: IntArray, rows: IntArray) -> tuple[tuple[Square, ...], IntArray]:
-    """Row intervals that one fused causal or full call serves, and the other intervals."""
+    """Row intervals that fused causal or full calls serve, and the other intervals.
+
+    A causal band that ends at the last key of the last query is a causal square behind keys that
+    all of its rows see; that is worth a second call where both have a few hundred keys.
+    """
     pieces, _, row = cut_axis(slices, rows, axis=0)
     q0, q1, k0, k1, lo, hi = pieces.T
     alone = (np.bincount(row, minlength=len(rows)) == 1)[row]
     free = lo <= k0 - q1 + 1  # no lower edge
     full = free & (hi >= k1 - 1 - q0)
-    causal = free & (q1 - q0 == k1 - k0) & (hi == k0 - q0)
-    chosen = alone & (q1 - q0 == rows[row, 1]) & (full | causal)
-    found = np.column_stack([pieces[:, : K1 + 1], causal])[chosen].tolist()
-    squares = tuple(Square(a, b, c, d, bool(e)) for a, b, c, d, e in found)
+    behind = np.where(full, 0, (k1 - k0) - (q1 - q0))
+    causal = free & ~full & (behind >= 0) & (hi == k1 - q1)
+    worth = (behind == 0) | (np.minimum(behind, q1 - q0) >= FUSED_ROWS)
+    chosen = alone & (q1 - q0 == rows[row, 1]) & (full | causal) & worth
+    found = np.column_stack([q0, q1, k0 + behind, k1, causal, k0])[chosen].tolist()
+    squares = tuple(Square(a, b, c, d, bool(e), f) for a, b, c, d, e, f in found)
     return squares, np.delete(rows, row[chosen], axis=0)
 
 

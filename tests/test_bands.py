@@ -53,6 +53,10 @@ MASKS: dict[str, tuple[int, int, Slices]] = {
     "causal": (300, 300, [(0, 300, 0, 300, -FAR, 0)]),
     "full": (65, 130, [(0, 65, 0, 130, -FAR, FAR)]),
     "bottom_right": (70, 1500, [(0, 70, 0, 1500, -FAR, 1430)]),
+    "continued": (300, 900, [(0, 300, 0, 900, -FAR, 600)]),
+    "continued_beside_others": (
+        600, 1000, [(0, 300, 0, 1000, -FAR, 500), (300, 600, 500, 1000, -FAR, 400)]
+    ),
     "wide": (140, 2600, [(0, 140, 0, 2600, -FAR, 2460)]),
     "window": (450, 450, [(0, 450, 0, 450, -256, 0)]),
     "narrow_two_sided": (333, 333, [(0, 333, 0, 333, -3, 2)]),
@@ -308,7 +312,7 @@ def test_plan_is_linear() -> None:
     assert len(layout(AttnMask.from_slices(n, n, [(0, n, 0, n, -512, 0)])).tiles) == n // 128
     causal = layout(AttnMask.from_slices(n, n, [(0, n, 0, n, -n, 0)]))
     assert causal.tiles == ()
-    assert [tuple(square) for square in causal.squares] == [(0, n, 0, n, True)]
+    assert [tuple(square) for square in causal.squares] == [(0, n, 0, n, True, 0)]
 
 
 def test_refusals() -> None:

@@ -20,6 +20,7 @@ from cpbench.comm import TorchComm
 from cpbench.layout import build as build_layout
 from cpbench.operator import Unsupported
 from cpbench.problem import Problem
+from cpbench.trace import MODULUS, TraceComm, mismatch
 from cpbench.world import World
 
 LIMIT = {"float32": 2e-6, "bfloat16": 1.2e-2}
@@ -150,9 +151,23 @@ def _with_other_code(rank: int, size: int) -> str:
 def test_ranks_whose_plans_do_not_fit_raise_and_name_the_message() -> None:
     for message in run_ranks(2, _with_other_code):
         assert message == (
-            "ranks disagree on who sends what: message 1 from rank 1 to rank 0, 1024 bytes: "
-            "rank 0 does not expect it so"
+            "ranks disagree on who sends what: message 1 from rank 1 to rank 0, 1024 bytes of "
+            "keys: rank 0 does not expect it so"
         )
+
+
+def test_messages_of_one_size_that_swap_places_are_found() -> None:
+    """Rank 0 sends keys before gradients; rank 1 expects them the other way round."""
+    x = torch.empty(3, 5, device="meta")
+    comms = [TraceComm(rank, 2, log=True) for rank in (0, 1)]
+    for what in ("keys", "gradients"):
+        comms[0].exchange([(x, 1)], [], what)
+    for what in ("gradients", "keys"):
+        comms[1].exchange([], [(x, 0)], what)
+    assert sum(comm.balance for comm in comms) % MODULUS
+    assert mismatch([comm.log or [] for comm in comms]) == (
+        "message 1 from rank 0 to rank 1, 60 bytes of keys: rank 1 does not expect it so"
+    )
 
 
 def _twice(rank: int, size: int) -> bool:

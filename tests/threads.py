@@ -28,7 +28,7 @@ class ThreadComm:
         members = [self._members[rank] for rank in ranks]
         return ThreadComm(self._mail, me, len(self.traffic.bytes_to), members)
 
-    def exchange(self, sends: Any, recvs: Any) -> _Arrivals:
+    def exchange(self, sends: Any, recvs: Any, what: str = "") -> _Arrivals:
         me = self._members[self.rank]
         for tensor, peer in sends:
             self._mail[me, self._members[peer]].put(tensor.clone())

@@ -71,7 +71,7 @@ class Burst(Ring):
         grads = Following((1, *q.shape), wire.dtype(self.grad_dtype), op, comm)
         own = None
         block = (q, dout, row_delta(dout, out), lse)
-        for step, (q_s, dout_s, delta_s, lse_s) in travel(plan.back, block, comm):
+        for step, (q_s, dout_s, delta_s, lse_s) in travel(plan.back, block, comm, "queries"):
             found = None
             if step.computes:
                 parts = op.lent_parts(dout_s, q_s, delta_s, lse_s)

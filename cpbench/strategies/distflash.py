@@ -190,7 +190,8 @@ def _visits(plan: Plan, queries: tuple[Any, ...], keys: tuple[Any, ...], comm: C
         lent = buffer(turn, queries) if step.help is not None else ()
         sends = [(x, step.target) for x in keys if step.keys_out]
         sends += [(x, step.target) for x in queries if step.queries_out]
-        return comm.exchange(sends, [(x, step.source) for x in (*kv, *lent)]), kv, lent
+        recvs = [(x, step.source) for x in (*kv, *lent)]
+        return comm.exchange(sends, recvs, "keys and queries"), kv, lent
 
     coming = post(0) if plan.steps else (Done(), (), ())
     yield None, (), ()

@@ -32,7 +32,7 @@ class Returns:
     def post(self) -> None:
         """Wait for what was posted before, and send and expect what has been said since."""
         self.settle()
-        self._handle = self._comm.exchange(self._sends, self._recvs)
+        self._handle = self._comm.exchange(self._sends, self._recvs, "results")
         self._posted, self._sends, self._recvs, self._next = self._next, [], [], []
 
     def settle(self) -> None:

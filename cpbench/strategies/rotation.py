@@ -139,11 +139,11 @@ def _make_schedule(needed: BoolArray, window: int) -> IntArray:
 
 
 def travel(
-    plan: Sequence[Step], block: tuple[torch.Tensor, ...], comm: Comm
+    plan: Sequence[Step], block: tuple[torch.Tensor, ...], comm: Comm, what: str = "keys"
 ) -> Iterator[tuple[Step, Any]]:
     """Each step of a plan and the block that is here, while the next ones are on their way.
 
-    Two buffers serve any number of ranks in a ring, four in a double ring.
+    Two buffers serve any number of ranks in a ring, four in a double ring.  ``what`` is in them.
     """
     own, here, beyond = block, block, None
     free: list[tuple[torch.Tensor, ...]] = []
@@ -174,11 +174,12 @@ def travel(
             sends = [(x, step.outer_to) for x in here] if step.outer_to != NOBODY else []
             kept = here if sends else None
             beyond = buffer() if step.outer_from != NOBODY else None
-            crossing = comm.exchange(sends, [(x, step.outer_from) for x in beyond or ()])
+            recvs = [(x, step.outer_from) for x in beyond or ()]
+            crossing = comm.exchange(sends, recvs, f"{what} of another window")
         coming = buffer() if step.coming_from != NOBODY else None
         sends = [(x, step.to) for x in here] if step.to != NOBODY else []
         recvs = [(x, step.coming_from) for x in coming or ()]
-        moving = comm.exchange(sends, recvs) if sends or recvs else Done()
+        moving = comm.exchange(sends, recvs, what) if sends or recvs else Done()
         yield step, here
         moving.wait()
         if coming is not None:
@@ -225,7 +226,8 @@ class Following:
         if step.home_from != NOBODY:
             self._home = self._buffer()
             recvs.append((self._home, step.home_from))
-        self._moving = self._comm.exchange(sends, recvs) if sends or recvs else Done()
+        moves = bool(sends or recvs)
+        self._moving = self._comm.exchange(sends, recvs, "gradients") if moves else Done()
 
     def finish(self) -> torch.Tensor:
         """The gradient of the own block, float32."""

@@ -221,7 +221,7 @@ class _Columns:
         for column in plan.columns[1:]:
             kv = (k.new_empty(k.shape), v.new_empty(v.shape)) if column.receives else ()
             sends = [(x, column.target) for x in (k, v) if column.sends]
-            self._handles.append(comm.exchange(sends, [(x, column.source) for x in kv]))
+            self._handles.append(comm.exchange(sends, [(x, column.source) for x in kv], "keys"))
             self._kv.append(kv)
 
     def __getitem__(self, i: int) -> Any:
@@ -249,7 +249,7 @@ def _visits(plan: Plan, queries: tuple[Any, ...], comm: Comm) -> Iterator[tuple[
             coming = buffers[turn % 2]
             sends = [(x, following.target) for x in queries if following.sends]
             recvs = [(x, following.source) for x in coming if following.receives]
-            handle = comm.exchange(sends, recvs)  # type: ignore[assignment]
+            handle = comm.exchange(sends, recvs, "queries")  # type: ignore[assignment]
         yield row, here
 
 
