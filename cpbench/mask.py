@@ -209,7 +209,7 @@ class AttnMask:
                 (wide[:, HI] + q_phase - phase) // step,
             ]
         )
-        kept, index = _canonical_indexed(raw)
+        kept, index = canonical_indexed(raw)
         moved = shifted(kept, np.zeros(len(kept), np.int64), slot[index] * local_k)
         return AttnMask._trusted(local_q, local_k * len(phases), moved)
 
@@ -255,9 +255,15 @@ def areas(slices: IntArray) -> IntArray:
     return _pairs_up_to(q0, q1, k0, k1, hi) - _pairs_up_to(q0, q1, k0, k1, lo - 1)
 
 
+def expand(counts: IntArray) -> tuple[IntArray, IntArray]:
+    """Which element, and which of its own: ``[2, 0, 1]`` gives ``[0, 0, 2]`` and ``[0, 1, 0]``."""
+    source = np.repeat(np.arange(len(counts)), counts)
+    return source, np.arange(len(source)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
 def canonical(slices: IntArray) -> IntArray:
     """Tight rectangles and offsets, empties dropped, order kept."""
-    return _canonical_indexed(slices)[0]
+    return canonical_indexed(slices)[0]
 
 
 def cut_axis(slices: IntArray, ranges: IntArray, axis: int) -> tuple[IntArray, IntArray, IntArray]:
@@ -278,12 +284,12 @@ def cut_axis(slices: IntArray, ranges: IntArray, axis: int) -> tuple[IntArray, I
     first = np.searchsorted(end, slices[:, low], side="right")
     last = np.searchsorted(start, slices[:, high], side="left")
     count = np.maximum(last - first, 0)
-    source = np.repeat(np.arange(len(slices)), count)
-    part = np.arange(len(source)) - np.repeat(np.cumsum(count) - count, count) + first[source]
+    source, part = expand(count)
+    part += first[source]
     cut = slices[source]
     cut[:, low] = np.maximum(cut[:, low], start[part])
     cut[:, high] = np.minimum(cut[:, high], end[part])
-    cut, kept = _canonical_indexed(cut)
+    cut, kept = canonical_indexed(cut)
     return cut, source[kept], order[part[kept]]
 
 
@@ -299,7 +305,7 @@ def shifted(slices: IntArray, shift_q: IntArray, shift_k: IntArray) -> IntArray:
     return moved
 
 
-def _canonical_indexed(slices: IntArray) -> tuple[IntArray, IntArray]:
+def canonical_indexed(slices: IntArray) -> tuple[IntArray, IntArray]:
     """:func:`canonical`, and which input each output came from.
 
     One pass is exact: offsets that the rectangle cannot hold go, then rows that see nothing, then
@@ -353,9 +359,8 @@ def _row_overlaps(slices: IntArray) -> tuple[IntArray, IntArray]:
     end = np.searchsorted(slices[:, Q0], slices[:, Q1], side="left")
     index = np.arange(len(slices))
     count = np.maximum(end - index - 1, 0)
-    first = np.repeat(index, count)
-    second = np.arange(len(first)) - np.repeat(np.cumsum(count) - count, count) + first + 1
-    return first, second
+    first, second = expand(count)
+    return first, second + first + 1
 
 
 def _merge_neighbours(slices: IntArray, keys: tuple[int, int, int]) -> IntArray:

@@ -52,6 +52,8 @@ class OperatorInfo:
         deterministic: whether two runs agree to the bit.
         requires: importable modules it needs.
         params: names of the parameters that ``load`` takes.
+        compiles: ``"module:attribute"`` of a function that tells what it launches (see
+            ``cpbench.aot.launches``), for kernels that compile ahead of time.
     """
 
     name: str
@@ -69,6 +71,7 @@ class OperatorInfo:
     deterministic: bool = True
     requires: tuple[str, ...] = ("torch",)
     params: tuple[str, ...] = ()
+    compiles: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -111,9 +111,9 @@ def tiles(mask: AttnMask, block_q: int, block_k: int) -> TileGrid:
     if block_q < 1 or block_k < 1:
         raise ValueError(f"tile extents must be at least 1, not {block_q} x {block_k}")
     num_rows, num_cols = -(-mask.seq_q // block_q), -(-mask.seq_k // block_k)
-    strips, row = _strips(mask.slices, block_q)
+    cut, row = strips(mask.slices, block_q)
 
-    q0, q1, k0, k1, lo, hi = strips.T
+    q0, q1, k0, k1, lo, hi = cut.T
     first, end = k0 // block_k, -(-k1 // block_k)  # columns the strip touches
     # Columns in which every row of the strip sees every key.  The last column of the mask may be
     # narrower than the others: it is measured.
@@ -122,11 +122,11 @@ def tiles(mask: AttnMask, block_q: int, block_k: int) -> TileGrid:
     solid_end = np.maximum(np.minimum(solid_end, end), solid)
 
     ends = (end - first) - (solid_end - solid)
-    strip = np.repeat(np.arange(len(strips)), ends)
+    strip = np.repeat(np.arange(len(cut)), ends)
     number = np.arange(len(strip)) - np.repeat(np.cumsum(ends) - ends, ends)
     before = (solid - first)[strip]
     col = np.where(number < before, first[strip] + number, solid_end[strip] + number - before)
-    part = strips[strip]
+    part = cut[strip]
     part[:, K0] = np.maximum(part[:, K0], col * block_k)
     part[:, K1] = np.minimum(part[:, K1], (col + 1) * block_k)
     area = areas(part)
@@ -163,7 +163,7 @@ def tiles(mask: AttnMask, block_q: int, block_k: int) -> TileGrid:
     )
 
 
-def _strips(slices: IntArray, block_q: int) -> tuple[IntArray, IntArray]:
+def strips(slices: IntArray, block_q: int) -> tuple[IntArray, IntArray]:
     """Slices cut at every row of tiles, tight in their keys, and the row of each."""
     first = slices[:, Q0] // block_q
     count = -(-slices[:, Q1] // block_q) - first

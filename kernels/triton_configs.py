@@ -1,0 +1,113 @@
+"""How each kernel of `triton_band` is compiled: tile extents, warps and stages, by target.
+
+The table comes from ahead-of-time compilation (``cpbench compile``): the largest tiles that spill
+nothing where that is possible, that fit the target's shared and tensor memory, and that use its
+matrix instruction.  What only a GPU can tell is which of the admitted ones is fastest there;
+``cpbench tune`` measures that and writes a file that goes before this table.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+KERNELS = ("forward", "backward_dq", "backward_dkv")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Of one kernel.
+
+    Attributes:
+        rows, cols: of a tile of scores; rows stay with a program, columns pass by (for
+            ``backward_dkv`` rows are keys).
+        num_warps, num_stages: as Triton takes them.
+        descriptors: 1 to read passing tiles through tensor descriptors (Hopper's and Blackwell's
+            copy engine), 0 through addresses.
+    """
+
+    rows: int
+    cols: int
+    num_warps: int
+    num_stages: int
+    descriptors: int = 0
+
+    def __str__(self) -> str:
+        copies = " tma" if self.descriptors else ""
+        return f"{self.rows}x{self.cols} w{self.num_warps} s{self.num_stages}{copies}"
+
+
+INTERPRETED = Config(128, 64, 4, 1)
+
+# By lanes (head_dim padded to a power of two): forward, backward_dq, backward_dkv.
+_HALF: dict[str, dict[int, tuple[Config, Config, Config]]] = {
+    "cuda:80": {
+        64: (Config(128, 64, 4, 3), Config(64, 64, 4, 3), Config(64, 64, 4, 2)),
+        128: (Config(128, 64, 8, 3), Config(64, 64, 8, 2), Config(64, 64, 8, 2)),
+        256: (Config(64, 64, 8, 2), Config(64, 32, 8, 1), Config(64, 32, 8, 1)),
+    },
+    "cuda:90": {
+        64: (Config(128, 128, 8, 3), Config(128, 64, 8, 3), Config(128, 64, 8, 3)),
+        128: (Config(128, 128, 8, 2), Config(128, 64, 8, 2), Config(64, 64, 8, 2)),
+        256: (Config(128, 64, 8, 2), Config(64, 64, 8, 1), Config(64, 32, 8, 1)),
+    },
+    "cuda:100": {
+        64: (Config(128, 128, 8, 3), Config(128, 64, 8, 3), Config(128, 64, 8, 3)),
+        128: (Config(128, 128, 8, 2), Config(128, 64, 8, 2), Config(64, 64, 8, 2)),
+        256: (Config(128, 64, 8, 2), Config(64, 64, 8, 1), Config(64, 32, 8, 1)),
+    },
+}
+
+
+def lanes(head_dim: int) -> int:
+    """``head_dim`` padded to a power of two, at least 16."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def choose(target: str, head_dim: int, item_bytes: int) -> dict[str, Config]:
+    """The configuration of each kernel.
+
+    Args:
+        target: such as ``"cuda:90"``; one without a table takes that of the newest older one.
+        item_bytes: of an element.
+    """
+    if target == "interpreter":
+        return dict.fromkeys(KERNELS, INTERPRETED)
+    tuned = _tuned().get(f"{target} {lanes(head_dim)} {item_bytes}")
+    if tuned is not None:
+        return {name: Config(**tuned[name]) for name in KERNELS}
+    table = _HALF[_known(target)]
+    found = table[max(lanes(head_dim), 64)]
+    if item_bytes > 2:  # twice the memory a tile
+        found = tuple(_smaller(config) for config in found)  # type: ignore[assignment]
+    return dict(zip(KERNELS, found, strict=True))
+
+
+def _smaller(config: Config) -> Config:
+    return Config(max(config.rows // 2, 32), max(config.cols // 2, 32), config.num_warps, 1)
+
+
+def _known(target: str) -> str:
+    family, _, number = target.partition(":")
+    if family != "cuda":
+        return "cuda:80"
+    older = [key for key in _HALF if int(key.partition(":")[2]) <= int(number)]
+    return older[-1] if older else "cuda:80"
+
+
+def cache_file() -> Path:
+    """Where ``cpbench tune`` keeps what it measured."""
+    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(home) / "cpbench" / "tuned.json"
+
+
+@functools.cache
+def _tuned() -> dict[str, dict[str, dict[str, int]]]:
+    path = cache_file()
+    if not path.is_file():
+        return {}
+    found: dict[str, dict[str, dict[str, int]]] = json.loads(path.read_text())
+    return found

@@ -1,0 +1,10 @@
+"""Triton kernels run under Triton's interpreter here, as they must where there is no GPU.
+
+Triton reads this when it is first imported, so it stands before anything else.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
