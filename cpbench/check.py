@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cpbench import layout as layouts
+from cpbench.head_masks import Mask
 from cpbench.inputs import normal
 from cpbench.mask import AttnMask, IntArray
 from cpbench.problem import Problem
@@ -177,7 +178,7 @@ def run(work: Attention, inputs: Tensors, comm: Comm | None) -> Tensors:
 # --- small --------------------------------------------------------------------------------------
 
 
-def small_mask(mask: AttnMask, tokens: int = SMALL_TOKENS) -> AttnMask:
+def small_mask(mask: Mask, tokens: int = SMALL_TOKENS) -> Mask:
     """The mask itself when it is small, else its restriction to windows of tokens where slices
     begin and end, spread over the sequence; of the same kind, and the same on every rank."""
     if max(mask.seq_q, mask.seq_k) <= tokens:
@@ -211,7 +212,8 @@ def small_world(work: Attention) -> World:
     # A multiple of what a layout deals evenly: some strategies pad nothing.
     tiny = small_mask(work.mask, SMALL_TOKENS - SMALL_TOKENS % (2 * world.size))
     problem = replace(world.problem, seq_q=tiny.seq_q, seq_k=tiny.seq_k)
-    layout = layouts.build(world.keys.name, tiny.seq_k, world.size, tiny)
+    shared = tiny if isinstance(tiny, AttnMask) else None
+    layout = layouts.build(world.keys.name, tiny.seq_k, world.size, shared)
     return World.of(problem, tiny, layout, world.ranks_per_node, world.placement)
 
 
@@ -233,7 +235,7 @@ def small(work: Attention, seed: int, rank: Rank) -> Errors:
 
 
 @functools.lru_cache(maxsize=16)
-def _reference(mask: AttnMask, problem: Problem, seed: int, device: str) -> Tensors:
+def _reference(mask: Mask, problem: Problem, seed: int, device: str) -> Tensors:
     """The float64 results ``[B, heads, S, …]`` for the inputs as rounded to the problem's dtype;
     kept in main memory, so that they take none from what is measured."""
     from cpbench.kernels.reference import backward64, forward64

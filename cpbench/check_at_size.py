@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cpbench.check import Errors, Rank, Tensors, TensorSums, combine, index_of
+from cpbench.head_masks import Mask, distinct
 from cpbench.inputs import normal
 from cpbench.mask import AttnMask, IntArray
 from cpbench.problem import Problem
@@ -72,7 +74,7 @@ def _turns(count: int, number: int, pairs: int, work: Attention, seed: int) -> I
     return np.flatnonzero(turn % pairs == number)
 
 
-def sampled_lines(mask: AttnMask, positions: IntArray, seed: int) -> IntArray:
+def sampled_lines(mask: Mask, positions: IntArray, seed: int) -> IntArray:
     """Local indices of the sampled queries of a rank: those at edges, and others at random."""
     n = mask.seq_q
     columns = [0, 1, 2, 3] if mask.seq_q == mask.seq_k else [0, 1]
@@ -109,9 +111,10 @@ class _Source:
     Legend: R query heads of a group, T visible keys (or queries, for a column), D head dim.
     """
 
-    def __init__(self, problem: Problem, mask: AttnMask, seed: int, device: str) -> None:
+    def __init__(self, problem: Problem, mask: Mask, seed: int, device: str) -> None:
         self._problem, self._seed, self._device = problem, seed, device
         self._mask, self._transposed = mask, mask.transpose()
+        self._alike = problem.group if isinstance(mask, AttnMask) else 1  # heads of one mask
         self._keys: dict[str, torch.Tensor] = {}
 
     def forget(self) -> None:
@@ -122,20 +125,32 @@ class _Source:
         """out and dq ``[R, D]`` and lse ``[R]`` of one query."""
         import torch
 
-        seen = self._visible(self._mask, line)
+        parts = [self._part_of_row(b, heads, line) for heads in self._heads(g)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _heads(self, g: int) -> list[range]:
+        """The query heads of a group, together where they share a mask."""
+        first, end = g * self._problem.group, (g + 1) * self._problem.group
+        return [range(h, h + self._alike) for h in range(first, end, self._alike)]
+
+    def _part_of_row(self, b: int, heads: range, line: int) -> Tensors:
+        import torch
+
+        g = heads[0] // self._problem.group
+        seen = self._visible(self._mask, heads, line)
         for name in ("k", "v"):
             if name not in self._keys:
                 tokens = np.arange(self._mask.seq_k)
                 self._keys[name] = self._make(name, b, [g], tokens)[:, 0]
         k_TD, v_TD = (self._keys[name][seen].double() for name in ("k", "v"))
-        q_RD = self._of_queries("q", b, g, np.array([line]))[:, 0]
+        q_RD = self._of_queries("q", b, heads, np.array([line]))[:, 0]
         scale = self._problem.softmax_scale
         scores_RT = (q_RD @ k_TD.T) * scale
         lse_R = torch.logsumexp(scores_RT, -1)
         probs_RT = torch.exp(scores_RT - lse_R[:, None])
         found = {"out": probs_RT @ v_TD, "lse": lse_R}
         if self._problem.backward:
-            dout_RD = self._of_queries("dout", b, g, np.array([line]))[:, 0]
+            dout_RD = self._of_queries("dout", b, heads, np.array([line]))[:, 0]
             delta_R1 = (dout_RD * found["out"]).sum(-1, keepdim=True)
             found["dq"] = (probs_RT * (dout_RD @ v_TD.T - delta_R1) * scale) @ k_TD
         return found
@@ -152,14 +167,12 @@ class _Source:
         import torch
 
         k_D, v_D = (self._keys[name][line].double() for name in ("k", "v"))
-        heads = slice(g * self._problem.group, (g + 1) * self._problem.group)
         dk_D, dv_D = torch.zeros_like(k_D), torch.zeros_like(v_D)
-        seen = self._visible(self._transposed, line).cpu().numpy()
-        for start in range(0, len(seen), 1 << 14):
-            part = seen[start : start + (1 << 14)]
-            q_RTD, dout_RTD = (self._of_queries(name, b, g, part) for name in ("q", "dout"))
+        for heads, part in self._seers(g, line):
+            q_RTD, dout_RTD = (self._of_queries(name, b, heads, part) for name in ("q", "dout"))
+            these = slice(heads.start, heads.stop)
             lse_RT, delta_RT = (
-                torch.as_tensor(x[heads, part], device=self._device) for x in (lse_HS, delta_HS)
+                torch.as_tensor(x[these, part], device=self._device) for x in (lse_HS, delta_HS)
             )
             scale = self._problem.softmax_scale
             probs_RT = torch.exp((q_RTD @ k_D) * scale - lse_RT)
@@ -168,9 +181,15 @@ class _Source:
             dk_D += torch.einsum("rt,rtd->d", dscores_RT, q_RTD)
         return {"dk": dk_D, "dv": dv_D}
 
-    def _of_queries(self, name: str, b: int, g: int, tokens: IntArray) -> torch.Tensor:
-        """``[R, tokens, D]`` float64 of the query heads of a group."""
-        heads = range(g * self._problem.group, (g + 1) * self._problem.group)
+    def _seers(self, g: int, line: int) -> Iterator[tuple[range, IntArray]]:
+        """The queries that see one key, by heads that share a mask, some at a time."""
+        for heads in self._heads(g):
+            seen = self._visible(self._transposed, heads, line).cpu().numpy()
+            for start in range(0, len(seen), 1 << 14):
+                yield heads, seen[start : start + (1 << 14)]
+
+    def _of_queries(self, name: str, b: int, heads: range, tokens: IntArray) -> torch.Tensor:
+        """``[R, tokens, D]`` float64 of some query heads."""
         return self._make(name, b, heads, tokens).double().transpose(0, 1)
 
     def _make(self, name: str, b: int, heads: list[int] | range, tokens: IntArray) -> torch.Tensor:
@@ -189,8 +208,10 @@ class _Source:
             device=device,
         )[0]
 
-    def _visible(self, mask: AttnMask, line: int) -> torch.Tensor:
-        """Indices of the keys that one query sees."""
+    def _visible(self, of: Mask, heads: range, line: int) -> torch.Tensor:
+        """Indices of the keys that one query sees in heads that share a mask."""
+        masks = distinct(of)
+        mask = masks[heads[0] % len(masks)]
         here = mask.slices[(mask.slices[:, 0] <= line) & (line < mask.slices[:, 1])]
         _, _, k0, k1, lo, hi = here.T
         start, end = np.maximum(k0, line + lo), np.minimum(k1, line + hi + 1)

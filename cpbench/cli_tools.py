@@ -29,6 +29,9 @@ def mask(
         str, typer.Argument(metavar="MASK", help="Such as causal_document:corpus=pile,seed=3.")
     ],
     seq_len: Annotated[str, typer.Option(metavar="TOKENS", help="Such as 8192 or 64k.")],
+    num_heads: Annotated[
+        str, typer.Option(metavar="HEADS", help="For masks that differ from head to head.")
+    ] = "1",
     png: Annotated[Path | None, file(help="Draw it into this file (.png).")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -36,19 +39,22 @@ def mask(
     import time
 
     from cpbench import masks
+    from cpbench.head_masks import distinct
     from cpbench.sweep import number
 
     with user_input():
         tokens = number("seq_len", seq_len)
         start = time.perf_counter()
-        built = masks.build(mask, seq_len=tokens)
+        built = masks.build_heads(mask, tokens, number("num_heads_q", num_heads))
         build_ms = (time.perf_counter() - start) * 1e3
         if png is not None:
             if png.suffix != ".png":
                 raise ValueError(f"--png {str(png)!r}: the file must end in .png")
             from cpbench.masks.picture import draw
 
-            draw(built, png, f"{mask}, {seq_len} tokens")
+            heads = distinct(built)
+            which = ", head 0" if len(heads) > 1 else ""
+            draw(heads[0], png, f"{mask}, {seq_len} tokens{which}")
     row = {
         "mask": mask, "seq_q": built.seq_q, "seq_k": built.seq_k, "area": built.area,
         "density": round(built.density, 6), "slices": len(built.slices),
@@ -145,6 +151,44 @@ def links(
     return linkcheck.run(
         world_size, device_name(device), launcher.value, wanted, ranks_per_node, as_json, seconds
     )
+
+
+@tools.command("compile")
+def compile_(
+    operator: Annotated[str | None, several(help="Triton operators.  [default: all]")] = None,
+    target: Annotated[
+        str, several(help="Such as cuda:80 (A100), cuda:90 (H100), cuda:100 (B200), hip:gfx942.")
+    ] = "cuda:80,cuda:90,cuda:100",
+    dtype: Annotated[str, several()] = "bfloat16,float16",
+    head_dim: Annotated[str, several()] = "64,96,128",
+    config: Annotated[
+        str | None,
+        several(help="In place of the table: rows=128,cols=64,num_warps=8,num_stages=3."),
+    ] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Compile the Triton kernels for GPUs that are not here.
+
+    Registers, spills, shared and tensor memory, and which matrix instruction is used. Exit code 1
+    when a kernel is broken: no matrix instruction, more memory than there is.
+    """
+    from cpbench import compilation
+    from cpbench.sweep import number, split_list
+
+    with user_input():
+        given = {}
+        for word in split_list(config) if config else []:
+            key, _, value = word.partition("=")
+            if not value.isdigit():
+                raise ValueError(f"--config: {word!r} is not of the form rows=128")
+            given[key] = int(value)
+        wanted = compilation.requests(
+            split_list(operator) if operator else [], split_list(target), split_list(dtype),
+            [number("head_dim", text) for text in split_list(head_dim)], given,
+        )  # fmt: skip
+    rows = compilation.compiled(wanted)
+    print_rows(rows if as_json else compilation.table(rows), as_json)
+    return 1 if any(row["verdict"].startswith("broken") for row in rows) else 0
 
 
 @tools.command()

@@ -88,7 +88,7 @@ class Evaluation:
         """The computation and a record begun; None when some rank refuses."""
         work, refusal = None, None
         begun = time.perf_counter()
-        masks.rebuild(case.mask, case.seq_len)
+        masks.rebuild(case.mask, case.seq_len, case.num_heads_q)
         mask_us = (time.perf_counter() - begun) * 1e6
         try:
             work = self._attention(case, World.of_case(case, self._ranks_here))

@@ -203,7 +203,8 @@ class BoundOperator:
         Raises:
             Unsupported: when the operator does not take such a mask or problem.
         """
-        mask, problem, crop = part.mask, part.problem, None
+        mask: Any = part.mask  # of a kind that the operator's declaration names
+        problem, crop = part.problem, None
         if mask.kind == "bands":
             inner = mask.crop(*mask.hull)
             if inner.kind in ("full", "causal"):
@@ -211,7 +212,8 @@ class BoundOperator:
                 problem = replace(problem, seq_q=mask.seq_q, seq_k=mask.seq_k)
         if mask.kind not in self.info.masks:
             takes = ", ".join(self.info.masks)
-            raise Unsupported(f"{self.info.name} takes {takes} masks; this one is {mask.kind}")
+            this = "differs from head to head" if mask.kind == "heads" else f"is {mask.kind}"
+            raise Unsupported(f"{self.info.name} takes {takes} masks; this one {this}")
         reason = self.impl.unsupported(problem, mask, self.device)
         if reason is not None:
             raise Unsupported(reason)

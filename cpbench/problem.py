@@ -61,13 +61,13 @@ class Problem:
         """Query heads that share one key/value head."""
         return self.heads_q // self.heads_kv
 
-    def flops(self, area: int) -> dict[str, int]:
-        """FLOPs of the forward and of the backward pass for ``area`` visible pairs a head.
+    def flops(self, area: float) -> dict[str, int]:
+        """FLOPs of the forward and the backward pass for ``area`` visible pairs a head, on average.
 
         Forward: two matrix products, ``4 * D`` per visible pair; backward: five, ``10 * D``.
         Softmax is not counted, nor is what an operator computes outside the mask.
         """
-        pairs = self.batch * self.heads_q * area
+        pairs = round(self.batch * self.heads_q * area)
         return {"fwd": 4 * self.head_dim * pairs, "bwd": 10 * self.head_dim * pairs}
 
     def kv_bytes(self, tokens: int) -> int:

@@ -31,7 +31,7 @@ class Record:
         mask_us, plan_us, first_call_us: building the mask, planning, and the first call at size
             (with compilation), slowest rank.
         flops: by phase, from the mask's exact area, all ranks together.
-        area: visible pairs of the mask per head.
+        area: visible pairs of the mask per head (on average, where heads differ).
         balance: visible pairs that each rank computed in one pass over all phases, each counted
             once for every query head.
         memory_bytes: by kind, ``[rank]``: ``inputs``; ``plan`` and ``saved`` (held before a pass);
@@ -60,7 +60,7 @@ class Record:
     plan_us: float | None = None
     first_call_us: float | None = None
     flops: dict[str, int] = field(default_factory=dict)
-    area: int | None = None
+    area: float | None = None
     balance: list[int] | None = None
     memory_bytes: dict[str, list[int]] = field(default_factory=dict)
     bytes_sent: dict[str, list[int]] = field(default_factory=dict)

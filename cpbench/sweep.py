@@ -299,7 +299,7 @@ def _check_strategy(spec: Spec) -> None:
 
 
 def _check_mask(spec: Spec, seq_len: int) -> None:
-    mask = masks.build(spec, seq_len)
+    mask = masks.build_heads(spec, seq_len, 1)
     if (mask.seq_q, mask.seq_k) != (seq_len, seq_len):
         raise ValueError(f"mask {spec} is {mask.seq_q} x {mask.seq_k}; a sweep takes square masks")
 

@@ -8,6 +8,7 @@ that a schedule alone (``cpbench.trace``) costs nothing but areas.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from cpbench import layout as layouts
 from cpbench import masks
+from cpbench.head_masks import HeadMasks, Mask
 from cpbench.layout import Layout, area_matrix, local_mask
 from cpbench.mask import AttnMask, IntArray
 from cpbench.mesh import Mesh
@@ -27,7 +29,7 @@ class World:
 
     Attributes:
         problem: the whole of it.
-        mask: ``seq_q x seq_k``, global.
+        mask: ``seq_q x seq_k``, global; of one rank alone where it differs from head to head.
         queries, keys: which rank owns which queries and keys (one layout, unless they differ).
         ranks_per_node: ranks that share a node; ranks are numbered node by node.
         placement: the mesh axis whose groups are to be neighbours, or "" for the strategy's own
@@ -35,7 +37,7 @@ class World:
     """
 
     problem: Problem
-    mask: AttnMask
+    mask: Mask
     queries: Layout
     keys: Layout
     ranks_per_node: int = 0
@@ -45,7 +47,7 @@ class World:
     def of(
         cls,
         problem: Problem,
-        mask: AttnMask,
+        mask: Mask,
         layout: Layout,
         ranks_per_node: int = 0,
         placement: str = "",
@@ -67,8 +69,9 @@ class World:
         Raises:
             ValueError: for a layout that does not fit.
         """
-        mask = masks.build(case.mask, case.seq_len)
-        layout = layouts.build(case.layout, case.seq_len, case.world_size, mask)
+        mask = masks.build_heads(case.mask, case.seq_len, case.num_heads_q)
+        shared = mask if isinstance(mask, AttnMask) else None
+        layout = layouts.build(case.layout, case.seq_len, case.world_size, shared)
         if case.queries:
             mask = mask.crop(case.seq_len - case.queries, case.seq_len, 0, case.seq_len)
         nodes = case.ranks_per_node or ranks_per_node
@@ -79,10 +82,18 @@ class World:
         """P, ranks."""
         return self.keys.world_size
 
+    @property
+    def shared_mask(self) -> AttnMask:
+        """The mask that all heads share: what a strategy of several ranks works on."""
+        assert isinstance(self.mask, AttnMask)
+        return self.mask
+
     @functools.cached_property
     def areas(self) -> IntArray:
         """``(P, P)`` visible pairs between the queries of rank r (row) and the keys of rank s."""
-        return area_matrix(self.mask, self.queries, self.keys)
+        if isinstance(self.mask, HeadMasks):
+            return np.full((self.size, self.size), math.ceil(self.mask.area / self.size**2))
+        return area_matrix(self.shared_mask, self.queries, self.keys)
 
     def part(self, q_ranks: Sequence[int], k_ranks: Sequence[int]) -> Part:
         """The work between the queries of some ranks and the keys of some, both concatenated in
@@ -151,10 +162,13 @@ class Part:
     area: int
 
     @property
-    def mask(self) -> AttnMask:
+    def mask(self) -> Mask:
         """The mask in local coordinates, cut out anew."""
         world = self.world
-        return local_mask(world.mask, world.queries, self.q_ranks, world.keys, self.k_ranks)
+        if isinstance(world.mask, HeadMasks):
+            assert world.size == 1, "strategies of several ranks refuse a mask for each head"
+            return world.mask
+        return local_mask(world.shared_mask, world.queries, self.q_ranks, world.keys, self.k_ranks)
 
     @property
     def problem(self) -> Problem:

@@ -10,23 +10,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cpbench.head_masks import distinct
 from cpbench.kernels import bands_cpu, bands_cuda
 from cpbench.kernels.bands_plan import Layout, layout
-from cpbench.registry import OperatorInfo
+from cpbench.mask import AttnMask
+from cpbench.registry import ANY_MASK, OperatorInfo
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
 
-    from cpbench.mask import AttnMask
+    from cpbench.head_masks import Mask
     from cpbench.problem import Problem
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to compute: a CPU layout or CUDA calls, never both."""
+    """What to compute: a CPU layout for all heads or for each, or CUDA calls."""
 
     scale: float
-    layout: Layout | None = None
+    layouts: tuple[Layout, ...] = ()
     calls: tuple[bands_cuda.Call, ...] = ()
 
 
@@ -43,26 +47,39 @@ class Bands:
             raise ValueError(f"tile is a number of rows, or 0 to let bands choose; not {tile}")
         self.tile = tile
 
-    def unsupported(self, problem: Problem, mask: AttnMask, device: str) -> str | None:
+    def unsupported(self, problem: Problem, mask: Mask, device: str) -> str | None:
         if problem.softcap:
             return "bands has no softcap"
         if device.startswith("cuda"):
+            if not isinstance(mask, AttnMask):
+                return "bands on cuda takes one mask for all heads; use triton_band"
             return bands_cuda.unsupported(problem)
         if device != "cpu":
             return f"bands runs on cpu and cuda, not on {device}"
         return None
 
-    def prepare(self, mask: AttnMask, problem: Problem, device: str) -> Plan:
+    def prepare(self, mask: Mask, problem: Problem, device: str) -> Plan:
         if device.startswith("cuda"):
+            assert isinstance(mask, AttnMask)
             return Plan(problem.softmax_scale, calls=bands_cuda.calls(mask))
-        return Plan(problem.softmax_scale, layout(mask, problem.group, self.tile))
+        group = problem.group if isinstance(mask, AttnMask) else 1
+        layouts = tuple(layout(one, group, self.tile) for one in distinct(mask))
+        return Plan(problem.softmax_scale, layouts)
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if plan.layout is None:
+        import torch
+
+        if not plan.layouts:
             return bands_cuda.forward(q, k, v, plan.calls, plan.scale)
-        return bands_cpu.forward(q, k, v, plan.layout, plan.scale)
+        if len(plan.layouts) == 1:
+            return bands_cpu.forward(q, k, v, plan.layouts[0], plan.scale)
+        out, lse = torch.empty_like(q), q.new_empty(_lse_shape(q), dtype=torch.float32)
+        for one, (h, g) in zip(plan.layouts, _heads(q, k), strict=True):
+            found = bands_cpu.forward(q[:, :, h], k[:, :, g], v[:, :, g], one, plan.scale)
+            out[:, :, h], lse[:, h] = found
+        return out, lse
 
     def backward(
         self,
@@ -74,9 +91,36 @@ class Bands:
         lse: torch.Tensor,
         plan: Plan,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if plan.layout is None:
+        import torch
+
+        if not plan.layouts:
             return bands_cuda.backward(dout, q, k, v, out, lse, plan.calls, plan.scale)
-        return bands_cpu.backward(dout, q, k, v, out, lse, plan.layout, plan.scale)
+        if len(plan.layouts) == 1:
+            return bands_cpu.backward(dout, q, k, v, out, lse, plan.layouts[0], plan.scale)
+        dq = torch.empty_like(q)
+        # float32, as query heads of a group add to one key/value head.
+        dk, dv = (
+            torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k, v)
+        )
+        for one, (h, g) in zip(plan.layouts, _heads(q, k), strict=True):
+            of_queries = (x[:, :, h] for x in (dout, q, out))
+            do_h, q_h, out_h = of_queries
+            given = do_h, q_h, k[:, :, g], v[:, :, g], out_h, lse[:, h]
+            dq[:, :, h], dk_h, dv_h = bands_cpu.backward(*given, one, plan.scale)
+            dk[:, :, g] += dk_h
+            dv[:, :, g] += dv_h
+        return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _lse_shape(q: torch.Tensor) -> tuple[int, int, int]:
+    return (q.shape[0], q.shape[2], q.shape[1])
+
+
+def _heads(q: torch.Tensor, k: torch.Tensor) -> Iterator[tuple[slice, slice]]:
+    """Each query head and its key/value head."""
+    group = q.shape[2] // k.shape[2]
+    for h in range(q.shape[2]):
+        yield slice(h, h + 1), slice(h // group, h // group + 1)
 
 
 def load(tile: int = 0) -> Bands:
@@ -91,6 +135,7 @@ OPERATORS = (
         "one windowed flash call per band slice on CUDA",
         source="FlashAttention-2 (Dao 2023), composed over the band slices of AttnMask",
         load=load,
+        masks=(*ANY_MASK, "heads"),
         dtypes=("float64", "float32", "bfloat16", "float16"),
         params=("tile",),
     ),

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cpbench.mask import AttnMask
+from cpbench.head_masks import Mask
 from cpbench.problem import Problem
-from cpbench.registry import OperatorInfo
+from cpbench.registry import ANY_MASK, OperatorInfo
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +26,7 @@ OPERATORS = (
         summary="float64 textbook attention, materialised or blockwise by size",
         source="softmax(Q K^T) V in double precision",
         load="cpbench.kernels.reference:Reference",
+        masks=(*ANY_MASK, "heads"),
         dtypes=("float64", "float32", "bfloat16", "float16"),
         max_head_dim=4096,
     ),
@@ -36,15 +37,15 @@ BLOCK_CELLS = 1 << 24  # scores held at once (128 MiB in float64)
 
 @dataclass(frozen=True)
 class Plan:
-    mask: AttnMask
+    mask: Mask
     scale: float
 
 
 class Reference:
-    def unsupported(self, problem: Problem, mask: AttnMask, device: str) -> str | None:
+    def unsupported(self, problem: Problem, mask: Mask, device: str) -> str | None:
         return None
 
-    def prepare(self, mask: AttnMask, problem: Problem, device: str) -> Plan:
+    def prepare(self, mask: Mask, problem: Problem, device: str) -> Plan:
         return Plan(mask, problem.softmax_scale)
 
     def forward(
@@ -68,7 +69,7 @@ class Reference:
 
 
 def forward64(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: AttnMask, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out ``[B, S, H, D]`` and lse ``[B, H, S]``, both float64."""
     import torch
@@ -79,7 +80,7 @@ def forward64(
     if k.shape[1] == 0:
         return out, lse
     q_BGRSD, k_BGTD, v_BGTD = _grouped(q, k.shape[2]), _heads_first(k), _heads_first(v)
-    for rows, visible_ST in _blocks(mask, b * h, q.device):
+    for rows, visible_ST in _blocks(mask, k.shape[2], b * h, q.device):
         scores = torch.einsum("bgrsd,bgtd->bgrst", q_BGRSD[:, :, :, rows], k_BGTD).mul_(scale)
         scores.masked_fill_(~visible_ST, -torch.inf)
         lse_rows = torch.logsumexp(scores, dim=-1)
@@ -97,7 +98,7 @@ def backward64(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    mask: AttnMask,
+    mask: Mask,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv in float64, from the (possibly global) out and lse."""
@@ -113,7 +114,7 @@ def backward64(
     dk, dv = torch.zeros_like(k_BGTD), torch.zeros_like(v_BGTD)
     if k.shape[1] == 0:
         return dq.permute(0, 3, 1, 2, 4).flatten(2, 3), dk.transpose(1, 2), dv.transpose(1, 2)
-    for rows, visible_ST in _blocks(mask, b * h, q.device):
+    for rows, visible_ST in _blocks(mask, k.shape[2], b * h, q.device):
         scores = torch.einsum("bgrsd,bgtd->bgrst", q_BGRSD[:, :, :, rows], k_BGTD).mul_(scale)
         probs = scores.sub_(lse_BGRS[:, :, :, rows].unsqueeze(-1)).exp_()
         probs.masked_fill_(~visible_ST, 0.0)
@@ -127,9 +128,10 @@ def backward64(
 
 
 def _blocks(
-    mask: AttnMask, copies: int, device: torch.device
+    mask: Mask, groups: int, copies: int, device: torch.device
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Blocks of query rows that see something, with their dense mask."""
+    """Blocks of query rows that see something, with their dense mask: ``[S, T]``, or
+    ``[G, R, S, T]`` where it differs from head to head."""
     import torch
 
     step = max(1, BLOCK_CELLS // max(1, copies * mask.seq_k))
@@ -137,7 +139,8 @@ def _blocks(
         end = min(start + step, mask.seq_q)
         part = mask.crop(start, end, 0, mask.seq_k)
         if part.area:
-            yield slice(start, end), torch.as_tensor(part.to_dense(), device=device)
+            dense = torch.as_tensor(part.to_dense(), device=device)
+            yield slice(start, end), dense if dense.ndim == 2 else dense.unflatten(0, (groups, -1))
 
 
 def _heads_first(x_BTGD: torch.Tensor) -> torch.Tensor:

@@ -181,30 +181,39 @@ def backward_dkv(
     dk = tl.zeros([M, D], dtype=tl.float32)
     dv = tl.zeros([M, D], dtype=tl.float32)
     scale2 = scale * LOG2E
-    for g in range(GROUP):
-        head = h * GROUP + g
-        of_all = bh * GROUP + g  # among the query heads of all batches
-        plan = of_all if PER_HEAD else 0
+    # Heads that share their lists are walked in the loops over these: a loop around both costs
+    # registers.
+    OUTER: tl.constexpr = GROUP if PER_HEAD else 1
+    INNER: tl.constexpr = 1 if PER_HEAD else GROUP
+    for outer in range(OUTER):
+        plan = bh * GROUP + outer if PER_HEAD else 0
         _, run0, run1, part0, part1, _ = item(items, plan, num_items, number)
-        q_source = source_of(Q + b * q_b + head * q_h, q_s, seq_q, N, D, LANES, DESCRIPTORS)
-        do_source = source_of(DOut + b * do_b + head * do_h, do_s, seq_q, N, D, LANES, DESCRIPTORS)
-        lse_base = Lse2 + of_all.to(tl.int64) * seq_q
-        delta_base = Delta + of_all.to(tl.int64) * seq_q
-        for r in range(run0, run1):
+        for x in range((run1 - run0) * INNER):
+            g = outer if PER_HEAD else x // (run1 - run0)
+            r = run0 + (x if PER_HEAD else x % (run1 - run0))
+            q_at = Q + b * q_b + (h * GROUP + g) * q_h
+            do_at = DOut + b * do_b + (h * GROUP + g) * do_h
+            q_source = source_of(q_at, q_s, seq_q, N, D, LANES, DESCRIPTORS)
+            do_source = source_of(do_at, do_s, seq_q, N, D, LANES, DESCRIPTORS)
+            row_terms_at = wide(bh * GROUP + g) * seq_q
             begin = tl.load(runs + 2 * r)
             end = tl.load(runs + 2 * r + 1)
             for col in tl.range(begin, end, num_stages=STAGES):
                 dk, dv = _add_dkv(
-                    k, v, q_source, do_source, lse_base, delta_base, q_s, do_s, col, seq_q, dk, dv,
-                    scale2, rows, pieces, layers, 0, 0,
+                    k, v, q_source, do_source, Lse2 + row_terms_at, Delta + row_terms_at,
+                    q_s, do_s, col, seq_q, dk, dv, scale2, rows, pieces, layers, 0, 0,
                     M, N, D, LANES, PRECISION, DESCRIPTORS, False,
                 )  # fmt: skip
-        for t in tl.range(part0, part1, num_stages=1):
+        for x in tl.range(0, (part1 - part0) * INNER, num_stages=1):
+            g = outer if PER_HEAD else x // (part1 - part0)
+            t = part0 + (x if PER_HEAD else x % (part1 - part0))
+            row_terms_at = wide(bh * GROUP + g) * seq_q
             dk, dv = _add_dkv(
-                k, v, q_source, do_source, lse_base, delta_base, q_s, do_s, tl.load(tiles + t),
+                k, v, Q + b * q_b + (h * GROUP + g) * q_h, DOut + b * do_b + (h * GROUP + g) * do_h,
+                Lse2 + row_terms_at, Delta + row_terms_at, q_s, do_s, tl.load(tiles + t),
                 seq_q, dk, dv, scale2, rows, pieces, layers,
                 tl.load(tile_layers + t), tl.load(tile_layers + t + 1),
-                M, N, D, LANES, PRECISION, DESCRIPTORS, True,
+                M, N, D, LANES, PRECISION, False, True,
             )  # fmt: skip
     store(DK + b * dk_b + h * dk_h, dk_s, start, seq_k, dk * scale, M, D, LANES)
     store(DV + b * dv_b + h * dv_h, dv_s, start, seq_k, dv, M, D, LANES)

@@ -14,12 +14,13 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cpbench.head_masks import Mask, distinct
 from cpbench.kernels import triton_configs, triton_interpreter
 from cpbench.kernels.triton_configs import Config, lanes
 from cpbench.kernels.triton_plan import Lists, Visits, grouped_order, visits
 from cpbench.launch import Launch
 from cpbench.mask import AttnMask
-from cpbench.registry import OperatorInfo
+from cpbench.registry import ANY_MASK, OperatorInfo
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,6 +36,7 @@ OPERATORS = (
         source="FlashAttention-2, arXiv 2307.08691, over tile lists as in FlexAttention",
         load="cpbench.kernels.triton_band:TritonBand",
         requires=("torch", "triton"),
+        masks=(*ANY_MASK, "heads"),
         params=("block_q", "block_k", "num_warps", "num_stages", "descriptors", "parts"),
         compiles="cpbench.kernels.triton_band:launches",
     ),
@@ -99,15 +101,17 @@ class TritonBand:
         }  # fmt: skip
         self.block_q, self.block_k, self.parts = block_q, block_k, parts
 
-    def unsupported(self, problem: Problem, mask: AttnMask, device: str) -> str | None:
+    def unsupported(self, problem: Problem, mask: Mask, device: str) -> str | None:
         if device == "cpu" and not triton_interpreter.on():
             return f"triton_band has no compiler for CPUs; {triton_interpreter.HOW}"
         if max(problem.seq_q, problem.seq_k) > MOST_TOKENS:
             return f"triton_band counts tokens in 32 bits: at most {MOST_TOKENS:,}"
         return None
 
-    def prepare(self, mask: AttnMask, problem: Problem, device: str) -> Plan:
-        return plan((mask,), problem, device, self._configs(problem, device), self.parts)
+    def prepare(self, mask: Mask, problem: Problem, device: str) -> Plan:
+        each = distinct(mask)
+        each *= problem.batch if len(each) > 1 else 1  # a plan for every head of every batch
+        return plan(each, problem, device, self._configs(problem, device), self.parts)
 
     def _configs(self, problem: Problem, device: str) -> dict[str, Config]:
         from cpbench.problem import DTYPE_BYTES

@@ -15,7 +15,17 @@ LINKED = ("kernels", "launchers", "reports", "slurm")
 
 # Modules of cpbench by layer; a folder stands for all that is in it.
 LAYERS = (
-    ("mask", "problem", "record", "environment", "registry", "spec", "settings"),
+    (
+        "mask",
+        "head_masks",
+        "problem",
+        "record",
+        "environment",
+        "registry",
+        "spec",
+        "settings",
+        "launch",
+    ),
     (
         "masks",
         "layout",
@@ -36,14 +46,14 @@ LAYERS = (
     ("kernels", "strategies"),
     ("api", "buffers", "check", "check_at_size", "measure"),
     ("evaluate",),
-    ("worker", "trace_ranks"),
+    ("worker", "trace_ranks", "aot"),
     ("links",),
 )
 # The parent's own order.  It plans with the torch-free part of the lower layers.
 PARENT = (
     ("store",),
     ("sweep", "launchers", "reports"),
-    ("runs", "catalogue", "diagnosis", "forecast", "linkcheck", "options"),
+    ("runs", "catalogue", "diagnosis", "forecast", "linkcheck", "options", "compilation"),
     ("verification",),
     ("cli_tools",),
     ("cli",),

@@ -16,21 +16,51 @@ from typing import Any
 import numpy as np
 
 from cpbench import registry
+from cpbench.head_masks import Mask, distinct
 from cpbench.mask import AttnMask
+from cpbench.masks import head_patterns  # noqa: F401  it registers its patterns
 from cpbench.masks.patterns import PATTERNS, Pattern, pattern
 from cpbench.spec import Spec, Value
 
-__all__ = ["Pattern", "build", "content_files", "describe", "names", "pattern", "pattern_info"]
+__all__ = [
+    "Pattern",
+    "build",
+    "build_heads",
+    "content_files",
+    "describe",
+    "names",
+    "pattern",
+    "pattern_info",
+]
 
 GROUP = "cpbench.masks"
 
 
 def build(mask: str | Mapping[str, Any] | Spec, seq_len: int, **params: Any) -> AttnMask:
+    """The mask of a name and its parameters, alike for all heads.
+
+    Args, errors: as for :func:`build_heads`.
+
+    Raises:
+        ValueError: for a pattern that differs from head to head.
+    """
+    made = build_heads(mask, seq_len, 1, **params)
+    if not isinstance(made, AttnMask):
+        raise ValueError(
+            f"mask {str(Spec.parse(mask))!r} differs from head to head; build_heads makes it"
+        )
+    return made
+
+
+def build_heads(
+    mask: str | Mapping[str, Any] | Spec, seq_len: int, num_heads: int, **params: Any
+) -> Mask:
     """The mask of a name and its parameters.
 
     Args:
         mask: a name, a text such as ``"sliding_window:window=512"``, a table or a spec.
         seq_len: number of keys, and of queries unless the pattern says otherwise.
+        num_heads: query heads, for patterns that differ from head to head.
         params: parameters of the pattern, in addition to those in ``mask``.
 
     Returns:
@@ -50,12 +80,13 @@ def build(mask: str | Mapping[str, Any] | Spec, seq_len: int, **params: Any) -> 
         raise ValueError(f"seq_len must be an integer >= 1, not {seq_len!r}")
     pattern_info(spec)
     # The text tells apart what compares equal (1, 1.0 and true); a file that changed is read again.
-    return _built(spec, int(seq_len), (str(spec), *content_files(spec).items()))
+    told = (str(spec), *content_files(spec).items())
+    return _built(spec, int(seq_len), num_heads, told)
 
 
-def rebuild(mask: Spec, seq_len: int) -> AttnMask:
-    """As :func:`build`, never from memory: for timing it."""
-    return _built.__wrapped__(mask, seq_len, ())
+def rebuild(mask: Spec, seq_len: int, num_heads: int) -> Mask:
+    """As :func:`build_heads`, never from memory: for timing it."""
+    return _built.__wrapped__(mask, seq_len, num_heads, ())
 
 
 def names() -> tuple[str, ...]:
@@ -129,17 +160,19 @@ def _plugins() -> dict[str, Pattern]:
 
 
 @functools.lru_cache(maxsize=64)
-def _built(spec: Spec, seq_len: int, key: tuple[object, ...]) -> AttnMask:
+def _built(spec: Spec, seq_len: int, num_heads: int, key: tuple[object, ...]) -> Mask:
     info = pattern_info(spec)
+    given = spec.kwargs | ({"num_heads": num_heads} if info.per_head else {})
     if info.name in PATTERNS:
-        return info.build(seq_len, **spec.kwargs)
+        known: Mask = info.build(seq_len, **given)
+        return known
     try:
-        built = info.build(seq_len, **spec.kwargs)
+        built = info.build(seq_len, **given)
     except Exception as error:  # somebody else's code: whatever it raises
         raise ValueError(f"mask {str(spec)!r}: {type(error).__name__}: {error}") from error
-    if not isinstance(built, AttnMask):
+    if not isinstance(built, Mask):
         raise ValueError(f"mask {str(spec)!r} returned {type(built).__name__}, not AttnMask")
-    if built.overlap_area():
+    if any(one.overlap_area() for one in distinct(built)):
         raise ValueError(f"mask {str(spec)!r} returned slices that overlap")
     return built
 

@@ -19,6 +19,7 @@ from typing import Any, TypeVar, Unpack
 
 import numpy as np
 
+from cpbench.head_masks import Mask
 from cpbench.mask import AttnMask, IntArray
 from cpbench.masks.documents import (
     DEFAULT_CORPUS,
@@ -30,7 +31,7 @@ from cpbench.masks.documents import (
 )
 from cpbench.registry import RegistrationError
 
-Build = TypeVar("Build", bound=Callable[..., AttnMask])
+Build = TypeVar("Build", bound=Callable[..., Mask])
 
 MOST_BLOCKS = 1 << 22  # a slice each: some hundred MB
 WIDE = 1 << 40  # an offset that limits nothing; slices are made tight when the mask is built
@@ -45,19 +46,22 @@ class Pattern:
         summary: first line of its docstring.
         params: parameter names and defaults; ``None`` means that it follows from the others.
         build: the function.
+        per_head: whether it takes ``num_heads`` too and returns a mask for each.
     """
 
     name: str
     summary: str
     params: Mapping[str, Any]
-    build: Callable[..., AttnMask]
+    build: Callable[..., Any]
+    per_head: bool = False
 
     @classmethod
-    def of(cls, function: Callable[..., AttnMask]) -> Pattern:
+    def of(cls, function: Callable[..., Mask]) -> Pattern:
         """What a pattern function declares through its signature and docstring.
 
         Raises:
-            RegistrationError: unless it is ``f(seq_len, *, key=default, …)`` with a docstring.
+            RegistrationError: unless it is ``f(seq_len, *, key=default, …)`` with a docstring, or
+                ``f(seq_len, num_heads, *, …)``.
         """
         name = getattr(function, "__name__", repr(function))
         summary = (inspect.getdoc(function) or "").partition("\n")[0]
@@ -70,7 +74,8 @@ class Pattern:
                 f"mask pattern {name!r} must be a function of seq_len with a docstring"
             )
         params: dict[str, Any] = {}
-        for item in signature[1:]:
+        per_head = len(signature) > 1 and signature[1].name == "num_heads"
+        for item in signature[2 if per_head else 1 :]:
             if item.kind is item.VAR_KEYWORD:
                 params |= _DOCUMENT_PARAMS
             elif item.kind is item.KEYWORD_ONLY and item.default is not item.empty:
@@ -79,7 +84,7 @@ class Pattern:
                 raise RegistrationError(
                     f"mask pattern {name!r}: {item.name!r} must be a keyword with a default"
                 )
-        return cls(name, summary, params, function)
+        return cls(name, summary, params, function, per_head)
 
 
 _DOCUMENT_PARAMS: dict[str, Any] = {

@@ -104,7 +104,7 @@ class Magi(Library):
         most = min(self.chunk_size, max(tokens // CHUNKS_PER_RANK, 1))
         return Plan(
             problem=problem,
-            slices=to_typed_slices(world.mask),
+            slices=to_typed_slices(world.shared_mask),
             chunk=largest_divisor(tokens, most),
             positions=world.queries.positions(rank),
             backward=problem.backward,

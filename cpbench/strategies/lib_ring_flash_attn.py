@@ -200,7 +200,7 @@ class Llama3(Library):
 
     def unsupported(self, world: World) -> str | None:
         problem = world.problem
-        if documents(world.mask) is None:
+        if documents(world.shared_mask) is None:
             return f"{self.name} takes full and causal masks, of documents too, and no others"
         if problem.batch > 1:
             return f"{self.name} packs its documents into batch 1, not {problem.batch}"
@@ -214,7 +214,7 @@ class Llama3(Library):
     def prepare(self, op: BoundOperator, world: World, rank: int) -> PackedPlan:
         import torch
 
-        found = documents(world.mask)
+        found = documents(world.shared_mask)
         assert found is not None
         bounds, causal = found
         bounds = np.unique(np.append(bounds, world.keys.padded_len))

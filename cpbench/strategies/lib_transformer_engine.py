@@ -90,7 +90,7 @@ class TransformerEngine(Library):
         problem = world.problem
         pairs = int(world.areas[rank].sum()) * problem.heads_q
         if self.comm == "a2a":  # some heads of all tokens
-            pairs = world.mask.area * problem.heads_q // world.size
+            pairs = world.shared_mask.area * problem.heads_q // world.size
         return Plan(problem, world.mask.kind == "causal", problem.backward, pairs)
 
     def within(self, plan: Plan, op: BoundOperator, group: Any) -> AbstractContextManager[Any]:

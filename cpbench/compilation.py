@@ -1,0 +1,123 @@
+"""``cpbench compile``: what compilers make of the Triton kernels, for GPUs that are not here.
+
+The compiling happens in processes of its own (``cpbench.aot``), without Triton's interpreter: this
+one loads no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from cpbench import registry
+from cpbench.environment import usable_cores
+from cpbench.problem import DTYPES
+
+TARGETS = (
+    "cuda:80", "cuda:86", "cuda:89", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942", "hip:gfx950"
+)  # fmt: skip
+HEAD_DIMS = (64, 96, 128, 192, 256)
+CONFIG = ("rows", "cols", "num_warps", "num_stages", "descriptors")
+
+
+def requests(
+    operators: Sequence[str],
+    targets: Sequence[str],
+    dtypes: Sequence[str],
+    head_dims: Sequence[int],
+    config: dict[str, int],
+) -> list[dict[str, Any]]:
+    """What to compile: each operator's kernels for each combination.
+
+    Args:
+        operators: none for all that compile.
+        config: fields of a configuration in place of the table's.
+
+    Raises:
+        ValueError: for what there is not, with what there is.
+    """
+    compiling = sorted(name for name, info in registry.operators().items() if info.compiles)
+    for what, given, known in (
+        ("operator", operators, compiling),
+        ("target", targets, TARGETS),
+        ("dtype", dtypes, DTYPES),
+        ("config", config, CONFIG),
+    ):
+        for name in given:
+            if name not in known:
+                raise ValueError(f"--{what}: {name!r} is none of {', '.join(known)}")
+    for dim in head_dims:
+        if not 8 <= dim <= 256:
+            raise ValueError(f"--head-dim: {dim} is not between 8 and 256")
+    if registry.missing_package(registry.operator_info(compiling[0])):
+        raise ValueError("compile needs the Python package triton: pip install 'cpbench[triton]'")
+    return [
+        {
+            "operator": operator, "target": target, "dtype": dtype, "head_dim": dim,
+            "config": config,
+        }
+        for operator in operators or compiling
+        for target in targets
+        for dtype in dtypes
+        for dim in head_dims
+    ]  # fmt: skip
+
+
+def compiled(wanted: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The row of every kernel, in the order of the requests.
+
+    Raises:
+        RuntimeError: when a compiler process dies.
+    """
+    shares = min(usable_cores(), len(wanted))
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    processes = []
+    for share in range(shares):
+        process = subprocess.Popen(
+            (sys.executable, "-m", "cpbench.aot"),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=environment,
+        )  # fmt: skip
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(wanted[share::shares]))
+        process.stdin.close()
+        process.stdin = None
+        processes.append(process)
+    try:
+        answers = [process.communicate() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    rows = []
+    for process, (out, err) in zip(processes, answers, strict=True):
+        if process.returncode:
+            raise RuntimeError(f"compiling failed:\n{err}")
+        rows += [json.loads(line) for line in out.splitlines()]
+    order = {_about(request): number for number, request in enumerate(wanted)}
+    return sorted(rows, key=lambda row: order[_about(row)])
+
+
+def _about(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[key] for key in ("operator", "target", "dtype", "head_dim"))
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For people."""
+    return [
+        {
+            "target": row["target"], "dtype": row["dtype"], "head_dim": row["head_dim"],
+            "kernel": row["kernel"], "config": row["config"],
+            "registers": row.get("registers", ""), "spilled B": row.get("spill_bytes", ""),
+            "shared KiB": f"{row.get('shared_bytes', 0) / 1024:.0f}",
+            "tensor cols": row.get("tensor_columns", "") or "",
+            "instruction": row.get("matrix_instruction", "").partition(".")[0],
+            "occupancy": f"{100 * row['occupancy']:.0f} %" if "occupancy" in row else "",
+            "verdict": row["verdict"],
+        }
+        for row in rows
+    ]  # fmt: skip
