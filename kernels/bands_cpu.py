@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -55,15 +55,14 @@ def forward(
                 o = torch.lerp(o, o_more, torch.sigmoid(lse_more - lse).unsqueeze(-1))
                 lse = torch.logaddexp(lse, lse_more)
             out_hSD[:, rows], lse_hS1[:, rows, 0] = o[0], lse[0]
-        kT_gDT = k_gTD.mT
         for tile in layout.tiles:
             q_gmD = work.fold(q_hSD, tile)
             state: tuple[torch.Tensor, ...] = ()  # output, row sum and row maximum so far
-            for span, key, count in work.chunks(tile):
-                s_gmw = work.scores(len(q_gmD), tile, count)[0]
-                kT, v_gwD = kT_gDT.narrow(2, key, count), v_gTD.narrow(1, key, count)
-                s_gmw.baddbmm_(q_gmD, kT, beta=0, alpha=scale * LOG2E)
-                work.hide(s_gmw, tile, span, key, count)
+            for chunk in work.chunks(tile):
+                s_gmw = work.scores(len(q_gmD), tile, chunk)[0]
+                k_gwD, v_gwD = _gather(k_gTD, chunk), _gather(v_gTD, chunk)
+                s_gmw.baddbmm_(q_gmD, k_gwD.mT, beta=0, alpha=scale * LOG2E)
+                work.hide(s_gmw, tile, chunk)
                 max_gm1 = s_gmw.amax(-1, True).clamp_(min=FLOOR)
                 if not state:
                     s_gmw.sub_(max_gm1).exp2_()
@@ -124,28 +123,65 @@ def backward(
                     (dv_gTD[:, keys], grads[2][0], not shared),
                 ):
                     into.copy_(grad) if fresh else into.add_(grad)
-        kT_gDT, vT_gDT, lse_hS1 = k_gTD.mT, v_gTD.mT, lse_BHS[b, heads_q, :, None]
+        lse_hS1 = lse_BHS[b, heads_q, :, None]
         for tile in layout.tiles:
             q_gmD, do_gmD = work.fold(q_hSD, tile), work.fold(do_hSD, tile)
             delta_gm1 = (do_gmD * work.fold(out_hSD, tile)).sum(-1, True)
             lse_gm1 = work.fold(lse_hS1, tile)
             dq_gmD = torch.zeros_like(q_gmD)
-            for span, key, count in work.chunks(tile):
-                p_gmw, ds_gmw, pT_gwm, dsT_gwm = work.scores(len(q_gmD), tile, count)
-                kT, vT = kT_gDT.narrow(2, key, count), vT_gDT.narrow(2, key, count)
-                torch.baddbmm(lse_gm1, q_gmD, kT, beta=-LOG2E, alpha=scale * LOG2E, out=p_gmw)
-                work.hide(p_gmw, tile, span, key, count)
+            for chunk in work.chunks(tile):
+                p_gmw, ds_gmw, pT_gwm, dsT_gwm = work.scores(len(q_gmD), tile, chunk)
+                k_gwD, v_gwD = _gather(k_gTD, chunk), _gather(v_gTD, chunk)
+                torch.baddbmm(lse_gm1, q_gmD, k_gwD.mT, beta=-LOG2E, alpha=scale * LOG2E, out=p_gmw)
+                work.hide(p_gmw, tile, chunk)
                 p_gmw.exp2_()
-                dv_gTD.narrow(1, key, count).baddbmm_(pT_gwm, do_gmD)
-                torch.baddbmm(delta_gm1, do_gmD, vT, beta=-1, out=ds_gmw)
+                _add_product(dv_gTD, chunk, pT_gwm, do_gmD, 1.0)
+                torch.baddbmm(delta_gm1, do_gmD, v_gwD.mT, beta=-1, out=ds_gmw)
                 ds_gmw.mul_(p_gmw)
-                dk_gTD.narrow(1, key, count).baddbmm_(dsT_gwm, q_gmD, alpha=scale)
-                dq_gmD.baddbmm_(ds_gmw, k_gTD.narrow(1, key, count), alpha=scale)
+                _add_product(dk_gTD, chunk, dsT_gwm, q_gmD, scale)
+                dq_gmD.baddbmm_(ds_gmw, k_gwD, alpha=scale)
             work.unfold(dq_gmD, dq_hSD, tile)
         work.write(dq_hSD, dq[b, :, heads_q])
         work.write(dk_gTD, dk[b, :, heads_kv])
         work.write(dv_gTD, dv[b, :, heads_kv])
     return dq, dk, dv
+
+
+class Piece(NamedTuple):
+    """Keys ``[key, key + width)`` of a span."""
+
+    span: Span
+    key: int
+    width: int
+
+
+def _gather(x_gTD: torch.Tensor, chunk: Sequence[Piece]) -> torch.Tensor:
+    """The keys of a chunk, ``[g, w, D]``: a view of one piece, a copy of several.
+
+    A copy costs less than what small matrix products lose against one large one.
+    """
+    import torch
+
+    parts = [x_gTD.narrow(1, piece.key, piece.width) for piece in chunk]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _add_product(
+    into_gTD: torch.Tensor,
+    chunk: Sequence[Piece],
+    a_gwm: torch.Tensor,
+    b_gmD: torch.Tensor,
+    scale: float,
+) -> None:
+    """Add ``scale * a @ b`` to the keys of a chunk."""
+    import torch
+
+    if len(chunk) == 1:
+        into_gTD.narrow(1, chunk[0].key, chunk[0].count).baddbmm_(a_gwm, b_gmD, alpha=scale)
+        return
+    parts = torch.bmm(a_gwm, b_gmD).split([piece.width for piece in chunk], dim=1)
+    for piece, part in zip(chunk, parts, strict=True):
+        into_gTD.narrow(1, piece.key, piece.width).add_(part, alpha=scale)
 
 
 def _calls(square: Square) -> Iterator[tuple[slice, bool]]:
@@ -182,9 +218,9 @@ class _Workspace:
         rows = max((tile.q1 - tile.q0 for tile in layout.tiles), default=0)
         cells = 1
         for tile in layout.tiles:
-            widest = max(span.k1 - span.k0 for span in tile.spans)
+            keys = sum(span.k1 - span.k0 for span in tile.spans)
             m = self.group * (tile.q1 - tile.q0)
-            cells = max(cells, m * min(widest, self.most_keys(m)))
+            cells = max(cells, m * min(keys, self.most_keys(m)))
         parts = -(-self.heads_kv * cells // SCORES)
         self.at_once = -(-self.heads_kv // parts)
         self.buffers = torch.empty((2, self.at_once * cells), dtype=self.dtype)
@@ -197,15 +233,23 @@ class _Workspace:
         """Keys of the largest chunk of a tile with so many rows."""
         return max(1, CHUNK // rows)
 
-    def chunks(self, tile: Tile) -> Iterator[tuple[Span, int, int]]:
-        """Spans of a tile in even chunks: span, first key, number of keys."""
+    def chunks(self, tile: Tile) -> Iterator[list[Piece]]:
+        """The keys of a tile in chunks: wide spans in even pieces, narrow ones together."""
         most = self.most_keys(self.group * (tile.q1 - tile.q0))
+        chunk: list[Piece] = []
+        free = most
         for span in tile.spans:
             width = span.k1 - span.k0
             parts = -(-width // most)
             ends = [span.k0 + width * i // parts for i in range(parts + 1)]
             for begin, end in itertools.pairwise(ends):
-                yield span, begin, end - begin
+                if end - begin > free:
+                    yield chunk
+                    chunk, free = [], most
+                chunk.append(Piece(span, begin, end - begin))
+                free -= end - begin
+        if chunk:
+            yield chunk
 
     def parts(self) -> Iterator[tuple[int, slice, slice]]:
         """Batch index, query heads and key/value heads of what is worked on together."""
@@ -233,17 +277,26 @@ class _Workspace:
         to = to_hSC.narrow(1, tile.q0, tile.q1 - tile.q0)
         to.copy_(x_gmC if self.group == 1 else x_gmC.view(to.shape))
 
-    def scores(self, heads: int, tile: Tile, keys: int) -> tuple[torch.Tensor, ...]:
+    def scores(self, heads: int, tile: Tile, chunk: Sequence[Piece]) -> tuple[torch.Tensor, ...]:
         """Two uninitialised ``[g, m, w]`` and their transposes, always in the same memory."""
+        keys = sum(piece.width for piece in chunk)
         shape = (heads, (tile.q1 - tile.q0) * self.group, keys)
         if shape not in self.views:
             pair = [x[: math.prod(shape)].view(shape) for x in self.buffers]
             self.views[shape] = (*pair, *(x.mT for x in pair))
         return self.views[shape]
 
-    def hide(self, s_gmw: torch.Tensor, tile: Tile, span: Span, key: int, count: int) -> None:
+    def hide(self, s_gmw: torch.Tensor, tile: Tile, chunk: Sequence[Piece]) -> None:
         """Set the scores of pairs that do not see each other to -inf."""
+        first = 0
+        for piece in chunk:
+            if piece.span.fixes:
+                self._hide(s_gmw.narrow(2, first, piece.width), tile, piece)
+            first += piece.width
+
+    def _hide(self, s_gmw: torch.Tensor, tile: Tile, piece: Piece) -> None:
         rows = tile.q1 - tile.q0
+        span, key, count = piece
         for fix in span.fixes:
             k0, k1 = max(fix.k0, key), min(fix.k1, key + count)
             if k0 >= k1:
