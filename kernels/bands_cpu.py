@@ -177,7 +177,7 @@ def _add_product(
     import torch
 
     if len(chunk) == 1:
-        into_gTD.narrow(1, chunk[0].key, chunk[0].count).baddbmm_(a_gwm, b_gmD, alpha=scale)
+        into_gTD.narrow(1, chunk[0].key, chunk[0].width).baddbmm_(a_gwm, b_gmD, alpha=scale)
         return
     parts = torch.bmm(a_gwm, b_gmD).split([piece.width for piece in chunk], dim=1)
     for piece, part in zip(chunk, parts, strict=True):
