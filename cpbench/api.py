@@ -17,6 +17,7 @@ import torch
 from cpbench import __version__
 from cpbench import layout as layouts
 from cpbench.comm import Comm, Control, TorchComm
+from cpbench.head_masks import HeadMasks, Mask
 from cpbench.mask import AttnMask
 from cpbench.merge import BoundOperator
 from cpbench.operator import Unsupported, declared_refusal
@@ -163,7 +164,7 @@ def attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    mask: AttnMask,
+    mask: Mask,
     operator: Spec | str = "bands",
     scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -171,7 +172,8 @@ def attention(
 
     Args:
         q: ``[B, S, H, D]``; k, v: ``[B, T, G, D]`` with ``H % G == 0``.
-        mask: ``[S, T]`` mask, e.g. ``cpbench.masks.build("causal", seq_len=S)``.
+        mask: ``[S, T]`` mask, e.g. ``cpbench.masks.build("causal", seq_len=S)``, or one for each
+            query head, e.g. ``cpbench.masks.build_heads("vertical_slash", S, num_heads=H)``.
         operator: name, with parameters (``"bands"``, ``"sdpa.cpu_flash"``, ``"./mine.py:op"``).
         scale: multiplies the scores; ``D ** -0.5`` unless given.
 
@@ -189,6 +191,8 @@ def attention(
             f"and {mask.seq_k} keys; shapes are [B, S, H, D]"
         )
     problem = _problem(q, k, v, q.shape[1], k.shape[1], scale)
+    if isinstance(mask, HeadMasks) and len(mask.masks) != q.shape[2]:
+        raise ValueError(f"masks of {len(mask.masks)} heads do not fit {q.shape[2]} query heads")
     work = _prepared(Spec.parse(operator), mask, problem, q.device.type)
     return _Autograd.apply(q, k, v, work, None)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -248,7 +252,7 @@ def distributed_attention(
 
 
 @functools.lru_cache(maxsize=64)
-def _prepared(operator: Spec, mask: AttnMask, problem: Problem, device: str) -> Attention:
+def _prepared(operator: Spec, mask: Mask, problem: Problem, device: str) -> Attention:
     alone = World(
         problem,
         mask,

@@ -177,7 +177,7 @@ def compile_(
 
     with user_input():
         given = {}
-        for word in split_list(config) if config else []:
+        for word in config.split(",") if config else []:
             key, _, value = word.partition("=")
             if not value.isdigit():
                 raise ValueError(f"--config: {word!r} is not of the form rows=128")

@@ -33,8 +33,19 @@ MASKS = (
     f"block_causal_document:block_size=32,{DOCUMENTS}",
     "streaming:num_sinks=4,window=37",
 )
+HEAD_MASKS = (
+    "block_sparse_uniform:block_size=16,keep=0.3",
+    "block_sparse_uniform:block_size=32,keep=0.3,causal=true",
+    "block_sparse_variable:block_size=32,least=5,keep=0.3",
+    "vertical_slash:num_vertical=5,num_slash=4",
+)
 LONG_SEQ_LEN = 1111
-LONG_MASKS = ("causal", "sliding_window_causal:window=200", "causal_document:corpus=prolong64k")
+LONG_MASKS = (
+    "causal",
+    "sliding_window_causal:window=200",
+    "causal_document:corpus=prolong64k",
+    "block_sparse_uniform:block_size=64,keep=0.2",
+)
 FEW_MASKS = ("full", "causal", f"causal_document:{DOCUMENTS}", f"share_question:{DOCUMENTS}")
 WORLD_SIZES = (2, 3, 4)
 # 2, 3 and 6 ranks divide 6 key/value heads; 2 are replicated on 4, 6 and 8.
@@ -79,6 +90,9 @@ def request(
                     "direction": ["fwd", "fwd_bwd"],
                 }
             )
+        if not masks:
+            each = {"num_heads_q": 4, "num_heads_kv": 2, "operator": chosen}
+            tables.append({**shapes, **each, "mask": list(HEAD_MASKS)})
         # One size that the sampled check sees too.
         longer = {**shapes, "seq_len": LONG_SEQ_LEN, "mask": list(LONG_MASKS)}
         if not masks:

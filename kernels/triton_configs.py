@@ -52,6 +52,11 @@ _HALF: dict[str, dict[int, tuple[Config, Config, Config]]] = {
         128: (Config(128, 64, 8, 3), Config(64, 64, 4, 2), Config(64, 64, 8, 2)),
         256: (Config(64, 64, 8, 2), Config(64, 32, 8, 1), Config(32, 32, 4, 2)),
     },
+    "cuda:86": {  # less shared memory than sm_80
+        64: (Config(64, 64, 4, 3), Config(64, 64, 4, 3), Config(64, 32, 4, 3)),
+        128: (Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 8, 2)),
+        256: (Config(64, 32, 8, 2), Config(64, 32, 8, 1), Config(32, 32, 4, 2)),
+    },
     "cuda:90": {
         64: (Config(128, 128, 8, 3, 1), Config(128, 64, 8, 2, 1), Config(128, 64, 8, 2, 1)),
         128: (Config(128, 128, 8, 2, 1), Config(128, 64, 8, 2, 1), Config(64, 64, 8, 2, 1)),
@@ -99,17 +104,16 @@ def _smaller(config: Config) -> Config:
 
 
 def _known(target: str) -> str:
-    """The target of the table that serves: itself, or the newest older one of its family.
+    """The target of the table that serves: itself, or the newest older one of its kind.
 
-    sm_86, 89 and 120 have less shared memory than what their number stands between: as sm_80,
-    whose configurations fit them too.
+    sm_86, 89 and 120 are of one kind, with less shared memory than their neighbours.
     """
     family, _, number = target.partition(":")
     if family == "hip":
         return "hip:gfx942"
     if 90 <= int(number) < 120:
         return "cuda:90" if int(number) < 100 else "cuda:100"
-    return "cuda:80"
+    return "cuda:80" if int(number) < 86 else "cuda:86"
 
 
 def cache_file() -> Path:

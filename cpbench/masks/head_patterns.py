@@ -138,7 +138,7 @@ def _kept(
     if causal:
         scores = np.where(np.tri(count, dtype=bool), scores, -1.0)
         np.fill_diagonal(scores, 2.0)
-    wanted = np.maximum(np.rint(keep * there), 1).astype(np.int64)
+    wanted = np.maximum(np.floor(keep * there + 0.5), 1).astype(np.int64)
     rank = np.argsort(np.argsort(-scores, axis=1, kind="stable"), axis=1, kind="stable")
     kept = np.pad(rank < wanted[:, None], ((0, 0), (1, 1)))
     row, begin = np.nonzero(kept[:, 1:] & ~kept[:, :-1])
