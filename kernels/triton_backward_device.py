@@ -68,7 +68,7 @@ def backward_dq(
     items, order, runs, tiles, tile_layers, layers, pieces,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, do_b, do_s, do_h, dq_b, dq_s, dq_h,
     batch_heads, heads, num_items, seq_q, seq_k, scale,
-    GROUP: tl.constexpr, PER_HEAD: tl.constexpr, SPLIT: tl.constexpr,
+    GROUP: tl.constexpr, PER_HEAD: tl.constexpr, LISTED: tl.constexpr, SPLIT: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr,
     PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -91,18 +91,26 @@ def backward_dq(
     delta = tl.load(Delta + at, mask=rows < seq_q, other=0.0)
     dq = tl.zeros([M, D], dtype=tl.float32)
     scale2 = scale * LOG2E
-    for r in range(run0, run1):
-        begin = tl.load(runs + 2 * r)
-        end = tl.load(runs + 2 * r + 1)
-        for col in tl.range(begin, end, num_stages=STAGES):
+    if LISTED:
+        for t in tl.range(run0, run1, num_stages=STAGES):
             dq = _add_dq(
-                q, do, lse, delta, k_source, v_source, k_s, v_s, col, seq_k, dq, scale2,
-                rows, pieces, layers, 0, 0, M, N, D, LANES, PRECISION, DESCRIPTORS, False,
+                q, do, lse, delta, k_source, v_source, k_s, v_s, tl.load(runs + t), seq_k, dq,
+                scale2, rows, pieces, layers, 0, 0,
+                M, N, D, LANES, PRECISION, DESCRIPTORS, False,
             )  # fmt: skip
+    else:
+        for r in range(run0, run1):
+            begin = tl.load(runs + 2 * r)
+            end = tl.load(runs + 2 * r + 1)
+            for col in tl.range(begin, end, num_stages=STAGES):
+                dq = _add_dq(
+                    q, do, lse, delta, k_source, v_source, k_s, v_s, col, seq_k, dq, scale2,
+                    rows, pieces, layers, 0, 0, M, N, D, LANES, PRECISION, DESCRIPTORS, False,
+                )  # fmt: skip
     for t in tl.range(part0, part1, num_stages=1):
         dq = _add_dq(
             q, do, lse, delta, k_source, v_source, k_s, v_s, tl.load(tiles + t), seq_k, dq, scale2,
-            rows, pieces, layers, tl.load(tile_layers + t), tl.load(tile_layers + t + 1),
+            rows, pieces, layers, tl.load(tile_layers + 2 * t), tl.load(tile_layers + 2 * t + 1),
             M, N, D, LANES, PRECISION, DESCRIPTORS, True,
         )  # fmt: skip
     dq = dq * scale
@@ -164,7 +172,7 @@ def backward_dkv(
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, do_b, do_s, do_h, dk_b, dk_s, dk_h,
     dv_b, dv_s, dv_h,
     batch_heads, heads, num_items, seq_q, seq_k, scale,
-    GROUP: tl.constexpr, PER_HEAD: tl.constexpr,
+    GROUP: tl.constexpr, PER_HEAD: tl.constexpr, LISTED: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr,
     PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -181,38 +189,51 @@ def backward_dkv(
     dk = tl.zeros([M, D], dtype=tl.float32)
     dv = tl.zeros([M, D], dtype=tl.float32)
     scale2 = scale * LOG2E
-    # Heads that share their lists are walked in the loops over these: a loop around both costs
+    # Heads that share their runs are walked in the loop over these: a loop around it costs
     # registers.
-    OUTER: tl.constexpr = GROUP if PER_HEAD else 1
-    INNER: tl.constexpr = 1 if PER_HEAD else GROUP
+    OUTER: tl.constexpr = GROUP if PER_HEAD or LISTED else 1
+    INNER: tl.constexpr = GROUP // OUTER
     for outer in range(OUTER):
         plan = bh * GROUP + outer if PER_HEAD else 0
         _, run0, run1, part0, part1, _ = item(items, plan, num_items, number)
-        for x in range((run1 - run0) * INNER):
-            g = outer if PER_HEAD else x // (run1 - run0)
-            r = run0 + (x if PER_HEAD else x % (run1 - run0))
-            q_at = Q + b * q_b + (h * GROUP + g) * q_h
-            do_at = DOut + b * do_b + (h * GROUP + g) * do_h
+        if LISTED:
+            q_at = Q + b * q_b + (h * GROUP + outer) * q_h
+            do_at = DOut + b * do_b + (h * GROUP + outer) * do_h
             q_source = source_of(q_at, q_s, seq_q, N, D, LANES, DESCRIPTORS)
             do_source = source_of(do_at, do_s, seq_q, N, D, LANES, DESCRIPTORS)
-            row_terms_at = wide(bh * GROUP + g) * seq_q
-            begin = tl.load(runs + 2 * r)
-            end = tl.load(runs + 2 * r + 1)
-            for col in tl.range(begin, end, num_stages=STAGES):
+            terms_at = wide(bh * GROUP + outer) * seq_q
+            for t in tl.range(run0, run1, num_stages=STAGES):
                 dk, dv = _add_dkv(
-                    k, v, q_source, do_source, Lse2 + row_terms_at, Delta + row_terms_at,
-                    q_s, do_s, col, seq_q, dk, dv, scale2, rows, pieces, layers, 0, 0,
+                    k, v, q_source, do_source, Lse2 + terms_at, Delta + terms_at, q_s, do_s,
+                    tl.load(runs + t), seq_q, dk, dv, scale2, rows, pieces, layers, 0, 0,
                     M, N, D, LANES, PRECISION, DESCRIPTORS, False,
                 )  # fmt: skip
+        else:
+            for x in range((run1 - run0) * INNER):
+                g = outer + x // (run1 - run0)
+                r = run0 + x % (run1 - run0)
+                q_at = Q + b * q_b + (h * GROUP + g) * q_h
+                do_at = DOut + b * do_b + (h * GROUP + g) * do_h
+                q_source = source_of(q_at, q_s, seq_q, N, D, LANES, DESCRIPTORS)
+                do_source = source_of(do_at, do_s, seq_q, N, D, LANES, DESCRIPTORS)
+                terms_at = wide(bh * GROUP + g) * seq_q
+                begin = tl.load(runs + 2 * r)
+                end = tl.load(runs + 2 * r + 1)
+                for col in tl.range(begin, end, num_stages=STAGES):
+                    dk, dv = _add_dkv(
+                        k, v, q_source, do_source, Lse2 + terms_at, Delta + terms_at, q_s, do_s,
+                        col, seq_q, dk, dv, scale2, rows, pieces, layers, 0, 0,
+                        M, N, D, LANES, PRECISION, DESCRIPTORS, False,
+                    )  # fmt: skip
         for x in tl.range(0, (part1 - part0) * INNER, num_stages=1):
-            g = outer if PER_HEAD else x // (part1 - part0)
-            t = part0 + (x if PER_HEAD else x % (part1 - part0))
-            row_terms_at = wide(bh * GROUP + g) * seq_q
+            g = outer + x // (part1 - part0)
+            t = part0 + x % (part1 - part0)
+            terms_at = wide(bh * GROUP + g) * seq_q
             dk, dv = _add_dkv(
                 k, v, Q + b * q_b + (h * GROUP + g) * q_h, DOut + b * do_b + (h * GROUP + g) * do_h,
-                Lse2 + row_terms_at, Delta + row_terms_at, q_s, do_s, tl.load(tiles + t),
+                Lse2 + terms_at, Delta + terms_at, q_s, do_s, tl.load(tiles + t),
                 seq_q, dk, dv, scale2, rows, pieces, layers,
-                tl.load(tile_layers + t), tl.load(tile_layers + t + 1),
+                tl.load(tile_layers + 2 * t), tl.load(tile_layers + 2 * t + 1),
                 M, N, D, LANES, PRECISION, False, True,
             )  # fmt: skip
     store(DK + b * dk_b + h * dk_h, dk_s, start, seq_k, dk * scale, M, D, LANES)

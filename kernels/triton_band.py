@@ -10,23 +10,14 @@ Legend: B batch, S queries, T keys, H query heads, G key/value heads, D head dim
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from cpbench.head_masks import Mask, distinct
-from cpbench.kernels import triton_configs, triton_interpreter
-from cpbench.kernels.triton_configs import Config, lanes
-from cpbench.kernels.triton_plan import Lists, Visits, grouped_order, visits
-from cpbench.launch import Launch
-from cpbench.mask import AttnMask
-from cpbench.registry import ANY_MASK, OperatorInfo
+from cpbench.kernels import triton_launch
+from cpbench.kernels.triton_launch import Plan, Tuning
+from cpbench.registry import OperatorInfo
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    import torch
-
+    from cpbench.mask import AttnMask
     from cpbench.problem import Problem
 
 OPERATORS = (
@@ -36,352 +27,35 @@ OPERATORS = (
         source="FlashAttention-2, arXiv 2307.08691, over tile lists as in FlexAttention",
         load="cpbench.kernels.triton_band:TritonBand",
         requires=("torch", "triton"),
-        masks=(*ANY_MASK, "heads"),
         params=("block_q", "block_k", "num_warps", "num_stages", "descriptors", "parts"),
-        compiles="cpbench.kernels.triton_band:launches",
+        compiles="cpbench.kernels.triton_launch:launches",
     ),
 )
-
-
-@dataclass(frozen=True, eq=False)
-class Pass:
-    """What one kernel visits, on the device.
-
-    Attributes:
-        config: how it is compiled.
-        tensors: the lists, in the order of the kernels' arguments.
-        num_items: of a plan.
-        splits: ``(m, 3)`` split rows, empty where there are none.
-        slots: parts of them.
-        per_head: whether each head has a plan of its own.
-    """
-
-    config: Config
-    tensors: tuple[torch.Tensor, ...]
-    num_items: int
-    splits: torch.Tensor
-    slots: int
-    per_head: bool
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """The passes of a mask; the backward ones only where gradients are asked for."""
-
-    scale: float
-    forward: Pass
-    dq: Pass | None
-    dkv: Pass | None
 
 
 class TritonBand:
     """The operator; see ``cpbench.operator.Operator`` for shapes.
 
     Args:
-        block_q, block_k, num_warps, num_stages, descriptors: of every kernel; 0 leaves them to the
-            table.
+        block_q, block_k, num_warps, num_stages, descriptors: see :class:`triton_launch.Tuning`.
         parts: into how many parts to split a row of tiles; 0 splits where there would be fewer
             programs than processors.
     """
 
     def __init__(
-        self,
-        block_q: int = 0,
-        block_k: int = 0,
-        num_warps: int = 0,
-        num_stages: int = 0,
-        descriptors: int = 0,
-        parts: int = 0,
-    ) -> None:
-        for name, block in (("block_q", block_q), ("block_k", block_k)):
-            if block and (block < 16 or block & (block - 1)):
-                raise ValueError(f"triton_band: {name} = {block} must be a power of two from 16 on")
-        self.given = {
-            "num_warps": num_warps, "num_stages": num_stages, "descriptors": descriptors
-        }  # fmt: skip
-        self.block_q, self.block_k, self.parts = block_q, block_k, parts
+        self, block_q: int = 0, block_k: int = 0, num_warps: int = 0, num_stages: int = 0,
+        descriptors: int = 0, parts: int = 0,
+    ) -> None:  # fmt: skip
+        launch = {"num_warps": num_warps, "num_stages": num_stages, "descriptors": descriptors}
+        self._tuning = Tuning("triton_band", block_q, block_k, **launch)
+        self._parts = parts
 
-    def unsupported(self, problem: Problem, mask: Mask, device: str) -> str | None:
-        if device == "cpu" and not triton_interpreter.on():
-            return f"triton_band has no compiler for CPUs; {triton_interpreter.HOW}"
-        if max(problem.seq_q, problem.seq_k) > MOST_TOKENS:
-            return f"triton_band counts tokens in 32 bits: at most {MOST_TOKENS:,}"
-        return None
+    def unsupported(self, problem: Problem, mask: AttnMask, device: str) -> str | None:
+        return self._tuning.unsupported(problem, device)
 
-    def prepare(self, mask: Mask, problem: Problem, device: str) -> Plan:
-        each = distinct(mask)
-        each *= problem.batch if len(each) > 1 else 1  # a plan for every head of every batch
-        return plan(each, problem, device, self._configs(problem, device), self.parts)
+    def prepare(self, mask: AttnMask, problem: Problem, device: str) -> Plan:
+        configs = self._tuning.configs(problem, device)
+        return triton_launch.plan((mask,), problem, device, configs, self._parts)
 
-    def _configs(self, problem: Problem, device: str) -> dict[str, Config]:
-        from cpbench.problem import DTYPE_BYTES
-
-        item = DTYPE_BYTES[problem.dtype]
-        chosen = triton_configs.choose(target_of(device), problem.head_dim, item)
-        blocks = {"rows": self.block_q, "cols": self.block_k}
-        turned = {"rows": self.block_k, "cols": self.block_q}
-        found = {}
-        for name, config in chosen.items():
-            wanted = {**(turned if name == "backward_dkv" else blocks), **self.given}
-            changes = {key: value for key, value in wanted.items() if value}
-            found[name] = Config(**{**vars(config), **changes})
-        return found
-
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return forward(q, k, v, plan)
-
-    def backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        plan: Plan,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return backward(dout, q, k, v, out, lse, plan)
-
-
-MOST_TOKENS = 1 << 30
-
-
-def target_of(device: str) -> str:
-    """``"cuda:90"``, ``"hip:gfx942"`` or ``"interpreter"``."""
-    if triton_interpreter.on():
-        return "interpreter"
-    import torch
-
-    if torch.version.hip:
-        return f"hip:{torch.cuda.get_device_properties(device).gcnArchName.partition(':')[0]}"
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"cuda:{major}{minor}"
-
-
-def plan(
-    masks: Sequence[AttnMask],
-    problem: Problem,
-    device: str,
-    configs: dict[str, Config],
-    parts: int = 0,
-) -> Plan:
-    """The passes of one mask for all heads, or of ``batch * heads_q`` masks."""
-    heads = problem.batch * problem.heads_q
-    assert len(masks) in (1, heads)
-
-    def rows_of(config: Config) -> Pass:
-        split = parts or _parts(masks, problem, config, device)
-        found = visits(masks, config.rows, config.cols, split)
-        return _on_device(found, found.lists.order, config, len(masks) > 1, device)
-
-    forward = rows_of(configs["forward"])
-    if not problem.backward:
-        return Plan(problem.softmax_scale, forward, None, None)
-    dq = (
-        forward if configs["backward_dq"] == configs["forward"] else rows_of(configs["backward_dq"])
-    )
-    config = configs["backward_dkv"]
-    turned = visits([mask.transpose() for mask in masks], config.rows, config.cols)
-    order = grouped_order(turned, problem.group) if len(masks) > 1 else turned.lists.order
-    dkv = _on_device(turned, order, config, len(masks) > 1, device)
-    return Plan(problem.softmax_scale, forward, dq, dkv)
-
-
-def _parts(masks: Sequence[AttnMask], problem: Problem, config: Config, device: str) -> int:
-    """Into how many parts to split each row, so that every processor has two programs."""
-    if len(masks) > 1 or device == "cpu":
-        return 1
-    import torch
-
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    programs = -(-problem.seq_q // config.rows) * problem.batch * problem.heads_q
-    return max(1, 2 * processors // max(programs, 1)) if programs < processors else 1
-
-
-def _on_device(found: Visits, order: Any, config: Config, per_head: bool, device: str) -> Pass:
-    import torch
-
-    lists = found.lists._replace(order=order)
-    tensors = tuple(torch.as_tensor(x, device=device).contiguous() for x in lists)
-    splits = torch.as_tensor(found.splits, device=device)
-    return Pass(config, tensors, found.lists.items.shape[1], splits, found.slots, per_head)
-
-
-def _kernels() -> tuple[Any, Any]:
-    """The device code of the forward and the backward pass, imported when first needed."""
-    if triton_interpreter.on():
-        triton_interpreter.mend()
-    from cpbench.kernels import triton_backward_device, triton_forward_device
-
-    return triton_forward_device, triton_backward_device
-
-
-def _strides(*of: torch.Tensor) -> list[int]:
-    """Of batch, token and head, of each tensor."""
-    return [stride for x in of for stride in x.stride()[:3]]
-
-
-def _shape(x: torch.Tensor, config: Config) -> dict[str, int]:
-    return {"M": config.rows, "D": lanes(x.shape[3]), "LANES": x.shape[3]}
-
-
-def _precision(q: torch.Tensor) -> str:
-    """Of products of float32: three products of 10-bit mantissas are as exact as float32, and on
-    the matrix units."""
-    import torch
-
-    return "tf32x3" if q.dtype == torch.float32 and not torch.version.hip else "ieee"
-
-
-def _descriptors(config: Config, *of: torch.Tensor) -> bool:
-    """Whether the copy engine is to read these: as configured, where it can (16-byte steps)."""
-    if not config.descriptors:
-        return False
-    steps = (step * x.element_size() for x in of for step in x.stride()[:3])
-    if any(step % 16 for step in steps) or any(x.data_ptr() % 16 for x in of):
-        return False
-    _allow_descriptors()
-    return True
-
-
-@functools.cache
-def _allow_descriptors() -> None:
-    """Kernels write their descriptors into memory that Triton asks for."""
-    import torch
-    import triton
-
-    if not triton_interpreter.on():
-        triton.set_allocator(
-            lambda size, align, stream: torch.empty(size, dtype=torch.int8, device="cuda")
-        )
-
-
-def _launch(config: Config) -> dict[str, int]:
-    return {"num_warps": config.num_warps, "num_stages": config.num_stages}
-
-
-def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and lse; see ``cpbench.operator.Operator.forward``."""
-    import torch
-
-    (B, S, H, D), T, G = q.shape, k.shape[1], k.shape[2]
-    out = q.new_empty((B, S, H, D))
-    lse = q.new_empty((B, H, S), dtype=torch.float32)
-    here, config, on = plan.forward, plan.forward.config, _kernels()[0]
-    part = q.new_empty((here.slots, B * H, config.rows, D), dtype=torch.float32)
-    part_lse = part.new_empty(part.shape[:3])
-    on.forward[(here.num_items * B * H,)](
-        q, k, v, out, lse, part, part_lse, *here.tensors, *_strides(q, k, v, out),
-        B * H, H, here.num_items, S, T, plan.scale,
-        GROUP=H // G, PER_HEAD=here.per_head, SPLIT=here.slots > 0, N=config.cols,
-        STAGES=config.num_stages, PRECISION=_precision(q),
-        DESCRIPTORS=_descriptors(config, k, v), **_shape(q, config), **_launch(config),
-    )  # fmt: skip
-    if here.slots:
-        on.merge_parts[(len(here.splits) * B * H,)](
-            part, part_lse, out, lse, here.splits, *_strides(out), B * H, H, S, **_shape(q, config)
-        )
-    return out, lse
-
-
-def backward(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    plan: Plan,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq, dk, dv; see ``cpbench.operator.Operator.backward``."""
-    import torch
-
-    assert plan.dq is not None
-    assert plan.dkv is not None
-    (B, S, H, D), T, G = q.shape, k.shape[1], k.shape[2]
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    delta, lse2 = (q.new_empty((B, H, S), dtype=torch.float32) for _ in range(2))
-    on = _kernels()[1]
-    on.row_terms[(-(-S // TERM_ROWS), B * H)](
-        out, dout, lse.contiguous(), delta, lse2, *_strides(out, dout), H, S,
-        M=TERM_ROWS, D=lanes(D), LANES=D,
-    )  # fmt: skip
-    here, config = plan.dq, plan.dq.config
-    part = q.new_empty((here.slots, B * H, config.rows, D), dtype=torch.float32)
-    on.backward_dq[(here.num_items * B * H,)](
-        q, k, v, dout, lse2, delta, dq, part, *here.tensors, *_strides(q, k, v, dout, dq),
-        B * H, H, here.num_items, S, T, plan.scale,
-        GROUP=H // G, PER_HEAD=here.per_head, SPLIT=here.slots > 0, N=config.cols,
-        STAGES=config.num_stages, PRECISION=_precision(q),
-        DESCRIPTORS=_descriptors(config, k, v), **_shape(q, config), **_launch(config),
-    )  # fmt: skip
-    if here.slots:
-        on.add_parts[(len(here.splits) * B * H,)](
-            part, dq, here.splits, *_strides(dq), B * H, H, S, **_shape(q, config)
-        )
-    here, config = plan.dkv, plan.dkv.config
-    on.backward_dkv[(here.num_items * B * G,)](
-        q, k, v, dout, lse2, delta, dk, dv, *here.tensors, *_strides(q, k, v, dout, dk, dv),
-        B * G, G, here.num_items, S, T, plan.scale,
-        GROUP=H // G, PER_HEAD=here.per_head, N=config.cols, STAGES=config.num_stages,
-        PRECISION=_precision(q), DESCRIPTORS=_descriptors(config, q, dout), **_shape(q, config),
-        **_launch(config),
-    )  # fmt: skip
-    return dq, dk, dv
-
-
-TERM_ROWS = 64
-
-
-# --- ahead of time ------------------------------------------------------------------------------
-
-_TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-_OF_FLOAT32 = ("Lse", "Lse2", "Delta", "Part", "PartLse")
-_LISTS = Lists._fields
-
-
-def launches(
-    target: str, dtype: str, head_dim: int, per_head: int = 0, split: int = 0, **config: int
-) -> list[Launch]:
-    """What a forward and a backward pass launch, with four query heads to a key/value head.
-
-    Args:
-        config: fields of a :class:`Config` in place of the table's, for every kernel.
-    """
-    from cpbench.problem import DTYPE_BYTES
-
-    found = []
-    for name, chosen in triton_configs.choose(target, head_dim, DTYPE_BYTES[dtype]).items():
-        used = Config(**{**vars(chosen), **config})
-        precise = "tf32x3" if dtype == "float32" and target.startswith("cuda") else "ieee"
-        constants: dict[str, Any] = {
-            "GROUP": 4, "PER_HEAD": bool(per_head), "M": used.rows, "N": used.cols,
-            "D": lanes(head_dim), "LANES": head_dim, "PRECISION": precise,
-            "DESCRIPTORS": bool(used.descriptors), "STAGES": used.num_stages,
-        }  # fmt: skip
-        if name != "backward_dkv":
-            constants["SPLIT"] = bool(split)
-        types = {}
-        on = next(module for module in _kernels() if hasattr(module, name))
-        for argument in getattr(on, name).arg_names:
-            if argument in constants:
-                continue
-            if argument in _LISTS:
-                types[argument] = "*i32"
-            elif argument[0].isupper():
-                types[argument] = f"*{'fp32' if argument in _OF_FLOAT32 else _TYPES[dtype]}"
-            else:
-                types[argument] = "fp32" if argument == "scale" else "i32"
-        strides = [x for x in types if x[-2:] in ("_b", "_s", "_h")]
-        pointers = [x for x, kind in types.items() if kind.startswith("*")]
-        found.append(
-            Launch(
-                name, f"{on.__name__}:{name}", types, constants,
-                (*pointers, *strides), used.num_warps, used.num_stages, str(used),
-            )
-        )  # fmt: skip
-    return found
+    forward = staticmethod(triton_launch.forward)
+    backward = staticmethod(triton_launch.backward)

@@ -54,7 +54,7 @@ def forward(
     items, order, runs, tiles, tile_layers, layers, pieces,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_b, o_s, o_h,
     batch_heads, heads, num_items, seq_q, seq_k, scale,
-    GROUP: tl.constexpr, PER_HEAD: tl.constexpr, SPLIT: tl.constexpr,
+    GROUP: tl.constexpr, PER_HEAD: tl.constexpr, LISTED: tl.constexpr, SPLIT: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr,
     PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -75,18 +75,25 @@ def forward(
     total = tl.zeros([M], dtype=tl.float32)
     top = tl.full([M], float("-inf"), dtype=tl.float32)
     scale2 = scale * LOG2E
-    for r in range(run0, run1):
-        begin = tl.load(runs + 2 * r)
-        end = tl.load(runs + 2 * r + 1)
-        for col in tl.range(begin, end, num_stages=STAGES):
+    if LISTED:
+        for t in tl.range(run0, run1, num_stages=STAGES):
             acc, total, top = _attend(
-                q, k_source, v_source, k_s, v_s, col, seq_k, acc, total, top, scale2,
+                q, k_source, v_source, k_s, v_s, tl.load(runs + t), seq_k, acc, total, top, scale2,
                 rows, pieces, layers, 0, 0, M, N, D, LANES, PRECISION, DESCRIPTORS, False,
             )  # fmt: skip
+    else:
+        for r in range(run0, run1):
+            begin = tl.load(runs + 2 * r)
+            end = tl.load(runs + 2 * r + 1)
+            for col in tl.range(begin, end, num_stages=STAGES):
+                acc, total, top = _attend(
+                    q, k_source, v_source, k_s, v_s, col, seq_k, acc, total, top, scale2,
+                    rows, pieces, layers, 0, 0, M, N, D, LANES, PRECISION, DESCRIPTORS, False,
+                )  # fmt: skip
     for t in tl.range(part0, part1, num_stages=1):
         acc, total, top = _attend(
             q, k_source, v_source, k_s, v_s, tl.load(tiles + t), seq_k, acc, total, top, scale2,
-            rows, pieces, layers, tl.load(tile_layers + t), tl.load(tile_layers + t + 1),
+            rows, pieces, layers, tl.load(tile_layers + 2 * t), tl.load(tile_layers + 2 * t + 1),
             M, N, D, LANES, PRECISION, DESCRIPTORS, True,
         )  # fmt: skip
     lse = tl.where(total > 0.0, (top + tl.log2(tl.maximum(total, TINY))) * LN2, float("-inf"))

@@ -9,7 +9,7 @@ them.  Time and memory are linear in runs, partial tiles and their pieces.  The 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -30,9 +30,10 @@ class Lists(NamedTuple):
         items: ``(plans, n, 6)`` int32 rows of tiles, or parts of split ones: row, begin and end in
             ``runs``, begin and end in ``tiles``, slot (-1 for a row that is not split).
         order: ``(plans, n)`` int32 items by work, most first.
-        runs: ``(r, 2)`` int32 first and end column of entirely visible neighbours.
+        runs: ``(r, 2)`` int32 first and end column of entirely visible neighbours; where they are
+            listed one by one ``(r,)`` their columns.
         tiles: ``(t,)`` int32 columns of partial tiles.
-        tile_layers: ``(t + 1,)`` int32 where the layers of each begin.
+        tile_layers: ``(t, 2)`` int32 where the layers of each begin and end.
         layers: ``(l + 1,)`` int32 where the pieces of each layer begin: at most one for a row of
             scores, right of those of the layer before.
         pieces: ``(p, 6)`` int32 band slices.
@@ -92,16 +93,29 @@ def visits(masks: Sequence[AttnMask], block_q: int, block_k: int, parts: int = 1
         assert len(masks) == 1, "only the rows of one mask are split"
         table, each, runs, splits = _split(table[0], each[0], runs, parts)
         slots = int(splits[-1, 2]) if len(splits) else 0
+    ends = np.cumsum(of_tiles)
     lists = Lists(
         items=table.astype(np.int32),
         order=np.argsort(-each, axis=1, kind="stable").astype(np.int32),
         runs=runs.astype(np.int32),
         tiles=cols.astype(np.int32),
-        tile_layers=_starts(of_tiles).astype(np.int32),
+        tile_layers=np.column_stack([ends - of_tiles, ends]).astype(np.int32),
         layers=_starts(of_layers).astype(np.int32),
         pieces=pieces.astype(np.int32),
     )
     return Visits(lists, splits.astype(np.int32), slots, int(sum(map(np.sum, work))))
+
+
+def listed(visits: Visits) -> Visits:
+    """The same with the tiles of runs one by one."""
+    lists = visits.lists
+    begin, end = lists.runs.T.astype(np.int64)
+    run, number = expand(end - begin)
+    first = _starts(end - begin)
+    items = lists.items.copy()
+    items[..., 1:3] = first[lists.items[..., 1:3]]
+    runs = (begin[run] + number).astype(np.int32)
+    return replace(visits, lists=lists._replace(items=items, runs=runs))
 
 
 def grouped_order(visits: Visits, group: int) -> Int32Array:

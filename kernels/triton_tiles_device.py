@@ -3,9 +3,11 @@
 
 A program works on one *item*: a tile of rows and the tiles of columns that it visits, in two lists.
 *Runs* are ranges of neighbouring tiles in which everything is visible: they are computed without
-masking.  *Partial* tiles carry a few *pieces* each, band slices ``(q0, q1, k0, k1, lo, hi)``: row
-i sees column j when some piece has ``q0 <= i < q1``, ``k0 <= j < k1`` and ``lo <= j - i <= hi``.
-They are sorted into layers, see :func:`hide`.  Empty tiles are in no list.
+masking.  (Where such tiles have few neighbours they are listed one by one instead, so that copying
+the next one overlaps with work on this one.)  *Partial* tiles carry a few *pieces* each, band
+slices ``(q0, q1, k0, k1, lo, hi)``: row i sees column j when some piece has ``q0 <= i < q1``,
+``k0 <= j < k1`` and ``lo <= j - i <= hi``.  Pieces are sorted into layers, see :func:`hide`.  Empty
+tiles are in no list.
 
 Offsets of tokens, heads and batches are int64: a million tokens of 128 heads are more elements than
 int32 counts.  Within a tile they are int32.  Rows are padded to powers of two lanes.
