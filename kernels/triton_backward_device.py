@@ -107,7 +107,7 @@ def backward_dq(
                     q, do, lse, delta, k_source, v_source, k_s, v_s, col, seq_k, dq, scale2,
                     rows, pieces, layers, 0, 0, M, N, D, LANES, PRECISION, DESCRIPTORS, False,
                 )  # fmt: skip
-    for t in tl.range(part0, part1, num_stages=1):
+    for t in tl.range(part0, part1, num_stages=1, disable_licm=True):
         dq = _add_dq(
             q, do, lse, delta, k_source, v_source, k_s, v_s, tl.load(tiles + t), seq_k, dq, scale2,
             rows, pieces, layers, tl.load(tile_layers + 2 * t), tl.load(tile_layers + 2 * t + 1),
@@ -193,7 +193,7 @@ def backward_dkv(
     # registers.
     OUTER: tl.constexpr = GROUP if PER_HEAD or LISTED else 1
     INNER: tl.constexpr = GROUP // OUTER
-    for outer in range(OUTER):
+    for outer in tl.range(0, OUTER, num_stages=1, disable_licm=True):
         plan = bh * GROUP + outer if PER_HEAD else 0
         _, run0, run1, part0, part1, _ = item(items, plan, num_items, number)
         if LISTED:
@@ -225,7 +225,7 @@ def backward_dkv(
                         col, seq_q, dk, dv, scale2, rows, pieces, layers, 0, 0,
                         M, N, D, LANES, PRECISION, DESCRIPTORS, False,
                     )  # fmt: skip
-        for x in tl.range(0, (part1 - part0) * INNER, num_stages=1):
+        for x in tl.range(0, (part1 - part0) * INNER, num_stages=1, disable_licm=True):
             g = outer + x // (part1 - part0)
             t = part0 + x % (part1 - part0)
             terms_at = wide(bh * GROUP + g) * seq_q

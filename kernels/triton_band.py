@@ -47,7 +47,7 @@ class TritonBand:
         descriptors: int = 0, parts: int = 0,
     ) -> None:  # fmt: skip
         launch = {"num_warps": num_warps, "num_stages": num_stages, "descriptors": descriptors}
-        self._tuning = Tuning("triton_band", block_q, block_k, **launch)
+        self._tuning = Tuning("triton_band", False, block_q, block_k, **launch)
         self._parts = parts
 
     def unsupported(self, problem: Problem, mask: AttnMask, device: str) -> str | None:

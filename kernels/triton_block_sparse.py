@@ -56,7 +56,7 @@ class TritonBlockSparse:
         descriptors: int = 0,
     ) -> None:  # fmt: skip
         launch = {"num_warps": num_warps, "num_stages": num_stages, "descriptors": descriptors}
-        self._tuning = Tuning("triton_block_sparse", block_q, block_k, **launch)
+        self._tuning = Tuning("triton_block_sparse", True, block_q, block_k, **launch)
 
     def unsupported(self, problem: Problem, mask: HeadMasks, device: str) -> str | None:
         return self._tuning.unsupported(problem, device)

@@ -75,28 +75,41 @@ _HALF: dict[str, dict[int, tuple[Config, Config, Config]]] = {
 }
 
 
+# With lists for each head the forward pass takes more registers on Ampere.
+_FORWARD_PER_HEAD = {("cuda:80", 64): Config(64, 64, 4, 3), ("cuda:80", 128): Config(64, 64, 4, 3)}
+
+
 def lanes(head_dim: int) -> int:
     """``head_dim`` padded to a power of two, at least 16."""
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def choose(target: str, head_dim: int, item_bytes: int) -> dict[str, Config]:
+def choose(
+    target: str, head_dim: int, item_bytes: int, per_head: bool = False
+) -> dict[str, Config]:
     """The configuration of each kernel.
 
     Args:
         target: such as ``"cuda:90"``; one without a table takes that of the newest older one.
         item_bytes: of an element.
+        per_head: with lists for each head.
     """
     if target == "interpreter":
         return dict.fromkeys(KERNELS, INTERPRETED)
-    tuned = _tuned().get(f"{target} {lanes(head_dim)} {item_bytes}")
-    if tuned is not None:
-        return {name: Config(**tuned[name]) for name in KERNELS}
-    table = _HALF[_known(target)]
-    found = table[max(lanes(head_dim), 64)]
+    key = (_known(target), max(lanes(head_dim), 64))
+    found = dict(zip(KERNELS, _HALF[key[0]][key[1]], strict=True))
+    if per_head and key in _FORWARD_PER_HEAD:
+        found["forward"] = _FORWARD_PER_HEAD[key]
     if item_bytes > 2:  # twice the memory a tile
-        found = tuple(_smaller(config) for config in found)  # type: ignore[assignment]
-    return dict(zip(KERNELS, found, strict=True))
+        found = {name: _smaller(config) for name, config in found.items()}
+    tuned = _tuned().get(problem_class(target, head_dim, item_bytes, per_head), {})
+    return found | {name: Config(**config) for name, config in tuned.items()}
+
+
+def problem_class(target: str, head_dim: int, item_bytes: int, per_head: bool) -> str:
+    """What is tuned together, as the key of the cache."""
+    lists = "lists of heads" if per_head else "one list"
+    return f"{target}, {lanes(head_dim)} lanes, {item_bytes} bytes, {lists}"
 
 
 def _smaller(config: Config) -> Config:

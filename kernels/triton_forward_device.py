@@ -90,7 +90,7 @@ def forward(
                     q, k_source, v_source, k_s, v_s, col, seq_k, acc, total, top, scale2,
                     rows, pieces, layers, 0, 0, M, N, D, LANES, PRECISION, DESCRIPTORS, False,
                 )  # fmt: skip
-    for t in tl.range(part0, part1, num_stages=1):
+    for t in tl.range(part0, part1, num_stages=1, disable_licm=True):
         acc, total, top = _attend(
             q, k_source, v_source, k_s, v_s, tl.load(tiles + t), seq_k, acc, total, top, scale2,
             rows, pieces, layers, tl.load(tile_layers + 2 * t), tl.load(tile_layers + 2 * t + 1),

@@ -65,15 +65,19 @@ class Tuning:
 
     Args:
         name: of the operator, for messages.
+        per_head: whether it has lists for each head.
         block_q, block_k, num_warps, num_stages, descriptors: of every kernel; 0 leaves them to the
             table.
     """
 
-    def __init__(self, name: str, block_q: int, block_k: int, **launch: int) -> None:
+    def __init__(
+        self, name: str, per_head: bool, block_q: int, block_k: int, **launch: int
+    ) -> None:
         for what, block in (("block_q", block_q), ("block_k", block_k)):
             if block and (block < 16 or block & (block - 1)):
                 raise ValueError(f"{name}: {what} = {block} must be a power of two from 16 on")
-        self._name, self._block_q, self._block_k, self._launch = name, block_q, block_k, launch
+        self._name, self._per_head, self._launch = name, per_head, launch
+        self._block_q, self._block_k = block_q, block_k
 
     def unsupported(self, problem: Problem, device: str) -> str | None:
         """Why no Triton operator can do this here, or None."""
@@ -86,7 +90,8 @@ class Tuning:
     def configs(self, problem: Problem, device: str) -> dict[str, Config]:
         """How each kernel is compiled."""
         item = DTYPE_BYTES[problem.dtype]
-        chosen = triton_configs.choose(target_of(device), problem.head_dim, item)
+        target = target_of(device)
+        chosen = triton_configs.choose(target, problem.head_dim, item, self._per_head)
         blocks = {"rows": self._block_q, "cols": self._block_k}
         turned = {"rows": self._block_k, "cols": self._block_q}
         found = {}
@@ -313,8 +318,9 @@ def launches(
         split: with split rows.
         config: fields of a :class:`Config` in place of the table's, for every kernel.
     """
+    chosen_for = triton_configs.choose(target, head_dim, DTYPE_BYTES[dtype], per_head)
     found = []
-    for name, chosen in triton_configs.choose(target, head_dim, DTYPE_BYTES[dtype]).items():
+    for name, chosen in chosen_for.items():
         used = Config(**{**vars(chosen), **config})
         precise = "tf32x3" if dtype == "float32" and target.startswith("cuda") else "ieee"
         constants: dict[str, Any] = {

@@ -11,16 +11,16 @@ from cpbench.kernels.triton_configs import KERNELS, choose
 
 
 def rows(**wanted: object) -> list[dict]:
-    asked = {"operators": [], "dtypes": ["bfloat16"], "head_dims": [128], "config": {}, **wanted}
+    asked = {"operators": ["triton_band"], "dtypes": ["bfloat16"], "head_dims": [128], "config": {}, **wanted}
     return compilation.compiled(compilation.requests(**asked))
 
 
 @pytest.mark.timeout(900)
 def test_shipped_configurations_spill_nothing_and_use_the_matrix_units() -> None:
     targets = ["cuda:80", "cuda:90", "cuda:100"]
-    found = rows(targets=targets, head_dims=[64, 128])
-    found += rows(targets=targets, dtypes=["float16"])
-    assert len(found) == len(targets) * 3 * len(KERNELS)
+    found = rows(targets=targets, head_dims=[64, 128], operators=[])
+    found += rows(targets=targets, dtypes=["float16"], operators=["triton_band"])
+    assert len(found) == len(targets) * 5 * len(KERNELS)
     assert {row["verdict"] for row in found} == {"ok"}
     assert all(row["spill_bytes"] == 0 for row in found)
     instructions = {
@@ -66,7 +66,7 @@ def test_the_command_prints_json_and_tells_broken_by_its_exit_code(
     ("words", "said"),
     [
         (["--target", "cuda:99"], "--target: 'cuda:99' is none of cuda:80"),
-        (["--operator", "bands"], "--operator: 'bands' is none of triton_band"),
+        (["--operator", "bands"], "--operator: 'bands' is none of triton_band, triton_block_sparse"),
         (["--config", "rows"], "--config: 'rows' is not of the form rows=128"),
         (["--config", "tiles=3"], "--config: 'tiles' is none of rows, cols"),
         (["--head-dim", "1k"], "--head-dim: 1024 is not between 8 and 256"),
