@@ -11,7 +11,13 @@ from cpbench.kernels.triton_configs import KERNELS, choose
 
 
 def rows(**wanted: object) -> list[dict]:
-    asked = {"operators": ["triton_band"], "dtypes": ["bfloat16"], "head_dims": [128], "config": {}, **wanted}
+    asked = {
+        "operators": ["triton_band"],
+        "dtypes": ["bfloat16"],
+        "head_dims": [128],
+        "config": {},
+        **wanted,
+    }
     return compilation.compiled(compilation.requests(**asked))
 
 
@@ -66,7 +72,10 @@ def test_the_command_prints_json_and_tells_broken_by_its_exit_code(
     ("words", "said"),
     [
         (["--target", "cuda:99"], "--target: 'cuda:99' is none of cuda:80"),
-        (["--operator", "bands"], "--operator: 'bands' is none of triton_band, triton_block_sparse"),
+        (
+            ["--operator", "bands"],
+            "--operator: 'bands' is none of triton_band, triton_block_sparse",
+        ),
         (["--config", "rows"], "--config: 'rows' is not of the form rows=128"),
         (["--config", "tiles=3"], "--config: 'tiles' is none of rows, cols"),
         (["--head-dim", "1k"], "--head-dim: 1024 is not between 8 and 256"),
