@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Annotated
@@ -189,6 +190,50 @@ def compile_(
     rows = compilation.compiled(wanted)
     print_rows(rows if as_json else compilation.table(rows), as_json)
     return 1 if any(row["verdict"].startswith("broken") for row in rows) else 0
+
+
+@tools.command()
+def tune(
+    operator: Annotated[
+        str, typer.Option(metavar="OPERATOR", help="triton_band or triton_block_sparse.")
+    ] = "triton_band",
+    mask: Annotated[
+        str | None, typer.Option(metavar="MASK", help="[default: causal, or kept blocks]")
+    ] = None,
+    dtype: Annotated[str, typer.Option(metavar="DTYPE")] = "bfloat16",
+    head_dim: Annotated[str, typer.Option(metavar="LANES")] = "128",
+    seq_len: Annotated[str, typer.Option(metavar="TOKENS")] = "8k",
+    num_heads_q: Annotated[str, typer.Option(metavar="HEADS")] = "32",
+    num_heads_kv: Annotated[str, typer.Option(metavar="HEADS")] = "8",
+    device: OnDevice = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find the fastest configuration of the Triton kernels on this GPU, once.
+
+    Those that compile well are measured; the fastest go into a file that serves from then on, for
+    this kind of GPU, head_dim and dtype.
+    """
+    from cpbench import compilation
+    from cpbench.sweep import number, product
+
+    with user_input():
+        compilation.requests([operator], ["cuda:90"], [dtype], [number("head_dim", head_dim)], {})
+        default = "block_sparse_uniform:keep=0.2" if operator.endswith("sparse") else "causal"
+        (case,) = product(
+            {
+                "operator": operator, "mask": mask or default, "seq_len": seq_len, "dtype": dtype,
+                "num_heads_q": num_heads_q, "num_heads_kv": num_heads_kv, "head_dim": head_dim,
+            }
+        )  # fmt: skip
+        problem = dataclasses.asdict(case.problem)
+        rows = []
+        for row in compilation.tune(operator, str(case.mask), problem, device_name(device)):
+            rows.append(row)
+            if not as_json:
+                print("  ".join(f"{value:.1f} us" if key == "us" else f"{value}"
+                                for key, value in row.items()), flush=True)  # fmt: skip
+    if as_json:
+        print(json.dumps(rows))
 
 
 @tools.command()

@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cpbench import registry
@@ -104,6 +104,43 @@ def compiled(wanted: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _about(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row[key] for key in ("operator", "target", "dtype", "head_dim"))
+
+
+def tune(
+    operator: str, mask: str, problem: dict[str, Any], device: str
+) -> Iterator[dict[str, Any]]:
+    """The rows of ``cpbench.tuner`` as they come.
+
+    Raises:
+        ValueError: for what the tuner refuses, or where there is no GPU.
+        RuntimeError: when it dies.
+    """
+    if device != "cuda":
+        raise ValueError(
+            "tune measures on a GPU, and none is here; the table's configurations serve"
+        )
+    process = subprocess.Popen(
+        (sys.executable, "-m", "cpbench.tuner"),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"},
+    )  # fmt: skip
+    assert process.stdin is not None
+    assert process.stdout is not None
+    request = {"operator": operator, "mask": mask, "problem": problem, "device": device}
+    try:
+        process.stdin.write(json.dumps(request))
+        process.stdin.close()
+        process.stdin = None
+        for line in process.stdout:
+            yield json.loads(line)
+        _, err = process.communicate()
+    finally:
+        process.kill()
+        process.wait()
+    if process.returncode == 2:
+        raise ValueError(err.strip().splitlines()[-1])
+    if process.returncode:
+        raise RuntimeError(f"tuning failed:\n{err}")
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

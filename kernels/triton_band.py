@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cpbench.kernels import triton_launch
+from cpbench.kernels.triton_configs import Config
 from cpbench.kernels.triton_launch import Plan, Tuning
 from cpbench.registry import OperatorInfo
 
@@ -51,10 +52,15 @@ class TritonBand:
         self._parts = parts
 
     def unsupported(self, problem: Problem, mask: AttnMask, device: str) -> str | None:
-        return self._tuning.unsupported(problem, device)
+        return self._tuning.refusal(problem, device)
 
     def prepare(self, mask: AttnMask, problem: Problem, device: str) -> Plan:
-        configs = self._tuning.configs(problem, device)
+        return self.prepare_with(mask, problem, device, self._tuning.configs(problem, device))
+
+    def prepare_with(
+        self, mask: AttnMask, problem: Problem, device: str, configs: dict[str, Config]
+    ) -> Plan:
+        """As :meth:`prepare`, with configurations of the caller's, by kernel."""
         return triton_launch.plan((mask,), problem, device, configs, self._parts)
 
     forward = staticmethod(triton_launch.forward)

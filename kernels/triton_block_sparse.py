@@ -59,10 +59,15 @@ class TritonBlockSparse:
         self._tuning = Tuning("triton_block_sparse", True, block_q, block_k, **launch)
 
     def unsupported(self, problem: Problem, mask: HeadMasks, device: str) -> str | None:
-        return self._tuning.unsupported(problem, device)
+        return self._tuning.refusal(problem, device)
 
     def prepare(self, mask: HeadMasks, problem: Problem, device: str) -> Plan:
-        configs = self._tuning.configs(problem, device)
+        return self.prepare_with(mask, problem, device, self._tuning.configs(problem, device))
+
+    def prepare_with(
+        self, mask: HeadMasks, problem: Problem, device: str, configs: dict[str, Config]
+    ) -> Plan:
+        """As :meth:`prepare`, with configurations of the caller's, by kernel."""
         each = mask.masks * problem.batch  # lists for every head of every batch
         return triton_launch.plan(each, problem, device, configs)
 

@@ -85,7 +85,7 @@ def lanes(head_dim: int) -> int:
 
 
 def choose(
-    target: str, head_dim: int, item_bytes: int, per_head: bool = False
+    target: str, head_dim: int, item_bytes: int, per_head: bool = False, gpu: str = ""
 ) -> dict[str, Config]:
     """The configuration of each kernel.
 
@@ -93,23 +93,29 @@ def choose(
         target: such as ``"cuda:90"``; one without a table takes that of the newest older one.
         item_bytes: of an element.
         per_head: with lists for each head.
+        gpu: name of the device, for what was tuned on it; none for the table alone.
+
+    Raises:
+        ValueError: for a file of ``cpbench tune`` that cannot be read.
     """
     if target == "interpreter":
-        return dict.fromkeys(KERNELS, INTERPRETED)
-    key = (_known(target), max(lanes(head_dim), 64))
-    found = dict(zip(KERNELS, _HALF[key[0]][key[1]], strict=True))
-    if per_head and key in _FORWARD_PER_HEAD:
-        found["forward"] = _FORWARD_PER_HEAD[key]
-    if item_bytes > 2:  # twice the memory a tile
-        found = {name: _smaller(config) for name, config in found.items()}
-    tuned = _tuned().get(problem_class(target, head_dim, item_bytes, per_head), {})
-    return found | {name: Config(**config) for name, config in tuned.items()}
+        found = dict.fromkeys(KERNELS, INTERPRETED)
+    else:
+        key = (_known(target), max(lanes(head_dim), 64))
+        found = dict(zip(KERNELS, _HALF[key[0]][key[1]], strict=True))
+        if per_head and key in _FORWARD_PER_HEAD:
+            found["forward"] = _FORWARD_PER_HEAD[key]
+        if item_bytes > 2:  # twice the memory a tile
+            found = {name: _smaller(config) for name, config in found.items()}
+    if gpu:
+        found |= tuned().get(problem_class(gpu, head_dim, item_bytes, per_head), {})
+    return found
 
 
-def problem_class(target: str, head_dim: int, item_bytes: int, per_head: bool) -> str:
-    """What is tuned together, as the key of the cache."""
+def problem_class(gpu: str, head_dim: int, item_bytes: int, per_head: bool) -> str:
+    """What is tuned together, as the key of the file."""
     lists = "lists of heads" if per_head else "one list"
-    return f"{target}, {lanes(head_dim)} lanes, {item_bytes} bytes, {lists}"
+    return f"{gpu}, {lanes(head_dim)} lanes, {item_bytes} bytes, {lists}"
 
 
 def _smaller(config: Config) -> Config:
@@ -135,10 +141,25 @@ def cache_file() -> Path:
     return Path(home) / "cpbench" / "tuned.json"
 
 
-@functools.cache
-def _tuned() -> dict[str, dict[str, dict[str, int]]]:
+def tuned() -> dict[str, dict[str, Config]]:
+    """What was tuned here, by problem class and kernel.
+
+    Raises:
+        ValueError: for a file that cannot be read.
+    """
     path = cache_file()
-    if not path.is_file():
-        return {}
-    found: dict[str, dict[str, dict[str, int]]] = json.loads(path.read_text())
-    return found
+    return _read(path, path.stat().st_mtime_ns) if path.is_file() else {}
+
+
+@functools.lru_cache(maxsize=4)
+def _read(path: Path, changed_ns: int) -> dict[str, dict[str, Config]]:
+    try:
+        table = json.loads(path.read_text())
+        return {
+            key: {name: Config(**config) for name, config in kernels.items()}
+            for key, kernels in table.items()
+        }
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not what cpbench tune wrote ({error}): delete it, or tune again"
+        ) from error

@@ -60,6 +60,15 @@ class Plan:
 MOST_TOKENS = 1 << 30
 
 
+def gpu_of(device: str) -> str:
+    """The name of the device, for what was tuned on it."""
+    if triton_interpreter.on():
+        return "interpreter"
+    import torch
+
+    return torch.cuda.get_device_name(device)
+
+
 class Tuning:
     """The parameters that the Triton operators share, in place of the table of configurations.
 
@@ -79,7 +88,7 @@ class Tuning:
         self._name, self._per_head, self._launch = name, per_head, launch
         self._block_q, self._block_k = block_q, block_k
 
-    def unsupported(self, problem: Problem, device: str) -> str | None:
+    def refusal(self, problem: Problem, device: str) -> str | None:
         """Why no Triton operator can do this here, or None."""
         if device == "cpu" and not triton_interpreter.on():
             return f"{self._name} has no compiler for CPUs; {triton_interpreter.HOW}"
@@ -90,8 +99,8 @@ class Tuning:
     def configs(self, problem: Problem, device: str) -> dict[str, Config]:
         """How each kernel is compiled."""
         item = DTYPE_BYTES[problem.dtype]
-        target = target_of(device)
-        chosen = triton_configs.choose(target, problem.head_dim, item, self._per_head)
+        target, gpu = target_of(device), gpu_of(device)
+        chosen = triton_configs.choose(target, problem.head_dim, item, self._per_head, gpu)
         blocks = {"rows": self._block_q, "cols": self._block_k}
         turned = {"rows": self._block_k, "cols": self._block_q}
         found = {}

@@ -46,7 +46,7 @@ LAYERS = (
     ("kernels", "strategies"),
     ("api", "buffers", "check", "check_at_size", "measure"),
     ("evaluate",),
-    ("worker", "trace_ranks", "aot"),
+    ("worker", "trace_ranks", "aot", "tuner"),
     ("links",),
 )
 # The parent's own order.  It plans with the torch-free part of the lower layers.
@@ -161,14 +161,18 @@ def test_strategies_import_no_kernel(name: str) -> None:
         assert top(other) != "kernels", f"{name} imports {other}: it receives an operator"
 
 
-def test_only_check_imports_a_kernel() -> None:
+def test_only_check_and_the_tuner_import_a_kernel() -> None:
     users = {
         (name, other)
         for name, others in IMPORTS.items()
         for other in others
         if top(other) == "kernels" and top(name) != "kernels"
     }
-    assert users <= {("check", "kernels.reference")}
+    assert users <= {
+        ("check", "kernels.reference"),
+        ("tuner", "kernels.triton_configs"),
+        ("tuner", "kernels.triton_launch"),
+    }
 
 
 @pytest.mark.parametrize("name", ["worker", "api", "check", "measure"])
