@@ -13,18 +13,17 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from cpbench.autograd_op import GraphKeeper
-from cpbench.mask import AttnMask
+from cpbench.head_masks import Mask, distinct
 from cpbench.problem import DTYPE_BYTES, Problem
-from cpbench.registry import OperatorInfo
+from cpbench.registry import ANY_MASK, OperatorInfo
 
 if TYPE_CHECKING:
     import torch
 
 DENSE_LIMIT_BYTES = 4 << 30
 _NATIVE = ("empty", "full", "causal")
+_ANY = (*ANY_MASK, "heads")
 _HALF = ("bfloat16", "float16")
 
 
@@ -39,6 +38,7 @@ OPERATORS = (
     _info(
         "math",
         "torch's unfused formula with a dense mask; it returns no lse",
+        masks=_ANY,
         external_lse=False,
         mergeable=False,
     ),
@@ -53,6 +53,7 @@ OPERATORS = (
     _info(
         "efficient",
         "memory-efficient attention in torch; other masks as a dense bias",
+        masks=_ANY,
         devices=("cuda",),
         deterministic=False,
     ),
@@ -67,6 +68,7 @@ OPERATORS = (
     _info(
         "cpu_flash",
         "torch's flash attention for CPUs; other masks as a dense bias",
+        masks=_ANY,
         devices=("cpu",),
     ),
 )
@@ -80,8 +82,9 @@ class Plan:
         scale: of the scores.
         empty: nothing is visible at all; no call is made.
         causal: the native causal flag serves.
-        bias_ST: additive mask, 0 or -inf, in the problem's dtype; None where none is needed.
-        blind: indices of queries that see nothing, None where there are none.
+        bias_ST: additive mask, 0 or -inf, in the problem's dtype, ``[H, S, T]`` where it differs
+            from head to head; None where none is needed.
+        blind: ``[S]`` or ``[H, S]``, which queries see nothing; None where all see something.
         keep_graph: a backward pass will follow (for the back end that needs autograd).
     """
 
@@ -107,9 +110,10 @@ class Given(NamedTuple):
 class Backend:
     """What every back end needs: the mask as it takes it, or the refusal of one."""
 
-    def unsupported(self, problem: Problem, mask: AttnMask, device: str) -> str | None:
-        if mask.kind == "bands":
-            needed = mask.seq_q * mask.seq_k * DTYPE_BYTES[problem.dtype]
+    def unsupported(self, problem: Problem, mask: Mask, device: str) -> str | None:
+        if mask.kind in ("bands", "heads"):
+            cells = len(distinct(mask)) * mask.seq_q * mask.seq_k
+            needed = cells * DTYPE_BYTES[problem.dtype]
             if needed > DENSE_LIMIT_BYTES:
                 return (
                     f"a dense mask of {needed / 2**30:.1f} GiB would be needed, "
@@ -117,17 +121,17 @@ class Backend:
                 )
         return None
 
-    def prepare(self, mask: AttnMask, problem: Problem, device: str) -> Plan:
+    def prepare(self, mask: Mask, problem: Problem, device: str) -> Plan:
         import torch
 
         bias, blind = None, None
-        if mask.kind == "bands":
+        if mask.kind in ("bands", "heads"):
             dtype = getattr(torch, problem.dtype)
             hidden = ~torch.as_tensor(mask.to_dense(), device=device)
             bias = torch.zeros(hidden.shape, dtype=dtype, device=device)
             bias.masked_fill_(hidden, -torch.inf)
-            rows = np.flatnonzero(mask.empty_rows())
-            blind = torch.as_tensor(rows, device=device) if len(rows) else None
+            rows = mask.empty_rows()
+            blind = torch.as_tensor(rows, device=device) if rows.any() else None
         return Plan(
             scale=problem.softmax_scale,
             empty=mask.kind == "empty",
@@ -153,8 +157,8 @@ class Fused(Backend, ABC):
         out, lse = self._forward(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), plan)
         if plan.blind is not None:
             # torch's back ends disagree on rows that see nothing (lse 0, NaN outputs).
-            lse.index_fill_(2, plan.blind, -torch.inf)
-            out.index_fill_(2, plan.blind, 0.0)
+            lse.masked_fill_(plan.blind, -torch.inf)
+            out.masked_fill_(plan.blind.unsqueeze(-1), 0.0)
         return out.transpose(1, 2), lse
 
     def backward(

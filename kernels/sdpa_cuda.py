@@ -14,12 +14,12 @@ from cpbench.kernels.sdpa import Fused, Given, Plan
 if TYPE_CHECKING:
     import torch
 
-    from cpbench.mask import AttnMask
+    from cpbench.head_masks import Mask
     from cpbench.problem import Problem
 
 
 class Flash(Fused):
-    def unsupported(self, problem: Problem, mask: AttnMask, device: str) -> str | None:
+    def unsupported(self, problem: Problem, mask: Mask, device: str) -> str | None:
         return _multiple_of_eight("sdpa.flash", problem)
 
     def _forward(
@@ -59,7 +59,7 @@ class Flash(Fused):
 
 
 class Cudnn(Fused):
-    def unsupported(self, problem: Problem, mask: AttnMask, device: str) -> str | None:
+    def unsupported(self, problem: Problem, mask: Mask, device: str) -> str | None:
         return _multiple_of_eight("sdpa.cudnn", problem)
 
     def _forward(
@@ -103,16 +103,16 @@ class Efficient(Fused):
     """Has no GQA and wants the bias padded to 16 columns: heads are repeated (and their gradients
     summed) inside the timed call, as a user would have to."""
 
-    def prepare(self, mask: AttnMask, problem: Problem, device: str) -> Plan:
+    def prepare(self, mask: Mask, problem: Problem, device: str) -> Plan:
         import torch
 
         plan = super().prepare(mask, problem, device)
         if plan.bias_ST is None:
             return plan
         # Rows that start at multiples of 16 elements, as the kernel wants them.
-        t = plan.bias_ST.shape[1]
+        t = plan.bias_ST.shape[-1]
         padded = torch.nn.functional.pad(plan.bias_ST, (0, -t % 16))
-        return replace(plan, bias_ST=padded[:, :t])
+        return replace(plan, bias_ST=padded[..., :t])
 
     def _forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
