@@ -14,7 +14,7 @@ from cpbench.reports.answer import answers
 from cpbench.reports.draws import FEWEST_P95, FEWEST_TOLD, Family, split
 from cpbench.reports.frame import COLUMNS, frame
 from cpbench.reports.text import escaped, fitted, row_lines, tabulated
-from cpbench.reports.wording import FACTS, Rate, counted, phrase, sentence
+from cpbench.reports.wording import FACTS, Rate, counted, phrase, sentence, told
 from cpbench.store import Run
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def _over_draws(
     """Every family: what was drawn, every method over it, which draws are missing."""
     times, costs = [], []
     for family in families:
-        problem = sentence(family.question, varying)
+        problem = phrase(told(family.question, varying))
         above = [problem]
         for drawn, rows in tables.blocks(family, rate, marks):
             times.append(([*above, drawn], rows, list[str]()))

@@ -10,6 +10,7 @@ from typing import Any
 from cpbench.spec import format_size
 
 _AS_LAUNCHED = "as launched"
+_ALL = "all"
 _UNSAID = ("", "none", "unknown", _AS_LAUNCHED)  # not worth a word where they hold throughout
 _SHOWN = 5  # runs of seeds that are listed
 
@@ -17,7 +18,7 @@ _SHOWN = 5  # runs of seeds that are listed
 FACTS: dict[str, tuple[Callable[[Any], object], str]] = {
     "mask": (itemgetter("mask"), "{}"),
     "tokens": (lambda row: format_size(int(row["seq_len"])), "{} tokens"),
-    "queries": (lambda row: int(row["queries"]) or "", "{} queries"),
+    "queries": (lambda row: f"last {row['queries']}" if row["queries"] else _ALL, "{} queries"),
     "ranks": (itemgetter("world_size"), "world size {}"),
     "a node": (lambda row: row["ranks_per_node"] or _AS_LAUNCHED, "{} ranks a node"),
     "direction": (itemgetter("direction"), "{}"),
@@ -37,12 +38,12 @@ def told(row: Any, facts: Iterable[str]) -> dict[str, str]:
 
 
 def sentence(row: Any, facts: Iterable[str]) -> str:
-    """Some facts of a row, in words."""
-    return phrase(told(row, facts))
+    """Some facts of a row, in words; that all queries attend goes without saying."""
+    return phrase({fact: value for fact, value in told(row, facts).items() if value != _ALL})
 
 
 def phrase(facts: dict[str, str]) -> str:
-    """What :func:`told` gave, in words."""
+    """What :func:`told` gave, in words: a heading, told apart from others by what it says."""
     return ", ".join(
         FACTS[fact][1].format(value) for fact, value in facts.items() if value not in _UNSAID
     )

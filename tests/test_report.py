@@ -157,6 +157,35 @@ def test_caveats_are_told_once() -> None:
     assert "*" not in both
 
 
+def test_few_queries_beside_all_are_told_apart() -> None:
+    some = [record("a", 2.0), record("a", 1.0, queries=16)]
+    text = shown(*some)
+    assert [row.split()[:4] for row in section(text, "Winners")[:4:2]] == [
+        ["mask", "tokens", "queries", "fastest"],
+        ["causal", "1k", "all", "a"],
+    ]
+    assert "causal, 1k tokens, all queries\n" in text
+    assert "causal, 1k tokens, last 16 queries\n" in text
+    md = section(shown(*some, form="md"), "Winners")[2:4]
+    assert [[cell.strip() for cell in row.split("|")[2:4]] for row in md] == [
+        ["1k", "all"],
+        ["1k", "last 16"],
+    ]
+    drawn = [
+        record("a", 1.0, mask=f"causal_document:corpus=pile,seed={seed}", queries=queries)
+        for seed in (0, 1)
+        for queries in (0, 16)
+    ]
+    assert "\n1k tokens, all queries\n" in shown(*drawn).replace("causal_document:corpus=pile, ", "")
+
+
+def test_few_queries_throughout_are_told_once() -> None:
+    text = shown(record("a", 2.0, queries=16), record("b", 1.0, queries=16))
+    assert "Throughout: last 16 queries, world size 1" in text
+    assert text.count("queries") == 1
+    assert "queries" not in shown(record("a", 2.0), record("b", 1.0))
+
+
 def test_failures_say_why_and_where() -> None:
     crash = record("a", status="crash", reason="rank 1 was killed\nby SIGSEGV", log="jobs/x/r1.log")
     text = shown(crash, record("b", 2.0), record("c", status="oom", reason="out of memory"))
