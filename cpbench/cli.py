@@ -25,6 +25,7 @@ from cpbench.options import (
     Launcher,
     LauncherName,
     OnDevice,
+    Timeout,
     UserError,
     device_name,
     file,
@@ -207,6 +208,7 @@ def bench(
     max_seconds: Annotated[
         float, typer.Option(metavar="SECONDS", help="Stop after this, for each case.")
     ] = 10.0,
+    timeout: Timeout = 600.0,
     out: Kept = None,
     launcher: Launcher = LauncherName.local,
     device: OnDevice = None,
@@ -231,7 +233,7 @@ def bench(
     with user_input():
         table = {key: sweeps.split_list(text) for key, text in given.items() if text is not None}
         table["mask"] = [one for text in mask or ["causal"] for one in sweeps.split_list(text)]
-        measure = {"precision": precision, "max_seconds": max_seconds}
+        measure = {"precision": precision, "max_seconds": max_seconds, "timeout_s": timeout}
         loaded = sweeps.expand({"sweep": table, "measure": measure}, "bench")
         request = runs.Request(
             name="bench", cases=list(loaded.cases),
@@ -248,6 +250,7 @@ def verify(
     mask: Annotated[list[str] | None, several(help="Only these; repeat for more.")] = None,
     world_size: Annotated[str | None, several(help="Ranks.  [default: 1,2,3,4]")] = None,
     dtype: Annotated[str | None, several(help="[default: float32,bfloat16]")] = None,
+    timeout: Timeout = 300.0,
     device: OnDevice = None,
     launcher: Launcher = LauncherName.local,
     out: Kept = None,
@@ -265,6 +268,7 @@ def verify(
         request = verification.request(
             operators=operator, strategies=strategy, masks=mask, world_sizes=world_size,
             dtypes=dtype, device=kind, launcher=launcher.value, out=out and run_directory(out),
+            timeout_s=timeout,
         )  # fmt: skip
     code = _supervised(request, quiet=as_json)
     run = runs.results(request)

@@ -50,6 +50,13 @@ OnDevice = Annotated[
 Launcher = Annotated[LauncherName, typer.Option(help="What starts the ranks.")]
 Kept = Annotated[Path | None, folder(help="Keep the records here.  [default: a temporary folder]")]
 
+Timeout = Annotated[
+    float,
+    typer.Option(
+        metavar="SECONDS", help="End a case that takes longer in all: one row with status timeout."
+    ),
+]
+
 
 class UserError(Exception):
     """Bad input; the message is the one line that the user sees."""

@@ -44,6 +44,8 @@ class MeasureSettings:
             value = getattr(self, item.name)
             if type(value) not in _TYPES[str(item.type)]:  # a boolean is no integer here
                 raise ValueError(f"measure.{item.name} = {value!r} is not of type {item.type}")
+            if item.name == "timeout_s" and not 0 < value < math.inf:
+                raise ValueError(f"measure.timeout_s = {value!r} must be positive, and finite")
             if item.type != "bool" and not 0 <= value < math.inf:  # nan fails every comparison
                 raise ValueError(f"measure.{item.name} = {value!r} must be 0 or more, and finite")
         if not 1 <= self.min_iterations <= self.max_iterations:
@@ -51,8 +53,6 @@ class MeasureSettings:
                 f"measure: 1 <= min_iterations ({self.min_iterations}) <= max_iterations "
                 f"({self.max_iterations}) must hold"
             )
-        if self.timeout_s <= 0:
-            raise ValueError("measure.timeout_s must be positive")
         if self.threads > MAX_THREADS:
             raise ValueError(f"measure.threads = {self.threads} must be at most {MAX_THREADS}")
 

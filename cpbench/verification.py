@@ -62,12 +62,14 @@ def request(
     device: str,
     launcher: str,
     out: Path | None,
+    timeout_s: float,
 ) -> Request:
     """The run that verifies what was asked for, all of it unless told otherwise.
 
     Raises:
         ValueError: for a name that is not registered, or a value that is not allowed.
     """
+    settings = MeasureSettings(time=False, memory=False, timeout_s=timeout_s)
     chosen = sweep.split_list(operators) if operators else sorted(registry.operators())
     ours = sorted(name for name, info in registry.strategies().items() if info.traced)
     spread = sweep.split_list(strategies) if strategies else ours  # libraries when named
@@ -115,7 +117,7 @@ def request(
         out=out or Path(tempfile.mkdtemp(prefix="cpbench-verify-")),
         launcher=launcher,
         device=device,
-        settings=MeasureSettings(time=False, memory=False, timeout_s=300.0),
+        settings=settings,
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from cpbench import cli, sweep
+from cpbench import cli, runs, sweep
 
 CPBENCH = Path(sys.executable).with_name("cpbench")
 COMMANDS = (
@@ -291,6 +291,25 @@ def test_verify_json(tmp_path: Path) -> None:
     (row,) = json.loads(done.stdout)
     assert (row["operator"], row["failed"]) == ("reference", 0)
     assert row["ok"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "limit"),
+    [
+        (["bench"], 600.0),
+        (["bench", "--timeout", "7"], 7.0),
+        (["verify"], 300.0),
+        (["verify", "--timeout", "0.5"], 0.5),
+    ],
+    ids=str,
+)
+def test_a_case_may_take_so_long(
+    words: list[str], limit: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(runs, "execute", lambda request, quiet: asked.append(request) or 0)
+    assert cli.run([*words, "--out", str(tmp_path), "--json"]) == 0
+    assert [request.settings.timeout_s for request in asked] == [limit]
 
 
 def test_doctor_json(tmp_path: Path) -> None:

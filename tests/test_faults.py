@@ -202,6 +202,17 @@ def test_logs_tell_what_the_reason_leaves_out(run: tuple[Path, Path, int, str]) 
     assert "Segmentation fault" in told[1, "segfault"]
 
 
+@pytest.mark.timeout(60)
+def test_bench_ends_what_takes_too_long(tmp_path: Path) -> None:
+    code, stderr = cpbench(
+        "bench", "--operator", faulty("hang"), "--num-heads-q", "1", "--head-dim", "16",
+        "--seq-len", "64", "--timeout", "1", "--device", "cpu", "--out", tmp_path / "run",
+    )  # fmt: skip
+    (record,) = read_run(tmp_path / "run").records.values()
+    assert (code, record.status) == (1, "timeout"), stderr
+    assert (record.reason or "").startswith("no result after 1 s: rank 0 check")
+
+
 @pytest.mark.timeout(120)
 def test_retry_runs_those_again_and_nothing_else(
     run: tuple[Path, Path, int, str], tmp_path: Path

@@ -172,6 +172,8 @@ LINES: dict[str, tuple[list[str], list[str]]] = {
     "bench precision": (["bench", "--precision", "high"], ["--precision", "number"]),
     "bench precision nan": (["bench", "--precision", "nan"], ["precision = nan", "finite"]),
     "bench seconds": (["bench", "--max-seconds", "-1"], ["max_seconds = -1.0", "0 or more"]),
+    "bench timeout": (["bench", "--timeout", "0"], ["timeout_s = 0.0", "positive"]),
+    "bench timeout text": (["bench", "--timeout", "soon"], ["--timeout", "number"]),
     "bench direction": (["bench", "--direction", "both"], ["'both'", "fwd, bwd, fwd_bwd"]),
     "bench fraction": (
         ["bench", "--strategy", "usp:ulysses=0.5", "--world-size", "2"],
@@ -188,6 +190,8 @@ LINES: dict[str, tuple[list[str], list[str]]] = {
     "verify dtype": (["verify", "--dtype", "int8"], ["'int8'", "float32, bfloat16"]),
     "verify world": (["verify", "--world-size", "two"], ["'two'", "64k"]),
     "verify world 0": (["verify", "--world-size", "0"], ["world_size = 0", "positive"]),
+    "verify timeout": (["verify", "--timeout", "-1"], ["timeout_s = -1.0", "positive"]),
+    "verify timeout nan": (["verify", "--timeout", "nan"], ["timeout_s = nan", "finite"]),
     "verify out": (["verify", "--out", "good.txt"], ["good.txt", "give a folder"]),
     "mask name": (["mask", "casual", "--seq-len", "1k"], ["'casual'", "causal"]),
     "mask size": (["mask", "causal", "--seq-len", "1z"], ["'1z'", "64k"]),

@@ -176,7 +176,9 @@ def test_few_queries_beside_all_are_told_apart() -> None:
         for seed in (0, 1)
         for queries in (0, 16)
     ]
-    assert "\n1k tokens, all queries\n" in shown(*drawn).replace("causal_document:corpus=pile, ", "")
+    assert "causal_document:corpus=pile, 1k tokens, all queries\n" in shown(
+        *drawn, record("a", 1.0)
+    )
 
 
 def test_few_queries_throughout_are_told_once() -> None:
