@@ -71,8 +71,9 @@ def significant(value: float) -> str:
     """Three significant digits, never in scientific notation."""
     if math.isnan(value):
         return ""
-    digits = 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
-    return f"{value:.3g}" if abs(value) < 1 else f"{value:,.{digits}f}"
+    rounded = abs(float(f"{value:.2e}"))
+    digits = 2 - math.floor(math.log10(rounded)) if 0 < rounded < math.inf else 0
+    return f"{value:,.{max(digits, 0)}f}"
 
 
 def number(value: float, form: str, unit: str = "") -> str:

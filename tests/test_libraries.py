@@ -331,7 +331,7 @@ def test_libraries_for_cuda_refuse_cpus(
     [
         ("ring_flash_attn.llama3:heads_k_stride=0", "heads_k_stride = 0 must be 1 or more"),
         ("torch.context_parallel:rotate=round", "rotate = 'round' is not allgather or alltoall"),
-        ("yunchang.usp:ulysses=-1", "ulysses = -1 must be ranks"),
+        ("yunchang.usp:ulysses=-1", "ulysses = -1 must be a number of ranks"),
     ],
 )
 def test_bad_parameters(strategy: str, words: str) -> None:

@@ -179,6 +179,10 @@ LINES: dict[str, tuple[list[str], list[str]]] = {
         ["bench", "--strategy", "usp:ulysses=0.5", "--world-size", "2"],
         ["ulysses = 0.5", "integer"],
     ),
+    "traffic negative": (
+        ["traffic", "usp:ulysses=-2"],
+        ["ulysses = -2", "a number of ranks, or 0"],
+    ),
     "traffic text": (["traffic", "ulysses:chunks=x"], ["chunks = 'x'", "integer"]),
     "traffic strategy": (["traffic", "x"], ["'x'", "ring"]),
     "traffic heads": (["traffic", "ulysses", "--world-size", "48"], ["64 on 48", "divisible"]),

@@ -16,6 +16,7 @@ from cpbench.reports import render
 from cpbench.reports.answer import answers
 from cpbench.reports.frame import COLUMNS, frame, load
 from cpbench.reports.text import escaped, row_lines, tabulated, wrapped
+from cpbench.reports.wording import significant
 from cpbench.spec import Spec
 from cpbench.store import Run
 
@@ -287,6 +288,24 @@ def test_columns_are_explained() -> None:
 def test_load_refuses_what_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="records"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0, "0"),
+        (0.96, "0.960"),
+        (0.9784, "0.978"),
+        (0.9996, "1.00"),
+        (9.999, "10.0"),
+        (99.96, "100"),
+        (12345.6, "12,346"),
+        (0.0000234, "0.0000234"),
+        (float("nan"), ""),
+    ],
+)
+def test_three_digits(value: float, text: str) -> None:
+    assert significant(value) == text
 
 
 def test_wrapped() -> None:

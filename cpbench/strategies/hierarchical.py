@@ -59,7 +59,9 @@ class Hierarchical:
 
     def __init__(self, local: int = 0, grad_dtype: str = "float32") -> None:
         if local < 0:
-            raise ValueError(f"hierarchical: local = {local} must be ranks, or 0 for a node's")
+            raise ValueError(
+                f"hierarchical: local = {local} must be a number of ranks, or 0 for a node's"
+            )
         if grad_dtype not in ("float32", "bfloat16"):
             raise ValueError(
                 f"hierarchical: grad_dtype = {grad_dtype!r} is not float32 or bfloat16"

@@ -87,7 +87,9 @@ class Usp(Library):
     def __init__(self, ulysses: int = 0) -> None:
         super().__init__()
         if ulysses < 0:
-            raise ValueError(f"{self.name}: ulysses = {ulysses} must be ranks, or 0 to choose")
+            raise ValueError(
+                f"{self.name}: ulysses = {ulysses} must be a number of ranks, or 0 to choose"
+            )
         self.ulysses = ulysses
         self._layers: dict[Any, Any] = {}
 

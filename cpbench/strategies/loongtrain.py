@@ -47,7 +47,9 @@ class LoongTrain(Usp):
     def __init__(self, ulysses: int = 0, window: int = 0, grad_dtype: str = "float32") -> None:
         super().__init__(ulysses, grad_dtype)
         if window < 0:
-            raise ValueError(f"loongtrain: window = {window} must be ranks, or 0 to choose")
+            raise ValueError(
+                f"loongtrain: window = {window} must be a number of ranks, or 0 to choose"
+            )
         self.window = window
 
     def unsupported(self, world: World) -> str | None:

@@ -57,7 +57,9 @@ class Usp:
 
     def __init__(self, ulysses: int = 0, grad_dtype: str = "float32") -> None:
         if ulysses < 0:
-            raise ValueError(f"{self.name}: ulysses = {ulysses} must be ranks, or 0 to choose")
+            raise ValueError(
+                f"{self.name}: ulysses = {ulysses} must be a number of ranks, or 0 to choose"
+            )
         self.ulysses, self.ring = ulysses, Ring(grad_dtype)
 
     def unsupported(self, world: World) -> str | None:
