@@ -188,7 +188,7 @@ def bench(
     ] = None,
     world_size: Annotated[str, several(help="Ranks.")] = "1",
     ranks_per_node: Annotated[
-        str, several(help="Ranks that share a node.  [default: as launched]")
+        str, several(help="Ranks that share a node; 0 is as launched.")
     ] = "0",
     placement: Annotated[
         str | None, several(help="Axis of the strategy's mesh inside a node.")

@@ -96,7 +96,7 @@ def traffic(
 ) -> None:
     """Predict what every rank would send, to the byte.
 
-    The strategy's own code runs on tensors without data. 1,024 ranks take up to a minute.
+    The strategy's own code runs on tensors without data. 1,024 ranks take one or two minutes.
     """
     from cpbench import forecast
     from cpbench import sweep as sweeps

@@ -74,6 +74,8 @@ def test_without_words_it_prints_help(capsys: pytest.CaptureFixture[str]) -> Non
 def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = printed(capsys, name, "--help")
     assert text.startswith(f"Usage: cpbench {name}")
+    for option in text.split("\n  -"):
+        assert option.count("[default") <= 1, option
     assert "<str>" not in text.split("Options:")[1], "name what is meant, not its type"
     assert "..." not in printed(capsys).split(f"  {name} ")[1].splitlines()[0], "too long a summary"
 
