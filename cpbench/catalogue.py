@@ -25,18 +25,23 @@ def _operators(device: str) -> list[dict[str, Any]]:
         {
             "operator": info.name,
             "here": _here(info, device),
-            "masks": ["any"]
-            if set(info.masks) == set(registry.ANY_MASK)
-            else [kind for kind in info.masks if kind != "empty"],
+            "masks": _masks_of(info),
             "dtypes": list(info.dtypes),
-            "head_dim": f"<= {info.max_head_dim}",
+            "dim": f"<= {info.max_head_dim}",
             "backward": [d for d in info.devices if d in info.backward_on] or ["no"],
             "merges": _merges(info, device),
-            "repeatable": "yes" if info.deterministic else "no",
+            "repeats": "yes" if info.deterministic else "no",
             "summary": info.summary,
         }
         for _, info in sorted(registry.operators().items())
     ]
+
+
+def _masks_of(info: registry.OperatorInfo) -> list[str]:
+    kinds = set(info.masks)
+    shared = [kind for kind in info.masks if kind not in ("empty", "heads")]
+    named = ["any"] if kinds >= set(registry.ANY_MASK) else shared
+    return named + (["heads"] if "heads" in kinds else [])
 
 
 def _here(info: registry.OperatorInfo, device: str) -> str:

@@ -39,6 +39,13 @@ NAMES = (
     "PYTORCH_ALLOC_CONF",
     "PYTORCH_CUDA_ALLOC_CONF",
 )
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels imported now are interpreted, as Triton reads it."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
 PACKAGES = ("torch", "triton", "numpy", "mpi4py", "ring-flash-attn", "flash-attn", "nvidia-ml-py")
 
 

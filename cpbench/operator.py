@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
+from cpbench.environment import interpreting
 from cpbench.registry import OperatorInfo, missing_package
 
 if TYPE_CHECKING:
@@ -74,6 +75,11 @@ def declared_refusal(info: OperatorInfo, problem: Problem, device: str) -> str |
     """
     if device not in info.devices:
         return f"{info.name} runs on {' and '.join(info.devices)}, not on {device}"
+    if device in info.interpreted_on and not interpreting():
+        return (
+            f"{info.name} has no compiler for {device}; set TRITON_INTERPRET=1 to check it there "
+            "under Triton's interpreter (slow)"
+        )
     missing = missing_package(info)
     if missing is not None:
         return f"{info.name} needs the Python package {missing}, which is not installed"

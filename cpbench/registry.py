@@ -52,6 +52,7 @@ class OperatorInfo:
         deterministic: whether two runs agree to the bit.
         requires: importable modules it needs.
         params: names of the parameters that ``load`` takes.
+        interpreted_on: device types on which it runs only under Triton's interpreter.
         compiles: ``"module:attribute"`` of a function that tells what it launches (see
             ``cpbench.aot.launches``), for kernels that compile ahead of time.
     """
@@ -71,6 +72,7 @@ class OperatorInfo:
     deterministic: bool = True
     requires: tuple[str, ...] = ("torch",)
     params: tuple[str, ...] = ()
+    interpreted_on: tuple[str, ...] = ()
     compiles: str = ""
 
 

@@ -13,10 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-Value = bool | int | float | str | tuple[int, ...]
+Value = bool | int | float | str | tuple[int | float, ...]
 
 _SIZE = re.compile(r"(\d+(?:_\d+)*)\s*([kmKM]?)")
 _NEGATIVE = re.compile(r"-\d{1,19}")
+_FRACTION = re.compile(r"[+-]?\d*\.\d+(e[+-]?\d+)?")
 _NAME = re.compile(r"[^:]+\.py:\w+|[\w.\-]+")
 _SUFFIX = {"": 1, "k": 1024, "m": 1024 * 1024}
 _MAX_DIGITS = 19  # of a 64-bit integer
@@ -119,8 +120,7 @@ def parse_value(text: str) -> Value:
     """One parameter value from text."""
     if text.startswith("[") and text.endswith("]"):
         items = [item.strip() for item in text[1:-1].split(",")]
-        # Negative numbers are no sizes, but a list may hold them.
-        return tuple(int(x) if _NEGATIVE.fullmatch(x) else parse_size(x) for x in items if x)
+        return tuple(_list_item(x) for x in items if x)
     if text in ("true", "false"):
         return text == "true"
     if _SIZE.fullmatch(text):
@@ -132,6 +132,15 @@ def parse_value(text: str) -> Value:
     except ValueError:
         return text
     return _finite(text, number)
+
+
+def _list_item(text: str) -> int | float:
+    # Negative numbers and fractions are no sizes, but a list may hold them.
+    if _NEGATIVE.fullmatch(text):
+        return int(text)
+    if _FRACTION.fullmatch(text):
+        return _finite(text, float(text))
+    return parse_size(text)
 
 
 def format_value(value: Value) -> str:
@@ -150,11 +159,9 @@ def _from_toml(key: str, value: object) -> Value:
         return _finite(f"{key} = {value}", value)
     if isinstance(value, bool | int):
         return value
-    if isinstance(value, list) and all(type(item) is int for item in value):
-        return tuple(value)
-    raise ValueError(
-        f"{key} = {value!r} is not a number, a string, a boolean or a list of integers"
-    )
+    if isinstance(value, list) and all(type(item) in (int, float) for item in value):
+        return tuple(_finite(f"{key} = {value}", x) if type(x) is float else x for x in value)
+    raise ValueError(f"{key} = {value!r} is not a number, a string, a boolean or a list of numbers")
 
 
 def _finite(text: str, number: float) -> float:

@@ -28,6 +28,7 @@ OPERATORS = (
         source="FlashAttention-2, arXiv 2307.08691, over tile lists as in FlexAttention",
         load="cpbench.kernels.triton_band:TritonBand",
         requires=("torch", "triton"),
+        interpreted_on=("cpu",),
         params=("block_q", "block_k", "num_warps", "num_stages", "descriptors", "parts"),
         compiles="cpbench.kernels.triton_launch:launches",
     ),

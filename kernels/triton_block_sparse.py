@@ -38,6 +38,7 @@ OPERATORS = (
         load="cpbench.kernels.triton_block_sparse:TritonBlockSparse",
         masks=("heads",),
         requires=("torch", "triton"),
+        interpreted_on=("cpu",),
         params=("block_q", "block_k", "num_warps", "num_stages", "descriptors"),
         compiles="cpbench.kernels.triton_block_sparse:launches",
     ),

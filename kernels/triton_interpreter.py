@@ -1,4 +1,4 @@
-"""Triton's interpreter, where there is no GPU: is it on, and its bfloat16 mended.
+"""Triton's interpreter, where there is no GPU: its bfloat16 mended.
 
 The interpreter keeps bfloat16 as raw bits.  Up to 3.9 it multiplies those bits in ``tl.dot`` and
 truncates casts to bfloat16 that hardware rounds to nearest even; both are put right here, for as
@@ -8,15 +8,7 @@ much as the kernels of this package do in bfloat16: load, dot, cast, store.
 from __future__ import annotations
 
 import functools
-import os
 from typing import Any
-
-HOW = "set TRITON_INTERPRET=1 to check it there under Triton's interpreter (slow)"
-
-
-def on() -> bool:
-    """Whether kernels imported now are interpreted: ``TRITON_INTERPRET``, as Triton reads it."""
-    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 @functools.cache

@@ -9,6 +9,7 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cpbench.environment import interpreting
 from cpbench.kernels import triton_configs, triton_interpreter
 from cpbench.kernels.triton_configs import Config, lanes
 from cpbench.kernels.triton_plan import Lists, Visits, grouped_order, listed, visits
@@ -62,7 +63,7 @@ MOST_TOKENS = 1 << 30
 
 def gpu_of(device: str) -> str:
     """The name of the device, for what was tuned on it."""
-    if triton_interpreter.on():
+    if interpreting():
         return "interpreter"
     import torch
 
@@ -90,8 +91,6 @@ class Tuning:
 
     def refusal(self, problem: Problem, device: str) -> str | None:
         """Why no Triton operator can do this here, or None."""
-        if device == "cpu" and not triton_interpreter.on():
-            return f"{self._name} has no compiler for CPUs; {triton_interpreter.HOW}"
         if max(problem.seq_q, problem.seq_k) > MOST_TOKENS:
             return f"{self._name} counts tokens in 32 bits: at most {MOST_TOKENS:,}"
         return None
@@ -113,7 +112,7 @@ class Tuning:
 
 def target_of(device: str) -> str:
     """``"cuda:90"``, ``"hip:gfx942"`` or ``"interpreter"``."""
-    if triton_interpreter.on():
+    if interpreting():
         return "interpreter"
     import torch
 
@@ -177,7 +176,7 @@ def _on_device(found: Visits, order: Any, config: Config, per_head: bool, device
 
 def _kernels() -> tuple[Any, Any]:
     """The device code of the forward and the backward pass, imported when first needed."""
-    if triton_interpreter.on():
+    if interpreting():
         triton_interpreter.mend()
     from cpbench.kernels import triton_backward_device, triton_forward_device
 
@@ -218,7 +217,7 @@ def _allow_descriptors() -> None:
     import torch
     import triton
 
-    if not triton_interpreter.on():
+    if not interpreting():
         triton.set_allocator(
             lambda size, align, stream: torch.empty(size, dtype=torch.int8, device="cuda")
         )

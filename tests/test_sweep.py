@@ -265,7 +265,7 @@ def test_packaged(name: str) -> None:
     assert {b for _, b, _ in specs} <= set(registry.strategies())
     assert {c for _, _, c in specs} <= set(layout.names())
     for mask, seq_len in {(case.mask, case.seq_len) for case in found.cases}:
-        assert masks.build(mask, seq_len).area > 0
+        assert masks.build_heads(mask, seq_len, 1).area > 0
     for case in found.cases:
         accepted = registry.strategies()[case.strategy.name].layouts
         assert case.layout.name in accepted, f"{case.label} can only ever be refused"
