@@ -17,7 +17,7 @@ import torch
 from cpbench import __version__
 from cpbench import layout as layouts
 from cpbench.comm import Comm, Control, TorchComm
-from cpbench.head_masks import HeadMasks, Mask
+from cpbench.head_masks import Mask, per_head
 from cpbench.mask import AttnMask
 from cpbench.merge import BoundOperator
 from cpbench.operator import Unsupported, declared_refusal
@@ -191,8 +191,9 @@ def attention(
             f"and {mask.seq_k} keys; shapes are [B, S, H, D]"
         )
     problem = _problem(q, k, v, q.shape[1], k.shape[1], scale)
-    if isinstance(mask, HeadMasks) and len(mask.masks) != q.shape[2]:
-        raise ValueError(f"masks of {len(mask.masks)} heads do not fit {q.shape[2]} query heads")
+    each = per_head(mask)
+    if each is not None and each.heads != q.shape[2]:
+        raise ValueError(f"masks of {each.heads} heads do not fit {q.shape[2]} query heads")
     work = _prepared(Spec.parse(operator), mask, problem, q.device.type)
     return _Autograd.apply(q, k, v, work, None)  # type: ignore[no-any-return, no-untyped-call]
 

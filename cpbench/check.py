@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cpbench import layout as layouts
+from cpbench.dilated_mask import DilatedMask
 from cpbench.head_masks import Mask
 from cpbench.inputs import normal
 from cpbench.mask import AttnMask, IntArray
@@ -183,6 +184,8 @@ def small_mask(mask: Mask, tokens: int = SMALL_TOKENS) -> Mask:
     begin and end, spread over the sequence; of the same kind, and the same on every rank."""
     if max(mask.seq_q, mask.seq_k) <= tokens:
         return mask
+    if isinstance(mask, DilatedMask):
+        return mask.resized(tokens)
     q0, q1, k0, k1, lo, hi = mask.slices.T
     at_queries, at_keys = [q0, q1, k0 - hi, k1 - lo], [k0, k1, q0 + lo, q0 + hi]
     if mask.seq_q == mask.seq_k:

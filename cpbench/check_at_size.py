@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cpbench.check import Errors, Rank, Tensors, TensorSums, combine, index_of
+from cpbench.dilated_mask import DilatedMask
 from cpbench.head_masks import Mask, distinct
 from cpbench.inputs import normal
 from cpbench.mask import AttnMask, IntArray
@@ -209,7 +210,10 @@ class _Source:
         )[0]
 
     def _visible(self, of: Mask, heads: range, line: int) -> torch.Tensor:
-        """Indices of the keys that one query sees in heads that share a mask."""
+        """Indices of the keys that one query sees in heads that share a mask, repeated where it
+        sees them several times."""
+        if isinstance(of, DilatedMask):
+            return index_of(of.seen(heads[0], line), self._device)
         masks = distinct(of)
         mask = masks[heads[0] % len(masks)]
         here = mask.slices[(mask.slices[:, 0] <= line) & (line < mask.slices[:, 1])]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,6 +20,9 @@ from cpbench.options import (
     several,
     user_input,
 )
+
+if TYPE_CHECKING:
+    from cpbench.head_masks import Mask
 
 tools = typer.Typer()
 
@@ -36,10 +39,14 @@ def mask(
     png: Annotated[Path | None, file(help="Draw it into this file (.png).")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show the area, density and slices of a mask, and draw it."""
+    """Show the area, density and slices of a mask, and draw it.
+
+    tiles_128 is how many pairs kernels of 128 x 128 tiles compute, over those that are visible.
+    """
     import time
 
     from cpbench import masks
+    from cpbench.dilated_mask import DilatedMask
     from cpbench.head_masks import distinct
     from cpbench.sweep import number
 
@@ -53,21 +60,42 @@ def mask(
                 raise ValueError(f"--png {str(png)!r}: the file must end in .png")
             from cpbench.masks.picture import draw
 
+            if isinstance(built, DilatedMask):
+                raise ValueError("--png: there are no pictures of dilated masks")
             heads = distinct(built)
             which = ", head 0" if len(heads) > 1 else ""
             draw(heads[0], png, f"{mask}, {seq_len} tokens{which}")
     row = {
         "mask": mask, "seq_q": built.seq_q, "seq_k": built.seq_k, "area": built.area,
-        "density": round(built.density, 6), "slices": len(built.slices),
+        "density": round(built.density, 6), **_in_slices(built),
         "build_ms": round(build_ms, 3), "digest": built.digest,
     }  # fmt: skip
     if as_json:
         print(json.dumps({**row, "slice_rows": built.slices.tolist()}))
     else:
         for key, value in row.items():
-            print(f"{key:9} {value}")
+            print(f"{key:9} {_plain(value)}")
         if png is not None:
             print(f"{'picture':9} {png}")
+
+
+def _in_slices(mask: Mask) -> dict[str, Any]:
+    """How many slices, and what tiles of 128 x 128 execute, over what is visible."""
+    from cpbench.dilated_mask import DilatedMask
+    from cpbench.head_masks import distinct
+    from cpbench.tiling import tiles
+
+    if isinstance(mask, DilatedMask):
+        return {}
+    each = distinct(mask)
+    executed = sum(tiles(one, 128, 128).executed_area for one in each) / len(each)
+    share = round(executed / mask.area, 4) if mask.area else None
+    return {"slices": len(mask.slices), "tiles_128": share}
+
+
+def _plain(value: Any) -> Any:
+    """A mean over heads that is whole, without its point."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 @tools.command()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cpbench.dilated_mask import DilatedMask
 from cpbench.mask import AttnMask, BoolArray, IntArray, shifted
 
 
@@ -27,6 +28,10 @@ class HeadMasks:
     masks: tuple[AttnMask, ...]
 
     kind = "heads"
+
+    @property
+    def heads(self) -> int:
+        return len(self.masks)
 
     def __post_init__(self) -> None:
         extents = {(mask.seq_q, mask.seq_k) for mask in self.masks}
@@ -104,9 +109,15 @@ class HeadMasks:
         return AttnMask._trusted(len(self.masks) * self.seq_q, self.seq_k, np.concatenate(moves))
 
 
-Mask = AttnMask | HeadMasks
+SlicedMask = AttnMask | HeadMasks
+Mask = SlicedMask | DilatedMask
 
 
-def distinct(mask: Mask) -> tuple[AttnMask, ...]:
+def per_head(mask: Mask) -> HeadMasks | DilatedMask | None:
+    """A mask that differs from head to head, or None."""
+    return None if isinstance(mask, AttnMask) else mask
+
+
+def distinct(mask: SlicedMask) -> tuple[AttnMask, ...]:
     """The mask of all heads, or that of each."""
     return (mask,) if isinstance(mask, AttnMask) else mask.masks

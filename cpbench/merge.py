@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from cpbench.head_masks import per_head
 from cpbench.operator import Operator, Unsupported
 from cpbench.registry import OperatorInfo, implementation, operator_info
 from cpbench.spec import Spec
@@ -212,7 +213,7 @@ class BoundOperator:
                 problem = replace(problem, seq_q=mask.seq_q, seq_k=mask.seq_k)
         if mask.kind not in self.info.masks:
             takes = ", ".join(self.info.masks)
-            this = "differs from head to head" if mask.kind == "heads" else f"is {mask.kind}"
+            this = "differs from head to head" if per_head(mask) else f"is {mask.kind}"
             raise Unsupported(f"{self.info.name} takes {takes} masks; this one {this}")
         reason = self.impl.unsupported(problem, mask, self.device)
         if reason is not None:

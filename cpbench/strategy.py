@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
+from cpbench.head_masks import per_head
 from cpbench.registry import missing_package
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def declared_refusal(info: StrategyInfo, world: World) -> str | None:
         return f"{info.name} needs the Python package {missing}, which is not installed"
     if world.keys.name not in info.layouts:
         return f"{info.name} takes layouts {', '.join(info.layouts)}, not {world.keys.name}"
-    if world.mask.kind == "heads" and world.size > 1:
+    if per_head(world.mask) and world.size > 1:
         return f"{info.name}: a mask for each head runs on 1 rank alone, under the strategy single"
     if world.placement and world.placement not in info.axes:
         takes = f"placements {', '.join(info.axes)}" if info.axes else "no placement"

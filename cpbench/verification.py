@@ -39,6 +39,10 @@ HEAD_MASKS = (
     "block_sparse_variable:block_size=32,least=5,keep=0.3",
     "vertical_slash:num_vertical=5,num_slash=4",
 )
+DILATED_MASKS = (
+    "dilated:segment=32,branches=3,ratio=2",
+    "dilated:segment=50,branches=2,ratio=3,causal=false",
+)
 LONG_SEQ_LEN = 1111
 LONG_MASKS = (
     "causal",
@@ -94,7 +98,7 @@ def request(
             )
         if not masks:
             each = {"num_heads_q": 4, "num_heads_kv": 2, "operator": chosen}
-            tables.append({**shapes, **each, "mask": list(HEAD_MASKS)})
+            tables.append({**shapes, **each, "mask": [*HEAD_MASKS, *DILATED_MASKS]})
         # One size that the sampled check sees too.
         longer = {**shapes, "seq_len": LONG_SEQ_LEN, "mask": list(LONG_MASKS)}
         if not masks:

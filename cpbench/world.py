@@ -16,7 +16,8 @@ import numpy as np
 
 from cpbench import layout as layouts
 from cpbench import masks
-from cpbench.head_masks import HeadMasks, Mask
+from cpbench.dilated_mask import DilatedMask
+from cpbench.head_masks import Mask, per_head
 from cpbench.layout import Layout, area_matrix, local_mask
 from cpbench.mask import AttnMask, IntArray
 from cpbench.mesh import Mesh
@@ -73,6 +74,8 @@ class World:
         shared = mask if isinstance(mask, AttnMask) else None
         layout = layouts.build(case.layout, case.seq_len, case.world_size, shared)
         if case.queries:
+            if isinstance(mask, DilatedMask):
+                raise ValueError(f"queries = {case.queries}: {case.mask.name} is of all queries")
             mask = mask.crop(case.seq_len - case.queries, case.seq_len, 0, case.seq_len)
         nodes = case.ranks_per_node or ranks_per_node
         return cls.of(case.problem, mask, layout, nodes, case.placement)
@@ -91,7 +94,7 @@ class World:
     @functools.cached_property
     def areas(self) -> IntArray:
         """``(P, P)`` visible pairs between the queries of rank r (row) and the keys of rank s."""
-        if isinstance(self.mask, HeadMasks):
+        if per_head(self.mask):
             return np.full((self.size, self.size), math.ceil(self.mask.area / self.size**2))
         return area_matrix(self.shared_mask, self.queries, self.keys)
 
@@ -165,7 +168,7 @@ class Part:
     def mask(self) -> Mask:
         """The mask in local coordinates, cut out anew."""
         world = self.world
-        if isinstance(world.mask, HeadMasks):
+        if per_head(world.mask):
             assert world.size == 1, "strategies of several ranks refuse a mask for each head"
             return world.mask
         return local_mask(world.shared_mask, world.queries, self.q_ranks, world.keys, self.k_ranks)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from cpbench.head_masks import Mask
+    from cpbench.head_masks import SlicedMask
     from cpbench.problem import Problem
 
 
@@ -47,7 +47,7 @@ class Bands:
             raise ValueError(f"tile is a number of rows, or 0 to let bands choose; not {tile}")
         self.tile = tile
 
-    def unsupported(self, problem: Problem, mask: Mask, device: str) -> str | None:
+    def unsupported(self, problem: Problem, mask: SlicedMask, device: str) -> str | None:
         if problem.softcap:
             return "bands has no softcap"
         if device.startswith("cuda"):
@@ -58,7 +58,7 @@ class Bands:
             return f"bands runs on cpu and cuda, not on {device}"
         return None
 
-    def prepare(self, mask: Mask, problem: Problem, device: str) -> Plan:
+    def prepare(self, mask: SlicedMask, problem: Problem, device: str) -> Plan:
         if device.startswith("cuda"):
             assert isinstance(mask, AttnMask)
             return Plan(problem.softmax_scale, calls=bands_cuda.calls(mask))

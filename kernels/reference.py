@@ -11,8 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from cpbench.dilated_mask import DilatedMask
 from cpbench.head_masks import Mask
 from cpbench.problem import Problem
 from cpbench.registry import ANY_MASK, OperatorInfo
@@ -26,7 +29,7 @@ OPERATORS = (
         summary="float64 textbook attention, materialised or blockwise by size",
         source="softmax(Q K^T) V in double precision",
         load="cpbench.kernels.reference:Reference",
-        masks=(*ANY_MASK, "heads"),
+        masks=(*ANY_MASK, "heads", "dilated"),
         dtypes=("float64", "float32", "bfloat16", "float16"),
         max_head_dim=4096,
     ),
@@ -80,9 +83,9 @@ def forward64(
     if k.shape[1] == 0:
         return out, lse
     q_BGRSD, k_BGTD, v_BGTD = _grouped(q, k.shape[2]), _heads_first(k), _heads_first(v)
-    for rows, visible_ST in _blocks(mask, k.shape[2], b * h, q.device):
+    for rows, bias_ST in _blocks(mask, k.shape[2], b * h, q.device):
         scores = torch.einsum("bgrsd,bgtd->bgrst", q_BGRSD[:, :, :, rows], k_BGTD).mul_(scale)
-        scores.masked_fill_(~visible_ST, -torch.inf)
+        scores.add_(bias_ST)
         lse_rows = torch.logsumexp(scores, dim=-1)
         probs = scores.sub_(lse_rows.unsqueeze(-1)).exp_().nan_to_num_(0.0)
         part = torch.einsum("bgrst,bgtd->bsgrd", probs, v_BGTD)
@@ -114,10 +117,12 @@ def backward64(
     dk, dv = torch.zeros_like(k_BGTD), torch.zeros_like(v_BGTD)
     if k.shape[1] == 0:
         return dq.permute(0, 3, 1, 2, 4).flatten(2, 3), dk.transpose(1, 2), dv.transpose(1, 2)
-    for rows, visible_ST in _blocks(mask, k.shape[2], b * h, q.device):
+    for rows, bias_ST in _blocks(mask, k.shape[2], b * h, q.device):
         scores = torch.einsum("bgrsd,bgtd->bgrst", q_BGRSD[:, :, :, rows], k_BGTD).mul_(scale)
-        probs = scores.sub_(lse_BGRS[:, :, :, rows].unsqueeze(-1)).exp_()
-        probs.masked_fill_(~visible_ST, 0.0)
+        seen_lse = lse_BGRS[:, :, :, rows].masked_fill(
+            lse_BGRS[:, :, :, rows] == -torch.inf, torch.inf
+        )
+        probs = scores.add_(bias_ST).sub_(seen_lse.unsqueeze(-1)).exp_()
         dout_rows = dout_BGRSD[:, :, :, rows]
         dv += torch.einsum("bgrst,bgrsd->bgtd", probs, dout_rows)
         dscores = torch.einsum("bgrsd,bgtd->bgrst", dout_rows, v_BGTD)
@@ -130,17 +135,23 @@ def backward64(
 def _blocks(
     mask: Mask, groups: int, copies: int, device: torch.device
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Blocks of query rows that see something, with their dense mask: ``[S, T]``, or
-    ``[G, R, S, T]`` where it differs from head to head."""
+    """Blocks of query rows that see something, with what is added to their scores (0, -inf, or the
+    logarithm of how often a pair occurs): ``[S, T]``, or ``[G, R, S, T]`` where heads differ."""
     import torch
 
     step = max(1, BLOCK_CELLS // max(1, copies * mask.seq_k))
     for start in range(0, mask.seq_q, step):
         end = min(start + step, mask.seq_q)
-        part = mask.crop(start, end, 0, mask.seq_k)
-        if part.area:
-            dense = torch.as_tensor(part.to_dense(), device=device)
-            yield slice(start, end), dense if dense.ndim == 2 else dense.unflatten(0, (groups, -1))
+        counts: np.ndarray[Any, Any]
+        if isinstance(mask, DilatedMask):
+            counts = mask.counts(start, end)
+        else:
+            part = mask.crop(start, end, 0, mask.seq_k)
+            if not part.area:
+                continue
+            counts = part.to_dense()
+        bias = torch.as_tensor(counts, device=device).double().log_()
+        yield slice(start, end), bias if bias.ndim == 2 else bias.unflatten(0, (groups, -1))
 
 
 def _heads_first(x_BTGD: torch.Tensor) -> torch.Tensor:

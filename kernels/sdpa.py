@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cpbench.autograd_op import GraphKeeper
-from cpbench.head_masks import Mask, distinct
+from cpbench.head_masks import SlicedMask, distinct
 from cpbench.problem import DTYPE_BYTES, Problem
 from cpbench.registry import ANY_MASK, OperatorInfo
 
@@ -82,8 +82,8 @@ class Plan:
         scale: of the scores.
         empty: nothing is visible at all; no call is made.
         causal: the native causal flag serves.
-        bias_ST: additive mask, 0 or -inf, in the problem's dtype, ``[H, S, T]`` where it differs
-            from head to head; None where none is needed.
+        bias_ST: additive mask, 0 or -inf, in the problem's dtype, ``[1, H, S, T]`` where it
+            differs from head to head; None where none is needed.
         blind: ``[S]`` or ``[H, S]``, which queries see nothing; None where all see something.
         keep_graph: a backward pass will follow (for the back end that needs autograd).
     """
@@ -110,7 +110,7 @@ class Given(NamedTuple):
 class Backend:
     """What every back end needs: the mask as it takes it, or the refusal of one."""
 
-    def unsupported(self, problem: Problem, mask: Mask, device: str) -> str | None:
+    def unsupported(self, problem: Problem, mask: SlicedMask, device: str) -> str | None:
         if mask.kind in ("bands", "heads"):
             cells = len(distinct(mask)) * mask.seq_q * mask.seq_k
             needed = cells * DTYPE_BYTES[problem.dtype]
@@ -121,7 +121,7 @@ class Backend:
                 )
         return None
 
-    def prepare(self, mask: Mask, problem: Problem, device: str) -> Plan:
+    def prepare(self, mask: SlicedMask, problem: Problem, device: str) -> Plan:
         import torch
 
         bias, blind = None, None
@@ -130,6 +130,7 @@ class Backend:
             hidden = ~torch.as_tensor(mask.to_dense(), device=device)
             bias = torch.zeros(hidden.shape, dtype=dtype, device=device)
             bias.masked_fill_(hidden, -torch.inf)
+            bias = bias if bias.ndim == 2 else bias.unsqueeze(0)  # of every batch
             rows = mask.empty_rows()
             blind = torch.as_tensor(rows, device=device) if rows.any() else None
         return Plan(

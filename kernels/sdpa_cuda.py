@@ -14,12 +14,12 @@ from cpbench.kernels.sdpa import Fused, Given, Plan
 if TYPE_CHECKING:
     import torch
 
-    from cpbench.head_masks import Mask
+    from cpbench.head_masks import SlicedMask
     from cpbench.problem import Problem
 
 
 class Flash(Fused):
-    def unsupported(self, problem: Problem, mask: Mask, device: str) -> str | None:
+    def unsupported(self, problem: Problem, mask: SlicedMask, device: str) -> str | None:
         return _multiple_of_eight("sdpa.flash", problem)
 
     def _forward(
@@ -59,7 +59,7 @@ class Flash(Fused):
 
 
 class Cudnn(Fused):
-    def unsupported(self, problem: Problem, mask: Mask, device: str) -> str | None:
+    def unsupported(self, problem: Problem, mask: SlicedMask, device: str) -> str | None:
         return _multiple_of_eight("sdpa.cudnn", problem)
 
     def _forward(
@@ -103,7 +103,7 @@ class Efficient(Fused):
     """Has no GQA and wants the bias padded to 16 columns: heads are repeated (and their gradients
     summed) inside the timed call, as a user would have to."""
 
-    def prepare(self, mask: Mask, problem: Problem, device: str) -> Plan:
+    def prepare(self, mask: SlicedMask, problem: Problem, device: str) -> Plan:
         import torch
 
         plan = super().prepare(mask, problem, device)

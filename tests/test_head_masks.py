@@ -9,13 +9,14 @@ import torch
 
 import cpbench
 from cpbench import masks, registry
+from cpbench.dilated_mask import DilatedMask
 from cpbench.head_masks import HeadMasks
 from cpbench.kernels.triton_plan import visits
 from cpbench.mask import AttnMask
 from cpbench.operator import Unsupported
 from cpbench.registry import RegistrationError
 from cpbench.spec import Spec
-from cpbench.verification import HEAD_MASKS
+from cpbench.verification import DILATED_MASKS, HEAD_MASKS
 
 TAKERS = [
     name
@@ -193,3 +194,62 @@ def test_other_operators_and_several_ranks_refuse() -> None:
         cpbench.attention(q, k, v, built, operator="flex")
     with pytest.raises(ValueError, match="masks of 2 heads do not fit 4 query heads"):
         cpbench.attention(*naive.random_inputs(1, 64, 4, 2, 32, torch.float32)[:3], built)
+
+
+# --- dilated ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", DILATED_MASKS)
+def test_dilated_is_what_its_definition_says(spec: str) -> None:
+    built = masks.build_heads(spec, 150, 5)
+    assert isinstance(built, DilatedMask)
+    want = np.zeros((5, 150, 150))
+    for h in range(5):
+        for segment, step in built.branches:
+            for i in range(150):
+                for j in range(i // segment * segment, min(150, (i // segment + 1) * segment)):
+                    both = {(x % segment - h % step) % step for x in (i, j)}
+                    late = min(i % segment, j % segment) >= h % step
+                    if both == {0} and late and (j <= i or not built.causal):
+                        want[h, i, j] += 1
+    assert want.max() > 1, "nothing would show whether pairs are counted"
+    assert np.array_equal(built.counts(0, 150), want)
+    assert built.area == want.sum() / 5
+    assert np.array_equal(built.empty_rows(), want.sum(2) == 0)
+    for line in (0, 77, 149):
+        for h in range(5):
+            seen = np.bincount(built.transpose().seen(h, line), minlength=150)
+            assert np.array_equal(seen, want[h, :, line])
+
+
+@pytest.mark.parametrize("operator", ["dilated", "reference"])
+@pytest.mark.parametrize("spec", DILATED_MASKS)
+def test_dilated_counts_pairs_as_often_as_they_occur(operator: str, spec: str) -> None:
+    built = masks.build_heads(spec, 131, 4)
+    assert isinstance(built, DilatedMask)
+    q, k, v, dout = naive.random_inputs(2, 131, 4, 2, 32, torch.float32)
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    wide = [x.repeat_interleave(2, dim=2) for x in leaves[1:]]
+    scores = torch.einsum("bshd,bthd->bhst", leaves[0], wide[0]) * 32**-0.5
+    weights = torch.exp(scores) * torch.as_tensor(built.counts(0, 131))
+    total = weights.sum(-1, keepdim=True)
+    blind = torch.as_tensor(built.empty_rows())
+    probs = torch.where(blind[..., None], 0.0, weights / total.masked_fill(total == 0, 1.0))
+    want_out = torch.einsum("bhst,bthd->bshd", probs, wide[1])
+    want = [want_out, *torch.autograd.grad(want_out, leaves, dout.double())]
+    for x in (q, k, v):
+        x.requires_grad_()
+    out, lse = cpbench.attention(q, k, v, built, operator=operator)
+    out.backward(dout)
+    for found, right in zip((out, q.grad, k.grad, v.grad), want, strict=True):
+        assert naive.error(found.detach(), right.detach()) < 2e-6
+    assert naive.error(lse, total.squeeze(-1).log().detach()) < 2e-6
+
+
+def test_dilated_is_refused_where_it_cannot_be() -> None:
+    built = masks.build_heads(DILATED_MASKS[0], 64, 2)
+    q, k, v, _ = naive.random_inputs(1, 64, 2, 2, 32, torch.float32)
+    with pytest.raises(Unsupported, match=r"bands takes .* masks; this one differs"):
+        cpbench.attention(q, k, v, built, operator="bands")
+    with pytest.raises(ValueError, match="branches = 40 with ratio = 4 reach past"):
+        masks.build_heads("dilated:branches=40", 64, 2)

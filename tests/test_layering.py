@@ -18,6 +18,7 @@ LAYERS = (
     (
         "mask",
         "head_masks",
+        "dilated_mask",
         "problem",
         "record",
         "environment",
@@ -136,7 +137,9 @@ def test_imports_go_downward(name: str) -> None:
         if here is not None:
             there = level(other)
             if there is None:
-                assert top(name) in ("worker", "links", "tuner"), f"{name} imports {other} of the parent"
+                assert top(name) in ("worker", "links", "tuner"), (
+                    f"{name} imports {other} of the parent"
+                )
                 assert top(other) in SHARED, f"{name} imports {other} of the parent"
             else:
                 assert there <= here, f"{name} (layer {here}) imports {other} (layer {there})"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from cpbench.dilated_mask import DilatedMask
 from cpbench.head_masks import HeadMasks
 from cpbench.mask import AttnMask, IntArray
 from cpbench.masks.patterns import WIDE, pattern
@@ -102,6 +103,29 @@ def vertical_slash(
         rows = np.concatenate([bands, np.array(rest, dtype=np.int64).reshape(-1, 6)])
         masks.append(AttnMask.from_slices(seq_len, seq_len, rows))
     return HeadMasks(tuple(masks))
+
+
+@pattern
+def dilated(
+    seq_len: int,
+    num_heads: int,
+    *,
+    segment: int = 2048,
+    branches: int = 3,
+    ratio: int = 4,
+    causal: bool = True,
+) -> DilatedMask:
+    """LongNet: branch b lets every ratio**b-th token see the like in segment * ratio**b tokens.
+
+    Heads begin at different tokens.  A pair that several branches see counts as often.
+    """
+    for name, value in (("segment", segment), ("branches", branches), ("ratio", ratio)):
+        if value < 1:
+            raise ValueError(f"{name} = {value} must be at least 1")
+    if branches > 32 or segment * ratio ** (branches - 1) >= WIDE:
+        raise ValueError(f"branches = {branches} with ratio = {ratio} reach past any sequence")
+    steps = [ratio**b for b in range(branches)]
+    return DilatedMask(seq_len, num_heads, tuple((segment * step, step) for step in steps), causal)
 
 
 def _check(seq_len: int, num_heads: int, block_size: int, keep: float) -> None:
