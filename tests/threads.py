@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -67,7 +66,8 @@ class _Arrivals:
 
 def run_threads(size: int, function: Callable[[ThreadComm], Any]) -> list[Any]:
     """What ``function`` returned on each of ``size`` ranks."""
-    mail: Any = defaultdict(queue.Queue)
+    # All made beforehand: two threads that ask a defaultdict at once may get two queues.
+    mail: Any = {(a, b): queue.Queue() for a in range(size) for b in range(size)}
     results: dict[int, Any] = {}
 
     def rank(number: int) -> None:
