@@ -65,7 +65,7 @@ def _shown(lists: object, t: int, rows: np.ndarray, start: int, block_k: int) ->
     cols = np.arange(start, start + block_k)
     hidden = np.zeros((len(rows), block_k), dtype=bool)
     last = np.full(len(rows), -1)
-    for layer in range(lists.tile_layers[t], lists.tile_layers[t + 1]):
+    for layer in range(*lists.tile_layers[t]):
         begin, end = last + 1, last
         taken = np.zeros(len(rows), dtype=bool)
         for q0, q1, k0, k1, lo, hi in lists.pieces[lists.layers[layer] : lists.layers[layer + 1]]:
