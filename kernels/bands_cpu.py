@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 LOG2E = math.log2(math.e)  # exp2 is about twice as fast as exp
 CHUNK = 1 << 17  # most scores of a head at once: 512 KiB, the size of an L2 cache
 SCORES = 1 << 19  # most scores of all heads at once, which sets g: fewer, larger calls
+LONG = 1 << 16  # elements of a square's queries from which heads go one by one: copies stay small
 FLOOR = -1e30  # row maximum of a row that sees nothing: finite, so that -inf - FLOOR is -inf
 
 
@@ -223,6 +224,9 @@ class _Workspace:
             cells = max(cells, m * min(keys, self.most_keys(m)))
         parts = -(-self.heads_kv * cells // SCORES)
         self.at_once = -(-self.heads_kv // parts)
+        longest = max((square.q1 - square.q0 for square in layout.squares), default=0)
+        if longest * q.shape[3] >= LONG:
+            self.at_once = 1
         self.buffers = torch.empty((2, self.at_once * cells), dtype=self.dtype)
         self.views: dict[tuple[int, int, int], tuple[torch.Tensor, ...]] = {}
         hidden = torch.full((rows, rows), -math.inf, dtype=self.dtype)
