@@ -65,9 +65,8 @@ def theirs(tokens: int, compiled: bool) -> Any:
     def visible(b: Any, h: Any, q: Any, k: Any) -> Any:
         return (q >= k) & (document[q] == document[k])
 
-    return lambda: create_block_mask(
-        visible, None, None, tokens, tokens, device="cpu", BLOCK_SIZE=BLOCK, _compile=compiled
-    )
+    make = torch.compile(create_block_mask) if compiled else create_block_mask
+    return lambda: make(visible, None, None, tokens, tokens, device="cpu", BLOCK_SIZE=BLOCK)
 
 
 def tiles_of(found: Any) -> list[int]:
