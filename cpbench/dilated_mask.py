@@ -75,7 +75,7 @@ class DilatedMask:
     @functools.cached_property
     def digest(self) -> str:
         """Hash of the content."""
-        return hashlib.sha256(repr(replace(self)).encode()).hexdigest()[:16]
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
 
     @property
     def slices(self) -> IntArray:

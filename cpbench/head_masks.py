@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cpbench.dilated_mask import DilatedMask
-from cpbench.mask import AttnMask, BoolArray, IntArray, shifted
+from cpbench.mask import AttnMask, BoolArray, IntArray
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,15 +98,6 @@ class HeadMasks:
     def simplify(self) -> HeadMasks:
         """See :meth:`AttnMask.simplify`."""
         return self._each(AttnMask.simplify)
-
-    def stacked(self) -> AttnMask:
-        """The heads one below the other, ``heads * seq_q`` queries: for pictures and counts."""
-        moves = [
-            shifted(mask.slices, h * self.seq_q * np.ones(len(mask.slices), np.int64),
-                    np.zeros(len(mask.slices), np.int64))
-            for h, mask in enumerate(self.masks)
-        ]  # fmt: skip
-        return AttnMask._trusted(len(self.masks) * self.seq_q, self.seq_k, np.concatenate(moves))
 
 
 SlicedMask = AttnMask | HeadMasks

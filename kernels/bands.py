@@ -52,7 +52,7 @@ class Bands:
             return "bands has no softcap"
         if device.startswith("cuda"):
             if not isinstance(mask, AttnMask):
-                return "bands on cuda takes one mask for all heads; use triton_band"
+                return "bands on cuda takes one mask for all heads; use triton_block_sparse"
             return bands_cuda.unsupported(problem)
         if device != "cpu":
             return f"bands runs on cpu and cuda, not on {device}"

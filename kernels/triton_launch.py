@@ -192,12 +192,15 @@ def _shape(x: torch.Tensor, config: Config) -> dict[str, int]:
     return {"M": config.rows, "D": lanes(x.shape[3]), "LANES": x.shape[3]}
 
 
-def _precision(q: torch.Tensor) -> str:
-    """Of products of float32: three products of 10-bit mantissas are as exact as float32, and on
-    the matrix units."""
+def _precision(float32: bool, cuda: bool) -> str:
+    """Of products of float32: three products of 10-bit mantissas, on NVIDIA's matrix units."""
+    return "tf32x3" if float32 and cuda else "ieee"
+
+
+def _precision_of(q: torch.Tensor) -> str:
     import torch
 
-    return "tf32x3" if q.dtype == torch.float32 and not torch.version.hip else "ieee"
+    return _precision(q.dtype == torch.float32, not torch.version.hip)
 
 
 def _descriptors(config: Config, *of: torch.Tensor) -> bool:
@@ -244,7 +247,7 @@ def forward(
         B * H, H, here.num_items, S, T, plan.scale,
         GROUP=H // G, PER_HEAD=here.per_head, LISTED=here.listed, SPLIT=here.slots > 0,
         N=config.cols,
-        STAGES=config.num_stages, PRECISION=_precision(q),
+        STAGES=config.num_stages, PRECISION=_precision_of(q),
         DESCRIPTORS=_descriptors(config, k, v), **_shape(q, config), **_launch(config),
     )  # fmt: skip
     if here.slots:
@@ -283,7 +286,7 @@ def backward(
         B * H, H, here.num_items, S, T, plan.scale,
         GROUP=H // G, PER_HEAD=here.per_head, LISTED=here.listed, SPLIT=here.slots > 0,
         N=config.cols,
-        STAGES=config.num_stages, PRECISION=_precision(q),
+        STAGES=config.num_stages, PRECISION=_precision_of(q),
         DESCRIPTORS=_descriptors(config, k, v), **_shape(q, config), **_launch(config),
     )  # fmt: skip
     if here.slots:
@@ -295,7 +298,7 @@ def backward(
         q, k, v, dout, lse2, delta, dk, dv, *here.tensors, *_strides(q, k, v, dout, dk, dv),
         B * G, G, here.num_items, S, T, plan.scale,
         GROUP=H // G, PER_HEAD=here.per_head, LISTED=here.listed, N=config.cols,
-        STAGES=config.num_stages, PRECISION=_precision(q),
+        STAGES=config.num_stages, PRECISION=_precision_of(q),
         DESCRIPTORS=_descriptors(config, q, dout), **_shape(q, config), **_launch(config),
     )  # fmt: skip
     return dq, dk, dv
@@ -330,7 +333,7 @@ def launches(
     found = []
     for name, chosen in chosen_for.items():
         used = Config(**{**vars(chosen), **config})
-        precise = "tf32x3" if dtype == "float32" and target.startswith("cuda") else "ieee"
+        precise = _precision(dtype == "float32", target.startswith("cuda"))
         constants: dict[str, Any] = {
             "GROUP": 4, "PER_HEAD": per_head, "LISTED": per_head, "M": used.rows, "N": used.cols,
             "D": lanes(head_dim), "LANES": head_dim, "PRECISION": precise,

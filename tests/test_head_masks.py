@@ -100,7 +100,6 @@ def test_what_is_counted_is_the_mean_over_heads() -> None:
     assert both.area == (100 + 55) / 2
     assert both.density == both.area / 100
     assert both.transpose().masks == (one, two.transpose())
-    assert np.array_equal(both.stacked().to_dense(), np.concatenate([*both.to_dense()]))
 
 
 @pytest.mark.parametrize(
