@@ -7,13 +7,11 @@ one loads no torch.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cpbench import registry
+from cpbench.ask import answer, asked
 from cpbench.environment import usable_cores
 from cpbench.problem import DTYPES
 
@@ -21,6 +19,7 @@ TARGETS = (
     "cuda:80", "cuda:86", "cuda:89", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942", "hip:gfx950"
 )  # fmt: skip
 HEAD_DIMS = (64, 96, 128, 192, 256)
+INTERPRETER = ("TRITON_INTERPRET",)
 CONFIG = ("rows", "cols", "num_warps", "num_stages", "descriptors")
 
 
@@ -74,30 +73,13 @@ def compiled(wanted: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         RuntimeError: when a compiler process dies.
     """
     shares = min(usable_cores(), len(wanted))
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    processes = []
-    for share in range(shares):
-        process = subprocess.Popen(
-            (sys.executable, "-m", "cpbench.aot"),
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=environment,
-        )  # fmt: skip
-        assert process.stdin is not None
-        process.stdin.write(json.dumps(wanted[share::shares]))
-        process.stdin.close()
-        process.stdin = None
-        processes.append(process)
-    try:
-        answers = [process.communicate() for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    rows = []
-    for process, (out, err) in zip(processes, answers, strict=True):
-        if process.returncode:
-            raise RuntimeError(f"compiling failed:\n{err}")
-        rows += [json.loads(line) for line in out.splitlines()]
+    requests = [wanted[share::shares] for share in range(shares)]
+    with asked("cpbench.aot", requests, without=INTERPRETER) as processes:
+        rows = [
+            json.loads(line)
+            for process in processes
+            for line in answer(process, "compiling").splitlines()
+        ]
     order = {_about(request): number for number, request in enumerate(wanted)}
     return sorted(rows, key=lambda row: order[_about(row)])
 
@@ -119,28 +101,12 @@ def tune(
         raise ValueError(
             "tune measures on a GPU, and none is here; the table's configurations serve"
         )
-    process = subprocess.Popen(
-        (sys.executable, "-m", "cpbench.tuner"),
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"},
-    )  # fmt: skip
-    assert process.stdin is not None
-    assert process.stdout is not None
     request = {"operator": operator, "mask": mask, "problem": problem, "device": device}
-    try:
-        process.stdin.write(json.dumps(request))
-        process.stdin.close()
-        process.stdin = None
+    with asked("cpbench.tuner", [request], without=INTERPRETER) as [process]:
+        assert process.stdout is not None
         for line in process.stdout:
             yield json.loads(line)
-        _, err = process.communicate()
-    finally:
-        process.kill()
-        process.wait()
-    if process.returncode == 2:
-        raise ValueError(err.strip().splitlines()[-1])
-    if process.returncode:
-        raise RuntimeError(f"tuning failed:\n{err}")
+        answer(process, "tuning")
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

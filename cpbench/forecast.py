@@ -7,63 +7,32 @@ each of a few processes, since this one loads no torch.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from typing import Any
 
+from cpbench.ask import answer, asked
 from cpbench.environment import usable_cores
 from cpbench.problem import Case
-
-
-class Refused(ValueError):
-    """The strategy cannot do this case; the message says why."""
 
 
 def forecast(case: Case) -> dict[str, Any]:
     """What ``cpbench traffic --json`` prints; bytes and pairs are lists by rank.
 
     Raises:
-        Refused: with the reason, in one line.
+        Refused: when the strategy cannot do this case; with the reason, in one line.
     """
     size = case.world_size
     shares = min(usable_cores(), 1 + size // 32)
     sampled = sorted({0, size - 1})  # whose memory is traced: that takes longer than all bytes
-    processes = []
-    for share in range(shares):
-        request = {
+    requests = [
+        {
             "case": case.to_json(),
             "ranks": list(range(share, size, shares)),
             "buffers": sampled[share::shares],
         }
-        process = subprocess.Popen(
-            (sys.executable, "-m", "cpbench.trace_ranks"),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert process.stdin is not None
-        process.stdin.write(json.dumps(request))
-        process.stdin.close()
-        process.stdin = None
-        processes.append(process)
-    try:
-        answers = [_answer(process) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return _told(case, answers)
-
-
-def _answer(process: subprocess.Popen[str]) -> dict[str, Any]:
-    out, err = process.communicate()
-    if process.returncode == 2:
-        raise Refused(err.strip().splitlines()[-1])
-    if process.returncode:
-        raise RuntimeError(f"tracing failed:\n{err}")
-    found: dict[str, Any] = json.loads(out)
-    return found
+        for share in range(shares)
+    ]
+    with asked("cpbench.trace_ranks", requests) as processes:
+        return _told(case, [json.loads(answer(process, "tracing")) for process in processes])
 
 
 def _told(case: Case, answers: list[dict[str, Any]]) -> dict[str, Any]:

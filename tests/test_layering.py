@@ -52,7 +52,7 @@ LAYERS = (
 )
 # The parent's own order.  It plans with the torch-free part of the lower layers.
 PARENT = (
-    ("store",),
+    ("store", "ask"),
     ("sweep", "launchers", "reports"),
     ("runs", "catalogue", "diagnosis", "forecast", "linkcheck", "options", "compilation"),
     ("verification",),

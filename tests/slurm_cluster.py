@@ -1,0 +1,190 @@
+"""A real Slurm cluster on this host, for tests: one controller, some nodes, no accounting.
+
+Needs root and Debian's slurmctld, slurmd, slurm-client and munge.  Nodes share the host's network
+and file system; they differ in name and in the processes that Slurm starts for them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from contextlib import suppress
+from pathlib import Path
+
+TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
+PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+
+CONF = """
+ClusterName=cpb
+SlurmctldHost=localhost(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+CredType=cred/munge
+AuthInfo=socket={home}/munge/s,cred_expire=5
+SlurmctldPidFile={home}/ctld.pid
+SlurmdPidFile={home}/slurmd.%n.pid
+SlurmdSpoolDir={home}/spool.%n
+StateSaveLocation={home}/state
+SlurmctldLogFile={home}/log/ctld.log
+SlurmdLogFile={home}/log/slurmd.%n.log
+SlurmdParameters=config_overrides
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=sched_interval=1,bf_interval=1,sched_min_interval=0
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+JobCompType=jobcomp/filetxt
+JobCompLoc={home}/log/jobcomp.txt
+AccountingStorageType=accounting_storage/none
+MpiDefault=none
+MailProg=/bin/true
+KillWait=2
+InactiveLimit=0
+MinJobAge={min_job_age}
+ReturnToService=2
+SlurmdTimeout=10
+GresTypes=gpu
+{nodes}
+PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP PriorityTier=1
+PartitionName=urgent Nodes=ALL MaxTime=60 State=UP PriorityTier=2
+"""
+NODE = (
+    "NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs={cpus} Sockets=1 "
+    "CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory=4000 Gres=gpu:2"
+)
+
+
+def missing() -> str:
+    """What keeps a cluster from being started here; empty when nothing does."""
+    if os.geteuid() != 0:
+        return "a Slurm cluster of tests needs root"
+    for tool in TOOLS:
+        if shutil.which(tool, path=PATH) is None:
+            return f"no {tool}: apt-get install slurmctld slurmd slurm-client munge"
+    return ""
+
+
+class Cluster:
+    """Started on making, ended by :meth:`stop`.
+
+    Args:
+        home: a folder of its own, with a short path (sockets live there).
+        nodes: how many, named n1, n2, ...
+        cpus: of each, as Slurm counts them.
+        min_job_age: seconds after which an ended job is forgotten.
+    """
+
+    def __init__(self, home: Path, nodes: int = 2, cpus: int = 2, min_job_age: int = 300) -> None:
+        self.home, self._daemons = home, dict[str, "subprocess.Popen[bytes]"]()
+        self.names = [f"n{i + 1}" for i in range(nodes)]
+        for name in ("munge", "state", "log", "dev", *(f"spool.{name}" for name in self.names)):
+            (home / name).mkdir(parents=True)
+        (home / "munge").chmod(0o755)
+        for i in range(2):
+            os.mknod(home / f"dev/gpu{i}", 0o20666, os.makedev(1, 3))
+        ports = _free_ports(nodes + 1)
+        conf = home / "slurm.conf"
+        lines = [
+            NODE.format(name=name, port=port, cpus=cpus)
+            for name, port in zip(self.names, ports[1:], strict=True)
+        ]
+        text = CONF.format(
+            port=ports[0], home=home, nodes="\n".join(lines), min_job_age=min_job_age
+        )
+        conf.write_text(text)
+        gres = [f"NodeName={name} Name=gpu File={home}/dev/gpu[0-1]" for name in self.names]
+        (home / "gres.conf").write_text("\n".join(gres) + "\n")
+        self.env = {"SLURM_CONF": str(conf), "PATH": PATH}
+        try:
+            self._start_all()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _start_all(self) -> None:
+        key, munge = self.home / "munge.key", self.home / "munge"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o400)
+        files = [
+            f"--{what}={munge / name}"
+            for what, name in (
+                ("socket", "s"), ("pid-file", "pid"), ("log-file", "log"), ("seed-file", "seed")
+            )
+        ]  # fmt: skip
+        self._daemon("munged", "munged", "--foreground", "--force", f"--key-file={key}", *files)
+        _until(lambda: (munge / "s").exists())
+        self._daemon("slurmctld", "slurmctld", "-D", "-i", "-f", self.env["SLURM_CONF"])
+        for name in self.names:
+            self.start_node(name)
+        _until(lambda: self.tell("sinfo", "-h", "-N", "-p", "main", "-o", "%T").count("idle")
+               == len(self.names))  # fmt: skip
+
+    def start_node(self, name: str) -> None:
+        self._daemon(name, "slurmd", "-D", "-N", name, "-f", self.env["SLURM_CONF"])
+
+    def kill_node(self, name: str) -> None:
+        """As when a machine goes down: its daemon and all that it has started are gone at once."""
+        daemon = self._daemons.pop(name)
+        mark = f"SLURMD_NODENAME={name}\0".encode()
+        daemon.kill()
+        daemon.wait()
+        for entry in Path("/proc").iterdir():
+            with suppress(OSError):
+                if entry.name.isdigit() and mark in (entry / "environ").read_bytes() + b"\0":
+                    os.kill(int(entry.name), signal.SIGKILL)
+
+    def _daemon(self, name: str, *words: str) -> None:
+        with open(self.home / "log" / f"{name}.out", "ab") as log:
+            self._daemons[name] = subprocess.Popen(
+                words, env={**os.environ, **self.env}, stdout=log, stderr=log,
+                stdin=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+
+    def tell(self, *words: str) -> str:
+        """What a client command prints; errors too."""
+        done = subprocess.run(
+            words, env={**os.environ, **self.env}, text=True, timeout=60,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        return done.stdout.strip()
+
+    def state(self, job: str) -> str:
+        """Of a job, such as ``RUNNING``; empty once Slurm has forgotten it."""
+        return self.tell("squeue", "-h", "-t", "all", "-j", job, "-o", "%T")
+
+    def stop(self) -> None:
+        for daemon in reversed(self._daemons.values()):
+            daemon.terminate()
+        for daemon in self._daemons.values():
+            with suppress(subprocess.TimeoutExpired):
+                daemon.wait(5)
+            daemon.kill()
+            daemon.wait()
+        self._daemons.clear()
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+
+def _until(condition: object, seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline, "the Slurm cluster did not come up"
+        time.sleep(0.05)
