@@ -16,8 +16,11 @@ from typing import Annotated, Any
 import typer
 
 from cpbench import __version__
+from cpbench.cli_jobs import jobs
 from cpbench.cli_tools import tools
 from cpbench.options import (
+    AnyLauncher,
+    AnyLauncherName,
     AsJson,
     Format,
     Kept,
@@ -26,6 +29,7 @@ from cpbench.options import (
     LauncherName,
     OnDevice,
     Timeout,
+    Transport,
     UserError,
     device_name,
     file,
@@ -138,7 +142,33 @@ def run_(
         typer.Argument(metavar="SWEEP", help="A TOML file, or a packaged sweep (list sweeps)."),
     ],
     out: Annotated[Path | None, folder(help="Run directory.  [default: results/SWEEP]")] = None,
-    launcher: Launcher = LauncherName.local,
+    launcher: AnyLauncher = AnyLauncherName.local,
+    profile: Annotated[
+        Path | None, file(help="Of a Slurm site, see docs/launchers.md; for --launcher slurm.")
+    ] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Slurm: follow the jobs until they have ended.")
+    ] = False,
+    resubmit: Annotated[
+        int,
+        typer.Option(
+            metavar="TIMES", min=0, help="With --wait: submit again what stopped jobs have left."
+        ),
+    ] = 0,
+    nodes: Annotated[
+        int, typer.Option(metavar="N", min=1, help="torchrun, mpi: machines that share the ranks.")
+    ] = 1,
+    hosts: Annotated[str, several(help="mpi: their names; as many as --nodes.")] = "",
+    interface: Annotated[
+        str, typer.Option(metavar="NAME", help="Network interface that ranks talk through.")
+    ] = "",
+    transport: Annotated[
+        Transport | None, typer.Option(help="What moves tensors.  [default: as the sweep says]")
+    ] = None,
+    interleave: Annotated[
+        int | None,
+        typer.Option(metavar="TIMES", min=1, help="Measure contenders in turn, so many times."),
+    ] = None,
     device: OnDevice = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print cases and commands; run nothing.")
@@ -154,22 +184,33 @@ def run_(
     as_json: AsJson = False,
 ) -> int:
     """Run a sweep, or go on with one that was stopped."""
-    from cpbench import runs
+    from cpbench import cli_jobs, runs
     from cpbench import sweep as sweeps
+    from cpbench.slurm.profile import size
 
     with user_input():
         loaded = sweeps.load(sweep)
         cases = sweeps.select(loaded.cases, where or [])
+        site = cli_jobs.site(launcher.value, profile, wait, resubmit)
         request = runs.Request(
             name=loaded.name,
             cases=cases,
             out=run_directory(out or Path("results") / loaded.name),
             launcher=launcher.value,
-            device=device_name(device),
-            settings=loaded.settings,
+            device=cli_jobs.device_of(site, device) if site else device_name(device),
+            settings=cli_jobs.settings(
+                loaded.settings, launcher.value, transport, interleave, site
+            ),
             retry=runs.statuses(retry),
             strict=strict,
+            capacity=size(site.gpu_memory, "gpu_memory") if site and site.gpu_memory else None,
+            place=cli_jobs.place(launcher.value, nodes, hosts, interface, cases),
         )
+    if site:
+        if dry_run:
+            return cli_jobs.show_scripts(request, site, as_json)
+        code = cli_jobs.submit(request, site, wait, resubmit, as_json)
+        return code if code is not None else _told(request, as_json)
     if dry_run:
         return runs.show_plan(request, as_json)
     return _execute(request, as_json)
@@ -321,17 +362,23 @@ def report(
 
 
 def _execute(request: Any, as_json: bool) -> int:
+    code = _supervised(request, quiet=as_json)
+    _told(request, as_json)
+    return code
+
+
+def _told(request: Any, as_json: bool) -> int:
+    """Print the report of what is there; the exit code of the request."""
     from cpbench import runs
     from cpbench.reports import render
 
-    code = _supervised(request, quiet=as_json)
     run = runs.results(request)
     if as_json:
         print(render.render(run, request.out, "json"), end="")
     elif run.records:
         print()
         print(render.render(run, request.out, "table"), end="")
-    return code
+    return runs.exit_code(request)
 
 
 def _supervised(request: Any, quiet: bool) -> int:
@@ -344,6 +391,8 @@ def _supervised(request: Any, quiet: bool) -> int:
         return runs.execute(request, quiet)
     except (StoreError, LaunchError) as error:
         raise typer.Exit(_complain(str(error), 1)) from None
+    except ValueError as error:  # another process is at work there
+        raise UserError(str(error)) from None
     except KeyboardInterrupt:
         kept = len(runs.results(request).records)
         text = (
@@ -354,6 +403,7 @@ def _supervised(request: Any, quiet: bool) -> int:
 
 
 app.registered_commands += tools.registered_commands
+app.registered_commands += jobs.registered_commands
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import os
 import platform
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def collect() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "processor": _processor(),
         "cores": usable_cores(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": machine_bytes(),
         "python": platform.python_version(),
         "executable": Path(sys.executable).name,
         "packages": {name: found for name in PACKAGES if (found := _version(name))},
@@ -68,6 +69,15 @@ def collect() -> dict[str, Any]:
             if key in NAMES or key.startswith(PREFIXES)
         },
     }
+
+
+def machine_bytes() -> int:
+    """Main memory of this machine, or of its container where that has less (cgroup v2 or v1)."""
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # "max" is no number
+            found = min(found, int(Path("/sys/fs/cgroup", name).read_text()))
+    return found
 
 
 def environment_id(environment: dict[str, Any]) -> str:

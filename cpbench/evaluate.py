@@ -46,8 +46,14 @@ class Evaluation:
         self._settings, self._ranks_here, self._note = settings, ranks_here, note
         self._rank = check.Rank(device.type, comm, control)
 
-    def record(self, case: Case) -> Record:
-        """The record of a case, without what only the writer knows (times of day, environment)."""
+    def record(self, case: Case, before: Record | None = None) -> Record:
+        """The record of a case, without what only the writer knows (times of day, environment).
+
+        Args:
+            before: what an earlier turn of the same case gave, to be measured once more.
+        """
+        if before is not None:
+            return self._again(case, before)
         self._note("prepare")
         work, record = self._prepared(case)
         record.conditions = self._settings.conditions(self._device.type)
@@ -76,6 +82,28 @@ class Evaluation:
             self._measure(workload, record, checked)
             record.memory_bytes["inputs"] = self._gather(sum(x.nbytes for x in inputs.values()))
         self._hold(given, check.fingerprint(inputs), "the operator overwrote its input", record)
+        return record
+
+    def _again(self, case: Case, record: Record) -> Record:
+        """Another turn: more iterations, on inputs and plans made anew, with the same care for what
+        they return."""
+        if record.status != "ok" or not self._settings.time:
+            return record
+        self._note("prepare")
+        work, fresh = self._prepared(case)
+        if work is None:
+            return fresh
+        inputs = check.inputs_of(work, case.seed, self._device.type)
+        checked = check.fingerprint(check.run(work, inputs, self._comm))
+        self._measure(measure.Workload(work, inputs, self._comm), fresh, checked)
+        if fresh.status != "ok":
+            return fresh
+        record.turns = [*(record.turns or [record.iterations]), fresh.iterations]
+        for phase, ranks in fresh.times_us.items():
+            record.times_us[phase] = [
+                [*old, *new] for old, new in zip(record.times_us[phase], ranks, strict=True)
+            ]
+        record.flags = sorted({*record.flags, *fresh.flags})
         return record
 
     def _attention(self, case: Case, world: World) -> Attention:

@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from cpbench.launchers import autopsy
-from cpbench.launchers.gang import Command, Gang
-from cpbench.launchers.supervise import LAUNCHERS, PARTING_S, STARTUP_S
+from cpbench.launchers.gang import Gang
+from cpbench.launchers.known import LAUNCHERS
+from cpbench.launchers.protocol import Command
+from cpbench.launchers.supervise import PARTING_S, STARTUP_S
 from cpbench.links import LinkJob, journal_path, results_path
 from cpbench.spec import format_size, parse_size
 from cpbench.store import Tail
@@ -87,7 +89,7 @@ def run(
     Args:
         world_size: ranks to start.
         device: ``"cpu"`` or ``"cuda"``.
-        launcher: a name in ``supervise.LAUNCHERS``.
+        launcher: a name in ``LAUNCHERS``.
         sizes: bytes.
         ranks_per_node: 0 to tell by host names.
         seconds: see :class:`LinkJob`.
@@ -102,8 +104,9 @@ def run(
     folder = Path(tempfile.mkdtemp(prefix="cpbench-links-"))
     job = LinkJob(device, tuple(sizes), ranks_per_node, seconds).save(folder)
     try:
-        ranks = LAUNCHERS[launcher](job, world_size, module="cpbench.links")
-        trouble = _Watch(job, world_size).follow(ranks)
+        starter = LAUNCHERS[launcher]
+        ranks = starter.commands(job, world_size, module="cpbench.links")
+        trouble = _Watch(job, world_size, starter.failures).follow(ranks)
     except OSError as error:
         trouble = f"cannot start ranks: {error}"
     except KeyboardInterrupt:
@@ -128,8 +131,8 @@ def run(
 class _Watch:
     """A gang of ranks from start to end."""
 
-    def __init__(self, job: Path, size: int) -> None:
-        self._folder = job.parent
+    def __init__(self, job: Path, size: int, failures: Any) -> None:
+        self._folder, self._failures = job.parent, failures
         self._ranks = [autopsy.Rank(rank, journal_path(job, rank)) for rank in range(size)]
 
     def follow(self, commands: Sequence[Command]) -> str | None:
@@ -161,18 +164,12 @@ class _Watch:
         for rank in self._ranks:
             rank.catch_up()
         log = self._folder / "rank0.log"
-        if len(codes) == len(self._ranks):
-            for rank, code in zip(self._ranks, codes, strict=True):
-                rank.code = code
-        else:  # torchrun, one process for all
-            reported = autopsy.torchrun_codes(log.read_text(errors="replace"))
-            for rank in self._ranks:
-                rank.code = reported.get(rank.number)
+        autopsy.tell_codes(self._ranks, codes, self._failures, log)
         found = autopsy.cause(self._ranks, oom_killed)
         if found is None:
             return f"the launcher {autopsy.describe_end(codes[0])}; see {log}"
         rank, _, reason = found
-        if len(codes) == len(self._ranks):
+        if self._failures is None:
             log = log.with_name(f"rank{rank.number}.log")
         return self._at(f"{reason}; see {log}")
 

@@ -29,9 +29,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cpbench import bootstrap
+from cpbench.bootstrap import Seat
 from cpbench.link_work import WORKS, LinkError, Work, actual_bytes, elements
 from cpbench.store import Journal, Lines
-from cpbench.worker import EXIT_FAILED, die_with_parent, init_process_group, last_words
+from cpbench.worker import EXIT_FAILED, die_with_parent, last_words
 
 if TYPE_CHECKING:
     from cpbench.comm import Comm, Control
@@ -181,22 +183,19 @@ class Links:
         return took_us * work.share / repeats
 
 
-def _measure(job_path: Path, journal: Journal, rank: int) -> None:
+def _measure(job_path: Path, journal: Journal, seat: Seat) -> None:
     import torch.distributed as dist
 
     from cpbench.comm import Control, TorchComm
     from cpbench.device import open_device, shortage
 
-    size = int(os.environ["WORLD_SIZE"])
-    local_rank = int(os.environ.get("LOCAL_RANK", rank))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     job = LinkJob.load(job_path)
-    if (reason := shortage(job.device, local_size)) is not None:
+    if (reason := shortage(job.device, seat.local_size)) is not None:
         raise LinkError(reason)
-    device = open_device(job.device, local_rank, threads=1)
-    init_process_group(device.backend, rank, size)
+    device = open_device(job.device, seat.local_rank, threads=1)
+    bootstrap.meet(device.backend, seat, job_path)
     links = Links(job, device, TorchComm(), Control(), journal)
-    if rank == 0:
+    if seat.rank == 0:
         with Lines(results_path(job_path), sync=False) as results:
             links.run(results)
     else:
@@ -210,11 +209,11 @@ def main(argv: list[str]) -> int:
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     faulthandler.enable()
-    path, rank = Path(argv[0]), int(os.environ["RANK"])
-    journal = Journal(journal_path(path, rank))
+    path, seat = Path(argv[0]), bootstrap.seat()
+    journal = Journal(journal_path(path, seat.rank))
     journal.note("boot", pid=os.getpid())
     try:
-        _measure(path, journal, rank)
+        _measure(path, journal, seat)
     except BaseException as error:
         # Other ranks may never answer: nothing from here on talks to them or must succeed.
         with suppress(OSError):

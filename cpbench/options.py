@@ -30,6 +30,19 @@ class DeviceName(str, Enum):
 class LauncherName(str, Enum):
     local = "local"
     torchrun = "torchrun"
+    mpi = "mpi"
+
+
+class AnyLauncherName(str, Enum):
+    local = "local"
+    torchrun = "torchrun"
+    mpi = "mpi"
+    slurm = "slurm"
+
+
+class Transport(str, Enum):
+    torch = "torch"
+    mpi = "mpi"
 
 
 class Format(str, Enum):
@@ -48,6 +61,7 @@ OnDevice = Annotated[
     DeviceName | None, typer.Option(help="Where to compute.  [default: cuda where there is a GPU]")
 ]
 Launcher = Annotated[LauncherName, typer.Option(help="What starts the ranks.")]
+AnyLauncher = Annotated[AnyLauncherName, typer.Option(help="What starts the ranks.")]
 Kept = Annotated[Path | None, folder(help="Keep the records here.  [default: a temporary folder]")]
 
 Timeout = Annotated[

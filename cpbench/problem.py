@@ -17,6 +17,7 @@ from cpbench.spec import Spec, format_size
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 DTYPES = ("float32", "bfloat16", "float16")
+CONTENDER = ("operator", "strategy", "layout", "placement", "content")
 DIRECTIONS = ("fwd", "bwd", "fwd_bwd")
 
 
@@ -134,6 +135,17 @@ class Case:
             dtype=self.dtype,
             direction=self.direction,
         )
+
+    @property
+    def contender_key(self) -> tuple[object, ...]:
+        """What is compared with others on the same problem: the method and how it is laid out."""
+        return (str(self.operator), str(self.strategy), str(self.layout), self.placement)
+
+    @property
+    def problem_key(self) -> tuple[object, ...]:
+        """What contenders are compared on: everything else."""
+        names = [item.name for item in fields(self) if item.name not in CONTENDER]
+        return tuple(str(getattr(self, name)) for name in names)
 
     @property
     def label(self) -> str:

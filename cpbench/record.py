@@ -28,6 +28,7 @@ class Record:
         errors: largest error of each tensor over ranks and checks, see ``cpbench.check``:
             ``{"small"|"sampled": {"out": {"rel_l2": …, "max_rms": …}, …}}``.
         times_us: microseconds by phase (``fwd``, ``bwd``) as ``[rank][iteration]``.
+        turns: iterations of each turn, in order, where contenders were measured in turn.
         mask_us, plan_us, first_call_us: building the mask, planning, and the first call at size
             (with compilation), slowest rank.
         flops: by phase, from the mask's exact area, all ranks together.
@@ -56,6 +57,7 @@ class Record:
     reason: str | None = None
     errors: dict[str, dict[str, dict[str, float | None]]] = field(default_factory=dict)
     times_us: dict[str, list[list[float]]] = field(default_factory=dict)
+    turns: list[int] = field(default_factory=list)
     mask_us: float | None = None
     plan_us: float | None = None
     first_call_us: float | None = None
@@ -77,6 +79,11 @@ class Record:
     writer: str = ""
     log: str | None = None
     schema: int = SCHEMA
+
+    @property
+    def iterations(self) -> int:
+        """How many were timed."""
+        return max((len(ranks[0]) for ranks in self.times_us.values() if ranks), default=0)
 
     @property
     def samples_us(self) -> list[float]:

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
+import secrets
 import sys
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cpbench import estimate, presence
+from cpbench.environment import machine_bytes
 from cpbench.launchers import supervise
+from cpbench.launchers.autopsy import Rank
+from cpbench.launchers.follower import OVER
+from cpbench.launchers.known import LAUNCHERS
+from cpbench.launchers.protocol import Place
 from cpbench.problem import Case
 from cpbench.record import FAILURES, STATUSES, Record
 from cpbench.settings import MeasureSettings
-from cpbench.store import Run, StoreError, read_run, write_whole
+from cpbench.store import RecordWriter, Run, StoreError, read_run, write_whole
+
+DEATHS = 3  # of a run in one and the same case: then the case is given up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +40,9 @@ class Request:
         launcher, device, settings: as for ``supervise.Plan``.
         retry: statuses whose cases are run again.
         strict: whether oom counts as a failure.
+        since: seconds since the epoch; a record of ``retry`` that is newer counts.
+        place: where the ranks of a world size run.
+        capacity: bytes of memory that each rank has, where a profile says so.
 
     Raises:
         ValueError: when the directory holds results of another device or number of threads.
@@ -41,21 +56,34 @@ class Request:
     settings: MeasureSettings
     retry: frozenset[str] = field(default_factory=frozenset)
     strict: bool = False
+    since: float = math.inf
+    place: Callable[[int], Place] = lambda world_size: Place()
+    capacity: int | None = None
+
+    def room(self, case: Case) -> tuple[int | None, str]:
+        """Bytes that each rank of a case has, None where that is not known, and who says so."""
+        if self.capacity is not None:
+            return self.capacity, "gpu_memory of the profile"
+        if self.device == "cpu" and self.launcher in ("local", "torchrun"):
+            here = -(-case.world_size // self.place(case.world_size).nodes)
+            return machine_bytes() // here, f"memory of this machine for {here} ranks"
+        return None, ""
 
     def __post_init__(self) -> None:
         wanted = self.settings.conditions(self.device)
         for record in read_run(self.out).records.values():
-            for key in ("device", "threads"):
-                there = record.conditions.get(key, wanted[key])
-                if there != wanted[key]:
+            for key in ("device", "threads", "transport"):
+                default = wanted.get(key, "torch")
+                there = record.conditions.get(key, default if key != "transport" else "torch")
+                if there != default:
                     raise ValueError(
-                        f"{self.out} holds results of {key} {there}, not {wanted[key]}: "
+                        f"{self.out} holds results of {key} {there}, not {default}: "
                         "choose another --out"
                     )
 
     @property
     def plan(self) -> supervise.Plan:
-        return supervise.Plan(self.out, self.launcher, self.device, self.settings)
+        return supervise.Plan(self.out, self.launcher, self.device, self.settings, self.place)
 
 
 def serves(record: Record, request: Request) -> bool:
@@ -86,7 +114,7 @@ def remaining(request: Request, run: Run | None = None) -> list[Case]:
         case
         for case in request.cases
         if case.id not in done
-        or done[case.id].status in request.retry
+        or (done[case.id].status in request.retry and done[case.id].started < request.since)
         or not serves(done[case.id], request)
     ]
 
@@ -104,25 +132,106 @@ def execute(request: Request, quiet: bool = False) -> int:
 
     Raises:
         StoreError, LaunchError, KeyboardInterrupt: as ``supervise.run``.
+        ValueError: when another process is at it.
     """
     before = read_run(request.out)
     todo = remaining(request, before)
     for warning in before.warnings:
         print(f"cpbench: {request.out / 'records'}/{warning}", file=sys.stderr)
-    try:
-        if todo:
-            request.out.mkdir(parents=True, exist_ok=True)
-            write_whole(request.out / "sweep.json", json.dumps(_told(request), indent=1))
-    except OSError as error:
-        raise StoreError(f"cannot write results to {request.out}: {error.strerror}") from error
+    if todo:
+        note_down(request)
     kept = len(request.cases) - len(todo)
     if kept and not quiet:
         print(
             f"{kept} of {len(request.cases)} cases are recorded in {request.out} already",
             file=sys.stderr,
         )
-    with _progress(len(todo), quiet) as progress:
-        supervise.run(todo, request.plan, starting=progress.starting, finished=progress.finished)
+    with presence.here(request.out) if todo else nullcontext():
+        work(request, todo, quiet)
+    return exit_code(request)
+
+
+def note_down(request: Request) -> None:
+    """Write ``sweep.json``: what was asked for.
+
+    Raises:
+        StoreError: when that cannot be written.
+    """
+    try:
+        request.out.mkdir(parents=True, exist_ok=True)
+        write_whole(request.out / "sweep.json", json.dumps(_told(request), indent=1))
+    except OSError as error:
+        raise StoreError(f"cannot write results to {request.out}: {error.strerror}") from error
+
+
+def work(request: Request, todo: Sequence[Case], quiet: bool) -> None:
+    """Run cases, in an order that shows much early, telling of each as it ends.
+
+    Raises:
+        StoreError, LaunchError, KeyboardInterrupt, TimeUp: as ``supervise.run``.
+    """
+    todo = ordered(request, feasible(request, todo))
+    with progress(len(todo), quiet) as lines:
+        supervise.run(todo, request.plan, starting=lines.starting, finished=lines.finished)
+
+
+def estimator(request: Request) -> estimate.Estimator:
+    """Estimates from the records that are in the run directory."""
+    return estimate.Estimator(request.device, request.settings, [request.out])
+
+
+def ordered(request: Request, cases: Sequence[Case]) -> list[Case]:
+    """In an order that shows much early, see ``cpbench.estimate.ordered``; those that were under
+    way when a run died without a word come last."""
+    suspects = under_way_at_death(request.out)
+    made = estimate.ordered(cases, estimator(request), request.settings.interleave > 1)
+    return sorted(made, key=lambda case: case.id in suspects)
+
+
+def under_way_at_death(out: Path) -> Counter[str]:
+    """How often each case was under way when whoever watched it was killed, or its machine went
+    down: such a gang's folder lacks the note that it is over."""
+    found: Counter[str] = Counter()
+    for journal in sorted((out / "jobs").glob("*/rank0.jsonl")):
+        if not (journal.parent / OVER).exists():
+            rank = Rank(0, journal)
+            rank.catch_up()
+            if rank.case is not None:
+                found[rank.case] += 1
+    return found
+
+
+def feasible(request: Request, cases: Sequence[Case]) -> list[Case]:
+    """The cases that may fit; the others get a record that says why they are not run."""
+    known, deaths = estimator(request), under_way_at_death(request.out)
+    left, writer = [], f"planner-{time.strftime('%Y%m%dT%H%M%S')}-{secrets.token_hex(3)}"
+    told: list[Record] = []
+    for case in cases:
+        reason, status = estimate.too_large(case, *request.room(case)), "oom"
+        if reason is None:
+            reason, status = known.hopeless(case), "timeout"
+        if reason is None and deaths[case.id] >= DEATHS:
+            reason, status = f"under way when its run died, {deaths[case.id]} times", "crash"
+        if reason is None:
+            left.append(case)
+            continue
+        conditions = request.settings.conditions(request.device)
+        told.append(
+            Record(
+                case=case, status=status, reason=reason, conditions=conditions, writer=writer,
+                started=time.time(), flags=["not-run"],
+            )
+        )  # fmt: skip
+    if told:
+        with RecordWriter(request.out / "records" / f"{writer}.jsonl") as records:
+            for record in told:
+                records.append(record.to_json())
+        print(f"{len(told)} cases cannot fit and are not run; the report says why", file=sys.stderr)
+    return left
+
+
+def exit_code(request: Request) -> int:
+    """1 when some case of a request failed, else 0."""
     found = Counter(record.status for record in results(request).records.values())
     bad = (*FAILURES, "oom") if request.strict else FAILURES
     return 1 if any(found[status] for status in bad) else 0
@@ -130,12 +239,13 @@ def execute(request: Request, quiet: bool = False) -> int:
 
 def show_plan(request: Request, as_json: bool) -> int:
     """Print the cases that are left and the worker commands, without starting anything."""
-    todo = remaining(request)
+    todo = ordered(request, remaining(request))
     gangs: list[dict[str, Any]] = []
     for group in supervise.gangs(todo):
         size = group[0].world_size
         job = request.plan.job(group, f"{request.launcher}-p{size}-STAMP")
-        commands = supervise.LAUNCHERS[request.launcher](job.folder.resolve() / "job.json", size)
+        path, place = job.folder.resolve() / "job.json", request.plan.place(size)
+        commands = LAUNCHERS[request.launcher].commands(path, size, place)
         gangs.append(
             {
                 "world_size": size,
@@ -160,6 +270,11 @@ def show_plan(request: Request, as_json: bool) -> int:
             env = " ".join(f"{key}={value}" for key, value in command["env"].items())
             print(f"  {env} {' '.join(command['argv'])}")
     print(f"\n{len(todo)} of {len(request.cases)} cases to run into {request.out}")
+    known = estimator(request)
+    hours = sum(known.seconds(case) for case in todo) / 3600
+    ranks = sum(known.seconds(case) * case.world_size for case in todo) / 3600
+    unit = "GPU-hours" if request.device == "cuda" else "rank-hours"
+    print(f"about {hours:.2f} hours, {ranks:.2f} {unit}: {known.words(todo)}")
     return 0
 
 
@@ -184,13 +299,13 @@ def outcome(record: Record) -> str:
     return f"{record.median_us / 1e3:.3g} ms{noise}{flags}"
 
 
-class _Lines:
+class Lines:
     """Progress as plain lines, for logs."""
 
     def __init__(self, total: int, quiet: bool) -> None:
         self._total, self._quiet, self._done = total, quiet, 0
 
-    def __enter__(self) -> _Lines:
+    def __enter__(self) -> Lines:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -209,7 +324,7 @@ class _Lines:
             )
 
 
-class _Bar(_Lines):
+class _Bar(Lines):
     """Progress as a bar with the time left, for terminals."""
 
     def __init__(self, total: int) -> None:
@@ -248,5 +363,5 @@ class _Bar(_Lines):
         self._bar.advance(self._task)
 
 
-def _progress(total: int, quiet: bool) -> _Lines:
-    return _Bar(total) if sys.stderr.isatty() and not quiet else _Lines(total, quiet)
+def progress(total: int, quiet: bool) -> Lines:
+    return _Bar(total) if sys.stderr.isatty() and not quiet else Lines(total, quiet)

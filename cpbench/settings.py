@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 MAX_THREADS = 1024
-_TYPES = {"int": (int,), "float": (int, float), "bool": (bool,)}
+_TYPES = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+TRANSPORTS = ("torch", "mpi")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,10 @@ class MeasureSettings:
         check_small, check_sampled: the two correctness checks.
         time: measure at all (``cpbench verify`` only checks).
         memory: the pass for peak memory.
+        interleave: measure the cases that differ only in operator, strategy or layout in turn, so
+            many times over, so that what drifts meanwhile meets all of them.
+        transport: what moves tensors between ranks: ``"torch"`` (NCCL or Gloo), or ``"mpi"`` where
+            MPI has started them.
     """
 
     min_iterations: int = 7
@@ -38,6 +43,8 @@ class MeasureSettings:
     check_sampled: bool = True
     time: bool = True
     memory: bool = True
+    interleave: int = 1
+    transport: str = "torch"
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -46,12 +53,20 @@ class MeasureSettings:
                 raise ValueError(f"measure.{item.name} = {value!r} is not of type {item.type}")
             if item.name == "timeout_s" and not 0 < value < math.inf:
                 raise ValueError(f"measure.timeout_s = {value!r} must be positive, and finite")
-            if item.type != "bool" and not 0 <= value < math.inf:  # nan fails every comparison
+            if (
+                item.type in ("int", "float") and not 0 <= value < math.inf
+            ):  # nan fails every comparison
                 raise ValueError(f"measure.{item.name} = {value!r} must be 0 or more, and finite")
         if not 1 <= self.min_iterations <= self.max_iterations:
             raise ValueError(
                 f"measure: 1 <= min_iterations ({self.min_iterations}) <= max_iterations "
                 f"({self.max_iterations}) must hold"
+            )
+        if not 1 <= self.interleave <= 1000:
+            raise ValueError(f"measure.interleave = {self.interleave} must be from 1 to 1000")
+        if self.transport not in TRANSPORTS:
+            raise ValueError(
+                f"measure.transport = {self.transport!r} is none of {', '.join(TRANSPORTS)}"
             )
         if self.threads > MAX_THREADS:
             raise ValueError(f"measure.threads = {self.threads} must be at most {MAX_THREADS}")
@@ -63,6 +78,7 @@ class MeasureSettings:
             "threads": self.threads,
             "checked": self.check_small and self.check_sampled,
             "timed": self.time,
+            **({"transport": self.transport} if self.transport != "torch" else {}),
         }
 
     @classmethod

@@ -1,7 +1,6 @@
 """One rank's process: takes a job file, works through its cases, rank 0 writes the records.
 
-Started by a launcher with RANK, WORLD_SIZE and LOCAL_RANK in the environment, and either
-CPBENCH_STORE (a file that ranks meet through) or MASTER_ADDR and MASTER_PORT.  Every rank notes in
+Started by a launcher; ``cpbench.bootstrap`` says how ranks learn who they are.  Every rank notes in
 its own journal what it is doing, so that the parent knows what a dead or silent rank was at.
 
 A refusal or a wrong result is agreed on by all ranks and becomes a record.  Anything else that
@@ -13,15 +12,19 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import itertools
 import os
 import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cpbench import bootstrap
+from cpbench.bootstrap import Seat
 from cpbench.environment import collect, environment_id, usable_cores
 from cpbench.problem import Case
 from cpbench.record import Record
@@ -32,71 +35,77 @@ if TYPE_CHECKING:
     from cpbench.evaluate import Evaluation
 
 EXIT_FAILED = 70  # this rank failed on a case; its journal says how
+NAP_S = 50e-6  # between looks for MPI messages, where ranks share cores
 REASON_CHARS = 400  # the log has the whole of it
-PATIENCE_S = 12 * 3600.0  # far above any timeout of a case: the parent ends what hangs
 
 
 class _Rank:
     """One rank at work on the cases of a job."""
 
-    def __init__(
-        self, job: Job, journal: Journal, rank: int, size: int, local_rank: int, local_size: int
-    ) -> None:
+    def __init__(self, job: Job, path: Path, journal: Journal, seat: Seat) -> None:
         from cpbench.device import open_device, shortage
 
-        self.job, self.journal = job, journal
-        self.ranks = (rank, size, local_size)
+        self.job, self.path, self.journal, self.seat = job, path, journal, seat
+        local_size = seat.local_size
         self.writer: RecordWriter | None = None
         environment = collect()
         self.shortage = shortage(job.device, local_size)
         if self.shortage is None:
             threads = job.settings.threads or max(1, usable_cores() // local_size)
-            self.device: Device = open_device(job.device, local_rank, threads)
+            self.device: Device = open_device(job.device, seat.local_rank, threads)
             environment["device"] = self.device.describe()
         self.environment = environment_id(environment)
-        if rank == 0:
+        if seat.rank == 0:
             self.writer = RecordWriter(job.record_path)
             self.writer.append({"kind": "environment", "id": self.environment, **environment})
 
     def run(self) -> None:
         record_of = self._refuse if self.shortage else self._evaluation().record
-        for case in self.job.cases:
-            self.journal.note("start", case=case.id)
-            started = time.time()
-            record = record_of(case)
-            if self.writer is not None:
-                record.started, record.seconds = started, time.time() - started
-                record.environment, record.writer = self.environment, self.job.writer
-                self.writer.append(record.to_json())
-            self.journal.note("done", case=case.id)
+        turns = self.job.settings.interleave
+        for group in self._groups():
+            found: dict[str, Record] = {}
+            for turn, case in itertools.product(range(turns), group):
+                self.journal.note("start", case=case.id)
+                started = time.time()
+                record = record_of(case, found.get(case.id))
+                record.started = record.started or started
+                record.seconds += time.time() - started
+                found[case.id] = record
+                if turn < turns - 1:
+                    self.journal.note("paused", case=case.id)
+                    continue
+                if self.writer is not None:
+                    record.environment, record.writer = self.environment, self.job.writer
+                    self.writer.append(record.to_json())
+                self.journal.note("done", case=case.id)
         if self.writer is not None:
             self.writer.close()
         self.journal.note("end")
 
     def _evaluation(self) -> Evaluation:
-        from cpbench.comm import Control, TorchComm
+        from cpbench.comm import Comm, Control, TorchComm
         from cpbench.evaluate import Evaluation
 
-        rank, size, local_size = self.ranks
-        init_process_group(self.device.backend, rank, size)
-        control = Control(timeout_s=PATIENCE_S)
+        bootstrap.meet(self.device.backend, self.seat, self.path)
+        control = Control(timeout_s=bootstrap.PATIENCE_S)
         settings, note = self.job.settings, self.journal.note
-        return Evaluation(self.device, TorchComm(), control, settings, local_size, note)
+        comm: Comm = TorchComm()
+        if settings.transport == "mpi":
+            from cpbench.comm_mpi import MpiComm
 
-    def _refuse(self, case: Case) -> Record:
-        return Record(case=case, status="unsupported", reason=self.shortage)
+            comm = MpiComm(nap_s=NAP_S if self.seat.local_size > usable_cores() else 0.0)
+        return Evaluation(self.device, comm, control, settings, self.seat.local_size, note)
 
+    def _groups(self) -> Iterator[list[Case]]:
+        """What is measured in turn: the cases of a problem, which lie together, or each alone."""
+        if self.job.settings.interleave == 1:
+            yield from ([case] for case in self.job.cases)
+        else:
+            for _, group in itertools.groupby(self.job.cases, lambda case: case.problem_key):
+                yield list(group)
 
-def init_process_group(backend: str, rank: int, size: int) -> None:
-    from datetime import timedelta
-
-    import torch.distributed as dist
-
-    path = os.environ.get("CPBENCH_STORE")
-    store = dist.FileStore(path, size) if path else None  # type: ignore[attr-defined]
-    dist.init_process_group(
-        backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=PATIENCE_S)
-    )
+    def _refuse(self, case: Case, before: Record | None) -> Record:
+        return before or Record(case=case, status="unsupported", reason=self.shortage)
 
 
 def die_with_parent() -> None:
@@ -141,14 +150,12 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)
-    job = Job.load(Path(argv[0]))
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    local_rank = int(os.environ.get("LOCAL_RANK", rank))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    path = Path(argv[0])
+    job, seat = Job.load(path), bootstrap.seat()
     try:
-        journal = Journal(job.journal_path(rank))
+        journal = Journal(job.journal_path(seat.rank))
         journal.note("boot", pid=os.getpid())
-        _Rank(job, journal, rank, size, local_rank, local_size).run()
+        _Rank(job, path, journal, seat).run()
     except BaseException as error:
         # Other ranks may never answer: nothing from here on talks to them or must succeed.
         with suppress(OSError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -51,7 +51,7 @@ class Rank:
             elif self.phase == "start":
                 self.case, self.since = str(note["case"]), float(note["time"])
                 started.append(self.case)
-            elif self.phase == "done":
+            elif self.phase in ("done", "paused"):
                 self.case = None
             elif self.phase == "failed":
                 self.words, self.spoke = (note["status"], note["reason"]), float(note["time"])
@@ -105,13 +105,29 @@ def cause(ranks: Sequence[Rank], oom_killed: bool) -> tuple[Rank, str, str] | No
     return rank, status, reason
 
 
-def torchrun_codes(log: str) -> dict[int, int]:
-    """Exit codes by rank of the failures that torchrun reports at the end of its output."""
-    report = log.rpartition("FAILED\n")[2]
-    return {
-        int(rank): int(code)
-        for rank, code in re.findall(r"rank\s*: (\d+).*\n\s*exitcode\s*: (-?\d+)", report)
-    }
+def tell_codes(
+    ranks: Sequence[Rank],
+    codes: Sequence[int | None],
+    failures: Callable[[str, Mapping[int, int]], dict[int, int]] | None,
+    log: Path,
+) -> None:
+    """Give each rank its exit code, as far as it is known.
+
+    Args:
+        codes: of the launcher's processes.
+        failures: see ``cpbench.launchers.protocol.Launcher``.
+        log: what the launcher has printed.
+    """
+    if failures is None:
+        for rank, code in zip(ranks, codes, strict=True):
+            rank.code = code
+        return
+    pids = {rank.pid: rank.number for rank in ranks if rank.pid is not None}
+    found = {}
+    if codes[0] and log.exists():
+        found = failures(log.read_text(errors="replace"), pids)
+    for rank in ranks:
+        rank.code = found.get(rank.number) if codes[0] else 0
 
 
 def oom_kills() -> int:

@@ -6,28 +6,19 @@ import ctypes
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+
+from cpbench.launchers.protocol import Command
 
 MARK = "CPBENCH_GANG"
 PARENT = "CPBENCH_PARENT"
 KILL_S = 10.0  # a process that held much memory is not gone at once
-
-
-@dataclass(frozen=True)
-class Command:
-    """What a launcher wants run: words, what to add to the environment, where output goes."""
-
-    argv: tuple[str, ...]
-    env: dict[str, str]
-    log: Path
-
-    def to_json(self) -> dict[str, object]:
-        return {"argv": list(self.argv), "env": self.env, "log": str(self.log)}
+ASK_S = 15.0  # for a command to end its ranks elsewhere
 
 
 class Gang:
@@ -37,15 +28,17 @@ class Gang:
     def __init__(self, commands: Sequence[Command]) -> None:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._mark = secrets.token_hex(8)
-        marked = {**os.environ, MARK: self._mark, PARENT: str(os.getpid())}
+        self._commands = list(commands)
+        marked = {**os.environ, MARK: self._mark}
         try:
             for command in commands:
                 command.log.parent.mkdir(parents=True, exist_ok=True)
+                parent = {} if command.remote else {PARENT: str(os.getpid())}
                 with open(command.log, "ab") as log:
                     self._processes.append(
                         subprocess.Popen(
                             command.argv,
-                            env={**marked, **command.env},
+                            env={**marked, **parent, **command.env},
                             stdin=subprocess.DEVNULL,
                             stdout=log,
                             stderr=subprocess.STDOUT,
@@ -65,8 +58,11 @@ class Gang:
         """End every process at once, stopped ones too, and wait until they are gone.
 
         Not only those started here: launchers put workers into sessions of their own, and
-        compilers leave helpers behind.  All carry the mark of this gang.
+        compilers leave helpers behind.  All carry the mark of this gang.  Commands whose ranks may
+        be elsewhere are asked first, since nobody else reaches those.
         """
+        self._ask(signal.SIGTERM)
+        self._wait_for_remote(ASK_S)
         deadline = time.monotonic() + KILL_S
         while (pids := self.members()) and time.monotonic() < deadline:
             for pid in pids:
@@ -77,6 +73,28 @@ class Gang:
             with suppress(subprocess.TimeoutExpired):
                 process.kill()
                 process.wait(KILL_S)
+
+    def pass_on(self, number: signal.Signals, pids: Collection[int]) -> None:
+        """To those of some processes that are members, and to commands that pass it on."""
+        for pid in set(pids) & set(self.members()):
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+        self._ask(number)
+
+    def _remote(self) -> list[subprocess.Popen[bytes]]:
+        both = zip(
+            self._processes, self._commands, strict=False
+        )  # while starting, some are missing
+        return [process for process, command in both if command.remote and process.poll() is None]
+
+    def _ask(self, number: signal.Signals) -> None:
+        for process in self._remote():
+            process.send_signal(number)
+
+    def _wait_for_remote(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while self._remote() and time.monotonic() < deadline:
+            time.sleep(0.05)
 
     def members(self) -> list[int]:
         """Every process of this gang that is alive, whoever started it."""
@@ -94,6 +112,13 @@ class Gang:
         while None in self.codes() and time.monotonic() < deadline:
             time.sleep(0.05)
         return self.codes()
+
+
+def free_port() -> int:
+    """A port that nobody on this machine listens at now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
 
 
 _LIBC = ctypes.CDLL(None)  # loaded before any fork: the child must not allocate

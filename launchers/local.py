@@ -7,30 +7,24 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from cpbench.launchers.gang import Command
+from cpbench.launchers.protocol import Command, Launcher, Place, shared_variables
+
+HERE = Place()
 
 
 def commands(
     job: Path,
     world_size: int,
+    place: Place = HERE,
     environ: Mapping[str, str] = os.environ,
     module: str = "cpbench.worker",
 ) -> list[Command]:
-    """One command per rank.
-
-    Args:
-        job: the job file; logs and the meeting point are put beside it.
-        world_size: ranks.
-        environ: what the user has set, which is not overridden.
-        module: what each rank runs.
-    """
+    """One command per rank; logs and the meeting point are put beside the job file."""
     shared = {
+        **shared_variables(place, environ),
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
         "CPBENCH_STORE": str(job.parent / "store"),
-        "OMP_NUM_THREADS": environ.get("OMP_NUM_THREADS", "1"),
-        # Host names of containers often do not resolve, and Gloo would ask.
-        "GLOO_SOCKET_IFNAME": environ.get("GLOO_SOCKET_IFNAME", "lo"),
     }
     return [
         Command(
@@ -40,3 +34,6 @@ def commands(
         )
         for rank in range(world_size)
     ]
+
+
+LAUNCHER = Launcher("local", commands)

@@ -7,7 +7,6 @@ that was under way becomes a record with the reason, and a new gang goes on with
 from __future__ import annotations
 
 import itertools
-import os
 import secrets
 import signal
 import time
@@ -18,19 +17,19 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from cpbench.launchers import autopsy, local, torchrun
-from cpbench.launchers.gang import Command, Gang
+from cpbench.launchers import autopsy, follower
+from cpbench.launchers.gang import Gang
+from cpbench.launchers.known import LAUNCHERS
+from cpbench.launchers.protocol import Place
 from cpbench.problem import Case
 from cpbench.record import Record
 from cpbench.settings import MeasureSettings
 from cpbench.store import Job, RecordWriter, StoreError, Tail, check_writable
 
-LAUNCHERS: dict[str, Callable[..., list[Command]]] = {
-    "local": local.commands,
-    "torchrun": torchrun.commands,
-}
 STARTUP_S = 300.0  # importing torch on a cold network file system can take minutes
 POLL_S = (0.05, 0.5)  # more rarely the longer a case takes: the parent shares its cores
+SIGN_S = 5.0  # between signs of life for other machines
+WORKER = "cpbench.worker"
 STACKS_S = 0.1  # for ranks to print where they are
 PARTING_S = 2.0  # for the last words of the ranks that are left when one has failed
 EXIT_S = 10.0  # for workers to leave when all is done
@@ -39,6 +38,19 @@ FRUITLESS = 2  # gangs in a row that end without a record: then it is not the ca
 
 class LaunchError(RuntimeError):
     """Workers cannot be started at all; the message says where to look."""
+
+
+class TimeUp(BaseException):
+    """Raised into :func:`run` to end it before a time limit.
+
+    Attributes:
+        long_s: a case that has been under way for so long would not fit another time either: it is
+            recorded as ``timeout``.
+    """
+
+    def __init__(self, long_s: float, words: str) -> None:
+        super().__init__(words)
+        self.long_s = long_s
 
 
 @dataclass(frozen=True)
@@ -50,12 +62,14 @@ class Plan:
         launcher: a name in ``LAUNCHERS``.
         device: ``"cpu"`` or ``"cuda"``.
         settings: the ``[measure]`` table.
+        place: where ranks run, for a world size.
     """
 
     out: Path
     launcher: str
     device: str
     settings: MeasureSettings
+    place: Callable[[int], Place] = lambda world_size: Place()
 
     def job(self, cases: Sequence[Case], writer: str) -> Job:
         return Job(list(cases), self.settings, self.device, self.out, writer)
@@ -83,6 +97,7 @@ def run(
         StoreError: when results cannot be written; all earlier ones are intact.
         LaunchError: when workers cannot start.
         KeyboardInterrupt: on SIGINT, SIGTERM and SIGHUP, once no worker is left.
+        TimeUp: when a signal handler of the caller's raised it, likewise.
     """
     # Not the process id: runs in two containers that share a folder may have the same.
     stamp = f"{time.strftime('%Y%m%dT%H%M%S')}-{secrets.token_hex(3)}"
@@ -144,6 +159,9 @@ class _Watch:
         self._environment: str | None = None
         self._progress = time.monotonic()  # when a case last started or ended
         self._oom_kills = autopsy.oom_kills()
+        self._launcher = LAUNCHERS[plan.launcher]
+        self._gathers = plan.launcher == "torchrun" and plan.place(size).nodes > 1
+        self._alive = 0.0
 
     def follow(self) -> str:
         """Watch until the gang has ended; if cases are left that no record explains, why.
@@ -155,6 +173,7 @@ class _Watch:
         try:
             while True:
                 self._catch_up()
+                self._give_sign()
                 codes = gang.codes()
                 if self._has_failed(codes):
                     codes = gang.wait(PARTING_S)
@@ -173,8 +192,24 @@ class _Watch:
                         f"workers did not start within {STARTUP_S:.0f} s; see {self._log(0)}"
                     )
                 time.sleep(min(max(POLL_S[0], idle / 20), POLL_S[1]))
-        finally:
+        except TimeUp as stop:
             gang.kill()
+            self._catch_up()
+            if self._current and time.monotonic() - self._progress > stop.long_s:
+                where = ", ".join(rank.where for rank in self._ranks)
+                self._blame(self._ranks[0], "timeout", f"did not end before {stop}: {where}")
+            raise
+        finally:
+            with suppress(OSError):
+                (self.job.folder / follower.OVER).touch()
+            gang.kill()
+
+    def _give_sign(self) -> None:
+        """Tell other machines that this one still watches."""
+        if self._gathers and time.monotonic() - self._alive > SIGN_S:
+            self._alive = time.monotonic()
+            with suppress(OSError):
+                (self.job.folder / follower.ALIVE).touch()
 
     @property
     def _current(self) -> Case | None:
@@ -184,7 +219,10 @@ class _Watch:
 
     def _start(self) -> Gang:
         try:
-            return Gang(LAUNCHERS[self.plan.launcher](self.job.save(), self.size))
+            path, place = self.job.save(), self.plan.place(self.size)
+            if self._gathers:
+                follower.gather(path, self.size, place, WORKER)
+            return Gang(self._launcher.commands(path, self.size, place, module=WORKER))
         except OSError as error:
             check_writable(self.plan.out)
             raise LaunchError(f"cannot start workers: {error}") from error
@@ -223,15 +261,9 @@ class _Watch:
     def _bury(self, codes: Sequence[int | None]) -> str:
         """A rank has died: find out which was first and why, and record it."""
         self._catch_up()
-        reported: dict[int, int] = {}
-        if self.plan.launcher == "torchrun" and codes[0]:
-            reported = autopsy.torchrun_codes(self._log(0).read_text(errors="replace"))
         for rank in self._ranks:
             rank.catch_up()
-            if self.plan.launcher != "torchrun":
-                rank.code = codes[rank.number]
-            else:
-                rank.code = reported.get(rank.number) if codes[0] else 0
+        autopsy.tell_codes(self._ranks, codes, self._launcher.failures, self._log(0))
         check_writable(self.plan.out)
         if any(rank.lost_its_disk for rank in self._ranks):
             raise StoreError(f"cannot write results to {self.plan.out}: a rank found no room")
@@ -265,16 +297,12 @@ class _Watch:
 
     def _ask_for_stacks(self, gang: Gang) -> None:
         """Have every rank that still answers print where it is to its log."""
-        members = gang.members()
-        for rank in self._ranks:
-            if rank.pid in members:
-                with suppress(ProcessLookupError):
-                    os.kill(rank.pid, signal.SIGUSR1)
+        gang.pass_on(signal.SIGUSR1, {rank.pid for rank in self._ranks if rank.pid})
         time.sleep(STACKS_S)
 
     def _log(self, rank: int) -> Path:
         """Where a rank's output goes."""
-        return self.job.folder / f"rank{0 if self.plan.launcher == 'torchrun' else rank}.log"
+        return self.job.folder / f"rank{0 if self._launcher.failures else rank}.log"
 
     def _record(self, case: Case, rank: autopsy.Rank, status: str, reason: str) -> None:
         record = Record(case=case, status=status, reason=reason, started=rank.since)

@@ -1,33 +1,65 @@
-"""Worker processes on this machine under torchrun (torch.distributed.run)."""
+"""Worker processes under torchrun (torch.distributed.run), on one machine or several.
+
+On several, each runs an agent that joins the rendezvous: the command of here starts the first
+node's; the others come from ``cpbench join`` (by hand), or all of them from ``srun``.
+"""
 
 from __future__ import annotations
 
 import os
-import sys
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from cpbench.launchers.gang import Command
+from cpbench.launchers.protocol import Command, Launcher, Place, python_of, shared_variables
+
+HERE = Place()
+JOIN_S = 300  # for all agents to have come
+GATHERING = "gathering.json"  # beside the job file: what other nodes run to join
+
+
+def agent(
+    job: Path, world_size: int, place: Place, endpoint: str, module: str, local_address: str = ""
+) -> tuple[str, ...]:
+    """The words of one node's agent."""
+    several = place.nodes > 1
+    return (
+        *python_of(place), "-m", "torch.distributed.run",
+        "--nnodes", str(place.nodes),
+        "--nproc-per-node", str(place.per_node(world_size)),
+        "--rdzv-backend", "c10d",
+        "--rdzv-endpoint", endpoint,
+        *(("--rdzv-id", job.parent.name) if several else ()),
+        *(("--rdzv-conf", f"join_timeout={JOIN_S}") if several else ()),
+        *(("--local-addr", local_address) if local_address else ()),
+        "-m", module, str(job),
+    )  # fmt: skip
 
 
 def commands(
     job: Path,
     world_size: int,
+    place: Place = HERE,
     environ: Mapping[str, str] = os.environ,
     module: str = "cpbench.worker",
 ) -> list[Command]:
-    """One torchrun for all ranks; arguments as for ``local``.  Its c10d rendezvous picks a port."""
-    argv = (
-        sys.executable, "-m", "torch.distributed.run",
-        "--nnodes", "1",
-        "--nproc-per-node", str(world_size),
-        "--rdzv-backend", "c10d",
-        "--rdzv-endpoint", "127.0.0.1:0",
-        "--local-addr", "127.0.0.1",
-        "-m", module, str(job),
-    )  # fmt: skip
-    env = {
-        "OMP_NUM_THREADS": environ.get("OMP_NUM_THREADS", "1"),
-        "GLOO_SOCKET_IFNAME": environ.get("GLOO_SOCKET_IFNAME", "lo"),
+    """One torchrun for all ranks of this node.
+
+    On one machine its rendezvous picks a port; on several, ``place.address`` names host and port.
+    """
+    endpoint = place.address if place.nodes > 1 else f"{place.address}:0"
+    local = endpoint.rpartition(":")[0]
+    argv = agent(job, world_size, place, endpoint, module, local)
+    return [Command(argv, shared_variables(place, environ), job.parent / "rank0.log")]
+
+
+def failures(log: str, ranks: Mapping[int, int]) -> dict[int, int]:
+    """Exit codes by rank of the failures that torchrun reports at the end of its output."""
+    report = log.rpartition("FAILED\n")[2]
+    return {
+        int(rank): int(code)
+        for rank, code in re.findall(r"rank\s*: (\d+).*\n\s*exitcode\s*: (-?\d+)", report)
     }
-    return [Command(argv=argv, env=env, log=job.parent / "rank0.log")]
+
+
+LAUNCHER = Launcher("torchrun", commands, failures, nodes=True)

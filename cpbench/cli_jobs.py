@@ -1,0 +1,276 @@
+"""The part of the command line that deals with sweeps which run elsewhere, or for long."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cpbench.options import AsJson, UserError, print_rows, user_input
+
+if TYPE_CHECKING:
+    from cpbench.launchers.protocol import Place
+    from cpbench.options import DeviceName, Transport
+    from cpbench.problem import Case
+    from cpbench.runs import Request
+    from cpbench.settings import MeasureSettings
+    from cpbench.slurm.profile import Profile
+
+jobs = typer.Typer()
+RunFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A run directory.")]
+
+
+def site(launcher: str, path: Path | None, wait: bool, resubmit: int) -> Profile | None:
+    """The profile of a Slurm site, for the Slurm launcher only.
+
+    Raises:
+        ValueError: for options that do not go together, or a bad profile.
+    """
+    from cpbench.slurm import profile
+
+    if launcher != "slurm":
+        for name, given in (("--profile", path), ("--wait", wait), ("--resubmit", resubmit)):
+            if given:
+                raise ValueError(f"{name} is for --launcher slurm")
+        return None
+    if resubmit and not wait:
+        raise ValueError("--resubmit needs --wait; without it, give the same command again")
+    if path is None:
+        raise ValueError("--launcher slurm needs --profile SITE.toml; see docs/launchers.md")
+    return profile.load(path)
+
+
+def device_of(profile: Profile, wanted: DeviceName | None) -> str:
+    """The device of a site's ranks.
+
+    Raises:
+        ValueError: when something else was asked for.
+    """
+    if wanted is not None and wanted.value != profile.on:
+        raise ValueError(f"--device {wanted.value}: the profile has ranks on {profile.on}")
+    return profile.on
+
+
+def settings(
+    given: MeasureSettings, launcher: str, transport: Transport | None, interleave: int | None,
+    profile: Profile | None,
+) -> MeasureSettings:  # fmt: skip
+    """A sweep's settings with what the command line changes.
+
+    Raises:
+        ValueError: for MPI's transport where MPI does not start the ranks.
+    """
+    if transport is not None:
+        given = replace(given, transport=transport.value)
+    if interleave is not None:
+        given = replace(given, interleave=interleave)
+    mpi = launcher == "mpi" or (profile is not None and profile.ranks in ("mpi", "mpiexec"))
+    if given.transport == "mpi" and not mpi:
+        raise ValueError(
+            "transport mpi needs ranks that MPI has started: --launcher mpi, or a Slurm profile "
+            'with ranks = "mpi" or "mpiexec"'
+        )
+    return given
+
+
+def place(
+    launcher: str, nodes: int, hosts: str, interface: str, cases: Sequence[Case]
+) -> Callable[[int], Place]:
+    """Where the ranks of a world size run, for launchers on machines that are there already.
+
+    Raises:
+        ValueError: when ranks do not divide over nodes, or the launcher reaches only one.
+    """
+    from cpbench.bootstrap import own_address
+    from cpbench.launchers import mpi
+    from cpbench.launchers.gang import free_port
+    from cpbench.launchers.protocol import Place
+
+    names = tuple(filter(None, (name.strip() for name in hosts.split(","))))
+    if launcher == "slurm":
+        if nodes > 1 or names:
+            raise ValueError("--nodes and --hosts are the profile's to say under Slurm")
+    elif launcher == "mpi":
+        mpi.mpiexec()
+        if names and nodes not in (1, len(names)):
+            raise ValueError(f"--nodes {nodes}, but --hosts names {len(names)}")
+        nodes = len(names) or nodes
+        if nodes > 1 and not names:
+            raise ValueError("--launcher mpi on several nodes needs --hosts")
+    elif names:
+        raise ValueError("--hosts is for --launcher mpi; with torchrun, other nodes join by hand")
+    elif nodes > 1 and launcher != "torchrun":
+        raise ValueError(
+            f"--launcher {launcher} is for one machine; torchrun, mpi or slurm for more"
+        )
+
+    def of(world_size: int) -> Place:
+        several = launcher == "torchrun" and nodes > 1
+        address = f"{own_address(interface)}:{free_port()}" if several else "127.0.0.1"
+        return Place(nodes=nodes, hosts=names, address=address, interface=interface)
+
+    for world_size in sorted({case.world_size for case in cases}):
+        of(world_size).per_node(world_size)
+    return of
+
+
+def show_scripts(request: Request, profile: Profile, as_json: bool) -> int:
+    """Print what would be submitted."""
+    from cpbench import runs
+    from cpbench.slurm import campaign, script
+
+    todo, out = runs.remaining(request), request.out.resolve()
+    costs = runs.estimator(request)
+    made: list[dict[str, Any]] = []
+    unit = "gpu_hours" if request.device == "cuda" else "rank_hours"
+    for one in campaign.plan(request.name, todo, request.settings, profile, out, "STAMP"):
+        hours = sum(costs.seconds(case) * case.world_size for case in one.cases) / 3600
+        text = script.render(one.batch, profile, out, tuple(campaign.bad_nodes(out)))
+        made.append(
+            {
+                "job": one.batch.name, "ranks": one.batch.ranks, "nodes": one.batch.nodes,
+                "tasks": one.batch.tasks or 1, "cases": len(one.cases), unit: hours, "script": text,
+            }
+        )  # fmt: skip
+    last = campaign.collector(request.name, out, "STAMP")
+    scripts = {one["job"]: one["script"] for one in made}
+    if made:
+        scripts[last.name] = script.render(last, profile, out)
+    if as_json:
+        told = {"sweep": request.name, "out": str(out), "jobs": made, "scripts": scripts}
+        print(json.dumps(told, indent=1))
+        return 0
+    for name, text in scripts.items():
+        print(f"# ==> {out}/slurm/{name}.sbatch\n{text}")
+    rows = [{k: v for k, v in one.items() if k != "script"} for one in made]
+    print_rows([{**row, unit: f"{row[unit]:.2f}"} for row in rows], False)
+    print(f"\n{len(todo)} of {len(request.cases)} cases; {costs.words(todo)}")
+    return 0
+
+
+def submit(
+    request: Request, profile: Profile, wait: bool, resubmit: int, as_json: bool
+) -> int | None:
+    """Submit what is left and not in a living job; follow where that is asked for.
+
+    Returns:
+        The exit code, or None where there are results to be shown.
+    """
+    from cpbench import runs
+    from cpbench.slurm import campaign, control
+    from cpbench.slurm.follow import Follower
+    from cpbench.store import StoreError
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    out, count = request.out, len(request.cases)
+    try:
+        todo = runs.remaining(request)
+        states = campaign.Board(out).look()
+        busy = campaign.living_cases(out, states)
+        fresh = runs.feasible(request, [case for case in todo if case.id not in busy])
+        made = campaign.submit(request, fresh, profile) if fresh else []
+        for one in made:
+            on = f"{one.ranks} ranks on {one.nodes} nodes"
+            say(f"job {one.job}: {one.name}, {len(one.cases)} cases, {on}")
+        under_way = sum(case.id in busy for case in todo)
+        kept = f"{count - len(todo)} of {count} cases are recorded in {out}"
+        say(f"{kept}, {under_way} were in jobs already")
+        if not wait:
+            say(f"follow with: cpbench status {out}; end with: cpbench cancel {out}")
+            if as_json:
+                print(json.dumps({"jobs": [one.job for one in made], "out": str(out)}))
+            return 0
+        Follower(request, profile, resubmit, quiet=as_json).wait()
+    except control.SlurmError as error:
+        raise UserError(str(error)) from None
+    except StoreError as error:
+        say(f"cpbench: {error}")
+        return 1
+    except KeyboardInterrupt:
+        say(f"cpbench: the jobs go on; cpbench status {out}, cpbench cancel {out}")
+        return 130
+    left = len(runs.remaining(request))
+    if left:
+        say(f"cpbench: {left} of {count} cases have no result; cpbench status {out} says why, and "
+            "the same command goes on with them")  # fmt: skip
+    return 1 if left and not runs.results(request).records else None
+
+
+@jobs.command()
+def status(run_dir: RunFolder, as_json: AsJson = False) -> None:
+    """Show how far a run is: cases, jobs and why they wait, what is at work."""
+    from cpbench import progress
+    from cpbench.slurm import control
+
+    with user_input():
+        try:
+            found = progress.of(run_dir)
+        except control.SlurmError as error:
+            raise ValueError(str(error)) from None
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        progress.show(found)
+
+
+@jobs.command()
+def cancel(run_dir: RunFolder) -> None:
+    """End a run: its Slurm jobs, or the process that works on it here; records are kept."""
+    from cpbench import presence
+    from cpbench.slurm import campaign, control
+
+    with user_input():
+        if not run_dir.is_dir():
+            raise ValueError(f"{run_dir} is no run directory")
+        if campaign.submissions(run_dir):
+            try:
+                ended = campaign.cancel(run_dir)
+            except control.SlurmError as error:
+                raise ValueError(str(error)) from None
+            print(f"cancelled: {', '.join(ended)}" if ended else "no job is alive")
+        who = presence.of(run_dir)
+        if who is not None and not who.local:
+            raise ValueError(f"process {who.pid} on {who.host} is at work: cancel it there")
+        if who is not None and who.alive:
+            who.end()
+            _until_gone(who)
+            print(f"ended: process {who.pid}")
+        elif not campaign.submissions(run_dir):
+            print("nothing is at work there")
+
+
+def _until_gone(who: Any, seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while who.alive and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if who.alive:
+        raise ValueError(f"process {who.pid} does not end; kill -9 {who.pid}")
+
+
+@jobs.command()
+def join(
+    run_dir: RunFolder,
+    interface: Annotated[
+        str, typer.Option(metavar="NAME", help="Network interface of this machine.")
+    ] = "",
+    patience: Annotated[
+        float,
+        typer.Option(metavar="SECONDS", min=1, help="Leave after so long without anything to do."),
+    ] = 600.0,
+) -> int:
+    """Lend this machine to a run on several (run --launcher torchrun --nodes N), until its end.
+
+    Start it on every other machine; the run directory must be on a shared file system.
+    """
+    from cpbench.launchers import follower
+
+    with user_input():
+        return follower.follow(run_dir, interface, patience)
