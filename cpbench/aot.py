@@ -61,16 +61,27 @@ CHIPS = {
     "hip:gfx950": Chip(_MFMA, 160 * KIB, 160 * KIB, 32, 16, 65536 * 2),
 }
 
+# Chips that are compiled for as what they are, and judged as a relative.
+RELATED = {
+    "cuda:87": "cuda:80", "cuda:101": "cuda:100", "cuda:103": "cuda:100", "cuda:110": "cuda:100",
+    "cuda:121": "cuda:120",
+}  # fmt: skip
+
 
 def compile_launch(launch: Launch, target: str) -> dict[str, Any]:
     """What the compiler makes of a kernel: a row of ``cpbench compile``.
 
     ``verdict`` is ``ok``, ``spills``, or ``broken: …`` with what makes the kernel useless.
+
+    Raises:
+        ValueError: for a target whose limits are not known here.
     """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    if RELATED.get(target, target) not in CHIPS:
+        raise ValueError(f"{target} is none of {', '.join((*CHIPS, *RELATED))}")
     module, _, attribute = launch.function.partition(":")
     function = getattr(importlib.import_module(module), attribute)
     names = function.arg_names
@@ -101,16 +112,16 @@ def compile_launch(launch: Launch, target: str) -> dict[str, Any]:
     else:
         text = made.asm["amdgcn"]
         row |= _amd(text)
-    chip = CHIPS[target]
+    chip = CHIPS[RELATED.get(target, target)]
     row["matrix_instruction"] = next((i for i in chip.instructions if i in text), "")
     row["blocks_per_processor"] = _blocks(row, chip, cuda)
     row["occupancy"] = round(row["blocks_per_processor"] * launch.num_warps / chip.warps, 3)
-    row["verdict"] = _verdict(row, chip)
+    row["verdict"] = _verdict(row, chip, launch.multiplies)
     return row
 
 
-def _verdict(row: dict[str, Any], chip: Chip) -> str:
-    if not row["matrix_instruction"]:
+def _verdict(row: dict[str, Any], chip: Chip, multiplies: bool) -> str:
+    if multiplies and not row["matrix_instruction"]:
         return "broken: no matrix instruction in it"
     if row["shared_bytes"] > chip.block_shared:
         return (

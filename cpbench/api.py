@@ -44,7 +44,7 @@ class Attention:
         operator, strategy: specs, texts or tables.
         world: the whole computation, as all ranks see it.
         rank: this rank.
-        device: ``"cpu"`` or ``"cuda"``.
+        device: ``"cpu"``, ``"cuda"`` (the current one) or ``"cuda:1"``.
 
     Raises:
         Unsupported: with the reason, before anything is computed or sent.
@@ -56,10 +56,11 @@ class Attention:
     ) -> None:
         spec, wanted = Spec.parse(strategy), Spec.parse(operator)
         self.info, declared = strategy_info(spec.name), operator_info(wanted.name)
-        reason = declared_refusal(declared, world.problem, device)
+        kind = device.partition(":")[0]
+        reason = declared_refusal(declared, world.problem, kind)
         reason = reason or strategy_refusal(self.info, world)
         if reason is None and self.info.merges and world.size > 1:
-            reason = _cannot_merge(declared, spec.name, world.problem, device)
+            reason = _cannot_merge(declared, spec.name, world.problem, kind)
         if reason is not None:
             raise Unsupported(reason)
         self.op = BoundOperator.load(wanted, device)
@@ -194,7 +195,7 @@ def attention(
     each = per_head(mask)
     if each is not None and each.heads != q.shape[2]:
         raise ValueError(f"masks of {each.heads} heads do not fit {q.shape[2]} query heads")
-    work = _prepared(Spec.parse(operator), mask, problem, q.device.type)
+    work = _prepared(Spec.parse(operator), mask, problem, str(q.device))
     return _Autograd.apply(q, k, v, work, None)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -236,7 +237,7 @@ def distributed_attention(
     comm, control, ranks_per_node = _communicators(group)
     problem = _problem(q, k, v, mask.seq_q, mask.seq_k, scale)
     names = (Spec.parse(operator), Spec.parse(strategy), Spec.parse(layout), placement)
-    work = _agreed(control, *names, mask, problem, ranks_per_node, q.device.type)
+    work = _agreed(control, *names, mask, problem, ranks_per_node, str(q.device))
     world = work.world
     for name, tensor, dealt in (
         ("q", q, world.queries),

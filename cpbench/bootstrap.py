@@ -44,6 +44,13 @@ def seat() -> Seat:
     if teller == "mpi":
         from mpi4py import MPI
 
+        wanted = os.environ.get("CPBENCH_SIZE", "")
+        if wanted and int(wanted) != MPI.COMM_WORLD.Get_size():
+            raise ValueError(
+                f"MPI counts {MPI.COMM_WORLD.Get_size()} ranks, not {wanted}: mpi4py has loaded "
+                f"{MPI.get_vendor()[0]}, which is not whose mpiexec started this; set "
+                "MPI4PY_LIBMPI to the right libmpi.so"
+            )
         here = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
         return Seat(
             MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size(), here.Get_rank(), here.Get_size()

@@ -102,11 +102,11 @@ def tune(
             "tune measures on a GPU, and none is here; the table's configurations serve"
         )
     request = {"operator": operator, "mask": mask, "problem": problem, "device": device}
-    with asked("cpbench.tuner", [request], without=INTERPRETER) as [process]:
-        assert process.stdout is not None
-        for line in process.stdout:
+    with asked("cpbench.tuner", [request], without=INTERPRETER) as [one]:
+        assert one.process.stdout is not None
+        for line in one.process.stdout:
             yield json.loads(line)
-        answer(process, "tuning")
+        answer(one, "tuning")
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -42,6 +42,10 @@ class Device(Protocol):
         """The device for the environment record."""
         ...
 
+    def gpu(self) -> str | None:
+        """What NVML calls the rank's GPU (its UUID); None for a processor."""
+        ...
+
     def flags(self, ranks_here: int) -> list[str]:
         """Caveats of this moment: a contended processor, a throttled clock."""
         ...
@@ -95,6 +99,9 @@ class Cpu:
 
     def describe(self) -> dict[str, Any]:
         return {"type": "cpu", "threads": self.threads}
+
+    def gpu(self) -> str | None:
+        return None
 
     def flags(self, ranks_here: int) -> list[str]:
         found = []
@@ -176,10 +183,16 @@ class Cuda:
             "multiprocessors": properties.multi_processor_count,
             "cuda": torch.version.cuda,
         }
+        about["uuid"] = self.gpu()
         with suppress(OSError), _nvml(self.index) as (nvml, handle):
             about["driver"] = nvml.nvmlSystemGetDriverVersion()
             about["power_limit_mw"] = nvml.nvmlDeviceGetEnforcedPowerLimit(handle)
         return about
+
+    def gpu(self) -> str | None:
+        import torch
+
+        return f"GPU-{torch.cuda.get_device_properties(self.index).uuid}"
 
     def flags(self, ranks_here: int) -> list[str]:
         with suppress(OSError), _nvml(self.index) as (nvml, handle):

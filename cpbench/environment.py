@@ -35,8 +35,10 @@ NAMES = (
     "CUDA_DEVICE_MAX_CONNECTIONS",
     "CUBLAS_WORKSPACE_CONFIG",
     "SLURM_JOB_ID",
+    "SLURM_JOB_NODELIST",
     "SLURM_JOB_NUM_NODES",
     "SLURM_JOB_PARTITION",
+    "SLURM_RESTART_COUNT",
     "PYTORCH_ALLOC_CONF",
     "PYTORCH_CUDA_ALLOC_CONF",
 )
@@ -78,6 +80,29 @@ def machine_bytes() -> int:
         with suppress(OSError, ValueError):  # "max" is no number
             found = min(found, int(Path("/sys/fs/cgroup", name).read_text()))
     return found
+
+
+def node_facts() -> dict[str, Any]:
+    """What tells this machine from others: name, cores and where they are, load, Slurm's name."""
+    nodes = sorted(Path("/sys/devices/system/node").glob("node[0-9]*"))
+    numa = {}
+    for node in nodes:
+        with suppress(OSError):
+            numa[node.name] = (node / "cpulist").read_text().strip()
+    clocks = []
+    with suppress(OSError, ValueError):
+        text = Path("/proc/cpuinfo").read_text()
+        clocks = [float(x.partition(":")[2]) for x in text.splitlines() if x.startswith("cpu MHz")]
+    return {
+        "host": platform.node(),
+        "slurm_node": os.environ.get("SLURMD_NODENAME"),
+        "processor": _processor(),
+        "cores": usable_cores(),
+        "memory_bytes": machine_bytes(),
+        "numa": numa,
+        "cpu_mhz": {"min": min(clocks), "max": max(clocks)} if clocks else None,
+        "load": os.getloadavg()[0],
+    }
 
 
 def environment_id(environment: dict[str, Any]) -> str:

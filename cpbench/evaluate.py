@@ -21,6 +21,7 @@ from cpbench.world import World
 if TYPE_CHECKING:
     from cpbench.comm import Comm, Control
     from cpbench.device import Device
+    from cpbench.telemetry import Telemetry
 
 
 class Evaluation:
@@ -42,8 +43,12 @@ class Evaluation:
         ranks_here: int,
         note: Callable[[str], None],
     ) -> None:
-        self._device, self._comm, self._control = device, comm, control
+        self._device, self._comm, self.control = device, comm, control
         self._settings, self._ranks_here, self._note = settings, ranks_here, note
+        self.telemetry: Telemetry | None = None
+        # Where nodes have unequal numbers of ranks, no mesh of nodes can be: as one rank a node.
+        everywhere = set(control.gather(ranks_here))
+        self._per_node = ranks_here if len(everywhere) == 1 else 1
         self._rank = check.Rank(device.type, comm, control)
 
     def record(self, case: Case, before: Record | None = None) -> Record:
@@ -67,8 +72,8 @@ class Evaluation:
             self._judge("small", self._small(case, work), record)
         if self._settings.time:
             self._note("first call")
-            first_us = measure.measure_first_call(workload, self._device, self._control)
-            record.first_call_us = self._control.slowest(first_us)
+            first_us = measure.measure_first_call(workload, self._device, self.control)
+            record.first_call_us = self.control.slowest(first_us)
         work.op.pairs = 0
         found = check.run(work, inputs, self._comm)
         record.balance = self._gather(work.op.pairs)
@@ -110,7 +115,7 @@ class Evaluation:
         return Attention(case.operator, case.strategy, world, self._comm.rank, self._device.type)
 
     def _gather(self, value: int) -> list[int]:
-        return list(self._control.gather(value))
+        return list(self.control.gather(value))
 
     def _prepared(self, case: Case) -> tuple[Attention | None, Record]:
         """The computation and a record begun; None when some rank refuses."""
@@ -119,18 +124,18 @@ class Evaluation:
         masks.rebuild(case.mask, case.seq_len, case.num_heads_q)
         mask_us = (time.perf_counter() - begun) * 1e6
         try:
-            work = self._attention(case, World.of_case(case, self._ranks_here))
+            work = self._attention(case, World.of_case(case, self._per_node))
             # The small problem is refused here too, before any rank sends anything.
             self._small_attention(case, work)
         except ValueError as error:  # Unsupported, or a layout that does not fit
             refusal = str(error)
-        answers = self._control.gather(
+        answers = self.control.gather(
             (refusal, mask_us, work.plan_us if work else 0.0, work.digest if work else ("", 0))
         )
         refusals = [reason for reason, *_ in answers if reason]
         if work is None or refusals:
             return None, Record(case=case, status="unsupported", reason=refusals[0])
-        agree(self._control, work, [digest for *_, digest in answers])
+        agree(self.control, work, [digest for *_, digest in answers])
         flops = case.problem.flops(work.mask.area)
         record = Record(
             case=case,
@@ -160,7 +165,7 @@ class Evaluation:
         self, before: check.Tensors, after: check.Tensors, words: str, record: Record
     ) -> None:
         """A tensor that changed on any rank makes the record ``wrong``, without its times."""
-        changed = self._control.gather(check.changed(before, after, record.case.dtype))
+        changed = self.control.gather(check.changed(before, after, record.case.dtype))
         names = [name for name in changed if name]
         if names and record.status == "ok":
             record.status, record.reason = "wrong", f"{words} {names[0]}"
@@ -169,10 +174,13 @@ class Evaluation:
     def _measure(self, workload: measure.Workload, record: Record, checked: check.Tensors) -> None:
         """Times, memory, traffic and caveats of every rank; what the last timed call returned must
         be what was checked."""
-        device, control, settings = self._device, self._control, self._settings
+        device, control, settings = self._device, self.control, self._settings
         self._note("measure")
         flags = set(device.flags(self._ranks_here))
+        begun = time.time()
         timing = measure.measure_time(workload, device, self._comm, control, settings)
+        if self.telemetry is not None:
+            record.telemetry = control.gather(self.telemetry.between(begun, time.time()))
         flags.update(device.flags(self._ranks_here))
         if not (settings.check_small and settings.check_sampled):
             flags.add("unchecked")

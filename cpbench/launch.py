@@ -18,6 +18,7 @@ class Launch:
         aligned: names of arguments that are multiples of 16, as Triton finds them to be.
         num_warps, num_stages: as Triton takes them.
         config: the configuration in words.
+        multiplies: whether it is to use the matrix units.
     """
 
     kernel: str
@@ -28,3 +29,4 @@ class Launch:
     num_warps: int
     num_stages: int
     config: str
+    multiplies: bool = True

@@ -77,5 +77,6 @@ def _answer(step: subprocess.Popen[str], seconds: float) -> dict[str, Any]:
         if MARK in line:
             answer: dict[str, Any] = json.loads(line.partition(MARK)[2])
             return answer
-    said = [line for line in text.splitlines() if line.strip()]
-    return {"why": f"the check ended with code {step.returncode}: {said[-1] if said else ''}"}
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    said = [line for line in lines if not line.startswith("srun: ")] or lines or ["it said nothing"]
+    return {"why": f"the check ended with code {step.returncode}: {said[-1]}"}

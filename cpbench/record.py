@@ -44,6 +44,9 @@ class Record:
         predicted_bytes: by phase, ``[rank]``, sent according to the trace of the plan (see
             ``cpbench.trace``); empty where a library does the sending.
         ranks_per_node: ranks that share a node, for ``bytes_across`` and the strategy's mesh.
+        telemetry: ``[rank]``: what the rank's GPU said of itself while it was timed, see
+            ``cpbench.telemetry.summary``; ``{"missing": why}`` where there is nothing, empty on
+            CPUs.
         conditions: device, threads, and what was asked to be checked and timed.
         flags: caveats, such as ``contended`` or ``oversubscribed``.
         environment: id of an environment record in the same run directory.
@@ -71,6 +74,7 @@ class Record:
     largest_message: dict[str, int] = field(default_factory=dict)
     predicted_bytes: dict[str, list[int]] = field(default_factory=dict)
     ranks_per_node: int = 1
+    telemetry: list[dict[str, Any]] = field(default_factory=list)
     conditions: dict[str, Any] = field(default_factory=dict)
     flags: list[str] = field(default_factory=list)
     environment: str | None = None

@@ -9,6 +9,7 @@ from typing import Any
 
 MAX_THREADS = 1024
 _TYPES = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+LEAST_TELEMETRY_S = 0.02
 TRANSPORTS = ("torch", "mpi")
 
 
@@ -28,6 +29,7 @@ class MeasureSettings:
         memory: the pass for peak memory.
         interleave: measure the cases that differ only in operator, strategy or layout in turn, so
             many times over, so that what drifts meanwhile meets all of them.
+        telemetry_s: between samples of power, clocks and temperature of GPUs; 0 for none.
         transport: what moves tensors between ranks: ``"torch"`` (NCCL or Gloo), or ``"mpi"`` where
             MPI has started them.
     """
@@ -44,6 +46,7 @@ class MeasureSettings:
     time: bool = True
     memory: bool = True
     interleave: int = 1
+    telemetry_s: float = 0.1
     transport: str = "torch"
 
     def __post_init__(self) -> None:
@@ -61,6 +64,11 @@ class MeasureSettings:
             raise ValueError(
                 f"measure: 1 <= min_iterations ({self.min_iterations}) <= max_iterations "
                 f"({self.max_iterations}) must hold"
+            )
+        if 0 < self.telemetry_s < LEAST_TELEMETRY_S:
+            raise ValueError(
+                f"measure.telemetry_s = {self.telemetry_s} must be 0 or at least "
+                f"{LEAST_TELEMETRY_S}: more often would disturb"
             )
         if not 1 <= self.interleave <= 1000:
             raise ValueError(f"measure.interleave = {self.interleave} must be from 1 to 1000")

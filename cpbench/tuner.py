@@ -10,6 +10,7 @@ the table's configuration before its time counts.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import itertools
 import json
 import statistics
@@ -21,6 +22,7 @@ from cpbench import masks
 from cpbench.aot import compile_launch, launches
 from cpbench.check import TOLERANCE, make_inputs
 from cpbench.device import Device, open_device
+from cpbench.head_masks import per_head as per_head_of
 from cpbench.kernels import triton_configs
 from cpbench.kernels.triton_launch import gpu_of, target_of
 from cpbench.problem import DTYPE_BYTES, Problem
@@ -57,6 +59,8 @@ def tune(
     target, gpu = target_of(device.type), gpu_of(device.type)
     per_head = "heads" in info.masks
     built = masks.build_heads(mask, problem.seq_k, problem.heads_q)
+    if (reason := _unfit(operator, info.masks, built)) is not None:
+        raise ValueError(reason)
     bench = _Bench(implementation(info, {}), built, problem, device)
     item = DTYPE_BYTES[problem.dtype]
     base = triton_configs.choose(target, problem.head_dim, item, per_head)
@@ -78,16 +82,30 @@ def tune(
         if found:
             best[kernel] = min(found, key=lambda pair: pair[0])[1]
         yield {"kernel": kernel, "chosen": str(best[kernel]), "table": str(base[kernel])}
+        _keep(triton_configs.problem_class(gpu, problem.head_dim, item, per_head), best)
+
+
+def _keep(key: str, best: dict[str, Any]) -> None:
+    """Put what was found so far into the file, beside what is there of other problem classes."""
     path = triton_configs.cache_file()
     path.parent.mkdir(parents=True, exist_ok=True)
-    everything = triton_configs.tuned() | {
-        triton_configs.problem_class(gpu, problem.head_dim, item, per_head): best
-    }
-    table = {
-        key: {name: dataclasses.asdict(config) for name, config in kernels.items()}
-        for key, kernels in everything.items()
-    }
-    write_whole(path, json.dumps(table, indent=1) + "\n")
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another tuner may be at another class
+        everything = triton_configs.tuned() | {key: best}
+        table = {
+            key: {name: dataclasses.asdict(config) for name, config in kernels.items()}
+            for key, kernels in everything.items()
+        }
+        write_whole(path, json.dumps(table, indent=1) + "\n")
+
+
+def _unfit(operator: str, kinds: tuple[str, ...], mask: Any) -> str | None:
+    """Why an operator cannot take a mask, or None."""
+    heads = per_head_of(mask) is not None
+    if heads == ("heads" in kinds):
+        return None
+    takes = "a mask that differs from head to head" if "heads" in kinds else "one for all heads"
+    return f"{operator} takes {takes}: give another --mask"
 
 
 def _refused(operator: str, target: str, problem: Problem, kernel: str, config: Any) -> str | None:
@@ -119,14 +137,20 @@ class _Bench:
 
     def measured(self, configs: dict[str, Any], kernel: str) -> dict[str, Any]:
         """``us``, the median time of the pass that the kernel is in; or ``failed``, and why."""
-        x, plan = self._inputs, self._plan(configs)
+        x = self._inputs
         try:
+            plan = self._plan(configs)
             found = self._results(configs)
+            for tensor in found.values():
+                tensor.sum().item()  # what fails on the device is told here
         except Exception as error:  # whatever a kernel that cannot be launched raises
             return {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
         limit = TOLERANCE[self._problem.dtype][0]
         for name, want in self._want.items():
-            off = float((found[name].double() - want.double()).norm() / want.double().norm())
+            told = want.isfinite()  # lse of rows that see nothing is -inf
+            if not found[name].isfinite().equal(told):
+                return {"failed": f"{name} is finite elsewhere than by the table's configuration"}
+            off = float((found[name] - want)[told].double().norm() / want[told].double().norm())
             if not off <= limit:
                 return {"failed": f"{name} differs by {off:.2g} from the table's configuration"}
         out, lse = found["out"], found["lse"]

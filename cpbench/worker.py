@@ -14,6 +14,7 @@ import ctypes
 import faulthandler
 import itertools
 import os
+import platform
 import signal
 import sys
 import time
@@ -21,18 +22,20 @@ import traceback
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cpbench import bootstrap
 from cpbench.bootstrap import Seat
-from cpbench.environment import collect, environment_id, usable_cores
+from cpbench.environment import collect, environment_id, node_facts, usable_cores
 from cpbench.problem import Case
 from cpbench.record import Record
 from cpbench.store import EXIT_STORE, Job, Journal, RecordWriter, StoreError
 
 if TYPE_CHECKING:
+    from cpbench.comm import Control
     from cpbench.device import Device
     from cpbench.evaluate import Evaluation
+    from cpbench.telemetry import Telemetry
 
 EXIT_FAILED = 70  # this rank failed on a case; its journal says how
 NAP_S = 50e-6  # between looks for MPI messages, where ranks share cores
@@ -47,20 +50,32 @@ class _Rank:
 
         self.job, self.path, self.journal, self.seat = job, path, journal, seat
         local_size = seat.local_size
-        self.writer: RecordWriter | None = None
-        environment = collect()
+        self.writer = RecordWriter(job.record_path) if seat.rank == 0 else None
+        self.telemetry: Telemetry | None = None
         self.shortage = shortage(job.device, local_size)
         if self.shortage is None:
             threads = job.settings.threads or max(1, usable_cores() // local_size)
             self.device: Device = open_device(job.device, seat.local_rank, threads)
-            environment["device"] = self.device.describe()
-        self.environment = environment_id(environment)
-        if seat.rank == 0:
-            self.writer = RecordWriter(job.record_path)
-            self.writer.append({"kind": "environment", "id": self.environment, **environment})
 
     def run(self) -> None:
-        record_of = self._refuse if self.shortage else self._evaluation().record
+        try:
+            self._work()
+        finally:
+            if self.telemetry is not None:
+                self.telemetry.close()
+
+    def _work(self) -> None:
+        environment = collect()
+        record_of = self._refuse
+        if self.shortage is None:
+            evaluation = self._evaluation()
+            record_of = evaluation.record
+            environment["device"] = self.device.describe()
+            environment |= self._everywhere(evaluation.control)
+            evaluation.telemetry = self.telemetry = self._telemetry(evaluation.control)
+        self.environment = environment_id(environment)
+        if self.writer is not None:
+            self.writer.append({"kind": "environment", "id": self.environment, **environment})
         turns = self.job.settings.interleave
         for group in self._groups():
             found: dict[str, Record] = {}
@@ -96,6 +111,27 @@ class _Rank:
             comm = MpiComm(nap_s=NAP_S if self.seat.local_size > usable_cores() else 0.0)
         return Evaluation(self.device, comm, control, settings, self.seat.local_size, note)
 
+    def _everywhere(self, control: Control) -> dict[str, Any]:
+        """Where each rank is, and what each machine is like, on every rank."""
+        first = self.seat.local_rank == 0
+        node = {**node_facts(), "gpus": _gpus()} if first else None
+        told = control.gather((platform.node(), self.seat.local_rank, self.device.gpu(), node))
+        ranks = [
+            {"host": host, "local_rank": local, **({"gpu": gpu} if gpu else {})}
+            for host, local, gpu, _ in told
+        ]
+        return {"ranks": ranks, "nodes": [facts for *_, facts in told if facts is not None]}
+
+    def _telemetry(self, control: Control) -> Telemetry | None:
+        """A sampler of the ranks' GPUs, where there are any."""
+        from cpbench.telemetry import Telemetry
+
+        uuid, seconds = self.device.gpu(), self.job.settings.telemetry_s
+        if uuid is None or not seconds:
+            return None
+        first = self.seat.local_rank == 0
+        return Telemetry(uuid, seconds, control, platform.node(), first)
+
     def _groups(self) -> Iterator[list[Case]]:
         """What is measured in turn: the cases of a problem, which lie together, or each alone."""
         if self.job.settings.interleave == 1:
@@ -108,11 +144,25 @@ class _Rank:
         return before or Record(case=case, status="unsupported", reason=self.shortage)
 
 
+def _gpus() -> dict[str, Any] | str:
+    """The GPUs of this machine and how they are joined, or why that is not known."""
+    from cpbench.telemetry import Nvml
+
+    try:
+        nvml = Nvml()
+    except OSError as error:
+        return str(error)
+    found = nvml.topology()
+    nvml.close()
+    return found
+
+
 def die_with_parent() -> None:
     """Ask the kernel to end this process when its parent dies, so that none is left behind."""
     with suppress(OSError, AttributeError):  # Linux only; elsewhere the parent's own care serves
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if _is_orphan():
+            print("cpbench.worker: whoever started this is gone", file=sys.stderr)
             os._exit(EXIT_FAILED)
 
 
@@ -151,7 +201,12 @@ def main(argv: list[str]) -> int:
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)
     path = Path(argv[0])
-    job, seat = Job.load(path), bootstrap.seat()
+    job = Job.load(path)
+    try:
+        seat = bootstrap.seat()
+    except ValueError as error:
+        print(f"cpbench.worker: {error}", file=sys.stderr)
+        return EXIT_FAILED
     try:
         journal = Journal(job.journal_path(seat.rank))
         journal.note("boot", pid=os.getpid())

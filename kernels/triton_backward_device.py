@@ -28,14 +28,14 @@ from cpbench.kernels.triton_tiles_device import (
 
 @triton.jit
 def row_terms(
-    Out, DOut, Lse, Delta, Lse2, o_b, o_s, o_h, do_b, do_s, do_h, heads, seq_q,
+    Out, DOut, Lse, Delta, Lse2, o_b, o_s, o_h, do_b, do_s, do_h, batch_heads, heads, seq_q,
     M: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """``Delta``, sum(dout * out), and ``Lse2``, the lse in base 2 with +inf for rows that see
     nothing, so that every exp2(score - lse) of theirs is 0."""
-    bh = tl.program_id(1)
+    bh = tl.program_id(0) % batch_heads
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
-    start = tl.program_id(0) * M
+    start = tl.program_id(0) // batch_heads * M
     rows = start + tl.arange(0, M)
     o = load_tile(Out + b * o_b + h * o_h, o_s, start, seq_q, M, D, LANES, True).to(tl.float32)
     do = load_tile(DOut + b * do_b + h * do_h, do_s, start, seq_q, M, D, LANES, True).to(tl.float32)
@@ -54,10 +54,10 @@ def _add_dq(q, do, lse, delta, k_source, v_source, k_stride, v_stride, col, seq_
     start = col * N
     k = read(k_source, k_stride, start, seq_k, N, D, LANES, PARTIAL, DESCRIPTORS)
     v = read(v_source, v_stride, start, seq_k, N, D, LANES, PARTIAL, DESCRIPTORS)
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     if PARTIAL:
         s = hide(s, rows, start, pieces, layers, first, last, M, N)
-    p = tl.exp2(s * scale - lse[:, None])
+    p = tl.exp2(s - lse[:, None])
     ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
@@ -124,19 +124,21 @@ def backward_dq(
 @triton.jit
 def add_parts(
     Part, DQ, splits, dq_b, dq_s, dq_h, batch_heads, heads, seq_q,
-    M: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr,
+    M: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """dq of a split row of tiles: the sum over its slots, in their order."""
+    """dq of ``ROWS`` rows of a split row of tiles: the sum over its slots, in their order."""
     pid = tl.program_id(0)
+    first = tl.program_id(1) * ROWS
     bh = pid % batch_heads
     at = splits + 3 * (pid // batch_heads)
     row, slot0, slot1 = tl.load(at), tl.load(at + 1), tl.load(at + 2)
-    acc = tl.zeros([M, D], dtype=tl.float32)
+    acc = tl.zeros([ROWS, D], dtype=tl.float32)
     for slot in range(slot0, slot1):
-        here = (wide(slot) * batch_heads + bh) * M
-        acc += load_tile(Part + here * LANES, LANES, 0 * row, M, M, D, LANES, False)
+        here = (wide(slot) * batch_heads + bh) * M + first
+        acc += load_tile(Part + here * LANES, LANES, 0 * row, ROWS, ROWS, D, LANES, False)
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
-    store(DQ + b * dq_b + h * dq_h, dq_s, row * M, seq_q, acc, M, D, LANES)
+    start = row * M + first
+    store(DQ + b * dq_b + h * dq_h, dq_s, start, seq_q, acc, ROWS, D, LANES)
 
 
 @triton.jit
@@ -155,10 +157,10 @@ def _add_dkv(k, v, q_source, do_source, lse_base, delta_base, q_stride, do_strid
     else:
         lse = tl.load(lse_base + cols)
         delta = tl.load(delta_base + cols)
-    s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
     if PARTIAL:
         s = hide(s, rows, start, pieces, layers, first, last, M, N)
-    p = tl.exp2(s * scale - lse[None, :])
+    p = tl.exp2(s - lse[None, :])
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
     ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)

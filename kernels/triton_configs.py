@@ -112,6 +112,19 @@ def choose(
     return found
 
 
+def unserved(target: str, head_dim: int, item_bytes: int) -> str | None:
+    """What a target lacks for these kernels, in words, or None."""
+    family, _, number = target.partition(":")
+    if family == "cuda" and int(number) < 80:
+        return f"needs compute capability 8.0 or more, not {int(number) / 10:.1f}"
+    if family == "hip" and number not in ("gfx942", "gfx950"):
+        return f"is for gfx942 and gfx950, not {number}"
+    small = family == "cuda" and _known(target) in ("cuda:80", "cuda:86")
+    if small and item_bytes > 2 and lanes(head_dim) > 128:
+        return f"takes float32 up to head_dim 128 on sm_{number}: its shared memory is too small"
+    return None
+
+
 def problem_class(gpu: str, head_dim: int, item_bytes: int, per_head: bool) -> str:
     """What is tuned together, as the key of the file."""
     lists = "lists of heads" if per_head else "one list"
@@ -147,8 +160,12 @@ def tuned() -> dict[str, dict[str, Config]]:
     Raises:
         ValueError: for a file that cannot be read.
     """
-    path = cache_file()
-    return _read(path, path.stat().st_mtime_ns) if path.is_file() else {}
+    try:
+        path = cache_file()
+        changed_ns = path.stat().st_mtime_ns
+    except (OSError, RuntimeError):  # no file, or no home to have one in
+        return {}
+    return _read(path, changed_ns)
 
 
 @functools.lru_cache(maxsize=4)

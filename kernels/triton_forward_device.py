@@ -96,8 +96,9 @@ def forward(
             rows, pieces, layers, tl.load(tile_layers + 2 * t), tl.load(tile_layers + 2 * t + 1),
             M, N, D, LANES, PRECISION, DESCRIPTORS, True,
         )  # fmt: skip
-    lse = tl.where(total > 0.0, (top + tl.log2(tl.maximum(total, TINY))) * LN2, float("-inf"))
-    acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+    # Where total is 0 nothing is seen; a NaN must stay one.
+    lse = tl.where(total == 0.0, float("-inf"), (top + tl.log2(total + TINY)) * LN2)
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     if SPLIT and slot >= 0:
         at = (slot.to(tl.int64) * batch_heads + bh) * M
         store(Part + at * LANES, LANES, 0 * row, M, acc, M, D, LANES)
@@ -110,30 +111,32 @@ def forward(
 @triton.jit
 def merge_parts(
     Part, PartLse, Out, Lse, splits, o_b, o_s, o_h, batch_heads, heads, seq_q,
-    M: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr,
+    M: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """out and lse of a split row of tiles from its slots, in their order."""
+    """out and lse of ``ROWS`` rows of a split row of tiles from its slots, in their order."""
     pid = tl.program_id(0)
+    first = tl.program_id(1) * ROWS
     bh = pid % batch_heads
     at = splits + 3 * (pid // batch_heads)
     row, slot0, slot1 = tl.load(at), tl.load(at + 1), tl.load(at + 2)
-    m = tl.arange(0, M)
-    top = tl.full([M], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([M], dtype=tl.float32)
-    acc = tl.zeros([M, D], dtype=tl.float32)
+    m = tl.arange(0, ROWS)
+    top = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([ROWS], dtype=tl.float32)
+    acc = tl.zeros([ROWS, D], dtype=tl.float32)
     for slot in range(slot0, slot1):
-        here = (wide(slot) * batch_heads + bh) * M
+        here = (wide(slot) * batch_heads + bh) * M + first
         lse = tl.load(PartLse + here + m)
         higher = tl.maximum(top, lse)
         base = tl.where(higher == float("-inf"), 0.0, higher)
         shrink, weight = tl.exp(top - base), tl.exp(lse - base)
-        x = load_tile(Part + here * LANES, LANES, 0 * row, M, M, D, LANES, False)
+        x = load_tile(Part + here * LANES, LANES, 0 * row, ROWS, ROWS, D, LANES, False)
         acc = acc * shrink[:, None] + x * weight[:, None]
         total = total * shrink + weight
         top = higher
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
-    acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
-    store(Out + b * o_b + h * o_h, o_s, row * M, seq_q, acc, M, D, LANES)
-    rows = row * M + m
-    lse = tl.where(total > 0.0, top + tl.log(tl.maximum(total, TINY)), float("-inf"))
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    start = row * M + first
+    store(Out + b * o_b + h * o_h, o_s, start, seq_q, acc, ROWS, D, LANES)
+    rows = start + m
+    lse = tl.where(total == 0.0, float("-inf"), top + tl.log(total + TINY))
     tl.store(Lse + bh.to(tl.int64) * seq_q + rows, lse, mask=rows < seq_q)

@@ -5,7 +5,7 @@ Legend: B batch, S queries, T keys, H query heads, G key/value heads, D head dim
 
 from __future__ import annotations
 
-import functools
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,7 @@ class Plan:
 
 
 MOST_TOKENS = 1 << 30
+LARGEST_STEP = 1 << 23  # elements from token to token, times 256 rows of a tile
 
 
 def gpu_of(device: str) -> str:
@@ -77,7 +78,7 @@ class Tuning:
         name: of the operator, for messages.
         per_head: whether it has lists for each head.
         block_q, block_k, num_warps, num_stages, descriptors: of every kernel; 0 leaves them to the
-            table.
+            table, and -1 is none (of descriptors).
     """
 
     def __init__(
@@ -93,7 +94,9 @@ class Tuning:
         """Why no Triton operator can do this here, or None."""
         if max(problem.seq_q, problem.seq_k) > MOST_TOKENS:
             return f"{self._name} counts tokens in 32 bits: at most {MOST_TOKENS:,}"
-        return None
+        target = target_of(device)
+        reason = triton_configs.unserved(target, problem.head_dim, DTYPE_BYTES[problem.dtype])
+        return f"{self._name} {reason}" if reason else None
 
     def configs(self, problem: Problem, device: str) -> dict[str, Config]:
         """How each kernel is compiled."""
@@ -105,7 +108,7 @@ class Tuning:
         found = {}
         for name, config in chosen.items():
             wanted = {**(turned if name == "backward_dkv" else blocks), **self._launch}
-            changes = {key: value for key, value in wanted.items() if value}
+            changes = {key: max(value, 0) for key, value in wanted.items() if value}
             found[name] = Config(**{**vars(config), **changes})
         return found
 
@@ -214,16 +217,32 @@ def _descriptors(config: Config, *of: torch.Tensor) -> bool:
     return True
 
 
-@functools.cache
 def _allow_descriptors() -> None:
-    """Kernels write their descriptors into memory that Triton asks for."""
-    import torch
+    """Kernels write their descriptors into memory that Triton asks for.  Triton keeps the answer
+    for each thread (autograd's backward has threads of its own), so it is given at every launch."""
     import triton
 
-    if not interpreting():
-        triton.set_allocator(
-            lambda size, align, stream: torch.empty(size, dtype=torch.int8, device="cuda")
-        )
+    triton.set_allocator(_scratch)
+
+
+def _scratch(size: int, align: int, stream: int | None) -> torch.Tensor:
+    import torch
+
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def _ready(*of: torch.Tensor) -> list[torch.Tensor]:
+    """As the kernels read them: lanes next to each other, and offsets within a tile in 32 bits."""
+    return [
+        x if x.stride(3) == 1 and x.stride(1) < LARGEST_STEP else x.contiguous() for x in of
+    ]  # fmt: skip
+
+
+def _on(x: torch.Tensor) -> Any:
+    """Makes the GPU of a tensor the current one: that is where Triton launches."""
+    import torch
+
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def _launch(config: Config) -> dict[str, int]:
@@ -234,6 +253,14 @@ def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse; see ``cpbench.operator.Operator.forward``."""
+    with _on(q):
+        q, k, v = _ready(q, k, v)
+        return _forward(q, k, v, plan)
+
+
+def _forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
+) -> tuple[torch.Tensor, torch.Tensor]:
     import torch
 
     (B, S, H, D), T, G = q.shape, k.shape[1], k.shape[2]
@@ -251,8 +278,9 @@ def forward(
         DESCRIPTORS=_descriptors(config, k, v), **_shape(q, config), **_launch(config),
     )  # fmt: skip
     if here.slots:
-        on.merge_parts[(len(here.splits) * B * H,)](
-            part, part_lse, out, lse, here.splits, *_strides(out), B * H, H, S, **_shape(q, config)
+        shape = {**_shape(q, config), "ROWS": MERGED_ROWS}
+        on.merge_parts[(len(here.splits) * B * H, config.rows // MERGED_ROWS)](
+            part, part_lse, out, lse, here.splits, *_strides(out), B * H, H, S, **shape
         )
     return out, lse
 
@@ -267,6 +295,20 @@ def backward(
     plan: Plan,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv; see ``cpbench.operator.Operator.backward``."""
+    with _on(q):
+        dout, q, k, v, out = _ready(dout, q, k, v, out)
+        return _backward(dout, q, k, v, out, lse, plan)
+
+
+def _backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    plan: Plan,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     import torch
 
     assert plan.dq is not None
@@ -275,8 +317,8 @@ def backward(
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     delta, lse2 = (q.new_empty((B, H, S), dtype=torch.float32) for _ in range(2))
     on = _kernels()[1]
-    on.row_terms[(-(-S // TERM_ROWS), B * H)](
-        out, dout, lse.contiguous(), delta, lse2, *_strides(out, dout), H, S,
+    on.row_terms[(-(-S // TERM_ROWS) * B * H,)](
+        out, dout, lse.contiguous(), delta, lse2, *_strides(out, dout), B * H, H, S,
         M=TERM_ROWS, D=lanes(D), LANES=D,
     )  # fmt: skip
     here, config = plan.dq, plan.dq.config
@@ -290,8 +332,9 @@ def backward(
         DESCRIPTORS=_descriptors(config, k, v), **_shape(q, config), **_launch(config),
     )  # fmt: skip
     if here.slots:
-        on.add_parts[(len(here.splits) * B * H,)](
-            part, dq, here.splits, *_strides(dq), B * H, H, S, **_shape(q, config)
+        shape = {**_shape(q, config), "ROWS": MERGED_ROWS}
+        on.add_parts[(len(here.splits) * B * H, config.rows // MERGED_ROWS)](
+            part, dq, here.splits, *_strides(dq), B * H, H, S, **shape
         )
     here, config = plan.dkv, plan.dkv.config
     on.backward_dkv[(here.num_items * B * G,)](
@@ -304,7 +347,8 @@ def backward(
     return dq, dk, dv
 
 
-TERM_ROWS = 64
+TERM_ROWS = 32
+MERGED_ROWS = 16  # of a split row's parts, by one program
 
 
 # --- ahead of time ------------------------------------------------------------------------------
@@ -329,24 +373,32 @@ def launches(
         split: with split rows.
         config: fields of a :class:`Config` in place of the table's, for every kernel.
     """
-    chosen_for = triton_configs.choose(target, head_dim, DTYPE_BYTES[dtype], per_head)
+    wanted = {
+        name: Config(**{**vars(chosen), **config})
+        for name, chosen in triton_configs.choose(
+            target, head_dim, DTYPE_BYTES[dtype], per_head
+        ).items()
+    }
+    if not per_head:  # those that only read and write, alike for both kinds of lists
+        forward, dq = wanted["forward"].rows, wanted["backward_dq"].rows
+        for name, rows in (("row_terms", TERM_ROWS), ("merge_parts", forward), ("add_parts", dq)):
+            wanted[name] = Config(rows, MERGED_ROWS, 4, 1)
     found = []
-    for name, chosen in chosen_for.items():
-        used = Config(**{**vars(chosen), **config})
-        precise = _precision(dtype == "float32", target.startswith("cuda"))
-        constants: dict[str, Any] = {
-            "GROUP": 4, "PER_HEAD": per_head, "LISTED": per_head, "M": used.rows, "N": used.cols,
-            "D": lanes(head_dim), "LANES": head_dim, "PRECISION": precise,
-            "DESCRIPTORS": bool(used.descriptors), "STAGES": used.num_stages,
-        }  # fmt: skip
-        if name != "backward_dkv":
-            constants["SPLIT"] = split
-        types = {}
+    for name, used in wanted.items():
         on = next(module for module in _kernels() if hasattr(module, name))
-        for argument in getattr(on, name).arg_names:
+        arguments = getattr(on, name).arg_names
+        precise = _precision(dtype == "float32", target.startswith("cuda"))
+        everything: dict[str, Any] = {
+            "GROUP": 4, "PER_HEAD": per_head, "LISTED": per_head, "M": used.rows, "N": used.cols,
+            "D": lanes(head_dim), "LANES": head_dim, "PRECISION": precise, "ROWS": MERGED_ROWS,
+            "DESCRIPTORS": bool(used.descriptors), "STAGES": used.num_stages, "SPLIT": split,
+        }  # fmt: skip
+        constants = {key: value for key, value in everything.items() if key in arguments}
+        types = {}
+        for argument in arguments:
             if argument in constants:
                 continue
-            if argument in _LISTS:
+            if argument in (*_LISTS, "splits"):
                 types[argument] = "*i32"
             elif argument[0].isupper():
                 types[argument] = f"*{'fp32' if argument in _OF_FLOAT32 else _TYPES[dtype]}"
@@ -358,6 +410,7 @@ def launches(
             Launch(
                 name, f"{on.__name__}:{name}", types, constants,
                 (*pointers, *strides), used.num_warps, used.num_stages, str(used),
+                name in triton_configs.KERNELS,
             )
         )  # fmt: skip
     return found

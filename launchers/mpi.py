@@ -55,6 +55,16 @@ def mpiexec(environ_path: str | None = None) -> tuple[str, str]:
     raise ValueError(f"{found} is neither Open MPI's nor MPICH's: {text.strip()[:80]!r}")
 
 
+def library_of(command: str) -> str | None:
+    """The MPI library that lies beside a command: mpi4py must load that and no other."""
+    home = Path(command).resolve().parent.parent
+    for folder in ("lib", "lib64"):
+        found = sorted((home / folder).glob("libmpi.so.*"))
+        if found:
+            return str(found[0])
+    return None
+
+
 def commands(
     job: Path,
     world_size: int,
@@ -71,6 +81,9 @@ def commands(
     command, kind = mpi or mpiexec()
     each = place.per_node(world_size)
     env = {**shared_variables(place, environ), "CPBENCH_RANKS": "mpi"}
+    env["CPBENCH_SIZE"] = str(world_size)
+    if (library := library_of(command)) and "MPI4PY_LIBMPI" not in environ:
+        env["MPI4PY_LIBMPI"] = library
     words = ["-n", str(world_size)]
     if kind == OPEN_MPI:
         env.update({key: environ.get(key, value) for key, value in OPEN_MPI_VARIABLES.items()})
@@ -88,7 +101,7 @@ def commands(
         words += ["-genvlist", ",".join(env)] if place.hosts else []
     program = (*python_of(place), "-m", module, str(job))
     argv = (command, *words, *place.options, *program)
-    return [Command(argv, env, job.parent / "rank0.log", remote=place.nodes > 1)]
+    return [Command(argv, env, job.parent / "rank0.log", remote=bool(place.hosts))]
 
 
 def failures(log: str, ranks: Mapping[int, int]) -> dict[int, int]:

@@ -47,7 +47,11 @@ def direct(
         *_srun(place, world_size, even),
         *python_of(place), "-m", module, str(job),
     )  # fmt: skip
-    env = {**shared_variables(place, environ), "CPBENCH_RANKS": teller}
+    env = {
+        **shared_variables(place, environ),
+        "CPBENCH_RANKS": teller,
+        "CPBENCH_SIZE": str(world_size),
+    }
     return [Command(argv, env, job.parent / "rank0.log", remote=True)]
 
 
@@ -68,14 +72,20 @@ def agents(
 
 
 def failures(log: str, ranks: Mapping[int, int]) -> dict[int, int]:
-    """Exit codes by task from srun's own words, up to where it ends the others."""
+    """Exit codes by task from srun's own words.  Once it ends the others they are told to be
+    terminated, which says nothing; what else ended one by a signal was there before, even if it is
+    told of later."""
     found: dict[int, int] = {}
     own = re.compile(
         r"srun: error: \S+: tasks? ([\d,-]+): (?:Exited with exit code (\d+)|(Killed|Aborted"
         r"|Segmentation fault|Bus error|Terminated|Out Of Memory)[^\n]*)"
     )
-    first = re.split(r"Terminating StepId|STEP \S+ ON \S+ CANCELLED", log)[0]
-    for tasks, code, words in own.findall(first):
+    ending = re.search(r"Terminating StepId|STEP \S+ ON \S+ CANCELLED", log)
+    for match in own.finditer(log):
+        tasks, code, words = match.groups()
+        ended_by_srun = ending is not None and match.start() > ending.start()
+        if ended_by_srun and words in (None, "Terminated"):
+            continue
         for rank in _ranks(tasks):
             found.setdefault(rank, int(code) if code else -_SIGNALS[words])
     return found

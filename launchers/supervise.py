@@ -114,7 +114,18 @@ def run(
                 if not left:
                     break
                 if fruitless == FRUITLESS:
-                    raise LaunchError(f"workers fail outside of any case: {trouble}")
+                    said = _last_words(job.folder)
+                    raise LaunchError(f"workers fail outside of any case: {trouble}{said}")
+
+
+def _last_words(folder: Path) -> str:
+    """The last line that ranks printed, if any."""
+    for log in sorted(folder.glob("rank*.log")):
+        words = "cpbench.worker: "
+        said = [line for line in log.read_text(errors="replace").splitlines() if words in line]
+        if said:
+            return f" ({said[-1].partition(words)[2]})"
+    return ""
 
 
 @contextmanager

@@ -59,8 +59,8 @@ class Profile:
     """A site.
 
     Attributes:
-        partition, account, qos, constraint, reservation, gres, nodelist: for sbatch; "" leaves them
-            out.
+        partition, account, qos, constraint, reservation, gres, nodelist (all of which a job then
+            takes): for sbatch; "" leaves them out.
         time: limit of a job, as sbatch takes it; ``signal_s`` seconds before it the run stops and
             what has been measured is safe.
         gpus_per_node: ranks of a node where ranks have a GPU each; ``ranks_per_node`` where not.

@@ -77,7 +77,8 @@ def options(
         "job-name": batch.name, "output": log, "open-mode": "append",
         "partition": profile.partition, "account": profile.account, "qos": profile.qos,
         "constraint": profile.constraint, "reservation": profile.reservation,
-        "nodelist": profile.nodelist, "exclude": ",".join((*profile.exclude, *exclude)),
+        "nodelist": profile.nodelist if batch.ranks else "",
+        "exclude": ",".join((*profile.exclude, *exclude)),
         "nodes": str(batch.nodes), "time": str(batch.minutes or profile.time),
         "mem": profile.memory,
     }  # fmt: skip

@@ -19,6 +19,9 @@ from cpbench.kernels.reference import Plan, Reference
 from cpbench.registry import OperatorInfo
 from cpbench.store import Journal
 
+# Of torchrun and the local launcher, Open MPI, MPICH and srun, in this order: some set several.
+RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+
 
 class Faulty(Reference):
     """The reference, but that one rank fails in its forward pass.
@@ -29,7 +32,9 @@ class Faulty(Reference):
     """
 
     def __init__(self, how: str, rank: int = 0) -> None:
-        guilty = int(os.environ["RANK"]) == rank and "CPBENCH_TEST_CALM" not in os.environ
+        told = (os.environ.get(name) for name in RANK_VARIABLES)
+        here = next(int(number) for number in told if number is not None)
+        guilty = here == rank and "CPBENCH_TEST_CALM" not in os.environ
         self.how = how if guilty else "well"
 
     def forward(self, q: Any, k: Any, v: Any, plan: Plan) -> Any:
@@ -57,6 +62,12 @@ def _allocate() -> None:
 def _hang() -> None:
     while True:
         time.sleep(3600)
+
+
+def _wait_for_the_gate() -> None:
+    """A file ``open`` in the run directory."""
+    while not (Path(sys.argv[1]).parents[2] / "open").exists():
+        time.sleep(0.05)
 
 
 def _fill_the_disk() -> None:
@@ -97,6 +108,7 @@ FAULTS: dict[str, Callable[[], Any]] = {
     "segfault": lambda: ctypes.string_at(0),
     "exit": lambda: os._exit(0),
     "late": _die_once_recorded,
+    "gate": _wait_for_the_gate,
     "fill": _fill_the_disk,
 }
 

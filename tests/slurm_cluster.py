@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -132,15 +133,16 @@ class Cluster:
         self._daemon(name, "slurmd", "-D", "-N", name, "-f", self.env["SLURM_CONF"])
 
     def kill_node(self, name: str) -> None:
-        """As when a machine goes down: its daemon and all that it has started are gone at once."""
+        """As when a machine goes down: its daemon and all that it has started are gone at once,
+        with nobody left to tell the controller."""
         daemon = self._daemons.pop(name)
-        mark = f"SLURMD_NODENAME={name}\0".encode()
         daemon.kill()
         daemon.wait()
-        for entry in Path("/proc").iterdir():
+        mark = f"SLURMD_NODENAME={name}\0".encode()
+        tasks = {pid: parent for pid, parent, told in _processes() if mark in told}
+        for pid in [*(set(tasks.values()) - set(tasks) - {1}), *tasks]:  # slurmstepd first
             with suppress(OSError):
-                if entry.name.isdigit() and mark in (entry / "environ").read_bytes() + b"\0":
-                    os.kill(int(entry.name), signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
 
     def _daemon(self, name: str, *words: str) -> None:
         with open(self.home / "log" / f"{name}.out", "ab") as log:
@@ -170,6 +172,15 @@ class Cluster:
             daemon.kill()
             daemon.wait()
         self._daemons.clear()
+
+
+def _processes() -> Iterator[tuple[int, int, bytes]]:
+    """Number, parent's number and environment of every process."""
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError):
+            if entry.name.isdigit():
+                parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
+                yield int(entry.name), int(parent), (entry / "environ").read_bytes() + b"\0"
 
 
 def _free_ports(count: int) -> list[int]:

@@ -242,3 +242,78 @@ def test_refusals() -> None:
 
 def _tiny() -> list[torch.Tensor]:
     return naive.random_inputs(1, 8, 1, 1, 16, torch.float32)[:3]
+
+
+def test_inputs_whose_lanes_are_apart_are_read_as_they_are() -> None:
+    """Every other lane of a wider tensor."""
+    wide = [torch.randn(1, 70, 2, 32) for _ in range(3)]
+    apart = [x[..., ::2] for x in wide]
+    mask = masks.build("causal", 70)
+    want = cpbench.attention(*apart, mask, operator="reference")
+    found = cpbench.attention(*apart, mask, operator="triton_band")
+    for a, b in zip(found, want, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_scales_that_turn_scores_around(scale: float) -> None:
+    inputs = [torch.randn(1, 70, 2, 16, requires_grad=True) for _ in range(3)]
+    mask = masks.build("sliding_window_causal", 70, window=9)
+    dout = torch.randn(1, 70, 2, 16)
+    grads = {}
+    for name in ("reference", "triton_band"):
+        out, _ = cpbench.attention(*inputs, mask, operator=name, scale=scale)
+        grads[name] = torch.autograd.grad(out, inputs, dout)
+    for a, b in zip(grads["triton_band"], grads["reference"], strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_a_nan_among_the_queries_stays_one() -> None:
+    q, k, v = (torch.randn(1, 40, 1, 16) for _ in range(3))
+    q[0, 7] = float("nan")
+    out, lse = cpbench.attention(q, k, v, masks.build("causal", 40), operator="triton_band")
+    assert out[0, 7].isnan().all()
+    assert lse[0, 0, 7].isnan()
+    assert lse[0, 0, 8].isfinite()
+
+
+def test_scratch_for_descriptors_is_there_in_every_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autograd runs backward passes in threads of its own, and Triton keeps its allocator for each
+    thread."""
+    import threading
+
+    from triton.runtime import _allocation
+
+    from cpbench.kernels import triton_launch
+    from cpbench.kernels.triton_configs import Config
+
+    config, x, seen = Config(64, 64, 4, 1, 1), torch.zeros(1, 8, 1, 16), []
+
+    def look() -> None:
+        assert triton_launch._descriptors(config, x)
+        seen.append(_allocation._allocator.get())
+
+    look()
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert seen == [triton_launch._scratch] * 2
+
+
+@pytest.mark.parametrize(
+    ("target", "head_dim", "words"),
+    [
+        ("cuda:75", 64, "compute capability 8.0"),
+        ("hip:gfx90a", 64, "gfx942"),
+        ("cuda:86", 256, "float32 up to head_dim 128"),
+        ("cuda:90", 256, None),
+        ("cuda:86", 128, None),
+    ],
+)
+def test_targets_without_what_it_takes_are_refused(
+    target: str, head_dim: int, words: str | None
+) -> None:
+    from cpbench.kernels.triton_configs import unserved
+
+    found = unserved(target, head_dim, 4)
+    assert (words in found) if words and found else words is found

@@ -91,7 +91,7 @@ class Magi(Library):
     def prepare(self, op: BoundOperator, world: World, rank: int) -> Plan:
         import torch
 
-        if op.device != "cuda":
+        if op.device.partition(":")[0] != "cuda":
             raise Unsupported(f"{self.name} runs on cuda, not on {op.device}")
         if op.info.name != KERNEL:
             raise Unsupported(

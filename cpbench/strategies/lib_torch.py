@@ -83,9 +83,10 @@ class ContextParallel(Library):
         return refusal(f"{self.name} with layout {world.keys.name}", world, masks)
 
     def prepare(self, op: BoundOperator, world: World, rank: int) -> Plan:
-        if op.info.name != KERNELS[op.device]:
+        kernel = KERNELS[op.device.partition(":")[0]]
+        if op.info.name != kernel:
             raise Unsupported(
-                f"{self.name} computes with torch's own kernel: use operator {KERNELS[op.device]}, "
+                f"{self.name} computes with torch's own kernel: use operator {kernel}, "
                 f"not {op.info.name}"
             )
         if importlib.util.find_spec(HOME) is None:

@@ -80,7 +80,7 @@ class TransformerEngine(Library):
         return refusal(self.name, world)
 
     def prepare(self, op: BoundOperator, world: World, rank: int) -> Plan:
-        if op.device != "cuda":
+        if op.device.partition(":")[0] != "cuda":
             raise Unsupported(f"{self.name} runs on cuda, not on {op.device}")
         if op.info.name != KERNEL:
             raise Unsupported(
