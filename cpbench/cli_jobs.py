@@ -178,8 +178,8 @@ def submit(
         fresh = runs.feasible(request, [case for case in todo if case.id not in busy])
         made = campaign.submit(request, fresh, profile) if fresh else []
         for one in made:
-            on = f"{one.ranks} ranks on {one.nodes} nodes"
-            say(f"job {one.job}: {one.name}, {len(one.cases)} cases, {on}")
+            on = f"ranks: {one.ranks}, nodes: {one.nodes}, cases: {len(one.cases)}"
+            say(f"job {one.job}: {one.name}; {on}")
         under_way = sum(case.id in busy for case in todo)
         kept = f"{count - len(todo)} of {count} cases are recorded in {out}"
         say(f"{kept}, {under_way} were in jobs already")

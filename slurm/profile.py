@@ -151,9 +151,10 @@ class Profile:
         for name in self.environment:
             if not _NAME.fullmatch(name):
                 raise ValueError(f"environment: {name!r} is no name of a variable")
-        for name in ("memory", "gpu_memory"):
-            if getattr(self, name):
-                size(getattr(self, name), name)
+        if self.memory not in ("", "0"):  # 0 is all of a node's
+            size(self.memory, "memory")
+        if self.gpu_memory:
+            size(self.gpu_memory, "gpu_memory")
 
     @property
     def per_node(self) -> int:
@@ -226,12 +227,17 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "tuple[str, ...]": (tuple,), "dict[str, str]": (dict,), "Container": (Container,),
 }  # fmt: skip
 
+_READABLE = {
+    "str": "a string", "int": "a whole number", "bool": "true or false", "float": "a number",
+    "tuple[str, ...]": "a list of strings", "dict[str, str]": "a table of strings",
+    "Container": "a table",
+}  # fmt: skip
+
 
 def _check(name: str, value: Any) -> None:
     wanted = next(str(item.type) for item in fields(Profile) if item.name == name)
     if type(value) not in _KINDS[wanted]:
-        readable = wanted.replace("tuple[str, ...]", "list of strings").replace("str", "string", 1)
-        raise ValueError(f"{name} = {value!r} is not a {readable}")
+        raise ValueError(f"{name} = {value!r} is not {_READABLE[wanted]}")
     parts: tuple[Any, ...] = (value,)
     if isinstance(value, tuple):
         parts = value

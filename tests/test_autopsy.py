@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from cpbench.launchers import autopsy, supervise
-from cpbench.launchers.gang import Command, Gang
+from cpbench.launchers import autopsy, supervise, torchrun
+from cpbench.launchers.gang import Gang
+from cpbench.launchers.protocol import Command, Launcher, Place
 from cpbench.problem import Case
 from cpbench.record import Record
 from cpbench.settings import MeasureSettings
@@ -113,8 +114,8 @@ class FakeGang:
     def __init__(self, scene: Scene, case: Case | None) -> None:
         self.scene, self.case = scene, case
 
-    def members(self) -> list[int]:
-        return []
+    def pass_on(self, number: signal.Signals, pids: set[int]) -> None:
+        pass
 
     def kill(self) -> None:
         if self.case is not None:
@@ -162,6 +163,7 @@ def test_a_lost_disk_is_not_a_crash(scene: Scene) -> None:
 def test_a_launcher_that_dies_is_named(tmp_path: Path) -> None:
     scene = Scene(tmp_path)
     scene.watch.plan = supervise.Plan(tmp_path, "torchrun", "cpu", MeasureSettings())
+    scene.watch._launcher = torchrun.LAUNCHER
     scene.watch._log(0).write_text("")
     scene.rank(0, "start A")
     scene.watch._bury([-9])
@@ -255,11 +257,11 @@ Root Cause (first observed failure):
 
 
 def test_all_of_torchrun_s_report_is_read_since_its_root_cause_may_be_wrong() -> None:
-    assert autopsy.torchrun_codes("worker prints rank : 7\n exitcode : 3\n" + TORCHRUN) == {
+    assert torchrun.failures("worker prints rank : 7\n exitcode : 3\n" + TORCHRUN, {}) == {
         1: -9,
         0: 70,
     }
-    assert autopsy.torchrun_codes("") == {}
+    assert torchrun.failures("", {}) == {}
 
 
 @pytest.mark.timeout(60)
@@ -284,10 +286,10 @@ def test_a_gang_takes_along_what_hid_in_another_session(tmp_path: Path) -> None:
 def test_a_gang_that_cannot_be_started_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(job: Path, world_size: int) -> list[Command]:
+    def broken(job: Path, world_size: int, place: Place, **more: str) -> list[Command]:
         return [Command((str(tmp_path / "no-such-program"),), {}, tmp_path / "log")]
 
-    monkeypatch.setitem(supervise.LAUNCHERS, "local", broken)
+    monkeypatch.setitem(supervise.LAUNCHERS, "local", Launcher("local", broken))
     plan = supervise.Plan(tmp_path, "local", "cpu", MeasureSettings())
     with pytest.raises(supervise.LaunchError, match=r"cannot start workers: .*no-such-program"):
         supervise.run([A], plan, starting=lambda case: None, finished=lambda record: None)
@@ -299,10 +301,10 @@ def test_workers_that_never_reach_a_case_end_the_run(
 ) -> None:
     """Twice, since the first time may be chance; then in one line, instead of for ever."""
 
-    def failing(job: Path, world_size: int) -> list[Command]:
+    def failing(job: Path, world_size: int, place: Place, **more: str) -> list[Command]:
         return [Command(("sh", "-c", "exit 3"), {}, job.parent / f"rank{r}.log") for r in range(2)]
 
-    monkeypatch.setitem(supervise.LAUNCHERS, "local", failing)
+    monkeypatch.setitem(supervise.LAUNCHERS, "local", Launcher("local", failing))
     plan = supervise.Plan(tmp_path, "local", "cpu", MeasureSettings())
     open_files = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.raises(supervise.LaunchError, match="outside of any case: rank 0 ended with exit"):

@@ -15,7 +15,7 @@ import pytest
 
 from cpbench import cli, linkcheck
 from cpbench.launchers import local
-from cpbench.launchers.gang import Command
+from cpbench.launchers.protocol import Command, Launcher
 from cpbench.link_work import WORKS, actual_bytes, elements, named
 from cpbench.links import ACROSS, ALL, COLLECTIVES, NODE, plan
 
@@ -220,7 +220,7 @@ def test_a_bad_rank_is_one_line(
     tmp_path: Path,
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # what went wrong is kept there
-    monkeypatch.setitem(linkcheck.LAUNCHERS, "local", sabotaged(code))
+    monkeypatch.setitem(linkcheck.LAUNCHERS, "local", Launcher("local", sabotaged(code)))
     monkeypatch.setattr(linkcheck, "SILENCE_S", 6.0)
     assert linkcheck.run(2, "cpu", "local", [8, 100_000], 0, True, seconds=0.02) == 1
     out, err = capsys.readouterr()
