@@ -236,14 +236,16 @@ def cancel(run_dir: RunFolder) -> None:
             except control.SlurmError as error:
                 raise ValueError(str(error)) from None
             print(f"cancelled: {', '.join(ended)}" if ended else "no job is alive")
-        who = presence.of(run_dir)
-        if who is not None and not who.local:
-            raise ValueError(f"process {who.pid} on {who.host} is at work: cancel it there")
-        if who is not None and who.alive:
-            who.end()
-            _until_gone(who)
-            print(f"ended: process {who.pid}")
-        elif not campaign.submissions(run_dir):
+        there = presence.at_work(run_dir)
+        for who in there:
+            if who.alive:
+                who.end()
+                _until_gone(who)
+                print(f"ended: process {who.pid}")
+        far = [f"{who.pid} on {who.host}" for who in there if not who.local]
+        if far:
+            raise ValueError(f"cancel these where they are: {', '.join(far)}")
+        if not there and not campaign.submissions(run_dir):
             print("nothing is at work there")
 
 

@@ -1,4 +1,5 @@
-"""Who is at work on a run directory: one process at a time, which another shell can end."""
+"""Who is at work on a run directory: processes, each on cases of its own, which another shell can
+end.  Each has a file ``running/HOST-PID.json`` there while it is."""
 
 from __future__ import annotations
 
@@ -6,21 +7,23 @@ import json
 import os
 import platform
 import signal
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-FILE = "running.json"
+FOLDER = "running"
 
 
 @dataclass(frozen=True)
 class Presence:
-    """A process: its host, its number there, and when that was given (clock ticks since boot)."""
+    """A process: its host, its number there, when that was given (clock ticks since boot), and ids
+    of the cases that it is to do."""
 
     host: str
     pid: int
     born: str
+    cases: tuple[str, ...] = ()
 
     @property
     def local(self) -> bool:
@@ -36,33 +39,38 @@ class Presence:
         os.kill(self.pid, signal.SIGTERM)
 
 
-def of(out: Path) -> Presence | None:
-    """Who is noted as being at work on a run directory; it may be gone."""
-    with suppress(OSError, ValueError, TypeError):
-        return Presence(**json.loads((out / FILE).read_text()))
-    return None
+def at_work(out: Path) -> list[Presence]:
+    """Who is noted as being at work on a run directory; some may be gone."""
+    found = []
+    for path in sorted((out / FOLDER).glob("*.json")):
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            table = json.loads(path.read_text())
+            found.append(Presence(**{**table, "cases": tuple(table["cases"])}))
+    return found
 
 
 @contextmanager
-def here(out: Path) -> Iterator[None]:
-    """Note that this process is at work.
+def here(out: Path, cases: Collection[str]) -> Iterator[None]:
+    """Note that this process is at work on some cases.
 
     Raises:
-        ValueError: when another one is.
+        ValueError: when another one is at work on some of them.
     """
-    other = of(out)
-    if other is not None and other.alive and other.pid != os.getpid():
-        raise ValueError(
-            f"process {other.pid} is at work on {out}; wait for it, or: cpbench cancel {out}"
-        )
-    me = Presence(platform.node(), os.getpid(), _born(os.getpid()))
+    for other in at_work(out):
+        if other.alive and other.pid != os.getpid() and set(other.cases) & set(cases):
+            raise ValueError(
+                f"process {other.pid} is at work on {out}; wait for it, or: cpbench cancel {out}"
+            )
+    me = Presence(platform.node(), os.getpid(), _born(os.getpid()), tuple(cases))
+    path = out / FOLDER / f"{me.host}-{me.pid}.json"
     with suppress(OSError):  # a full disk is found, and told, where results are written
-        (out / FILE).write_text(json.dumps(asdict(me)))
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(asdict(me)))
     try:
         yield
     finally:
         with suppress(OSError):
-            (out / FILE).unlink()
+            path.unlink()
 
 
 def _born(pid: int) -> str:

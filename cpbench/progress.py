@@ -33,13 +33,13 @@ def of(out: Path) -> dict[str, Any]:
         raise ValueError(f"{out} is not a run directory: it has no sweep.json") from None
     run = read_run(out)
     records = {key: record for key, record in run.records.items() if key in cases}
-    who = presence.of(out)
+    there = presence.at_work(out)
     jobs: list[dict[str, Any]] = []
     states = {}
     if campaign.submissions(out):
         states = campaign.Board(out).look()
         jobs = campaign.table(out, states, set(records))
-    alive = bool(who and who.alive is not False) or any(s.alive for s in states.values())
+    alive = any(who.alive is not False for who in there) or any(s.alive for s in states.values())
     return {
         "out": str(out),
         "sweep": asked.get("name"),
@@ -49,7 +49,7 @@ def of(out: Path) -> dict[str, Any]:
         "statuses": dict(Counter(record.status for record in records.values())),
         "jobs": jobs,
         "bad_nodes": campaign.bad_nodes(out),
-        "process": {"host": who.host, "pid": who.pid, "alive": who.alive} if who else None,
+        "processes": [{"host": w.host, "pid": w.pid, "alive": w.alive} for w in there],
         "alive": alive,
         "under_way": _under_way(out, cases, set(records)) if alive else [],
         "warnings": run.warnings,
@@ -84,8 +84,7 @@ def show(found: dict[str, Any]) -> None:
     if found["jobs"]:
         print()
         print_rows(found["jobs"], False)
-    who = found["process"]
-    if who:
+    for who in found["processes"]:
         state = {True: "is at work", False: "was at work and is gone", None: "may be at work"}
         print(f"process {who['pid']} on {who['host']} {state[who['alive']]}")
     for one in found["under_way"]:

@@ -24,7 +24,7 @@ from cpbench.launchers.protocol import Place
 from cpbench.problem import Case
 from cpbench.record import FAILURES, STATUSES, Record
 from cpbench.settings import MeasureSettings
-from cpbench.store import RecordWriter, Run, StoreError, read_run, write_whole
+from cpbench.store import RecordWriter, Run, StoreError, check_writable, read_run, write_whole
 
 DEATHS = 3  # of a run in one and the same case: then the case is given up
 
@@ -146,7 +146,7 @@ def execute(request: Request, quiet: bool = False) -> int:
             f"{kept} of {len(request.cases)} cases are recorded in {request.out} already",
             file=sys.stderr,
         )
-    with presence.here(request.out) if todo else nullcontext():
+    with presence.here(request.out, [case.id for case in todo]) if todo else nullcontext():
         work(request, todo, quiet)
     return exit_code(request)
 
@@ -155,13 +155,14 @@ def note_down(request: Request) -> None:
     """Write ``sweep.json``: what was asked for.
 
     Raises:
-        StoreError: when that cannot be written.
+        StoreError: when that cannot be written, or a record could not.
     """
     try:
         request.out.mkdir(parents=True, exist_ok=True)
         write_whole(request.out / "sweep.json", json.dumps(_told(request), indent=1))
     except OSError as error:
         raise StoreError(f"cannot write results to {request.out}: {error.strerror}") from error
+    check_writable(request.out)
 
 
 def work(request: Request, todo: Sequence[Case], quiet: bool) -> None:

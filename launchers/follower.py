@@ -13,6 +13,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from cpbench import presence
 from cpbench.bootstrap import own_address
 from cpbench.launchers import torchrun
 from cpbench.launchers.gang import Gang
@@ -51,7 +52,7 @@ def follow(out: Path, interface: str, patience_s: float) -> int:
             served.add(folder.name)
             _serve(folder, interface, seen)
             idle = time.monotonic()
-        if served and not (out / "running.json").exists():
+        if served and not any((out / presence.FOLDER).glob("*.json")):
             return 0
         time.sleep(POLL_S)
     print(f"cpbench: nothing to do in {out} for {patience_s:g} s", file=sys.stderr)

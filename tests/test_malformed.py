@@ -151,7 +151,10 @@ LINES: dict[str, tuple[list[str], list[str]]] = {
         ["run", "quik"],
         ["'quik'", "context_parallel, context_parallel_quick, kernels, longca"],
     ),
-    "run launcher": (["run", "quick", "--launcher", "mpi"], ["'mpi'", "'local', 'torchrun'"]),
+    "run launcher": (
+        ["run", "quick", "--launcher", "ssh"],
+        ["'ssh'", "'local', 'torchrun', 'mpi'"],
+    ),
     "run device": (["run", "quick", "--device", "gpu"], ["'gpu'", "'cpu', 'cuda'"]),
     "run retry": (["run", "quick", "--retry", "failed"], ["'failed'", "ok, unsupported, oom"]),
     "run where form": (["run", "quick", "--where", "mask"], ["'mask'", "key=value", "world_size"]),
