@@ -20,8 +20,53 @@ from cpbench.launchers.gang import Gang
 from cpbench.launchers.protocol import Command, Place, shared_variables
 
 POLL_S = 0.5
-SILENCE_S = 60.0  # without a sign of life from the run: network file systems show one late
-OVER, ALIVE = "over", "alive"
+SILENCE_S = 30.0  # without a sign of life from another machine
+SIGN_S = 3.0  # between signs
+OVER = "over"  # a file in the folder of a gang that has ended
+
+
+class Sign:
+    """A sign of life for other machines, or of one: a number in a file that goes up.
+
+    Not the file's time: clocks differ, and network file systems keep times back for long, but show
+    what is in a file to whoever opens it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._count, self._given = path, 0, 0.0
+        self._seen, self._changed = "", time.monotonic()
+
+    def give(self) -> None:
+        """Show that this process lives, at times."""
+        if time.monotonic() - self._given > SIGN_S:
+            self._given, self._count = time.monotonic(), self._count + 1
+            with suppress(OSError):
+                self._path.write_text(str(self._count))
+
+    @property
+    def silent(self) -> bool:
+        """Whether nothing has come for long."""
+        with suppress(OSError):
+            told = self._path.read_text()
+            if told not in ("", self._seen):
+                self._seen, self._changed = told, time.monotonic()
+        return time.monotonic() - self._changed > SILENCE_S
+
+
+class Peers:
+    """The other machines of a gang, as the run itself sees them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._signs = folder, dict[str, Sign]()
+        self._own = Sign(folder / "alive")
+
+    def lost(self) -> str | None:
+        """Give a sign; the name of a machine that gives none any more, or None."""
+        self._own.give()
+        for path in self._folder.glob("node-*.alive"):
+            if self._signs.setdefault(path.stem, Sign(path)).silent:
+                return path.stem.removeprefix("node-")
+        return None
 
 
 def gather(job: Path, world_size: int, place: Place, module: str) -> None:
@@ -29,7 +74,6 @@ def gather(job: Path, world_size: int, place: Place, module: str) -> None:
     table = {
         "world_size": world_size, "nodes": place.nodes, "address": place.address, "module": module,
     }  # fmt: skip
-    (job.parent / ALIVE).touch()
     hidden = job.with_name(f".{torchrun.GATHERING}")
     hidden.write_text(json.dumps(table))
     hidden.replace(job.with_name(torchrun.GATHERING))
@@ -42,15 +86,16 @@ def follow(out: Path, interface: str, patience_s: float) -> int:
         KeyboardInterrupt: once this node's agent is gone.
     """
     served: set[str] = set()
-    seen: dict[str, tuple[float, float]] = {}
+    signs: dict[str, Sign] = {}
     idle = time.monotonic()
     while time.monotonic() - idle < patience_s:
         for gathering in sorted((out / "jobs").glob(f"*/{torchrun.GATHERING}")):
             folder = gathering.parent
-            if folder.name in served or (folder / OVER).exists() or _stale(folder, seen):
+            sign = signs.setdefault(folder.name, Sign(folder / "alive"))
+            if folder.name in served or not _gathers(folder) or sign.silent:
                 continue
             served.add(folder.name)
-            _serve(folder, interface, seen)
+            _serve(folder, interface, sign)
             idle = time.monotonic()
         if served and not any((out / presence.FOLDER).glob("*.json")):
             return 0
@@ -59,19 +104,13 @@ def follow(out: Path, interface: str, patience_s: float) -> int:
     return 0 if served else 1
 
 
-def _stale(folder: Path, seen: dict[str, tuple[float, float]]) -> bool:
-    """Whether a gang has given no sign of life for long, told by changes: clocks differ."""
-    stamp = 0.0
-    with suppress(OSError):
-        stamp = (folder / ALIVE).stat().st_mtime
-    before = seen.get(folder.name)
-    if before is None or before[0] != stamp:
-        seen[folder.name] = (stamp, time.monotonic())
-        return False
-    return time.monotonic() - before[1] > SILENCE_S
+def _gathers(folder: Path) -> bool:
+    """Whether a gang still waits for machines: once ranks run, one that came would start them all
+    anew."""
+    return not (folder / OVER).exists() and not any(folder.glob("rank*.jsonl"))
 
 
-def _serve(folder: Path, interface: str, seen: dict[str, tuple[float, float]]) -> None:
+def _serve(folder: Path, interface: str, run: Sign) -> None:
     """This node's part of one gang, from start to end."""
     table = json.loads((folder / torchrun.GATHERING).read_text())
     place = Place(nodes=table["nodes"], address=table["address"], interface=interface)
@@ -79,12 +118,15 @@ def _serve(folder: Path, interface: str, seen: dict[str, tuple[float, float]]) -
     argv = torchrun.agent(
         job, size, place, table["address"], table["module"], own_address(interface)
     )
-    log = folder / f"node-{os.uname().nodename}-{os.getpid()}.log"
+    name = f"node-{os.uname().nodename}-{os.getpid()}"
+    own = Sign(folder / f"{name}.alive")
     print(f"{folder.name}: {size // place.nodes} of {size} ranks", file=sys.stderr, flush=True)
+    log = folder / f"{name}.log"
     gang = Gang([Command(argv, shared_variables(place, os.environ), log)])
     try:
         while gang.codes() == [None] and not (folder / OVER).exists():
-            if _stale(folder, seen):
+            own.give()
+            if run.silent:
                 print(f"{folder.name}: the run has gone silent; left", file=sys.stderr)
                 break
             time.sleep(POLL_S)

@@ -28,7 +28,6 @@ from cpbench.store import Job, RecordWriter, StoreError, Tail, check_writable
 
 STARTUP_S = 300.0  # importing torch on a cold network file system can take minutes
 POLL_S = (0.05, 0.5)  # more rarely the longer a case takes: the parent shares its cores
-SIGN_S = 5.0  # between signs of life for other machines
 WORKER = "cpbench.worker"
 STACKS_S = 0.1  # for ranks to print where they are
 PARTING_S = 2.0  # for the last words of the ranks that are left when one has failed
@@ -171,8 +170,8 @@ class _Watch:
         self._progress = time.monotonic()  # when a case last started or ended
         self._oom_kills = autopsy.oom_kills()
         self._launcher = LAUNCHERS[plan.launcher]
-        self._gathers = plan.launcher == "torchrun" and plan.place(size).nodes > 1
-        self._alive = 0.0
+        several = plan.launcher == "torchrun" and plan.place(size).nodes > 1
+        self._peers = follower.Peers(job.folder) if several else None
 
     def follow(self) -> str:
         """Watch until the gang has ended; if cases are left that no record explains, why.
@@ -184,8 +183,10 @@ class _Watch:
         try:
             while True:
                 self._catch_up()
-                self._give_sign()
                 codes = gang.codes()
+                if self._peers is not None and (lost := self._peers.lost()) is not None:
+                    gang.kill()
+                    return self._blame(self._ranks[0], "crash", f"machine {lost} has gone silent")
                 if self._has_failed(codes):
                     codes = gang.wait(PARTING_S)
                     gang.kill()
@@ -215,13 +216,6 @@ class _Watch:
                 (self.job.folder / follower.OVER).touch()
             gang.kill()
 
-    def _give_sign(self) -> None:
-        """Tell other machines that this one still watches."""
-        if self._gathers and time.monotonic() - self._alive > SIGN_S:
-            self._alive = time.monotonic()
-            with suppress(OSError):
-                (self.job.folder / follower.ALIVE).touch()
-
     @property
     def _current(self) -> Case | None:
         """The case that rank 0 is in and that has no record yet."""
@@ -231,7 +225,7 @@ class _Watch:
     def _start(self) -> Gang:
         try:
             path, place = self.job.save(), self.plan.place(self.size)
-            if self._gathers:
+            if self._peers is not None:
                 follower.gather(path, self.size, place, WORKER)
             return Gang(self._launcher.commands(path, self.size, place, module=WORKER))
         except OSError as error:

@@ -9,6 +9,7 @@ import ctypes
 import os
 import resource
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -70,6 +71,17 @@ def _wait_for_the_gate() -> None:
         time.sleep(0.05)
 
 
+def _cut_connections() -> None:
+    """As when a cable is pulled: every connection of this process ends."""
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            with socket.socket(fileno=os.dup(int(entry.name))) as one:
+                if one.family in (socket.AF_INET, socket.AF_INET6):
+                    one.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+
+
 def _fill_the_disk() -> None:
     """The run directory's, which the job file is in."""
     with open(Path(sys.argv[1]).parents[2] / "ballast", "ab", buffering=0) as ballast:
@@ -109,6 +121,7 @@ FAULTS: dict[str, Callable[[], Any]] = {
     "exit": lambda: os._exit(0),
     "late": _die_once_recorded,
     "gate": _wait_for_the_gate,
+    "cut": _cut_connections,
     "fill": _fill_the_disk,
 }
 

@@ -121,9 +121,10 @@ TOGETHER = {
     "raise": ("crash", "rank 1: RuntimeError: this is the root cause"),
     "stop": ("timeout", "no result after 5 s: rank 0 check, rank 1 check (stopped)"),
     "exit": ("crash", "rank 1 ended with exit code 0 in the middle of its work"),
+    "cut": ("crash", "rank "),
     "reference": ("ok", None),
 }
-UNDER_TORCHRUN = {name: TOGETHER[name] for name in ("kill", "raise", "reference")}
+UNDER_TORCHRUN = {name: TOGETHER[name] for name in ("kill", "raise", "cut", "reference")}
 
 
 def named(faults: dict[str, tuple[str, str | None]], rank: int) -> list[str]:

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import slurm_cluster
 from test_faults import cpbench, faulty, lines, start, survivors, sweep, until
+from test_nodes import CASE_IDS, SWEEP
+from test_resume import small_disk  # noqa: F401
 
 from cpbench.slurm import campaign, control
 from cpbench.slurm.states import FORGOTTEN, JobState
@@ -133,17 +135,25 @@ def test_a_sweep_survives_what_clusters_do(here: slurm_cluster.Cluster, tmp_path
     assert (out / "report.md").is_file()
 
 
-@pytest.mark.parametrize("ranks", ["torchrun", "mpiexec"])
-def test_other_ways_to_start_ranks(here: slurm_cluster.Cluster, tmp_path: Path, ranks: str) -> None:
-    file = sweep(tmp_path / "s.toml", {2: GOOD, 4: GOOD})
-    out, site = tmp_path / "run", profile(tmp_path, ranks=ranks, packing="one")
+@pytest.mark.parametrize("ranks", ["srun", "torchrun", "mpiexec"])
+def test_the_cases_of_every_other_launcher(
+    here: slurm_cluster.Cluster, tmp_path: Path, ranks: str
+) -> None:
+    """See test_nodes.py, whose sweep this is."""
+    file, out = tmp_path / "s.toml", tmp_path / "run"
+    file.write_text(SWEEP)
+    site = profile(tmp_path, ranks=ranks, packing="one")
     code, said = cpbench(
         "run", file, "--out", out, "--launcher", "slurm", "--profile", site, "--wait"
     )
     assert code == 0, said
-    found = read_run(out).records.values()
-    assert [record.status for record in found] == ["ok"] * 4
-    assert {r.ranks_per_node for r in found if r.case.world_size == 4} == {2}
+    found = read_run(out)
+    assert sorted(found.records) == CASE_IDS
+    for record in found.records.values():
+        assert record.status == "ok"
+        assert set(record.errors) == {"small"}
+        assert record.ranks_per_node == 2
+        assert record.bytes_sent == record.predicted_bytes
     assert len(campaign.submissions(out)) == 2  # one allocation for all, and the report
 
 
@@ -152,6 +162,7 @@ FAULTS = {
     "raise": ("crash", "rank 1: RuntimeError: this is the root cause"),
     "hang": ("timeout", "no result after 5 s: rank 0 "),
     "segfault": ("crash", "rank 1 was killed by SIGSEGV"),
+    "cut": ("crash", "rank "),
 }
 
 
@@ -271,3 +282,23 @@ def test_cancel_ends_the_jobs_and_keeps_the_records(
     assert [record.status for record in read_run(out).records.values()] == ["ok"]
     until(lambda: not survivors(out), 10)
     assert time.time() - max(path.stat().st_mtime for path in out.glob("slurm/*.log")) < 60
+
+
+def test_a_full_disk_ends_the_job_and_not_what_is_there(
+    here: slurm_cluster.Cluster,
+    tmp_path: Path,
+    small_disk: Path,  # noqa: F811
+) -> None:
+    names = ["reference", faulty("fill", 0)]
+    file = sweep(tmp_path / "s.toml", {2: names})
+    file.write_text(file.read_text().replace("_iterations = 1\n", "_iterations = 80\n"))
+    out, site = small_disk, profile(tmp_path)
+    words = ("run", file, "--out", out, "--launcher", "slurm", "--profile", site, "--wait")
+    _, said = cpbench(*words)
+    assert "results could not be written" in said
+    assert [record.status for record in read_run(out).records.values()] == ["ok"]
+    assert survivors(out) == []
+    (out / "ballast").unlink()
+    code, said = cpbench(*words, env={"CPBENCH_TEST_CALM": "1"})
+    assert code == 0, said
+    assert list(lines(out).values()) == [1, 1]
