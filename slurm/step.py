@@ -7,12 +7,14 @@ limit Slurm sends USR1: the case under way is given up, and the exit code says t
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -149,9 +151,15 @@ def _check_nodes(spec: Spec, profile: Profile, hosts: Sequence[str]) -> list[str
     if found:
         with Lines(spec.out / "slurm" / "bad_nodes.jsonl", sync=False) as lines:
             for node, why in found.items():
-                print(f"cpbench: node {node} is left out: {why}", file=sys.stderr, flush=True)
+                _say(f"node {node} is left out: {why}")
                 lines.append({"node": node, "why": why, "job": os.environ.get("SLURM_JOB_ID", "")})
     return list(found)
+
+
+def _say(text: str) -> None:
+    """To the job's log, if there is room."""
+    with suppress(OSError):
+        print(f"cpbench: {text}", file=sys.stderr, flush=True)
 
 
 def _time_up(limit_s: int) -> None:
@@ -181,17 +189,21 @@ def main(argv: list[str]) -> int:
         )  # fmt: skip
         largest = max(profile.nodes_of(case.world_size) for case in request.cases)
         if len(nodes.good) < largest or hosts[0] in bad:
-            print(f"cpbench: good nodes: {len(nodes.good)} of {len(hosts)}", file=sys.stderr)
+            _say(f"good nodes: {len(nodes.good)} of {len(hosts)}")
             return EXIT_NODES
         runs.work(request, runs.remaining(request), quiet=False)
     except TimeUp as stop:
-        print(f"cpbench: stopped before {stop}; the rest is left", file=sys.stderr)
+        _say(f"stopped before {stop}; the rest is left")
         return EXIT_TIME
     except StoreError as error:
-        print(f"cpbench: {error}", file=sys.stderr)
+        _say(str(error))
+        return EXIT_STORE
+    except OSError as error:  # the log may be the first to find its disk full
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
         return EXIT_STORE
     except LaunchError as error:
-        print(f"cpbench: {error}", file=sys.stderr)
+        _say(str(error))
         return EXIT_LAUNCH
     except KeyboardInterrupt:
         return 128 + signal.SIGTERM
@@ -207,4 +219,8 @@ def profile_table(profile: Profile) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)  # what a full disk has not taken must not change the code

@@ -295,7 +295,7 @@ def test_a_full_disk_ends_the_job_and_not_what_is_there(
     out, site = small_disk, profile(tmp_path)
     words = ("run", file, "--out", out, "--launcher", "slurm", "--profile", site, "--wait")
     _, said = cpbench(*words)
-    assert "results could not be written" in said
+    assert "results could not be written" in said, said
     assert [record.status for record in read_run(out).records.values()] == ["ok"]
     assert survivors(out) == []
     (out / "ballast").unlink()
