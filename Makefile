@@ -18,13 +18,19 @@ lint: $(VENV)/.installed
 types: $(VENV)/.installed
 	$(BIN)/mypy
 
-tests: $(VENV)/.installed
+tests: $(VENV)/.installed $(VENV)/mpich/bin/mpiexec
 	$(BIN)/pytest -n 2 --dist loadfile
 
 # The constraints hold pip to one torch: an open range may fetch several GB of CUDA libraries.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+# The other MPI, for the tests, out of the way of the first.
+$(VENV)/mpich/bin/mpiexec: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps \
+		--ignore-installed --prefix $(VENV)/mpich mpich
 	touch $@
 
 clean:
