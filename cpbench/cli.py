@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -202,6 +203,7 @@ def run_(
                 loaded.settings, launcher.value, transport, interleave, site
             ),
             retry=runs.statuses(retry),
+            since=time.time(),
             strict=strict,
             capacity=size(site.gpu_memory, "gpu_memory") if site and site.gpu_memory else None,
             place=cli_jobs.place(launcher.value, nodes, hosts, interface, cases),
@@ -210,7 +212,11 @@ def run_(
         if dry_run:
             return cli_jobs.show_scripts(request, site, as_json)
         code = cli_jobs.submit(request, site, wait, resubmit, as_json)
-        return code if code is not None else _told(request, as_json)
+        return (
+            code
+            if code is not None
+            else max(_told(request, as_json), bool(runs.remaining(request)))
+        )
     if dry_run:
         return runs.show_plan(request, as_json)
     return _execute(request, as_json)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -116,14 +117,15 @@ def submit(request: runs.Request, cases: Sequence[Case], profile: Profile) -> li
         SlurmError: when Slurm refuses one; those before it are on record.
         StoreError: when the run directory cannot be written.
     """
-    out, stamp = request.out.resolve(), time.strftime("%m%dT%H%M%S")
+    out = request.out.resolve()
+    stamp = f"{time.strftime('%m%dT%H%M%S')}-{secrets.token_hex(2)}"
     runs.note_down(request)
     planned = plan(request.name, cases, request.settings, profile, out, stamp)
     done: list[Submitted] = []
     for one in planned:
         spec = Spec(
             out, request.name, one.chunks, request.settings, profile_table(profile),
-            tuple(sorted(request.retry)), time.time(),
+            tuple(sorted(request.retry)), min(request.since, time.time()),
         )  # fmt: skip
         path = folder(out) / f"{one.batch.name}.json"
         _write(path, json.dumps(spec.to_json()))

@@ -10,8 +10,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -33,6 +33,7 @@ from cpbench.slurm.states import EXIT_NODES, EXIT_STORE, EXIT_TIME
 from cpbench.store import Lines, StoreError
 
 EXIT_LAUNCH = 70
+CLEAN_UP_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -208,8 +209,17 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGTERM
     finally:
-        shutil.rmtree(os.environ.get("CPBENCH_SCRATCH", "/nonexistent"), ignore_errors=True)
+        _clean_up()
     return 0
+
+
+def _clean_up() -> None:
+    """Remove this job's folder from every node."""
+    scratch = os.environ.get("CPBENCH_SCRATCH", "")
+    if Path(scratch).name.startswith("cpbench-"):
+        words = ("srun", "--ntasks-per-node=1", "--overlap", "--input=none", "rm", "-rf", scratch)
+        with suppress(OSError, subprocess.TimeoutExpired):
+            subprocess.run(words, capture_output=True, timeout=CLEAN_UP_S)
 
 
 def profile_table(profile: Profile) -> dict[str, Any]:

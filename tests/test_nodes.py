@@ -212,6 +212,33 @@ def test_ctrl_c_and_cancel_under_mpi(tmp_path: Path, helpers: list[subprocess.Po
     assert code == 0
 
 
+@pytest.mark.parametrize("launcher", ["torchrun", "mpi"])
+def test_a_launcher_that_is_killed(
+    tmp_path: Path, helpers: list[subprocess.Popen[str]], launcher: str
+) -> None:
+    if launcher == "mpi" and OPEN_MPI is None:
+        pytest.skip("needs Open MPI")
+    file, out = gated(tmp_path), tmp_path / "run"
+    process = start("run", file, "--out", out, "--launcher", launcher)
+    helpers.append(process)
+    until(lambda: at_the_gate(out), 60)
+    (starter,) = children(process.pid)
+    os.kill(starter, signal.SIGKILL)
+    _, said = process.communicate(timeout=90)
+    assert process.returncode == 1, said
+    found = read_run(out).records.values()
+    assert sorted(record.status for record in found) == ["crash", "ok", "ok"]
+    (crash,) = (record for record in found if record.status == "crash")
+    assert crash.reason
+    assert survivors(out) == []
+
+
+def children(pid: int) -> list[int]:
+    """Process ids of the children of a process."""
+    text = "".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children"))
+    return [int(word) for word in text.split()]
+
+
 def test_status_of_a_run_here(tmp_path: Path, helpers: list[subprocess.Popen[str]]) -> None:
     file, out = gated(tmp_path), tmp_path / "run"
     process = start("run", file, "--out", out)

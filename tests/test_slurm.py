@@ -246,6 +246,29 @@ def test_jobs_that_will_not_start_are_told_of(here: slurm_cluster.Cluster, tmp_p
     assert not here.tell("squeue", "-h", "-t", "pending")
 
 
+def test_a_job_that_is_preempted_goes_on_later(here: slurm_cluster.Cluster, tmp_path: Path) -> None:
+    file = sweep(tmp_path / "s.toml", {2: ["reference", faulty("gate")]})
+    file.write_text(file.read_text().replace("timeout_s = 5.0", "timeout_s = 300.0"))
+    out, site = tmp_path / "run", profile(tmp_path)
+    words = ("run", file, "--out", out, "--launcher", "slurm", "--profile", site)
+    code, said = cpbench(*words)
+    assert code == 0, said
+    job = submitted(out)[2]
+    until(lambda: waiting_at_the_gate(out, 2), 60)
+    scratch = Path(f"/tmp/cpbench-{job}")
+    urgent = ("sbatch", "--parsable", "-p", "urgent", f"-N{len(here.names)}", "--exclusive")
+    other = here.tell(*urgent, "--output=/dev/null", "--wrap=sleep 1")
+    until(lambda: here.state(other) == "COMPLETED", 60)
+    assert "Restarts=1" in here.tell("scontrol", "show", "job", job)
+    (out / "open").touch()
+    here.tell("scontrol", "update", f"jobid={job}", "StartTime=now")
+    code, said = cpbench(*words, "--wait")
+    assert code == 0, said
+    assert "1 were in jobs already" in said
+    assert list(lines(out).values()) == [1, 1]
+    assert not scratch.exists()
+
+
 def test_what_slurm_refuses_is_one_line(here: slurm_cluster.Cluster, tmp_path: Path) -> None:
     file = sweep(tmp_path / "s.toml", {1: ["reference"]})
     site = profile(tmp_path, partition="no_such_partition")
