@@ -23,7 +23,6 @@ from cpbench.options import (
     AnyLauncher,
     AnyLauncherName,
     AsJson,
-    Format,
     Kept,
     Kind,
     Launcher,
@@ -39,7 +38,6 @@ from cpbench.options import (
     run_directory,
     several,
     user_input,
-    write_text,
 )
 
 app = typer.Typer(
@@ -327,44 +325,6 @@ def verify(
         print_rows(rows, False)
         print(verification.conclusion(run, request))
     return code
-
-
-@app.command()
-def report(
-    run_dir: Annotated[
-        Path | None, typer.Argument(metavar="FOLDER", help="A run directory.")
-    ] = None,
-    form: Annotated[
-        Format, typer.Option("--format", help="table and md for people, csv and json for programs.")
-    ] = Format.table,
-    output: Annotated[
-        Path | None, file("-o", "--output", help="Write here instead of printing.")
-    ] = None,
-    columns: Annotated[
-        bool, typer.Option("--columns", help="Explain the columns of csv and json.")
-    ] = False,
-) -> None:
-    """Show who won where, every case, and what failed and why."""
-    from cpbench.reports import render
-    from cpbench.store import read_run
-
-    if columns:
-        print(render.columns(), end="")
-        return
-    if run_dir is None:
-        raise UserError("report needs a run directory, or --columns")
-    if not (run_dir / "records").is_dir():
-        raise UserError(f"{run_dir} is not a run directory: it has no records folder")
-    with user_input():
-        run = read_run(run_dir)
-    if not run.records:
-        raise UserError("; ".join([f"{run_dir} holds no finished case yet", *run.warnings[:1]]))
-    text = render.render(run, run_dir, form.value)
-    if output is None:
-        print(text, end="")
-    else:
-        with user_input():
-            write_text(output, text)
 
 
 def _execute(request: Any, as_json: bool) -> int:

@@ -124,18 +124,21 @@ def show_scripts(request: Request, profile: Profile, as_json: bool) -> int:
     """Print what would be submitted."""
     from cpbench import runs
     from cpbench.slurm import campaign, script
+    from cpbench.slurm.profile import seconds
 
     todo, out = runs.remaining(request), request.out.resolve()
     costs = runs.estimator(request)
     made: list[dict[str, Any]] = []
     unit = "gpu_hours" if request.device == "cuda" else "rank_hours"
     for one in campaign.plan(request.name, todo, request.settings, profile, out, "STAMP"):
+        wall = max(sum(map(costs.seconds, chunk)) for chunk in one.chunks) / 3600
         hours = sum(costs.seconds(case) * case.world_size for case in one.cases) / 3600
         text = script.render(one.batch, profile, out, tuple(campaign.bad_nodes(out)))
         made.append(
             {
                 "job": one.batch.name, "ranks": one.batch.ranks, "nodes": one.batch.nodes,
-                "tasks": one.batch.tasks or 1, "cases": len(one.cases), unit: hours, "script": text,
+                "tasks": one.batch.tasks or 1, "cases": len(one.cases), "hours": wall,
+                "limit_hours": seconds(profile.time) / 3600, unit: hours, "script": text,
             }
         )  # fmt: skip
     last = campaign.collector(request.name, out, "STAMP")
@@ -149,8 +152,13 @@ def show_scripts(request: Request, profile: Profile, as_json: bool) -> int:
     for name, text in scripts.items():
         print(f"# ==> {out}/slurm/{name}.sbatch\n{text}")
     rows = [{k: v for k, v in one.items() if k != "script"} for one in made]
-    print_rows([{**row, unit: f"{row[unit]:.2f}"} for row in rows], False)
-    print(f"\n{len(todo)} of {len(request.cases)} cases; {costs.words(todo)}")
+    figures = ("hours", "limit_hours", unit)
+    print_rows([{**row, **{key: f"{row[key]:.2f}" for key in figures}} for row in rows], False)
+    total = sum(row[unit] for row in rows)
+    print(f"\n{len(todo)} of {len(request.cases)} cases, about {total:.2f} {unit}; "
+          f"{costs.words(todo)}")  # fmt: skip
+    if any(row["hours"] > row["limit_hours"] for row in rows):
+        print("jobs of more hours than their limit stop there; the same command goes on with them")
     return 0
 
 
@@ -206,7 +214,7 @@ def submit(
 
 @jobs.command()
 def status(run_dir: RunFolder, as_json: AsJson = False) -> None:
-    """Show how far a run is: cases, jobs and why they wait, what is at work."""
+    """Show how far a run is, and what its jobs wait for."""
     from cpbench import progress
     from cpbench.slurm import control
 
@@ -223,7 +231,10 @@ def status(run_dir: RunFolder, as_json: AsJson = False) -> None:
 
 @jobs.command()
 def cancel(run_dir: RunFolder) -> None:
-    """End a run: its Slurm jobs, or the process that works on it here; records are kept."""
+    """End a run: its jobs, or its processes here.
+
+    What is recorded is kept.
+    """
     from cpbench import presence
     from cpbench.slurm import campaign, control
 
@@ -268,9 +279,10 @@ def join(
         typer.Option(metavar="SECONDS", min=1, help="Leave after so long without anything to do."),
     ] = 600.0,
 ) -> int:
-    """Lend this machine to a run on several (run --launcher torchrun --nodes N), until its end.
+    """Lend this machine to a run on several machines.
 
-    Start it on every other machine; the run directory must be on a shared file system.
+    Those are started with: cpbench run SWEEP --launcher torchrun --nodes N. Join on every other
+    machine, with the same run directory on a shared file system; it leaves with the run.
     """
     from cpbench.launchers import follower
 
