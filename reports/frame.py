@@ -60,6 +60,8 @@ COLUMNS = {
     "across_mb": "largest over ranks of the bytes sent to other nodes",
     "messages": "largest over ranks of the messages sent",
     "largest_message_mb": "largest of any rank",
+    "power_w": "median power of a rank's GPU while it was timed, mean over ranks",
+    "held_down_by": "what held GPU clocks down meanwhile, of any rank",
     "worst_error": "largest relative L2 error of any tensor against float64",
     "flags": "caveats",
     "started": "seconds since the epoch",
@@ -84,6 +86,7 @@ TEXTS = (
     "placement",
     "content",
     "machine",
+    "held_down_by",
     "flags",
     "environment",
     "writer",
@@ -142,6 +145,10 @@ def _row(record: Record, environments: Mapping[str, dict[str, Any]]) -> dict[str
     ):
         row[key] = getattr(case, key)
     row["placement"] = case.placement or None
+    watts = [told["power_w"]["median"] for told in record.telemetry if "power_w" in told]
+    row["power_w"] = statistics.mean(watts) if watts else None
+    reasons = {reason for told in record.telemetry for reason in told.get("held_down_by", ())}
+    row["held_down_by"] = ", ".join(sorted(reasons)) or None
     for key in ("started", "seconds", "environment", "writer", "log"):
         row[key] = getattr(record, key)
     environment = environments.get(record.environment or "", {})

@@ -167,3 +167,20 @@ def test_summaries_of_nothing_and_names_of_bits() -> None:
     assert "missing" in summary([])
     assert reasons(0) == []
     assert reasons(0x8 | 0x80) == ["hardware slowdown", "power brake"]
+
+
+def test_reports_have_power_and_what_held_clocks_down() -> None:
+    from cpbench.problem import Case
+    from cpbench.record import Record
+    from cpbench.reports.frame import frame
+
+    told = [
+        {"power_w": {"median": 300.0}, "held_down_by": ["power cap"]},
+        {"power_w": {"median": 500.0}, "held_down_by": []},
+    ]
+    table = frame(
+        [Record(case=Case(), status="ok", telemetry=told), Record(case=Case(), status="ok")]
+    )
+    assert table["power_w"].tolist()[0] == 400.0
+    assert table["held_down_by"].tolist() == ["power cap", None]
+    assert table["power_w"].isna().tolist() == [False, True]
