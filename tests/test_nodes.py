@@ -108,7 +108,7 @@ FAULTS = {
     "raise": ("crash", "rank 1: RuntimeError: this is the root cause"),
     "hang": ("timeout", "no result after 5 s: rank 0 "),
     "segfault": ("crash", "rank 1 was killed by SIGSEGV"),
-    "cut": ("crash", "rank "),
+    "cut": ("crash", ""),  # from mpiexec too, so that it may be the one to complain
 }
 
 
