@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -178,7 +179,7 @@ def submit(
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    out, count = request.out, len(request.cases)
+    out, count, named = request.out, len(request.cases), shlex.quote(str(request.out))
     try:
         todo = runs.remaining(request)
         states = campaign.Board(out).look()
@@ -192,7 +193,7 @@ def submit(
         kept = f"{count - len(todo)} of {count} cases are recorded in {out}"
         say(f"{kept}, {under_way} were in jobs already")
         if not wait:
-            say(f"follow with: cpbench status {out}; end with: cpbench cancel {out}")
+            say(f"follow with: cpbench status {named}; end with: cpbench cancel {named}")
             if as_json:
                 print(json.dumps({"jobs": [one.job for one in made], "out": str(out)}))
             return 0
@@ -203,12 +204,12 @@ def submit(
         say(f"cpbench: {error}")
         return 1
     except KeyboardInterrupt:
-        say(f"cpbench: the jobs go on; cpbench status {out}, cpbench cancel {out}")
+        say(f"cpbench: the jobs go on; cpbench status {named}, cpbench cancel {named}")
         return 130
     left = len(runs.remaining(request))
     if left:
-        say(f"cpbench: {left} of {count} cases have no result; cpbench status {out} says why, and "
-            "the same command goes on with them")  # fmt: skip
+        say(f"cpbench: {left} of {count} cases have no result; cpbench status {named} says why, "
+            "and the same command goes on with them")  # fmt: skip
     return None
 
 
@@ -216,13 +217,9 @@ def submit(
 def status(run_dir: RunFolder, as_json: AsJson = False) -> None:
     """Show how far a run is, and what its jobs wait for."""
     from cpbench import progress
-    from cpbench.slurm import control
 
     with user_input():
-        try:
-            found = progress.of(run_dir)
-        except control.SlurmError as error:
-            raise ValueError(str(error)) from None
+        found = progress.of(run_dir)
     if as_json:
         print(json.dumps(found, indent=1))
     else:

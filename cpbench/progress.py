@@ -14,6 +14,7 @@ from cpbench.launchers.autopsy import Rank
 from cpbench.options import print_rows
 from cpbench.problem import Case
 from cpbench.slurm import campaign
+from cpbench.slurm.control import SlurmError
 from cpbench.store import read_run
 
 FRESH_S = 24 * 3600.0  # a journal that has been silent for longer tells of nothing under way
@@ -24,7 +25,6 @@ def of(out: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: when there is no run.
-        SlurmError: when its jobs cannot be asked for.
     """
     try:
         asked = json.loads((out / "sweep.json").read_text())
@@ -37,7 +37,12 @@ def of(out: Path) -> dict[str, Any]:
     jobs: list[dict[str, Any]] = []
     states = {}
     if campaign.submissions(out):
-        states = campaign.Board(out).look()
+        board = campaign.Board(out)
+        try:
+            states = board.look()
+        except SlurmError as error:  # what is known without asking is worth telling
+            run.warnings.append(f"jobs are as last seen: {error}")
+            states = board.ends
         jobs = campaign.table(out, states, set(records))
     alive = any(who.alive is not False for who in there) or any(s.alive for s in states.values())
     return {
@@ -89,7 +94,8 @@ def show(found: dict[str, Any]) -> None:
         print(f"process {who['pid']} on {who['host']} {state[who['alive']]}")
     for one in found["under_way"]:
         print(f"under way for {one['seconds']:.0f} s ({one['phase']}): {one['case']}")
-    if not found["alive"] and found["recorded"] < found["cases"]:
+    unknown = any(not job["state"] for job in found["jobs"])
+    if not found["alive"] and not unknown and found["recorded"] < found["cases"]:
         print("nothing is at work; the command that began this goes on from here")
     for warning in found["warnings"]:
         print(f"warning: {warning}")

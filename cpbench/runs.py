@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import secrets
+import shlex
 import sys
 import time
 from collections import Counter
@@ -146,6 +147,12 @@ def execute(request: Request, quiet: bool = False) -> int:
             f"{kept} of {len(request.cases)} cases are recorded in {request.out} already",
             file=sys.stderr,
         )
+    others = request.place(todo[0].world_size).nodes - 1 if todo else 0
+    if others and request.launcher == "torchrun" and not quiet:
+        print(
+            f"other machines that are to join: {others}; on each: "
+            f"cpbench join {shlex.quote(str(request.out))}", file=sys.stderr,
+        )  # fmt: skip
     with presence.here(request.out, [case.id for case in todo]) if todo else nullcontext():
         work(request, todo, quiet)
     return exit_code(request)
@@ -268,8 +275,8 @@ def show_plan(request: Request, as_json: bool) -> int:
     for gang in gangs:
         print(f"\n{gang['cases']} cases on {gang['world_size']} ranks:")
         for command in gang["commands"]:
-            env = " ".join(f"{key}={value}" for key, value in command["env"].items())
-            print(f"  {env} {' '.join(command['argv'])}")
+            env = " ".join(f"{key}={shlex.quote(value)}" for key, value in command["env"].items())
+            print(f"  {env} {shlex.join(command['argv'])}")
     print(f"\n{len(todo)} of {len(request.cases)} cases to run into {request.out}")
     known = estimator(request)
     hours = sum(known.seconds(case) for case in todo) / 3600

@@ -185,11 +185,11 @@ class Board:
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self._ends: dict[str, JobState] = {}
+        self.ends: dict[str, JobState] = {}
         self._path = folder(out) / "ends.jsonl"
         for table in Tail(self._path).read():
             with suppress(TypeError):
-                self._ends[table["job"]] = JobState(**table)
+                self.ends[table["job"]] = JobState(**table)
 
     def look(self) -> dict[str, JobState]:
         """By id of the job or of the array's task.
@@ -203,14 +203,14 @@ class Board:
         for key, state in fresh.items():
             if not state.alive:
                 self._keep(key, state)
-        return {**self._ends, **fresh}
+        return {**self.ends, **fresh}
 
     def _is_over(self, job: str) -> bool:
         """Whether nothing of a job can live: it has ended, or every task of its array has."""
-        if job in self._ends:
+        if job in self.ends:
             return True
         tasks = next(one for one in submissions(self.out) if one.job == job)
-        ended = [key for key in self._ends if key.startswith(f"{job}_")]
+        ended = [key for key in self.ends if key.startswith(f"{job}_")]
         return bool(ended) and len(ended) >= self._tasks(tasks)
 
     def _tasks(self, one: Submitted) -> int:
@@ -219,7 +219,7 @@ class Board:
         return 1
 
     def _keep(self, key: str, state: JobState) -> None:
-        self._ends[key] = state
+        self.ends[key] = state
         with suppress(StoreError), Lines(self._path, sync=False) as lines:
             lines.append(vars(state))
 
@@ -267,7 +267,7 @@ def table(out: Path, states: dict[str, JobState], recorded: set[str]) -> list[di
                 "state": state.state if state else "",
                 "nodes": state.nodes if state else "",
                 "time": "/".join(filter(None, (state.elapsed, state.limit))) if state else "",
-                "": state.words if state else "",
+                "meaning": state.words if state else "",
             }
         )
     return rows
