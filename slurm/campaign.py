@@ -6,6 +6,7 @@ records.  A case is in one living job at most.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import secrets
@@ -78,9 +79,7 @@ def plan(
         job = f"{title}-{'all' if profile.packing == 'one' else f'p{size}'}-{stamp}"
         chunks = [list(group)]
         if profile.packing == "array":
-            chunks = [
-                list(group[i : i + profile.chunk]) for i in range(0, len(group), profile.chunk)
-            ]
+            chunks = _chunks(group, profile.chunk, together=settings.interleave > 1)
         nodes = max(profile.nodes_of(case.world_size) for case in group) + profile.spare_nodes
         command = script.step_command(folder(out) / f"{job}.json")
         tasks = len(chunks) if profile.packing == "array" else 0
@@ -94,6 +93,19 @@ def plan(
             )
         )  # fmt: skip
     return made
+
+
+def _chunks(cases: Sequence[Case], most: int, together: bool) -> list[list[Case]]:
+    """Cases for the tasks of an array, ``most`` each; those that are measured in turn stay
+    together, so that some have more."""
+    if not together:
+        return [list(cases[i : i + most]) for i in range(0, len(cases), most)]
+    chunks: list[list[Case]] = []
+    for _, group in itertools.groupby(cases, lambda case: case.problem_key):
+        if not chunks or len(chunks[-1]) >= most:
+            chunks.append([])
+        chunks[-1] += group
+    return chunks
 
 
 def _packed(cases: Sequence[Case], profile: Profile) -> list[list[Case]]:

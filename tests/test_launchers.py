@@ -391,3 +391,16 @@ def test_names_of_arrays_belong_to_their_job() -> None:
 
     pairs = itertools.product(("12", "12_3", "123", "123_12"), ("12",))
     assert [_belongs(*pair) for pair in pairs] == [True, True, False, False]
+
+
+def test_arrays_keep_together_what_is_measured_in_turn() -> None:
+    cases = [
+        Case.from_json({**Case().to_json(), "seq_len": 64 * n, "operator": name})
+        for n in (1, 2, 3)
+        for name in ("bands", "reference", "flex")
+    ]
+    site = from_table({"packing": "array", "chunk": 2})
+    for turns, sizes in ((1, [2, 2, 2, 2, 1]), (3, [3, 3, 3])):
+        made = campaign.plan("x", cases, MeasureSettings(interleave=turns), site, Path("/o"), "T")
+        assert [len(chunk) for chunk in made[0].chunks] == sizes
+    assert all(len({case.seq_len for case in chunk}) == 1 for chunk in made[0].chunks)

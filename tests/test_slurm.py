@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import slurm_cluster
 from test_faults import cpbench, faulty, lines, start, survivors, sweep, until
-from test_nodes import CASE_IDS, SWEEP
+from test_nodes import CASE_IDS, MPICH, SWEEP, needs_mpich
 from test_resume import small_disk  # noqa: F401
 
 from cpbench.slurm import campaign, control
@@ -135,14 +135,22 @@ def test_a_sweep_survives_what_clusters_do(here: slurm_cluster.Cluster, tmp_path
     assert (out / "report.md").is_file()
 
 
-@pytest.mark.parametrize("ranks", ["srun", "torchrun", "mpiexec"])
+@pytest.mark.parametrize(
+    "ranks", ["srun", "torchrun", "mpiexec", pytest.param("mpi", marks=needs_mpich)]
+)
 def test_the_cases_of_every_other_launcher(
     here: slurm_cluster.Cluster, tmp_path: Path, ranks: str
 ) -> None:
     """See test_nodes.py, whose sweep this is."""
     file, out = tmp_path / "s.toml", tmp_path / "run"
     file.write_text(SWEEP)
-    site = profile(tmp_path, ranks=ranks, packing="one")
+    more: dict[str, object] = {}
+    if ranks == "mpi":
+        more = {"srun": ["--mpi=pmi2"]}
+    site = profile(tmp_path, ranks=ranks, packing="one", **more)
+    if ranks == "mpi":
+        library = MPICH.parent.parent / "lib" / "libmpi.so.12"
+        site.write_text(f"{site.read_text()}[environment]\nMPI4PY_LIBMPI = {str(library)!r}\n")
     code, said = cpbench(
         "run", file, "--out", out, "--launcher", "slurm", "--profile", site, "--wait"
     )
