@@ -128,14 +128,20 @@ def caveats(timed: pd.DataFrame, marks: dict[str, str]) -> list[str]:
 def origins(run: Run, out: Path) -> list[str]:
     """Warnings, environments and where the files are."""
     lines = [f"Warning: {warning}" for warning in run.warnings]
+    alike: dict[str, list[str]] = {}  # gangs differ in what changes by the minute
     for environment in run.environments.values():
         device = environment.get("device", {})
         packages = environment.get("packages", {})
-        lines.append(
-            f"Environment {environment['id']}: {environment.get('host')}, "
+        hosts = {str(rank.get("host")) for rank in environment.get("ranks", [])}
+        text = (
+            f"{', '.join(sorted(hosts)) or environment.get('host')}; "
             f"{device.get('name') or environment.get('processor')}, {environment.get('cores')} "
             f"cores, torch {packages.get('torch')}, cpbench {environment.get('commit') or ''}"
         )
+        alike.setdefault(text, []).append(environment["id"])
+    for text, ids in alike.items():
+        more = f" and {len(ids) - 1} more" if len(ids) > 1 else ""
+        lines.append(f"Environment {ids[0]}{more}: {text}")
     lines.append(f"Records: {out}/records, one JSON a line; columns: cpbench report --columns")
     return lines
 
