@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -68,6 +69,11 @@ def missing() -> str:
     """What keeps a cluster from being started here; empty when nothing does."""
     if os.geteuid() != 0:
         return "a Slurm cluster of tests needs root"
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            os.mknod(f"{folder}/gpu", 0o20666, os.makedev(1, 3))
+        except OSError as error:
+            return f"stand-ins for GPUs need device files: {error.strerror}"
     for tool in TOOLS:
         if shutil.which(tool, path=PATH) is None:
             return f"no {tool}: apt-get install slurmctld slurmd slurm-client munge"
