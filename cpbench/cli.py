@@ -217,6 +217,8 @@ def run_(
         )
     if dry_run:
         return runs.show_plan(request, as_json)
+    with user_input():
+        cli_jobs.refuse_living(request)
     return _execute(request, as_json)
 
 

@@ -182,10 +182,10 @@ def submit(
     out, count, named = request.out, len(request.cases), shlex.quote(str(request.out))
     try:
         todo = runs.remaining(request)
-        states = campaign.Board(out).look()
-        busy = campaign.living_cases(out, states)
-        fresh = runs.feasible(request, [case for case in todo if case.id not in busy])
-        made = campaign.submit(request, fresh, profile) if fresh else []
+        with campaign.locked(out):
+            busy = campaign.living_cases(out, campaign.Board(out).look())
+            fresh = runs.feasible(request, [case for case in todo if case.id not in busy])
+            made = campaign.submit(request, fresh, profile) if fresh else []
         for one in made:
             on = f"ranks: {one.ranks}, nodes: {one.nodes}, cases: {len(one.cases)}"
             say(f"job {one.job}: {one.name}; {on}")
@@ -211,6 +211,27 @@ def submit(
         say(f"cpbench: {left} of {count} cases have no result; cpbench status {named} says why, "
             "and the same command goes on with them")  # fmt: skip
     return None
+
+
+def refuse_living(request: Request) -> None:
+    """Raise ``ValueError`` where a job of Slurm's is going to do some of the same cases."""
+    from cpbench import runs
+    from cpbench.slurm import campaign, control
+
+    if not campaign.submissions(request.out):
+        return
+    try:
+        living = campaign.living_cases(request.out, campaign.Board(request.out).look())
+    except control.SlurmError as error:
+        raise ValueError(
+            f"whether jobs are at work on {request.out} is not known: {error}"
+        ) from None
+    both = [case for case in runs.remaining(request) if case.id in living]
+    if both:
+        raise ValueError(
+            f"{len(both)} of these cases are in jobs; wait for them, or: cpbench cancel "
+            f"{shlex.quote(str(request.out))}"
+        )
 
 
 @jobs.command()

@@ -97,7 +97,7 @@ def follow(out: Path, interface: str, patience_s: float) -> int:
             served.add(folder.name)
             _serve(folder, interface, sign)
             idle = time.monotonic()
-        if served and not any((out / presence.FOLDER).glob("*.json")):
+        if served and all(who.alive is False for who in presence.at_work(out)):
             return 0
         time.sleep(POLL_S)
     print(f"cpbench: nothing to do in {out} for {patience_s:g} s", file=sys.stderr)

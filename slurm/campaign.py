@@ -6,13 +6,14 @@ records.  A case is in one living job at most.
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
 import re
 import secrets
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -236,24 +237,47 @@ class Board:
             lines.append(vars(state))
 
 
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Held from looking at what lives until the rest is submitted, so that two shells at once do
+    not submit the same.
+
+    Raises:
+        StoreError: when the run directory cannot be written.
+    """
+    try:
+        folder(out).mkdir(parents=True, exist_ok=True)
+        file = open(folder(out) / "lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise StoreError(f"cannot write results to {out}: {error.strerror}") from error
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def of_tasks(one: Submitted, states: dict[str, JobState]) -> list[JobState]:
+    """The states of a job, or of each task of its array."""
+    return [s for key, s in states.items() if key == one.job or key.startswith(f"{one.job}_")]
+
+
 def living_cases(out: Path, states: dict[str, JobState]) -> set[str]:
-    """Cases that a job which has not ended is going to do."""
+    """Cases that a job which has not ended may do: held ones too, since they may be released."""
     found: set[str] = set()
     for one in submissions(out):
-        mine = [s for key, s in states.items() if key == one.job or key.startswith(f"{one.job}_")]
-        if any(state.alive and not state.stuck for state in mine):
+        if any(state.alive for state in of_tasks(one, states)):
             found.update(one.cases)
     return found
 
 
 def of_job(one: Submitted, states: dict[str, JobState]) -> JobState | None:
-    """A job in one state: the task that is least far, of an array."""
-    mine = [s for key, s in states.items() if key == one.job or key.startswith(f"{one.job}_")]
+    """A job in one state: of an array, a task that runs, else one that lives, else a bad end."""
+    mine = of_tasks(one, states)
     if not mine:
         return None
     alive = [state for state in mine if state.alive]
     running = [state for state in alive if state.state == "RUNNING"]
-    chosen = (running or alive or mine)[0]
+    worst = [state for state in mine if state.state != "COMPLETED"]
+    chosen = (running or alive or worst or mine)[0]
     return replace(chosen, job=one.job) if len(mine) > 1 else chosen
 
 

@@ -91,7 +91,7 @@ class Follower:
             one
             for one in campaign.submissions(self.request.out)
             if mine & set(one.cases)
-            and any(s.may_go_on for s in (campaign.of_job(one, states),) if s is not None)
+            and any(state.may_go_on for state in campaign.of_tasks(one, states))
         ]
         if todo and stopped and self.resubmit:
             self.resubmit -= 1

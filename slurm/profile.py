@@ -22,6 +22,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import tomllib
 from collections.abc import Mapping
@@ -145,6 +146,15 @@ class Profile:
             raise ValueError("container: kind and image go together")
         if self.device == "cuda" and not self.gpus_per_node:
             raise ValueError('device = "cuda" needs gpus_per_node, how many GPUs a node has')
+        for name in ("chunk", "cpus_per_rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be 1 or more")
+        if not self.poll_s < math.inf:  # nan too
+            raise ValueError(f"poll_s = {self.poll_s} must be a number of seconds")
+        if not self.scratch.startswith("/"):
+            raise ValueError(f"scratch = {self.scratch!r} must be an absolute path")
+        if not all(isinstance(x, tuple) for x in (self.container.mounts, self.container.options)):
+            raise ValueError("container: mounts and options are lists of strings")
         limit = seconds(self.time)
         if self.signal_s >= limit:
             raise ValueError(f"signal_s = {self.signal_s} must be less than time = {self.time!r}")

@@ -17,6 +17,7 @@ EXTERNAL = {"TIMEOUT", "DEADLINE", "PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "REVOK
 # Reasons for waiting that waiting does not cure.
 STUCK = {
     "DependencyNeverSatisfied", "BadConstraints", "PartitionNodeLimit", "PartitionTimeLimit",
+    "PartitionConfig",
     "AccountNotAllowed", "InvalidAccount", "InvalidQOS", "QOSNotAllowed", "JobHeldUser",
     "JobHeldAdmin", "JobHoldMaxRequeue", "AssocMaxWallDurationPerJobLimit",
     "QOSMaxWallDurationPerJobLimit", "QOSMaxNodePerJobLimit", "AssocMaxNodePerJobLimit",

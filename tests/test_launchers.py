@@ -223,7 +223,7 @@ printable = st.text(st.characters(blacklist_categories=("Cc", "Cs")), min_size=1
 def test_no_value_escapes_its_place(value: str, name: str) -> None:
     site = from_table(
         {
-            "ranks_per_node": 1, "partition": value, "constraint": value, "scratch": value,
+            "ranks_per_node": 1, "partition": value, "constraint": value, "scratch": f"/{value}",
             "modules": [value], "environment": {"ODD": value}, "sbatch": [f"--comment={value}"],
         }
     )  # fmt: skip
@@ -283,6 +283,9 @@ def test_a_gang_takes_good_nodes_only() -> None:
         ({"gpus_per_node": -1}, "gpus_per_node = -1 must be 0 or more"),
         ({"gpu_memory": "much"}, "gpu_memory = 'much' is no size"),
         ({"modules": [3]}, "modules: 3 is not a string"),
+        ({"chunk": 0}, "chunk = 0 must be 1 or more"),
+        ({"scratch": "here"}, "scratch = 'here' must be an absolute path"),
+        ({"container": {"kind": "pyxis", "image": "x", "mounts": "a:b"}}, "are lists of strings"),
     ],
 )
 def test_bad_profiles_are_one_line(tmp_path: Path, table: dict[str, Any], said: str) -> None:

@@ -275,6 +275,21 @@ def test_a_job_that_is_preempted_goes_on_later(here: slurm_cluster.Cluster, tmp_
     assert not scratch.exists()
 
 
+def test_two_shells_at_once_submit_every_case_once(
+    here: slurm_cluster.Cluster, tmp_path: Path
+) -> None:
+    """Held jobs count as living, and a run here leaves the cases of jobs alone."""
+    file = sweep(tmp_path / "s.toml", {1: ["reference"]})
+    out, site = tmp_path / "run", profile(tmp_path, sbatch=["--hold"])
+    words = ("run", file, "--out", out, "--launcher", "slurm", "--profile", site)
+    both = [start(*words), start(*words)]
+    assert [process.wait(60) for process in both] == [0, 0]
+    assert len([one for one in campaign.submissions(out) if one.ranks]) == 1
+    code, said = cpbench("run", file, "--out", out)
+    assert code == 2
+    assert "1 of these cases are in jobs; wait for them, or: cpbench cancel" in said
+
+
 def test_what_slurm_refuses_is_one_line(here: slurm_cluster.Cluster, tmp_path: Path) -> None:
     file = sweep(tmp_path / "s.toml", {1: ["reference"]})
     site = profile(tmp_path, partition="no_such_partition")
