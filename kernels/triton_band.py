@@ -30,7 +30,7 @@ OPERATORS = (
         requires=("torch", "triton"),
         interpreted_on=("cpu",),
         params=("block_q", "block_k", "num_warps", "num_stages", "descriptors", "parts"),
-        compiles="cpbench.kernels.triton_launch:launches",
+        compiles="cpbench.kernels.triton_ahead:launches",
     ),
 )
 

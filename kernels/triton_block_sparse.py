@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from cpbench.head_masks import HeadMasks
-from cpbench.kernels import triton_launch
+from cpbench.kernels import triton_ahead, triton_launch
 from cpbench.kernels.triton_configs import Config
 from cpbench.kernels.triton_launch import Pass, Plan, Tuning
 from cpbench.kernels.triton_plan import visits
@@ -258,5 +258,5 @@ def _told(x: torch.Tensor) -> str:
 
 
 def launches(target: str, dtype: str, head_dim: int, **config: int) -> list[Launch]:
-    """See :func:`triton_launch.launches`."""
-    return triton_launch.launches(target, dtype, head_dim, True, False, **config)
+    """See :func:`triton_ahead.launches`."""
+    return triton_ahead.launches(target, dtype, head_dim, True, False, **config)

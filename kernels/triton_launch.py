@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 from cpbench.environment import interpreting
 from cpbench.kernels import triton_configs, triton_interpreter
 from cpbench.kernels.triton_configs import Config, lanes
-from cpbench.kernels.triton_plan import Lists, Visits, grouped_order, listed, visits
-from cpbench.launch import Launch
+from cpbench.kernels.triton_plan import Visits, grouped_order, listed, visits
 from cpbench.mask import AttnMask
 from cpbench.problem import DTYPE_BYTES
 
@@ -177,7 +176,7 @@ def _on_device(found: Visits, order: Any, config: Config, per_head: bool, device
     return Pass(config, tensors, num_items, splits, found.slots, per_head, per_head)
 
 
-def _kernels() -> tuple[Any, Any]:
+def kernels() -> tuple[Any, Any]:
     """The device code of the forward and the backward pass, imported when first needed."""
     if interpreting():
         triton_interpreter.mend()
@@ -195,7 +194,7 @@ def _shape(x: torch.Tensor, config: Config) -> dict[str, int]:
     return {"M": config.rows, "D": lanes(x.shape[3]), "LANES": x.shape[3]}
 
 
-def _precision(float32: bool, cuda: bool) -> str:
+def precision(float32: bool, cuda: bool) -> str:
     """Of products of float32: three products of 10-bit mantissas, on NVIDIA's matrix units."""
     return "tf32x3" if float32 and cuda else "ieee"
 
@@ -203,7 +202,7 @@ def _precision(float32: bool, cuda: bool) -> str:
 def _precision_of(q: torch.Tensor) -> str:
     import torch
 
-    return _precision(q.dtype == torch.float32, not torch.version.hip)
+    return precision(q.dtype == torch.float32, not torch.version.hip)
 
 
 def _descriptors(config: Config, *of: torch.Tensor) -> bool:
@@ -266,7 +265,7 @@ def _forward(
     (B, S, H, D), T, G = q.shape, k.shape[1], k.shape[2]
     out = q.new_empty((B, S, H, D))
     lse = q.new_empty((B, H, S), dtype=torch.float32)
-    here, config, on = plan.forward, plan.forward.config, _kernels()[0]
+    here, config, on = plan.forward, plan.forward.config, kernels()[0]
     part = q.new_empty((here.slots, B * H, config.rows, D), dtype=torch.float32)
     part_lse = part.new_empty(part.shape[:3])
     on.forward[(here.num_items * B * H,)](
@@ -316,7 +315,7 @@ def _backward(
     (B, S, H, D), T, G = q.shape, k.shape[1], k.shape[2]
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     delta, lse2 = (q.new_empty((B, H, S), dtype=torch.float32) for _ in range(2))
-    on = _kernels()[1]
+    on = kernels()[1]
     on.row_terms[(-(-S // TERM_ROWS) * B * H,)](
         out, dout, lse.contiguous(), delta, lse2, *_strides(out, dout), B * H, H, S,
         M=TERM_ROWS, D=lanes(D), LANES=D,
@@ -349,68 +348,3 @@ def _backward(
 
 TERM_ROWS = 32
 MERGED_ROWS = 16  # of a split row's parts, by one program
-
-
-# --- ahead of time ------------------------------------------------------------------------------
-
-_TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-_OF_FLOAT32 = ("Lse", "Lse2", "Delta", "Part", "PartLse")
-_LISTS = Lists._fields
-
-
-def launches(
-    target: str,
-    dtype: str,
-    head_dim: int,
-    per_head: bool = False,
-    split: bool = False,
-    **config: int,
-) -> list[Launch]:
-    """What a forward and a backward pass launch, with four query heads to a key/value head.
-
-    Args:
-        per_head: with lists for each head.
-        split: with split rows.
-        config: fields of a :class:`Config` in place of the table's, for every kernel.
-    """
-    wanted = {
-        name: Config(**{**vars(chosen), **config})
-        for name, chosen in triton_configs.choose(
-            target, head_dim, DTYPE_BYTES[dtype], per_head
-        ).items()
-    }
-    if not per_head:  # those that only read and write, alike for both kinds of lists
-        forward, dq = wanted["forward"].rows, wanted["backward_dq"].rows
-        for name, rows in (("row_terms", TERM_ROWS), ("merge_parts", forward), ("add_parts", dq)):
-            wanted[name] = Config(rows, MERGED_ROWS, 4, 1)
-    found = []
-    for name, used in wanted.items():
-        on = next(module for module in _kernels() if hasattr(module, name))
-        arguments = getattr(on, name).arg_names
-        precise = _precision(dtype == "float32", target.startswith("cuda"))
-        everything: dict[str, Any] = {
-            "GROUP": 4, "PER_HEAD": per_head, "LISTED": per_head, "M": used.rows, "N": used.cols,
-            "D": lanes(head_dim), "LANES": head_dim, "PRECISION": precise, "ROWS": MERGED_ROWS,
-            "DESCRIPTORS": bool(used.descriptors), "STAGES": used.num_stages, "SPLIT": split,
-        }  # fmt: skip
-        constants = {key: value for key, value in everything.items() if key in arguments}
-        types = {}
-        for argument in arguments:
-            if argument in constants:
-                continue
-            if argument in (*_LISTS, "splits"):
-                types[argument] = "*i32"
-            elif argument[0].isupper():
-                types[argument] = f"*{'fp32' if argument in _OF_FLOAT32 else _TYPES[dtype]}"
-            else:
-                types[argument] = "fp32" if argument == "scale" else "i32"
-        strides = [x for x in types if x[-2:] in ("_b", "_s", "_h")]
-        pointers = [x for x, kind in types.items() if kind.startswith("*")]
-        found.append(
-            Launch(
-                name, f"{on.__name__}:{name}", types, constants,
-                (*pointers, *strides), used.num_warps, used.num_stages, str(used),
-                name in triton_configs.KERNELS,
-            )
-        )  # fmt: skip
-    return found

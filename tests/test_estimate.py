@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cpbench import cli, estimate, runs
+from cpbench import cli, runs
 from cpbench.estimate import Estimator, least_bytes, ordered, too_large
 from cpbench.problem import Case
 from cpbench.record import Record
@@ -179,4 +179,3 @@ def test_a_dry_run_tells_hours(tmp_path: Path, capsys: pytest.CaptureFixture[str
     told = capsys.readouterr().out.splitlines()[-1]
     assert told.startswith("about ")
     assert "GPU-hours: times of 0 estimated from records" in told
-    assert estimate.GUESSED_TFLOPS["cuda"] == 150.0
