@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from cpbench.slurm.profile import Profile
+from cpbench.slurm.profile import Profile, size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ def options(
         "nodelist": profile.nodelist if batch.ranks else "",
         "exclude": ",".join((*profile.exclude, *exclude)),
         "nodes": str(batch.nodes), "time": str(batch.minutes or profile.time),
-        "mem": profile.memory,
+        "mem": _megabytes(profile.memory),
     }  # fmt: skip
     if batch.ranks:
         each = -(-batch.ranks // max(1, batch.nodes - profile.spare_nodes))
@@ -106,6 +106,11 @@ def options(
     if profile.exclusive and batch.ranks:
         words.append("--exclusive")
     return [*words, *profile.sbatch]
+
+
+def _megabytes(memory: str) -> str:
+    """As sbatch takes it; 0 is all of a node's."""
+    return memory if memory in ("", "0") else f"{size(memory, 'memory') >> 20}M"
 
 
 def _directive(word: str) -> str:

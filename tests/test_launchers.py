@@ -198,6 +198,9 @@ def test_a_script_as_a_whole() -> None:
         "ulimit -l unlimited", "export NCCL_DEBUG=WARN", "exec python -m m 'a b'",
     ):  # fmt: skip
         assert line in text.splitlines(), line
+    for told, taken in (("1GiB", "1024M"), ("0.5G", "512M")):
+        made = script.render(batch, from_table({**table, "memory": told}), Path("/out"))
+        assert f"#SBATCH --mem={taken}" in made.splitlines()
     last = script.render(
         campaign.collector("x", Path("/out"), "T"), site, Path("/out"), after="1:2"
     )
