@@ -18,6 +18,7 @@ import typer
 
 from cpbench import __version__
 from cpbench.cli_jobs import jobs
+from cpbench.cli_reports import reports
 from cpbench.cli_tools import tools
 from cpbench.options import (
     AnyLauncher,
@@ -27,6 +28,7 @@ from cpbench.options import (
     Kind,
     Launcher,
     LauncherName,
+    Launches,
     OnDevice,
     Timeout,
     Transport,
@@ -168,6 +170,7 @@ def run_(
         int | None,
         typer.Option(metavar="TIMES", min=1, help="Measure contenders in turn, so many times."),
     ] = None,
+    launches: Launches = None,
     device: OnDevice = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print cases and commands; run nothing.")
@@ -198,7 +201,7 @@ def run_(
             launcher=launcher.value,
             device=cli_jobs.device_of(site, device) if site else device_name(device),
             settings=cli_jobs.settings(
-                loaded.settings, launcher.value, transport, interleave, site
+                loaded.settings, launcher.value, transport, interleave, launches, site
             ),
             retry=runs.statuses(retry),
             since=time.time(),
@@ -338,14 +341,15 @@ def _execute(request: Any, as_json: bool) -> int:
 def _told(request: Any, as_json: bool) -> int:
     """Print the report of what is there; the exit code of the request."""
     from cpbench import runs
-    from cpbench.reports import render
+    from cpbench.reports import collection, render
 
     run = runs.results(request)
+    found = collection.together({str(request.out): run})
     if as_json:
-        print(render.render(run, request.out, "json"), end="")
+        print(render.render(found, "json"), end="")
     elif run.records:
         print()
-        print(render.render(run, request.out, "table"), end="")
+        print(render.render(found, "table"), end="")
     return runs.exit_code(request)
 
 
@@ -370,6 +374,7 @@ def _supervised(request: Any, quiet: bool) -> int:
         raise typer.Exit(_complain(text, INTERRUPTED)) from None
 
 
+app.registered_commands += reports.registered_commands
 app.registered_commands += tools.registered_commands
 app.registered_commands += jobs.registered_commands
 

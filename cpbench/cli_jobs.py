@@ -60,7 +60,7 @@ def device_of(profile: Profile, wanted: DeviceName | None) -> str:
 
 def settings(
     given: MeasureSettings, launcher: str, transport: Transport | None, interleave: int | None,
-    profile: Profile | None,
+    launches: int | None, profile: Profile | None,
 ) -> MeasureSettings:  # fmt: skip
     """A sweep's settings with what the command line changes.
 
@@ -71,6 +71,8 @@ def settings(
         given = replace(given, transport=transport.value)
     if interleave is not None:
         given = replace(given, interleave=interleave)
+    if launches is not None:
+        given = replace(given, launches=launches)
     mpi = launcher == "mpi" or (profile is not None and profile.ranks in ("mpi", "mpiexec"))
     if given.transport == "mpi" and not mpi:
         raise ValueError(

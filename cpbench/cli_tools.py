@@ -1,4 +1,4 @@
-"""The commands that run no sweep: masks, traffic, links, this machine, reports."""
+"""The commands that run no sweep and read no results: masks, traffic, links, this machine."""
 
 from __future__ import annotations
 
@@ -11,17 +11,14 @@ import typer
 
 from cpbench.options import (
     AsJson,
-    Format,
     Launcher,
     LauncherName,
     OnDevice,
-    UserError,
     device_name,
     file,
     print_rows,
     several,
     user_input,
-    write_text,
 )
 
 if TYPE_CHECKING:
@@ -275,41 +272,3 @@ def doctor(as_json: AsJson = False) -> int:
     rows = diagnosis.examine()
     print_rows(rows, as_json)
     return 1 if any(row["verdict"] == "broken" for row in rows) else 0
-
-
-@tools.command()
-def report(
-    run_dir: Annotated[
-        Path | None, typer.Argument(metavar="FOLDER", help="A run directory.")
-    ] = None,
-    form: Annotated[
-        Format, typer.Option("--format", help="table and md for people, csv and json for programs.")
-    ] = Format.table,
-    output: Annotated[
-        Path | None, file("-o", "--output", help="Write here instead of printing.")
-    ] = None,
-    columns: Annotated[
-        bool, typer.Option("--columns", help="Explain the columns of csv and json.")
-    ] = False,
-) -> None:
-    """Show who won where, every case, and what failed and why."""
-    from cpbench.reports import render
-    from cpbench.store import read_run
-
-    if columns:
-        print(render.columns(), end="")
-        return
-    if run_dir is None:
-        raise UserError("report needs a run directory, or --columns")
-    if not (run_dir / "records").is_dir():
-        raise UserError(f"{run_dir} is not a run directory: it has no records folder")
-    with user_input():
-        run = read_run(run_dir)
-    if not run.records:
-        raise UserError("; ".join([f"{run_dir} holds no finished case yet", *run.warnings[:1]]))
-    text = render.render(run, run_dir, form.value)
-    if output is None:
-        print(text, end="")
-    else:
-        with user_input():
-            write_text(output, text)

@@ -57,11 +57,11 @@ class Cpu:
     type = "cpu"
     backend = "gloo"
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, clock: str) -> None:
         import torch
 
         torch.set_num_threads(threads)
-        self.threads = threads
+        self.threads, self.clock = threads, clock
         self._canary = torch.ones(192, 192)
         self._flush: torch.Tensor | None = None
         self._wall = self._used = 0.0
@@ -69,10 +69,10 @@ class Cpu:
     def time_us(self, work: Callable[[], Any]) -> float:
         used, start = time.process_time(), time.perf_counter()
         work()
-        took = time.perf_counter() - start
-        self._wall += took
-        self._used += time.process_time() - used
-        return took * 1e6
+        wall, used = time.perf_counter() - start, time.process_time() - used
+        self._wall += wall
+        self._used += used
+        return (used if self.clock == "cpu" else wall) * 1e6
 
     def flush_cache(self) -> None:
         import torch
@@ -247,8 +247,11 @@ def shortage(kind: str, ranks_here: int) -> str | None:
     return f"{ranks_here} CUDA devices are needed here, one for each rank; torch sees {found}"
 
 
-def open_device(kind: str, local_rank: int, threads: int) -> Device:
+def open_device(kind: str, local_rank: int, threads: int, clock: str = "wall") -> Device:
     """The device of a rank; :func:`shortage` says beforehand whether there are enough.
+
+    Args:
+        threads, clock: of a CPU, see ``cpbench.settings``.
 
     Raises:
         ValueError: for a kind that there is not.
@@ -256,5 +259,5 @@ def open_device(kind: str, local_rank: int, threads: int) -> Device:
     if kind == "cuda":
         return Cuda(local_rank)
     if kind == "cpu":
-        return Cpu(threads)
+        return Cpu(threads, clock)
     raise ValueError(f"no device {kind!r}; there are: cpu, cuda")

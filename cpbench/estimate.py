@@ -70,14 +70,15 @@ class Estimator:
         return self.flops(case) / case.world_size / rate
 
     def seconds(self, case: Case) -> float:
-        """The whole case: checks, warm-up, iterations."""
+        """The whole case: checks, warm-up, iterations, every launch."""
         settings, each = self._settings, self.pass_seconds(case)
         fixed = OVERHEAD_S[self._device] + 3 * each  # first call, check at size, memory
         if not settings.time:
             return fixed
         wanted = settings.max_seconds / max(each, 1e-6)
         count = min(max(wanted, settings.min_iterations), settings.max_iterations)
-        return fixed + (settings.warmup + count) * each * settings.interleave
+        once = fixed + (settings.warmup + count) * each * settings.interleave
+        return once * settings.launches
 
     def hopeless(self, case: Case) -> str | None:
         """Why a case would surely meet its timeout, by its own method's records, or None."""

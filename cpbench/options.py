@@ -46,10 +46,33 @@ class Transport(str, Enum):
 
 
 class Format(str, Enum):
+    short = "short"
     table = "table"
+    html = "html"
     md = "md"
+    latex = "latex"
+    csv = "csv"
+    parquet = "parquet"
+    json = "json"
+
+
+class CompareFormat(str, Enum):
+    table = "table"
+    html = "html"
+    md = "md"
+    latex = "latex"
     csv = "csv"
     json = "json"
+
+
+class PlotKind(str, Enum):
+    throughput = "throughput"
+    memory = "memory"
+    scaling = "scaling"
+    heatmap = "heatmap"
+    pareto = "pareto"
+    roofline = "roofline"
+    timeline = "timeline"
 
 
 several = partial(typer.Option, metavar="LIST")
@@ -63,6 +86,15 @@ OnDevice = Annotated[
 Launcher = Annotated[LauncherName, typer.Option(help="What starts the ranks.")]
 AnyLauncher = Annotated[AnyLauncherName, typer.Option(help="What starts the ranks.")]
 Kept = Annotated[Path | None, folder(help="Keep the records here.  [default: a temporary folder]")]
+
+Launches = Annotated[
+    int | None,
+    typer.Option(
+        metavar="TIMES",
+        min=1,
+        help="Processes that measure each case; 5 to compare.  [default: as the sweep says]",
+    ),
+]
 
 Timeout = Annotated[
     float,
@@ -108,6 +140,33 @@ def run_directory(out: Path) -> Path:
     return out
 
 
+def percent(name: str, text: str) -> float:
+    """``"5%"`` or ``"0.05"`` as 0.05.
+
+    Raises:
+        ValueError: for anything else, or a negative share.
+    """
+    number, sign, rest = text.strip().partition("%")
+    try:
+        found = float(number) / (100 if sign else 1)
+    except ValueError:
+        found = -1.0
+    if rest or not 0 <= found < 10:
+        raise ValueError(f"{name} {text!r} is not a share such as 5% or 0.05")
+    return found
+
+
+def check_output(path: Path) -> None:
+    """See that a file can be at ``path``.
+
+    Raises:
+        ValueError: when it cannot.
+    """
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise ValueError(f"-o {path}: {what}; give a file in a folder that is there")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write what the user wants in a file.
 
@@ -117,9 +176,7 @@ def write_text(path: Path, text: str) -> None:
     """
     from cpbench.store import write_whole
 
-    if path.is_dir() or not path.parent.is_dir():
-        what = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
-        raise ValueError(f"-o {path}: {what}; give a file in a folder that is there")
+    check_output(path)
     if path.exists() and not path.is_file():
         path.write_text(text)  # a pipe or device, not to be replaced by a file
     else:

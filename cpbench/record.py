@@ -13,9 +13,13 @@ from typing import Any
 
 from cpbench.problem import Case
 
-SCHEMA = 1
+SCHEMA = 2
 STATUSES = ("ok", "unsupported", "oom", "wrong", "crash", "timeout")
 FAILURES = ("wrong", "crash", "timeout")
+
+
+class SchemaError(ValueError):
+    """A record of a version that is not known here."""
 
 
 @dataclass(kw_only=True)
@@ -113,6 +117,15 @@ class Record:
         return sum(self.flops.values()) / self.case.world_size / median / 1e6
 
     @property
+    def peak_bytes(self) -> int | None:
+        """What the rank with the most holds beside its inputs: plan, saved and peak."""
+        held = self.memory_bytes
+        if "peak" not in held:
+            return None
+        kinds = [held[kind] for kind in ("plan", "saved", "peak") if kind in held]
+        return max(map(sum, zip(*kinds, strict=True)))
+
+    @property
     def worst_error(self) -> float | None:
         """Largest relative L2 error of any tensor in any check (null in JSON is infinite)."""
         found = [e["rel_l2"] for tensors in self.errors.values() for e in tensors.values()]
@@ -126,12 +139,34 @@ class Record:
 
     @classmethod
     def from_json(cls, table: Mapping[str, Any]) -> Record:
-        known = {item.name for item in fields(cls)}
-        values = {key: value for key, value in table.items() if key in known}
+        """Read back :meth:`to_json`, of this version or an earlier one.
+
+        Raises:
+            SchemaError: for a version that is not known.
+            AttributeError, KeyError, TypeError, ValueError: for what is no record.
+        """
+        values = {key: value for key, value in table.items() if key in _FIELDS}
+        version = table.get("schema")
+        if version not in (1, SCHEMA):
+            raise SchemaError(f"schema {version!r} is not known here (1 to {SCHEMA} are)")
+        if version == 1:
+            _from_version_1(values)
         values["case"] = Case.from_json(values["case"])
         if values["status"] not in STATUSES:
             raise ValueError(f"unknown status {values['status']!r}")
+        values["started"] = float(values.get("started", 0.0))
         return cls(**values)
+
+
+_FIELDS = frozenset(item.name for item in fields(Record))
+
+
+def _from_version_1(values: dict[str, Any]) -> None:
+    """Version 1 knew no other clocks than these."""
+    conditions = dict(values.get("conditions", {}))
+    if conditions:
+        conditions["clock"] = "events" if conditions.get("device") == "cuda" else "wall"
+    values["conditions"], values["schema"] = conditions, SCHEMA
 
 
 def slowest_us(

@@ -46,7 +46,8 @@ class Request:
         capacity: bytes of memory that each rank has, where a profile says so.
 
     Raises:
-        ValueError: when the directory holds results of another device or number of threads.
+        ValueError: when the directory holds results of another device, number of threads, transport
+            or clock; when processor time is asked for where it means nothing.
     """
 
     name: str
@@ -72,8 +73,14 @@ class Request:
 
     def __post_init__(self) -> None:
         wanted = self.settings.conditions(self.device)
+        several = any(case.world_size > 1 for case in self.cases)
+        if self.settings.clock == "cpu" and (self.device != "cpu" or several):
+            raise ValueError(
+                'measure.clock = "cpu" is for one rank on a CPU: ranks that wait use no '
+                "processor time"
+            )
         for record in read_run(self.out).records.values():
-            for key in ("device", "threads", "transport"):
+            for key in ("device", "threads", "transport", "clock"):
                 default = wanted.get(key, "torch")
                 there = record.conditions.get(key, default if key != "transport" else "torch")
                 if there != default:
@@ -109,15 +116,25 @@ def statuses(text: str) -> frozenset[str]:
 
 
 def remaining(request: Request, run: Run | None = None) -> list[Case]:
-    """The cases without a record, or with one that does not serve or is to be tried again."""
-    done = (run or read_run(request.out)).records
+    """The cases without a record, with one that does not serve or is to be tried again, or with
+    fewer launches than are asked for."""
+    run = run or read_run(request.out)
+    done = run.records
     return [
         case
         for case in request.cases
         if case.id not in done
         or (done[case.id].status in request.retry and done[case.id].started < request.since)
         or not serves(done[case.id], request)
+        or _short(request, run, case)
     ]
+
+
+def _short(request: Request, run: Run, case: Case) -> bool:
+    """Whether a case that went well was measured by fewer processes than are asked for."""
+    settings, record = request.settings, run.records.get(case.id)
+    fine = settings.time and record is not None and record.status == "ok"
+    return fine and len(run.launches[case.id]) < settings.launches
 
 
 def results(request: Request) -> Run:
@@ -173,14 +190,18 @@ def note_down(request: Request) -> None:
 
 
 def work(request: Request, todo: Sequence[Case], quiet: bool) -> None:
-    """Run cases, in an order that shows much early, telling of each as it ends.
+    """Run cases, in an order that shows much early, telling of each as it ends; all of them once,
+    then those again that are to be launched several times.
 
     Raises:
         StoreError, LaunchError, KeyboardInterrupt, TimeUp: as ``supervise.run``.
     """
     todo = ordered(request, feasible(request, todo))
-    with progress(len(todo), quiet) as lines:
-        supervise.run(todo, request.plan, starting=lines.starting, finished=lines.finished)
+    for _ in range(request.settings.launches):
+        with progress(len(todo), quiet) as lines:
+            supervise.run(todo, request.plan, starting=lines.starting, finished=lines.finished)
+        there = read_run(request.out)
+        todo = [case for case in todo if _short(request, there, case)]
 
 
 def estimator(request: Request) -> estimate.Estimator:

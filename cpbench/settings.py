@@ -11,6 +11,7 @@ MAX_THREADS = 1024
 _TYPES = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
 LEAST_TELEMETRY_S = 0.02
 TRANSPORTS = ("torch", "mpi")
+CLOCKS = ("wall", "cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,10 @@ class MeasureSettings:
         check_small, check_sampled: the two correctness checks.
         time: measure at all (``cpbench verify`` only checks).
         memory: the pass for peak memory.
+        launches: how many processes (gangs, for several ranks) measure each case, one after the
+            other: what a process happens to get (memory, clocks) differs between them.
+        clock: ``"wall"``, or ``"cpu"``: the processor time of the process, which neighbours on a
+            shared machine disturb less; for one rank on a CPU.
         interleave: measure the cases that differ only in operator, strategy or layout in turn, so
             many times over, so that what drifts meanwhile meets all of them.
         telemetry_s: between samples of power, clocks and temperature of GPUs; 0 for none.
@@ -45,6 +50,8 @@ class MeasureSettings:
     check_sampled: bool = True
     time: bool = True
     memory: bool = True
+    launches: int = 1
+    clock: str = "wall"
     interleave: int = 1
     telemetry_s: float = 0.1
     transport: str = "torch"
@@ -70,8 +77,11 @@ class MeasureSettings:
                 f"measure.telemetry_s = {self.telemetry_s} must be 0 or at least "
                 f"{LEAST_TELEMETRY_S}: more often would disturb"
             )
-        if not 1 <= self.interleave <= 1000:
-            raise ValueError(f"measure.interleave = {self.interleave} must be from 1 to 1000")
+        for name in ("interleave", "launches"):
+            if not 1 <= getattr(self, name) <= 1000:
+                raise ValueError(f"measure.{name} = {getattr(self, name)} must be from 1 to 1000")
+        if self.clock not in CLOCKS:
+            raise ValueError(f"measure.clock = {self.clock!r} is none of {', '.join(CLOCKS)}")
         if self.transport not in TRANSPORTS:
             raise ValueError(
                 f"measure.transport = {self.transport!r} is none of {', '.join(TRANSPORTS)}"
@@ -86,6 +96,7 @@ class MeasureSettings:
             "threads": self.threads,
             "checked": self.check_small and self.check_sampled,
             "timed": self.time,
+            "clock": "events" if device == "cuda" else self.clock,
             **({"transport": self.transport} if self.transport != "torch" else {}),
         }
 

@@ -9,7 +9,8 @@
     jobs/WRITER/rankN.log         what it printed
 
 Files are only ever appended to, each by one process; records of all files are merged on reading,
-the newest of a case wins.  A torn last line (a full disk, a killed writer) is skipped.
+the newest of a case wins, and earlier ones that went as well are further launches of it.  A torn
+last line (a full disk, a killed writer) is skipped.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from cpbench.problem import Case
-from cpbench.record import SCHEMA, Record
+from cpbench.record import Record, SchemaError
 from cpbench.settings import MeasureSettings
 
 EXIT_STORE = 74  # of a rank that could not write
@@ -175,35 +176,57 @@ class Job:
 
 @dataclass
 class Run:
-    """All that a run directory holds."""
+    """All that a run directory holds.
 
-    records: dict[str, Record]
-    environments: dict[str, dict[str, Any]]
-    warnings: list[str]
+    Attributes:
+        records: the newest of each case, by its id.
+        launches: of a case whose newest record is ok and timed, that one and all like it under the
+            same conditions, oldest first: a process (or gang) each.
+        environments: by id.
+        warnings: what is damaged and left out.
+    """
+
+    records: dict[str, Record] = field(default_factory=dict)
+    launches: dict[str, list[Record]] = field(default_factory=dict)
+    environments: dict[str, dict[str, Any]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
 
 def read_run(out: Path) -> Run:
-    """Every record of a run directory, the newest of each case, damage reported as warnings."""
-    run = Run({}, {}, [])
+    """Every record of a run directory, damage reported as warnings."""
+    run, found = Run(), dict[str, list[Record]]()
     for path in sorted((out / "records").glob("*.jsonl")):
         for number, table in read_lines(path, run.warnings):
-            where = f"{path.name}:{number}"
             if table.get("kind") == "environment" and isinstance(table.get("id"), str):
                 run.environments[table["id"]] = table
                 continue
-            if table.get("schema") != SCHEMA:
-                run.warnings.append(f"{where}: schema {table.get('schema')!r} is not known here")
-                continue
             try:
                 record = Record.from_json(table)
-                record.started = float(record.started)
             except (AttributeError, KeyError, TypeError, ValueError) as error:
-                run.warnings.append(f"{where}: not a record ({type(error).__name__}: {error})")
+                why = str(error) if isinstance(error, SchemaError) else (
+                    f"not a record ({type(error).__name__}: {error})"
+                )  # fmt: skip
+                run.warnings.append(f"{path.name}:{number}: {why}")
                 continue
-            known = run.records.get(record.case.id)
-            if known is None or known.started <= record.started:
-                run.records[record.case.id] = record
+            found.setdefault(record.case.id, []).append(record)
+    for key, records in found.items():
+        records.sort(key=lambda record: record.started)
+        run.records[key], run.launches[key] = records[-1], _launches(records)
     return run
+
+
+def _launches(records: list[Record]) -> list[Record]:
+    """Those that were timed under the conditions of the last one, one of each writer; none if that
+    one failed."""
+    last = records[-1]
+    fine = {
+        record.writer: record
+        for record in records
+        if record.status == last.status == "ok"
+        and record.times_us
+        and record.conditions == last.conditions
+    }
+    return list(fine.values())
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -24,7 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpbench import bootstrap
+from cpbench import bootstrap, peaks
 from cpbench.bootstrap import Seat
 from cpbench.environment import collect, environment_id, node_facts, usable_cores
 from cpbench.problem import Case
@@ -55,7 +55,9 @@ class _Rank:
         self.shortage = shortage(job.device, local_size)
         if self.shortage is None:
             threads = job.settings.threads or max(1, usable_cores() // local_size)
-            self.device: Device = open_device(job.device, seat.local_rank, threads)
+            self.device: Device = open_device(
+                job.device, seat.local_rank, threads, job.settings.clock
+            )
 
     def run(self) -> None:
         try:
@@ -72,6 +74,9 @@ class _Rank:
             record_of = evaluation.record
             environment["device"] = self.device.describe()
             environment |= self._everywhere(evaluation.control)
+            if self.job.settings.time:
+                dtypes = [case.dtype for case in self.job.cases]
+                environment["peaks"] = peaks.measure(self.device, evaluation.control, dtypes)
             evaluation.telemetry = self.telemetry = self._telemetry(evaluation.control)
         self.environment = environment_id(environment)
         if self.writer is not None:

@@ -70,6 +70,18 @@ def method(row: Any) -> str:
     return f"{row['strategy']}{place}/{row['layout']} {row['operator']}"
 
 
+def methods(table: pd.DataFrame) -> list[str]:
+    """:func:`method` of every row."""
+    columns = ["operator", "strategy", "layout", "placement", "world_size"]
+    known: dict[tuple[Any, ...], str] = {}
+    found = []
+    for values in zip(*(table[column] for column in columns), strict=True):
+        if values not in known:
+            known[values] = method(dict(zip(columns, values, strict=True)))
+        found.append(known[values])
+    return found
+
+
 def _tie(ranking: pd.DataFrame) -> bool:
     """Whether some rival's interval of the median reaches into the winner's; an interval that is
     not known reaches everywhere."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cpbench.reports.answer import QUESTION, competing, method
-from cpbench.reports.frame import UNKNOWN
+from cpbench.reports.columns import UNKNOWN
 
 if TYPE_CHECKING:
     import pandas as pd

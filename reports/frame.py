@@ -2,190 +2,229 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cpbench.problem import Case
 from cpbench.record import Record, median_interval, slowest_us
+from cpbench.reports.columns import COLUMNS, ERRORS, TEXTS, UNKNOWN, WHOLE
 from cpbench.spec import Spec, format_value
-from cpbench.store import read_run
+from cpbench.store import Run, read_run
 
 if TYPE_CHECKING:
     import pandas as pd
 
-COLUMNS = {
-    "id": "case id",
-    "status": "ok, unsupported, oom, wrong, crash or timeout",
-    "reason": "why the status is not ok",
-    "operator": "operator with its parameters",
-    "strategy": "context-parallel strategy with its parameters",
-    "layout": "which rank owns which tokens",
-    "mask": "mask with its parameters",
-    "mask_family": "mask without its seed: what its draws have in common",
-    "draw": "the mask's seed, empty where it has none",
-    "batch": "sequences",
-    "seq_len": "tokens of a sequence",
-    "queries": "the last so many tokens alone attend; 0 is all",
-    "num_heads_q": "query heads",
-    "num_heads_kv": "key/value heads",
-    "head_dim": "of queries, keys and values",
-    "dtype": "of inputs and outputs",
-    "direction": "fwd, bwd or fwd_bwd: what the time covers",
-    "world_size": "ranks",
-    "ranks_per_node": "ranks that share a node; 0 is as the launcher places them",
-    "placement": "axis of the strategy's mesh that lies inside a node, empty for its own choice",
-    "seed": "of the inputs (the mask's is draw)",
-    "content": "hashes of the files that the case is made from",
-    "machine": "host and device",
-    "time_ms": "median over iterations of the slowest rank",
-    "fwd_ms": "the forward part alone",
-    "bwd_ms": "the backward part alone",
-    "low_ms": "lower end of the nominal 95 % interval of the median",
-    "high_ms": "its upper end",
-    "noise": "half-width of the 95 % interval of the median, relative",
-    "iterations": "timed iterations",
-    "tflops_per_rank": "TFLOP/s of each rank, from the mask's exact area",
-    "density": "visible pairs over all pairs",
-    "imbalance": "largest over mean visible pairs of a rank",
-    "mask_ms": "building the mask, slowest rank",
-    "plan_ms": "planning, slowest rank",
-    "first_call_ms": "first call, with compilation, slowest rank",
-    "peak_mb": "largest over ranks of what is held beside the inputs: plan and peak, 10^6 bytes",
-    "predicted_peak_mb": "largest over ranks of what the strategy's own code needs, the operator's "
-    "temporaries left out",
-    "inputs_mb": "largest over ranks of the inputs",
-    "sent_mb": "largest over ranks of the bytes sent",
-    "predicted_sent_mb": "the same according to the trace of the plan",
-    "across_mb": "largest over ranks of the bytes sent to other nodes",
-    "messages": "largest over ranks of the messages sent",
-    "largest_message_mb": "largest of any rank",
-    "power_w": "median power of a rank's GPU while it was timed, mean over ranks",
-    "held_down_by": "what held GPU clocks down meanwhile, of any rank",
-    "worst_error": "largest relative L2 error of any tensor against float64",
-    "flags": "caveats",
-    "started": "seconds since the epoch",
-    "seconds": "the whole case, checks included",
-    "environment": "id of the environment",
-    "writer": "who wrote the record",
-    "log": "what the failing rank printed",
-}
-UNKNOWN = "unknown"  # a machine
-TEXTS = (
-    "id",
-    "status",
-    "reason",
-    "operator",
-    "strategy",
-    "layout",
-    "mask",
-    "mask_family",
-    "draw",
+_SAME = (  # in a case as in the table
+    "batch",
+    "seq_len",
+    "queries",
+    "num_heads_q",
+    "num_heads_kv",
+    "head_dim",
     "dtype",
     "direction",
-    "placement",
-    "content",
-    "machine",
-    "held_down_by",
-    "flags",
-    "environment",
-    "writer",
-    "log",
+    "world_size",
+    "ranks_per_node",
+    "seed",
 )
 
 
 def load(*folders: str | Path) -> pd.DataFrame:
     """Every case of some run directories as a DataFrame with the columns of ``COLUMNS``.
 
+    Units are in the columns' names; ``cpbench report --columns`` explains each.  A case that is in
+    several directories has a row for each, told apart by ``run``.
+
     Raises:
         FileNotFoundError: when a folder is no run directory.
     """
-    records: list[Record] = []
-    environments: dict[str, dict[str, Any]] = {}
+    import pandas as pd
+
+    tables = []
     for folder in folders:
         if not (Path(folder) / "records").is_dir():
             raise FileNotFoundError(f"{folder} is not a run directory: it has no records folder")
-        run = read_run(Path(folder))
-        records += run.records.values()
-        environments |= run.environments
-    return frame(records, environments)
+        tables.append(frame(read_run(Path(folder)), str(folder)))
+    return pd.concat(tables, ignore_index=True) if tables else frame(Run(), "")
 
 
-def frame(
-    records: Iterable[Record], environments: Mapping[str, dict[str, Any]] | None = None
-) -> pd.DataFrame:
-    """The tidy table of some records."""
+def frame(run: Run, name: str) -> pd.DataFrame:
+    """The tidy table of a run that is called ``name``."""
     import pandas as pd
 
-    rows = [_row(record, environments or {}) for record in records]
-    table = pd.DataFrame(rows, columns=list(COLUMNS), dtype=object)  # a text is a str or None
-    numbers = [column for column in COLUMNS if column not in TEXTS]
-    table[numbers] = table[numbers].apply(pd.to_numeric)  # what nobody measured is nan, not None
-    return table.astype({"iterations": "Int64"})
+    machines = {key: _Machine(told) for key, told in run.environments.items()}
+    nowhere = _Machine({})
+    rows = [
+        _row(record, run.launches.get(key, ()), machines.get(record.environment or "", nowhere))
+        for key, record in run.records.items()
+    ]
+    found = {c: [row.get(c) for row in rows] for c in COLUMNS if c != "run"}
+    table = pd.DataFrame({"run": pd.Series([name] * len(rows), dtype=object)})
+    for column, values in found.items():
+        if column in TEXTS:
+            table[column] = pd.Series(values, dtype=object)  # a text is a str or None
+        elif column in WHOLE:
+            table[column] = pd.array(values, dtype="Int64")
+        else:  # what nobody measured is nan, not None
+            table[column] = pd.to_numeric(pd.Series(values, dtype=object))
+    return table
 
 
-def _row(record: Record, environments: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+class _Machine:
+    """What an environment says of all records that were made in it."""
+
+    def __init__(self, told: Mapping[str, Any]) -> None:
+        device = told.get("device", {})
+        name = device.get("name") or told.get("processor")
+        self.name = f"{told.get('host')}, {name}" if told else UNKNOWN
+        self._limit = device.get("memory_bytes")
+        self._shared = told.get("memory_bytes")
+        hosts = [rank.get("host") for rank in told.get("ranks", ())]
+        self._sharers = max((hosts.count(host) for host in set(hosts)), default=1)
+        self._peaks: Mapping[str, float] = told.get("peaks", {})
+
+    def limit_mb(self, device: str) -> float | None:
+        """Memory for each rank: its GPU's, or its share of the machine's."""
+        if device == "cuda":
+            return self._limit / 1e6 if self._limit else None
+        return self._shared / self._sharers / 1e6 if self._shared else None
+
+    def peak(self, name: str) -> float | None:
+        return self._peaks.get(name)
+
+
+def _row(record: Record, launches: Sequence[Record], machine: _Machine) -> dict[str, Any]:
     case = record.case
-    row: dict[str, Any] = {"id": case.id, "status": record.status, "reason": record.reason}
+    row: dict[str, Any] = {key: getattr(case, key) for key in _SAME}
+    row |= {"id": case.id, "status": record.status, "reason": record.reason}
     for key in ("operator", "strategy", "layout", "mask"):
         row[key] = str(getattr(case, key))
     row["mask_family"], row["draw"] = _family(case.mask)
-    for key in (
-        "batch",
-        "seq_len",
-        "queries",
-        "num_heads_q",
-        "num_heads_kv",
-        "head_dim",
-        "dtype",
-        "direction",
-        "world_size",
-        "ranks_per_node",
-        "seed",
-    ):
-        row[key] = getattr(case, key)
     row["placement"] = case.placement or None
-    watts = [told["power_w"]["median"] for told in record.telemetry if "power_w" in told]
-    row["power_w"] = statistics.mean(watts) if watts else None
-    reasons = {reason for told in record.telemetry for reason in told.get("held_down_by", ())}
-    row["held_down_by"] = ", ".join(sorted(reasons)) or None
+    row["content"] = " ".join(digest[:8] for _, digest in case.content) or "none"
     for key in ("started", "seconds", "environment", "writer", "log"):
         row[key] = getattr(record, key)
-    environment = environments.get(record.environment or "", {})
-    device = environment.get("device", {}).get("name") or environment.get("processor")
-    row["machine"] = f"{environment.get('host')}, {device}" if environment else UNKNOWN
-    row["content"] = " ".join(digest[:8] for _, digest in case.content) or "none"
-    interval = median_interval(record.samples_us)
-    row["low_ms"], row["high_ms"] = map(_ms, interval or (None, None))
-    row["flags"] = " ".join(record.flags)
-    row["worst_error"] = record.worst_error
-    row["noise"] = record.noise
-    row["iterations"] = len(record.samples_us) or None
-    row["tflops_per_rank"] = record.tflops_per_rank
-    row["time_ms"] = _ms(record.median_us)
-    for phase in record.times_us:
-        row[f"{phase}_ms"] = _ms(_median(slowest_us(record.times_us, (phase,))))
-    if record.area is not None:
-        row["density"] = record.area / (case.queries or case.seq_len) / case.seq_len
-    if record.balance and sum(record.balance):
-        row["imbalance"] = max(record.balance) * len(record.balance) / sum(record.balance)
+    row["machine"], row["clock"] = machine.name, record.conditions.get("clock")
+    row["flags"] = " ".join(sorted({flag for one in launches for flag in one.flags}
+                                   or record.flags))  # fmt: skip
+    row["limit_mb"] = machine.limit_mb(record.conditions.get("device", "cpu"))
+    row["gemm_tflops"], row["copy_gb_s"] = machine.peak(case.dtype), machine.peak("copy_gb_s")
+    row |= _times(record, launches)
+    row |= _errors(record)
+    row |= _memory(record)
+    row |= _traffic(record)
+    row |= _telemetry(record.telemetry)
     row["mask_ms"], row["plan_ms"] = _ms(record.mask_us), _ms(record.plan_us)
     row["first_call_ms"] = _ms(record.first_call_us)
-    held = record.memory_bytes
+    if record.area is not None:
+        row["density"] = record.area / (case.queries or case.seq_len) / case.seq_len
+    if record.flops:
+        row["intensity"] = sum(record.flops.values()) / _least_moved(case, record.flops)
+    if record.balance and sum(record.balance):
+        row["imbalance"] = max(record.balance) * len(record.balance) / sum(record.balance)
+    return row
+
+
+def _times(record: Record, launches: Sequence[Record]) -> dict[str, Any]:
+    """Medians and intervals, in all and by phase."""
+    made = list(launches) or ([record] if record.times_us else [])
+    if not made:
+        return {}
+    row: dict[str, Any] = {"launches": len(made)}
+    row["iterations"] = sum(one.iterations for one in made)
+    phases = tuple(record.times_us)
+    ends: dict[str, tuple[float, float | None, float | None]] = {}
+    for name, wanted in (("", phases), *((f"{phase}_", (phase,)) for phase in phases)):
+        if name and len(phases) == 1:
+            middle, low, high = ends[""]
+        else:
+            middle, low, high = combined([slowest_us(one.times_us, wanted) for one in made])
+        ends[name] = middle, low, high
+        row[f"{name}ms" if name else "time_ms"] = _ms(middle)
+        row[f"{name}low_ms"], row[f"{name}high_ms"] = _ms(low), _ms(high)
+        flops = sum(record.flops.get(phase, 0) for phase in wanted)
+        if middle and flops:
+            row[f"{name}tflops_per_rank"] = flops / record.case.world_size / middle / 1e6
+    middle, low, high = ends[""]
+    if low is not None and high is not None and middle:
+        row["noise"] = (high - low) / 2 / middle
+    return row
+
+
+def combined(launches: Sequence[Sequence[float]]) -> tuple[float, float | None, float | None]:
+    """Median and interval from the samples of each launch.
+
+    One launch has the interval of its own median.  Several differ by more than that says: six or
+    more have the interval of the median of their medians, fewer reach from the least lower end to
+    the largest upper one.
+    """
+    middles = [statistics.median(samples) for samples in launches]
+    interval = median_interval(middles)
+    if interval is None:
+        each = [median_interval(samples) for samples in launches]
+        known = [ends for ends in each if ends is not None]
+        if len(known) == len(each):
+            interval = min(low for low, _ in known), max(high for _, high in known)
+    return statistics.median(middles), *(interval or (None, None))
+
+
+def _errors(record: Record) -> dict[str, float]:
+    """The largest of each tensor in any check (null in JSON is infinite), and of all."""
+    found: dict[str, float] = {}
+    for tensors in record.errors.values():
+        for tensor, error in tensors.items():
+            value = math.inf if error["rel_l2"] is None else error["rel_l2"]
+            found[tensor] = max(found.get(tensor, 0.0), value)
+    row = {f"error_{tensor}": found[tensor] for tensor in ERRORS if tensor in found}
+    if found:
+        row["worst_error"] = max(found.values())
+    return row
+
+
+def _memory(record: Record) -> dict[str, float]:
+    row, held = {}, record.memory_bytes
     if "inputs" in held:
         row["inputs_mb"] = max(held["inputs"]) / 1e6
-    if "peak" in held:
-        kinds = [held[kind] for kind in ("plan", "saved", "peak") if kind in held]
-        row["peak_mb"] = max(map(sum, zip(*kinds, strict=True))) / 1e6
+    if record.peak_bytes is not None:
+        row["peak_mb"] = record.peak_bytes / 1e6
     if "predicted" in held:
         row["predicted_peak_mb"] = max(held["predicted"]) / 1e6
-    row["sent_mb"] = _largest(record.bytes_sent, 1e6)
-    row["predicted_sent_mb"] = _largest(record.predicted_bytes, 1e6)
-    row["across_mb"] = _largest(record.bytes_across, 1e6)
-    row["messages"] = _largest(record.messages, 1)
+    return row
+
+
+def _traffic(record: Record) -> dict[str, float | None]:
+    sent, across = _per_rank(record.bytes_sent), _per_rank(record.bytes_across)
+    row = {
+        "sent_mb": _largest(sent, 1e6),
+        "across_mb": _largest(across, 1e6),
+        "predicted_sent_mb": _largest(_per_rank(record.predicted_bytes), 1e6),
+        "messages": _largest(_per_rank(record.messages), 1),
+    }
+    if len(sent) == len(across):
+        row["inside_mb"] = _largest([a - b for a, b in zip(sent, across, strict=True)], 1e6)
     if record.largest_message:
         row["largest_message_mb"] = max(record.largest_message.values()) / 1e6
     return row
+
+
+def _telemetry(ranks: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    watts = [told["power_w"]["median"] for told in ranks if "power_w" in told]
+    reasons = {reason for told in ranks for reason in told.get("held_down_by", ())}
+    return {
+        "power_w": statistics.mean(watts) if watts else None,
+        "held_down_by": ", ".join(sorted(reasons)) or None,
+    }
+
+
+def _least_moved(case: Case, phases: Iterable[str]) -> int:
+    """Bytes of what each phase reads and writes, each once: q, k, v and out; then also dout, dq,
+    dk and dv.  The lse is left out."""
+    problem = case.problem
+    q, kv = problem.q_bytes(problem.seq_q), problem.kv_bytes(problem.seq_k)
+    return sum({"fwd": 2 * q + kv, "bwd": 4 * q + 2 * kv}[phase] for phase in phases)
 
 
 def _family(mask: Spec) -> tuple[str, int | str | None]:
@@ -197,15 +236,14 @@ def _family(mask: Spec) -> tuple[str, int | str | None]:
     return str(Spec(mask.name, rest)), seed
 
 
-def _largest(by_phase: Mapping[str, list[int]], unit: float) -> float | None:
-    """Of the sums over phases, that of the rank with the most."""
-    per_rank = [sum(phases) for phases in zip(*by_phase.values(), strict=True)]
-    return max(per_rank) / unit if per_rank else None
+def _per_rank(by_phase: Mapping[str, list[int]]) -> list[int]:
+    """Sums over phases."""
+    return [sum(phases) for phases in zip(*by_phase.values(), strict=True)]
+
+
+def _largest(ranks: Sequence[int], unit: float) -> float | None:
+    return max(ranks) / unit if ranks else None
 
 
 def _ms(us: float | None) -> float | None:
     return None if us is None else us / 1e3
-
-
-def _median(samples: list[float]) -> float | None:
-    return statistics.median(samples) if samples else None

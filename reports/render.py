@@ -1,28 +1,30 @@
-"""A run as text: tables for a terminal or Markdown, or the data as CSV or JSON."""
+"""Runs as text: tables for a terminal, Markdown or LaTeX, or the data as CSV or JSON."""
 
 from __future__ import annotations
 
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cpbench.reports import tables
-from cpbench.reports.answer import answers
+from cpbench.reports.answer import Answer, answers
+from cpbench.reports.collection import Collection
+from cpbench.reports.columns import COLUMNS
 from cpbench.reports.draws import FEWEST_P95, FEWEST_TOLD, Family, split
-from cpbench.reports.frame import COLUMNS, frame
-from cpbench.reports.text import escaped, fitted, row_lines, tabulated
+from cpbench.reports.markup import MARKUPS, Markup
+from cpbench.reports.text import fitted, row_lines
 from cpbench.reports.wording import FACTS, Rate, counted, phrase, sentence, told
-from cpbench.store import Run
 
 if TYPE_CHECKING:
     import pandas as pd
 
-FORMATS = ("table", "md", "csv", "json")
+FORMATS = ("short", "table", "md", "latex", "csv", "json")
 
 _ALWAYS = ("mask", "tokens")
+_FAILED_SHORT = 10
 _MARKS = "*†‡§"
 _MEANING = {
     "contended": "other work took processor time: too slow",
@@ -34,45 +36,109 @@ _MEANING = {
 }
 
 
-def render(run: Run, out: Path, form: str) -> str:
-    """The report of a run in one of ``FORMATS``.
+@dataclass(frozen=True)
+class Contents:
+    """What there is to say of a collection.
 
-    ``csv`` and ``json`` are the tidy table (see ``COLUMNS``); ``table`` and ``md`` are for people:
-    winners, methods over draws, every other case, what could not run and why, caveats,
-    environments.
+    Attributes:
+        singles, families: answers to single problems, and to problems drawn several times.
+        constant, varying: headings of facts that hold throughout, and of the others.
+        timed: the rows that are ok.
+        marks: of caveats; rate: the unit of rates.
     """
-    table = frame(run.records.values(), run.environments)
+
+    collection: Collection
+    singles: list[Answer]
+    alone: pd.DataFrame
+    families: list[Family]
+    constant: list[str]
+    varying: list[str]
+    timed: pd.DataFrame
+    marks: dict[str, str]
+    rate: Rate
+
+    @classmethod
+    def of(cls, collection: Collection) -> Contents:
+        table = collection.table
+        constant = [fact for fact in FACTS if fact not in _ALWAYS and tables.constant(table, fact)]
+        singles, families = split(table)
+        timed = table[table["status"] == "ok"]
+        return cls(
+            collection=collection,
+            singles=answers(singles),
+            alone=singles[singles["status"] == "ok"],
+            families=families,
+            constant=constant,
+            varying=[fact for fact in FACTS if fact not in constant],
+            timed=timed,
+            marks=_marks(timed),
+            rate=Rate(timed["tflops_per_rank"]),
+        )
+
+    @property
+    def headline(self) -> str:
+        return f"{self.collection.title}: {counts(self.collection.table)}"
+
+    @property
+    def throughout(self) -> str:
+        """What holds of all cases, in words; "" for nothing."""
+        return sentence(self.collection.table.iloc[0], self.constant) if self.constant else ""
+
+    @property
+    def score(self) -> str:
+        return tables.score(self.singles, self.families)
+
+    @property
+    def notes(self) -> list[str]:
+        """How to read it, what was checked, what to keep in mind, where it comes from."""
+        return [
+            *readings(self.families),
+            *checks(self.timed),
+            *caveats(self.timed, self.marks),
+            *origins(self.collection),
+        ]
+
+
+def render(collection: Collection, form: str) -> str:
+    """The report of some runs in one of ``FORMATS``.
+
+    ``csv`` and ``json`` are the tidy table (see ``COLUMNS``); the others are for people: winners,
+    methods over draws, every other case, what could not run and why, caveats, environments.
+    ``short`` is winners, failures and caveats.
+    """
+    table = collection.table
     if form == "csv":
         return str(table.to_csv(index=False))
     if form == "json":
-        return json.dumps(_plain(table), indent=1) + "\n"
-    text: Callable[[str], str] = escaped if form == "md" else str
-    constant = [
-        fact
-        for fact in FACTS
-        if fact not in _ALWAYS and len({FACTS[fact][0](row) for _, row in table.iterrows()}) == 1
-    ]
-    varying = [fact for fact in FACTS if fact not in constant]
-    singles, families = split(table)
-    timed, found = table[table["status"] == "ok"], answers(singles)
-    marks, rate = _marks(timed), Rate(timed["tflops_per_rank"])
-    alone = singles[singles["status"] == "ok"]
-    cases = tables.every_case(found, alone, varying, rate, marks)
-    lines = [f"# {text(out.name)}: {_counts(table)}", ""]
-    lines += [text(f"Throughout: {sentence(table.iloc[0], constant)}."), ""] if constant else []
-    won = tables.winners(found, varying, rate)
-    won += tables.winners_over_draws(families, varying, rate)
-    lines += _section("Winners", won, form)
-    lines += [text(tables.score(found, families)), ""]
-    lines += _over_draws(families, varying, rate, marks, form)
-    lines += _all_cases(cases, bool(families), form)
-    lines += _section("Refused", tables.refusals(table), form)
-    failed = tables.failures(table, out)
+        return json.dumps(plain(table), indent=1) + "\n"
+    markup, told_of = MARKUPS[form], Contents.of(collection)
+    lines = markup.title(told_of.headline)
+    if told_of.throughout:
+        lines += [markup.text(f"Throughout: {told_of.throughout}."), ""]
+    won = tables.winners(told_of.singles, told_of.varying, told_of.rate)
+    won += tables.winners_over_draws(told_of.families, told_of.varying, told_of.rate)
+    lines += _section("Winners", won, markup)
+    lines += [markup.text(told_of.score), ""]
+    refused = tables.refusals(table)
+    if form != "short":
+        lines += _over_draws(told_of, markup, form)
+        lines += _all_cases(told_of, markup, form)
+        lines += _section("Refused", refused, markup)
+    failed = tables.failures(table)
     if failed:
-        lines += ["## Failed", "", *_listed(failed, form), ""]
-    notes = [*readings(families), *checks(timed), *caveats(timed, marks), *origins(run, out)]
-    lines += [f"- {text(note)}" if form == "md" else note for note in notes]
-    return "\n".join(lines) + "\n"
+        lines += markup.section("Failed")
+        for status, case, reason, logs in failed[:_FAILED_SHORT] if form == "short" else failed:
+            more = f" and {len(logs) - 1} more" if len(logs) > 1 else ""
+            lines += markup.failure(status, case, reason, logs[0] if logs else "", more)
+        if form == "short" and len(failed) > _FAILED_SHORT:
+            lines.append(f"and {len(failed) - _FAILED_SHORT} more")
+        lines.append("")
+    notes = told_of.notes
+    if form == "short":
+        cases = sum(row["cases"] for row in refused)
+        notes += [f"Refused: {counted(cases, 'case')}."] if cases else []
+        notes.append("All cases: --format table; a page with charts: -o report.html")
+    return markup.document([*lines, *markup.notes(notes)])
 
 
 def readings(families: Sequence[Family]) -> list[str]:
@@ -125,11 +191,11 @@ def caveats(timed: pd.DataFrame, marks: dict[str, str]) -> list[str]:
     ]
 
 
-def origins(run: Run, out: Path) -> list[str]:
+def origins(collection: Collection) -> list[str]:
     """Warnings, environments and where the files are."""
-    lines = [f"Warning: {warning}" for warning in run.warnings]
+    lines = [f"Warning: {warning}" for warning in collection.warnings]
     alike: dict[str, list[str]] = {}  # gangs differ in what changes by the minute
-    for environment in run.environments.values():
+    for environment in collection.environments.values():
         device = environment.get("device", {})
         packages = environment.get("packages", {})
         hosts = {str(rank.get("host")) for rank in environment.get("ranks", [])}
@@ -142,7 +208,8 @@ def origins(run: Run, out: Path) -> list[str]:
     for text, ids in alike.items():
         more = f" and {len(ids) - 1} more" if len(ids) > 1 else ""
         lines.append(f"Environment {ids[0]}{more}: {text}")
-    lines.append(f"Records: {out}/records, one JSON a line; columns: cpbench report --columns")
+    where = ", ".join(f"{out}/records" for out in collection.runs)
+    lines.append(f"Records: {where}, one JSON a line; columns: cpbench report --columns")
     return lines
 
 
@@ -152,43 +219,40 @@ def columns() -> str:
     return "\n".join(f"{name:{width}}  {meaning}" for name, meaning in COLUMNS.items()) + "\n"
 
 
-def _section(title: str, rows: list[dict[str, Any]], form: str) -> list[str]:
-    return [f"## {title}", "", tabulated(rows, form), ""] if rows else []
+def _section(title: str, rows: list[dict[str, Any]], markup: Markup) -> list[str]:
+    return [*markup.section(title), *markup.table(rows)] if rows else []
 
 
-def _over_draws(
-    families: Sequence[Family],
-    varying: Sequence[str],
-    rate: Rate,
-    marks: dict[str, str],
-    form: str,
-) -> list[str]:
+def _over_draws(told_of: Contents, markup: Markup, form: str) -> list[str]:
     """Every family: what was drawn, every method over it, which draws are missing."""
     times, costs = [], []
-    for family in families:
-        problem = phrase(told(family.question, varying))
+    for family in told_of.families:
+        problem = phrase(told(family.question, told_of.varying))
         above = [problem]
-        for drawn, rows in tables.blocks(family, rate, marks):
+        for drawn, rows in tables.blocks(family, told_of.rate, told_of.marks):
             times.append(([*above, drawn], rows, list[str]()))
             above = []
         if missing := tables.missing(family):
             times[-1][2].extend(missing)
         if rows := tables.costs(family):
             costs.append(([problem], rows, list[str]()))
-    lines = _blocks("Over draws, fastest in the median first", times, form)
-    return lines + _blocks("Over draws: what ranks hold, compute and send", costs, form)
+    lines = _blocks("Over draws, fastest in the median first", times, markup, form)
+    return lines + _blocks("Over draws: what ranks hold, compute and send", costs, markup, form)
 
 
-def _all_cases(rows: list[tables.Row], others: bool, form: str) -> list[str]:
-    title = f"All {'other ' if others else ''}cases, fastest first"
+def _all_cases(told_of: Contents, markup: Markup, form: str) -> list[str]:
+    rows = tables.every_case(
+        told_of.singles, told_of.alone, told_of.varying, told_of.rate, told_of.marks
+    )
+    title = f"All {'other ' if told_of.families else ''}cases, fastest first"
     if form != "table":
-        return _section(title, rows, form)
+        return _section(title, rows, markup)
     # In a terminal each problem is a line of its own: its mask may be long.
     blocks = []
     for problem, group in itertools.groupby(rows, key=_problem):
         cells = [{key: row[key] for key in row if key not in FACTS} for row in group]
         blocks.append(([problem], cells, list[str]()))
-    return _blocks(title, blocks, form)
+    return _blocks(title, blocks, markup, form)
 
 
 def _problem(row: tables.Row) -> str:
@@ -196,17 +260,20 @@ def _problem(row: tables.Row) -> str:
 
 
 def _blocks(
-    title: str, blocks: Sequence[tuple[list[str], list[tables.Row], list[str]]], form: str
+    title: str,
+    blocks: Sequence[tuple[list[str], list[tables.Row], list[str]]],
+    markup: Markup,
+    form: str,
 ) -> list[str]:
     """Rows in blocks, with lines above and below them: in a terminal under one head."""
     if not blocks:
         return []
-    lines = [f"## {title}", ""]
-    if form == "md":
+    lines = markup.section(title)
+    if form != "table":
         for above, rows, below in blocks:
-            lines += [*itertools.chain.from_iterable((escaped(line), "") for line in above)]
-            lines += [tabulated(rows, form), ""]
-            lines += [*(f"- {escaped(line)}" for line in below), *([""] if below else [])]
+            lines += [*itertools.chain.from_iterable((markup.text(line), "") for line in above)]
+            lines += markup.table(rows)
+            lines += [*markup.notes(below), *([""] if below else [])]
         return lines
     head, *bodies = row_lines([row for _, rows, _ in blocks for row in rows])
     lines, left = [*lines, *head], iter(bodies)
@@ -217,19 +284,6 @@ def _blocks(
     return [*lines, ""]
 
 
-def _listed(failed: Sequence[tuple[str, str, str, list[str]]], form: str) -> list[str]:
-    lines = []
-    for status, case, reason, logs in failed:
-        more = f" and {len(logs) - 1} more" if len(logs) > 1 else ""
-        if form == "md":
-            log = f" (log: `{logs[0]}`{more})" if logs else ""
-            lines.append(f"- **{status}** {escaped(case)}: {escaped(reason)}{log}")
-        else:
-            lines += [f"{status:8} {case}", f"{'':8} {reason}"]
-            lines += [f"{'':8} log: {logs[0]}{more}"] if logs else []
-    return lines
-
-
 def _marks(timed: pd.DataFrame) -> dict[str, str]:
     """A mark for each caveat that holds for some rows only; one for all needs none."""
     flags = timed["flags"].str.split()
@@ -238,12 +292,13 @@ def _marks(timed: pd.DataFrame) -> dict[str, str]:
     return dict(zip(some, _MARKS, strict=False))
 
 
-def _counts(table: pd.DataFrame) -> str:
-    counts = table["status"].value_counts()
-    return f"{counted(len(table), 'case')}, " + ", ".join(f"{n} {s}" for s, n in counts.items())
+def counts(table: pd.DataFrame) -> str:
+    """Cases, and of which status, in words."""
+    found = table["status"].value_counts()
+    return f"{counted(len(table), 'case')}, " + ", ".join(f"{n} {s}" for s, n in found.items())
 
 
-def _plain(table: pd.DataFrame) -> list[dict[str, Any]]:
+def plain(table: pd.DataFrame) -> list[dict[str, Any]]:
     """Rows for JSON, which has neither nan nor infinity."""
     import numpy as np
 

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from cpbench.reports.answer import Answer, method
 from cpbench.reports.draws import FEWEST_P95, Family, Spread
-from cpbench.reports.wording import FACTS, Rate, counted, number, seeds, sentence, significant, told
+from cpbench.reports.wording import (
+    FACT_COLUMNS,
+    FACTS,
+    Rate,
+    counted,
+    number,
+    seeds,
+    sentence,
+    significant,
+    told,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -216,7 +226,13 @@ def refusals(table: pd.DataFrame) -> list[dict[str, Any]]:
     ]
 
 
-def failures(table: pd.DataFrame, out: Path) -> list[tuple[str, str, str, list[str]]]:
+def constant(table: pd.DataFrame, fact: str) -> bool:
+    """Whether a fact is the same in every row."""
+    columns = FACT_COLUMNS.get(fact, (fact,))
+    return len(table[list(columns)].drop_duplicates()) == 1
+
+
+def failures(table: pd.DataFrame) -> list[tuple[str, str, str, list[str]]]:
     """Status, case, reason and logs of every case that is oom, wrong, crash or timeout; draws of
     one family that failed alike are told together."""
     alike: dict[tuple[str, str, str], list[Any]] = {}
@@ -231,6 +247,6 @@ def failures(table: pd.DataFrame, out: Path) -> list[tuple[str, str, str, list[s
             case = f"{method(rows[0])}, {sentence(rows[0], FACTS)}"
         else:
             case += f": {counted(len(rows), 'draw')} ({seeds([row['draw'] for row in rows])})"
-        logs = dict.fromkeys(str(out / row["log"]) for row in rows if row["log"])
+        logs = dict.fromkeys(str(Path(row["run"]) / row["log"]) for row in rows if row["log"])
         found.append((status, case, reason, list(logs)))
     return found

@@ -1,4 +1,4 @@
-"""Rows as a table: for a terminal, cells wrapped to its width, or as Markdown."""
+"""Rows as a table for a terminal, cells wrapped to its width."""
 
 from __future__ import annotations
 
@@ -13,24 +13,6 @@ _NUMBER = re.compile(r"(?:<= )?[\d.,]+(?:e[+-]?\d+)?[kmx]?(?: (?:of|/) [\d.,]+)?
 _PIECE = re.compile(r"[^\s,:/]*(?:[,:/]+\s?|\s|$)")
 
 
-def tabulated(rows: Sequence[Mapping[str, Any]], form: str) -> str:
-    """Rows of equal keys as ``"table"`` or ``"md"``; columns with nothing in them are left out."""
-    if form == "table":
-        return "\n".join(line for row in row_lines(rows) for line in row)
-    from tabulate import tabulate
-
-    columns, align = _columns([{k: escaped(_plain(v)) for k, v in row.items()} for row in rows])
-    return str(
-        tabulate(
-            columns,
-            headers="keys",
-            tablefmt="github",
-            disable_numparse=True,
-            colalign=["right" if right else "left" for right in align.values()],
-        )
-    )
-
-
 def row_lines(
     rows: Sequence[Mapping[str, Any]], width: int | None = None, whole_names: bool = False
 ) -> list[list[str]]:
@@ -40,7 +22,7 @@ def row_lines(
         width: of the terminal; its own, or 100 where there is none, unless given.
         whole_names: do not wrap the first column.
     """
-    columns, align = _columns([{k: _plain(v) for k, v in row.items()} for row in rows])
+    columns, align = plain_rows(rows)
     widths = {key: max(map(len, [key, *cells])) for key, cells in columns.items()}
     limit = width or _terminal()
     while sum(widths.values()) + 2 * (len(widths) - 1) > limit:
@@ -98,11 +80,6 @@ def fitted(text: str) -> list[str]:
     return textwrap.wrap(text, _terminal(), break_long_words=False, break_on_hyphens=False)
 
 
-def escaped(text: str) -> str:
-    """Text that Markdown leaves as it is, in a table too."""
-    return re.sub(r"([\\|*`<>])", r"\\\1", text)
-
-
 def _terminal() -> int:
     """Characters of a line."""
     return shutil.get_terminal_size((100, 24)).columns
@@ -113,8 +90,10 @@ def _plain(value: Any) -> str:
     return " ".join(map(str, words))
 
 
-def _columns(rows: list[dict[str, str]]) -> tuple[dict[str, list[str]], dict[str, bool]]:
-    """The columns that have something in them, and whether each holds numbers."""
-    columns = {key: [row[key] for row in rows] for key in rows[0]}
+def plain_rows(
+    rows: Sequence[Mapping[str, Any]],
+) -> tuple[dict[str, list[str]], dict[str, bool]]:
+    """The columns that have something in them, as texts, and whether each holds numbers."""
+    columns = {key: [_plain(row[key]) for row in rows] for key in rows[0]}
     columns = {key: cells for key, cells in columns.items() if any(cells)}
     return columns, {key: all(map(_NUMBER.fullmatch, c)) for key, c in columns.items()}

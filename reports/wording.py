@@ -30,6 +30,15 @@ FACTS: dict[str, tuple[Callable[[Any], object], str]] = {
     "files": (itemgetter("content"), "files {}"),
     "machine": (itemgetter("machine"), "on {}"),
 }
+# The columns that a fact is read from, where they are not one of the fact's own name.
+FACT_COLUMNS = {
+    "tokens": ("seq_len",),
+    "ranks": ("world_size",),
+    "a node": ("ranks_per_node",),
+    "heads": ("num_heads_q", "num_heads_kv"),
+    "input seed": ("seed",),
+    "files": ("content",),
+}
 
 
 def told(row: Any, facts: Iterable[str]) -> dict[str, str]:

@@ -46,7 +46,7 @@ LAYERS = (
         "autograd_op",
     ),
     ("kernels", "strategies"),
-    ("api", "buffers", "check", "check_at_size", "measure", "telemetry"),
+    ("api", "buffers", "check", "check_at_size", "measure", "telemetry", "peaks"),
     ("evaluate",),
     ("worker", "trace_ranks", "aot", "tuner", "node_probe"),
     ("links",),
@@ -58,7 +58,7 @@ PARENT = (
     ("runs", "catalogue", "diagnosis", "forecast", "linkcheck", "options", "compilation"),
     ("slurm", "verification"),
     ("progress",),
-    ("cli_tools", "cli_jobs"),
+    ("cli_tools", "cli_jobs", "cli_reports"),
     ("cli",),
 )
 SHARED = ("store",)  # what both worlds use: job files, journals, records

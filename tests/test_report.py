@@ -14,8 +14,11 @@ from cpbench.problem import Case
 from cpbench.record import Record
 from cpbench.reports import render
 from cpbench.reports.answer import answers
-from cpbench.reports.frame import COLUMNS, frame, load
-from cpbench.reports.text import escaped, row_lines, tabulated, wrapped
+from cpbench.reports.collection import together
+from cpbench.reports.columns import COLUMNS
+from cpbench.reports.frame import frame, load
+from cpbench.reports.markup import MARKUPS
+from cpbench.reports.text import row_lines, wrapped
 from cpbench.reports.wording import significant
 from cpbench.spec import Spec
 from cpbench.store import Run
@@ -42,11 +45,24 @@ def record(operator: str, ms: float | None = None, noise: float = 0.01, **given:
 
 
 def run_of(*records: Record) -> Run:
-    return Run({r.case.id: r for r in records}, {}, [])
+    launches = {r.case.id: [r] for r in records if r.status == "ok" and r.times_us}
+    return Run({r.case.id: r for r in records}, launches)
+
+
+def table_of(*records: Record, environments: dict[str, Any] | None = None) -> pd.DataFrame:
+    """A case that is there twice is so in runs of two machines."""
+    left, tables = list(records), []
+    while left:
+        first = {record.case.id: record for record in reversed(left)}
+        run = run_of(*(record for record in left if first[record.case.id] is record))
+        run.environments = environments or {}
+        tables.append(frame(run, str(OUT)))
+        left = [record for record in left if first[record.case.id] is not record]
+    return pd.concat(tables, ignore_index=True)
 
 
 def shown(*records: Record, form: str = "table") -> str:
-    return render.render(run_of(*records), OUT, form)
+    return render.render(together({str(OUT): run_of(*records)}), form)
 
 
 def section(text: str, title: str) -> list[str]:
@@ -54,7 +70,7 @@ def section(text: str, title: str) -> list[str]:
 
 
 def test_winner_and_lead() -> None:
-    (answer,) = answers(frame([record("slow", 3.0), record("quick", 2.0), record("slower", 5.0)]))
+    (answer,) = answers(table_of(record("slow", 3.0), record("quick", 2.0), record("slower", 5.0)))
     assert list(answer.ranking["operator"]) == ["quick", "slow", "slower"]
     assert answer.lead == pytest.approx(1.5)
     assert not answer.tie
@@ -65,33 +81,31 @@ def test_winner_and_lead() -> None:
     [(2.0, 0.01, True), (2.03, 0.01, True), (2.05, 0.01, False), (2.05, 0.05, True)],
 )
 def test_tie_within_noise(ms: float, noise: float, tie: bool) -> None:
-    (answer,) = answers(frame([record("a", 2.0, noise), record("b", ms, noise)]))
+    (answer,) = answers(table_of(record("a", 2.0, noise), record("b", ms, noise)))
     assert answer.tie is tie
 
 
 def test_unknown_noise_is_a_tie() -> None:
     few = record("b", 9.0)
     few.times_us = {"fwd": [[9e3, 9e3]]}
-    (answer,) = answers(frame([record("a", 2.0), few]))
+    (answer,) = answers(table_of(record("a", 2.0), few))
     assert answer.tie
 
 
 def test_no_rival() -> None:
-    (answer,) = answers(frame([record("a", 2.0), record("b", status="unsupported", reason="no")]))
+    (answer,) = answers(table_of(record("a", 2.0), record("b", status="unsupported", reason="no")))
     assert answer.lead is None
     assert "no other" in section(shown(record("a", 2.0)), "Winners")[2]
 
 
 def test_each_problem_and_world_size_is_a_contest_of_its_own() -> None:
     found = answers(
-        frame(
-            [
-                record("a", 1.0),
-                record("b", 2.0, seq_len=2048),
-                record("c", 3.0, world_size=2),
-                record("d", 4.0, dtype="bfloat16"),
-                record("e", 5.0, seed=1),
-            ]
+        table_of(
+            record("a", 1.0),
+            record("b", 2.0, seq_len=2048),
+            record("c", 3.0, world_size=2),
+            record("d", 4.0, dtype="bfloat16"),
+            record("e", 5.0, seed=1),
         )
     )
     assert [len(answer.ranking) for answer in found] == [1] * 5
@@ -100,7 +114,7 @@ def test_each_problem_and_world_size_is_a_contest_of_its_own() -> None:
 def test_the_slowest_rank_counts() -> None:
     two = record("a", strategy="ring", world_size=2)
     two.times_us = {"fwd": [[1e3] * 7, [4e3] * 7], "bwd": [[2e3] * 7, [1e3] * 7]}
-    (row,) = frame([two]).to_dict("records")
+    (row,) = table_of(two).to_dict("records")
     assert (row["time_ms"], row["fwd_ms"], row["bwd_ms"]) == (6.0, 4.0, 2.0)
 
 
@@ -233,7 +247,7 @@ def test_an_infinite_error_is_shown() -> None:
             "lse": {"rel_l2": 1e-7, "max_rms": 1e-7},
         }
     }
-    assert frame([wrong])["worst_error"].tolist() == [float("inf")]
+    assert table_of(wrong)["worst_error"].tolist() == [float("inf")]
     assert "wrong" in shown(wrong)
     assert json.loads(shown(wrong, form="json"))[0]["worst_error"] is None
 
@@ -247,7 +261,7 @@ ROWS = (
 
 
 def test_csv_round_trip() -> None:
-    table = frame(ROWS)
+    table = table_of(*ROWS)
     back = pd.read_csv(
         io.StringIO(shown(*ROWS, form="csv")), dtype={"iterations": "Int64", "draw": "Int64"}
     )
@@ -260,7 +274,7 @@ def test_csv_round_trip() -> None:
 
 
 def test_json_round_trip() -> None:
-    table = frame(ROWS)
+    table = table_of(*ROWS)
     back = pd.DataFrame(json.loads(shown(*ROWS, form="json")), dtype=object)
     assert list(back.columns) == list(COLUMNS)
     for column in COLUMNS:
@@ -278,7 +292,7 @@ def test_markdown_escapes() -> None:
         assert len({row.replace("\\|", "").count("|") for row in rows}) == 1
     assert "./a\\|b.py:op" in text
     assert "x \\| y \\* z \\`q\\` \\<b\\>" in text
-    assert escaped("\\") == "\\\\"
+    assert MARKUPS["md"].text("\\") == "\\\\"
 
 
 def test_columns_are_explained() -> None:
@@ -323,4 +337,4 @@ def test_wrapped() -> None:
 def test_row_lines() -> None:
     rows = [{"name": "a", "n": "1.5", "empty": ""}, {"name": "bb", "n": "10", "empty": ""}]
     assert row_lines(rows, 80) == [["name    n", "----  ---"], ["a     1.5"], ["bb     10"]]
-    assert tabulated([{"x": ["a", "b"]}], "table") == "x\n---\na b"
+    assert MARKUPS["table"].table([{"x": ["a", "b"]}]) == ["x", "---", "a b", ""]

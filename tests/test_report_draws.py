@@ -10,16 +10,18 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from test_report import OUT, record, section, shown
+from test_report import OUT, record, section, shown, table_of
 
 from cpbench.problem import Case
 from cpbench.record import Record
 from cpbench.reports import render
 from cpbench.reports.answer import QUESTION, answers, method
+from cpbench.reports.collection import collect
+from cpbench.reports.columns import COLUMNS
 from cpbench.reports.draws import Family, percentile95, sign_test, split
-from cpbench.reports.frame import COLUMNS, frame, load
+from cpbench.reports.frame import load
 from cpbench.reports.wording import seeds
-from cpbench.store import RecordWriter, read_run
+from cpbench.store import RecordWriter
 
 PILE = "causal_document:corpus=pile"
 
@@ -35,7 +37,7 @@ def draws(operator: str, times: Sequence[float | None], **given: Any) -> list[Re
 
 
 def family(*records: Record) -> Family:
-    singles, (found,) = split(frame(records))
+    singles, (found,) = split(table_of(*records))
     assert singles.empty
     return found
 
@@ -71,7 +73,9 @@ def test_what_a_question_is_made_of() -> None:
 )  # fmt: skip
 def test_draws_of_a_family_differ_in_nothing_else(other: dict[str, Any]) -> None:
     records = [*draws("a", [1.0, 1.0]), *draws("a", [1.0, 1.0], **other)]
-    singles, found = split(frame(records, {"e": {"host": "elsewhere", "processor": "x"}}))
+    singles, found = split(
+        table_of(*records, environments={"e": {"host": "elsewhere", "processor": "x"}})
+    )
     assert singles.empty
     assert [len(one.draws) for one in found] == [2, 2]
 
@@ -81,7 +85,7 @@ def test_other_masks_and_single_draws_stay_as_they_are() -> None:
               (PILE, "causal", "causal_document:corpus=prolong64k,seed=1", f"full{PILE[6:]},seed=1",
                "prefix_lm_document:corpus=pile,prefix_len=1,seed=1",
                "prefix_lm_document:corpus=pile,prefix_len=2,seed=2")]  # fmt: skip
-    singles, (found,) = split(frame([*others, *draws("a", [1.0, 2.0])]))
+    singles, (found,) = split(table_of(*others, *draws("a", [1.0, 2.0])))
     assert len(singles) == len(others) == len(answers(singles))
     assert found.question["mask"] == PILE
     text = shown(*others, *draws("a", [1.0, 2.0]))
@@ -212,7 +216,7 @@ def test_every_draw_is_in_the_data(form: str, tmp_path: Path) -> None:
     with RecordWriter(tmp_path / "records" / "one.jsonl") as writer:
         for made in records:
             writer.append(made.to_json())
-    text = render.render(read_run(tmp_path), tmp_path, form)
+    text = render.render(collect([tmp_path]), form)
     path = tmp_path / "data"
     path.write_text(text)
     data = pd.read_csv(path) if form == "csv" else pd.DataFrame(json.loads(text))
@@ -244,7 +248,7 @@ def test_draws_that_failed_alike_are_told_together() -> None:
 def test_a_crash_before_the_machine_was_known_is_a_missing_draw() -> None:
     records = draws("a", [1.0] * 3, environment="e")
     records.append(record("a", mask=f"{PILE},seed=3", status="crash", reason="no start"))
-    table = frame(records, {"e": {"host": "h", "processor": "p"}})
+    table = table_of(*records, environments={"e": {"host": "h", "processor": "p"}})
     singles, (found,) = split(table)
     assert singles.empty
     assert (found.question["machine"], found.lacking) == ("h, p", {"a": {"crash": 1}})
@@ -278,8 +282,9 @@ def test_seeds() -> None:
 
 
 def test_a_placement_is_a_method() -> None:
-    rows = frame([record("a", 1.0, strategy="ring", world_size=4, placement=where) for where in
-                  ("", "head")])  # fmt: skip
+    rows = table_of(
+        *(record("a", 1.0, strategy="ring", world_size=4, placement=at) for at in ("", "head"))
+    )
     assert [method(row) for _, row in rows.iterrows()] == [
         "ring/contiguous a",
         "ring head inside/contiguous a",

@@ -173,14 +173,17 @@ def test_reports_have_power_and_what_held_clocks_down() -> None:
     from cpbench.problem import Case
     from cpbench.record import Record
     from cpbench.reports.frame import frame
+    from cpbench.store import Run
 
     told = [
         {"power_w": {"median": 300.0}, "held_down_by": ["power cap"]},
         {"power_w": {"median": 500.0}, "held_down_by": []},
     ]
-    table = frame(
-        [Record(case=Case(), status="ok", telemetry=told), Record(case=Case(), status="ok")]
-    )
+    records = [
+        Record(case=Case(), status="ok", telemetry=told),
+        Record(case=Case(seq_len=2048), status="ok"),
+    ]
+    table = frame(Run({record.case.id: record for record in records}), "")
     assert table["power_w"].tolist()[0] == 400.0
     assert table["held_down_by"].tolist() == ["power cap", None]
     assert table["power_w"].isna().tolist() == [False, True]

@@ -11,6 +11,8 @@ from cpbench.spec import format_size
 from cpbench.tiling import tiles
 
 MAX_CELLS = 512
+SMALL_CELLS = 64
+SHADES = ["#cfe3f5", "#4a90c8", "#0b3c6f"]
 
 
 def draw(mask: AttnMask, path: str | Path, title: str = "") -> None:
@@ -34,20 +36,13 @@ def draw(mask: AttnMask, path: str | Path, title: str = "") -> None:
     from matplotlib.colors import LinearSegmentedColormap, PowerNorm
     from matplotlib.figure import Figure
 
-    if mask.seq_q < 1 or mask.seq_k < 1:
-        raise ValueError(f"a mask of {mask.seq_q} x {mask.seq_k} tokens has nothing to draw")
-    cell = -(-max(mask.seq_q, mask.seq_k) // MAX_CELLS)
-    visible = tiles(mask, cell, cell).to_dense()
-    heights = np.minimum(cell, mask.seq_q - cell * np.arange(visible.shape[0]))
-    widths = np.minimum(cell, mask.seq_k - cell * np.arange(visible.shape[1]))
-    share = visible / (heights[:, None] * widths[None, :])
-
+    share, cell = _shares(mask, MAX_CELLS)
     # Square tokens, unless that would make the picture a thread.
     aspect = min(max(mask.seq_q / mask.seq_k, 0.2), 3.0)
     figure = Figure(figsize=(6.0, 4.6 * aspect + 1.0), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    colours = LinearSegmentedColormap.from_list("mask", ["#cfe3f5", "#4a90c8", "#0b3c6f"])
+    colours = LinearSegmentedColormap.from_list("mask", SHADES)
     image = axes.imshow(
         np.ma.masked_equal(share, 0),
         cmap=colours,
@@ -72,6 +67,36 @@ def draw(mask: AttnMask, path: str | Path, title: str = "") -> None:
         bar.ax.set_yticklabels(["0", "10 %", "25 %", "50 %", "100 %"])
         bar.set_label(f"visible share\nof {cell:,} x {cell:,} tokens", fontsize=8)
     figure.savefig(path, format="png")
+
+
+def thumbnail(mask: AttnMask) -> bytes:
+    """A small PNG of ``mask`` alone, without axes: a pixel a cell, hidden ones transparent.
+
+    Raises:
+        ValueError: for a mask without queries or keys.
+    """
+    import io
+
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.image import imsave
+
+    share, _ = _shares(mask, SMALL_CELLS)
+    pixels = LinearSegmentedColormap.from_list("mask", SHADES)(np.sqrt(share))
+    pixels[..., 3] = share > 0
+    file = io.BytesIO()
+    imsave(file, pixels, format="png")
+    return file.getvalue()
+
+
+def _shares(mask: AttnMask, cells: int) -> tuple[np.ndarray, int]:
+    """The visible share of each cell of a grid of at most so many a side, and a cell's tokens."""
+    if mask.seq_q < 1 or mask.seq_k < 1:
+        raise ValueError(f"a mask of {mask.seq_q} x {mask.seq_k} tokens has nothing to draw")
+    cell = -(-max(mask.seq_q, mask.seq_k) // cells)
+    visible = tiles(mask, cell, cell).to_dense()
+    heights = np.minimum(cell, mask.seq_q - cell * np.arange(visible.shape[0]))
+    widths = np.minimum(cell, mask.seq_k - cell * np.arange(visible.shape[1]))
+    return visible / (heights[:, None] * widths[None, :]), cell
 
 
 def _ticks(extent: int) -> list[int]:

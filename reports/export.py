@@ -1,0 +1,37 @@
+"""The tidy table as a file for programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cpbench.reports.collection import Collection
+from cpbench.reports.columns import COLUMNS
+
+
+def parquet(collection: Collection, path: Path) -> None:
+    """Write the tidy table as Parquet, what its columns mean in the metadata of each.
+
+    Raises:
+        ValueError: when pyarrow is not installed.
+        OSError: when the file cannot be written.
+    """
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise ValueError('parquet needs pyarrow: pip install "cpbench[parquet]"') from None
+    told = collection.table.assign(draw=collection.table["draw"].map(_text))
+    table = pa.Table.from_pandas(told, preserve_index=False)
+    fields = [field.with_metadata({"meaning": COLUMNS[field.name]}) for field in table.schema]
+    schema = pa.schema(fields, metadata=table.schema.metadata)
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        pq.write_table(table.cast(schema), temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _text(draw: object) -> str | None:
+    """A seed may be a number or a text; a column is of one type."""
+    return None if draw is None else str(draw)

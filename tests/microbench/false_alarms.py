@@ -1,0 +1,123 @@
+"""How often `cpbench compare` and `gate` cry wolf, and how often they miss one, on this machine.
+
+    python tests/microbench/false_alarms.py [--launches 7] [--rounds 3] [--folder FOLDER]
+
+In each round one sweep of an operator (`bands`, behind a wrapper) is run three times in turn,
+launch by launch: as base, as the same again, and with 10 % of its processor time burnt on top.
+Times are processor time of one thread.  A round of 7 launches takes about a quarter of an hour.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from cpbench.reports.compare import compare
+from cpbench.reports.gate import judge
+from cpbench.store import read_run
+
+KERNEL = '''
+"""The operator bands, slower by a share of its processor time."""
+import time
+from cpbench.kernels.bands import OPERATORS, Bands
+from cpbench.registry import OperatorInfo
+
+SLOWER_BY = {share}
+
+
+class Wrapped(Bands):
+    def forward(self, *given):
+        return self._burn(super().forward, given)
+
+    def backward(self, *given):
+        return self._burn(super().backward, given)
+
+    def _burn(self, work, given):
+        begun = time.process_time()
+        found = work(*given)
+        until = begun + (1 + SLOWER_BY) * (time.process_time() - begun)
+        while time.process_time() < until:
+            pass
+        return found
+
+
+OP = OperatorInfo(name="wrapped", summary="bands, wrapped", source="bands", load=Wrapped,
+                  masks=OPERATORS[0].masks, dtypes=OPERATORS[0].dtypes)
+'''
+SWEEP = """
+[sweep]
+operator = "./kernel.py:OP"
+mask = ["causal", "full", "sliding_window_causal:window=128", "streaming:window=128",
+        "causal_document:doc_lens=[300,200,524]"]
+seq_len = [1024]
+num_heads_q = [2, 4]
+head_dim = [32, 64]
+direction = ["fwd", "fwd_bwd"]
+
+[measure]
+clock = "cpu"
+precision = 0.01
+max_seconds = 0.7
+max_iterations = 40
+memory = false
+"""
+SIDES = {"base": 0.0, "same": 0.0, "slowed": 0.1}
+
+
+def measure(folder: Path, launches: int) -> None:
+    """Fill FOLDER/base, same and slowed, launch by launch, in an order that goes round."""
+    names = list(SIDES)
+    for name, share in SIDES.items():
+        (folder / name).mkdir(parents=True)
+        (folder / name / "kernel.py").write_text(KERNEL.format(share=share))
+        (folder / name / "sweep.toml").write_text(SWEEP)
+    for launch in range(launches):
+        for name in names[launch % 3 :] + names[: launch % 3]:
+            words = ("run", "sweep.toml", "--out", "run", "--launches", str(launch + 1))
+            done = subprocess.run(
+                [sys.executable, "-m", "cpbench.cli", *words, "--json"],
+                cwd=folder / name, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            )  # fmt: skip
+            if done.returncode:
+                raise SystemExit(done.stderr)
+        print(f"  launch {launch + 1} of {launches}", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--launches", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="keep the runs here; those there are not rerun")
+    given = parser.parse_args()
+    folder = given.folder or Path(tempfile.mkdtemp(prefix="cpbench-alarms-"))
+    alarms, found, total, passed, stopped = Counter[str](), Counter[str](), 0, 0, 0
+    for number in range(given.rounds):
+        here = folder / f"round{number}"
+        if not here.exists():
+            measure(here, given.launches)
+        base, same, slowed = (read_run(here / name / "run") for name in SIDES)
+        for which, other in ((alarms, same), (found, slowed)):
+            which.update(compare(base, other)["verdict"])
+        total += len(base.records)
+        passed += judge(base, same, 0.05, 0.02).passed
+        stopped += not judge(base, slowed, 0.05, 0.02).passed
+        wrong = alarms["SLOWER"] + alarms["FASTER"]
+        print(f"after round {number + 1}: {total} cases a side")
+        print(
+            f"  same again: {wrong} called SLOWER or FASTER ({wrong / total:.1%}); {dict(alarms)}"
+        )
+        print(
+            f"  10 % slower: {found['SLOWER']} found ({found['SLOWER'] / total:.1%}); {dict(found)}"
+        )
+        print(f"  gate at 5 %: passed {passed} of {number + 1} identical, "
+              f"stopped {stopped} of {number + 1} slowed", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
