@@ -29,6 +29,11 @@ class Device(Protocol):
         """Microseconds that ``work`` takes on the device, from an idle start."""
         ...
 
+    def pace_us(self) -> float | None:
+        """Microseconds of a fixed piece of work: how fast the machine is at the moment.  None but
+        for processor time, which a neighbour on the same core stretches too."""
+        ...
+
     def flush_cache(self) -> None:
         """Evict what earlier iterations left in the last-level cache."""
         ...
@@ -73,6 +78,17 @@ class Cpu:
         self._wall += wall
         self._used += used
         return (used if self.clock == "cpu" else wall) * 1e6
+
+    def pace_us(self) -> float | None:
+        if self.clock != "cpu":
+            return None
+        begun = time.process_time()
+        self._fixed_work()
+        return (time.process_time() - begun) * 1e6
+
+    def _fixed_work(self) -> None:
+        for _ in range(4):
+            self._canary.mm(self._canary)
 
     def flush_cache(self) -> None:
         import torch
@@ -119,8 +135,7 @@ class Cpu:
         ratios = []
         for _ in range(9):
             wall, used = time.perf_counter(), time.thread_time()
-            for _ in range(4):
-                self._canary.mm(self._canary)
+            self._fixed_work()
             wall, used = time.perf_counter() - wall, time.thread_time() - used
             ratios.append(wall / used if used else 1.0)
         return statistics.median(ratios)
@@ -150,6 +165,9 @@ class Cuda:
         end.record()
         end.synchronize()
         return float(start.elapsed_time(end)) * 1e3
+
+    def pace_us(self) -> float | None:
+        return None
 
     def flush_cache(self) -> None:
         self._flush.zero_()

@@ -108,6 +108,8 @@ class Evaluation:
             record.times_us[phase] = [
                 [*old, *new] for old, new in zip(record.times_us[phase], ranks, strict=True)
             ]
+        pairs = zip(record.pace_us, fresh.pace_us, strict=True)
+        record.pace_us = [[*old, *new] for old, new in pairs]
         record.flags = sorted({*record.flags, *fresh.flags})
         return record
 
@@ -195,6 +197,7 @@ class Evaluation:
         ranks = control.gather((timing, memory, sorted(flags), traced))
         timings: list[measure.Timing] = [timing for timing, *_ in ranks]
         record.times_us = {p: [t.times_us[p] for t in timings] for p in workload.phases}
+        record.pace_us = [t.pace_us for t in timings if t.pace_us]
         sent = {p: [t.traffic[p] for t in timings] for p in workload.phases}
         nodes = record.ranks_per_node
         record.bytes_sent = {p: [t.bytes_sent for t in sent[p]] for p in sent}

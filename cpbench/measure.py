@@ -8,8 +8,9 @@ in a pass of its own, since looking costs time.
 
 from __future__ import annotations
 
+import itertools
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cpbench.buffers import peak_bytes
@@ -27,10 +28,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Timing:
-    """What one rank saw: microseconds by phase and iteration, and what it sent by phase."""
+    """What one rank saw: microseconds by phase and iteration, what it sent by phase, and the pace
+    of the machine around each iteration where the device tells it."""
 
     times_us: dict[str, list[float]]
     traffic: dict[str, Traffic]
+    pace_us: list[float] = field(default_factory=list)
 
 
 class Workload:
@@ -110,10 +113,13 @@ def measure_time(
         _iterate(workload, device, comm, control, Timing({p: [] for p in workload.phases}, {}))
     slowest: list[float] = []
     started = time.monotonic()
-    going = True
+    going, paces = True, [device.pace_us()]
     while going:
         slowest.append(_iterate(workload, device, comm, control, timing))
+        paces.append(device.pace_us())
         going = control.decide(_go_on(slowest, time.monotonic() - started, settings))
+    known = [pace for pace in paces if pace is not None]
+    timing.pace_us.extend((a + b) / 2 for a, b in itertools.pairwise(known))
     return timing
 
 

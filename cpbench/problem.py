@@ -6,6 +6,7 @@ Shapes everywhere: q, out ``[B, S, H, D]``; k, v ``[B, T, G, D]`` with ``H % G =
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -111,15 +112,16 @@ class Case:
     seed: int = 0
     content: tuple[tuple[str, str], ...] = field(default=())
 
-    @property
+    @functools.cached_property
     def id(self) -> str:
         """Twelve hex digits over everything that differs from the defaults."""
-        table = self.to_json()
+        told: dict[str, Any] = {}
+        for name, default in _DEFAULTS.items():
+            value = getattr(self, name)
+            if value != default:
+                told[name] = value.to_json() if isinstance(value, Spec) else value
         for path, digest in self.content:
-            table = _replace_text(table, path, digest)
-        blank = Case().to_json()
-        told = {key: value for key, value in table.items() if value != blank[key]}
-        told.pop("content", None)
+            told = _replace_text(told, path, digest)
         text = json.dumps(told, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -163,25 +165,44 @@ class Case:
     def to_json(self) -> dict[str, Any]:
         """A table of plain values, which :meth:`from_json` reads back."""
         table: dict[str, Any] = {}
-        for item in fields(self):
-            value = getattr(self, item.name)
-            table[item.name] = value.to_json() if isinstance(value, Spec) else value
+        for name in _DEFAULTS:
+            value = getattr(self, name)
+            table[name] = value.to_json() if isinstance(value, Spec) else value
         table["content"] = [list(pair) for pair in self.content]
         return table
 
     @classmethod
-    def from_json(cls, table: Mapping[str, Any]) -> Case:
-        """Read back :meth:`to_json`; keys of newer versions are ignored."""
-        known = {item.name for item in fields(cls)}
-        values = {key: value for key, value in table.items() if key in known}
+    def from_json(cls, table: Mapping[str, Any], known_id: str | None = None) -> Case:
+        """Read back :meth:`to_json`; keys of newer versions are ignored.
+
+        Args:
+            known_id: the id, where it was kept with the table.
+        """
+        values = {key: value for key, value in table.items() if key in _NAMES}
         for key in ("operator", "strategy", "layout", "mask"):
             if key in values:
-                values[key] = Spec.parse(values[key])
+                values[key] = _spec(values[key])
         values["content"] = tuple((str(a), str(b)) for a, b in values.get("content", ()))
-        return cls(**values)
+        case = cls(**values)
+        if isinstance(known_id, str):
+            vars(case)["id"] = known_id  # what the property would find, at some cost
+        return case
 
     def with_content(self, content: Mapping[str, str]) -> Case:
         return replace(self, content=tuple(sorted(content.items())))
+
+
+_NAMES = frozenset(item.name for item in fields(Case))
+_DEFAULTS = {item.name: item.default for item in fields(Case) if item.name != "content"}
+_SPECS: dict[str, Spec] = {}  # many cases name few
+
+
+def _spec(source: Any) -> Spec:
+    """:meth:`Spec.parse`, once for each text of a table."""
+    key = repr(source)  # tells 1 from true
+    if key not in _SPECS:
+        _SPECS[key] = Spec.parse(source)
+    return _SPECS[key]
 
 
 def _replace_text(value: Any, old: str, new: str) -> Any:

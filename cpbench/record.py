@@ -32,6 +32,8 @@ class Record:
         errors: largest error of each tensor over ranks and checks, see ``cpbench.check``:
             ``{"small"|"sampled": {"out": {"rel_l2": …, "max_rms": …}, …}}``.
         times_us: microseconds by phase (``fwd``, ``bwd``) as ``[rank][iteration]``.
+        pace_us: ``[rank][iteration]``: processor time of a fixed piece of work around each
+            iteration, where processor time was measured; comparisons divide by it.
         turns: iterations of each turn, in order, where contenders were measured in turn.
         mask_us, plan_us, first_call_us: building the mask, planning, and the first call at size
             (with compilation), slowest rank.
@@ -64,6 +66,7 @@ class Record:
     reason: str | None = None
     errors: dict[str, dict[str, dict[str, float | None]]] = field(default_factory=dict)
     times_us: dict[str, list[list[float]]] = field(default_factory=dict)
+    pace_us: list[list[float]] = field(default_factory=list)
     turns: list[int] = field(default_factory=list)
     mask_us: float | None = None
     plan_us: float | None = None
@@ -102,6 +105,14 @@ class Record:
     def median_us(self) -> float | None:
         samples = self.samples_us
         return statistics.median(samples) if samples else None
+
+    @property
+    def paced(self) -> float | None:
+        """Median over iterations of the time over the pace; None where no pace was measured."""
+        if not self.pace_us:
+            return None
+        pairs = zip(self.samples_us, slowest_us({"pace": self.pace_us}, ("pace",)), strict=True)
+        return statistics.median(time / pace for time, pace in pairs)
 
     @property
     def noise(self) -> float | None:
@@ -151,7 +162,7 @@ class Record:
             raise SchemaError(f"schema {version!r} is not known here (1 to {SCHEMA} are)")
         if version == 1:
             _from_version_1(values)
-        values["case"] = Case.from_json(values["case"])
+        values["case"] = Case.from_json(values["case"], table.get("id"))
         if values["status"] not in STATUSES:
             raise ValueError(f"unknown status {values['status']!r}")
         values["started"] = float(values.get("started", 0.0))
@@ -174,8 +185,16 @@ def slowest_us(
 ) -> list[float]:
     """Per iteration, the slowest rank's time in each of ``phases``, added up (every phase starts
     at a barrier, so ranks do not make up in one for another)."""
-    slowest = [[max(ranks) for ranks in zip(*times_us[phase], strict=True)] for phase in phases]
+    slowest = [_slowest(times_us[phase]) for phase in phases]
+    if len(slowest) == 1:
+        return slowest[0]
     return [sum(parts) for parts in zip(*slowest, strict=True)]
+
+
+def _slowest(ranks: Sequence[Sequence[float]]) -> list[float]:
+    if len(ranks) == 1:
+        return list(ranks[0])
+    return list(map(max, zip(*ranks, strict=True)))
 
 
 def median_interval(samples: Sequence[float]) -> tuple[float, float] | None:

@@ -30,8 +30,9 @@ class MeasureSettings:
         memory: the pass for peak memory.
         launches: how many processes (gangs, for several ranks) measure each case, one after the
             other: what a process happens to get (memory, clocks) differs between them.
-        clock: ``"wall"``, or ``"cpu"``: the processor time of the process, which neighbours on a
-            shared machine disturb less; for one rank on a CPU.
+        clock: ``"wall"``, or ``"cpu"``: the processor time of the process, for one rank on a CPU.
+            Neighbours on a shared machine disturb it less, and what they do (a busy sibling of the
+            core) is known from the pace, see ``Record.pace_us``.
         interleave: measure the cases that differ only in operator, strategy or layout in turn, so
             many times over, so that what drifts meanwhile meets all of them.
         telemetry_s: between samples of power, clocks and temperature of GPUs; 0 for none.

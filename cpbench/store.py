@@ -24,6 +24,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+import orjson
+
 from cpbench.problem import Case
 from cpbench.record import Record, SchemaError
 from cpbench.settings import MeasureSettings
@@ -272,7 +274,7 @@ def read_lines(path: Path, warnings: list[str]) -> Iterator[tuple[int, dict[str,
 def _object(line: bytes) -> dict[str, Any] | None:
     """The JSON object on a line, if it is one."""
     try:
-        table = json.loads(line)
-    except (ValueError, RecursionError):
+        table = orjson.loads(line)
+    except ValueError:
         return None
     return table if isinstance(table, dict) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -43,17 +44,17 @@ class Answer:
     @property
     def lead(self) -> float | None:
         """Time of the runner-up over the winner's; None without one."""
-        times = self.ranking["time_ms"]
-        return float(times.iloc[1] / times.iloc[0]) if len(times) > 1 else None
+        times = self.ranking["time_ms"].tolist()
+        return times[1] / times[0] if len(times) > 1 else None
 
 
 def answers(table: pd.DataFrame) -> list[Answer]:
     """One answer for each problem and number of ranks that has a timed case."""
-    found = []
-    for key, group in table[competing(table)].groupby(list(QUESTION), sort=True):
-        ranking = group.sort_values("time_ms", kind="stable")
-        found.append(Answer(dict(zip(QUESTION, key, strict=True)), ranking, _tie(ranking)))
-    return found
+    ranked = table[competing(table)].sort_values("time_ms", kind="stable")
+    return [
+        Answer(dict(zip(QUESTION, key, strict=True)), ranking, _tie(ranking))
+        for key, ranking in ranked.groupby(list(QUESTION), sort=True)
+    ]
 
 
 def competing(table: pd.DataFrame) -> pd.Series[bool]:
@@ -85,8 +86,8 @@ def methods(table: pd.DataFrame) -> list[str]:
 def _tie(ranking: pd.DataFrame) -> bool:
     """Whether some rival's interval of the median reaches into the winner's; an interval that is
     not known reaches everywhere."""
-    first, rivals = ranking.iloc[0], ranking.iloc[1:]
-    if rivals.empty:
+    low, high = ranking["low_ms"].tolist(), ranking["high_ms"].tolist()
+    if len(low) < 2:
         return False
-    unknown = ranking[["low_ms", "high_ms"]].isna().any(axis=None)
-    return bool(unknown or (rivals["low_ms"] <= first["high_ms"]).any())
+    unknown = any(math.isnan(end) for end in (*low, *high))
+    return unknown or min(low[1:]) <= high[0]

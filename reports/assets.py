@@ -11,9 +11,10 @@ import base64
 import gzip
 import hashlib
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
+
+import orjson
 
 WEB = Path(__file__).parent / "web"
 
@@ -25,7 +26,8 @@ def packed(data: str | bytes) -> str:
 
 
 def packed_json(value: Any) -> str:
-    return packed(json.dumps(value, separators=(",", ":"), allow_nan=False))
+    """Plain values and numpy arrays; what is not a finite number becomes null."""
+    return packed(orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY))
 
 
 def library(package: str, file: str) -> bytes:

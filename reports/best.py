@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cpbench.reports.answer import Answer, method
+from cpbench.reports.answer import Answer, methods
 from cpbench.reports.draws import Family
 from cpbench.reports.wording import counted, sentence
 from cpbench.spec import format_size
@@ -111,15 +111,15 @@ def _rest(best: Best, common: Sequence[str]) -> str:
 
 
 def _of_answer(answer: Answer) -> Best:
-    first, names = answer.ranking.iloc[0], [method(row) for _, row in answer.ranking.iterrows()]
-    reach = first["high_ms"]
+    names, reach = methods(answer.ranking), answer.ranking["high_ms"].iat[0]
     low = answer.ranking["low_ms"].tolist()
     tied = [name for name, ms in zip(names[1:], low[1:], strict=True) if not ms > reach]
     verdict = "alone" if answer.lead is None else "tie" if answer.tie else "won"
     return Best(
         question=answer.question, method=names[0], verdict=verdict, lead=answer.lead,
         tied=tuple(tied) if verdict == "tie" else (), over=names[1] if len(names) > 1 else "",
-        ms=float(first["time_ms"]), tflops=float(first["tflops_per_rank"]), draws=0,
+        ms=answer.ranking["time_ms"].tolist()[0],
+        tflops=answer.ranking["tflops_per_rank"].tolist()[0], draws=0,
     )  # fmt: skip
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,17 +48,29 @@ def collect(folders: Sequence[Path]) -> Collection:
     Raises:
         ValueError: for a folder that is no run directory, or when there is no finished case.
     """
-    runs = {}
     for folder in folders:
         if not (folder / "records").is_dir():
             raise ValueError(f"{folder} is not a run directory: it has no records folder")
-        runs[str(folder)] = read_run(folder)
+    with _no_garbage():
+        runs = {str(folder): read_run(folder) for folder in folders}
     if not any(run.records for run in runs.values()):
         where = ", ".join(runs)
         hint = [warning for run in runs.values() for warning in run.warnings[:1]]
         hold = "hold" if len(runs) > 1 else "holds"
         raise ValueError("; ".join([f"{where} {hold} no finished case yet", *hint[:1]]))
     return together(runs)
+
+
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Millions of objects come, and stay: looking through them for garbage would take most of the
+    time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def together(runs: Mapping[str, Run]) -> Collection:

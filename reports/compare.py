@@ -27,7 +27,8 @@ COLUMNS = {
     "why": "what makes the verdict, where it is not the ratio",
     "base_ms": "median of the launches' medians",
     "new_ms": "the same of the new run",
-    "ratio": "time of the new run over the base's (Hodges and Lehmann)",
+    "ratio": "time of the new run over the base's (Hodges and Lehmann), of processor time after "
+    "division by the pace of the machine",
     "low": "lower end of the 95 % interval of the ratio",
     "high": "its upper end",
     "base_launches": "processes, or gangs of them, that measured the case",
@@ -58,7 +59,7 @@ def compare(base: Run, new: Run, floor: float = FLOOR) -> pd.DataFrame:
     import pandas as pd
 
     pairs = _pairs(base, new)
-    times = [(_medians(there), _medians(here)) for there, here in pairs.values()]
+    times = [_evidence(*pair) for pair in pairs.values()]
     found = [weigh(a, b, floor) if min(len(a), len(b)) >= FEWEST else None for a, b in times]
     rows = [
         _row(key, pair, evidence, verdict)
@@ -186,6 +187,16 @@ def _status(there: Record | None, here: Record | None) -> tuple[str, str] | None
     if there.status == "ok":
         return FAILS, f"{here.status}: {here.reason}"
     return NEITHER, f"{there.status}, then {here.status}: {here.reason}"
+
+
+def _evidence(there: _Side, here: _Side) -> tuple[list[float], list[float]]:
+    """A figure of each launch on either side: its median time, over the machine's pace meanwhile
+    where all know it."""
+    paced = [[one.paced for one in side.launches] for side in (there, here)]
+    if all(pace is not None for side in paced for pace in side):
+        base, new = ([pace for pace in side if pace is not None] for side in paced)
+        return base, new
+    return _medians(there), _medians(here)
 
 
 def _medians(side: _Side) -> list[float]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cpbench.reports.answer import QUESTION, competing, method
+from cpbench.reports.answer import QUESTION, competing, methods
 from cpbench.reports.columns import UNKNOWN
 
 if TYPE_CHECKING:
@@ -16,9 +17,18 @@ if TYPE_CHECKING:
 
 # What draws of one family have in common, apart from the machine.
 FAMILY = tuple({"mask": "mask_family"}.get(key, key) for key in QUESTION if key != "machine")
+# What is looked at of a case; everything else would be copied many times.
+_NEEDED = (
+    *FAMILY, "machine", "draw", "id", "status", "flags", "started", "operator", "strategy",
+    "layout", "placement", "time_ms", "low_ms", "high_ms", "tflops_per_rank", "density", "peak_mb",
+    "imbalance", "sent_mb",
+)  # fmt: skip
 FEWEST_P95 = 20  # draws; the 95th percentile of fewer is the worst one
 FEWEST_TOLD = 6  # draws; the sign test tells nothing of fewer
 CHANCE = 0.05  # two-sided, of the sign test
+
+
+Row = dict[str, Any]  # of the tidy table, with its method
 
 
 @dataclass(frozen=True)
@@ -27,22 +37,33 @@ class Spread:
 
     Attributes:
         method: the operator, and how it is spread where it is.
-        rows: of the tidy table, one a draw, indexed by draw.
+        rows: by draw.
     """
 
     method: str
-    rows: pd.DataFrame
+    rows: dict[Any, Row]
+
+    def values(self, column: str) -> list[float]:
+        """A figure of each draw; nan where nothing is known."""
+        return [row[column] for row in self.rows.values()]
+
+    def known(self, column: str) -> list[float]:
+        return [value for value in self.values(column) if not math.isnan(value)]
 
     def median(self, column: str) -> float:
         """The middle over draws; nan where nothing is known."""
-        return float(self.rows[column].median())
+        known = self.known(column)
+        return statistics.median(known) if known else math.nan
+
+    def least(self, column: str) -> float:
+        return min(self.known(column), default=math.nan)
 
     def most(self, column: str) -> float:
-        return float(self.rows[column].max())
+        return max(self.known(column), default=math.nan)
 
     def p95(self, column: str) -> float:
         """What 95 % of the draws do not exceed, itself of a draw; nan below ``FEWEST_P95``."""
-        return percentile95(self.rows[column].tolist())
+        return percentile95(self.values(column))
 
     def tail(self, column: str) -> float:
         """The 95th percentile, or the largest where there are too few draws for one."""
@@ -59,9 +80,9 @@ class Spread:
         return sum(logs) > 0 and won > lost and sign_test(won, lost) <= CHANCE
 
     def _logs(self, other: Spread) -> list[float]:
-        mine, others = self.rows["time_ms"], other.rows["time_ms"]
-        assert list(mine.index) == list(others.index)
-        return [math.log(a / b) for a, b in zip(mine, others, strict=True)]
+        assert list(self.rows) == list(other.rows)
+        pairs = zip(self.values("time_ms"), other.values("time_ms"), strict=True)
+        return [math.log(a / b) for a, b in pairs]
 
 
 @dataclass(frozen=True)
@@ -93,7 +114,7 @@ class Family:
     @property
     def common_density(self) -> tuple[float, float] | None:
         """``density`` of the draws on which methods are compared."""
-        return _ends(self.compared[0].rows["density"]) if self.compared else None
+        return _ends(self.compared[0].known("density")) if self.compared else None
 
     @property
     def apart(self) -> list[Spread]:
@@ -125,28 +146,29 @@ class Family:
         above the winner's, taken from the upper ends; an end that is not known reaches everywhere.
         """
         first, *rivals = sorted(self.compared, key=lambda spread: spread.tail("time_ms"))
-        ends = [spread.rows[["low_ms", "high_ms"]] for spread in self.compared]
-        if any(end.isna().any(axis=None) for end in ends):
+        ends = [spread.values(end) for spread in self.compared for end in ("low_ms", "high_ms")]
+        if any(math.isnan(end) for values in ends for end in values):
             return None
         reach = first.tail("high_ms")
         return first.method if all(rival.tail("low_ms") > reach for rival in rivals) else None
 
     def fastest_on(self, spread: Spread) -> int:
         """Draws on which no method that competes took less time."""
-        times = [rival.rows["time_ms"] for rival in self.compared]
-        return sum(
-            mine <= min(others)
-            for mine, *others in zip(spread.rows["time_ms"], *times, strict=True)
-        )
+        times = [rival.values("time_ms") for rival in self.compared]
+        mine = spread.values("time_ms")
+        return sum(own <= min(others) for own, *others in zip(mine, *times, strict=True))
 
 
 def split(table: pd.DataFrame) -> tuple[pd.DataFrame, list[Family]]:
     """The cases that belong to no family of several draws, and the families."""
+    drawn = table.loc[table["draw"].notna(), list(_NEEDED)]
+    drawn = drawn.assign(method=methods(drawn), competing=competing(drawn), index=drawn.index)
+    rows: list[Row] = drawn.to_dict("records")  # type: ignore[assignment]
     found, members = [], set()
-    for key, group in _groups(table[table["draw"].notna()]):
-        if group["draw"].nunique() > 1:
+    for key, group in _groups(rows):
+        if len({row["draw"] for row in group}) > 1:
             found.append(_family(key, group))
-            members |= set(group.index)
+            members |= {row["index"] for row in group}
     return table[~table.index.isin(members)], found
 
 
@@ -163,58 +185,65 @@ def sign_test(won: int, lost: int) -> float:
     return min(1.0, tail / 2.0 ** (n - 1))
 
 
-def _groups(drawn: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+def _groups(rows: Sequence[Row]) -> Iterator[tuple[dict[str, Any], list[Row]]]:
     """Draws of one family and machine; a failure on a machine that nobody noted is of every."""
-    for key, group in drawn.groupby(list(FAMILY), sort=True):
-        nowhere = (group["machine"] == UNKNOWN) & (group["status"] != "ok")
-        for machine in sorted(group.loc[~nowhere, "machine"].unique()) or [UNKNOWN]:
+    families: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        families.setdefault(tuple(row[name] for name in FAMILY), []).append(row)
+    for key, group in sorted(families.items(), key=lambda item: item[0]):
+        nowhere = [row["machine"] == UNKNOWN and row["status"] != "ok" for row in group]
+        there = {row["machine"] for row, lost in zip(group, nowhere, strict=True) if not lost}
+        for machine in sorted(there) or [UNKNOWN]:
             question = dict(zip(FAMILY, key, strict=True)) | {"machine": machine}
             question["mask"] = question.pop("mask_family")
-            yield question, group[(group["machine"] == machine) | nowhere]
+            pairs = zip(group, nowhere, strict=True)
+            yield question, [row for row, lost in pairs if lost or row["machine"] == machine]
 
 
-def _family(question: dict[str, Any], group: pd.DataFrame) -> Family:
-    draws = list(dict.fromkeys(group["draw"]))
-    names = [method(row) for _, row in group.iterrows()]
-    cases = {name: _newest(group[[name == other for other in names]]) for name in sorted({*names})}
-    done = {name: rows[competing(rows)] for name, rows in cases.items()}
+def _family(question: dict[str, Any], group: Sequence[Row]) -> Family:
+    draws = list(dict.fromkeys(row["draw"] for row in group))
+    cases: dict[str, dict[Any, Row]] = {name: {} for name in sorted({r["method"] for r in group})}
+    for row in sorted(group, key=lambda row: row["started"]):  # the newest of each draw stays
+        cases[row["method"]][row["draw"]] = row
+    done = {
+        name: {draw: rows[draw] for draw in draws if draw in rows and rows[draw]["competing"]}
+        for name, rows in cases.items()
+    }
     most = max(map(len, done.values()))
     rivals = [name for name, rows in done.items() if most and 2 * len(rows) >= most]
-    common = [draw for draw in draws if all(draw in done[name].index for name in rivals)]
-    compared = [Spread(name, done[name].loc[common]) for name in rivals] if common else []
+    common = [draw for draw in draws if all(draw in done[name] for name in rivals)]
+    compared = [Spread(name, {d: done[name][d] for d in common}) for name in rivals if common]
     compared.sort(key=lambda spread: spread.median("time_ms"))
     names = list(dict.fromkeys([*(spread.method for spread in compared), *cases]))
-    fine = {name: cases[name][cases[name]["status"] == "ok"] for name in names}
-    fine = {name: rows for name, rows in fine.items() if len(rows)}
+    fine = {n: {d: r for d, r in cases[n].items() if r["status"] == "ok"} for n in names}
+    fine = {name: rows for name, rows in fine.items() if rows}
     return Family(
         question=question,
         draws=draws,
         compared=compared,
-        own=[Spread(name, rows[rows["time_ms"].notna()]) for name, rows in fine.items()],
+        own=[Spread(name, _timed(rows)) for name, rows in fine.items()],
         lacking={
-            name: Counter(_why(cases[name], draw) for draw in draws if draw not in done[name].index)
+            name: Counter(_why(cases[name], draw) for draw in draws if draw not in done[name])
             for name in fine
             if len(done[name]) < len(draws)
         },
-        density=_ends(group["density"]),
+        density=_ends([row["density"] for row in group]),
     )
 
 
-def _ends(values: pd.Series[float]) -> tuple[float, float] | None:
-    known = values.dropna()
-    return (float(known.min()), float(known.max())) if len(known) else None
+def _timed(rows: dict[Any, Row]) -> dict[Any, Row]:
+    return {draw: row for draw, row in rows.items() if not math.isnan(row["time_ms"])}
 
 
-def _newest(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row a draw."""
-    return rows.sort_values("started").drop_duplicates("draw", keep="last").set_index("draw")
+def _ends(values: Sequence[float]) -> tuple[float, float] | None:
+    known = [value for value in values if not math.isnan(value)]
+    return (min(known), max(known)) if known else None
 
 
-def _why(rows: pd.DataFrame, draw: Any) -> str:
+def _why(rows: dict[Any, Row], draw: Any) -> str:
     """Why a method did not complete a draw, in a word or two."""
-    if draw not in rows.index:
+    if draw not in rows:
         return "not run"
-    row = rows.loc[draw]
-    if row["status"] != "ok":
-        return str(row["status"])
-    return "not timed" if math.isnan(float(row["time_ms"])) else "not checked"
+    if rows[draw]["status"] != "ok":
+        return str(rows[draw]["status"])
+    return "not timed" if math.isnan(rows[draw]["time_ms"]) else "not checked"

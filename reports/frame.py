@@ -136,12 +136,13 @@ def _times(record: Record, launches: Sequence[Record]) -> dict[str, Any]:
     row: dict[str, Any] = {"launches": len(made)}
     row["iterations"] = sum(one.iterations for one in made)
     phases = tuple(record.times_us)
+    slowest = [{phase: slowest_us(one.times_us, (phase,)) for phase in phases} for one in made]
     ends: dict[str, tuple[float, float | None, float | None]] = {}
     for name, wanted in (("", phases), *((f"{phase}_", (phase,)) for phase in phases)):
         if name and len(phases) == 1:
             middle, low, high = ends[""]
         else:
-            middle, low, high = combined([slowest_us(one.times_us, wanted) for one in made])
+            middle, low, high = combined([added([one[p] for p in wanted]) for one in slowest])
         ends[name] = middle, low, high
         row[f"{name}ms" if name else "time_ms"] = _ms(middle)
         row[f"{name}low_ms"], row[f"{name}high_ms"] = _ms(low), _ms(high)
@@ -154,6 +155,13 @@ def _times(record: Record, launches: Sequence[Record]) -> dict[str, Any]:
     return row
 
 
+def added(phases: Sequence[Sequence[float]]) -> Sequence[float]:
+    """Sums over phases by iteration."""
+    if len(phases) == 1:
+        return phases[0]
+    return list(map(sum, zip(*phases, strict=True)))
+
+
 def combined(launches: Sequence[Sequence[float]]) -> tuple[float, float | None, float | None]:
     """Median and interval from the samples of each launch.
 
@@ -162,6 +170,8 @@ def combined(launches: Sequence[Sequence[float]]) -> tuple[float, float | None, 
     the largest upper one.
     """
     middles = [statistics.median(samples) for samples in launches]
+    if len(launches) == 1:
+        return middles[0], *(median_interval(launches[0]) or (None, None))
     interval = median_interval(middles)
     if interval is None:
         each = [median_interval(samples) for samples in launches]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import math
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -69,10 +67,10 @@ def pictures(table: pd.DataFrame) -> dict[str, str]:
 
     found = {}
     for family, group in table.groupby("mask_family", sort=True):
-        spec = Spec.parse(str(group["mask"].iloc[0]))
-        if ":" in spec.name or "file" in spec.kwargs:
-            continue  # somebody's file: a report runs and reads none
         try:
+            spec = Spec.parse(str(group["mask"].iloc[0]))
+            if ":" in spec.name or "file" in spec.kwargs:
+                continue  # somebody's file: a report runs and reads none
             lengths = sorted({int(n) for n in group["seq_len"]})
             tokens = max([n for n in lengths if n <= _PICTURE_TOKENS] or lengths[:1])
             built = masks.build_heads(spec, tokens, int(group["num_heads_q"].iloc[0]))
@@ -101,21 +99,16 @@ def _coded(values: pd.Series[Any]) -> dict[str, Any]:
     import pandas as pd
 
     codes, different = pd.factorize(values)
-    return {"values": [str(value) for value in different], "codes": codes.tolist()}
+    return {"values": [str(value) for value in different], "codes": codes}
 
 
-def _rounded(values: pd.Series[Any]) -> Sequence[float | int | str | None]:
+def _rounded(values: pd.Series[Any]) -> Any:
+    """A column of numbers to six digits; nan for none."""
     import numpy as np
 
     found = values.astype("Float64").to_numpy(dtype=float, na_value=np.nan)
-    return [_short(value) for value in found.tolist()]
-
-
-def _short(value: float) -> float | int | str | None:
-    if math.isnan(value):
-        return None
-    if math.isinf(value):
-        return "∞"  # JSON has no infinity
-    if value.is_integer():
-        return int(value)
-    return float(f"{value:.{_DIGITS}g}")
+    known = np.isfinite(found) & (found != 0)
+    scale = np.ones_like(found)
+    scale[known] = 10.0 ** (_DIGITS - 1 - np.floor(np.log10(np.abs(found[known]))))
+    with np.errstate(invalid="ignore"):
+        return np.where(known, np.round(found * scale) / scale, found)

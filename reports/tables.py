@@ -185,8 +185,8 @@ def missing(family: Family) -> list[str]:
 
 
 def _spread(spread: Spread, family: Family, rate: Rate, marks: dict[str, str]) -> Row:
-    flags = {flag for text in spread.rows["flags"] for flag in text.split()}
-    middle, least = (rate(spread.rows["tflops_per_rank"].agg(how)) for how in ("median", "min"))
+    flags = {flag for row in spread.rows.values() for flag in row["flags"].split()}
+    middle, least = rate(spread.median("tflops_per_rank")), rate(spread.least("tflops_per_rank"))
     single = family.question["world_size"] == 1
     return {
         "method": spread.method,
@@ -236,7 +236,8 @@ def failures(table: pd.DataFrame) -> list[tuple[str, str, str, list[str]]]:
     """Status, case, reason and logs of every case that is oom, wrong, crash or timeout; draws of
     one family that failed alike are told together."""
     alike: dict[tuple[str, str, str], list[Any]] = {}
-    for _, row in table[~table["status"].isin(["ok", "unsupported"])].iterrows():
+    failed = table[~table["status"].isin(["ok", "unsupported"])]
+    for row in failed.to_dict("records"):
         drawn = f"{method(row)}, {sentence({**row, 'mask': row['mask_family']}, FACTS)}"
         reason = " ".join(str(row["reason"]).split())
         case = row["id"] if row["draw"] is None else drawn

@@ -72,7 +72,7 @@ def test_flops_follow_the_area() -> None:
 
 
 def test_peak_memory_counts_what_is_held_at_once() -> None:
-    device = Cpu(threads=1)
+    device = Cpu(1, "wall")
 
     def work() -> torch.Tensor:
         a = torch.ones(1 << 18)  # 1 MiB
@@ -86,7 +86,7 @@ def test_peak_memory_counts_what_is_held_at_once() -> None:
 
 
 def test_processor_time_shared_with_others_is_flagged(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = Cpu(threads=1)
+    device = Cpu(1, "wall")
     monkeypatch.setattr(device, "_canary_ratio", lambda: 1.0)
     device.time_us(lambda: time.sleep(0.05))  # waits as if descheduled
     assert device.flags(1) == ["contended"]
@@ -94,7 +94,7 @@ def test_processor_time_shared_with_others_is_flagged(monkeypatch: pytest.Monkey
 
 
 def test_more_threads_than_cores_are_flagged() -> None:
-    assert "oversubscribed" in Cpu(threads=1).flags(4096)
+    assert "oversubscribed" in Cpu(1, "wall").flags(4096)
 
 
 def test_an_unknown_device_is_named() -> None:

@@ -204,7 +204,7 @@ def _peak_bytes(rank: int, size: int, strategy: str) -> int:
     local = [dealt.shard(x, rank) for x in whole]
     inputs = dict(zip(("q", "k", "v", "dout"), local, strict=True))
     comm = TorchComm()
-    return measure_memory(Workload(work, inputs, comm), Cpu(1), comm, Control())["peak"]
+    return measure_memory(Workload(work, inputs, comm), Cpu(1, "wall"), comm, Control())["peak"]
 
 
 def test_ring_memory_does_not_grow_with_the_ranks_and_allgather_memory_does() -> None:
