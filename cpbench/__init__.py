@@ -14,15 +14,17 @@ if TYPE_CHECKING:
     from cpbench.api import attention, distributed_attention
     from cpbench.mask import AttnMask
     from cpbench.operator import Unsupported
+    from cpbench.reports.frame import load
 
 __version__ = "0.1.0"
-__all__ = ["AttnMask", "Unsupported", "attention", "distributed_attention", "layout", "masks"]
+__all__ = ["AttnMask", "Unsupported", "attention", "distributed_attention", "layout", "load", "masks"]
 
 _HOME = {
     "AttnMask": "cpbench.mask",
     "Unsupported": "cpbench.operator",
     "attention": "cpbench.api",
     "distributed_attention": "cpbench.api",
+    "load": "cpbench.reports.frame",
 }
 
 

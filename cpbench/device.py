@@ -82,6 +82,7 @@ class Cpu:
     def pace_us(self) -> float | None:
         if self.clock != "cpu":
             return None
+        self._fixed_work()  # what ran before may have left caches cold and vector units asleep
         begun = time.process_time()
         self._fixed_work()
         return (time.process_time() - begun) * 1e6
