@@ -17,7 +17,15 @@ if TYPE_CHECKING:
     from cpbench.reports.frame import load
 
 __version__ = "0.1.0"
-__all__ = ["AttnMask", "Unsupported", "attention", "distributed_attention", "layout", "load", "masks"]
+__all__ = [
+    "AttnMask",
+    "Unsupported",
+    "attention",
+    "distributed_attention",
+    "layout",
+    "load",
+    "masks",
+]
 
 _HOME = {
     "AttnMask": "cpbench.mask",

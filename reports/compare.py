@@ -113,6 +113,10 @@ def cautions(table: pd.DataFrame, base: Run, new: Run) -> list[str]:
             "other; what drifted meanwhile looks like a difference. Run them in turn: "
             "--launches 1, 2, 3, …"
         )
+    if any(one.pace_us for pair in pairs for side in pair for one in side.launches):
+        lines.append(
+            "Processor time: changes are of times over the pace of the machine; ms are as measured."
+        )
     flags = {flag for pair in pairs for side in pair for one in side.launches for flag in one.flags}
     disturbed = sorted(flags & {"contended", "throttled", "power-capped", "oversubscribed"})
     if disturbed:

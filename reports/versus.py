@@ -42,7 +42,9 @@ class Contrast:
     def headline(self) -> str:
         counts = Counter(self.table["verdict"])
         told = ", ".join(f"{counts[verdict]} {verdict}" for verdict in ORDER if counts[verdict])
-        return f"{Path(self.new).name} against {Path(self.base).name}: {told}"
+        new, base = Path(self.new), Path(self.base)
+        names = (new.name, base.name) if new.name != base.name else (str(new), str(base))
+        return f"{' against '.join(names)}: {told}"
 
 
 def contrast(

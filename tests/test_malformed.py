@@ -137,7 +137,13 @@ SWEEPS: dict[str, tuple[str, list[str]]] = {
 
 # A command line, and what its line must say.
 LINES: dict[str, tuple[list[str], list[str]]] = {
-    "command": (["benchmark"], ["'benchmark'", "list, run, bench, verify, mask, traffic, links"]),
+    "command": (
+        ["benchmark"],
+        [
+            "'benchmark'",
+            "list, run, bench, verify, report, compare, gate, plot, mask, traffic, links",
+        ],
+    ),
     "option": (["run", "quick", "--fast"], ["--fast", "cpbench run --help"]),
     "extra word": (["doctor", "now"], ["now", "cpbench doctor --help"]),
     "list nothing": (["list"], ["kind", "operators, strategies, layouts, masks, sweeps"]),
