@@ -221,7 +221,7 @@ LINES: dict[str, tuple[list[str], list[str]]] = {
     "report file": (["report", "good.txt"], ["good.txt", "records"]),
     "report empty": (["report", "started"], ["no finished case"]),
     "report damaged": (["report", "damaged"], ["no finished case", "damaged line"]),
-    "report format": (["report", "started", "--format", "html"], ["'html'", "'table', 'md'"]),
+    "report format": (["report", "started", "--format", "xml"], ["'xml'", "'table', 'html', 'md'"]),
 }
 REAL = [
     "command",
