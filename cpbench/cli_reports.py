@@ -52,7 +52,9 @@ def report(
         bool, typer.Option("--columns", help="Explain the columns of csv, parquet and json.")
     ] = False,
 ) -> None:
-    """Show who won where, what failed and why; as a page, with charts of everything.
+    """Show who won where, what failed and why.
+
+    As a page (-o report.html): with charts of everything.
 
     Several run directories, from several machines, are shown as one.
     """
@@ -99,7 +101,9 @@ def compare(
     ] = None,
     output: Output = None,
 ) -> None:
-    """Tell for each case whether a run is SAME, FASTER, SLOWER or UNCLEAR against another.
+    """Tell what is faster or slower in one run than in another.
+
+    A verdict for each case: SAME, FASTER, SLOWER or UNCLEAR.
 
     Evidence is launches (cpbench run --launches 5), not iterations: fewer than five of a side are
     UNCLEAR. Runs in turn (launch by launch) compare best.
@@ -139,7 +143,9 @@ def gate(
     ] = False,
     junit: Annotated[Path | None, file(help="Write JUnit XML here.")] = None,
 ) -> int:
-    """Pass or fail a run against a base: exit code 0 or 1, and 2 when they cannot be compared.
+    """Pass or fail a run against a base, for CI.
+
+    Exit code 0 or 1, and 2 when they cannot be compared.
 
     A case fails when it is slower, with confidence, than --max-slowdown allows, needs more memory,
     was ok and is not, or is missing.
