@@ -177,10 +177,7 @@ def write_text(path: Path, text: str) -> None:
     from cpbench.store import write_whole
 
     check_output(path)
-    if path.exists() and not path.is_file():
-        path.write_text(text)  # a pipe or device, not to be replaced by a file
-    else:
-        write_whole(path, text)
+    write_whole(path, text)
 
 
 def print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:

@@ -231,11 +231,16 @@ def _launches(records: list[Record]) -> list[Record]:
     return list(fine.values())
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file in one step; when that fails the old one stays, and nothing else."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Replace a file in one step; when that fails the old one stays, and nothing else.  A pipe or
+    device is written to."""
+    data = content.encode() if isinstance(content, str) else content
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(text)
+        temporary.write_bytes(data)
         temporary.replace(path)
     except OSError:
         temporary.unlink(missing_ok=True)

@@ -75,14 +75,12 @@ def grids(found: Sequence[Best], varying: Sequence[str]) -> list[Grid]:
     groups: dict[tuple[str, ...], list[Best]] = {}
     for best in found:
         rest, mask = _rest(best, common), str(best.question["mask"])
-        key = ("ranks", mask, rest) if rest in several else ("masks", "", rest)
         if best.question["world_size"] == 1:
-            key = ("masks", "", rest)
-            if rest in several:  # the first column of the grid of its mask, too
-                groups.setdefault(("ranks", mask, rest), []).append(best)
-        groups.setdefault(key, []).append(best)
+            groups.setdefault(("masks", "", rest), []).append(best)
+        if rest in several:  # one rank is the first column there
+            groups.setdefault(("ranks", mask, rest), []).append(best)
     made = []
-    for (kind, mask, rest), bests in sorted(groups.items(), key=lambda item: item[0][::1]):
+    for (kind, mask, rest), bests in sorted(groups.items(), key=lambda item: item[0]):
         if kind == "ranks" and all(best.question["world_size"] == 1 for best in bests):
             continue
         made.append(_masks_grid(rest, bests) if kind == "masks" else _ranks_grid(mask, rest, bests))

@@ -105,7 +105,8 @@ def cautions(table: pd.DataFrame, base: Run, new: Run) -> list[str]:
             f"With {least} launches a side, one case alone among {len(told)} cannot be told from "
             f"chance: that takes {wanted}."
         )
-    pairs = [pair for key, pair in _pairs(base, new).items() if key in set(told["id"])]
+    timed = set(told["id"])
+    pairs = [pair for key, pair in _pairs(base, new).items() if key in timed]
     apart = sum(_apart(there.launches, here.launches) for there, here in pairs)
     if apart:
         lines.append(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 from cpbench.reports.collection import Collection
 from cpbench.reports.columns import COLUMNS
+from cpbench.store import write_whole
 
 
 def parquet(collection: Collection, path: Path) -> None:
@@ -24,12 +26,9 @@ def parquet(collection: Collection, path: Path) -> None:
     table = pa.Table.from_pandas(told, preserve_index=False)
     fields = [field.with_metadata({"meaning": COLUMNS[field.name]}) for field in table.schema]
     schema = pa.schema(fields, metadata=table.schema.metadata)
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        pq.write_table(table.cast(schema), temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    content = io.BytesIO()
+    pq.write_table(table.cast(schema), content)
+    write_whole(path, content.getvalue())
 
 
 def _text(draw: object) -> str | None:

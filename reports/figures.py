@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from cpbench.reports.figure_sheet import SETTINGS, Sheet
 from cpbench.reports.style import looks
 from cpbench.reports.wording import counted
 from cpbench.spec import Spec, format_size
+from cpbench.store import write_whole
 from cpbench.sweep import INT_KEYS, KEYS, SPEC_KEYS, number, split_list
 
 if TYPE_CHECKING:
@@ -256,15 +256,6 @@ def _each_launch(collection: Collection, table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """Replace a file in one step; when that fails the old one stays, and nothing else."""
     form, content = path.suffix[1:].lower(), io.BytesIO()
     figure.savefig(content, format=form, dpi=DPI, metadata=_METADATA[form])
-    if path.exists() and not path.is_file():
-        path.write_bytes(content.getvalue())  # a pipe or device, not to be replaced by a file
-        return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content.getvalue())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, content.getvalue())

@@ -13,23 +13,12 @@ from cpbench.record import Record, median_interval, slowest_us
 from cpbench.reports.columns import COLUMNS, ERRORS, TEXTS, UNKNOWN, WHOLE
 from cpbench.spec import Spec, format_value
 from cpbench.store import Run, read_run
+from cpbench.sweep import CHOICES, INT_KEYS
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_SAME = (  # in a case as in the table
-    "batch",
-    "seq_len",
-    "queries",
-    "num_heads_q",
-    "num_heads_kv",
-    "head_dim",
-    "dtype",
-    "direction",
-    "world_size",
-    "ranks_per_node",
-    "seed",
-)
+_SAME = (*INT_KEYS, *CHOICES)  # in a case as in the table
 
 
 def load(*folders: str | Path) -> pd.DataFrame:

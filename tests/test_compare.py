@@ -79,7 +79,10 @@ def test_false_alarms_and_misses_where_the_noise_is_known() -> None:
     alarms = found = 0
     for repeat in range(10):
         pairs = [
-            (noisy(1.0, 6, 100 * repeat + i), noisy(1.0 if i % 2 else 1.1, 6, 5000 * repeat + i))
+            (
+                noisy(1.0, 6, 100 * repeat + i),
+                noisy(1.0 if i % 2 else 1.1, 6, 9000 + 100 * repeat + i),
+            )
             for i in range(40, 80)
         ]
         told = verdicts([weigh(a, b, 0.02) for a, b in pairs], 0.02)

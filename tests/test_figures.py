@@ -21,6 +21,7 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from test_report import record, run_of
 
+from cpbench.options import PlotKind
 from cpbench.record import Record
 from cpbench.reports import figure_kinds, figures
 from cpbench.reports.collection import Collection, together
@@ -503,3 +504,7 @@ def test_no_pyplot(tmp_path: Path) -> None:
     before = "matplotlib.pyplot" in sys.modules
     figures.draw(several(), "memory", tmp_path / "x.png", [])
     assert ("matplotlib.pyplot" in sys.modules) is before
+
+
+def test_the_command_line_knows_every_kind() -> None:
+    assert [kind.value for kind in PlotKind] == list(figures.CHARTS)
