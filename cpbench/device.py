@@ -62,7 +62,7 @@ class Cpu:
     type = "cpu"
     backend = "gloo"
 
-    def __init__(self, threads: int, clock: str) -> None:
+    def __init__(self, threads: int, clock: str = "wall") -> None:
         import torch
 
         torch.set_num_threads(threads)

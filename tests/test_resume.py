@@ -103,7 +103,7 @@ def test_what_is_there_is_not_measured_again(tmp_path: Path) -> None:
     assert code == 0
     assert {line for line in told if "records/" in line} == {
         f"cpbench: {records}/damaged.jsonl:1: torn or damaged line left out",
-        f"cpbench: {records}/newer.jsonl:1: schema 99 is not known here",
+        f"cpbench: {records}/newer.jsonl:1: schema 99 is not known here (1 to 2 are)",
         f"cpbench: {records}/{torn.name}:2: torn or damaged line left out",
     }
     assert f"2 of 3 cases are recorded in {out} already" in told
