@@ -150,6 +150,13 @@ class Cluster:
             with suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
 
+    def revive(self) -> None:
+        """Start the daemons of nodes that were killed, and put every node that is down to use."""
+        for name in self.names:
+            if name not in self._daemons:
+                self.start_node(name)
+                self.tell("scontrol", "update", f"node={name}", "state=resume")
+
     def _daemon(self, name: str, *words: str) -> None:
         with open(self.home / "log" / f"{name}.out", "ab") as log:
             self._daemons[name] = subprocess.Popen(

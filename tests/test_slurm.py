@@ -41,11 +41,13 @@ def cluster() -> Iterator[slurm_cluster.Cluster]:
 
 @pytest.fixture
 def here(cluster: slurm_cluster.Cluster, monkeypatch: pytest.MonkeyPatch) -> slurm_cluster.Cluster:
-    """The cluster, with this process's commands speaking to it; no job is left behind."""
+    """The cluster, with this process's commands speaking to it; no job and no dead node is left
+    behind."""
     for name, value in cluster.env.items():
         monkeypatch.setenv(name, value)
     yield cluster
     cluster.tell("scancel", "-u", "root")
+    cluster.revive()
     until(lambda: not cluster.tell("squeue", "-h"))
 
 
@@ -104,12 +106,14 @@ def test_a_sweep_survives_what_clusters_do(here: slurm_cluster.Cluster, tmp_path
 
     here.tell("scontrol", "requeue", jobs[1])
     here.tell("scancel", jobs[2])
+    board = campaign.Board(out)
+    until(lambda: not board.look()[jobs[3]].alive, 90)
+    states = board.look()
+    assert states[jobs[2]].state == "CANCELLED"
+    assert states[jobs[3]].code == 75, states[jobs[3]]
+    assert states[jobs[3]].may_go_on
     (node,) = here.tell("squeue", "-h", "-j", jobs[4], "-o", "%B").split()
     here.kill_node(node)
-    until(lambda: here.state(jobs[3]) not in ("RUNNING", "PENDING", "COMPLETING"), 90)
-    states = campaign.Board(out).look()
-    assert states[jobs[2]].state == "CANCELLED"
-    assert (states[jobs[3]].code, states[jobs[3]].may_go_on) == (75, True)
     here.tell("scontrol", "update", f"jobid={jobs[1]}", "StartTime=now")
 
     (out / "open").touch()
@@ -127,8 +131,6 @@ def test_a_sweep_survives_what_clusters_do(here: slurm_cluster.Cluster, tmp_path
     assert {record.status for record in found.values()} == {"ok"}
     assert all(found[key].started == when for key, when in before.items())
     until(lambda: not survivors(out), 20)
-    here.start_node(node)
-    here.tell("scontrol", "update", f"node={node}", "state=resume")
     status = json.loads(cpbench_prints("status", out, "--json"))
     assert (status["cases"], status["recorded"], status["alive"]) == (12, 12, False)
     assert (out / "report.md").is_file()
