@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cpbench.dealing import deal
 from cpbench.mask import AttnMask, IntArray, areas, cut_axis, shifted
 from cpbench.registry import check_params
 from cpbench.spec import Spec
@@ -160,7 +161,7 @@ def build(spec: Spec | str, seq_len: int, world_size: int, mask: AttnMask | None
     """A layout by name.
 
     Args:
-        mask: of ``seq_len`` keys; for layouts that follow it (``zigzag_document``).
+        mask: of ``seq_len`` keys; for layouts that follow it (``zigzag_document``, ``dispatch``).
 
     Raises:
         ValueError: for an unknown name or parameter, listing what there is, or a layout that
@@ -235,6 +236,14 @@ def zigzag_document(seq_len: int, world_size: int, mask: AttnMask | None) -> tup
     tail = np.column_stack([np.arange(world_size), padding, missing])[missing > 0]
     segments = np.concatenate([segments, tail])
     return segments[np.lexsort((segments[:, 1], segments[:, 0]))], 1
+
+
+@_layout
+def dispatch(seq_len: int, world_size: int, mask: AttnMask | None) -> tuple[Segments, int]:
+    """Tokens dealt by ``cpbench.dealing``: equal areas for any mask, and little that must move."""
+    if mask is None:
+        raise ValueError("layout dispatch balances the work of a mask: give the mask")
+    return deal(mask, world_size), 1
 
 
 @_layout

@@ -20,7 +20,7 @@ from cpbench.spec import Spec
 if TYPE_CHECKING:
     import torch
 
-    from cpbench.world import Part
+    from cpbench.world import Part, Piece
 
 
 def merge(
@@ -195,7 +195,7 @@ class BoundOperator:
         info = operator_info(spec.name)
         return cls(info, implementation(info, spec.kwargs), device)
 
-    def prepare(self, part: Part) -> Any:
+    def prepare(self, part: Part | Piece) -> Any:
         """The operator's plan for one part of the work.
 
         Where all that is visible is one rectangle, full or causal (a step of a zigzag or striped

@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 ANY_MASK = ("empty", "full", "causal", "bands")
-ANY_LAYOUT = ("contiguous", "zigzag", "zigzag_document", "striped")
+ANY_LAYOUT = ("contiguous", "zigzag", "zigzag_document", "dispatch", "striped")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from cpbench.registry import OperatorInfo
     from cpbench.strategy import Strategy
-    from cpbench.world import Part, World
+    from cpbench.world import Part, Piece, World
 
 MODULUS = 1 << 61
 _DONE = Done()
@@ -140,7 +140,7 @@ class TracedOperator(BoundOperator):
     def __init__(self, info: OperatorInfo) -> None:
         super().__init__(info, None, "meta")  # type: ignore[arg-type]
 
-    def prepare(self, part: Part) -> Any:
+    def prepare(self, part: Part | Piece) -> Any:
         return part.area
 
     def add_up(self, total: torch.Tensor | None, found: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -107,6 +107,12 @@ class World:
             area = int(self.areas[np.ix_(list(q_ranks), list(k_ranks))].sum())
         return Part(self, tuple(q_ranks), tuple(k_ranks), area)
 
+    def piece(self, rank: int, keys: IntArray) -> Piece:
+        """The work between the queries of one rank and some runs of keys, rows (start, length), one
+        after another; for layouts of step 1."""
+        queries = self.queries.ranges(rank)
+        return Piece(self, self.shared_mask.restrict(queries, keys).simplify())
+
     def mesh(self, **axes: int) -> Mesh:
         """The ranks as a mesh of ``axes``, outermost first; ``placement`` moves one innermost.
 
@@ -184,3 +190,27 @@ class Part:
             world.problem.heads_q,
             world.problem.heads_kv,
         )
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The work between the queries of one rank and some keys.
+
+    Attributes:
+        world: that it is a part of.
+        mask: in local coordinates.
+    """
+
+    world: World
+    mask: AttnMask
+
+    @property
+    def area(self) -> int:
+        """Visible pairs."""
+        return self.mask.area
+
+    @property
+    def problem(self) -> Problem:
+        """What an operator computes here."""
+        whole = self.world.problem
+        return local_problem(whole, self.mask.seq_q, self.mask.seq_k, whole.heads_q, whole.heads_kv)

@@ -31,6 +31,8 @@ LAYERS = (
     (
         "masks",
         "layout",
+        "dealing",
+        "needs",
         "mesh",
         "world",
         "merge",

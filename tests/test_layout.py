@@ -117,7 +117,7 @@ def test_a_million_tokens_on_96_ranks_are_planned_without_loops_over_pairs(name:
 
 def test_unknown_layouts_and_parameters_name_what_there_is() -> None:
     with pytest.raises(
-        ValueError, match="no layout 'spiral'; there are: contiguous, striped, zigzag"
+        ValueError, match="no layout 'spiral'; there are: contiguous, dispatch, striped, zigzag"
     ):
         layouts.build("spiral", 8, 2)
     with pytest.raises(ValueError, match="no parameter 'chunk'; it takes no parameters"):
