@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from cpbench import check, check_at_size, masks, measure
+from cpbench import check, check_at_size, exposure, masks, measure
 from cpbench.api import Attention, agree
 from cpbench.problem import Case
 from cpbench.record import Record
@@ -85,6 +85,16 @@ class Evaluation:
         del found
         if record.status == "ok" and self._settings.time:
             self._measure(workload, record, checked)
+            if self._settings.exposure and self._comm.size > 1 and work.info.traced:
+                self._note("exposure")
+                found_us = exposure.measure_exposure(
+                    work, inputs, self._device, self._comm, self.control, self._settings
+                )
+                ranks = self.control.gather(found_us)
+                record.exposure_us = {
+                    way: {p: [rank[way][p] for rank in ranks] for p in workload.phases}
+                    for way in found_us
+                }
             record.memory_bytes["inputs"] = self._gather(sum(x.nbytes for x in inputs.values()))
         self._hold(given, check.fingerprint(inputs), "the operator overwrote its input", record)
         return record

@@ -35,6 +35,11 @@ class Timing:
     traffic: dict[str, Traffic]
     pace_us: list[float] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, workload: Workload) -> Timing:
+        """Of nothing yet."""
+        return cls({phase: [] for phase in workload.phases}, {})
+
 
 class Workload:
     """The phases of one rank's computation, ready to be called again and again."""
@@ -74,6 +79,10 @@ class Workload:
             self.call("fwd")
             self.results = {}
 
+    def release(self) -> None:
+        """Hold nothing."""
+        self.results, self._saved = {}, None
+
     def predicted_bytes(self) -> dict[str, int]:
         """What this rank sends by phase, according to its trace; empty where there is none."""
         trace = self._work.trace
@@ -108,14 +117,14 @@ def measure_time(
     workload: Workload, device: Device, comm: Comm, control: Control, settings: MeasureSettings
 ) -> Timing:
     """Timed iterations on this rank; collective over all ranks."""
-    timing = Timing({phase: [] for phase in workload.phases}, {})
+    timing = Timing.of(workload)
     for _ in range(settings.warmup):
-        _iterate(workload, device, comm, control, Timing({p: [] for p in workload.phases}, {}))
+        iterate(workload, device, comm, control, Timing.of(workload))
     slowest: list[float] = []
     started = time.monotonic()
     going, paces = True, [device.pace_us()]
     while going:
-        slowest.append(_iterate(workload, device, comm, control, timing))
+        slowest.append(iterate(workload, device, comm, control, timing))
         paces.append(device.pace_us())
         going = control.decide(_go_on(slowest, time.monotonic() - started, settings))
     known = [pace for pace in paces if pace is not None]
@@ -123,7 +132,7 @@ def measure_time(
     return timing
 
 
-def _iterate(
+def iterate(
     workload: Workload, device: Device, comm: Comm, control: Control, timing: Timing
 ) -> float:
     """One iteration: every phase from a flushed cache and a barrier.  Returns the microseconds of

@@ -22,6 +22,29 @@ class SchemaError(ValueError):
     """A record of a version that is not known here."""
 
 
+@dataclass(frozen=True)
+class Exposure:
+    """Microseconds of a run, of it without communication, of communication alone, and how much
+    longer the run takes than without."""
+
+    whole_us: float
+    compute_us: float
+    transfer_us: float
+    exposed_us: float
+
+    @property
+    def exposed(self) -> float:
+        """Share of the run's time in which it waits for communication; noise may make it
+        negative."""
+        return self.exposed_us / self.whole_us
+
+    @property
+    def hidden(self) -> float | None:
+        """Share of communication that does not show in the run's time; None where there is none to
+        speak of."""
+        return 1 - self.exposed_us / self.transfer_us if self.transfer_us else None
+
+
 @dataclass(kw_only=True)
 class Record:
     """One attempt at one case.
@@ -34,6 +57,9 @@ class Record:
         times_us: microseconds by phase (``fwd``, ``bwd``) as ``[rank][iteration]``.
         pace_us: ``[rank][iteration]``: processor time of a fixed piece of work around each
             iteration, where processor time was measured; comparisons divide by it.
+        exposure_us: rounds that alternate between the run as it is (``whole``), without
+            communication (``compute``) and communication alone (``transfer``): by these, then as
+            ``times_us``; empty for one rank and where a library does the sending.
         turns: iterations of each turn, in order, where contenders were measured in turn.
         mask_us, plan_us, first_call_us: building the mask, planning, and the first call at size
             (with compilation), slowest rank.
@@ -67,6 +93,7 @@ class Record:
     errors: dict[str, dict[str, dict[str, float | None]]] = field(default_factory=dict)
     times_us: dict[str, list[list[float]]] = field(default_factory=dict)
     pace_us: list[list[float]] = field(default_factory=list)
+    exposure_us: dict[str, dict[str, list[list[float]]]] = field(default_factory=dict)
     turns: list[int] = field(default_factory=list)
     mask_us: float | None = None
     plan_us: float | None = None
@@ -113,6 +140,19 @@ class Record:
             return None
         pairs = zip(self.samples_us, slowest_us({"pace": self.pace_us}, ("pace",)), strict=True)
         return statistics.median(time / pace for time, pace in pairs)
+
+    @property
+    def exposure(self) -> Exposure | None:
+        """Medians over rounds of the slowest rank's times; None where they were not measured."""
+        if not self.exposure_us:
+            return None
+        whole, compute, transfer = (
+            slowest_us(self.exposure_us[way], tuple(self.exposure_us[way]))
+            for way in ("whole", "compute", "transfer")
+        )
+        longer = [a - b for a, b in zip(whole, compute, strict=True)]
+        medians = (statistics.median(x) for x in (whole, compute, transfer, longer))
+        return Exposure(*medians)
 
     @property
     def noise(self) -> float | None:

@@ -28,6 +28,8 @@ class MeasureSettings:
         check_small, check_sampled: the two correctness checks.
         time: measure at all (``cpbench verify`` only checks).
         memory: the pass for peak memory.
+        exposure: for several ranks, time each case also without communication, and communication
+            alone (see ``cpbench.exposure``).
         launches: how many processes (gangs, for several ranks) measure each case, one after the
             other: what a process happens to get (memory, clocks) differs between them.
         clock: ``"wall"``, or ``"cpu"``: the processor time of the process, for one rank on a CPU.
@@ -51,6 +53,7 @@ class MeasureSettings:
     check_sampled: bool = True
     time: bool = True
     memory: bool = True
+    exposure: bool = True
     launches: int = 1
     clock: str = "wall"
     interleave: int = 1

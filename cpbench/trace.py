@@ -137,8 +137,8 @@ class TraceComm(Grouped):
 class TracedOperator(BoundOperator):
     """An operator that only knows how many visible pairs each of its calls would compute."""
 
-    def __init__(self, info: OperatorInfo) -> None:
-        super().__init__(info, None, "meta")  # type: ignore[arg-type]
+    def __init__(self, info: OperatorInfo, device: str = "meta") -> None:
+        super().__init__(info, None, device)  # type: ignore[arg-type]
 
     def prepare(self, part: Part | Piece) -> Any:
         return part.area
@@ -148,7 +148,7 @@ class TracedOperator(BoundOperator):
 
         if total is None:
             shape = (len(found), *found[0].shape)
-            total = torch.empty(shape, dtype=torch.float32, device="meta")
+            total = torch.empty(shape, dtype=torch.float32, device=self.device)
         return total
 
     def forward(

@@ -21,7 +21,7 @@ FAMILY = tuple({"mask": "mask_family"}.get(key, key) for key in QUESTION if key 
 _NEEDED = (
     *FAMILY, "machine", "draw", "id", "status", "flags", "started", "operator", "strategy",
     "layout", "placement", "time_ms", "low_ms", "high_ms", "tflops_per_rank", "density", "peak_mb",
-    "imbalance", "sent_mb",
+    "imbalance", "sent_mb", "exposed_ms",
 )  # fmt: skip
 FEWEST_P95 = 20  # draws; the 95th percentile of fewer is the worst one
 FEWEST_TOLD = 6  # draws; the sign test tells nothing of fewer

@@ -105,6 +105,7 @@ def _row(record: Record, launches: Sequence[Record], machine: _Machine) -> dict[
     row |= _errors(record)
     row |= _memory(record)
     row |= _traffic(record)
+    row |= _exposure(launches or [record])
     row |= _telemetry(record.telemetry)
     row["mask_ms"], row["plan_ms"] = _ms(record.mask_us), _ms(record.plan_us)
     row["first_call_ms"] = _ms(record.first_call_us)
@@ -206,6 +207,21 @@ def _traffic(record: Record) -> dict[str, float | None]:
         row["inside_mb"] = _largest([a - b for a, b in zip(sent, across, strict=True)], 1e6)
     if record.largest_message:
         row["largest_message_mb"] = max(record.largest_message.values()) / 1e6
+    return row
+
+
+def _exposure(launches: Sequence[Record]) -> dict[str, float | None]:
+    """Medians over launches."""
+    known = [one.exposure for one in launches if one.exposure is not None]
+    if not known:
+        return {}
+    row: dict[str, float | None] = {
+        f"{name}_ms": _ms(statistics.median(getattr(one, f"{name}_us") for one in known))
+        for name in ("compute", "transfer", "exposed")
+    }
+    row["exposed"] = statistics.median(one.exposed for one in known)
+    hidden = [one.hidden for one in known if one.hidden is not None]
+    row["hidden"] = statistics.median(hidden) if hidden else None
     return row
 
 

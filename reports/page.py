@@ -34,6 +34,7 @@ CHARTS = (
      "rank with the same operator, or of the fewest ranks measured."),
     ("weak", "Weak scaling", "As many tokens a rank on more ranks: rate of a rank, likewise."),
     ("communication", "Communication", "Bytes by link class."),
+    ("exposure", "Exposed communication", "What communication adds to the slowest rank's time."),
     ("balance", "Balance between ranks", "1 is even."),
     ("pareto", "Time against memory", "On the dotted line nothing is both faster and smaller."),
     ("roofline", "Roofline", "Peaks are a large matrix product and a large copy, measured on the "

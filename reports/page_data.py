@@ -27,7 +27,8 @@ NUMBERS = (
     "bwd_ms", "bwd_low_ms", "bwd_high_ms", "noise", "iterations", "launches", "tflops_per_rank",
     "fwd_tflops_per_rank", "bwd_tflops_per_rank", "gemm_tflops", "copy_gb_s", "intensity",
     "density", "imbalance", "plan_ms", "first_call_ms", "peak_mb", "limit_mb", "inputs_mb",
-    "sent_mb", "inside_mb", "across_mb", "worst_error", "started",
+    "sent_mb", "inside_mb", "across_mb", "compute_ms", "transfer_ms",
+    "exposed_ms", "exposed", "hidden", "worst_error", "started",
 )  # fmt: skip
 _SHAPE = ("queries", "a node", "batch", "heads", "head_dim", "input seed", "files")
 _PICTURE_TOKENS = 16384  # at most, where there are as few

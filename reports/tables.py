@@ -120,6 +120,8 @@ def every_case(
             "predicted": number(_several(row, "predicted_peak_mb"), ".1f"),
             "sent MB": number(_several(row, "sent_mb"), ".2f"),
             "across": number(_several(row, "across_mb") or math.nan, ".2f"),
+            "exposed %": number(row["exposed"] * 100, ".0f"),
+            "hidden %": number(row["hidden"] * 100, ".0f"),
         }
         for row, best in [*contests, *((row, math.nan) for _, row in others.iterrows())]
     ]
@@ -164,6 +166,7 @@ def costs(family: Family) -> list[Row]:
             "peak MB": _both(spread, "peak_mb", ".1f"),
             "imbalance": _both(spread, "imbalance", ".2f"),
             "sent MB": _both(spread, "sent_mb", ".2f"),
+            "exposed ms": _both(spread, "exposed_ms", ".3g"),
         }
         for spread in family.methods
     ]

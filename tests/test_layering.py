@@ -48,7 +48,7 @@ LAYERS = (
         "autograd_op",
     ),
     ("kernels", "strategies"),
-    ("api", "buffers", "check", "check_at_size", "measure", "telemetry", "peaks"),
+    ("api", "buffers", "check", "check_at_size", "measure", "exposure", "telemetry", "peaks"),
     ("evaluate",),
     ("worker", "trace_ranks", "aot", "tuner", "node_probe"),
     ("links",),

@@ -278,6 +278,15 @@ class Charts {
     }, (rows) => rows.some((row) => data.number("sent_mb", row) > 0));
   }
 
+  exposure() {
+    const { data, filters } = this;
+    return this.by(filters.rows({ seq_len: true, world_size: true }), "mask_family", (mask) => `${mask}, ${tokens(filters.state.seq_len)} tokens, world size ${filters.state.world_size}: plain without communication, hatched what communication adds`, (rows) => {
+      const known = rows.filter((row) => data.number("compute_ms", row) !== null);
+      const traces = this.bars(known, [{ column: "compute_ms", name: "without communication", pattern: "", shade: 1 }, { column: "exposed_ms", name: "exposed communication", pattern: "/", shade: 1 }], "ms");
+      return { traces, axes: { barmode: "stack", margin: { l: 150, r: 12, t: 8, b: 44 }, xaxis: { title: { text: "ms of the slowest rank" } }, yaxis: { automargin: true, type: "category" } } };
+    }, (rows) => rows.some((row) => data.number("compute_ms", row) !== null));
+  }
+
   balance() {
     const { data, filters } = this;
     return this.by(filters.rows({ seq_len: true, world_size: true }), "mask_family", (mask) => `${mask}, ${tokens(filters.state.seq_len)} tokens, world size ${filters.state.world_size}`, (rows) => {

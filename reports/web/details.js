@@ -2,7 +2,7 @@
 const FIGURES = [
   ["time_ms", "time, ms"], ["low_ms", "interval from, ms"], ["high_ms", "to, ms"], ["fwd_ms", "forward, ms"], ["bwd_ms", "backward, ms"],
   ["launches", "launches"], ["iterations", "iterations"], ["density", "density"], ["imbalance", "imbalance"],
-  ["peak_mb", "peak, MB"], ["inputs_mb", "inputs, MB"], ["sent_mb", "sent, MB"], ["across_mb", "across nodes, MB"], ["plan_ms", "planning, ms"],
+  ["peak_mb", "peak, MB"], ["inputs_mb", "inputs, MB"], ["sent_mb", "sent, MB"], ["across_mb", "across nodes, MB"], ["compute_ms", "without communication, ms"], ["transfer_ms", "communication alone, ms"], ["exposed_ms", "exposed communication, ms"], ["plan_ms", "planning, ms"],
   ["first_call_ms", "first call, ms"], ["worst_error", "largest error"], ["flags", "caveats"], ["machine", "machine"], ["clock", "clock"], ["run", "run"], ["writer", "record of"], ["log", "log"],
 ];
 

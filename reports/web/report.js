@@ -1,5 +1,5 @@
-const SHOWN = ["status", "method", "mask", "seq_len", "world_size", "direction", "dtype", "time_ms", "noise", "tflops_per_rank", "peak_mb", "sent_mb", "imbalance", "flags", "reason"];
-const HEADINGS = { seq_len: "tokens", world_size: "ranks", time_ms: "ms", noise: "± %", peak_mb: "peak MB", sent_mb: "sent MB" };
+const SHOWN = ["status", "method", "mask", "seq_len", "world_size", "direction", "dtype", "time_ms", "noise", "tflops_per_rank", "peak_mb", "sent_mb", "exposed", "imbalance", "flags", "reason"];
+const HEADINGS = { seq_len: "tokens", world_size: "ranks", time_ms: "ms", noise: "± %", peak_mb: "peak MB", sent_mb: "sent MB", exposed: "exposed %" };
 
 async function main() {
   const data = new Data(JSON.parse(await unpacked("data")));
@@ -30,7 +30,7 @@ async function cases(data, filters, open) {
     kept ??= new Set(filters.rows());
     return kept.has(row[0]);
   });
-  const scaled = { noise: 100, tflops_per_rank: data.rate.scale };
+  const scaled = { noise: 100, exposed: 100, tflops_per_rank: data.rate.scale };
   const number = (column) => (value, type) => (type === "display" ? escaped(column === "seq_len" ? tokens(value) : digits(value === "" ? null : value * (scaled[column] ?? 1))) : value === "" ? -1 : value);
   const columns = [{ visible: false, searchable: false }, ...SHOWN.map((name) => ({
     title: name === "tflops_per_rank" ? data.rate.unit : HEADINGS[name] ?? name.replaceAll("_", " "),

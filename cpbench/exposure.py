@@ -1,0 +1,88 @@
+"""How much of a strategy's communication is exposed: its run, beside the same run without
+communication, and communication alone.
+
+Without communication, a strategy computes what it always does on buffers that nothing fills; alone,
+it sends what it always sends while its operator computes nothing.  The three take turns, so that
+what drifts meanwhile meets all of them.  Exposed is the time that the run takes longer than without
+communication; hidden, the part of communication alone that does not show in it.  Waiting for ranks
+that have more work is no communication: the figure of a phase is the slowest rank's in all three.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from cpbench.comm import Done, Grouped
+from cpbench.measure import Timing, Workload, iterate
+from cpbench.trace import TracedOperator
+
+if TYPE_CHECKING:
+    import torch
+
+    from cpbench.api import Attention
+    from cpbench.comm import Comm, Control, Handle
+    from cpbench.device import Device
+    from cpbench.settings import MeasureSettings
+
+ROUNDS = 7
+Times = dict[str, list[float]]  # microseconds by phase and round
+
+
+class SilentComm(Grouped):
+    """:class:`~cpbench.comm.Comm` that moves nothing: what should arrive is whatever the buffers
+    hold."""
+
+    def exchange(
+        self,
+        sends: Sequence[tuple[torch.Tensor, int]],
+        recvs: Sequence[tuple[torch.Tensor, int]],
+        what: str = "",
+    ) -> Handle:
+        return Done()
+
+    def all_to_all(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
+        return Done()
+
+    def all_gather(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
+        return Done()
+
+    def reduce_scatter(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
+        return Done()
+
+    def all_reduce(self, x: torch.Tensor, largest: bool = False) -> Handle:
+        return Done()
+
+
+def measure_exposure(
+    work: Attention,
+    inputs: dict[str, torch.Tensor],
+    device: Device,
+    comm: Comm,
+    control: Control,
+    settings: MeasureSettings,
+) -> dict[str, Times]:
+    """``whole``, ``compute`` and ``transfer`` of this rank; collective over all ranks."""
+    silent = SilentComm(comm.rank, comm.size)
+    idle = copy.copy(work)
+    idle.op = TracedOperator(work.op.info, work.op.device)
+    idle.plan = work.strategy.prepare(idle.op, work.world, work.rank)
+    ways: dict[str, tuple[Workload, Comm]] = {
+        "whole": (Workload(work, inputs, comm), comm),
+        "compute": (Workload(work, inputs, silent), silent),
+        "transfer": (Workload(idle, inputs, comm), comm),
+    }
+    found = {name: Timing.of(workload) for name, (workload, _) in ways.items()}
+    for workload, sends in ways.values():
+        iterate(workload, device, sends, control, Timing.of(workload))
+    started = time.monotonic()
+    for number in range(ROUNDS):
+        for name, (workload, sends) in ways.items():
+            iterate(workload, device, sends, control, found[name])
+            workload.release()
+        late = number >= 2 and time.monotonic() - started > settings.max_seconds
+        if not control.decide(not late):
+            break
+    return {name: timing.times_us for name, timing in found.items()}
