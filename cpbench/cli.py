@@ -30,6 +30,7 @@ from cpbench.options import (
     LauncherName,
     Launches,
     OnDevice,
+    ProfilerName,
     Timeout,
     Transport,
     UserError,
@@ -171,6 +172,12 @@ def run_(
         typer.Option(metavar="TIMES", min=1, help="Measure contenders in turn, so many times."),
     ] = None,
     launches: Launches = None,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Write what ranks did when, for Perfetto, to traces/.")
+    ] = False,
+    profiler: Annotated[
+        ProfilerName | None, typer.Option(help="NVIDIA's, around the one case; implies --trace.")
+    ] = None,
     device: OnDevice = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print cases and commands; run nothing.")
@@ -193,7 +200,9 @@ def run_(
     with user_input():
         loaded = sweeps.load(sweep)
         cases = sweeps.select(loaded.cases, where or [])
-        site = cli_jobs.site(launcher.value, profile, wait, resubmit)
+        site = cli_jobs.site(
+            launcher.value, profile, wait, resubmit, profiler.value if profiler else ""
+        )
         request = runs.Request(
             name=loaded.name,
             cases=cases,
@@ -201,8 +210,15 @@ def run_(
             launcher=launcher.value,
             device=cli_jobs.device_of(site, device) if site else device_name(device),
             settings=cli_jobs.settings(
-                loaded.settings, launcher.value, transport, interleave, launches, site
+                loaded.settings,
+                launcher.value,
+                transport,
+                interleave,
+                launches,
+                trace or profiler is not None,
+                site,
             ),
+            profiler=profiler.value if profiler else "",
             retry=runs.statuses(retry),
             since=time.time(),
             strict=strict,
@@ -350,6 +366,7 @@ def _told(request: Any, as_json: bool) -> int:
     elif run.records:
         print()
         print(render.render(found, "table"), end="")
+        print("".join(f"{line}\n" for line in ["", *runs.timelines(request)][:1000]), end="")
     return runs.exit_code(request)
 
 

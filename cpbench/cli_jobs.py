@@ -27,7 +27,9 @@ jobs = typer.Typer()
 RunFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A run directory.")]
 
 
-def site(launcher: str, path: Path | None, wait: bool, resubmit: int) -> Profile | None:
+def site(
+    launcher: str, path: Path | None, wait: bool, resubmit: int, profiler: str
+) -> Profile | None:
     """The profile of a Slurm site, for the Slurm launcher only.
 
     Raises:
@@ -40,6 +42,8 @@ def site(launcher: str, path: Path | None, wait: bool, resubmit: int) -> Profile
             if given:
                 raise ValueError(f"{name} is for --launcher slurm")
         return None
+    if profiler:
+        raise ValueError(f"--profiler {profiler} is for the launchers of this machine, not slurm")
     if resubmit and not wait:
         raise ValueError("--resubmit needs --wait; without it, give the same command again")
     if path is None:
@@ -60,7 +64,7 @@ def device_of(profile: Profile, wanted: DeviceName | None) -> str:
 
 def settings(
     given: MeasureSettings, launcher: str, transport: Transport | None, interleave: int | None,
-    launches: int | None, profile: Profile | None,
+    launches: int | None, trace: bool, profile: Profile | None,
 ) -> MeasureSettings:  # fmt: skip
     """A sweep's settings with what the command line changes.
 
@@ -73,6 +77,8 @@ def settings(
         given = replace(given, interleave=interleave)
     if launches is not None:
         given = replace(given, launches=launches)
+    if trace:
+        given = replace(given, trace=True)
     mpi = launcher == "mpi" or (profile is not None and profile.ranks in ("mpi", "mpiexec"))
     if given.transport == "mpi" and not mpi:
         raise ValueError(

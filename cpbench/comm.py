@@ -131,7 +131,7 @@ class Done:
         pass
 
 
-class _Works:
+class Works:
     """torch.distributed's works, and what is left to do when they have ended."""
 
     def __init__(
@@ -139,9 +139,13 @@ class _Works:
     ) -> None:
         self._works, self._then, self._pause_s = works, then, comm.pause_s
 
-    def wait(self) -> None:
+    def arrive(self) -> None:
+        """Wait for the transfers alone; ``wait`` is still to come."""
         for work in self._works:
             work.wait()
+
+    def wait(self) -> None:
+        self.arrive()
         if self._pause_s and self._works:
             time.sleep(self._pause_s)
         if self._then is not None:
@@ -249,44 +253,44 @@ class TorchComm(Grouped):
                 receiver = self._members[peer]
                 self.traffic.add(receiver, _nbytes(tensor))
                 ops.append(dist.P2POp(dist.isend, tensor, group=group, group_peer=receiver))
-        return _Works(self, dist.batch_isend_irecv(ops) if ops else [])
+        return Works(self, dist.batch_isend_irecv(ops) if ops else [])
 
     def all_to_all(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
         assert len(x) == len(out) == self.size
         if self.size == 1:
-            return _Works(self, [], lambda: out.copy_(x))
+            return Works(self, [], lambda: out.copy_(x))
         group = self._collective(_nbytes(x[0]))
-        return _Works(self, [self._dist.all_to_all_single(out, x, group=group, async_op=True)])
+        return Works(self, [self._dist.all_to_all_single(out, x, group=group, async_op=True)])
 
     def all_gather(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
         assert len(out) == self.size
         if self.size == 1:
-            return _Works(self, [], lambda: out[0].copy_(x))
+            return Works(self, [], lambda: out[0].copy_(x))
         group = self._collective(_nbytes(x))
         gather = getattr(self._dist, "all_gather_single", self._dist.all_gather_into_tensor)
-        return _Works(self, [gather(out.flatten(0, 1), x, group=group, async_op=True)])
+        return Works(self, [gather(out.flatten(0, 1), x, group=group, async_op=True)])
 
     def reduce_scatter(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
         import torch
 
         assert len(x) == self.size
         if self.size == 1:
-            return _Works(self, [], lambda: out.copy_(x[0]))
+            return Works(self, [], lambda: out.copy_(x[0]))
         group = self._collective(_nbytes(out))
         if x.device.type == "cpu":
             # Gloo's own is an all-reduce: twice the bytes, and sums in an order of its own.
             parts = torch.empty_like(x)
             work = self._dist.all_to_all_single(parts, x, group=group, async_op=True)
-            return _Works(self, [work], lambda: torch.sum(parts, 0, out=out))
+            return Works(self, [work], lambda: torch.sum(parts, 0, out=out))
         scatter = getattr(self._dist, "reduce_scatter_single", self._dist.reduce_scatter_tensor)
-        return _Works(self, [scatter(out, x.flatten(0, 1), group=group, async_op=True)])
+        return Works(self, [scatter(out, x.flatten(0, 1), group=group, async_op=True)])
 
     def all_reduce(self, x: torch.Tensor, largest: bool = False) -> Handle:
         if self.size == 1:
             return Done()
         group = self._collective(-(-_nbytes(x) // self.size), 2)
         kind = self._dist.ReduceOp.MAX if largest else self._dist.ReduceOp.SUM
-        return _Works(self, [self._dist.all_reduce(x, kind, group=group, async_op=True)])
+        return Works(self, [self._dist.all_reduce(x, kind, group=group, async_op=True)])
 
 
 class Control:
@@ -332,6 +336,24 @@ class Control:
         cell = torch.tensor([int(choice)])
         self._dist.broadcast(cell, group=self._group, group_src=0)
         return bool(cell.item())
+
+    def ask(self, rank: int) -> float:
+        """The number that another rank gives in :meth:`answer`, asked for by rank 0."""
+        import torch
+
+        cell = torch.zeros(1, dtype=torch.float64)
+        self._dist.send(cell, group=self._group, group_dst=rank)
+        self._dist.recv(cell, group=self._group, group_src=rank)
+        return float(cell.item())
+
+    def answer(self, number: Callable[[], float]) -> None:
+        """Give rank 0 a number when it asks."""
+        import torch
+
+        cell = torch.zeros(1, dtype=torch.float64)
+        self._dist.recv(cell, group=self._group, group_src=0)
+        cell[0] = number()
+        self._dist.send(cell, group=self._group, group_dst=0)
 
     def ranks_per_node(self) -> int:
         """Ranks that share a machine, where they are numbered machine by machine and as many on

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from cpbench import check, check_at_size, exposure, masks, measure
+from cpbench import check, check_at_size, exposure, masks, measure, timeline
 from cpbench.api import Attention, agree
 from cpbench.problem import Case
 from cpbench.record import Record
@@ -21,6 +21,7 @@ from cpbench.world import World
 if TYPE_CHECKING:
     from cpbench.comm import Comm, Control
     from cpbench.device import Device
+    from cpbench.slices import Rank
     from cpbench.telemetry import Telemetry
 
 
@@ -46,6 +47,7 @@ class Evaluation:
         self._device, self._comm, self.control = device, comm, control
         self._settings, self._ranks_here, self._note = settings, ranks_here, note
         self.telemetry: Telemetry | None = None
+        self.timeline: list[Rank] | None = None  # of the last case, where it was traced
         # Where nodes have unequal numbers of ranks, no mesh of nodes can be: as one rank a node.
         everywhere = set(control.gather(ranks_here))
         self._per_node = ranks_here if len(everywhere) == 1 else 1
@@ -57,6 +59,7 @@ class Evaluation:
         Args:
             before: what an earlier turn of the same case gave, to be measured once more.
         """
+        self.timeline = None
         if before is not None:
             return self._again(case, before)
         self._note("prepare")
@@ -95,6 +98,9 @@ class Evaluation:
                     way: {p: [rank[way][p] for rank in ranks] for p in workload.phases}
                     for way in found_us
                 }
+            if self._settings.trace:
+                self._note("trace")
+                self.timeline = timeline.watch(work, inputs, self._device, self._comm, self.control)
             record.memory_bytes["inputs"] = self._gather(sum(x.nbytes for x in inputs.values()))
         self._hold(given, check.fingerprint(inputs), "the operator overwrote its input", record)
         return record

@@ -40,6 +40,11 @@ class AnyLauncherName(str, Enum):
     slurm = "slurm"
 
 
+class ProfilerName(str, Enum):
+    nsys = "nsys"
+    ncu = "ncu"
+
+
 class Transport(str, Enum):
     torch = "torch"
     mpi = "mpi"

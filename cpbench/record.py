@@ -15,6 +15,7 @@ from cpbench.problem import Case
 
 SCHEMA = 2
 STATUSES = ("ok", "unsupported", "oom", "wrong", "crash", "timeout")
+TELLING = 0.25  # of communication's time: noise above it and nobody can tell what is hidden
 FAILURES = ("wrong", "crash", "timeout")
 
 
@@ -24,25 +25,38 @@ class SchemaError(ValueError):
 
 @dataclass(frozen=True)
 class Exposure:
-    """Microseconds of a run, of it without communication, of communication alone, and how much
-    longer the run takes than without."""
+    """Medians over rounds, in microseconds of the slowest rank.
+
+    Attributes:
+        whole_us, compute_us, transfer_us: a run, the same without communication, communication
+            alone.
+        exposed_us: how much longer a run takes than without; noise may make it negative.
+        spread_us: half the width of its 95 % interval (of few rounds, of all of them).
+    """
 
     whole_us: float
     compute_us: float
     transfer_us: float
     exposed_us: float
+    spread_us: float
 
     @property
     def exposed(self) -> float:
-        """Share of the run's time in which it waits for communication; noise may make it
-        negative."""
+        """Share of the run's time that communication adds."""
         return self.exposed_us / self.whole_us
 
     @property
+    def spread(self) -> float:
+        """Half the width of the interval of :attr:`exposed`."""
+        return self.spread_us / self.whole_us
+
+    @property
     def hidden(self) -> float | None:
-        """Share of communication that does not show in the run's time; None where there is none to
-        speak of."""
-        return 1 - self.exposed_us / self.transfer_us if self.transfer_us else None
+        """Share of communication that does not show in the run's time; None where noise hides what
+        communication does."""
+        if self.spread_us > TELLING * self.transfer_us or not self.transfer_us:
+            return None
+        return 1 - self.exposed_us / self.transfer_us
 
 
 @dataclass(kw_only=True)
@@ -151,8 +165,11 @@ class Record:
             for way in ("whole", "compute", "transfer")
         )
         longer = [a - b for a, b in zip(whole, compute, strict=True)]
-        medians = (statistics.median(x) for x in (whole, compute, transfer, longer))
-        return Exposure(*medians)
+        low, high = median_interval(longer) or (min(longer), max(longer))
+        middle = statistics.median
+        return Exposure(
+            middle(whole), middle(compute), middle(transfer), middle(longer), (high - low) / 2
+        )
 
     @property
     def noise(self) -> float | None:

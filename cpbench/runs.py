@@ -11,13 +11,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from cpbench import estimate, presence
 from cpbench.environment import machine_bytes
-from cpbench.launchers import supervise
+from cpbench.launchers import profilers, supervise
 from cpbench.launchers.autopsy import Rank
 from cpbench.launchers.follower import OVER
 from cpbench.launchers.known import LAUNCHERS
@@ -25,7 +25,15 @@ from cpbench.launchers.protocol import Place
 from cpbench.problem import Case
 from cpbench.record import FAILURES, STATUSES, Record
 from cpbench.settings import MeasureSettings
-from cpbench.store import RecordWriter, Run, StoreError, check_writable, read_run, write_whole
+from cpbench.store import (
+    RecordWriter,
+    Run,
+    StoreError,
+    check_writable,
+    read_run,
+    trace_path,
+    write_whole,
+)
 
 DEATHS = 3  # of a run in one and the same case: then the case is given up
 
@@ -44,6 +52,7 @@ class Request:
         since: seconds since the epoch; a record of ``retry`` that is newer counts.
         place: where the ranks of a world size run.
         capacity: bytes of memory that each rank has, where a profile says so.
+        profiler: ``"nsys"`` or ``"ncu"``, that the ranks of the one case run under; "" for none.
 
     Raises:
         ValueError: when the directory holds results of another device, number of threads, transport
@@ -61,6 +70,7 @@ class Request:
     since: float = math.inf
     place: Callable[[int], Place] = lambda world_size: Place()
     capacity: int | None = None
+    profiler: str = ""
 
     def room(self, case: Case) -> tuple[int | None, str]:
         """Bytes that each rank of a case has, None where that is not known, and who says so."""
@@ -79,6 +89,13 @@ class Request:
                 'measure.clock = "cpu" is for one rank on a CPU: ranks that wait use no '
                 "processor time"
             )
+        if self.profiler:
+            if len(self.cases) != 1:
+                raise ValueError(
+                    f"--profiler {self.profiler} is for one case; these are {len(self.cases)}: "
+                    "choose one with --where"
+                )
+            profilers.wrapper(self.profiler, self.out, self.device)  # or say why not
         for record in read_run(self.out).records.values():
             for key in ("device", "threads", "transport", "clock"):
                 default = wanted.get(key, "torch")
@@ -91,7 +108,11 @@ class Request:
 
     @property
     def plan(self) -> supervise.Plan:
-        return supervise.Plan(self.out, self.launcher, self.device, self.settings, self.place)
+        plan = supervise.Plan(self.out, self.launcher, self.device, self.settings, self.place)
+        if self.profiler:
+            wrapped = profilers.wrapper(self.profiler, self.out, self.device)
+            plan = replace(plan, wrapped=wrapped)
+        return plan
 
 
 def serves(record: Record, request: Request) -> bool:
@@ -127,6 +148,7 @@ def remaining(request: Request, run: Run | None = None) -> list[Case]:
         or (done[case.id].status in request.retry and done[case.id].started < request.since)
         or not serves(done[case.id], request)
         or _short(request, run, case)
+        or _untraced(request, done[case.id])
     ]
 
 
@@ -135,6 +157,23 @@ def _short(request: Request, run: Run, case: Case) -> bool:
     settings, record = request.settings, run.records.get(case.id)
     fine = settings.time and record is not None and record.status == "ok"
     return fine and len(run.launches[case.id]) < settings.launches
+
+
+def _untraced(request: Request, record: Record) -> bool:
+    """Whether a case that went well lacks a timeline that is asked for."""
+    asked = request.settings.trace and record.status == "ok"
+    return asked and not trace_path(request.out, record.case.id).exists()
+
+
+def timelines(request: Request) -> list[str]:
+    """Lines on the timelines of a request's cases: where they lie, and who was late."""
+    lines = []
+    for case in request.cases if request.settings.trace else ():
+        path = trace_path(request.out, case.id)
+        if path.exists():
+            told = json.loads(path.read_text())["otherData"]
+            lines += [f"{case.label}: {path}", *(f"  {line}" for line in told["stragglers"])]
+    return lines
 
 
 def results(request: Request) -> Run:

@@ -28,6 +28,7 @@ class MeasureSettings:
         check_small, check_sampled: the two correctness checks.
         time: measure at all (``cpbench verify`` only checks).
         memory: the pass for peak memory.
+        trace: after measuring, watch a pass and write what each rank did when to ``traces/``.
         exposure: for several ranks, time each case also without communication, and communication
             alone (see ``cpbench.exposure``).
         launches: how many processes (gangs, for several ranks) measure each case, one after the
@@ -54,6 +55,7 @@ class MeasureSettings:
     time: bool = True
     memory: bool = True
     exposure: bool = True
+    trace: bool = False
     launches: int = 1
     clock: str = "wall"
     interleave: int = 1

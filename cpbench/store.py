@@ -7,6 +7,7 @@
     jobs/WRITER/job.json          what a gang was told to do
     jobs/WRITER/rankN.jsonl       what each of its ranks noted while at it
     jobs/WRITER/rankN.log         what it printed
+    traces/CASE.json              what ranks did when, where a run was traced
 
 Files are only ever appended to, each by one process; records of all files are merged on reading,
 the newest of a case wins, and earlier ones that went as well are further launches of it.  A torn
@@ -245,6 +246,25 @@ def write_whole(path: Path, content: str | bytes) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def trace_path(out: Path, case: str) -> Path:
+    """Where the timeline of a case lies."""
+    return out / "traces" / f"{case}.json"
+
+
+def write_trace(out: Path, case: str, trace: dict[str, Any]) -> None:
+    """Write the timeline of a case.
+
+    Raises:
+        StoreError: when that fails.
+    """
+    path = trace_path(out, case)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write_whole(path, json.dumps(trace, separators=(",", ":"), allow_nan=False))
+    except OSError as error:
+        raise StoreError(f"cannot write results to {path}: {error.strerror}") from error
 
 
 def check_writable(folder: Path) -> None:

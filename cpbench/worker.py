@@ -29,7 +29,8 @@ from cpbench.bootstrap import Seat
 from cpbench.environment import collect, environment_id, node_facts, usable_cores
 from cpbench.problem import Case
 from cpbench.record import Record
-from cpbench.store import EXIT_STORE, Job, Journal, RecordWriter, StoreError
+from cpbench.slices import chrome_trace
+from cpbench.store import EXIT_STORE, Job, Journal, RecordWriter, StoreError, write_trace
 
 if TYPE_CHECKING:
     from cpbench.comm import Control
@@ -52,6 +53,7 @@ class _Rank:
         local_size = seat.local_size
         self.writer = RecordWriter(job.record_path) if seat.rank == 0 else None
         self.telemetry: Telemetry | None = None
+        self.evaluation: Evaluation | None = None
         self.shortage = shortage(job.device, local_size)
         if self.shortage is None:
             threads = job.settings.threads or max(1, usable_cores() // local_size)
@@ -70,7 +72,7 @@ class _Rank:
         environment = collect()
         record_of = self._refuse
         if self.shortage is None:
-            evaluation = self._evaluation()
+            self.evaluation = evaluation = self._evaluation()
             record_of = evaluation.record
             environment["device"] = self.device.describe()
             environment |= self._everywhere(evaluation.control)
@@ -90,6 +92,7 @@ class _Rank:
                 record = record_of(case, found.get(case.id))
                 record.started = record.started or started
                 record.seconds += time.time() - started
+                self._write_trace(record)
                 found[case.id] = record
                 if turn < turns - 1:
                     self.journal.note("paused", case=case.id)
@@ -101,6 +104,14 @@ class _Rank:
         if self.writer is not None:
             self.writer.close()
         self.journal.note("end")
+
+    def _write_trace(self, record: Record) -> None:
+        """What ranks did when, where they were watched."""
+        timeline = self.evaluation.timeline if self.evaluation is not None else None
+        if timeline is not None and self.writer is not None:
+            about = {"case": record.case.id, "label": record.case.label,
+                     "measured ms": record.median_us and record.median_us / 1e3}  # fmt: skip
+            write_trace(self.job.out, record.case.id, chrome_trace(timeline, about))
 
     def _evaluation(self) -> Evaluation:
         from cpbench.comm import Comm, Control, TorchComm

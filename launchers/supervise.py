@@ -20,7 +20,7 @@ from typing import Any
 from cpbench.launchers import autopsy, follower
 from cpbench.launchers.gang import Gang
 from cpbench.launchers.known import LAUNCHERS
-from cpbench.launchers.protocol import Place
+from cpbench.launchers.protocol import Command, Place
 from cpbench.problem import Case
 from cpbench.record import Record
 from cpbench.settings import MeasureSettings
@@ -62,6 +62,7 @@ class Plan:
         device: ``"cpu"`` or ``"cuda"``.
         settings: the ``[measure]`` table.
         place: where ranks run, for a world size.
+        wrapped: a command as it is to be run, such as under a profiler.
     """
 
     out: Path
@@ -69,6 +70,7 @@ class Plan:
     device: str
     settings: MeasureSettings
     place: Callable[[int], Place] = lambda world_size: Place()
+    wrapped: Callable[[Command], Command] = lambda command: command
 
     def job(self, cases: Sequence[Case], writer: str) -> Job:
         return Job(list(cases), self.settings, self.device, self.out, writer)
@@ -227,7 +229,8 @@ class _Watch:
             path, place = self.job.save(), self.plan.place(self.size)
             if self._peers is not None:
                 follower.gather(path, self.size, place, WORKER)
-            return Gang(self._launcher.commands(path, self.size, place, module=WORKER))
+            commands = self._launcher.commands(path, self.size, place, module=WORKER)
+            return Gang([self.plan.wrapped(command) for command in commands])
         except OSError as error:
             check_writable(self.plan.out)
             raise LaunchError(f"cannot start workers: {error}") from error

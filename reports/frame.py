@@ -220,6 +220,7 @@ def _exposure(launches: Sequence[Record]) -> dict[str, float | None]:
         for name in ("compute", "transfer", "exposed")
     }
     row["exposed"] = statistics.median(one.exposed for one in known)
+    row["exposed_spread"] = statistics.median(one.spread for one in known)
     hidden = [one.hidden for one in known if one.hidden is not None]
     row["hidden"] = statistics.median(hidden) if hidden else None
     return row

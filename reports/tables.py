@@ -120,11 +120,16 @@ def every_case(
             "predicted": number(_several(row, "predicted_peak_mb"), ".1f"),
             "sent MB": number(_several(row, "sent_mb"), ".2f"),
             "across": number(_several(row, "across_mb") or math.nan, ".2f"),
-            "exposed %": number(row["exposed"] * 100, ".0f"),
+            "exposed %": _with_spread(row["exposed"], row["exposed_spread"]),
             "hidden %": number(row["hidden"] * 100, ".0f"),
         }
         for row, best in [*contests, *((row, math.nan) for _, row in others.iterrows())]
     ]
+
+
+def _with_spread(share: float, spread: float) -> str:
+    """A share and how far it may be off, in percent."""
+    return f"{share * 100:.0f}±{spread * 100:.0f}" if not math.isnan(share) else ""
 
 
 def _several(row: Any, column: str) -> float:
