@@ -176,7 +176,7 @@ def run_(
         bool, typer.Option("--trace", help="Write what ranks did when, for Perfetto, to traces/.")
     ] = False,
     profiler: Annotated[
-        ProfilerName | None, typer.Option(help="NVIDIA's, around the one case; implies --trace.")
+        ProfilerName | None, typer.Option(help="NVIDIA's, around one case, in a folder of its own.")
     ] = None,
     device: OnDevice = None,
     dry_run: Annotated[
@@ -206,7 +206,7 @@ def run_(
         request = runs.Request(
             name=loaded.name,
             cases=cases,
-            out=run_directory(out or Path("results") / loaded.name),
+            out=cli_jobs.folder_of(run_directory(out or Path("results") / loaded.name), profiler),
             launcher=launcher.value,
             device=cli_jobs.device_of(site, device) if site else device_name(device),
             settings=cli_jobs.settings(
@@ -215,7 +215,8 @@ def run_(
                 transport,
                 interleave,
                 launches,
-                trace or profiler is not None,
+                trace,
+                profiler,
                 site,
             ),
             profiler=profiler.value if profiler else "",
@@ -366,7 +367,8 @@ def _told(request: Any, as_json: bool) -> int:
     elif run.records:
         print()
         print(render.render(found, "table"), end="")
-        print("".join(f"{line}\n" for line in ["", *runs.timelines(request)][:1000]), end="")
+        lines = runs.timelines(request)
+        print("".join(f"{line}\n" for line in ([""] if lines else []) + lines), end="")
     return runs.exit_code(request)
 
 

@@ -17,7 +17,7 @@ from cpbench.options import AsJson, UserError, print_rows, user_input
 
 if TYPE_CHECKING:
     from cpbench.launchers.protocol import Place
-    from cpbench.options import DeviceName, Transport
+    from cpbench.options import DeviceName, ProfilerName, Transport
     from cpbench.problem import Case
     from cpbench.runs import Request
     from cpbench.settings import MeasureSettings
@@ -51,6 +51,13 @@ def site(
     return profile.load(path)
 
 
+def folder_of(out: Path, profiler: ProfilerName | None) -> Path:
+    """The run directory; of a profiled case one of its own inside it."""
+    if profiler is None:
+        return out
+    return out / "profiles" / f"{profiler.value}-{time.strftime('%Y%m%dT%H%M%S')}"
+
+
 def device_of(profile: Profile, wanted: DeviceName | None) -> str:
     """The device of a site's ranks.
 
@@ -64,7 +71,7 @@ def device_of(profile: Profile, wanted: DeviceName | None) -> str:
 
 def settings(
     given: MeasureSettings, launcher: str, transport: Transport | None, interleave: int | None,
-    launches: int | None, trace: bool, profile: Profile | None,
+    launches: int | None, trace: bool, profiler: ProfilerName | None, profile: Profile | None,
 ) -> MeasureSettings:  # fmt: skip
     """A sweep's settings with what the command line changes.
 
@@ -77,8 +84,10 @@ def settings(
         given = replace(given, interleave=interleave)
     if launches is not None:
         given = replace(given, launches=launches)
-    if trace:
+    if trace or profiler is not None:
         given = replace(given, trace=True)
+    if profiler is not None:  # what is wanted is the watched pass
+        given = replace(given, exposure=False, memory=False, launches=1)
     mpi = launcher == "mpi" or (profile is not None and profile.ranks in ("mpi", "mpiexec"))
     if given.transport == "mpi" and not mpi:
         raise ValueError(

@@ -1,5 +1,5 @@
 """The solver behind the layout ``dispatch``: tokens dealt so that every rank has the same number of
-them and the same visible area, and few keys must travel.
+them and nearly the same visible area, and few keys must travel.
 
 Blocks of the mask that hang together (documents) fall into atoms, which fit on a rank, by tokens
 and by area, and stay whole, and long ones.  Tokens of a long block that see more keys than the
@@ -179,7 +179,7 @@ class _Dealer:
             given.append(share.rows)
             left -= self._area(*share.rows)
         self._even_out(given)
-        rows = [(rank, *row) for rank, some in enumerate(given) for row in sorted(some)]
+        rows = [(rank, *row) for rank, some in enumerate(given) for row in _joined(some)]
         return np.array(rows, dtype=np.int64).reshape(-1, 3)
 
     def _add_heavy(self, share: _Share) -> None:
@@ -291,13 +291,28 @@ class _Dealer:
                 areas[rank] = self._area(*given[rank])
 
     def _swap(self, dense: Row, sparse: Row, want: float) -> int:
-        """How many tokens at the end of one row and the beginning of another differ by an area."""
+        """How many tokens at the end of one row and the beginning of another to swap for a gain of
+        up to an area; only as long as each one gains."""
         end = dense.start + dense.length
+
+        def gains(n: int) -> bool:
+            return self._area(Row(end - n, 1)) > self._area(Row(sparse.start + n - 1, 1))
 
         def fits(n: int) -> bool:
             return self._area(Row(end - n, n)) - self._area(Row(sparse.start, n)) <= want
 
-        return _most(min(dense.length, sparse.length), fits)
+        return _most(_most(min(dense.length, sparse.length), gains), fits)
+
+
+def _joined(rows: list[Row]) -> list[Row]:
+    """In order, neighbours as one."""
+    found = list[Row]()
+    for row in sorted(rows):
+        if found and found[-1].start + found[-1].length == row.start:
+            found[-1] = Row(found[-1].start, found[-1].length + row.length)
+        else:
+            found.append(row)
+    return found
 
 
 def _most(count: int, fits: Callable[[int], bool]) -> int:

@@ -78,6 +78,8 @@ class Estimator:
         wanted = settings.max_seconds / max(each, 1e-6)
         count = min(max(wanted, settings.min_iterations), settings.max_iterations)
         once = fixed + (settings.warmup + count) * each * settings.interleave
+        if settings.exposure and case.world_size > 1:
+            once += max(settings.max_seconds, 3 * each)
         return once * settings.launches
 
     def hopeless(self, case: Case) -> str | None:

@@ -19,6 +19,8 @@ from cpbench.settings import MeasureSettings
 from cpbench.world import World
 
 if TYPE_CHECKING:
+    import torch
+
     from cpbench.comm import Comm, Control
     from cpbench.device import Device
     from cpbench.slices import Rank
@@ -88,22 +90,33 @@ class Evaluation:
         del found
         if record.status == "ok" and self._settings.time:
             self._measure(workload, record, checked)
-            if self._settings.exposure and self._comm.size > 1 and work.info.traced:
-                self._note("exposure")
-                found_us = exposure.measure_exposure(
-                    work, inputs, self._device, self._comm, self.control, self._settings
-                )
-                ranks = self.control.gather(found_us)
-                record.exposure_us = {
-                    way: {p: [rank[way][p] for rank in ranks] for p in workload.phases}
-                    for way in found_us
-                }
-            if self._settings.trace:
-                self._note("trace")
-                self.timeline = timeline.watch(work, inputs, self._device, self._comm, self.control)
+            if record.status == "ok" and work.info.traced:
+                self._look_closer(work, inputs, workload, record)
             record.memory_bytes["inputs"] = self._gather(sum(x.nbytes for x in inputs.values()))
         self._hold(given, check.fingerprint(inputs), "the operator overwrote its input", record)
         return record
+
+    def _look_closer(
+        self,
+        work: Attention,
+        inputs: dict[str, torch.Tensor],
+        workload: measure.Workload,
+        record: Record,
+    ) -> None:
+        """Where the time goes: what communication adds, and who does what when."""
+        workload.release()
+        device, comm, control = self._device, self._comm, self.control
+        if self._settings.exposure and comm.size > 1:
+            self._note("exposure")
+            found = exposure.measure_exposure(work, inputs, device, comm, control, self._settings)
+            ranks = control.gather(found)
+            record.exposure_us = {
+                way: {phase: [rank[way][phase] for rank in ranks] for phase in workload.phases}
+                for way in found
+            }
+        if self._settings.trace:
+            self._note("trace")
+            self.timeline = timeline.watch(work, inputs, device, comm, control)
 
     def _again(self, case: Case, record: Record) -> Record:
         """Another turn: more iterations, on inputs and plans made anew, with the same care for what
@@ -141,14 +154,23 @@ class Evaluation:
         begun = time.perf_counter()
         masks.rebuild(case.mask, case.seq_len, case.num_heads_q)
         mask_us = (time.perf_counter() - begun) * 1e6
+        deal_us = 0.0
         try:
-            work = self._attention(case, World.of_case(case, self._per_node))
+            begun = time.perf_counter()
+            world = World.of_case(case, self._per_node)
+            deal_us = (time.perf_counter() - begun) * 1e6
+            work = self._attention(case, world)
             # The small problem is refused here too, before any rank sends anything.
             self._small_attention(case, work)
         except ValueError as error:  # Unsupported, or a layout that does not fit
             refusal = str(error)
         answers = self.control.gather(
-            (refusal, mask_us, work.plan_us if work else 0.0, work.digest if work else ("", 0))
+            (
+                refusal,
+                mask_us,
+                deal_us + work.plan_us if work else 0.0,
+                work.digest if work else ("", 0),
+            )
         )
         refusals = [reason for reason, *_ in answers if reason]
         if work is None or refusals:
@@ -187,7 +209,7 @@ class Evaluation:
         names = [name for name in changed if name]
         if names and record.status == "ok":
             record.status, record.reason = "wrong", f"{words} {names[0]}"
-            record.times_us = {}
+            record.times_us, record.exposure_us, self.timeline = {}, {}, None
 
     def _measure(self, workload: measure.Workload, record: Record, checked: check.Tensors) -> None:
         """Times, memory, traffic and caveats of every rank; what the last timed call returned must

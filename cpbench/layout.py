@@ -240,9 +240,14 @@ def zigzag_document(seq_len: int, world_size: int, mask: AttnMask | None) -> tup
 
 @_layout
 def dispatch(seq_len: int, world_size: int, mask: AttnMask | None) -> tuple[Segments, int]:
-    """Tokens dealt by ``cpbench.dealing``: equal areas for any mask, and little that must move."""
+    """Tokens dealt so that all ranks have nearly the same area of any mask, and little must move.
+
+    Tokens that are not those of the mask, such as a few queries on their own, are dealt in runs.
+    """
     if mask is None:
         raise ValueError("layout dispatch balances the work of a mask: give the mask")
+    if (mask.seq_q, mask.seq_k) != (seq_len, seq_len):
+        mask = AttnMask.from_slices(seq_len, seq_len, [])
     return deal(mask, world_size), 1
 
 

@@ -19,9 +19,8 @@ if TYPE_CHECKING:
 MERGE_PAIRS = 64  # merging a query's partial results costs as much as this many visible keys
 
 
-class Pieces(NamedTuple):
-    """Runs of keys that go from rank to rank; arrays ``(n,)``, sorted by stage, receiver, owner
-    and start.
+class Parcels(NamedTuple):
+    """Runs of keys that go from rank to rank; arrays ``(n,)``.
 
     Attributes:
         stage: 0, 1, … in which it is sent.
@@ -37,12 +36,12 @@ class Pieces(NamedTuple):
     length: IntArray
     local: IntArray
 
-    def of(self, chosen: IntArray) -> Pieces:
+    def of(self, chosen: IntArray) -> Parcels:
         """Some of them, in the order given."""
-        return Pieces(*(column[chosen] for column in self))
+        return Parcels(*(column[chosen] for column in self))
 
 
-def needed(mask: AttnMask, queries: Layout, keys: Layout) -> Pieces:
+def needed(mask: AttnMask, queries: Layout, keys: Layout) -> Parcels:
     """The keys that each rank needs and does not hold, in one stage.
 
     Args:
@@ -65,7 +64,7 @@ def needed(mask: AttnMask, queries: Layout, keys: Layout) -> Pieces:
     run = first[source] + nth
     begin = np.maximum(start[source], held[run, 1])
     length = np.minimum(end[source], held[run, 1] + held[run, 2]) - begin
-    found = Pieces(
+    found = Parcels(
         np.zeros_like(begin), receiver[source], held[run, 0], begin, length,
         local[run] + begin - held[run, 1],
     )  # fmt: skip
@@ -74,31 +73,34 @@ def needed(mask: AttnMask, queries: Layout, keys: Layout) -> Pieces:
 
 def _union(start: IntArray, end: IntArray) -> IntArray:
     """``(m, 2)`` disjoint intervals, in order, that cover the same as some intervals."""
+    if not len(start):
+        return np.zeros((0, 2), dtype=np.int64)
     order = np.argsort(start, kind="stable")
     start, end = start[order], np.maximum.accumulate(end[order])
-    first = np.flatnonzero(np.append(True, start[1:] > end[:-1])[: len(start)])
+    first = np.flatnonzero(np.append(True, start[1:] > end[:-1]))
     return np.column_stack([start[first], end[np.append(first[1:], len(end)) - 1]])
 
 
-def in_stages(pieces: Pieces, stages: int, size: int) -> Pieces:
-    """The same in stages that bring each receiver equally many keys.
+def in_stages(parcels: Parcels, stages: int, size: int) -> Parcels:
+    """The same in stages that bring each receiver equally many keys; sorted by stage, receiver,
+    owner and start.
 
     A receiver starts with the keys of the rank before it and goes on downward, as a ring does, so
     that not all ask the same owner at once.
     """
-    far = (pieces.receiver - pieces.owner) % size
-    pieces = pieces.of(np.lexsort((pieces.start, far, pieces.receiver)))
-    total = np.bincount(pieces.receiver, weights=pieces.length, minlength=size).astype(np.int64)
-    each = np.maximum(-(-total // stages), 1)[pieces.receiver]
-    before = np.cumsum(pieces.length) - pieces.length
-    before -= (np.cumsum(total) - total)[pieces.receiver]
-    source, nth = expand((before + pieces.length - 1) // each - before // each + 1)
-    cut = pieces.of(source)
+    far = (parcels.receiver - parcels.owner) % size
+    parcels = parcels.of(np.lexsort((parcels.start, far, parcels.receiver)))
+    total = np.bincount(parcels.receiver, weights=parcels.length, minlength=size).astype(np.int64)
+    each = np.maximum(-(-total // stages), 1)[parcels.receiver]
+    before = np.cumsum(parcels.length) - parcels.length
+    before -= (np.cumsum(total) - total)[parcels.receiver]
+    source, nth = expand((before + parcels.length - 1) // each - before // each + 1)
+    cut = parcels.of(source)
     each, before = each[source], before[source]
     stage = before // each + nth
     skipped = np.maximum(stage * each - before, 0)
     length = np.minimum((stage + 1) * each, before + cut.length) - before - skipped
-    cut = Pieces(stage, cut.receiver, cut.owner, cut.start + skipped, length, cut.local + skipped)
+    cut = Parcels(stage, cut.receiver, cut.owner, cut.start + skipped, length, cut.local + skipped)
     return cut.of(np.lexsort((cut.start, cut.owner, cut.receiver, cut.stage)))
 
 
@@ -129,7 +131,8 @@ def best_stages(local_area: IntArray, area: IntArray, keys: IntArray, tokens: in
 
 
 def least_keys(mask: AttnMask, ranks: int, balance: float = 1.0) -> int:
-    """A lower bound on the keys that all ranks together must be sent, however tokens are dealt.
+    """A lower bound on the keys that all ranks together must be sent, however tokens are dealt, if
+    no rank is to have more than ``balance`` times the mean area.
 
     The queries that see one key need at least so many ranks that all of them, and the lightest
     other tokens that fill those ranks up, stay below ``balance`` times the mean area; one of the
@@ -164,7 +167,7 @@ def least_keys(mask: AttnMask, ranks: int, balance: float = 1.0) -> int:
 
 
 @functools.lru_cache(maxsize=8)  # every rank of a trace asks for the same
-def group_cast(world: World, stages: int) -> Pieces:
+def group_cast(world: World, stages: int) -> Parcels:
     """What every rank sends to every other in a world, in so many stages; 0 for the best number."""
     found = needed(world.shared_mask, world.queries, world.keys)
     if not stages:

@@ -15,6 +15,7 @@ from cpbench.problem import Case
 
 SCHEMA = 2
 STATUSES = ("ok", "unsupported", "oom", "wrong", "crash", "timeout")
+FEWEST_ROUNDS = 3  # of the exposure, for a spread to be known
 TELLING = 0.25  # of communication's time: noise above it and nobody can tell what is hidden
 FAILURES = ("wrong", "crash", "timeout")
 
@@ -31,14 +32,15 @@ class Exposure:
         whole_us, compute_us, transfer_us: a run, the same without communication, communication
             alone.
         exposed_us: how much longer a run takes than without; noise may make it negative.
-        spread_us: half the width of its 95 % interval (of few rounds, of all of them).
+        spread_us: half the width of its 95 % interval (of few rounds, of all of them); None for one
+            or two.
     """
 
     whole_us: float
     compute_us: float
     transfer_us: float
     exposed_us: float
-    spread_us: float
+    spread_us: float | None
 
     @property
     def exposed(self) -> float:
@@ -46,17 +48,17 @@ class Exposure:
         return self.exposed_us / self.whole_us
 
     @property
-    def spread(self) -> float:
+    def spread(self) -> float | None:
         """Half the width of the interval of :attr:`exposed`."""
-        return self.spread_us / self.whole_us
+        return None if self.spread_us is None else self.spread_us / self.whole_us
 
     @property
     def hidden(self) -> float | None:
         """Share of communication that does not show in the run's time; None where noise hides what
         communication does."""
-        if self.spread_us > TELLING * self.transfer_us or not self.transfer_us:
+        if self.spread_us is None or self.spread_us > TELLING * self.transfer_us:
             return None
-        return 1 - self.exposed_us / self.transfer_us
+        return 1 - self.exposed_us / self.transfer_us if self.transfer_us else None
 
 
 @dataclass(kw_only=True)
@@ -75,8 +77,8 @@ class Record:
             communication (``compute``) and communication alone (``transfer``): by these, then as
             ``times_us``; empty for one rank and where a library does the sending.
         turns: iterations of each turn, in order, where contenders were measured in turn.
-        mask_us, plan_us, first_call_us: building the mask, planning, and the first call at size
-            (with compilation), slowest rank.
+        mask_us, plan_us, first_call_us: building the mask, planning (dealing tokens included), and
+            the first call at size (with compilation), slowest rank.
         flops: by phase, from the mask's exact area, all ranks together.
         area: visible pairs of the mask per head (on average, where heads differ).
         balance: visible pairs that each rank computed in one pass over all phases, each counted
@@ -166,10 +168,9 @@ class Record:
         )
         longer = [a - b for a, b in zip(whole, compute, strict=True)]
         low, high = median_interval(longer) or (min(longer), max(longer))
+        spread = (high - low) / 2 if len(longer) >= FEWEST_ROUNDS else None
         middle = statistics.median
-        return Exposure(
-            middle(whole), middle(compute), middle(transfer), middle(longer), (high - low) / 2
-        )
+        return Exposure(middle(whole), middle(compute), middle(transfer), middle(longer), spread)
 
     @property
     def noise(self) -> float | None:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cpbench import estimate, presence
+from cpbench import estimate, presence, registry, ticker
 from cpbench.environment import machine_bytes
 from cpbench.launchers import profilers, supervise
 from cpbench.launchers.autopsy import Rank
@@ -53,6 +53,7 @@ class Request:
         place: where the ranks of a world size run.
         capacity: bytes of memory that each rank has, where a profile says so.
         profiler: ``"nsys"`` or ``"ncu"``, that the ranks of the one case run under; "" for none.
+            Such a run has a directory of its own: its times are not those of the case.
 
     Raises:
         ValueError: when the directory holds results of another device, number of threads, transport
@@ -95,7 +96,8 @@ class Request:
                     f"--profiler {self.profiler} is for one case; these are {len(self.cases)}: "
                     "choose one with --where"
                 )
-            profilers.wrapper(self.profiler, self.out, self.device)  # or say why not
+            ranks = self.cases[0].world_size
+            profilers.wrapper(self.profiler, self.device, ranks)  # or say why not
         for record in read_run(self.out).records.values():
             for key in ("device", "threads", "transport", "clock"):
                 default = wanted.get(key, "torch")
@@ -110,8 +112,9 @@ class Request:
     def plan(self) -> supervise.Plan:
         plan = supervise.Plan(self.out, self.launcher, self.device, self.settings, self.place)
         if self.profiler:
-            wrapped = profilers.wrapper(self.profiler, self.out, self.device)
-            plan = replace(plan, wrapped=wrapped)
+            ranks = self.cases[0].world_size
+            wrapped = profilers.wrapper(self.profiler, self.device, ranks)
+            plan = replace(plan, wrapped=wrapped, exit_s=profilers.REPORT_S)
         return plan
 
 
@@ -161,8 +164,10 @@ def _short(request: Request, run: Run, case: Case) -> bool:
 
 def _untraced(request: Request, record: Record) -> bool:
     """Whether a case that went well lacks a timeline that is asked for."""
-    asked = request.settings.trace and record.status == "ok"
-    return asked and not trace_path(request.out, record.case.id).exists()
+    asked = request.settings.trace and request.settings.time and record.status == "ok"
+    if not asked or trace_path(request.out, record.case.id).exists():
+        return False
+    return registry.strategy_info(record.case.strategy.name).traced
 
 
 def timelines(request: Request) -> list[str]:
@@ -173,6 +178,8 @@ def timelines(request: Request) -> list[str]:
         if path.exists():
             told = json.loads(path.read_text())["otherData"]
             lines += [f"{case.label}: {path}", *(f"  {line}" for line in told["stragglers"])]
+        elif not registry.strategy_info(case.strategy.name).traced:
+            lines.append(f"{case.label}: no timeline, for the library does its own sending")
     return lines
 
 
@@ -237,7 +244,7 @@ def work(request: Request, todo: Sequence[Case], quiet: bool) -> None:
     """
     todo = ordered(request, feasible(request, todo))
     for _ in range(request.settings.launches):
-        with progress(len(todo), quiet) as lines:
+        with ticker.progress(len(todo), quiet) as lines:
             supervise.run(todo, request.plan, starting=lines.starting, finished=lines.finished)
         there = read_run(request.out)
         todo = [case for case in todo if _short(request, there, case)]
@@ -314,6 +321,7 @@ def show_plan(request: Request, as_json: bool) -> int:
         job = request.plan.job(group, f"{request.launcher}-p{size}-STAMP")
         path, place = job.folder.resolve() / "job.json", request.plan.place(size)
         commands = LAUNCHERS[request.launcher].commands(path, size, place)
+        commands = [request.plan.wrapped(command) for command in commands]
         gangs.append(
             {
                 "world_size": size,
@@ -354,82 +362,3 @@ def _told(request: Request) -> dict[str, Any]:
         "settings": asdict(request.settings),
         "cases": [{"id": case.id, **case.to_json()} for case in request.cases],
     }
-
-
-def outcome(record: Record) -> str:
-    """What became of a case, in a few words."""
-    if record.median_us is None:
-        if record.status != "ok":
-            return f"{record.status}: {record.reason}"
-        return f"ok, largest error {record.worst_error:.1e}" if record.worst_error else "ok"
-    noise = f" ±{record.noise:.1%}" if record.noise is not None else ""
-    flags = f" [{' '.join(record.flags)}]" if record.flags else ""
-    return f"{record.median_us / 1e3:.3g} ms{noise}{flags}"
-
-
-class Lines:
-    """Progress as plain lines, for logs."""
-
-    def __init__(self, total: int, quiet: bool) -> None:
-        self._total, self._quiet, self._done = total, quiet, 0
-
-    def __enter__(self) -> Lines:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def starting(self, case: Case) -> None:
-        pass
-
-    def finished(self, record: Record) -> None:
-        self._done += 1
-        if not self._quiet:
-            print(
-                f"[{self._done}/{self._total}] {record.case.label}: {outcome(record)}",
-                file=sys.stderr,
-                flush=True,
-            )
-
-
-class _Bar(Lines):
-    """Progress as a bar with the time left, for terminals."""
-
-    def __init__(self, total: int) -> None:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-        )
-
-        super().__init__(total, False)
-        self._bar = Progress(
-            MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(),
-            TextColumn("{task.description}", markup=False),
-            console=Console(stderr=True), transient=True,
-            refresh_per_second=2,  # ten would take 2 % of a core that is being measured
-        )  # fmt: skip
-        self._task = self._bar.add_task("starting workers", total=total)
-
-    def __enter__(self) -> _Bar:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def starting(self, case: Case) -> None:
-        self._bar.update(self._task, description=case.label)
-
-    def finished(self, record: Record) -> None:
-        self._bar.console.print(
-            f"{record.case.label}: {outcome(record)}", markup=False, highlight=False, soft_wrap=True
-        )
-        self._bar.advance(self._task)
-
-
-def progress(total: int, quiet: bool) -> Lines:
-    return _Bar(total) if sys.stderr.isatty() and not quiet else Lines(total, quiet)

@@ -2,8 +2,9 @@
 
 A rank's own thread computes (the operator's calls), waits (for something that was sent) or does
 something else (packs, merges, posts): these add up to the phase.  Transfers are what is under way
-meanwhile, from the call that posts them until they have arrived: on processors a thread of its own
-waits for each, on GPUs an event on a stream of its own.
+meanwhile, from the call that posts them until they have arrived: over torch's process groups on
+processors a thread of its own waits for each, on GPUs an event on a stream of its own.  Over MPI,
+where only waiting tells, they seem to last until they have been waited for.
 
 Marks are host seconds on processors and events on GPUs, read when the pass is over.  Ranks of other
 machines are put on rank 0's clock (``cpbench.clocks``).
@@ -34,11 +35,13 @@ if TYPE_CHECKING:
     from cpbench.merge import Planned
 
 PASSES = 3  # of which the middle one is told
-RANGE = "cpbench"  # the NVTX range around them, for profilers
+RANGE = "cpbench"  # the NVTX range around them: see cpbench.launchers.profilers
 
 
 class _HostClock:
     """Marks of a processor."""
+
+    within = 0.0
 
     def mark(self) -> Any:
         return time.perf_counter()
@@ -59,16 +62,18 @@ class _HostClock:
 
 class _CudaClock:
     """Marks of a CUDA stream: events, told in host seconds by one that was recorded on an idle
-    device at a known time.  Ranges are named for NVTX too."""
+    device between two looks at the host's clock.  Ranges are named for NVTX too."""
 
     def __init__(self) -> None:
         import torch
 
         self._cuda = torch.cuda
         self._cuda.synchronize()
+        before = time.perf_counter()
         self._zero = self.mark()
         self._zero.synchronize()
-        self._host = time.perf_counter()
+        self.within = (time.perf_counter() - before) / 2
+        self._host = before + self.within
 
     def mark(self) -> Any:
         event = self._cuda.Event(enable_timing=True)
@@ -128,13 +133,28 @@ class Recorder:
 
 
 class _WatchedHandle:
-    """A handle whose transfer is noted when it has ended, and whose ``wait`` is waiting."""
+    """A handle whose transfer is noted when it has ended, and whose ``wait`` is waiting.
 
-    def __init__(self, handle: Handle, recorder: Recorder, name: str, about: dict[str, Any],
-                 threads: bool) -> None:  # fmt: skip
-        self._handle, self._recorder = handle, recorder
-        self._name, self._about = name, about
+    Args:
+        post: posts the transfer.
+        held: tensors that must live until ``wait``: once it has waited for a transfer on another
+            stream, torch holds them no longer.
+        threads: whether a thread may wait for it.
+    """
+
+    def __init__(
+        self,
+        post: Callable[[], Handle],
+        held: Sequence[torch.Tensor],
+        recorder: Recorder,
+        name: str,
+        about: dict[str, Any],
+        threads: bool,
+    ) -> None:
+        self._recorder, self._name, self._about = recorder, name, about
         self._start, self._noted = recorder.clock.mark(), False
+        self._held = list(held)
+        self._handle = handle = post()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         if threads:
@@ -174,19 +194,22 @@ class _WatchedHandle:
                 self._handle.wait()
         if not self._noted:
             self._note()
+        self._held.clear()
 
 
 class WatchedComm:
     """A :class:`~cpbench.comm.Comm` whose transfers and waits are noted."""
 
-    def __init__(self, comm: Comm, recorder: Recorder) -> None:
+    def __init__(self, comm: Comm, recorder: Recorder, members: Sequence[int] = ()) -> None:
         self._comm, self._recorder = comm, recorder
+        self._members = members or range(comm.size)  # ranks of the whole job
         self.rank, self.size = comm.rank, comm.size
         self.traffic, self.pause_s = comm.traffic, 0.0
         self._threads = isinstance(comm, TorchComm) and isinstance(recorder.clock, _HostClock)
 
     def sub(self, ranks: Sequence[int]) -> Comm:
-        return WatchedComm(self._comm.sub(ranks), self._recorder)
+        members = [self._members[rank] for rank in ranks]
+        return WatchedComm(self._comm.sub(ranks), self._recorder, members)
 
     def exchange(
         self,
@@ -196,30 +219,46 @@ class WatchedComm:
     ) -> Handle:
         if not sends and not recvs:
             return Done()
-        about = {
-            "sends": _bytes_by_peer(sends),
-            "receives": _bytes_by_peer(recvs),
-        }
+        about = {"sends": self._by_peer(sends), "receives": self._by_peer(recvs)}
+        held = [tensor for tensor, _ in (*sends, *recvs)]
         post = self._comm.exchange
-        return self._watched(what or "exchange", about, lambda: post(sends, recvs, what))
+        return self._watched(what or "exchange", about, held, lambda: post(sends, recvs, what))
 
     def all_to_all(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
-        return self._collective("all-to-all", x, lambda: self._comm.all_to_all(out, x))
+        return self._collective("all-to-all", (x, out), lambda: self._comm.all_to_all(out, x))
 
     def all_gather(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
-        return self._collective("all-gather", x, lambda: self._comm.all_gather(out, x))
+        return self._collective("all-gather", (x, out), lambda: self._comm.all_gather(out, x))
 
     def reduce_scatter(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
-        return self._collective("reduce-scatter", x, lambda: self._comm.reduce_scatter(out, x))
+        post = self._comm.reduce_scatter
+        return self._collective("reduce-scatter", (x, out), lambda: post(out, x))
 
     def all_reduce(self, x: torch.Tensor, largest: bool = False) -> Handle:
-        return self._collective("all-reduce", x, lambda: self._comm.all_reduce(x, largest))
+        return self._collective("all-reduce", (x,), lambda: self._comm.all_reduce(x, largest))
 
-    def _collective(self, name: str, x: torch.Tensor, post: Callable[[], Handle]) -> Handle:
-        return self._watched(name, {"bytes": x.nbytes, "ranks": self.size}, post)
+    def _collective(
+        self, name: str, tensors: Sequence[torch.Tensor], post: Callable[[], Handle]
+    ) -> Handle:
+        about = {"bytes": tensors[0].nbytes, "ranks": list(self._members)}
+        return self._watched(name, about, tensors, post)
 
-    def _watched(self, name: str, about: dict[str, Any], post: Callable[[], Handle]) -> Handle:
-        return _WatchedHandle(post(), self._recorder, name, about, self._threads)
+    def _watched(
+        self,
+        name: str,
+        about: dict[str, Any],
+        held: Sequence[torch.Tensor],
+        post: Callable[[], Handle],
+    ) -> Handle:
+        return _WatchedHandle(post, held, self._recorder, name, about, self._threads)
+
+    def _by_peer(self, messages: Sequence[tuple[torch.Tensor, int]]) -> dict[str, int]:
+        """Bytes by rank of the whole job."""
+        found: dict[str, int] = {}
+        for tensor, peer in messages:
+            name = str(self._members[peer])
+            found[name] = found.get(name, 0) + tensor.nbytes
+        return found
 
 
 class WatchedOperator(BoundOperator):
@@ -249,19 +288,19 @@ def watch(
     control: Control,
 ) -> list[Rank]:
     """What all ranks did in the pass that took the middle time, on every rank; collective."""
-    passes: list[tuple[float, list[Slice]]] = []
+    passes: list[tuple[float, list[Slice], float]] = []
     _pass(work, inputs, device, comm, control)  # the first one is slower
     for _ in range(PASSES):
-        slices = _pass(work, inputs, device, comm, control)
+        slices, within = _pass(work, inputs, device, comm, control)
         took = sum(one.end - one.start for one in slices if one.row == PHASE)
-        passes.append((control.slowest(took), slices))
+        passes.append((control.slowest(took), slices, within))
     passes.sort(key=lambda one: one[0])
-    slices = passes[PASSES // 2][1]
+    _, slices, within = passes[PASSES // 2]
     about = device.describe()
     named = str(about.get("name") or about["type"])
-    ranks: list[Rank] = control.gather(Rank(platform.node(), named, slices))
+    ranks: list[Rank] = control.gather(Rank(platform.node(), named, slices, within))
     for rank, offset in zip(ranks, clocks.offsets(control), strict=True):
-        rank.within = offset.within
+        rank.within += offset.within
         for one in rank.slices:
             one.start, one.end = one.start + offset.seconds, one.end + offset.seconds
     return ranks
@@ -273,24 +312,20 @@ def _pass(
     device: Device,
     comm: Comm,
     control: Control,
-) -> list[Slice]:
+) -> tuple[list[Slice], float]:
+    """What this rank did, and by how many seconds its device's clock may be off the host's."""
     recorder = Recorder(device.type)
     watched = copy.copy(work)
     watched.op = WatchedOperator(work.op, recorder)
     workload = Workload(watched, inputs, WatchedComm(comm, recorder))
     workload.ready()
+    recorder.clock.settle()
     recorder.clear()
     with recorder.clock.named(RANGE):
         for phase in workload.phases:
             device.flush_cache()
+            recorder.clock.settle()
             control.barrier()
             with recorder.slice(PHASE, phase):
                 workload.call(phase)
-    return recorder.slices()
-
-
-def _bytes_by_peer(messages: Sequence[tuple[torch.Tensor, int]]) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for tensor, peer in messages:
-        found[str(peer)] = found.get(str(peer), 0) + tensor.nbytes
-    return found
+    return recorder.slices(), recorder.clock.within

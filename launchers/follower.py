@@ -116,7 +116,7 @@ def _serve(folder: Path, interface: str, run: Sign) -> None:
     place = Place(nodes=table["nodes"], address=table["address"], interface=interface)
     job, size = folder.resolve() / "job.json", table["world_size"]
     argv = torchrun.agent(
-        job, size, place, table["address"], table["module"], own_address(interface)
+        job, size, place, table["address"], table["module"], own_address(interface), host=False
     )
     name = f"node-{os.uname().nodename}-{os.getpid()}"
     own = Sign(folder / f"{name}.alive")

@@ -1,42 +1,46 @@
 """NVIDIA's profilers around the ranks of one case: what is put before their commands.
 
-They look at the watched passes alone, which an NVTX range marks (``cpbench.timeline``).
+On GPUs they look at the watched passes alone, which an NVTX range marks (``cpbench.timeline``).
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 
 from cpbench.launchers.protocol import Command
 
-RANGE = "cpbench"  # the NVTX range
-REPORTS = "profiles"  # in the run directory
-PROFILERS = ("nsys", "ncu")
+REPORT_S = 600.0  # for a profiler to write its report when all is done
+RANGE = "cpbench"  # the NVTX range of cpbench.timeline
 
 
-def wrapper(name: str, out: Path, device: str) -> Callable[[Command], Command]:
-    """A command as it is run under a profiler, whose report goes to ``out / REPORTS``.
+def wrapper(name: str, device: str, ranks: int) -> Callable[[Command], Command]:
+    """A command as it is run under a profiler, whose report lies beside the command's log.
 
     Raises:
-        ValueError: when the profiler is not there, or of no use on the device.
+        ValueError: when the profiler is not there, or of no use for the case.
     """
     if name == "ncu" and device != "cuda":
         raise ValueError("--profiler ncu looks into CUDA kernels: it needs --device cuda")
+    if name == "ncu" and ranks > 1:
+        raise ValueError(
+            "--profiler ncu runs the kernels of each rank one at a time and again, while those of "
+            f"NCCL wait for each other: choose a case of 1 rank, not {ranks}"
+        )
     if shutil.which(name) is None:
         raise ValueError(f"--profiler {name}: there is no {name} on PATH; it comes with CUDA")
-    folder = out.resolve() / REPORTS
 
     def wrapped(command: Command) -> Command:
-        folder.mkdir(parents=True, exist_ok=True)
-        report = folder / f"{command.log.parent.name}-{command.log.stem}"
-        words: tuple[str, ...]
+        report = command.log.resolve().with_suffix("")
         if name == "nsys":
-            words = (
+            watched = (
+                "--capture-range=nvtx",
+                f"--nvtx-capture={RANGE}",
+                "--capture-range-end=none",
+            )
+            words: tuple[str, ...] = (
                 "nsys", "profile", "--trace=cuda,nvtx,osrt", "--force-overwrite=true",
-                "--capture-range=nvtx", f"--nvtx-capture={RANGE}", "--capture-range-end=none",
-                f"--output={report}",
+                *(watched if device == "cuda" else ()), f"--output={report}",
             )  # fmt: skip
         else:
             words = (

@@ -63,6 +63,7 @@ class Plan:
         settings: the ``[measure]`` table.
         place: where ranks run, for a world size.
         wrapped: a command as it is to be run, such as under a profiler.
+        exit_s: for workers to leave when all is done.
     """
 
     out: Path
@@ -71,6 +72,7 @@ class Plan:
     settings: MeasureSettings
     place: Callable[[int], Place] = lambda world_size: Place()
     wrapped: Callable[[Command], Command] = lambda command: command
+    exit_s: float = EXIT_S
 
     def job(self, cases: Sequence[Case], writer: str) -> Job:
         return Job(list(cases), self.settings, self.device, self.out, writer)
@@ -197,7 +199,7 @@ class _Watch:
                     self._catch_up()
                     return f"workers ended early; see {self._log(0)}"
                 idle = time.monotonic() - self._progress
-                if len(self.recorded) == len(self._cases) and idle > EXIT_S:
+                if len(self.recorded) == len(self._cases) and idle > self.plan.exit_s:
                     return ""  # nothing is lost when a rank hangs in its clean-up
                 if self._current and idle > self.job.settings.timeout_s:
                     return self._time_out(gang, self._current)

@@ -19,10 +19,22 @@ GATHERING = "gathering.json"  # beside the job file: what other nodes run to joi
 
 
 def agent(
-    job: Path, world_size: int, place: Place, endpoint: str, module: str, local_address: str = ""
+    job: Path,
+    world_size: int,
+    place: Place,
+    endpoint: str,
+    module: str,
+    local_address: str = "",
+    host: bool | None = None,
 ) -> tuple[str, ...]:
-    """The words of one node's agent."""
+    """The words of one node's agent.
+
+    Args:
+        host: whether the endpoint is this node's; torchrun's own guess, None, needs the name of the
+            machine to resolve to that very address.
+    """
     several = place.nodes > 1
+    conf = f"join_timeout={JOIN_S}" + ("" if host is None else f",is_host={str(host).lower()}")
     return (
         *python_of(place), "-m", "torch.distributed.run",
         "--nnodes", str(place.nodes),
@@ -30,7 +42,7 @@ def agent(
         "--rdzv-backend", "c10d",
         "--rdzv-endpoint", endpoint,
         *(("--rdzv-id", job.parent.name) if several else ()),
-        *(("--rdzv-conf", f"join_timeout={JOIN_S}") if several else ()),
+        *(("--rdzv-conf", conf) if several else ()),
         *(("--local-addr", local_address) if local_address else ()),
         "-m", module, str(job),
     )  # fmt: skip
@@ -49,7 +61,7 @@ def commands(
     """
     endpoint = place.address if place.nodes > 1 else f"{place.address}:0"
     local = endpoint.rpartition(":")[0]
-    argv = agent(job, world_size, place, endpoint, module, local)
+    argv = agent(job, world_size, place, endpoint, module, local, host=True)
     return [Command(argv, shared_variables(place, environ), job.parent / "rank0.log")]
 
 

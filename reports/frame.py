@@ -105,7 +105,7 @@ def _row(record: Record, launches: Sequence[Record], machine: _Machine) -> dict[
     row |= _errors(record)
     row |= _memory(record)
     row |= _traffic(record)
-    row |= _exposure(launches or [record])
+    row |= _exposure(launches)
     row |= _telemetry(record.telemetry)
     row["mask_ms"], row["plan_ms"] = _ms(record.mask_us), _ms(record.plan_us)
     row["first_call_ms"] = _ms(record.first_call_us)
@@ -220,7 +220,8 @@ def _exposure(launches: Sequence[Record]) -> dict[str, float | None]:
         for name in ("compute", "transfer", "exposed")
     }
     row["exposed"] = statistics.median(one.exposed for one in known)
-    row["exposed_spread"] = statistics.median(one.spread for one in known)
+    spreads = [one.spread for one in known if one.spread is not None]
+    row["exposed_spread"] = statistics.median(spreads) if spreads else None
     hidden = [one.hidden for one in known if one.hidden is not None]
     row["hidden"] = statistics.median(hidden) if hidden else None
     return row

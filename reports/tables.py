@@ -129,7 +129,9 @@ def every_case(
 
 def _with_spread(share: float, spread: float) -> str:
     """A share and how far it may be off, in percent."""
-    return f"{share * 100:.0f}±{spread * 100:.0f}" if not math.isnan(share) else ""
+    if math.isnan(share):
+        return ""
+    return f"{share * 100:.0f}" if math.isnan(spread) else f"{share * 100:.0f}±{spread * 100:.0f}"
 
 
 def _several(row: Any, column: str) -> float:

@@ -6,7 +6,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 
-from cpbench import runs
+from cpbench import runs, ticker
 from cpbench.slurm import campaign, control
 from cpbench.slurm.campaign import Board
 from cpbench.slurm.profile import Profile
@@ -42,7 +42,7 @@ class Follower:
             SlurmError: when a resubmission is refused.
         """
         left = {case.id for case in runs.remaining(self.request)}
-        with runs.progress(len(left), self.quiet) as lines:
+        with ticker.progress(len(left), self.quiet) as lines:
             tails: dict[str, Tail] = {}
             poll_s, next_poll = FIRST_POLL_S, 0.0
             while True:
@@ -60,7 +60,7 @@ class Follower:
                     poll_s = min(poll_s * SLOWER, max(self.profile.poll_s, FIRST_POLL_S))
                 time.sleep(RECORDS_S)
 
-    def _records(self, left: set[str], tails: dict[str, Tail], lines: runs.Lines) -> None:
+    def _records(self, left: set[str], tails: dict[str, Tail], lines: ticker.Lines) -> None:
         """Tell of the cases that have ended since the last look."""
         fresh = False
         for path in sorted((self.request.out / "records").glob("*.jsonl")):

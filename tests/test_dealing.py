@@ -13,7 +13,7 @@ from microbench.dealing import greedy
 from cpbench import masks
 from cpbench.layout import Layout, area_matrix, build
 from cpbench.mask import AttnMask
-from cpbench.needs import Pieces, best_stages, in_stages, least_keys, needed
+from cpbench.needs import Parcels, best_stages, in_stages, least_keys, needed
 from cpbench.spec import Spec
 
 MASKS = (
@@ -32,12 +32,12 @@ def mask_of(text: str, seq_len: int = 100) -> AttnMask:
 
 def moved(mask: AttnMask, layout: Layout) -> np.ndarray:
     """Keys that each rank must be sent."""
-    pieces = needed(mask, layout, layout)
-    return np.bincount(pieces.receiver, weights=pieces.length, minlength=layout.world_size)
+    parcels = needed(mask, layout, layout)
+    return np.bincount(parcels.receiver, weights=parcels.length, minlength=layout.world_size)
 
 
-def tokens_of(pieces: Pieces) -> list[int]:
-    runs = zip(pieces.start.tolist(), pieces.length.tolist(), strict=True)
+def tokens_of(parcels: Parcels) -> list[int]:
+    runs = zip(parcels.start.tolist(), parcels.length.tolist(), strict=True)
     return [start + i for start, n in runs for i in range(n)]
 
 
@@ -79,6 +79,22 @@ def test_corpora_are_balanced_and_move_little(corpus: str, seq_len: int, ranks: 
         assert ours < moved(mask, greedy(mask, ranks)).sum()
 
 
+def test_a_mask_of_nothing_moves_nothing() -> None:
+    empty = AttnMask.from_slices(100, 100, [])
+    layout = build("dispatch", 100, 8, empty)
+    assert not moved(empty, layout).any()
+    assert in_stages(needed(empty, layout, layout), 3, 8).length.size == 0
+    assert least_keys(empty, 8) == 0
+
+
+def test_tokens_that_are_not_those_of_the_mask_are_dealt_in_runs() -> None:
+    """Few queries on many keys: neither are all tokens of one square mask."""
+    mask = mask_of("causal").crop(90, 100, 0, 100)
+    for tokens in (10, 100, 64):
+        layout = build("dispatch", tokens, 4, mask)
+        assert layout.local_len == -(-tokens // 4)
+
+
 def test_whole_documents_that_balance_are_not_cut() -> None:
     mask = mask_of(f"causal_document:doc_lens={[50] * 8}", 400)
     for ranks in (2, 4, 8):
@@ -90,11 +106,11 @@ def test_whole_documents_that_balance_are_not_cut() -> None:
 def test_what_is_needed_is_what_is_seen_and_not_held(text: str, layout: str) -> None:
     mask, ranks = mask_of(text), 4
     dealt = build(layout, 100, ranks, mask)
-    pieces, dense = needed(mask, dealt, dealt), mask.to_dense()
+    parcels, dense = needed(mask, dealt, dealt), mask.to_dense()
     for rank in range(ranks):
         rows = dealt.positions(rank)
         seen = set(np.flatnonzero(dense[rows[rows < 100]].any(0)).tolist()) - set(rows.tolist())
-        mine = pieces.of(np.flatnonzero(pieces.receiver == rank))
+        mine = parcels.of(np.flatnonzero(parcels.receiver == rank))
         got = [
             start + i for start, n in zip(mine.start, mine.length, strict=True) for i in range(n)
         ]

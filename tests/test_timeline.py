@@ -18,6 +18,7 @@ from cpbench import clocks, timeline
 from cpbench.check import inputs_of
 from cpbench.comm import Control
 from cpbench.device import Cpu
+from cpbench.launchers.profilers import RANGE
 from cpbench.slices import Rank, Slice, chrome_trace, stragglers, sums
 from cpbench.store import read_run
 
@@ -207,7 +208,10 @@ def test_profilers_wrap_one_case(tmp_path: Path) -> None:
     env = {"PATH": f"{stand_in.parent}:{os.environ['PATH']}", "PYTHON": sys.executable}
     code, said = cpbench(*words, "--profiler", "nsys", env=env)
     assert code == 0, said
-    reports = sorted((out / "profiles").iterdir())
-    assert [path.name[-9:] for path in reports] == ["rank0.txt", "rank1.txt"]
-    assert "--nvtx-capture=cpbench" in reports[0].read_text()
-    assert len(list((out / "traces").iterdir())) == 1
+    (profiled,) = (out / "profiles").iterdir()  # its times are not those of the case
+    reports = sorted(profiled.glob("jobs/*/rank?.txt"))
+    assert [path.name for path in reports] == ["rank0.txt", "rank1.txt"]
+    assert "profile --trace=cuda,nvtx,osrt" in reports[0].read_text()
+    assert len(list((profiled / "traces").iterdir())) == 1
+    assert not read_run(out).records
+    assert RANGE == timeline.RANGE

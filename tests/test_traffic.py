@@ -69,6 +69,20 @@ def test_keys_that_travel(strategy: str, size: int, layout: str) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "dispatch"])
+@pytest.mark.parametrize("stages", [0, 1, 3])
+def test_dispatch_sends_what_is_seen(stages: int, layout: str, size: int) -> None:
+    """A full mask needs all keys, a causal one of runs of tokens half of them."""
+    _, kv, _ = volumes(size)
+    n = size - 1
+    found = traces(f"dispatch:stages={stages}", layout=layout, size=size)
+    assert sent(found, "fwd") == [n * kv] * size
+    assert sent(found, "bwd") == [n * kv + n * kv * 4 // 2] * size
+    causal = traces(f"dispatch:stages={stages}", "causal", layout="contiguous", size=size)
+    assert sent(causal, "fwd") == [(n - rank) * kv for rank in range(size)]
+
+
+@pytest.mark.parametrize("size", SIZES)
 def test_gradients_in_bfloat16_halve_what_comes_back(size: int) -> None:
     _, kv, _ = volumes(size)
     found = traces("ring:grad_dtype=bfloat16", size=size)

@@ -11,14 +11,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import namespaces
 import pytest
 import torch
 from ranks import run_ranks
@@ -41,63 +40,14 @@ MESSAGE = 6 << 20  # bytes of an operation's tensor, divisible by all sizes
 CLONE_NEWNET = 0x40000000  # linux/sched.h
 
 
-@contextmanager
-def _namespaces(size: int) -> Iterator[list[int]]:
-    """Network namespaces joined by a bridge, each with an ``eth0``; yields a process in each.
-
-    They have no names and vanish with those processes, which end when this one does.
-    """
-    with ExitStack() as stack:
-        switch, *holders = [stack.enter_context(_namespace()) for _ in range(size + 1)]
-        _inside(switch, "ip -batch -", "link add bridge type bridge\nlink set bridge up")
-        for i, holder in enumerate(holders):
-            port = f"link add port{i} type veth peer name eth0 netns {holder}"
-            _inside(switch, "ip -batch -", f"{port}\nlink set port{i} master bridge up")
-            address = f"address add 10.77.0.{i + 1}/24 dev eth0"
-            _inside(holder, "ip -batch -", f"{address}\nlink set eth0 up\nlink set lo up")
-        # One processor for the bridge: else packets overtake each other and TCP sends them again.
-        one = "for f in /sys/class/net/port*/queues/rx-0/rps_cpus; do echo 1 > $f; done"
-        _inside(switch, "unshare --mount sh -e", f"mount -t sysfs none /sys\n{one}")
-        yield holders
-
-
-@contextmanager
-def _namespace() -> Iterator[int]:
-    """The id of a process in a network namespace of its own."""
-    with subprocess.Popen(["unshare", "--net", "cat"], stdin=subprocess.PIPE) as holder:
-        try:
-            ours, theirs = (Path(f"/proc/{pid}/ns/net") for pid in ("self", holder.pid))
-            deadline = time.monotonic() + 10
-            while theirs.readlink() == ours.readlink():
-                if holder.poll() is not None or time.monotonic() > deadline:
-                    raise OSError("unshare --net made no network namespace")
-                time.sleep(0.005)
-            yield holder.pid
-        finally:
-            holder.kill()
-
-
-def _inside(holder: int, command: str, words: str) -> None:
-    """Run a command in the namespace of a process, with words on its stdin."""
-    done = subprocess.run(
-        ["nsenter", f"--net=/proc/{holder}/ns/net", *command.split()],
-        input=words, text=True, capture_output=True, timeout=30,
-    )  # fmt: skip
-    if done.returncode:
-        raise OSError(f"{command}: {done.stderr.strip()}")
-
-
 @pytest.fixture(scope="module")
 def holders() -> Iterator[list[int]]:
     """A process in the namespace of each rank."""
-    missing = [tool for tool in ("ip", "nsenter", "unshare") if shutil.which(tool) is None]
-    if os.geteuid() != 0:
-        pytest.skip("needs root, to make network namespaces")
-    if missing:
-        pytest.skip(f"needs {', '.join(missing)}: apt-get install iproute2 util-linux")
+    if namespaces.missing():
+        pytest.skip(namespaces.missing())
     with ExitStack() as stack:
         try:
-            made = stack.enter_context(_namespaces(max(SIZES)))
+            made = stack.enter_context(namespaces.namespaces(max(SIZES)))
         except OSError as error:
             pytest.skip(f"network namespaces are not to be had here: {error}")
         yield made

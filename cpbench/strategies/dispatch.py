@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cpbench.needs import Pieces, group_cast
+from cpbench.comm import Done
+from cpbench.needs import Parcels, group_cast
 from cpbench.registry import StrategyInfo
 from cpbench.strategies import wire
 from cpbench.strategies.collectives import tokens_first
@@ -27,7 +28,7 @@ from cpbench.strategies.returns import Returns
 if TYPE_CHECKING:
     import torch
 
-    from cpbench.comm import Comm
+    from cpbench.comm import Comm, Handle
     from cpbench.merge import BoundOperator
     from cpbench.world import World
 
@@ -84,9 +85,9 @@ class Dispatch:
         own = world.part([rank], [rank])
         if world.size == 1:
             return (Stage(plan=op.prepare(own)),)
-        pieces = group_cast(world, self.stages)
-        count = int(pieces.stage.max(initial=-1)) + 1
-        mine = pieces.of(np.flatnonzero((pieces.receiver == rank) | (pieces.owner == rank)))
+        parcels = group_cast(world, self.stages)
+        count = int(parcels.stage.max(initial=-1)) + 1
+        mine = parcels.of(np.flatnonzero((parcels.receiver == rank) | (parcels.owner == rank)))
         return (
             Stage(plan=op.prepare(own) if own.area else None),
             *(
@@ -120,12 +121,11 @@ class Dispatch:
         q, k, v, out, lse = saved
         travels = wire.dtype(self.grad_dtype)
         parts = op.backward_parts(dout, q, out, lse)
-        own = torch.zeros((2, *k.shape), dtype=torch.float32, device=k.device)
         returns = Returns(comm)
         for stage, k_s, v_s in _cast(plan, k, v, comm):
             found = parts.add(k_s, v_s, stage.plan) if stage.plan is not None else ()
             if stage is plan[0]:
-                own = op.add_up(None, found) if found else own
+                own = op.add_up(None, found or (torch.zeros_like(k), torch.zeros_like(v)))
                 continue
             grads = [tokens_first(x.to(travels)) for x in found]
             for owner, first, n in stage.receives:
@@ -140,15 +140,15 @@ class Dispatch:
         return parts.finish(), dk, dv
 
 
-def _stage(op: BoundOperator, world: World, rank: int, pieces: Pieces) -> Stage:
-    """Of the pieces of one stage that concern a rank."""
-    going = pieces.of(np.flatnonzero(pieces.owner == rank))
+def _stage(op: BoundOperator, world: World, rank: int, parcels: Parcels) -> Stage:
+    """Of the parcels of one stage that concern a rank."""
+    going = parcels.of(np.flatnonzero(parcels.owner == rank))
     sends: dict[int, list[tuple[int, int]]] = {}
     for receiver, start, n in zip(
         going.receiver.tolist(), going.local.tolist(), going.length.tolist(), strict=True
     ):
         sends.setdefault(receiver, []).append((start, n))
-    coming = pieces.of(np.flatnonzero(pieces.receiver == rank))
+    coming = parcels.of(np.flatnonzero(parcels.receiver == rank))
     counts = np.bincount(coming.owner, weights=coming.length, minlength=world.size).astype(int)
     first = np.cumsum(counts) - counts
     owners = np.flatnonzero(counts)
@@ -171,7 +171,8 @@ def _cast(
     mine = [tokens_first(x) for x in (k, v)] if len(plan) > 1 else []
     here: tuple[torch.Tensor, torch.Tensor] = (k, v)
     for i, stage in enumerate(plan):
-        coming, handle = [], comm.exchange([], [], "keys")
+        coming = list[Any]()
+        handle: Handle = Done()
         if i + 1 < len(plan):
             following = plan[i + 1]
             coming = _buffers(k, following.tokens, k.dtype)

@@ -68,8 +68,8 @@ def of_name(name: str, mask: AttnMask, ranks: int) -> Layout:
 def keys_of_ranks(mask: AttnMask, layout: Layout) -> np.ndarray:
     """Keys that each rank must be sent; of a striped one, nearly all that its documents have."""
     if layout.step == 1:
-        pieces = needed(mask, layout, layout)
-        return np.bincount(pieces.receiver, weights=pieces.length, minlength=layout.world_size)
+        parcels = needed(mask, layout, layout)
+        return np.bincount(parcels.receiver, weights=parcels.length, minlength=layout.world_size)
     last = mask.transpose().row_counts() > 0  # every rank has some query of nearly every document
     return np.full(layout.world_size, last.sum() * (1 - 1 / layout.world_size))
 
