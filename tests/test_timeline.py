@@ -124,13 +124,21 @@ def watched(rank: int, size: int, strategy: str) -> tuple[list[Rank], list[float
 
 @pytest.mark.parametrize("strategy", ["ring", "dispatch", "ulysses"])
 def test_sums_are_the_measured_times(strategy: str) -> None:
-    answers = run_ranks(2, watched, strategy)
-    ranks = answers[0][0]
+    for attempt in range(3):  # a busy machine stretches one and not the other
+        answers = run_ranks(2, watched, strategy)
+        ranks = answers[0][0]
+        pairs = [
+            (one.whole, answers[number][1][at])
+            for at, phase in enumerate(("fwd", "bwd"))
+            for number, one in enumerate(sums(ranks, phase))
+        ]
+        if all(whole == pytest.approx(took, rel=0.05) for whole, took in pairs):
+            break
+        assert attempt < 2, f"watched and measured: {pairs}"
     assert [len(r.slices) for r in ranks] == [len(r.slices) for r in answers[1][0]]
-    for phase, at in (("fwd", 0), ("bwd", 1)):
-        for number, one in enumerate(sums(ranks, phase)):
+    for phase in ("fwd", "bwd"):
+        for one in sums(ranks, phase):
             assert one.compute + one.waiting + one.other == pytest.approx(one.whole)
-            assert one.whole == pytest.approx(answers[number][1][at], rel=0.05)
             assert one.compute >= 0.2
             if strategy != "ulysses":
                 assert one.waiting == pytest.approx(0.15 if phase == "fwd" else 0.5, rel=0.2)

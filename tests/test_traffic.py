@@ -83,6 +83,17 @@ def test_dispatch_sends_what_is_seen(stages: int, layout: str, size: int) -> Non
 
 
 @pytest.mark.parametrize("size", SIZES)
+def test_a_ring_that_turns_round_sends_one_block_less(size: int) -> None:
+    _, kv, _ = volumes(size)
+    n = size - 1
+    found = traces("ring_reverse", layout="zigzag", size=size)
+    assert sent(found, "fwd") == [n * kv] * size
+    assert sent(found, "bwd") == [(n - 1) * kv + n * kv * 4 // 2] * size
+    plain = traces("ring", "causal", size=size)  # contiguous: some rank needs not every block
+    assert sent(traces("ring_reverse", "causal", size=size), "bwd") == sent(plain, "bwd")
+
+
+@pytest.mark.parametrize("size", SIZES)
 def test_gradients_in_bfloat16_halve_what_comes_back(size: int) -> None:
     _, kv, _ = volumes(size)
     found = traces("ring:grad_dtype=bfloat16", size=size)
