@@ -188,6 +188,12 @@ class Case:
             vars(case)["id"] = known_id  # what the property would find, at some cost
         return case
 
+    @property
+    def data_content(self) -> tuple[tuple[str, str], ...]:
+        """``content`` of what is computed on, such as document lengths: not the code under test."""
+        code = (self.operator.name, self.strategy.name)
+        return tuple(pair for pair in self.content if pair[0] not in code)
+
     def with_content(self, content: Mapping[str, str]) -> Case:
         return replace(self, content=tuple(sorted(content.items())))
 

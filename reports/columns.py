@@ -25,7 +25,8 @@ COLUMNS = {
     "ranks_per_node": "ranks that share a node; 0 is as the launcher places them",
     "placement": "axis of the strategy's mesh that lies inside a node, empty for its own choice",
     "seed": "of the inputs (the mask's is draw)",
-    "content": "hashes of the files that the case is made from",
+    "content": "hashes of the files that are computed on, such as document lengths",
+    "code": "hashes of the files that the operator and the strategy are in, where they are files",
     "machine": "host and device",
     "clock": "what was read: wall, cpu (processor time) or events (of CUDA)",
     "launches": "processes, or gangs of them, that measured the case",
@@ -85,8 +86,8 @@ COLUMNS = {
 }
 TEXTS = (
     "run", "id", "status", "reason", "operator", "strategy", "layout", "mask", "mask_family",
-    "draw", "dtype", "direction", "placement", "content", "machine", "clock", "held_down_by",
-    "flags", "environment", "writer", "log",
+    "draw", "dtype", "direction", "placement", "content", "code", "machine", "clock",
+    "held_down_by", "flags", "environment", "writer", "log",
 )  # fmt: skip
 WHOLE = ("iterations", "launches")  # integers, or nothing
 UNKNOWN = "unknown"  # a machine

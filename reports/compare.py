@@ -144,11 +144,7 @@ def _pairs(base: Run, new: Run) -> dict[str, tuple[_Side, _Side]]:
 
 
 def _key(case: Case) -> str:
-    if not case.content:
-        return case.id
-    code = (case.operator.name, case.strategy.name)
-    data = tuple(pair for pair in case.content if pair[0] not in code)
-    return replace(case, content=data).id
+    return replace(case, content=case.data_content).id if case.content else case.id
 
 
 def _row(

@@ -126,8 +126,7 @@ def heatmap(table: pd.DataFrame, sheet: Sheet) -> None:
     """The best method by length and ranks, and its lead; ties are hatched."""
     from matplotlib.patches import Patch
 
-    # Methods from files of one's own compete with the others.
-    singles, families = split(table.assign(content=""))
+    singles, families = split(table)
     family = dict(zip(table["mask"], table["mask_family"], strict=True))
     masks: dict[str, list[Best]] = {}
     for best in winners(answers(singles), families):

@@ -93,7 +93,9 @@ def _row(record: Record, launches: Sequence[Record], machine: _Machine) -> dict[
         row[key] = str(getattr(case, key))
     row["mask_family"], row["draw"] = _family(case.mask)
     row["placement"] = case.placement or None
-    row["content"] = " ".join(digest[:8] for _, digest in case.content) or "none"
+    data = case.data_content
+    row["content"] = _digests(data) or "none"
+    row["code"] = _digests(pair for pair in case.content if pair not in data) or None
     for key in ("started", "seconds", "environment", "writer", "log"):
         row[key] = getattr(record, key)
     row["machine"], row["clock"] = machine.name, record.conditions.get("clock")
@@ -242,6 +244,10 @@ def _least_moved(case: Case, phases: Iterable[str]) -> int:
     problem = case.problem
     q, kv = problem.q_bytes(problem.seq_q), problem.kv_bytes(problem.seq_k)
     return sum({"fwd": 2 * q + kv, "bwd": 4 * q + 2 * kv}[phase] for phase in phases)
+
+
+def _digests(content: Iterable[tuple[str, str]]) -> str:
+    return " ".join(digest[:8] for _, digest in content)
 
 
 def _family(mask: Spec) -> tuple[str, int | str | None]:

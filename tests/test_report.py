@@ -92,6 +92,33 @@ def test_unknown_noise_is_a_tie() -> None:
     assert answer.tie
 
 
+def test_code_in_a_file_competes_and_data_in_a_file_makes_the_problem() -> None:
+    mine = record("./mine.py:OP", 2.0, content=(("./mine.py:OP", "abc"),))
+    table = table_of(mine, record("bands", 3.0))
+    (answer,) = answers(table)
+    assert list(answer.ranking["operator"]) == ["./mine.py:OP", "bands"]
+    assert list(answer.ranking["code"]) == ["abc", None]
+    lengths = [record("bands", 1.0, content=(("lengths.json", digest),)) for digest in "xy"]
+    assert len(answers(table_of(*lengths))) == 2
+
+
+def test_exposed_communication_is_told_with_its_spread() -> None:
+    """100 ms, of which communication adds 20; alone it takes 80."""
+    ways = {"whole": [98e3, 100e3, 102e3], "compute": [80e3] * 3, "transfer": [80e3] * 3}
+    exposure = {way: {"fwd": [times, [1.0] * 3]} for way, times in ways.items()}
+    seen = record("bands", 100.0, strategy="ring", layout="zigzag", world_size=2)
+    seen.exposure_us = exposure
+    row = table_of(seen).iloc[0]
+    assert (row["compute_ms"], row["transfer_ms"], row["exposed_ms"]) == (80.0, 80.0, 20.0)
+    assert row["exposed"] == pytest.approx(0.2)
+    assert row["hidden"] == pytest.approx(0.75)
+    told = shown(seen)
+    assert "20±2" in told
+    assert "75" in told
+    seen.exposure_us["transfer"]["fwd"][0] = [4e3] * 3  # less than the noise: nobody can tell
+    assert pd.isna(table_of(seen).iloc[0]["hidden"])
+
+
 def test_no_rival() -> None:
     (answer,) = answers(table_of(record("a", 2.0), record("b", status="unsupported", reason="no")))
     assert answer.lead is None
