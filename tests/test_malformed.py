@@ -39,7 +39,10 @@ SWEEPS: dict[str, tuple[str, list[str]]] = {
     "operator without name": ("[sweep]\noperator = {x = 1}", ["operator:", "name = "]),
     "strategy": ("[sweep]\nstrategy = 'rng'", ["strategy 'rng'", "ring, ", "ulysses"]),
     "strategy parameter": ("[sweep]\nstrategy = 'ring:x=1'", ["'ring'", "'x'", "takes grad_dtype"]),
-    "layout": ("[sweep]\nlayout = 'zig'", ["layout 'zig'", "contiguous, striped, zigzag"]),
+    "layout": (
+        "[sweep]\nlayout = 'zig'",
+        ["layout 'zig'", "contiguous, dispatch, striped, zigzag"],
+    ),
     "layout parameter": ("[sweep]\nlayout = 'zigzag:x=1'", ["'zigzag'", "'x'", "no parameters"]),
     "excluded strategy": (
         "[sweep]\nseed = 1\n[[exclude]]\nstrategy = 'ulyses'",

@@ -117,6 +117,7 @@ def watched(rank: int, size: int, strategy: str) -> tuple[list[Rank], list[float
     workload = timeline.Workload(work, inputs, comm)
     took = []
     for phase in ("fwd", "bwd"):
+        device.flush_cache()
         control.barrier()
         took.append(device.time_us(lambda phase=phase: workload.call(phase)) / 1e6)  # type: ignore[misc]
     return ranks, took

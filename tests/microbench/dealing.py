@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import heapq
 import json
+import math
 import statistics
 import sys
 import time
@@ -101,7 +102,7 @@ def planning(text: str, seq_len: int, ranks: int) -> tuple[float, float]:
 
 
 def measure(corpus: str, seq_len: int, ranks: int, draws: int) -> list[dict[str, Any]]:
-    found: dict[str, list[tuple[float, float, float]]] = {}
+    found: dict[str, list[tuple[float, float, float, float]]] = {}
     least, text = [], ""
     for seed in range(draws):
         text = f"causal_document:corpus={corpus},seed={seed}"
@@ -115,23 +116,25 @@ def measure(corpus: str, seq_len: int, ranks: int, draws: int) -> list[dict[str,
             except ValueError:
                 continue  # more pieces than zigzag_document cuts
             areas, keys = area_matrix(mask, layout, layout).sum(1), keys_of_ranks(mask, layout)
-            found.setdefault(name, []).append((areas.max() / areas.mean(), keys.mean(), keys.max()))
+            balance = areas.max() / areas.mean()
+            held = balance <= BALANCE and least[-1]  # the bound is one for deals that balance
+            over = keys.mean() / least[-1] if held else math.nan
+            found.setdefault(name, []).append((balance, keys.mean(), keys.max(), over))
     dealing_s, planning_s = planning(text, seq_len, ranks)
     rows = []
     for name, seen in found.items():
-        balance, mean, most = (statistics.median(column) for column in zip(*seen, strict=True))
+        columns = zip(*seen, strict=True)
+        balance, mean, most, over = (statistics.median(column) for column in columns)
         rows.append({
             "tokens": seq_len, "ranks": ranks, "corpus": corpus, "layout": name,
             "draws": len(seen), "max/mean area": balance,
             "worst": max(row[0] for row in seen), "keys": mean, "most keys": most,
             "ring/keys": seq_len * (ranks - 1) / ranks / mean if mean else None,
-            "keys/bound": statistics.median(
-                row[1] / low for row, low in zip(seen, least, strict=False) if low
-            ) if any(least) else None,
+            "keys/bound": None if math.isnan(over) else over,
         })  # fmt: skip
     rows.append({
         "tokens": seq_len, "ranks": ranks, "corpus": corpus, "layout": "(lower bound)",
-        "draws": draws, "max/mean area": 1.0, "keys": statistics.median(least),
+        "draws": draws, "max/mean area": BALANCE, "keys": statistics.median(least),
         "dealing_s": dealing_s, "planning_s": planning_s,
     })  # fmt: skip
     return rows

@@ -4,14 +4,18 @@
 
 The nodes are network namespaces whose link is held to a rate; ranks of one node speak over its
 loopback.  A sweep runs over them as it would over machines (torchrun, one agent a node).  What is
-told of each strategy: a run, the same without communication, communication alone, how much of it is
-exposed and how much hidden, and the bytes that cross.  Four ranks share the cores of this machine,
-so their computing is slow; only ratios mean something.
+told of each strategy: a run, the same without communication, communication alone, how long the
+rank that waits longest does so, how much of communication is exposed and how much hidden, and the
+bytes that cross.  Four ranks share the cores of this machine: computing is slow, and what a
+processor does for a transfer (copies, the network's own work) cannot be hidden under it; only
+waiting can.  With ``--paced`` an operator sleeps instead of computing, so that the links alone
+count: whether a strategy hides its transfers can only be told so.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -24,10 +28,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import namespaces
 
 from cpbench.reports.frame import load
+from cpbench.store import trace_path
 
 SWEEP = """
 [sweep]
-operator = "bands"
+operator = "{operator}"
 layout = "zigzag"
 mask = {masks}
 seq_len = {tokens}
@@ -36,7 +41,7 @@ num_heads_kv = {heads_kv}
 head_dim = 64
 world_size = 4
 ranks_per_node = 2
-strategy = ["ring", "hierarchical:local=2", "dispatch"]
+strategy = ["ring", "ring_reverse", "hierarchical:local=2", "dispatch"]
 
 [[include]]
 strategy = "usp:ulysses=2"
@@ -50,17 +55,42 @@ layout = "dispatch"
 min_iterations = 3
 max_iterations = 5
 max_seconds = {seconds}
+check_small = {checked}
 check_sampled = false
 memory = false
 """
+PACED = '''
+"""An operator that takes its time and computes nothing: no core is busy meanwhile, as on a GPU."""
+import time
+from cpbench.registry import OperatorInfo
+
+class Paced:
+    def unsupported(self, problem, mask, device):
+        return None
+
+    def prepare(self, mask, problem, device):
+        return {ns} * 1e-9 * mask.area
+
+    def forward(self, q, k, v, plan):
+        b, s, h, _ = q.shape
+        time.sleep(plan * h)
+        return q.new_zeros(q.shape), q.new_zeros((b, h, s)).float()
+
+    def backward(self, dout, q, k, v, out, lse, plan):
+        time.sleep(2.5 * plan * q.shape[2])
+        return tuple(x.new_zeros(x.shape) for x in (q, k, v))
+
+OP = OperatorInfo(name="paced", summary="takes its time", source="-", load=Paced)
+'''
 MASKS = ("causal", "causal_document:corpus=prolong64k,seed=1")
 COLUMNS = {
     "method": "", "fwd_ms": ".0f", "time_ms": ".0f", "compute_ms": ".0f", "transfer_ms": ".0f",
-    "exposed_ms": ".0f", "exposed": ".0%", "hidden": ".0%", "across_mb": ".1f", "sent_mb": ".1f",
+    "waits_ms": ".0f", "exposed_ms": ".0f", "exposed": ".0%", "hidden": ".0%",
+    "across_mb": ".1f", "sent_mb": ".1f",
 }  # fmt: skip
 
 
-def measure(folder: Path, rate: str, text: str) -> None:
+def measure(folder: Path, rate: str, text: str, where: list[str]) -> None:
     """Run the sweep over two nodes, into ``folder / run``."""
     (folder / "sweep.toml").write_text(text)
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
@@ -75,12 +105,23 @@ def measure(folder: Path, rate: str, text: str) -> None:
         try:
             subprocess.run(
                 [*first, *cpbench, "run", "sweep.toml", "--out", "run", "--launcher", "torchrun",
-                 "--nodes", "2", *on, "--json"],
+                 "--nodes", "2", *on, *(w for one in where for w in ("--where", one)),
+                 "--trace", "--json"],
                 cwd=folder, env=env, check=True, stdout=subprocess.DEVNULL,
             )  # fmt: skip
         finally:
             joined.terminate()
             joined.wait()
+
+
+def waits_ms(folder: Path, case: str) -> float:
+    """Of the rank that waits longest, in the watched pass: for transfers, and for ranks that share
+    its core."""
+    waits = [0.0] * 4
+    for event in json.loads(trace_path(folder, case).read_text())["traceEvents"]:
+        if event.get("cat") == "waiting":
+            waits[event["pid"]] += event["dur"] / 1e3
+    return max(waits)
 
 
 def main() -> None:
@@ -90,6 +131,9 @@ def main() -> None:
     parser.add_argument("--heads-kv", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=15.0, help="for each case")
     parser.add_argument("--masks", nargs="+", default=MASKS)
+    parser.add_argument("--paced", type=float, metavar="NS", help="instead of computing, take so "
+                        "long for a visible pair and head: no core is busy then")  # fmt: skip
+    parser.add_argument("--where", nargs="+", default=[], help="only such cases: strategy=ring")
     parser.add_argument("--folder", type=Path, help="keep the run here; one there is not rerun")
     given = parser.parse_args()
     if namespaces.missing():
@@ -98,14 +142,19 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "run").exists():
         masks = "[" + ", ".join(f'"{mask}"' for mask in given.masks) + "]"
-        measure(folder, given.rate, SWEEP.format(
-            masks=masks, tokens=given.tokens, heads_kv=given.heads_kv, seconds=given.seconds
-        ))  # fmt: skip
+        (folder / "paced.py").write_text(PACED.format(ns=given.paced))
+        operator = "./paced.py:OP" if given.paced else "bands"
+        text = SWEEP.format(
+            operator=operator, checked="false" if given.paced else "true", masks=masks,
+            tokens=given.tokens, heads_kv=given.heads_kv, seconds=given.seconds,
+        )  # fmt: skip
+        measure(folder, given.rate, text, given.where)
     table = load(folder / "run")
     table["method"] = [
         " ".join(filter(None, (f"{row.strategy}/{row.layout}", row.placement)))
         for row in table.itertuples()
     ]
+    table["waits_ms"] = [waits_ms(folder / "run", case) for case in table["id"]]
     for mask, rows in table.groupby("mask"):
         print(f"\n{mask}, {given.tokens} tokens, 2 nodes x 2 ranks, {given.rate} between nodes")
         print(f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}")
