@@ -107,7 +107,7 @@ def test_a_sweep_survives_what_clusters_do(here: slurm_cluster.Cluster, tmp_path
     here.tell("scontrol", "requeue", jobs[1])
     here.tell("scancel", jobs[2])
     board = campaign.Board(out)
-    until(lambda: not board.look()[jobs[3]].alive, 90)
+    until(lambda: not any(board.look()[jobs[size]].alive for size in (2, 3)), 120)
     states = board.look()
     assert states[jobs[2]].state == "CANCELLED"
     assert states[jobs[3]].code == 75, states[jobs[3]]
