@@ -66,7 +66,8 @@ COLUMNS = {
     "exposed_ms": "how much longer the run takes than without communication",
     "exposed": "the same as a share of the run",
     "exposed_spread": "half the width of its interval over the rounds",
-    "hidden": "share of communication that does not show in the run; nothing where noise hides it",
+    "hidden": "share of communication that does not show in the run, below 0 where it costs more "
+    "beside computing than alone; nothing where noise hides it",
     "messages": "largest over ranks of the messages sent",
     "largest_message_mb": "largest of any rank",
     "power_w": "median power of a rank's GPU while it was timed, mean over ranks",
