@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 COMPUTE, WAITING, TRANSFER, PHASE, OTHER = "compute", "waiting", "transfer", "phase", "other"
+RANGE = "cpbench"  # the NVTX range around what is watched, for profilers
 EVEN = 0.05  # of a phase: whoever is late by less is not told of
 FASTER = 1.1  # more work or a slower pace than the median rank by so much explains lateness
 STARVED = 0.85  # of its time that a thread has a processor

@@ -24,7 +24,7 @@ from cpbench import clocks
 from cpbench.comm import Comm, Done, Handle, TorchComm, Works
 from cpbench.measure import Workload
 from cpbench.merge import BoundOperator
-from cpbench.slices import COMPUTE, PHASE, TRANSFER, WAITING, Rank, Slice
+from cpbench.slices import COMPUTE, PHASE, RANGE, TRANSFER, WAITING, Rank, Slice
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from cpbench.merge import Planned
 
 PASSES = 3  # of which the middle one is told
-RANGE = "cpbench"  # the NVTX range around them: see cpbench.launchers.profilers
 
 
 class _HostClock:

@@ -9,9 +9,9 @@ import shutil
 from collections.abc import Callable
 
 from cpbench.launchers.protocol import Command
+from cpbench.slices import RANGE
 
 REPORT_S = 600.0  # for a profiler to write its report when all is done
-RANGE = "cpbench"  # the NVTX range of cpbench.timeline
 
 
 def wrapper(name: str, device: str, ranks: int) -> Callable[[Command], Command]:

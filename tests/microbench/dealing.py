@@ -67,12 +67,14 @@ def of_name(name: str, mask: AttnMask, ranks: int) -> Layout:
 
 
 def keys_of_ranks(mask: AttnMask, layout: Layout) -> np.ndarray:
-    """Keys that each rank must be sent; of a striped one, nearly all that its documents have."""
+    """Keys that each rank must be sent; of a striped layout the mean, for causal documents: a key
+    goes to as many ranks as there are among its queries, of which the first is its owner's."""
     if layout.step == 1:
         parcels = needed(mask, layout, layout)
         return np.bincount(parcels.receiver, weights=parcels.length, minlength=layout.world_size)
-    last = mask.transpose().row_counts() > 0  # every rank has some query of nearly every document
-    return np.full(layout.world_size, last.sum() * (1 - 1 / layout.world_size))
+    queries = mask.transpose().row_counts()
+    copies = np.minimum(queries, layout.world_size).sum() - mask.seq_k
+    return np.full(layout.world_size, copies / layout.world_size)
 
 
 def cpu_seconds(work: Callable[[], Any], rounds: int = 3) -> float:
