@@ -1,11 +1,12 @@
 """How much of a strategy's communication is exposed: its run, beside the same run without
 communication, and communication alone.
 
-Without communication, a strategy computes what it always does on buffers that nothing fills; alone,
-it sends what it always sends while its operator computes nothing.  The three take turns, so that
-what drifts meanwhile meets all of them.  Exposed is the time that the run takes longer than without
-communication; hidden, the part of communication alone that does not show in it.  Waiting for ranks
-that have more work is no communication: the figure of a phase is the slowest rank's in all three.
+Without communication, a strategy computes what it always does, on buffers that hold a constant;
+alone, it sends what it always sends while its operator computes nothing.  The three take turns, so
+that what drifts meanwhile meets all of them.  Exposed is the time that the run takes longer than
+without communication; hidden, the part of communication alone that does not show in it.  Waiting
+for ranks that have more work is no communication: the figure of a phase is the slowest rank's in
+all three.
 """
 
 from __future__ import annotations

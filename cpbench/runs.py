@@ -21,7 +21,7 @@ from cpbench.launchers import profilers, supervise
 from cpbench.launchers.autopsy import Rank
 from cpbench.launchers.follower import OVER
 from cpbench.launchers.known import LAUNCHERS
-from cpbench.launchers.protocol import Place
+from cpbench.launchers.protocol import Command, Place
 from cpbench.problem import Case
 from cpbench.record import FAILURES, STATUSES, Record
 from cpbench.settings import MeasureSettings
@@ -96,8 +96,7 @@ class Request:
                     f"--profiler {self.profiler} is for one case; these are {len(self.cases)}: "
                     "choose one with --where"
                 )
-            ranks = self.cases[0].world_size
-            profilers.wrapper(self.profiler, self.device, ranks)  # or say why not
+            self._profiled()  # or say why not
         for record in read_run(self.out).records.values():
             for key in ("device", "threads", "transport", "clock"):
                 default = wanted.get(key, "torch")
@@ -112,10 +111,11 @@ class Request:
     def plan(self) -> supervise.Plan:
         plan = supervise.Plan(self.out, self.launcher, self.device, self.settings, self.place)
         if self.profiler:
-            ranks = self.cases[0].world_size
-            wrapped = profilers.wrapper(self.profiler, self.device, ranks)
-            plan = replace(plan, wrapped=wrapped, exit_s=profilers.REPORT_S)
+            plan = replace(plan, wrapped=self._profiled(), exit_s=profilers.REPORT_S)
         return plan
+
+    def _profiled(self) -> Callable[[Command], Command]:
+        return profilers.wrapper(self.profiler, self.device, self.cases[0].world_size)
 
 
 def serves(record: Record, request: Request) -> bool:
