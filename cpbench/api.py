@@ -59,6 +59,11 @@ class Attention:
         kind = device.partition(":")[0]
         reason = declared_refusal(declared, world.problem, kind)
         reason = reason or strategy_refusal(self.info, world)
+        if reason is None and declared.selects and spec.name != "single":
+            reason = (
+                f"{declared.name} chooses from whole sequences: it runs on 1 rank, under the "
+                "strategy single"
+            )
         if reason is None and self.info.merges and world.size > 1:
             reason = _cannot_merge(declared, spec.name, world.problem, kind)
         if reason is not None:

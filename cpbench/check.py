@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from cpbench.comm import Comm, Control
 
 SMALL_TOKENS = 320
+CHOOSING_TOKENS = 1024  # of operators that choose: enough blocks to choose from
 WINDOW = 32
 
 # Of (rel_l2, max_rms); measured errors stay three or more times below (docs/method.md).
@@ -212,8 +213,9 @@ def _windows(n: int, corners: IntArray, tokens: int) -> IntArray:
 def small_world(work: Attention) -> World:
     """What :func:`small` computes in place of ``work``: its mask cut down, dealt alike."""
     world = work.world
+    tokens = CHOOSING_TOKENS if work.op.info.selects else SMALL_TOKENS
     # A multiple of what a layout deals evenly: some strategies pad nothing.
-    tiny = small_mask(work.mask, SMALL_TOKENS - SMALL_TOKENS % (2 * world.size))
+    tiny = small_mask(work.mask, tokens - tokens % (2 * world.size))
     problem = replace(world.problem, seq_q=tiny.seq_q, seq_k=tiny.seq_k)
     shared = tiny if isinstance(tiny, AttnMask) else None
     layout = layouts.build(world.keys.name, tiny.seq_k, world.size, shared)

@@ -215,9 +215,13 @@ class _Source:
         if isinstance(of, DilatedMask):
             return index_of(of.seen(heads[0], line), self._device)
         masks = distinct(of)
-        mask = masks[heads[0] % len(masks)]
-        here = mask.slices[(mask.slices[:, 0] <= line) & (line < mask.slices[:, 1])]
-        _, _, k0, k1, lo, hi = here.T
-        start, end = np.maximum(k0, line + lo), np.minimum(k1, line + hi + 1)
-        parts = [np.arange(a, b) for a, b in zip(start, end, strict=True)]
-        return index_of(np.concatenate(parts) if parts else np.zeros(0, np.int64), self._device)
+        return index_of(keys_seen(masks[heads[0] % len(masks)], line), self._device)
+
+
+def keys_seen(mask: AttnMask, line: int) -> IntArray:
+    """Indices of the keys that one query sees."""
+    here = mask.slices[(mask.slices[:, 0] <= line) & (line < mask.slices[:, 1])]
+    _, _, k0, k1, lo, hi = here.T
+    start, end = np.maximum(k0, line + lo), np.minimum(k1, line + hi + 1)
+    parts = [np.arange(a, b) for a, b in zip(start, end, strict=True)]
+    return np.concatenate(parts) if parts else np.zeros(0, np.int64)

@@ -11,7 +11,16 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from cpbench import check, check_at_size, exposure, masks, measure, timeline
+from cpbench import (
+    check,
+    check_at_size,
+    check_choice,
+    exposure,
+    masks,
+    measure,
+    quality,
+    timeline,
+)
 from cpbench.api import Attention, agree
 from cpbench.problem import Case
 from cpbench.record import Record
@@ -80,21 +89,48 @@ class Evaluation:
             first_us = measure.measure_first_call(workload, self._device, self.control)
             record.first_call_us = self.control.slowest(first_us)
         work.op.pairs = 0
-        found = check.run(work, inputs, self._comm)
-        record.balance = self._gather(work.op.pairs)
-        checked = check.fingerprint(found)
-        if self._settings.check_sampled and case.seq_len > check.SMALL_TOKENS:
-            self._note("check at size")
-            errors = check_at_size.sampled(work, inputs, found, case.seed, self._rank)
-            self._judge("sampled", errors, record)
-        del found
+        if work.op.info.selects:
+            checked = self._choice(work, inputs, record)
+        else:
+            found = check.run(work, inputs, self._comm)
+            record.balance = self._gather(work.op.pairs)
+            checked = check.fingerprint(found)
+            if self._settings.check_sampled and case.seq_len > check.SMALL_TOKENS:
+                self._note("check at size")
+                errors = check_at_size.sampled(work, inputs, found, case.seed, self._rank)
+                self._judge("sampled", errors, record)
+            del found
         if record.status == "ok" and self._settings.time:
             self._measure(workload, record, checked)
+            if work.op.info.selects:
+                self._note("parts")
+                told = (self._device, self._comm, self.control, self._settings)
+                ranks = self.control.gather(measure.measure_parts(workload, *told))
+                record.parts_us = {name: [rank[name] for rank in ranks] for name in ranks[0]}
             if record.status == "ok" and work.info.traced:
                 self._look_closer(work, inputs, workload, record)
             record.memory_bytes["inputs"] = self._gather(sum(x.nbytes for x in inputs.values()))
         self._hold(given, check.fingerprint(inputs), "the operator overwrote its input", record)
         return record
+
+    def _choice(
+        self, work: Attention, inputs: dict[str, torch.Tensor], record: Record
+    ) -> check.Tensors:
+        """Check what was computed for what an operator chose, and tell what the choice is worth.
+        Returns the fingerprint of the results."""
+        case = record.case
+        found, choice = check_choice.run_and_tell(work, inputs)
+        area = sum(branch.seen.area for branch in choice.branches)
+        flops = case.problem.flops(area)
+        record.area, record.flops = area, {phase: flops[phase] for phase in record.flops}
+        if self._settings.check_sampled and case.seq_len > check.CHOOSING_TOKENS:
+            self._note("check at size")
+            told = (inputs, found, choice, case.seed, self._rank)
+            self._judge("sampled", check_choice.sampled(work, *told), record)
+        if self._settings.quality:
+            self._note("quality")
+            record.quality = quality.measure(work, inputs, found, choice)
+        return check.fingerprint(found)
 
     def _look_closer(
         self,
@@ -192,7 +228,11 @@ class Evaluation:
         return self._attention(case, check.small_world(work))
 
     def _small(self, case: Case, work: Attention) -> check.Errors:
-        return check.small(self._small_attention(case, work), case.seed, self._rank)
+        small = self._small_attention(case, work)
+        if small.op.info.selects:
+            inputs = check.inputs_of(small, case.seed, self._device.type)
+            return check_choice.small(small, inputs, self._rank)
+        return check.small(small, case.seed, self._rank)
 
     def _judge(self, name: str, errors: check.Errors, record: Record) -> None:
         """Keep the errors of a check; too large ones make the record ``wrong``."""

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cpbench.buffers import peak_bytes
 from cpbench.comm import Traffic
 from cpbench.record import relative_half_width
+from cpbench.selecting import Selecting
 from cpbench.settings import MeasureSettings
 
 if TYPE_CHECKING:
@@ -68,6 +70,25 @@ class Workload:
         for phase in self.phases:
             self.call(phase)
         return self.results
+
+    def selecting(self) -> dict[str, Callable[[], None]]:
+        """The steps of a forward pass of an operator that chooses, to be called in this order."""
+        selector, plan = self._work.op.impl, self._work.plan.plan
+        assert isinstance(selector, Selecting)
+        q, k, v = (self._inputs[name] for name in ("q", "k", "v"))
+        held: dict[str, Any] = {}
+
+        def select() -> None:
+            held.clear()
+            held["branches"] = selector.select(q, k, plan)
+
+        def arrange() -> None:
+            held["arranged"] = selector.arrange(held["branches"], plan)
+
+        def compute() -> None:
+            held["out"] = selector.compute(q, k, v, held["arranged"])
+
+        return {"select": select, "plan": arrange, "kernel": compute}
 
     def ready(self) -> None:
         """As before a first call: nothing of earlier ones is held, except, where the backward pass
@@ -148,6 +169,29 @@ def iterate(
         timing.traffic[phase] = comm.traffic.snapshot()
         total += control.slowest(took_us)
     return total
+
+
+def measure_parts(
+    workload: Workload, device: Device, comm: Comm, control: Control, settings: MeasureSettings
+) -> dict[str, list[float]]:
+    """Microseconds of choosing, of planning what was chosen and of the kernel, of each iteration,
+    for an operator that chooses; as many iterations as ``settings`` ask for at least."""
+    steps = workload.selecting()
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    begun = time.monotonic()
+    for number in range(settings.warmup + settings.min_iterations):
+        workload.ready()
+        for name, step in steps.items():
+            device.flush_cache()
+            control.barrier()
+            took_us = device.time_us(step)
+            if number >= settings.warmup:
+                found[name].append(took_us)
+        late = time.monotonic() - begun > settings.max_seconds and number >= settings.warmup
+        if control.decide(late):
+            break
+    workload.release()
+    return found
 
 
 def measure_memory(

@@ -206,7 +206,7 @@ class BoundOperator:
         """
         mask: Any = part.mask  # of a kind that the operator's declaration names
         problem, crop = part.problem, None
-        if mask.kind == "bands":
+        if mask.kind == "bands" and not self.info.selects:
             inner = mask.crop(*mask.hull)
             if inner.kind in ("full", "causal"):
                 crop, mask = mask.hull, inner

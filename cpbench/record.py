@@ -71,6 +71,10 @@ class Record:
         errors: largest error of each tensor over ranks and checks, see ``cpbench.check``:
             ``{"small"|"sampled": {"out": {"rel_l2": …, "max_rms": …}, …}}``.
         times_us: microseconds by phase (``fwd``, ``bwd``) as ``[rank][iteration]``.
+        parts_us: of operators that choose: microseconds of choosing (``select``), of the kernel's
+            plan for what was chosen (``plan``) and of the kernel (``kernel``), as ``times_us`` but
+            in iterations of their own; ``fwd`` of ``times_us`` is all three, in one call.
+        quality: of operators that choose: what the choice is worth, see ``cpbench.quality``.
         pace_us: ``[rank][iteration]``: processor time of a fixed piece of work around each
             iteration, where processor time was measured; comparisons divide by it.
         exposure_us: rounds that alternate between the run as it is (``whole``), without
@@ -79,10 +83,11 @@ class Record:
         turns: iterations of each turn, in order, where contenders were measured in turn.
         mask_us, plan_us, first_call_us: building the mask, planning (dealing tokens included), and
             the first call at size (with compilation), slowest rank.
-        flops: by phase, from the mask's exact area, all ranks together.
-        area: visible pairs of the mask per head (on average, where heads differ).
+        flops: by phase, from ``area``, all ranks together; choosing is not counted.
+        area: visible pairs of the mask per head (on average, where heads differ); of operators that
+            choose, the pairs they chose.
         balance: visible pairs that each rank computed in one pass over all phases, each counted
-            once for every query head.
+            once for every query head; None for operators that choose.
         memory_bytes: by kind, ``[rank]``: ``inputs``; ``plan`` and ``saved`` (held before a pass);
             ``peak`` (on top of those, during one); ``predicted`` (a peak without the operator's
             own temporaries, see ``cpbench.buffers``); on GPUs ``reserved`` and ``device``.
@@ -108,6 +113,8 @@ class Record:
     reason: str | None = None
     errors: dict[str, dict[str, dict[str, float | None]]] = field(default_factory=dict)
     times_us: dict[str, list[list[float]]] = field(default_factory=dict)
+    parts_us: dict[str, list[list[float]]] = field(default_factory=dict)
+    quality: dict[str, float] = field(default_factory=dict)
     pace_us: list[list[float]] = field(default_factory=list)
     exposure_us: dict[str, dict[str, list[list[float]]]] = field(default_factory=dict)
     turns: list[int] = field(default_factory=list)

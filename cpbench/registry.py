@@ -1,11 +1,11 @@
 """Who is registered: operators, strategies, masks; declarations only, readable without torch.
 
 A kernel file declares ``OPERATORS = (OperatorInfo(...), ...)``, a strategy file ``STRATEGY =
-StrategyInfo(...)`` (or a tuple of them).  The files of ``cpbench.kernels`` and
-``cpbench.strategies`` are found by looking; other packages register through the entry-point groups
-``cpbench.operators``, ``cpbench.strategies`` and ``cpbench.masks``.  ``path/file.py:attribute``
-names one that is not registered at all; the file is run by the parent too, so it imports torch
-inside functions.  A name registered twice raises.
+StrategyInfo(...)`` (or a tuple of them).  The files of ``cpbench.kernels``, ``cpbench.selectors``
+and ``cpbench.strategies`` are found by looking; other packages register through the entry-point
+groups ``cpbench.operators``, ``cpbench.strategies`` and ``cpbench.masks``.
+``path/file.py:attribute`` names one that is not registered at all; the file is run by the parent
+too, so it imports torch inside functions.  A name registered twice raises.
 """
 
 from __future__ import annotations
@@ -55,6 +55,10 @@ class OperatorInfo:
         interpreted_on: device types on which it runs only under Triton's interpreter.
         compiles: ``"module:attribute"`` of a function that tells what it launches (see
             ``cpbench.aot.launches``), for kernels that compile ahead of time.
+        selects: whether it chooses, from queries and keys, a part of what the mask lets be seen:
+            its result is an approximation of attention (see ``cpbench.selecting``).
+        looks_ahead: where it selects under a causal mask, which later tokens may change a choice:
+            none (``""``), those of the query's ``"block"`` or of the whole ``"sequence"``.
     """
 
     name: str
@@ -74,6 +78,8 @@ class OperatorInfo:
     params: tuple[str, ...] = ()
     interpreted_on: tuple[str, ...] = ()
     compiles: str = ""
+    selects: bool = False
+    looks_ahead: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +157,8 @@ def _collect(kind: type[T], builtin: Iterable[Any], group: str) -> dict[str, T]:
 @functools.cache
 def operators() -> dict[str, OperatorInfo]:
     """Every registered operator by name."""
-    declared = [m.OPERATORS for m in _modules("cpbench.kernels") if hasattr(m, "OPERATORS")]
+    modules = [*_modules("cpbench.kernels"), *_modules("cpbench.selectors")]
+    declared = [m.OPERATORS for m in modules if hasattr(m, "OPERATORS")]
     builtin = [one for some in declared for one in some]
     return _collect(OperatorInfo, builtin, "cpbench.operators")
 

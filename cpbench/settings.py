@@ -26,6 +26,7 @@ class MeasureSettings:
         timeout_s: a case that takes longer in all is ended and recorded as ``timeout``.
         threads: processor threads of each rank (CPU only); 0 shares the cores among the ranks.
         check_small, check_sampled: the two correctness checks.
+        quality: of operators that choose what to attend to, what their choice is worth.
         time: measure at all (``cpbench verify`` only checks).
         memory: the pass for peak memory.
         trace: after measuring, watch a pass and write what each rank did when to ``traces/``.
@@ -52,6 +53,7 @@ class MeasureSettings:
     threads: int = 1
     check_small: bool = True
     check_sampled: bool = True
+    quality: bool = True
     time: bool = True
     memory: bool = True
     exposure: bool = True

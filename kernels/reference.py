@@ -19,6 +19,7 @@ from cpbench.dilated_mask import DilatedMask
 from cpbench.head_masks import Mask
 from cpbench.problem import Problem
 from cpbench.registry import ANY_MASK, OperatorInfo
+from cpbench.selection import SELECTIONS, Blocks, Selection, Tokens
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +30,7 @@ OPERATORS = (
         summary="float64 textbook attention, materialised or blockwise by size",
         source="softmax(Q K^T) V in double precision",
         load="cpbench.kernels.reference:Reference",
-        masks=(*ANY_MASK, "heads", "dilated"),
+        masks=(*ANY_MASK, "heads", "dilated", *SELECTIONS),
         dtypes=("float64", "float32", "bfloat16", "float16"),
         max_head_dim=4096,
     ),
@@ -40,15 +41,15 @@ BLOCK_CELLS = 1 << 24  # scores held at once (128 MiB in float64)
 
 @dataclass(frozen=True)
 class Plan:
-    mask: Mask
+    mask: Mask | Selection
     scale: float
 
 
 class Reference:
-    def unsupported(self, problem: Problem, mask: Mask, device: str) -> str | None:
+    def unsupported(self, problem: Problem, mask: Mask | Selection, device: str) -> str | None:
         return None
 
-    def prepare(self, mask: Mask, problem: Problem, device: str) -> Plan:
+    def prepare(self, mask: Mask | Selection, problem: Problem, device: str) -> Plan:
         return Plan(mask, problem.softmax_scale)
 
     def forward(
@@ -72,7 +73,7 @@ class Reference:
 
 
 def forward64(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask | Selection, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out ``[B, S, H, D]`` and lse ``[B, H, S]``, both float64."""
     import torch
@@ -101,7 +102,7 @@ def backward64(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    mask: Mask,
+    mask: Mask | Selection,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv in float64, from the (possibly global) out and lse."""
@@ -133,15 +134,20 @@ def backward64(
 
 
 def _blocks(
-    mask: Mask, groups: int, copies: int, device: torch.device
+    mask: Mask | Selection, groups: int, copies: int, device: torch.device
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """Blocks of query rows that see something, with what is added to their scores (0, -inf, or the
-    logarithm of how often a pair occurs): ``[S, T]``, or ``[G, R, S, T]`` where heads differ."""
+    logarithm of how often a pair occurs): ``[S, T]``, ``[G, R, S, T]`` where heads differ, or
+    ``[B, G, R, S, T]`` where batches do too."""
     import torch
 
     step = max(1, BLOCK_CELLS // max(1, copies * mask.seq_k))
     for start in range(0, mask.seq_q, step):
         end = min(start + step, mask.seq_q)
+        if isinstance(mask, Blocks | Tokens):
+            seen = mask.rows(start, end)
+            yield slice(start, end), seen.double().log_().unflatten(1, (groups, -1))
+            continue
         counts: np.ndarray[Any, Any]
         if isinstance(mask, DilatedMask):
             counts = mask.counts(start, end)

@@ -46,13 +46,18 @@ LAYERS = (
         "strategy",
         "tiling",
         "autograd_op",
+        "pooling",
+        "selection",
+        "selecting",
     ),
-    ("kernels", "strategies"),
+    ("kernels", "strategies", "selectors"),
     (
         "api",
         "buffers",
         "check",
         "check_at_size",
+        "check_choice",
+        "quality",
         "measure",
         "exposure",
         "clocks",
@@ -173,8 +178,10 @@ def test_kernels_stand_alone(name: str) -> None:
             assert sibling.split("_")[0] == own.split("_")[0], f"{name} imports {other}"
 
 
-@pytest.mark.parametrize("name", [n for n in sorted(SOURCES) if top(n) == "strategies"])
-def test_strategies_import_no_kernel(name: str) -> None:
+@pytest.mark.parametrize(
+    "name", [n for n in sorted(SOURCES) if top(n) in ("strategies", "selectors")]
+)
+def test_strategies_and_selectors_import_no_kernel(name: str) -> None:
     for other in IMPORTS[name]:
         assert top(other) != "kernels", f"{name} imports {other}: it receives an operator"
 
@@ -188,6 +195,7 @@ def test_only_check_and_the_tuner_import_a_kernel() -> None:
     }
     assert users <= {
         ("check", "kernels.reference"),
+        ("check_choice", "kernels.reference"),
         ("tuner", "kernels.triton_configs"),
         ("tuner", "kernels.triton_launch"),
     }

@@ -1,0 +1,138 @@
+"""Selector `nsa`: compressed keys, the blocks that they point to, and a window, added up by gates.
+
+Source: Native Sparse Attention, arXiv 2502.11089: means of ``compress`` keys every ``stride`` are
+attended to once for their own sake; the probabilities they get, added up over a group of query
+heads and spread over the blocks they overlap, choose the blocks.  The paper learns how to compress
+and how to gate; here keys are averaged and gates are constants, so the output error says little,
+but the mass that its blocks and window recover says what they are worth.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cpbench.mask import AttnMask
+from cpbench.masks.patterns import WIDE, causal, sliding_window_causal
+from cpbench.pooling import Pool
+from cpbench.registry import OperatorInfo
+from cpbench.selecting import Branch, Plan, Selecting
+from cpbench.selection import Blocks, grid
+from cpbench.selectors.ranking import at_least, counts, first, products, spans, top, working
+
+if TYPE_CHECKING:
+    import torch
+
+OPERATORS = (
+    OperatorInfo(
+        name="nsa",
+        summary="compressed keys, top-n blocks shared by a group of heads, and a window",
+        source="Native Sparse Attention, arXiv 2502.11089",
+        load="cpbench.selectors.nsa:Nsa",
+        masks=("causal",),
+        params=("block_size", "top_k", "compress", "stride", "window", "gates", "kernel"),
+        external_lse=False,
+        mergeable=False,
+        lse_on=(),
+        selects=True,
+    ),
+)
+THIRD = 1 / 3
+
+
+class Nsa(Selecting):
+    """Every query its own blocks; the first and its own two last ones always, and counted.
+
+    Args:
+        block_size: keys of a block that is chosen.
+        top_k: blocks of each query.
+        compress: keys of a mean; ``stride``: tokens from one to the next, which divides both.
+        window: keys that the window holds, the query's own among them.
+        gates: of the compressed, the chosen and the window's attention.
+        kernel: see :class:`Selecting`.
+    """
+
+    name = "nsa"
+    forms = ("rows", "mask")
+
+    def __init__(
+        self,
+        block_size: int = 64,
+        top_k: int = 16,
+        compress: int = 32,
+        stride: int = 16,
+        window: int = 512,
+        gates: tuple[float, ...] = (THIRD, THIRD, THIRD),
+        kernel: str = "",
+    ) -> None:
+        super().__init__(kernel)
+        at_least(self.name, 1, block_size=block_size, compress=compress, stride=stride)
+        at_least(self.name, 1, window=window)
+        at_least(self.name, 3, top_k=top_k)
+        if block_size % stride or compress % stride:
+            raise ValueError(
+                f"nsa: stride = {stride} must divide block_size = {block_size} and "
+                f"compress = {compress}"
+            )
+        if not isinstance(gates, tuple | list) or len(gates) != 3:
+            raise ValueError(f"nsa: gates = {gates!r} must be three numbers, as [0.3,0.4,0.3]")
+        self.block_size, self.top_k, self.window = block_size, top_k, window
+        self.pool, self.gates = Pool(compress, stride), tuple(float(x) for x in gates)
+
+    def select(self, q: torch.Tensor, k: torch.Tensor, plan: Plan) -> tuple[Branch, ...]:
+        n, pool = plan.mask.seq_k, self.pool
+        cells = grid(plan.mask, 1, self.block_size, plan.device)
+        by_compressed, by_blocks, by_window = self.gates
+        window = sliding_window_causal(n, window=self.window - 1) if self.window < n else causal(n)
+        found = [
+            Branch(seen=Blocks(cells, self._kept(q, k, plan)), gate=by_blocks),
+            Branch(seen=window, gate=by_window),
+        ]
+        if pool.count(n):
+            seen = past_windows(n, pool)
+            found.append(Branch(seen=seen, gate=by_compressed, pool_k=pool))
+        return tuple(found)
+
+    def _kept(self, q: torch.Tensor, k: torch.Tensor, plan: Plan) -> torch.Tensor:
+        """``[B, H, S, Y]``, alike for the query heads of a key/value head."""
+        import torch
+
+        groups, each = k.shape[2], plan.problem.group
+        cells = grid(plan.mask, 1, self.block_size, plan.device)
+        means = working(self.pool.mean(k))
+        n = means.shape[1]
+        share = torch.as_tensor(overlaps(k.shape[1], self.pool, self.block_size), device=q.device)
+        share = share.to(means.dtype)
+        scores = means.new_zeros((len(q), groups, q.shape[1], cells.areas.shape[1]))
+        ends = torch.arange(n, device=q.device) * self.pool.stride + self.pool.size - 1
+        for begin, end in spans(q.shape[1] if n else 0, len(q) * q.shape[2] * max(n, 1)):
+            logits = products(working(q[:, begin:end]), means).mul_(plan.problem.softmax_scale)
+            row = torch.arange(begin, end, device=q.device)[:, None]
+            logits.masked_fill_(ends > row, -torch.inf)
+            probs = torch.softmax(logits, -1).nan_to_num_(0.0)
+            scores[:, :, begin:end] = probs.unflatten(1, (groups, each)).sum(2) @ share
+        local = cells.own | torch.nn.functional.pad(cells.own, (0, 1))[:, 1:]  # and the one before
+        wanted = counts(cells.visible, self.top_k, 0.0)
+        kept = top(scores, wanted, cells, always=first(cells) | local)
+        return kept.repeat_interleave(each, 1)
+
+
+def overlaps(tokens: int, pool: Pool, block: int) -> np.typing.NDArray[np.float64]:
+    """``[windows, Y]``: how much of each block each window covers, in strides."""
+    begin = np.arange(pool.count(tokens))[:, None] * pool.stride
+    block_begin = np.arange(0, tokens, block)
+    shared = np.minimum(begin + pool.size, block_begin + block) - np.maximum(begin, block_begin)
+    return np.maximum(shared, 0) / pool.stride
+
+
+def past_windows(tokens: int, pool: Pool) -> AttnMask:
+    """Every query sees the windows that end before or at it: steps of ``stride`` queries."""
+    count = pool.count(tokens)
+    number = np.arange(count)
+    begin = number * pool.stride + pool.size - 1
+    end = np.minimum(begin + pool.stride, tokens)
+    end[-1] = tokens
+    wide = np.full(count, WIDE)
+    rows = np.column_stack([begin, end, np.zeros(count, np.int64), number + 1, -wide, wide])
+    return AttnMask.from_slices(tokens, count, rows)

@@ -1,0 +1,76 @@
+"""Selector `oracle`: the blocks that hold the most attention, which only full attention tells.
+
+Nothing that keeps as many blocks of the same size recovers more: it is what others are held
+against, not a method.  It computes all scores, so it saves no time.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cpbench.registry import OperatorInfo
+from cpbench.selecting import Branch, Plan, Selecting
+from cpbench.selection import Blocks, Grid, grid
+from cpbench.selectors.ranking import at_least, budget, counts, products, spans, top, working
+
+if TYPE_CHECKING:
+    import torch
+
+OPERATORS = (
+    OperatorInfo(
+        name="oracle",
+        summary="blocks with the most true attention mass: the bound for every selector",
+        source="attention mass of blocks, from the definition",
+        load="cpbench.selectors.oracle:Oracle",
+        params=("block_size", "top_k", "keep", "kernel"),
+        external_lse=False,
+        selects=True,
+        looks_ahead="block",
+    ),
+)
+
+
+class Oracle(Selecting):
+    """Each block of queries keeps the blocks of keys with the largest sums of probabilities.
+
+    Args:
+        block_size: tokens of a block, of queries and keys.
+        keep: share of the visible blocks of each row to keep; 0 keeps ``top_k``.
+        top_k: blocks to keep, where ``keep`` is 0.
+        kernel: see :class:`Selecting`.
+    """
+
+    name = "oracle"
+
+    def __init__(
+        self, block_size: int = 64, top_k: int = 16, keep: float = 0.1, kernel: str = ""
+    ) -> None:
+        super().__init__(kernel)
+        at_least(self.name, 1, block_size=block_size)
+        budget(self.name, top_k, keep)
+        self.block_size, self.top_k, self.keep = block_size, top_k, keep
+
+    def select(self, q: torch.Tensor, k: torch.Tensor, plan: Plan) -> tuple[Branch, ...]:
+        cells = grid(plan.mask, self.block_size, self.block_size, plan.device)
+        mass = block_mass(q, k, cells, plan.problem.softmax_scale)
+        kept = top(mass, counts(cells.visible, self.top_k, self.keep), cells)
+        return (Branch(seen=Blocks(cells, kept)),)
+
+
+def block_mass(q: torch.Tensor, k: torch.Tensor, cells: Grid, scale: float) -> torch.Tensor:
+    """``[B, H, X, Y]``: probabilities of full attention within the mask, summed over blocks."""
+    import torch
+
+    mask, (b, s, h, _), t = cells.mask, q.shape, k.shape[1]
+    found = []
+    for begin, end in spans(s, b * h * t, cells.block_q):
+        scores = products(working(q[:, begin:end]), working(k)).mul_(scale)
+        seen = torch.as_tensor(mask.crop(begin, end, 0, t).to_dense(), device=q.device)
+        scores.masked_fill_(~seen, -torch.inf)
+        probs = torch.softmax(scores, -1).nan_to_num_(0.0)
+        probs = torch.nn.functional.pad(
+            probs, (0, -t % cells.block_k, 0, -(end - begin) % cells.block_q)
+        )
+        blocks = probs.unflatten(3, (-1, cells.block_k)).sum(4)
+        found.append(blocks.unflatten(2, (-1, cells.block_q)).sum(3))
+    return torch.cat(found, 2)

@@ -1,0 +1,134 @@
+"""What selectors share: scores between blocks, and the blocks that the highest of them keep.
+
+Legend: B batch, S queries, T keys, H query heads, G key/value heads, D head dim; X blocks of
+queries, Y blocks of keys; n of either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from cpbench.pooling import Pool
+
+if TYPE_CHECKING:
+    import torch
+
+    from cpbench.selection import Grid
+
+CELLS = 1 << 22  # scores held at once
+
+
+def block_means(x_BTHD: torch.Tensor, block: int) -> torch.Tensor:
+    """``[B, n, H, D]`` float32 means of blocks of tokens; the last may be shorter."""
+    return Pool(block, block, partial=True).mean(working(x_BTHD))
+
+
+def working(x: torch.Tensor) -> torch.Tensor:
+    """In float32, or float64 where it is that."""
+    import torch
+
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def products(q_BSHD: torch.Tensor, k_BTGD: torch.Tensor) -> torch.Tensor:
+    """``[B, H, S, T]``: every query head with its key/value head."""
+    groups = k_BTGD.shape[2]
+    q = q_BSHD.transpose(1, 2).unflatten(1, (groups, -1)).flatten(2, 3)  # [B, G, R * S, D]
+    found = q @ k_BTGD.permute(0, 2, 3, 1)
+    return found.unflatten(2, (-1, q_BSHD.shape[1])).flatten(1, 2)
+
+
+def spans(rows: int, cells: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
+    """Ranges of rows, a multiple each, with about ``CELLS`` scores at ``cells`` a row."""
+    step = max(CELLS // max(cells, 1) // multiple, 1) * multiple
+    for begin in range(0, rows, step):
+        yield begin, min(begin + step, rows)
+
+
+def budget(name: str, top_k: int, keep: float) -> None:
+    """Refuse a budget that is none.
+
+    Raises:
+        ValueError: unless ``top_k`` is at least 1 and ``keep`` a share.
+    """
+    if top_k < 1:
+        raise ValueError(f"{name}: top_k = {top_k} must be at least 1")
+    if not 0 <= keep <= 1:
+        raise ValueError(f"{name}: keep = {keep} is a share of the visible blocks, from 0 to 1")
+
+
+def at_least(name: str, least: int, **values: int) -> None:
+    """Refuse a parameter below ``least``.
+
+    Raises:
+        ValueError: that names it.
+    """
+    for key, value in values.items():
+        if value < least:
+            raise ValueError(f"{name}: {key} = {value} must be at least {least}")
+
+
+def counts(visible: torch.Tensor, top_k: int, keep: float) -> torch.Tensor:
+    """``[X]`` blocks to keep of so many visible ones: a share of them, or else ``top_k``; at least
+    one, where there is one."""
+    if keep:
+        wanted = (visible * keep + 0.5).long().clamp(min=1)
+    else:
+        wanted = visible.new_full(visible.shape, top_k)
+    return wanted.minimum(visible)
+
+
+def top(
+    scores: torch.Tensor, wanted: torch.Tensor, grid: Grid, always: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``[B, H, X, Y]`` booleans: in each row the blocks with the highest scores.
+
+    Args:
+        scores: ``[B, H, X, Y]``, overwritten; blocks with nothing to see are never taken.
+        wanted: ``[X]`` how many.
+        always: ``[X, Y]`` taken first, and counted; all of them, even where they are more.
+    """
+    import torch
+
+    if always is not None:
+        always = always & grid.allowed
+        scores.masked_fill_(always, torch.inf)
+        wanted = wanted.maximum(always.sum(1))
+    scores.masked_fill_(~grid.allowed, -torch.inf)
+    most = int(wanted.max()) if len(wanted) else 0
+    places = scores.topk(most, dim=-1).indices
+    number = torch.arange(most, device=scores.device)
+    kept = torch.zeros_like(scores, dtype=torch.bool)
+    kept.scatter_(3, places, (number < wanted[:, None]).expand(places.shape))
+    return kept.logical_and_(grid.allowed)
+
+
+def covering(
+    mass: torch.Tensor, share: float, grid: Grid, always: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``[B, H, X, Y]`` booleans: in each row the fewest blocks whose mass is a share of the row's.
+
+    What is ``always`` taken counts towards it; the others follow by mass, the largest first, until
+    the share is reached.
+    """
+    import torch
+
+    mass = mass.masked_fill(~grid.allowed, 0.0)
+    total = mass.sum(-1, True)
+    forced = torch.zeros_like(grid.allowed) if always is None else always & grid.allowed
+    have = (mass * forced).sum(-1, True)
+    rest, order = mass.masked_fill(forced, -1.0).sort(dim=-1, descending=True)
+    before = rest.clamp(min=0.0).cumsum(-1) - rest.clamp(min=0.0)
+    taken = (have + before < share * total) & (rest >= 0)
+    kept = torch.zeros_like(mass, dtype=torch.bool).scatter_(3, order, taken)
+    return (kept | forced).logical_and_(grid.allowed)
+
+
+def first(grid: Grid) -> torch.Tensor:
+    """``[X, Y]``: the first block of keys, where it is visible."""
+    import torch
+
+    found = torch.zeros_like(grid.allowed)
+    found[:, :1] = grid.allowed[:, :1]
+    return found
