@@ -111,7 +111,9 @@ def sampled(
 
 
 def _some(lines: IntArray) -> IntArray:
-    return lines[np.unique(np.linspace(0, len(lines) - 1, min(LINES, len(lines))).astype(int))]
+    places = np.linspace(0, len(lines) - 1, min(LINES, len(lines))).astype(int)
+    few: IntArray = lines[np.unique(places)]
+    return few
 
 
 class _Source:

@@ -40,15 +40,16 @@ LEAST_SPAN = 64  # of neighbouring queries
 
 def measure(work: Attention, inputs: Tensors, found: Tensors, choice: Choice) -> dict[str, float]:
     """The figures above, and ``rows``, the queries that were looked at."""
-    q, k, v = (inputs[name] for name in ("q", "k", "v"))
+    mask, q, k, v = work.mask, inputs["q"], inputs["k"], inputs["v"]
+    assert isinstance(mask, AttnMask)
     branches = [one for one in choice.branches if one.pool_q == one.pool_k == NO_POOL]
     sums = dict.fromkeys(("visible", "kept", "mass", "best", "rows", "error", "norm"), 0.0)
     bounded = len(branches) == 1 and _bounded(branches[0])
     looked_at = 0
-    for begin, end in spans(work.mask, branches):
+    for begin, end in spans(mask, branches):
         looked_at += end - begin
         for b in range(len(q)):
-            seen = _seen(work.mask, begin, end, q.device)
+            seen = _seen(mask, begin, end, q.device)
             scores = products(working(q[b : b + 1, begin:end]), working(k[b : b + 1]))
             scores = scores.mul_(work.problem.softmax_scale).masked_fill_(~seen, -float("inf"))
             probs = scores.softmax(-1).nan_to_num_(0.0)
@@ -57,7 +58,7 @@ def measure(work: Attention, inputs: Tensors, found: Tensors, choice: Choice) ->
             sums["visible"] += float(seen.sum()) * heads
             sums["kept"] += float(kept.sum())
             sums["rows"] += float(seen.any(-1).sum()) * heads
-            sums["mass"] += float((probs * kept).sum(dtype=probs.new_empty(0).double().dtype))
+            sums["mass"] += float((probs * kept).double().sum())
             if bounded:
                 sums["best"] += _best(branches[0], b, begin, probs)
             values = working(v[b]).transpose(0, 1).repeat_interleave(work.problem.group, 0)

@@ -294,4 +294,5 @@ def _unfold(x: torch.Tensor, batch: int) -> torch.Tensor:
 
 def _heads(lse: torch.Tensor, batch: int) -> torch.Tensor:
     """``[B, H, S]`` from ``[1, B * H, S]``."""
-    return lse[0].unflatten(0, (batch, -1))
+    heads: torch.Tensor = lse[0].unflatten(0, (batch, -1))
+    return heads

@@ -72,4 +72,5 @@ class Dsa(Selecting):
         chance = torch.Generator().manual_seed(0)
         square = torch.randn(x.shape[3], x.shape[3], generator=chance, dtype=torch.float64)
         lanes = torch.linalg.qr(square).Q[:, : self.index_dim]
-        return x @ lanes.to(x)
+        projected: torch.Tensor = x @ lanes.to(x)
+        return projected

@@ -99,7 +99,8 @@ def _summed(x_BHT: torch.Tensor, block: int) -> torch.Tensor:
     import torch
 
     padded = torch.nn.functional.pad(x_BHT, (0, -x_BHT.shape[2] % block))
-    return padded.unflatten(2, (-1, block)).sum(3)
+    blocks: torch.Tensor = padded.unflatten(2, (-1, block))
+    return blocks.sum(3)
 
 
 def _divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
@@ -107,8 +108,9 @@ def _divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     import torch
 
     mean = (p + q) / 2
-    parts = [torch.special.xlogy(x, x) - torch.special.xlogy(x, mean) for x in (p, q)]
-    return (sum(part.sum(-1) for part in parts) / 2).clamp(min=0)  # type: ignore[no-any-return, union-attr]
+    first, second = (torch.special.xlogy(x, x) - torch.special.xlogy(x, mean) for x in (p, q))
+    found: torch.Tensor = (first + second).sum(-1) / 2
+    return found.clamp(min=0)
 
 
 def _cover(mass: torch.Tensor, share: float) -> torch.Tensor:

@@ -172,7 +172,7 @@ def diagonal_blocks(distances: torch.Tensor, block: int, rows: int) -> torch.Ten
     further = torch.nn.functional.pad(wide[..., 1:].any(3), (1, 0))[..., :-1]
     offset = torch.arange(rows, device=distances.device)
     away_by = offset[:, None] - offset
-    found = (away | further)[:, :, away_by.clamp(min=0)]
+    found: torch.Tensor = (away | further)[:, :, away_by.clamp(min=0)]
     return found & (away_by >= 0)
 
 

@@ -123,7 +123,8 @@ def overlaps(tokens: int, pool: Pool, block: int) -> np.typing.NDArray[np.float6
     begin = np.arange(pool.count(tokens))[:, None] * pool.stride
     block_begin = np.arange(0, tokens, block)
     shared = np.minimum(begin + pool.size, block_begin + block) - np.maximum(begin, block_begin)
-    return np.maximum(shared, 0) / pool.stride
+    found: np.typing.NDArray[np.float64] = np.maximum(shared, 0) / pool.stride
+    return found
 
 
 def past_windows(tokens: int, pool: Pool) -> AttnMask:

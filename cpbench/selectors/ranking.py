@@ -35,8 +35,8 @@ def products(q_BSHD: torch.Tensor, k_BTGD: torch.Tensor) -> torch.Tensor:
     """``[B, H, S, T]``: every query head with its key/value head."""
     groups = k_BTGD.shape[2]
     q = q_BSHD.transpose(1, 2).unflatten(1, (groups, -1)).flatten(2, 3)  # [B, G, R * S, D]
-    found = q @ k_BTGD.permute(0, 2, 3, 1)
-    return found.unflatten(2, (-1, q_BSHD.shape[1])).flatten(1, 2)
+    scores: torch.Tensor = (q @ k_BTGD.permute(0, 2, 3, 1)).unflatten(2, (-1, q_BSHD.shape[1]))
+    return scores.flatten(1, 2)
 
 
 def spans(rows: int, cells: int, multiple: int = 1) -> Iterator[tuple[int, int]]:

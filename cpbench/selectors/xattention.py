@@ -87,4 +87,5 @@ class XAttention(Selecting):
         if missing:
             sides = (missing, 0) if turned else (0, missing)
             x_BTHD = torch.nn.functional.pad(x_BTHD, (0, 0, 0, 0, *sides))
-        return working(x_BTHD).unflatten(1, (-1, self.stride)).transpose(2, 3).flatten(3)
+        groups: torch.Tensor = working(x_BTHD).unflatten(1, (-1, self.stride))
+        return groups.transpose(2, 3).flatten(3)
