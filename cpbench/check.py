@@ -23,7 +23,7 @@ import numpy as np
 from cpbench import layout as layouts
 from cpbench.dilated_mask import DilatedMask
 from cpbench.head_masks import Mask
-from cpbench.inputs import normal
+from cpbench.inputs import Recipe
 from cpbench.mask import AttnMask, IntArray
 from cpbench.problem import Problem
 from cpbench.world import World
@@ -134,7 +134,7 @@ def verdict(errors: Errors, dtype: str) -> str | None:
 
 
 def make_inputs(
-    problem: Problem, queries: IntArray, keys: IntArray, seed: int, device: str
+    problem: Problem, queries: IntArray, keys: IntArray, recipe: Recipe, device: str
 ) -> Tensors:
     """q, k, v and (for gradients) dout of some global tokens, ``[B, tokens, heads, D]``.
 
@@ -142,27 +142,24 @@ def make_inputs(
         queries: positions of the tokens of q and dout, counted among the queries.
         keys: of those of k and v.
     """
-    import torch
 
     def make(name: str) -> torch.Tensor:
-        return normal(
+        return recipe.make(
             name,
-            seed,
+            problem,
             keys if name in "kv" else queries,
             batches=range(problem.batch),
             heads=range(problem.heads_kv if name in "kv" else problem.heads_q),
-            head_dim=problem.head_dim,
-            dtype=getattr(torch, problem.dtype),
             device=device,
         )
 
     return {name: make(name) for name in ("q", "k", "v", "dout")[: 4 if problem.backward else 3]}
 
 
-def inputs_of(work: Attention, seed: int, device: str) -> Tensors:
+def inputs_of(work: Attention, recipe: Recipe, device: str) -> Tensors:
     """The inputs of the rank of ``work``."""
     queries, keys = (x.positions(work.rank) for x in (work.world.queries, work.world.keys))
-    return make_inputs(work.problem, queries, keys, seed, device)
+    return make_inputs(work.problem, queries, keys, recipe, device)
 
 
 def run(work: Attention, inputs: Tensors, comm: Comm | None) -> Tensors:
@@ -222,10 +219,10 @@ def small_world(work: Attention) -> World:
     return World.of(problem, tiny, layout, world.ranks_per_node, world.placement)
 
 
-def small(work: Attention, seed: int, rank: Rank) -> Errors:
+def small(work: Attention, recipe: Recipe, rank: Rank) -> Errors:
     """Errors of every output and gradient of a small problem."""
-    found = run(work, inputs_of(work, seed, rank.device), rank.comm)
-    reference = _reference(work.mask, work.problem, seed, rank.device)
+    found = run(work, inputs_of(work, recipe, rank.device), rank.comm)
+    reference = _reference(work.mask, work.problem, recipe, rank.device)
     sums = {}
     for name, value in found.items():
         layout = work.world.keys if name in ("dk", "dv") else work.world.queries
@@ -240,13 +237,13 @@ def small(work: Attention, seed: int, rank: Rank) -> Errors:
 
 
 @functools.lru_cache(maxsize=16)
-def _reference(mask: Mask, problem: Problem, seed: int, device: str) -> Tensors:
+def _reference(mask: Mask, problem: Problem, recipe: Recipe, device: str) -> Tensors:
     """The float64 results ``[B, heads, S, …]`` for the inputs as rounded to the problem's dtype;
     kept in main memory, so that they take none from what is measured."""
     from cpbench.kernels.reference import backward64, forward64
 
     scale = problem.softmax_scale
-    x = make_inputs(problem, np.arange(mask.seq_q), np.arange(mask.seq_k), seed, device)
+    x = make_inputs(problem, np.arange(mask.seq_q), np.arange(mask.seq_k), recipe, device)
     out, lse = forward64(x["q"], x["k"], x["v"], mask, scale)
     found = {"out": out.transpose(1, 2), "lse": lse}
     if problem.backward:

@@ -10,7 +10,7 @@ import numpy as np
 from cpbench.check import Errors, Rank, Tensors, TensorSums, combine, index_of
 from cpbench.dilated_mask import DilatedMask
 from cpbench.head_masks import Mask, distinct
-from cpbench.inputs import normal
+from cpbench.inputs import Recipe
 from cpbench.mask import AttnMask, IntArray
 from cpbench.problem import Problem
 
@@ -24,7 +24,7 @@ TILES = (64, 128, 256)  # extents of tiles whose last, partial one is always loo
 Floats = np.typing.NDArray[np.float64]
 
 
-def sampled(work: Attention, inputs: Tensors, found: Tensors, seed: int, rank: Rank) -> Errors:
+def sampled(work: Attention, inputs: Tensors, found: Tensors, recipe: Recipe, rank: Rank) -> Errors:
     """Errors of sampled rows and columns at the measured size.
 
     Every rank recomputes lines of its own tokens, each of another batch and key/value head in
@@ -37,8 +37,8 @@ def sampled(work: Attention, inputs: Tensors, found: Tensors, seed: int, rank: R
     """
     import torch
 
-    problem, world = work.problem, work.world
-    source = _Source(problem, work.mask, seed, rank.device)
+    problem, world, seed = work.problem, work.world, recipe.seed
+    source = _Source(problem, work.mask, recipe, rank.device)
     queries, keys = (x.positions(work.rank) for x in (world.queries, world.keys))
     rows = sampled_lines(work.mask, queries, seed)
     columns = sampled_lines(work.mask.transpose(), keys, seed)
@@ -112,8 +112,8 @@ class _Source:
     Legend: R query heads of a group, T visible keys (or queries, for a column), D head dim.
     """
 
-    def __init__(self, problem: Problem, mask: Mask, seed: int, device: str) -> None:
-        self._problem, self._seed, self._device = problem, seed, device
+    def __init__(self, problem: Problem, mask: Mask, recipe: Recipe, device: str) -> None:
+        self._problem, self._recipe, self._device = problem, recipe, device
         self._mask, self._transposed = mask, mask.transpose()
         self._alike = problem.group if isinstance(mask, AttnMask) else 1  # heads of one mask
         self._keys: dict[str, torch.Tensor] = {}
@@ -194,20 +194,9 @@ class _Source:
         return self._make(name, b, heads, tokens).double().transpose(0, 1)
 
     def _make(self, name: str, b: int, heads: list[int] | range, tokens: IntArray) -> torch.Tensor:
-        import torch
-
-        dtype = getattr(torch, self._problem.dtype)
-        dim, device = self._problem.head_dim, self._device
-        return normal(
-            name,
-            self._seed,
-            tokens,
-            batches=[b],
-            heads=heads,
-            head_dim=dim,
-            dtype=dtype,
-            device=device,
-        )[0]
+        device = self._device
+        given = (name, self._problem, tokens)
+        return self._recipe.make(*given, batches=[b], heads=heads, device=device)[0]
 
     def _visible(self, of: Mask, heads: range, line: int) -> torch.Tensor:
         """Indices of the keys that one query sees in heads that share a mask, repeated where it

@@ -268,6 +268,7 @@ def bench(
     dtype: Annotated[str, several(help="Of float32, bfloat16, float16.")] = "float32",
     direction: Annotated[str, several(help="Of fwd, bwd, fwd_bwd.")] = "fwd_bwd",
     seed: Annotated[str, several(help="Of the inputs.")] = "0",
+    inputs: Annotated[str, several(help="Such as normal,needles,file:qkv.safetensors.")] = "normal",
     precision: Annotated[
         float,
         typer.Option(metavar="SHARE", help="Stop once the median is known to within this share."),
@@ -295,7 +296,7 @@ def bench(
         "world_size": world_size, "ranks_per_node": ranks_per_node, "placement": placement,
         "queries": queries, "batch": batch, "num_heads_q": num_heads_q,
         "num_heads_kv": num_heads_kv, "head_dim": head_dim, "dtype": dtype,
-        "direction": direction, "seed": seed,
+        "direction": direction, "seed": seed, "inputs": inputs,
     }  # fmt: skip
     with user_input():
         table = {key: sweeps.split_list(text) for key, text in given.items() if text is not None}

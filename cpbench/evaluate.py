@@ -22,8 +22,9 @@ from cpbench import (
     timeline,
 )
 from cpbench.api import Attention, agree
+from cpbench.inputs import Recipe
 from cpbench.problem import Case
-from cpbench.record import Record
+from cpbench.record import APPROXIMATE, Record
 from cpbench.settings import MeasureSettings
 from cpbench.world import World
 
@@ -78,7 +79,7 @@ class Evaluation:
         record.conditions = self._settings.conditions(self._device.type)
         if work is None:
             return record
-        inputs = check.inputs_of(work, case.seed, self._device.type)
+        inputs = check.inputs_of(work, recipe_of(case), self._device.type)
         given = check.fingerprint(inputs)
         workload = measure.Workload(work, inputs, self._comm)
         if self._settings.check_small:
@@ -97,7 +98,7 @@ class Evaluation:
             checked = check.fingerprint(found)
             if self._settings.check_sampled and case.seq_len > check.SMALL_TOKENS:
                 self._note("check at size")
-                errors = check_at_size.sampled(work, inputs, found, case.seed, self._rank)
+                errors = check_at_size.sampled(work, inputs, found, recipe_of(case), self._rank)
                 self._judge("sampled", errors, record)
             del found
         if record.status == "ok" and self._settings.time:
@@ -122,6 +123,7 @@ class Evaluation:
         found, choice = check_choice.run_and_tell(work, inputs)
         area = sum(branch.seen.area for branch in choice.branches)
         flops = case.problem.flops(area)
+        record.flags.append(APPROXIMATE)
         record.area, record.flops = area, {phase: flops[phase] for phase in record.flops}
         if self._settings.check_sampled and case.seq_len > check.CHOOSING_TOKENS:
             self._note("check at size")
@@ -163,7 +165,7 @@ class Evaluation:
         work, fresh = self._prepared(case)
         if work is None:
             return fresh
-        inputs = check.inputs_of(work, case.seed, self._device.type)
+        inputs = check.inputs_of(work, recipe_of(case), self._device.type)
         checked = check.fingerprint(check.run(work, inputs, self._comm))
         self._measure(measure.Workload(work, inputs, self._comm), fresh, checked)
         if fresh.status != "ok":
@@ -230,9 +232,9 @@ class Evaluation:
     def _small(self, case: Case, work: Attention) -> check.Errors:
         small = self._small_attention(case, work)
         if small.op.info.selects:
-            inputs = check.inputs_of(small, case.seed, self._device.type)
+            inputs = check.inputs_of(small, recipe_of(case), self._device.type)
             return check_choice.small(small, inputs, self._rank)
-        return check.small(small, case.seed, self._rank)
+        return check.small(small, recipe_of(case), self._rank)
 
     def _judge(self, name: str, errors: check.Errors, record: Record) -> None:
         """Keep the errors of a check; too large ones make the record ``wrong``."""
@@ -286,10 +288,15 @@ class Evaluation:
         record.largest_message = {p: max(t.largest for t in sent[p]) for p in sent}
         record.predicted_bytes = {p: [traced[p] for *_, traced in ranks] for p in traced}
         record.memory_bytes = {kind: [m[kind] for _, m, *_ in ranks] for kind in memory}
-        record.flags = sorted({flag for _, _, found, _ in ranks for flag in found})
+        record.flags = sorted({*record.flags, *(flag for *_, found, _ in ranks for flag in found)})
         if traced and record.predicted_bytes != record.bytes_sent:
             record.flags.append("mispredicted")
         self._hold(checked, timed, "a timed call returned another result than the checked:", record)
+
+
+def recipe_of(case: Case) -> Recipe:
+    """What a case's inputs are made of."""
+    return Recipe(case.seed, case.inputs)
 
 
 def _finite(errors: check.Errors) -> dict[str, dict[str, float | None]]:

@@ -90,6 +90,8 @@ class Case:
     a chunk of a prefill).  ``ranks_per_node`` 0 is as the launcher places them; ``placement`` names
     the axis of the strategy's mesh that is to lie inside a node, "" leaving that to the strategy.
 
+    ``inputs`` are a kind of ``cpbench.inputs`` and its parameters, ``seed`` theirs.
+
     ``content`` maps what a parameter only points at (a file) to the hash of what is there, so that
     the id follows the content.
     """
@@ -110,6 +112,7 @@ class Case:
     ranks_per_node: int = 0
     placement: str = ""
     seed: int = 0
+    inputs: Spec = Spec("normal")
     content: tuple[tuple[str, str], ...] = field(default=())
 
     @functools.cached_property
@@ -160,7 +163,8 @@ class Case:
         heads = f"{self.num_heads_q}:{self.num_heads_kv}"
         few = f"{self.queries} of " if self.queries else ""
         size = f"S={few}{format_size(self.seq_len)} H={heads} D={self.head_dim} {self.dtype}"
-        return f"{self.operator}{spread} {self.mask} {size} {self.direction}"
+        made = "" if self.inputs == _DEFAULTS["inputs"] else f" on {self.inputs}"
+        return f"{self.operator}{spread} {self.mask} {size} {self.direction}{made}"
 
     def to_json(self) -> dict[str, Any]:
         """A table of plain values, which :meth:`from_json` reads back."""
@@ -179,7 +183,7 @@ class Case:
             known_id: the id, where it was kept with the table.
         """
         values = {key: value for key, value in table.items() if key in _NAMES}
-        for key in ("operator", "strategy", "layout", "mask"):
+        for key in ("operator", "strategy", "layout", "mask", "inputs"):
             if key in values:
                 values[key] = _spec(values[key])
         values["content"] = tuple((str(a), str(b)) for a, b in values.get("content", ()))

@@ -17,6 +17,7 @@ SCHEMA = 2
 STATUSES = ("ok", "unsupported", "oom", "wrong", "crash", "timeout")
 FEWEST_ROUNDS = 3  # of the exposure, for a spread to be known
 TELLING = 0.25  # of communication's time: noise above it and nobody can tell what is hidden
+APPROXIMATE = "approximate"  # flag of what an operator that chooses computed
 FAILURES = ("wrong", "crash", "timeout")
 
 

@@ -119,10 +119,8 @@ class Selecting(ABC):
     forms: tuple[str, ...] = ("blocks",)
 
     def __init__(self, kernel: str = "") -> None:
-        from torch.utils.weak import WeakTensorKeyDictionary
-
         self._kernel = str(kernel)
-        self._choices: Any = WeakTensorKeyDictionary()
+        self._choices: Any = None  # by output, weakly; made where torch is there anyway
         self.remember = False  # also choices that no backward pass will want
 
     @abstractmethod
@@ -214,6 +212,10 @@ class Selecting(ABC):
         arranged = self.arrange(self.select(q, k, plan), plan)
         out, lse, results = self.compute(q, k, v, arranged)
         if self.remember or plan.problem.backward:
+            if self._choices is None:
+                from torch.utils.weak import WeakTensorKeyDictionary
+
+                self._choices = WeakTensorKeyDictionary()
             self._choices[out] = Choice(arranged, results)
         return out, lse
 
@@ -223,7 +225,7 @@ class Selecting(ABC):
         Raises:
             ValueError: for any other tensor.
         """
-        if out not in self._choices:
+        if self._choices is None or out not in self._choices:
             raise ValueError(f"{self.name} needs the output that its own forward returned")
         found: Choice = self._choices[out]
         return found

@@ -35,7 +35,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from cpbench import layout, masks
+from cpbench import inputs, layout, masks
 from cpbench.problem import DIRECTIONS, DTYPES, Case
 from cpbench.registry import (
     StrategyInfo,
@@ -47,7 +47,7 @@ from cpbench.registry import (
 from cpbench.settings import MeasureSettings
 from cpbench.spec import Spec, Value, format_size, parse_size
 
-SPEC_KEYS = ("operator", "strategy", "layout", "mask")
+SPEC_KEYS = ("operator", "strategy", "layout", "mask", "inputs")
 INT_KEYS = (
     "batch",
     "seq_len",
@@ -193,13 +193,14 @@ def product(table: Mapping[str, Any]) -> list[Case]:
     for mask, seq_len in {(str(c.mask), c.seq_len): (c.mask, c.seq_len) for c in cases}.values():
         _check_mask(mask, seq_len)
     for case in cases:
-        files = (str(case.operator), str(case.strategy), str(case.mask))
-        if files not in content:
-            content[files] = _content(case)
-    return [
-        case.with_content(content[str(case.operator), str(case.strategy), str(case.mask)])
-        for case in cases
-    ]
+        if _files(case) not in content:
+            content[_files(case)] = _content(case)
+    return [case.with_content(content[_files(case)]) for case in cases]
+
+
+def _files(case: Case) -> tuple[str, ...]:
+    """What of a case may point at files."""
+    return tuple(map(str, (case.operator, case.strategy, case.mask, case.inputs)))
 
 
 def number(key: str, item: Any) -> int:
@@ -277,7 +278,7 @@ def _specs(key: str, item: Any) -> list[Spec]:
     """The specs of one item; a list as a parameter's value is a product too (draws of a seed),
     except where the parameter is itself a list."""
     try:
-        spec = Spec.parse(item)
+        spec = inputs.parse(item) if key == "inputs" else Spec.parse(item)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from None
     _CHECKS[key](spec)
@@ -291,7 +292,8 @@ def _specs(key: str, item: Any) -> list[Spec]:
 
 
 def _check_operator(spec: Spec) -> None:
-    check_params("operator", spec.name, spec.kwargs, operator_info(spec.name).params)
+    info = operator_info(spec.name)
+    check_params("operator", spec.name, spec.kwargs, info.params)
 
 
 def _check_strategy(spec: Spec) -> None:
@@ -309,6 +311,7 @@ _CHECKS: dict[str, Callable[[Spec], object]] = {
     "strategy": _check_strategy,
     "layout": lambda spec: layout.build(spec, 1, 1, masks.build("causal", 1)),
     "mask": masks.pattern_info,
+    "inputs": inputs.generator,
 }
 
 
@@ -330,6 +333,9 @@ def _case(values: dict[str, Any]) -> Case:
             f"world_size ({case.world_size}) must be a multiple of ranks_per_node "
             f"({case.ranks_per_node})"
         )
+    if operator_info(case.operator.name).selects:
+        _made_operator(case.operator)
+    inputs.check_case(case)
     axes = _made(case.strategy).axes
     if case.placement and case.placement not in axes:
         takes = f"takes {', '.join(axes)}" if axes else "has no mesh"
@@ -343,6 +349,12 @@ def _made(spec: Spec) -> StrategyInfo:
     info = strategy_info(spec.name)
     implementation(info, spec.kwargs)
     return info
+
+
+@functools.lru_cache(maxsize=256)
+def _made_operator(spec: Spec) -> None:
+    """Raise for a parameter of a selector that it does not like; its kind loads no torch."""
+    implementation(operator_info(spec.name), spec.kwargs)
 
 
 def _matches(case: Case, rule: Mapping[str, Sequence[Any]]) -> bool:
@@ -379,6 +391,9 @@ def _tables(name: str, value: Any) -> list[dict[str, Any]]:
 def _content(case: Case) -> dict[str, str]:
     """Hashes of the files that a case points at, by the text that stands for them in the case."""
     content = dict(masks.content_files(case.mask))
+    captured = case.inputs.kwargs.get("file")
+    if captured is not None:
+        content[str(captured)] = hashlib.sha256(Path(str(captured)).read_bytes()).hexdigest()
     for spec in (case.operator, case.strategy, case.mask):
         path, colon, attribute = spec.name.rpartition(":")
         if colon:  # one file may hold several

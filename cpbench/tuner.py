@@ -23,6 +23,7 @@ from cpbench.aot import compile_launch, launches
 from cpbench.check import TOLERANCE, make_inputs
 from cpbench.device import Device, open_device
 from cpbench.head_masks import per_head as per_head_of
+from cpbench.inputs import Recipe
 from cpbench.kernels import triton_configs
 from cpbench.kernels.triton_launch import gpu_of, target_of
 from cpbench.problem import DTYPE_BYTES, Problem
@@ -128,7 +129,7 @@ class _Bench:
 
         self._op, self._mask, self._problem, self._device = operator, mask, problem, device
         queries, keys = np.arange(problem.seq_q), np.arange(problem.seq_k)
-        self._inputs = make_inputs(problem, queries, keys, 0, device.type)
+        self._inputs = make_inputs(problem, queries, keys, Recipe(), device.type)
         self._want: dict[str, Any] = {}
 
     def reference(self, configs: dict[str, Any]) -> None:

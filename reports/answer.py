@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cpbench.record import APPROXIMATE
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -22,6 +24,7 @@ QUESTION = (
     "num_heads_kv",
     "head_dim",
     "seed",
+    "inputs",
     "content",
     "machine",
 )
@@ -58,9 +61,14 @@ def answers(table: pd.DataFrame) -> list[Answer]:
 
 
 def competing(table: pd.DataFrame) -> pd.Series[bool]:
-    """Which rows are timed and were held against float64."""
+    """Which rows are timed, were held against float64, and are attention, not part of it."""
     unchecked = table["flags"].str.contains("unchecked", na=False)
-    return (table["status"] == "ok") & table["time_ms"].notna() & ~unchecked
+    return (table["status"] == "ok") & table["time_ms"].notna() & ~unchecked & ~approximate(table)
+
+
+def approximate(table: pd.DataFrame) -> pd.Series[bool]:
+    """Which rows are of operators that choose what to attend to."""
+    return table["flags"].str.contains(APPROXIMATE, na=False)
 
 
 def method(row: Any) -> str:

@@ -25,6 +25,7 @@ COLUMNS = {
     "ranks_per_node": "ranks that share a node; 0 is as the launcher places them",
     "placement": "axis of the strategy's mesh that lies inside a node, empty for its own choice",
     "seed": "of the inputs (the mask's is draw)",
+    "inputs": "kind of inputs, with its parameters",
     "content": "hashes of the files that are computed on, such as document lengths",
     "code": "hashes of the files that the operator and the strategy are in, where they are files",
     "machine": "host and device",
@@ -73,6 +74,13 @@ COLUMNS = {
     "power_w": "median power of a rank's GPU while it was timed, mean over ranks",
     "held_down_by": "what held GPU clocks down meanwhile, of any rank",
     "worst_error": "largest relative L2 error of any tensor against float64",
+    "kept": "of operators that choose: pairs they chose over those that the mask lets be seen",
+    "recovered": "share of full attention's probabilities on what was chosen, mean over queries",
+    "best_recovered": "the most that any choice of as many blocks, or keys, a row would have had",
+    "out_error": "relative L2 error of the output against full attention",
+    "select_ms": "choosing, slowest rank",
+    "arrange_ms": "the kernel's plan for what was chosen, slowest rank",
+    "kernel_ms": "the kernel's forward pass, slowest rank",
     "error_out": "largest relative L2 error of the output",
     "error_lse": "largest error of the log-sum-exp, in nats",
     "error_dq": "largest relative L2 error of the queries' gradient",
@@ -87,7 +95,7 @@ COLUMNS = {
 }
 TEXTS = (
     "run", "id", "status", "reason", "operator", "strategy", "layout", "mask", "mask_family",
-    "draw", "dtype", "direction", "placement", "content", "code", "machine", "clock",
+    "draw", "dtype", "direction", "placement", "inputs", "content", "code", "machine", "clock",
     "held_down_by", "flags", "environment", "writer", "log",
 )  # fmt: skip
 WHOLE = ("iterations", "launches")  # integers, or nothing

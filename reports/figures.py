@@ -30,7 +30,7 @@ LISTED = 20  # values, where a condition leaves nothing
 # What a problem is beside mask, tokens and ranks, and what it was measured with.
 PROBLEM = (
     "direction", "dtype", "queries", "batch", "num_heads_q", "num_heads_kv", "head_dim",
-    "ranks_per_node", "seed", "machine", "clock",
+    "ranks_per_node", "seed", "inputs", "machine", "clock",
 )  # fmt: skip
 _METADATA: dict[str, dict[str, Any]] = {
     "svg": {"Date": None}, "png": {}, "pdf": {"CreationDate": None}

@@ -13,7 +13,7 @@ from cpbench.record import Record, median_interval, slowest_us
 from cpbench.reports.columns import COLUMNS, ERRORS, TEXTS, UNKNOWN, WHOLE
 from cpbench.spec import Spec, format_value
 from cpbench.store import Run, read_run
-from cpbench.sweep import CHOICES, INT_KEYS
+from cpbench.sweep import CHOICES, INT_KEYS, SPEC_KEYS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -89,7 +89,7 @@ def _row(record: Record, launches: Sequence[Record], machine: _Machine) -> dict[
     case = record.case
     row: dict[str, Any] = {key: getattr(case, key) for key in _SAME}
     row |= {"id": case.id, "status": record.status, "reason": record.reason}
-    for key in ("operator", "strategy", "layout", "mask"):
+    for key in SPEC_KEYS:
         row[key] = str(getattr(case, key))
     row["mask_family"], row["draw"] = _family(case.mask)
     row["placement"] = case.placement or None
@@ -109,6 +109,7 @@ def _row(record: Record, launches: Sequence[Record], machine: _Machine) -> dict[
     row |= _traffic(record)
     row |= _exposure(launches)
     row |= _telemetry(record.telemetry)
+    row |= _choice(record, launches)
     row["mask_ms"], row["plan_ms"] = _ms(record.mask_us), _ms(record.plan_us)
     row["first_call_ms"] = _ms(record.first_call_us)
     if record.area is not None:
@@ -236,6 +237,20 @@ def _telemetry(ranks: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         "power_w": statistics.mean(watts) if watts else None,
         "held_down_by": ", ".join(sorted(reasons)) or None,
     }
+
+
+def _choice(record: Record, launches: Sequence[Record]) -> dict[str, float | None]:
+    """What an operator chose is worth, and where its time goes: medians over launches."""
+    told = record.quality
+    row: dict[str, float | None] = {
+        "kept": told.get("density"), "recovered": told.get("mass"),
+        "best_recovered": told.get("best_mass"), "out_error": told.get("out_error"),
+    }  # fmt: skip
+    made = [one for one in launches or (record,) if one.parts_us]
+    for part, column in (("select", "select_ms"), ("plan", "arrange_ms"), ("kernel", "kernel_ms")):
+        known = [statistics.median(slowest_us(one.parts_us, (part,))) for one in made]
+        row[column] = _ms(statistics.median(known)) if known else None
+    return row
 
 
 def _least_moved(case: Case, phases: Iterable[str]) -> int:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 TEXTS = (
     "run", "id", "status", "reason", "method", "operator", "strategy", "layout", "mask",
-    "mask_family", "dtype", "direction", "placement", "shape", "machine", "clock", "flags",
-    "environment", "writer", "log",
+    "mask_family", "dtype", "direction", "placement", "inputs", "shape", "machine", "clock",
+    "flags", "environment", "writer", "log",
 )  # fmt: skip
 NUMBERS = (
     "seq_len", "world_size", "ranks_per_node", "batch", "queries", "num_heads_q", "num_heads_kv",
@@ -28,9 +28,10 @@ NUMBERS = (
     "fwd_tflops_per_rank", "bwd_tflops_per_rank", "gemm_tflops", "copy_gb_s", "intensity",
     "density", "imbalance", "plan_ms", "first_call_ms", "peak_mb", "limit_mb", "inputs_mb",
     "sent_mb", "inside_mb", "across_mb", "compute_ms", "transfer_ms",
-    "exposed_ms", "exposed", "hidden", "worst_error", "started",
+    "exposed_ms", "exposed", "hidden", "worst_error", "started", "kept", "recovered",
+    "best_recovered", "out_error", "select_ms", "arrange_ms", "kernel_ms",
 )  # fmt: skip
-_SHAPE = ("queries", "a node", "batch", "heads", "head_dim", "input seed", "files")
+_SHAPE = ("queries", "a node", "batch", "heads", "head_dim", "input seed", "inputs", "files")
 _PICTURE_TOKENS = 16384  # at most, where there are as few
 _DIGITS = 6
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cpbench.reports import tables
-from cpbench.reports.answer import Answer, answers
+from cpbench.reports import choices, tables
+from cpbench.reports.answer import Answer, answers, approximate
 from cpbench.reports.collection import Collection
 from cpbench.reports.columns import COLUMNS
 from cpbench.reports.draws import FEWEST_P95, FEWEST_TOLD, Family, split
@@ -32,6 +32,7 @@ _MEANING = {
     "throttled": "the clock was held down: too slow",
     "power-capped": "the power limit held the clock down",
     "nvml-missing": "nobody could tell whether the clock was held down",
+    "approximate": "a part of attention alone: no winner among them",
     "unchecked": "not held against float64: no winner among them",
 }
 
@@ -66,7 +67,7 @@ class Contents:
         return cls(
             collection=collection,
             singles=answers(singles),
-            alone=singles[singles["status"] == "ok"],
+            alone=singles[(singles["status"] == "ok") & ~approximate(singles)],
             families=families,
             constant=constant,
             varying=[fact for fact in FACTS if fact not in constant],
@@ -119,6 +120,7 @@ def render(collection: Collection, form: str) -> str:
     won += tables.winners_over_draws(told_of.families, told_of.varying, told_of.rate)
     lines += _section("Winners", won, markup)
     lines += [markup.text(told_of.score), ""]
+    lines += _choices(told_of, markup, form)
     refused = tables.refusals(table)
     if form != "short":
         lines += _over_draws(told_of, markup, form)
@@ -244,15 +246,29 @@ def _all_cases(told_of: Contents, markup: Markup, form: str) -> list[str]:
     rows = tables.every_case(
         told_of.singles, told_of.alone, told_of.varying, told_of.rate, told_of.marks
     )
-    title = f"All {'other ' if told_of.families else ''}cases, fastest first"
-    if form != "table":
+    return _grouped(
+        f"All {'other ' if told_of.families else ''}cases, fastest first", rows, markup, form
+    )
+
+
+def _choices(told_of: Contents, markup: Markup, form: str) -> list[str]:
+    """What operators that choose recover, what it costs, and from which length it pays."""
+    table = told_of.collection.table
+    rows = choices.worth(table, told_of.varying)
+    lines = _grouped("Sparse choices, the best recovery first", rows, markup, form)
+    paid = choices.overtakes(table, told_of.varying)
+    return lines + _grouped("Sparse choices: from which length they pay", paid, markup, form)
+
+
+def _grouped(title: str, rows: list[tables.Row], markup: Markup, form: str) -> list[str]:
+    """In a terminal each problem is a line of its own: its mask may be long."""
+    if form not in ("table", "short"):
         return _section(title, rows, markup)
-    # In a terminal each problem is a line of its own: its mask may be long.
     blocks = []
     for problem, group in itertools.groupby(rows, key=_problem):
         cells = [{key: row[key] for key in row if key not in FACTS} for row in group]
-        blocks.append(([problem], cells, list[str]()))
-    return _blocks(title, blocks, markup, form)
+        blocks.append(([problem] if problem else [], cells, list[str]()))
+    return _blocks(title, blocks, markup, "table")
 
 
 def _problem(row: tables.Row) -> str:

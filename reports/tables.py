@@ -84,7 +84,7 @@ def score(found: Sequence[Answer], families: Sequence[Family]) -> str:
     verdicts += [family.verdict for family in contests]
     best += [family.compared[0].method for family in contests]
     if not best:
-        return "No case competes: none was both timed and checked."
+        return "No case competes: none was exact, timed and checked."
     won = Counter(name for name, how in zip(best, verdicts, strict=True) if how == "won")
     parts = [f"{name} {count}" for name, count in won.most_common()]
     others = {"tie": "ties", "open": "open for want of draws", "alone": "without a rival"}

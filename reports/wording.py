@@ -11,7 +11,13 @@ from cpbench.spec import format_size
 
 _AS_LAUNCHED = "as launched"
 _ALL = "all"
-_UNSAID = ("", "none", "unknown", _AS_LAUNCHED)  # not worth a word where they hold throughout
+_UNSAID = (
+    "",
+    "none",
+    "normal",
+    "unknown",
+    _AS_LAUNCHED,
+)  # not worth a word where they hold throughout
 _SHOWN = 5  # runs of seeds that are listed
 
 # What a problem is: column by heading, from a row of the tidy table, and how a sentence says it.
@@ -27,6 +33,7 @@ FACTS: dict[str, tuple[Callable[[Any], object], str]] = {
     "heads": (lambda row: f"{row['num_heads_q']}:{row['num_heads_kv']}", "{} heads"),
     "head_dim": (itemgetter("head_dim"), "head_dim {}"),
     "input seed": (itemgetter("seed"), "input seed {}"),
+    "inputs": (itemgetter("inputs"), "inputs {}"),
     "files": (itemgetter("content"), "files {}"),
     "machine": (itemgetter("machine"), "on {}"),
 }

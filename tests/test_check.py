@@ -12,6 +12,7 @@ import torch
 from cpbench import check, masks
 from cpbench.api import Attention
 from cpbench.check_at_size import sampled
+from cpbench.inputs import Recipe
 from cpbench.layout import build as build_layout
 from cpbench.mask import AttnMask
 from cpbench.problem import Problem
@@ -46,7 +47,7 @@ def _measured(operator: str, mask: AttnMask, **changes: Any) -> Attention:
 
 def _small(operator: str, mask: AttnMask, **changes: Any) -> str | None:
     tiny = check.small_world(_measured(operator, mask, **changes))
-    errors = check.small(_work(operator, tiny), 5, check.Rank("cpu"))
+    errors = check.small(_work(operator, tiny), Recipe(5), check.Rank("cpu"))
     return check.verdict(errors, _problem(**changes).dtype)
 
 
@@ -55,7 +56,7 @@ def _sampled(
 ) -> tuple[str | None, check.Errors]:
     problem = _problem(**changes)
     work = _measured(operator, mask, **changes)
-    inputs = check.inputs_of(work, seed, "cpu")
+    inputs = check.inputs_of(work, Recipe(seed), "cpu")
     found = check.run(work, inputs, None)
     errors = sampled(work, inputs, found, seed, check.Rank("cpu"))
     return check.verdict(errors, problem.dtype), errors

@@ -15,6 +15,7 @@ from cpbench.check import inputs_of
 from cpbench.comm import Comm, Control, Handle, TorchComm
 from cpbench.device import Cpu
 from cpbench.exposure import ROUNDS, SilentComm, measure_exposure
+from cpbench.inputs import Recipe
 from cpbench.layout import build
 from cpbench.problem import Case, Problem
 from cpbench.record import Exposure, Record
@@ -69,7 +70,7 @@ def exposed(
             return method(*given)
 
         setattr(work.op.impl, name, slowly)
-    inputs = inputs_of(work, 0, "cpu")
+    inputs = inputs_of(work, Recipe(), "cpu")
     return measure_exposure(work, inputs, Cpu(1), comm, Control(), MeasureSettings())
 
 
@@ -120,7 +121,7 @@ def silent(rank: int, size: int, strategy: str) -> float:
     """A pass without communication, and how many bytes it sent."""
     comm = SilentComm(rank, size)
     work = attention(strategy, comm)
-    x = {name: value.contiguous() for name, value in inputs_of(work, 0, "cpu").items()}
+    x = {name: value.contiguous() for name, value in inputs_of(work, Recipe(), "cpu").items()}
     _, _, saved = work.forward(x["q"], x["k"], x["v"], comm)
     work.backward(x["dout"], saved, comm)
     assert work.trace is not None

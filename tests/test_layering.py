@@ -42,6 +42,8 @@ LAYERS = (
         "trace",
         "device",
         "inputs",
+        "planted",
+        "captured",
         "operator",
         "strategy",
         "tiling",

@@ -18,6 +18,7 @@ from cpbench import clocks, timeline
 from cpbench.check import inputs_of
 from cpbench.comm import Control
 from cpbench.device import Cpu
+from cpbench.inputs import Recipe
 from cpbench.slices import Rank, Slice, chrome_trace, stragglers, sums
 from cpbench.store import read_run
 
@@ -111,7 +112,7 @@ def watched(rank: int, size: int, strategy: str) -> tuple[list[Rank], list[float
             return method(*given)
 
         setattr(work.op.impl, name, slowly)
-    inputs = inputs_of(work, 0, "cpu")
+    inputs = inputs_of(work, Recipe(), "cpu")
     ranks = timeline.watch(work, inputs, device, comm, control)
     workload = timeline.Workload(work, inputs, comm)
     took = []

@@ -31,7 +31,17 @@ OPERATORS = (
         source="Native Sparse Attention, arXiv 2502.11089",
         load="cpbench.selectors.nsa:Nsa",
         masks=("causal",),
-        params=("block_size", "top_k", "compress", "stride", "window", "gates", "kernel"),
+        params=(
+            "block_size",
+            "top_k",
+            "compress",
+            "stride",
+            "window",
+            "gate_compressed",
+            "gate_chosen",
+            "gate_window",
+            "kernel",
+        ),
         external_lse=False,
         mergeable=False,
         lse_on=(),
@@ -49,7 +59,7 @@ class Nsa(Selecting):
         top_k: blocks of each query.
         compress: keys of a mean; ``stride``: tokens from one to the next, which divides both.
         window: keys that the window holds, the query's own among them.
-        gates: of the compressed, the chosen and the window's attention.
+        gate_compressed, gate_chosen, gate_window: what each attention is multiplied by.
         kernel: see :class:`Selecting`.
     """
 
@@ -63,7 +73,9 @@ class Nsa(Selecting):
         compress: int = 32,
         stride: int = 16,
         window: int = 512,
-        gates: tuple[float, ...] = (THIRD, THIRD, THIRD),
+        gate_compressed: float = THIRD,
+        gate_chosen: float = THIRD,
+        gate_window: float = THIRD,
         kernel: str = "",
     ) -> None:
         super().__init__(kernel)
@@ -75,10 +87,9 @@ class Nsa(Selecting):
                 f"nsa: stride = {stride} must divide block_size = {block_size} and "
                 f"compress = {compress}"
             )
-        if not isinstance(gates, tuple | list) or len(gates) != 3:
-            raise ValueError(f"nsa: gates = {gates!r} must be three numbers, as [0.3,0.4,0.3]")
         self.block_size, self.top_k, self.window = block_size, top_k, window
-        self.pool, self.gates = Pool(compress, stride), tuple(float(x) for x in gates)
+        self.pool = Pool(compress, stride)
+        self.gates = float(gate_compressed), float(gate_chosen), float(gate_window)
 
     def select(self, q: torch.Tensor, k: torch.Tensor, plan: Plan) -> tuple[Branch, ...]:
         n, pool = plan.mask.seq_k, self.pool

@@ -67,6 +67,7 @@ class Details {
     for (const name of ["operator", "mask", "dtype", "direction"]) give(name, data.text(name, row));
     for (const name of ["seq_len", "batch", "num_heads_q", "num_heads_kv", "head_dim"]) give(name.replaceAll("_", "-"), String(data.number(name, row)));
     if (data.number("queries", row)) give("queries", String(data.number("queries", row)));
+    if (data.text("inputs", row) !== "normal") give("inputs", data.text("inputs", row));
     if (data.number("seed", row)) give("seed", String(data.number("seed", row)));
     if (data.number("world_size", row) > 1 || data.text("strategy", row) !== "single") {
       for (const name of ["strategy", "layout"]) give(name, data.text(name, row));
