@@ -58,7 +58,7 @@ def _sampled(
     work = _measured(operator, mask, **changes)
     inputs = check.inputs_of(work, Recipe(seed), "cpu")
     found = check.run(work, inputs, None)
-    errors = sampled(work, inputs, found, seed, check.Rank("cpu"))
+    errors = sampled(work, inputs, found, Recipe(seed), check.Rank("cpu"))
     return check.verdict(errors, problem.dtype), errors
 
 

@@ -16,7 +16,7 @@ SWEEPS: dict[str, tuple[str, list[str]]] = {
     "no table": ("", ["[sweep]", "nothing to run"]),
     "empty sweep": ("[sweep]", ["[sweep]", "nothing to run"]),
     "unknown table": ("[swep]\nmask = 'full'", ["'swep'", "sweep, include, exclude, measure"]),
-    "unknown key": ("[sweep]\nmasks = 'full'", ["'masks'", "mask, batch, seq_len"]),
+    "unknown key": ("[sweep]\nmasks = 'full'", ["'masks'", "mask, inputs, batch, seq_len"]),
     "unknown include key": ("[[include]]\nrank = 1", ["'rank'", "world_size"]),
     "unknown exclude key": ("[sweep]\nseed = 1\n[[exclude]]\nx = 1", ["'x'", "world_size"]),
     "unknown measure key": ("[sweep]\nseed = 1\n[measure]\niters = 3", ["'iters'", "warmup"]),

@@ -262,7 +262,7 @@ def test_nothing_timed(form: str) -> None:
     checked = shown(record("a"), form=form)
     assert (
         form not in ("table", "md")
-        or "No case competes: none was both timed and checked." in checked
+        or "No case competes: none was exact, timed and checked." in checked
     )
 
 

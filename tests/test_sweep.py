@@ -159,6 +159,7 @@ def test_every_key_is_in_the_id() -> None:
         "strategy": "ring",
         "layout": "zigzag",
         "mask": "full",
+        "inputs": "sinks",
         "batch": 2,
         "seq_len": 64,
         "queries": 1,
