@@ -1,0 +1,113 @@
+"""``pytest tests/microbench --benchmark-only``: operators through cpbench's own timer.
+
+Saved runs, ``--benchmark-compare`` and ``--benchmark-compare-fail=median:5%`` are those of
+pytest-benchmark.  Without ``--benchmark-only`` nothing here is collected: the tests of cpbench do not time.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from cpbench import registry, sweep
+from cpbench.comm import Control, TorchComm
+from cpbench.device import open_device
+from cpbench.environment import usable_cores
+from cpbench.evaluate import Evaluation
+from cpbench.operator import declared_refusal
+from cpbench.problem import Case
+from cpbench.spec import format_size
+
+HERE = Path(__file__).parent
+MASKS = ["causal", "sliding_window_causal:window=256", "causal_document:corpus=pile"]
+CHOSEN = pytest.StashKey[sweep.Sweep]()
+SETTINGS = {"max_seconds": 3.0}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--sweep",
+        metavar="SWEEP",
+        help="What to time: a sweep of cpbench, a file or packaged, of one rank.  Without it all "
+        "operators that run here, on a few masks.",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("benchmark_only", default=False):
+        config.stash[CHOSEN] = _chosen(config.getoption("--sweep", default=None))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("benchmark_only", default=False):
+        return
+    ours = [item for item in items if HERE in item.path.parents]
+    config.hook.pytest_deselected(items=ours)
+    items[:] = [item for item in items if HERE not in item.path.parents]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" not in metafunc.fixturenames:
+        return
+    found = metafunc.config.stash.get(CHOSEN, None)
+    cases = found.cases if found else ()
+    metafunc.parametrize("case", cases, ids=[name_of(case) for case in cases])
+
+
+def _chosen(name: str | None) -> sweep.Sweep:
+    try:
+        found = sweep.load(name) if name else _everything()
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
+    if any(case.world_size > 1 for case in found.cases):
+        raise pytest.UsageError(f"{name}: only cases of one rank can be timed here")
+    return found
+
+
+def _everything() -> sweep.Sweep:
+    device = _device()
+    case = Case(dtype="bfloat16" if device == "cuda" else "float32")
+    names = [
+        info.name
+        for info in registry.operators().values()
+        if declared_refusal(info, case.problem, device) is None
+        and {"causal", "full"} & set(info.masks)
+        and info.name != "reference"
+    ]
+    table = {
+        "operator": sorted(names), "mask": MASKS, "seq_len": "2k", "dtype": case.dtype,
+    }  # fmt: skip
+    return sweep.expand({"sweep": table, "measure": SETTINGS}, "operators")
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def name_of(case: Case) -> str:
+    """What pytest-benchmark knows a case by from run to run."""
+    heads = f"{case.num_heads_q}:{case.num_heads_kv}x{case.head_dim}"
+    parts = [case.operator, case.mask, format_size(case.seq_len), heads, case.dtype, case.direction]
+    if case.queries:
+        parts.append(f"last{case.queries}")
+    return "-".join(map(str, [*parts, case.inputs]))
+
+
+@pytest.fixture(scope="session")
+def evaluation(request: pytest.FixtureRequest) -> Iterator[Evaluation]:
+    """Evaluates cases in this process, as a worker of one rank would."""
+    settings = request.config.stash[CHOSEN].settings
+    name = _device()
+    device = open_device(name, 0, settings.threads or usable_cores(), settings.clock)
+    store, hook = dist.HashStore(), sys.excepthook
+    dist.init_process_group(device.backend, store=store, rank=0, world_size=1)
+    try:
+        yield Evaluation(device, TorchComm(), Control(timeout_s=600.0), settings, 1, lambda _: None)
+    finally:
+        dist.destroy_process_group()
+        sys.excepthook = hook  # torch's prefixes every line of what pytest-benchmark raises

@@ -1,0 +1,39 @@
+"""Every case of a sweep, checked and timed by cpbench, as a benchmark of pytest-benchmark."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any
+
+import pytest
+
+from cpbench.evaluate import Evaluation
+from cpbench.problem import Case
+
+_now_s = 0.0
+
+
+def cpbench_clock() -> float:
+    """Seconds that cpbench has measured so far: what pytest-benchmark takes for time.  So its
+    figures are cpbench's samples: on a flushed cache, warm, by CUDA's events on a GPU."""
+    return _now_s
+
+
+@pytest.mark.benchmark(timer=cpbench_clock)
+def test_operator(case: Case, evaluation: Evaluation, benchmark: Any) -> None:
+    record = evaluation.record(case)
+    if record.status == "unsupported":
+        pytest.skip(record.reason or "")
+    assert record.status == "ok", record.reason
+    samples = chain(record.samples_us)
+
+    def pass_time() -> None:
+        global _now_s
+        _now_s += next(samples) / 1e6
+
+    benchmark.group = f"{case.mask} {case.label.partition(str(case.mask))[2].strip()}"
+    benchmark.extra_info.update(
+        case=case.id, tflops=record.tflops_per_rank, worst_error=record.worst_error,
+        peak_bytes=record.peak_bytes, noise=record.noise, flags=record.flags, **record.quality,
+    )  # fmt: skip
+    benchmark.pedantic(pass_time, rounds=record.iterations, iterations=1)
