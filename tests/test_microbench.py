@@ -82,17 +82,11 @@ def test_a_slower_kernel_fails_the_comparison_with_the_saved_run(bench) -> None:
     slower = bench("--benchmark-compare", "--benchmark-compare-fail=median:2000%")
     assert slower.returncode != 0
     assert "Performance has regressed" in slower.stdout + slower.stderr
-    wrong = [
-        line for line in slower.stderr.splitlines() if "median:2000" in line or "regress" in line
-    ]
-    assert "bands-causal" not in "".join(wrong)
 
 
 def test_a_wrong_kernel_is_no_benchmark(bench) -> None:
     kernel = bench.folder / "mine.py"
-    text = kernel.read_text().replace("return self.inner.forward(q, k, v, plan)",
-                                      "return self.inner.forward(q * 1.01, k, v, plan)")  # fmt: skip
-    kernel.write_text(text)
+    kernel.write_text(kernel.read_text().replace("inner.forward(q,", "inner.forward(q * 1.01,"))
     found = bench("-k", "mine")
     assert found.returncode == 1
     assert "differs from float64" in found.stdout

@@ -1,7 +1,7 @@
 """``pytest tests/microbench --benchmark-only``: operators through cpbench's own timer.
 
 Saved runs, ``--benchmark-compare`` and ``--benchmark-compare-fail=median:5%`` are those of
-pytest-benchmark.  Without ``--benchmark-only`` nothing here is collected: the tests of cpbench do not time.
+pytest-benchmark.  Without ``--benchmark-only`` nothing here runs: the tests of cpbench do not time.
 """
 
 from __future__ import annotations
