@@ -30,9 +30,16 @@ if TYPE_CHECKING:
 
 # The kernel of each kind of branch, where the user names none.
 KERNELS = {
-    "cpu": {"blocks": "bands", "rows": "gathered", "tokens": "gathered", "mask": "bands"},
+    "cpu": {
+        "blocks": "gathered",
+        "lines": "bands",
+        "rows": "gathered",
+        "tokens": "gathered",
+        "mask": "bands",
+    },
     "cuda": {
         "blocks": "triton_block_sparse",
+        "lines": "triton_block_sparse",
         "rows": "gathered",
         "tokens": "gathered",
         "mask": "triton_band",
@@ -267,7 +274,7 @@ class Selecting(ABC):
 
 
 def _takes(info: OperatorInfo, form: str) -> bool:
-    return form in info.masks or (form == "blocks" and "heads" in info.masks)
+    return form in info.masks or (form in ("blocks", "lines") and "heads" in info.masks)
 
 
 def _plain(branch: Branch) -> bool:

@@ -108,7 +108,10 @@ class Blocks:
 
     @property
     def kind(self) -> str:
-        """``"rows"`` where each query has blocks of its own, else ``"blocks"``."""
+        """``"lines"`` with columns, ``"rows"`` where each query has blocks of its own, else
+        ``"blocks"``."""
+        if self.columns is not None:
+            return "lines"
         return "rows" if self.grid.block_q == 1 else "blocks"
 
     @property
@@ -178,7 +181,7 @@ class Blocks:
         """The same on the host, a mask for each head of each batch: ``B * H`` heads."""
         kept = self.kept.flatten(0, 1).cpu().numpy()
         lines = None if self.columns is None else self.columns.flatten(0, 1).cpu().numpy()
-        cells = _cells(self.grid.mask, self.grid.block_q, self.grid.block_k)
+        cells = cells_of(self.grid.mask, self.grid.block_q, self.grid.block_k)
         return HeadMasks(
             tuple(
                 _within(self.grid, cells, kept[i], None if lines is None else lines[i])
@@ -244,7 +247,7 @@ class Tokens:
 
 
 Selection = Blocks | Tokens
-SELECTIONS = ("blocks", "rows", "tokens")  # kinds of selections
+SELECTIONS = ("blocks", "lines", "rows", "tokens")  # kinds of selections
 
 
 @functools.lru_cache(maxsize=16)
@@ -260,7 +263,7 @@ def _visible(mask: AttnMask, begin: int, end: int, device: torch.device) -> torc
 
 
 @functools.lru_cache(maxsize=16)
-def _cells(mask: AttnMask, block_q: int, block_k: int) -> tuple[IntArray, IntArray]:
+def cells_of(mask: AttnMask, block_q: int, block_k: int) -> tuple[IntArray, IntArray]:
     """A mask cut along both axes of a grid: slices, and the cell ``x * Y + y`` of each, sorted."""
     edges = [
         np.column_stack([np.arange(0, n, block), np.full(-(-n // block), block)])

@@ -1,9 +1,9 @@
 """Operator `gathered`: every query attends to keys of its own, in plain torch on any device.
 
-It computes what selectors choose query by query.  Where queries choose blocks of keys it goes block
-by block and gathers the queries that chose it, as a running softmax of two matrix products (the
-way of MoBA, arXiv 2502.13189, without its sorting into variable-length calls).  Where queries list
-single keys it gathers those, some queries at a time.
+It computes what selectors choose.  Where each query chooses blocks of keys it goes block by block
+and gathers the queries that chose it, as a running softmax of two matrix products (the way of MoBA,
+arXiv 2502.13189, without its sorting into variable-length calls).  Where queries list single keys
+it gathers those, some queries at a time.  Blocks of queries are in ``gathered_blocks``.
 
 Legend: B batch, S queries, T keys, H query heads, G key/value heads, R query heads of each, D head
 dim; N = R * S rows of a key/value head; Y blocks of w keys; n rows at work, or keys listed.
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cpbench.kernels import gathered_blocks
 from cpbench.registry import OperatorInfo
 from cpbench.selection import Blocks, Grid, Selection, Tokens
 
@@ -30,11 +31,11 @@ if TYPE_CHECKING:
 OPERATORS = (
     OperatorInfo(
         name="gathered",
-        summary="for selectors: each query sees blocks, or single keys, of its own",
+        summary="for selectors: gathers the blocks or the single keys that were chosen",
         source="MoBA, arXiv 2502.13189, as gathered rows; top-k gather as in DeepSeek sparse "
         "attention",
         load="cpbench.kernels.gathered:Gathered",
-        masks=("rows", "tokens"),
+        masks=("blocks", "rows", "tokens"),
         dtypes=("float64", "float32", "bfloat16", "float16"),
     ),
 )
@@ -66,18 +67,24 @@ class Gathered:
     """The operator; see ``cpbench.operator.Operator`` for shapes."""
 
     def unsupported(self, problem: Problem, mask: object, device: str) -> str | None:
-        return None
+        return None  # whatever a selector chose
 
-    def prepare(self, mask: Selection, problem: Problem, device: str) -> Plan:
+    def prepare(
+        self, mask: Selection, problem: Problem, device: str
+    ) -> Plan | gathered_blocks.Plan:
+        if isinstance(mask, Blocks) and mask.kind == "blocks":
+            return gathered_blocks.plan(mask, problem.softmax_scale)
         if isinstance(mask, Tokens):
             return Plan(problem.softmax_scale, tokens=mask)
         return Plan(problem.softmax_scale, _rows_of(mask, problem.heads_kv), mask.grid)
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan | gathered_blocks.Plan
     ) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
 
+        if isinstance(plan, gathered_blocks.Plan):
+            return gathered_blocks.forward(q, k, v, plan)
         work = torch.promote_types(q.dtype, torch.float32)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
@@ -100,10 +107,12 @@ class Gathered:
         v: torch.Tensor,
         out: torch.Tensor,
         lse: torch.Tensor,
-        plan: Plan,
+        plan: Plan | gathered_blocks.Plan,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         import torch
 
+        if isinstance(plan, gathered_blocks.Plan):
+            return gathered_blocks.backward(dout, q, k, v, out, lse, plan)
         work = torch.promote_types(q.dtype, torch.float32)
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         for b, g, heads in _groups(q, k):

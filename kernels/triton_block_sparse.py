@@ -24,11 +24,14 @@ from cpbench.kernels.triton_plan import visits
 from cpbench.launch import Launch
 from cpbench.mask import AttnMask
 from cpbench.registry import OperatorInfo
+from cpbench.selection import Blocks
 
 if TYPE_CHECKING:
     import torch
 
     from cpbench.problem import Problem
+
+LEAST_BLOCK = 16
 
 OPERATORS = (
     OperatorInfo(
@@ -36,7 +39,7 @@ OPERATORS = (
         summary="a mask for each head in Triton; selections may stay on the device; deterministic",
         source="FlashAttention-2, arXiv 2307.08691, over tile lists as in FlexAttention",
         load="cpbench.kernels.triton_block_sparse:TritonBlockSparse",
-        masks=("heads",),
+        masks=("heads", "blocks"),
         requires=("torch", "triton"),
         interpreted_on=("cpu",),
         params=("block_q", "block_k", "num_warps", "num_stages", "descriptors"),
@@ -59,11 +62,17 @@ class TritonBlockSparse:
         launch = {"num_warps": num_warps, "num_stages": num_stages, "descriptors": descriptors}
         self._tuning = Tuning("triton_block_sparse", True, block_q, block_k, **launch)
 
-    def unsupported(self, problem: Problem, mask: HeadMasks, device: str) -> str | None:
+    def unsupported(self, problem: Problem, mask: object, device: str) -> str | None:
         return self._tuning.refusal(problem, device)
 
-    def prepare(self, mask: HeadMasks, problem: Problem, device: str) -> Plan:
-        return self.prepare_with(mask, problem, device, self._tuning.configs(problem, device))
+    def prepare(self, mask: HeadMasks | Blocks, problem: Problem, device: str) -> Plan:
+        configs = self._tuning.configs(problem, device)
+        if isinstance(mask, HeadMasks):
+            return self.prepare_with(mask, problem, device, configs)
+        block = mask.grid.block_k
+        if mask.grid.block_q == block and block >= LEAST_BLOCK and not block & (block - 1):
+            return plan_blocks(mask.kept, problem, block, configs, mask.grid.mask)
+        return triton_launch.plan(mask.to_heads().masks, problem, device, configs)
 
     def prepare_with(
         self, mask: HeadMasks, problem: Problem, device: str, configs: dict[str, Config]
@@ -134,8 +143,8 @@ def plan_blocks(
     """
     import torch
 
-    if block_size < 16 or block_size & (block_size - 1):
-        raise ValueError(f"block_size = {block_size} must be a power of two from 16 on")
+    if block_size < LEAST_BLOCK or block_size & (block_size - 1):
+        raise ValueError(f"block_size = {block_size} must be a power of two from {LEAST_BLOCK} on")
     rows, cols = -(-problem.seq_q // block_size), -(-problem.seq_k // block_size)
     shape = (problem.batch, problem.heads_q, rows, cols)
     if kept.shape != shape or kept.dtype != torch.bool:

@@ -347,7 +347,9 @@ def test_what_is_computed_is_what_was_chosen(spec: str, mask: str, dtype: torch.
         assert naive.error(got, value) < limit, name
 
 
-@pytest.mark.parametrize("kernel", ["reference", "sdpa.cpu_flash", "bands"])
+@pytest.mark.parametrize(
+    "kernel", ["reference", "sdpa.cpu_flash", "bands", "gathered", "triton_block_sparse"]
+)
 def test_any_kernel_that_takes_blocks_computes_them(kernel: str) -> None:
     inputs = _inputs()
     spec = f"oracle:block_size=16,keep=0.3,kernel={kernel}"

@@ -119,6 +119,7 @@ class VerticalSlash(Selecting):
         at_least(self.name, 1, vertical=vertical, slash=slash, block_size=block_size)
         self.vertical, self.slash, self.block_size = vertical, slash, block_size
         self.whole_blocks = whole_blocks
+        self.forms = ("blocks" if whole_blocks else "lines",)
 
     def select(self, q: torch.Tensor, k: torch.Tensor, plan: Plan) -> tuple[Branch, ...]:
         import torch
