@@ -55,6 +55,7 @@ class OperatorInfo:
         interpreted_on: device types on which it runs only under Triton's interpreter.
         compiles: ``"module:attribute"`` of a function that tells what it launches (see
             ``cpbench.aot.launches``), for kernels that compile ahead of time.
+        variants: parameters that verification tries beside the defaults, as ``"key=value,…"``.
         selects: whether it chooses, from queries and keys, a part of what the mask lets be seen:
             its result is an approximation of attention (see ``cpbench.selecting``).
         looks_ahead: where it selects under a causal mask, which later tokens may change a choice:
@@ -78,6 +79,7 @@ class OperatorInfo:
     params: tuple[str, ...] = ()
     interpreted_on: tuple[str, ...] = ()
     compiles: str = ""
+    variants: tuple[str, ...] = ()
     selects: bool = False
     looks_ahead: str = ""
 

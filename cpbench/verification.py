@@ -74,7 +74,7 @@ def request(
         ValueError: for a name that is not registered, or a value that is not allowed.
     """
     settings = MeasureSettings(time=False, memory=False, timeout_s=timeout_s)
-    chosen = sweep.split_list(operators) if operators else sorted(registry.operators())
+    chosen = sweep.split_list(operators) if operators else _all_operators()
     ours = sorted(name for name, info in registry.strategies().items() if info.traced)
     spread = sweep.split_list(strategies) if strategies else ours  # libraries when named
     shapes: dict[str, Any] = {
@@ -123,6 +123,14 @@ def request(
         device=device,
         settings=settings,
     )
+
+
+def _all_operators() -> list[str]:
+    """Every registered operator, and its variants."""
+    found = []
+    for name, info in sorted(registry.operators().items()):
+        found += [name, *(f"{name}:{text}" for text in info.variants)]
+    return found
 
 
 def _spread(spec: Spec, base: dict[str, Any], sizes: list[str], some: bool) -> list[dict[str, Any]]:

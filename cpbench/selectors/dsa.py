@@ -26,6 +26,7 @@ OPERATORS = (
         load="cpbench.selectors.dsa:Dsa",
         params=("top_k", "index_dim", "kernel"),
         external_lse=False,
+        variants=("top_k=20", "top_k=20,index_dim=8"),
         selects=True,
     ),
 )

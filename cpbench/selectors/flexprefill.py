@@ -27,6 +27,7 @@ OPERATORS = (
         masks=("causal",),
         params=("block_size", "gamma", "tau", "min_budget", "kernel"),
         external_lse=False,
+        variants=("block_size=16,min_budget=32", "block_size=16,min_budget=32,tau=1.0,gamma=0.4"),
         selects=True,
         looks_ahead="sequence",
     ),

@@ -45,6 +45,7 @@ OPERATORS = (
         "AShape",
         masks=("causal",),
         params=("num_sinks", "window", "kernel"),
+        variants=("num_sinks=4,window=40",),
     ),
     _info(
         "vertical_slash",
@@ -52,6 +53,10 @@ OPERATORS = (
         "VerticalSlash",
         masks=("causal",),
         params=("vertical", "slash", "block_size", "whole_blocks", "kernel"),
+        variants=(
+            "vertical=40,slash=110,block_size=16",
+            "vertical=40,slash=110,block_size=16,whole_blocks=true",
+        ),
         looks_ahead="sequence",
     ),
     _info(
@@ -59,6 +64,7 @@ OPERATORS = (
         "blocks by the product of their mean query and mean key",
         "BlockSparse",
         params=("block_size", "top_k", "keep", "kernel"),
+        variants=("block_size=16,top_k=4",),
         looks_ahead="block",
     ),
 )

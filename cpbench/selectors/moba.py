@@ -33,6 +33,7 @@ OPERATORS = (
         load="cpbench.selectors.moba:Moba",
         params=("block_size", "top_k", "keep", "kernel"),
         external_lse=False,
+        variants=("block_size=16,top_k=4",),
         selects=True,
     ),
 )

@@ -45,6 +45,7 @@ OPERATORS = (
         external_lse=False,
         mergeable=False,
         lse_on=(),
+        variants=("block_size=16,top_k=4,compress=8,stride=4,window=24",),
         selects=True,
     ),
 )

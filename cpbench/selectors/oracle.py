@@ -24,6 +24,7 @@ OPERATORS = (
         load="cpbench.selectors.oracle:Oracle",
         params=("block_size", "top_k", "keep", "kernel"),
         external_lse=False,
+        variants=("block_size=16,keep=0.3",),
         selects=True,
         looks_ahead="block",
     ),

@@ -24,6 +24,7 @@ OPERATORS = (
         load="cpbench.selectors.quest:Quest",
         params=("block_size", "block_q", "top_k", "keep", "kernel"),
         external_lse=False,
+        variants=("block_size=16,block_q=32,keep=0.3", "block_size=16,block_q=1,keep=0.3"),
         selects=True,
         looks_ahead="block",
     ),

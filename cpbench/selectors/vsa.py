@@ -31,6 +31,7 @@ OPERATORS = (
         external_lse=False,
         mergeable=False,
         lse_on=(),
+        variants=("block_size=16,keep=0.2", "block_size=16,keep=0.2,gate=0.0"),
         selects=True,
         looks_ahead="sequence",
     ),

@@ -26,6 +26,7 @@ OPERATORS = (
         load="cpbench.selectors.xattention:XAttention",
         params=("block_size", "stride", "threshold", "kernel"),
         external_lse=False,
+        variants=("block_size=16,stride=4,threshold=0.6",),
         selects=True,
         looks_ahead="block",
     ),
