@@ -31,6 +31,7 @@ def _operators(device: str) -> list[dict[str, Any]]:
             "backward": [d for d in info.devices if d in info.backward_on] or ["no"],
             "merges": _merges(info, device),
             "repeats": "yes" if info.deterministic else "no",
+            "tried": f"never run; written against {info.unproven}" if info.unproven else "yes",
             "summary": info.summary,
         }
         for _, info in sorted(registry.operators().items())
