@@ -115,9 +115,7 @@ class VsaKernel(Adapter):
         return Lists(
             scale=problem.softmax_scale,
             blind=(seen == 0).repeat_interleave(BLOCK, 2)[..., : problem.seq_q],
-            index=kept.to(torch.uint8)
-            .argsort(dim=-1, descending=True, stable=True)
-            .to(torch.int32),
+            index=first.to(torch.int32),
             count=seen.clamp(min=1),
             sizes=(problem.seq_k - starts).clamp(max=BLOCK).to(torch.int32),
             sm90=self._backend == "sm90" or hopper,
