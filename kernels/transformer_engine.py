@@ -16,7 +16,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from cpbench.library import Adapter, Limits, Packed, capability, flat, packed, unflat
+from cpbench import library
+from cpbench.library import Adapter, Limits, Packed, flat, packed, unflat
 from cpbench.masks.convert_library import to_varlen
 from cpbench.registry import OperatorInfo
 
@@ -51,7 +52,7 @@ class TransformerEngine(Adapter):
     limits = Limits(least=(8, 0), multiple=8, head_dim=256)
 
     def refusal(self, problem: Problem, mask: AttnMask) -> str | None:
-        device = capability()
+        device = library.capability()
         if problem.head_dim > WIDE and device != HOPPER:
             return f"needs head_dim up to {WIDE} except on Hopper, not {problem.head_dim}"
         found = to_varlen(mask)

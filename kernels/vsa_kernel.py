@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cpbench import library
 from cpbench.head_masks import HeadMasks, distinct
-from cpbench.library import LN2, Adapter, Limits, Plan, capability
+from cpbench.library import LN2, Adapter, Limits, Plan
 from cpbench.operator import Unsupported
 from cpbench.registry import OperatorInfo
 from cpbench.selection import Blocks
@@ -97,7 +98,7 @@ class VsaKernel(Adapter):
         if not math.isclose(problem.softmax_scale, problem.head_dim**-0.5):
             return f"needs the scale {problem.head_dim**-0.5:.6g}, not {problem.softmax_scale:.6g}"
         if self._backend == "sm90" and (
-            capability() != HOPPER or problem.head_dim not in SM90_DIMS
+            library.capability() != HOPPER or problem.head_dim not in SM90_DIMS
         ):
             return "backend = sm90 needs compute capability 9.0 and head_dim 64 or 128"
         return None if _whole(mask) else _partial()
@@ -110,7 +111,7 @@ class VsaKernel(Adapter):
         seen = kept.sum(-1, dtype=torch.int32)
         starts = torch.arange(0, problem.seq_k, BLOCK, device=device)
         fits = problem.head_dim in SM90_DIMS
-        hopper = self._backend == "auto" and fits and capability() == HOPPER and _built()
+        hopper = self._backend == "auto" and fits and library.capability() == HOPPER and _built()
         first = kept.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
         return Lists(
             scale=problem.softmax_scale,
