@@ -95,6 +95,12 @@ def test_refusals_of_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "key 0 is hidden from queries in 3 intervals; FlashMask takes two" in reason
     on_device(monkeypatch, (8, 0))
     assert "9.0 or later for documents" in refusal("te.cudnn", "causal_document:doc_lens=[60,4]")
+    on_device(monkeypatch, (9, 0))
+    mask = windowed(-1, 0, ((3, 5), (4, 2)))  # the second document has more queries than keys
+    _, op = loaded("te.cudnn")
+    reason = op.unsupported(problem_of(mask, SHAPES[0], "bfloat16"), mask, "cpu")
+    assert "at least as many keys as queries in every document" in reason
+    on_device(monkeypatch, (8, 0))
     with pytest.raises(ValueError, match="backend = 'tk' is not one of auto, sm90, triton"):
         loaded("vsa.kernel", backend="tk")
     _, op = loaded("vsa.kernel", backend="sm90")

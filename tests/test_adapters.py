@@ -116,6 +116,13 @@ def test_masks_that_show_nothing(name: str) -> None:
     assert all((x == 0).all() for tensor, x in got.items() if tensor != "lse")
 
 
+@pytest.mark.parametrize("name", ["flash_attn.2", "flash_attn.3", "flashinfer.dense"])
+def test_documents_with_more_queries_than_keys(name: str) -> None:
+    mask = windowed(-1, 0, ((9, 4), (5, 8), (6, 1)))
+    assert mask.empty_rows().sum() == 10
+    compare(name, mask, problem_of(mask, SHAPES[0], "float16"))
+
+
 @pytest.mark.parametrize("name", ["magi.ffa", "flashmask", "flashinfer.block_sparse"])
 def test_rows_that_see_nothing(name: str) -> None:
     rows = [(5, 40, 3, 30, -60, 0), (50, 57, 10, 60, -3, 3)]

@@ -309,25 +309,42 @@ def to_bsr(mask: AttnMask, block_q: int, block_k: int) -> Bsr:
 
 
 def _packed(mask: AttnMask, grid: TileGrid) -> npt.NDArray[np.uint8]:
-    """The bits of the visited tiles, some tiles at a time."""
+    """The bits of the visited tiles; of whole bytes, only those that are not full are expanded."""
+    size = grid.block_q * grid.block_k
+    some = np.arange(len(grid))
+    if size % 8 == 0:
+        some = np.flatnonzero(grid.areas != size)
+    bits = _bits(mask, grid, some)
+    if size % 8 or len(some) == len(grid):
+        return bits
+    found = np.full((len(grid), size // 8), 255, dtype=np.uint8)
+    found[some] = bits.reshape(len(some), -1)
+    return found.ravel()
+
+
+def _bits(mask: AttnMask, grid: TileGrid, some: IntArray) -> npt.NDArray[np.uint8]:
+    """The bits of some of the visited tiles, a number of them at a time."""
     block_q, block_k = grid.block_q, grid.block_k
     starts_q = np.arange(0, mask.seq_q, block_q)
     starts_k = np.arange(0, mask.seq_k, block_k)
     cut, _, row = cut_axis(mask.slices, _ranges(starts_q, block_q), axis=0)
     cut, source, col = cut_axis(cut, _ranges(starts_k, block_k), axis=1)
     row = row[source]
+    place = np.full(len(grid), -1)
+    place[some] = np.arange(len(some))
     visited = grid.rows.astype(np.int64) * grid.num_cols + grid.cols
-    tile = np.searchsorted(visited, row * grid.num_cols + col)
+    tile = place[np.searchsorted(visited, row * grid.num_cols + col)]
     order = np.argsort(tile, kind="stable")
+    order = order[tile[order] >= 0]
     tile = tile[order]
     cut = cut[order] - _corner(row[order] * block_q, col[order] * block_k)
     # Eight tiles are whole bytes.
     step = max(_CELLS // (8 * block_q * block_k), 1) * 8
-    found = []
-    for begin in range(0, len(visited), step):
-        end = min(begin + step, len(visited))
-        some = slice(*np.searchsorted(tile, [begin, end]))
-        cells = _cells(cut[some], tile[some] - begin, end - begin, block_q, block_k)
+    found = [np.zeros(0, dtype=np.uint8)]
+    for begin in range(0, len(some), step):
+        end = min(begin + step, len(some))
+        these = slice(*np.searchsorted(tile, [begin, end]))
+        cells = _cells(cut[these], tile[these] - begin, end - begin, block_q, block_k)
         found.append(np.packbits(cells, bitorder="little"))
     return np.concatenate(found)
 
