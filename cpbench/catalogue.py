@@ -26,15 +26,30 @@ def _operators(device: str) -> list[dict[str, Any]]:
             "operator": info.name,
             "here": _here(info, device),
             "masks": _masks_of(info),
-            "dtypes": list(info.dtypes),
-            "dim": f"<= {info.max_head_dim}",
+            "dtypes": _dtypes_of(info),
+            "dim": info.max_head_dim,
             "backward": [d for d in info.devices if d in info.backward_on] or ["no"],
             "merges": _merges(info, device),
             "repeats": "yes" if info.deterministic else "no",
-            "summary": info.summary,
+            "summary": _summary(info),
         }
         for _, info in sorted(registry.operators().items())
     ]
+
+
+def _summary(info: registry.OperatorInfo) -> str:
+    """With what was never run, and how to get what is not there."""
+    told = [f"never run; written against {info.unproven}"] if info.unproven else []
+    if info.install and registry.missing_package(info):
+        told.append(info.install)
+    return f"{info.summary} ({'; '.join(told)})" if told else info.summary
+
+
+def _dtypes_of(info: registry.OperatorInfo) -> list[str]:
+    kinds = set(info.dtypes)
+    if kinds >= set(DTYPES):
+        return ["any", "f64"] if "float64" in kinds else ["any"]
+    return ["half"] if kinds == {"bfloat16", "float16"} else list(info.dtypes)
 
 
 def _masks_of(info: registry.OperatorInfo) -> list[str]:
@@ -45,7 +60,9 @@ def _masks_of(info: registry.OperatorInfo) -> list[str]:
 
 
 def _here(info: registry.OperatorInfo, device: str) -> str:
-    """``yes``, ``forward only``, or why not."""
+    """``yes``, ``forward only`` (``never run``, where it never was), or why not."""
+    if device in info.devices and (missing := registry.missing_package(info)):
+        return f"no: needs {missing}"
     for direction, answer in (("fwd_bwd", "yes"), ("fwd", "forward only")):
         dtype = next((name for name in DTYPES if name in info.dtypes), info.dtypes[0])
         problem = Problem(
@@ -60,7 +77,7 @@ def _here(info: registry.OperatorInfo, device: str) -> str:
         )
         reason = declared_refusal(info, problem, device)
         if reason is None:
-            return answer
+            return f"{answer}, never run" if info.unproven else answer
     return f"no: {(reason or '').removeprefix(f'{info.name} ')}"
 
 

@@ -82,7 +82,8 @@ def declared_refusal(info: OperatorInfo, problem: Problem, device: str) -> str |
         )
     missing = missing_package(info)
     if missing is not None:
-        return f"{info.name} needs the Python package {missing}, which is not installed"
+        how = f": {info.install}" if info.install else ""
+        return f"{info.name} needs the Python package {missing}, which is not installed{how}"
     if problem.dtype not in info.dtypes:
         return f"{info.name} takes {', '.join(info.dtypes)}, not {problem.dtype}"
     if problem.head_dim > info.max_head_dim:

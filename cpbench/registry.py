@@ -60,6 +60,9 @@ class OperatorInfo:
             its result is an approximation of attention (see ``cpbench.selecting``).
         looks_ahead: where it selects under a causal mask, which later tokens may change a choice:
             none (``""``), those of the query's ``"block"`` or of the whole ``"sequence"``.
+        install: how to get what it requires, as a command where there is one.
+        unproven: for an adapter that has never run on the library that it calls, the version of the
+            library whose source it was written against.
     """
 
     name: str
@@ -82,6 +85,8 @@ class OperatorInfo:
     variants: tuple[str, ...] = ()
     selects: bool = False
     looks_ahead: str = ""
+    install: str = ""
+    unproven: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,13 @@
+# repository: github.com/Dao-AILab/flash-attention
+# path: flash_attn/flash_attn_interface.py
+# commit: a8aa52b1ab3e9ca574c8a33b3f35afc017ffa2e2  (tag v2.8.3.post1, 2026-06-10; __version__ "2.8.3.post1")
+# Extracted mechanically with ast from the source text.
+# Trimmed to what is called.
+
+def _flash_attn_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float, softmax_scale: float, causal: bool, window_size_left: int, window_size_right: int, softcap: float, alibi_slopes: Optional[torch.Tensor], return_softmax: bool) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]: ...
+
+def _flash_attn_varlen_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, max_seqlen_q: int, max_seqlen_k: int, dropout_p: float, softmax_scale: float, causal: bool, window_size_left: int=-1, window_size_right: int=-1, softcap: float=0.0, alibi_slopes: Optional[torch.Tensor]=None, return_softmax: bool=False, block_table: Optional[torch.Tensor]=None, leftpad_k: Optional[torch.Tensor]=None, seqused_k: Optional[torch.Tensor]=None, zero_tensors: bool=False) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]: ...
+
+def _flash_attn_backward(dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, softmax_lse: torch.Tensor, dq: Optional[torch.Tensor], dk: Optional[torch.Tensor], dv: Optional[torch.Tensor], dropout_p: float, softmax_scale: float, causal: bool, window_size_left: int, window_size_right: int, softcap: float, alibi_slopes: Optional[torch.Tensor], deterministic: bool, rng_state: Optional[torch.Tensor]=None) -> torch.Tensor: ...
+
+def _flash_attn_varlen_backward(dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, softmax_lse: torch.Tensor, dq: Optional[torch.Tensor], dk: Optional[torch.Tensor], dv: Optional[torch.Tensor], cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, max_seqlen_q: int, max_seqlen_k: int, dropout_p: float, softmax_scale: float, causal: bool, window_size_left: int, window_size_right: int, softcap: float, alibi_slopes: Optional[torch.Tensor], deterministic: bool, rng_state: Optional[torch.Tensor]=None, zero_tensors: bool=False) -> torch.Tensor: ...

@@ -1,0 +1,10 @@
+# repository: github.com/SandAI-org/MagiAttention
+# path: magi_attention/functional/flex_flash_attn.py
+# commit: 2c6413571c2cac6a80d1f85a434c6713fe0f5286  (main, 2026-05-28, v1.1.1-3-g2c641357)
+# Signatures identical at tag v1.1.1 (d7ea8afd44c790b65fab68a04a6a0fdd5adbf182, 2026-05-21).
+# Extracted mechanically with ast from the source text.
+# Trimmed to what is called.
+
+def flex_flash_attn_func(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_ranges: torch.Tensor | None=None, k_ranges: torch.Tensor | None=None, attn_type_map: torch.Tensor | None=None, *, index_attn_indices: torch.Tensor | None=None, q_block_size: int=1, k_block_size: int=1, sink: torch.Tensor | None=None, sink_layout: AttnSinkLayout='sh', softmax_scale: float | None=None, softcap: float=0.0, deterministic: bool=False, sm_margin: int=0, disable_fwd_atomic_reduction: bool=False, disable_bwd_dkv_atomic_reduction: bool=False, ref_block_size: tuple[int, int] | None=None, max_seqlen_q: int | None=None, auto_range_merge: bool=False, swap_ab: bool=False, pack_gqa: bool=False, cat_gqa: bool=False, sparse_load: bool=False, index_attn: bool=False, swap_bwd_qk_loop: bool=False, return_max_logits: bool=False) -> tuple[torch.Tensor, AttnForwardMeta]: ...
+
+def _flex_flash_attn_backward(dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None, sink_layout: AttnSinkLayout, out: torch.Tensor, lse: torch.Tensor, dq: torch.Tensor | None, dk: torch.Tensor | None, dv: torch.Tensor | None, dsink: torch.Tensor | None, q_ranges: torch.Tensor, k_ranges: torch.Tensor, attn_type_map: torch.Tensor | None, softmax_scale: float, softcap: float, dq_type: torch.dtype | None, dk_type: torch.dtype | None, dv_type: torch.dtype | None, disable_bwd_dkv_atomic_reduction: bool, deterministic: bool, sm_margin: int, auto_range_merge: bool=False, merge_k_ranges: torch.Tensor | None=None, bwd_kq_map: torch.Tensor | None=None, bwd_unique_count: torch.Tensor | None=None, swap_bwd_qk_loop: bool=False, pack_gqa: bool=False, cat_gqa: bool=False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]: ...
