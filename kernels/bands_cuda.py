@@ -2,7 +2,7 @@
 
 ``aten._flash_attention_forward`` takes windows that are aligned at the bottom right: query i of n
 sees keys j of m with ``-left <= j - i - (m - n) <= right``.  A canonical slice is a tight rectangle
-with tight offsets, so its window is never negative, and every row of it sees something.  Written
+with tight offsets, so a bound that hides something is never negative.  Written
 against the operator's schema in torch 2.13; not yet run on a GPU.
 
 Legend: B batch, S queries, H query heads, D head dim; n queries and m keys of a slice.
@@ -10,15 +10,21 @@ Legend: B batch, S queries, H query heads, D head dim; n queries and m keys of a
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
-from cpbench.mask import AttnMask
+import numpy as np
+
+from cpbench.mask import Q0, Q1, AttnMask, canonical
 from cpbench.merge import merge
 
 if TYPE_CHECKING:
     import torch
 
     from cpbench.problem import Problem
+
+
+NONE = -1  # a bound that hides nothing
 
 
 class Call(NamedTuple):
@@ -44,12 +50,28 @@ def unsupported(problem: Problem) -> str | None:
 
 
 def calls(mask: AttnMask) -> tuple[Call, ...]:
-    """One call a slice."""
+    """One call a slice, or up to three of a slice with more queries than keys.
+
+    The kernel takes a bound of as many tokens as there are keys for none, and none ahead, beside
+    one behind, for that many: with more queries than keys that hides or shows too much.  Where such
+    a slice has queries that a bound cuts, fewer than there are keys, they get calls of their own.
+    """
+    slices = mask.simplify().slices
+    q0, q1, k0, k1, lo, hi = slices.T
+    lost = np.where(hi < k1 - 1 - q0, hi + q1 - k1, q1 - q0 - 1) >= k1 - k0  # the bound ahead
+    # The first queries that see the last key, and the first that do not see the first one.
+    cuts = np.clip([k1 - 1 - hi, k0 - lo + 1], q0, q1)
+    edges = np.stack([q0, *np.where(lost, cuts, [q0, q1]), q1])
+    parts = []
+    for begin, end in pairwise(edges):
+        part = slices.copy()
+        part[:, Q0], part[:, Q1] = begin, end
+        parts.append(part)
     found = []
-    for q0, q1, k0, k1, lo, hi in mask.simplify().slices.tolist():
-        # In the slice's own coordinates offsets shift by q0 - k0; the window counts from m - n.
-        shift = (k1 - k0) - (q1 - q0) - (q0 - k0)
-        found.append(Call(q0, q1, k0, k1, shift - lo, hi - shift))
+    for q0, q1, k0, k1, lo, hi in canonical(np.concatenate(parts)).tolist():
+        left = k1 - q1 - lo if lo > k0 - q1 + 1 else NONE
+        right = hi - (k1 - q1) if hi < k1 - 1 - q0 else NONE
+        found.append(Call(q0, q1, k0, k1, left, right))
     return tuple(found)
 
 

@@ -336,8 +336,14 @@ def test_declaration_needs_no_torch() -> None:
 
 
 def _window(q: torch.Tensor, k: torch.Tensor, left: int, right: int) -> AttnMask:
-    """FlashAttention's window: bottom-right aligned, and negative means unlimited."""
+    """FlashAttention's window: bottom-right aligned; what mha_fwd and set_params_fprop of
+    flash-attn 2.8.3 make of its bounds."""
     n, m = q.shape[1], k.shape[1]
+    left, right = (-1 if bound >= m else bound for bound in (left, right))
+    if left < 0 <= right:
+        left = m
+    if right < 0 <= left:
+        right = m
     lo = m - n - left if left >= 0 else -FAR
     hi = m - n + right if right >= 0 else FAR
     return AttnMask.from_slices(n, m, [(0, n, 0, m, lo, hi)])
@@ -370,10 +376,22 @@ def test_cuda_calls(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v, dout = tensors = inputs(problem)
     operator = Bands()
     plan = operator.prepare(mask, problem, "cuda")
-    assert all(call.left >= 0 and call.right >= 0 for call in plan.calls)
-    assert len(plan.calls) == len(bands_cuda.calls(mask)) <= len(mask.slices)
+    assert all(call.left >= -1 and call.right >= -1 for call in plan.calls)
+    assert len(plan.calls) == len(bands_cuda.calls(mask)) <= 3 * len(mask.slices)
     out, lse = operator.forward(q, k, v, plan)
     check(problem, mask, tensors, (out, lse, *operator.backward(dout, q, k, v, out, lse, plan)))
+
+
+@pytest.mark.parametrize("seq_q", [9, 40, 200])
+@pytest.mark.parametrize("hi", [-30, 0, 17, FAR])
+@pytest.mark.parametrize("lo", [-FAR, -50, -120])
+def test_windows_of_slices_with_more_queries_than_keys(seq_q: int, hi: int, lo: int) -> None:
+    mask = AttnMask.from_slices(seq_q, 30, [(0, seq_q, 0, 30, lo, hi)])
+    found = np.zeros((seq_q, 30), dtype=int)
+    for q0, q1, k0, k1, left, right in bands_cuda.calls(mask):
+        q, k = (torch.empty(1, n, 1, 1) for n in (q1 - q0, k1 - k0))
+        found[q0:q1, k0:k1] += _window(q, k, left, right).to_dense()
+    assert np.array_equal(found, mask.to_dense())
 
 
 def test_cuda_arguments_fit_the_schema() -> None:
