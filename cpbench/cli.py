@@ -129,11 +129,12 @@ def list_(
     device: OnDevice = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what there is: operators, strategies, masks, sweeps."""
-    from cpbench import catalogue
+    """Show what there is: operators, strategies, masks, sweeps, support."""
+    from cpbench import catalogue, support
 
     with user_input():
-        rows = catalogue.rows(kind.value, device_name(device))
+        here = device_name(device)
+        rows = support.rows(here) if kind is Kind.support else catalogue.rows(kind.value, here)
     print_rows(rows, as_json)
 
 

@@ -107,14 +107,26 @@ class Adapter(ABC):
     def unsupported(self, problem: Problem, mask: Any, device: str) -> str | None:
         reason = self.limits.refusal(problem)
         if reason is None:
-            try:
-                reason = self.refusal(problem, mask) if mask.area else None
-            except Unconvertible as error:
-                return f"{self.name} does not take this mask: {error}"
+            found = self.mask_refusal(problem, mask)
+            if found is not None:
+                return found
+            reason = self.device_refusal(problem, mask) if mask.area else None
         return f"{self.name} {reason}" if reason else None
 
+    def mask_refusal(self, problem: Problem, mask: Any) -> str | None:
+        """Why the library's form cannot say this, on whatever device; None if it can."""
+        try:
+            reason = self.refusal(problem, mask) if mask.area else None
+        except Unconvertible as error:
+            return f"{self.name} does not take this mask: {error}"
+        return f"{self.name} {reason}" if reason else None
+
+    def device_refusal(self, problem: Problem, mask: Any) -> str | None:
+        """What this device has against a mask that the library's form can say."""
+        return None
+
     def refusal(self, problem: Problem, mask: Any) -> str | None:
-        """What else stands in the way, to follow the operator's name.
+        """What the library's form cannot say, whatever the device, to follow the operator's name.
 
         Raises:
             Unconvertible: for a mask that the library's form cannot say.

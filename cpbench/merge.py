@@ -20,6 +20,7 @@ from cpbench.spec import Spec
 if TYPE_CHECKING:
     import torch
 
+    from cpbench.mask import AttnMask
     from cpbench.world import Part, Piece
 
 
@@ -173,6 +174,16 @@ def padded(part: torch.Tensor, like: torch.Tensor, start: int, end: int) -> torc
     return whole
 
 
+def native_part(mask: AttnMask) -> tuple[tuple[int, int, int, int] | None, AttnMask]:
+    """The rectangle that holds all that is visible and its mask, where that is full or causal,
+    which operators compute natively; else None and the mask itself."""
+    if mask.kind == "bands":
+        inner = mask.crop(*mask.hull)
+        if inner.kind in ("full", "causal"):
+            return mask.hull, inner
+    return None, mask
+
+
 class BoundOperator:
     """An operator loaded with its parameters for one device, as strategies receive it.
 
@@ -207,10 +218,8 @@ class BoundOperator:
         mask: Any = part.mask  # of a kind that the operator's declaration names
         problem, crop = part.problem, None
         if mask.kind == "bands" and not self.info.selects:
-            inner = mask.crop(*mask.hull)
-            if inner.kind in ("full", "causal"):
-                crop, mask = mask.hull, inner
-                problem = replace(problem, seq_q=mask.seq_q, seq_k=mask.seq_k)
+            crop, mask = native_part(mask)
+            problem = replace(problem, seq_q=mask.seq_q, seq_k=mask.seq_k)
         if mask.kind not in self.info.masks:
             takes = ", ".join(self.info.masks)
             this = "differs from head to head" if per_head(mask) else f"is {mask.kind}"

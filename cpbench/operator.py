@@ -84,6 +84,13 @@ def declared_refusal(info: OperatorInfo, problem: Problem, device: str) -> str |
     if missing is not None:
         how = f": {info.install}" if info.install else ""
         return f"{info.name} needs the Python package {missing}, which is not installed{how}"
+    return declared_limits(info, problem, device)
+
+
+def declared_limits(info: OperatorInfo, problem: Problem, device: str) -> str | None:
+    """As :func:`declared_refusal`, were all installed that it needs."""
+    if device not in info.devices:
+        return f"{info.name} runs on {' and '.join(info.devices)}, not on {device}"
     if problem.dtype not in info.dtypes:
         return f"{info.name} takes {', '.join(info.dtypes)}, not {problem.dtype}"
     if problem.head_dim > info.max_head_dim:

@@ -20,6 +20,7 @@ class Kind(str, Enum):
     layouts = "layouts"
     masks = "masks"
     sweeps = "sweeps"
+    support = "support"
 
 
 class DeviceName(str, Enum):

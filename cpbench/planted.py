@@ -124,7 +124,8 @@ class Needles:
                 if name == "k":
                     added[at < self.sinks, 0] = sink
                     place = np.searchsorted(starts, at, side="right") - 1
-                    inside = (place >= 0) & (at < starts[place] + self.length)
+                    ends = np.append(starts + self.length, 0)  # of none before the first
+                    inside = at < ends[place]
                     added[inside, 1 + place[inside]] = needle
                 else:
                     added[:, 0] = sink

@@ -19,8 +19,8 @@ import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cpbench.head_masks import HeadMasks
-from cpbench.kernels.flashinfer_partition import Partition, of_heads
+from cpbench.head_masks import HeadMasks, distinct
+from cpbench.kernels.flashinfer_partition import Partition, of_heads, rectangles
 from cpbench.library import (
     LN2,
     Adapter,
@@ -213,10 +213,8 @@ class Variable(_Prefill):
     member = "variable"
 
     def refusal(self, problem: Problem, mask: SlicedMask) -> str | None:
-        if isinstance(mask, AttnMask):  # within which a selector is to choose
-            whole = mask.kind == "full"
-        else:
-            whole = of_heads(mask.masks) is not None
+        within = isinstance(mask, AttnMask)  # within which a selector is to choose
+        whole = mask.kind == "full" if within else rectangles(distinct(mask))
         if not whole:
             return (
                 "computes blocks that are entirely visible, and this mask cuts some of them (a "

@@ -42,6 +42,14 @@ class Partition:
         return torch.stack(each, 1)
 
 
+def rectangles(masks: tuple[AttnMask, ...]) -> bool:
+    """Whether no band cuts a slice."""
+    return not any(
+        (areas(s) != (s[:, Q1] - s[:, Q0]) * (s[:, K1] - s[:, K0])).any()
+        for s in (mask.slices for mask in masks)
+    )
+
+
 def of_heads(masks: tuple[AttnMask, ...]) -> Partition | None:
     """The blocks of masks that are rectangles, or None where a band cuts one.
 
@@ -49,10 +57,8 @@ def of_heads(masks: tuple[AttnMask, ...]) -> Partition | None:
     """
     import torch
 
-    for mask in masks:
-        s = mask.slices
-        if (areas(s) != (s[:, Q1] - s[:, Q0]) * (s[:, K1] - s[:, K0])).any():
-            return None
+    if not rectangles(masks):
+        return None
     edges_q = _equal([_cuts(mask.slices[:, [Q0, Q1]], mask.seq_q) for mask in masks])
     edges_k = _equal([_cuts(mask.slices[:, [K0, K1]], mask.seq_k) for mask in masks])
     kept = np.zeros((len(masks), edges_q.shape[1] - 1, edges_k.shape[1] - 1), dtype=np.bool_)

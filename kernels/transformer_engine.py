@@ -51,13 +51,16 @@ class TransformerEngine(Adapter):
     name = "te.cudnn"
     limits = Limits(least=(8, 0), multiple=8, head_dim=256)
 
-    def refusal(self, problem: Problem, mask: AttnMask) -> str | None:
+    def device_refusal(self, problem: Problem, mask: AttnMask) -> str | None:
         device = library.capability()
         if problem.head_dim > WIDE and device != HOPPER:
             return f"needs head_dim up to {WIDE} except on Hopper, not {problem.head_dim}"
-        found = to_varlen(mask)
-        if found.documents > 1 and (device is None or device < HOPPER):
+        if (device is None or device < HOPPER) and to_varlen(mask).documents > 1:
             return "needs compute capability 9.0 or later for documents"
+        return None
+
+    def refusal(self, problem: Problem, mask: AttnMask) -> str | None:
+        found = to_varlen(mask)
         if found.surplus > 0 and (found.left >= 0 or found.right >= 0 or found.documents > 1):
             return (
                 "needs at least as many keys as queries in every document that is causal or has a "

@@ -97,11 +97,13 @@ class VsaKernel(Adapter):
     def refusal(self, problem: Problem, mask: SlicedMask) -> str | None:
         if not math.isclose(problem.softmax_scale, problem.head_dim**-0.5):
             return f"needs the scale {problem.head_dim**-0.5:.6g}, not {problem.softmax_scale:.6g}"
-        if self._backend == "sm90" and (
-            library.capability() != HOPPER or problem.head_dim not in SM90_DIMS
-        ):
-            return "backend = sm90 needs compute capability 9.0 and head_dim 64 or 128"
         return None if _whole(mask) else _partial()
+
+    def device_refusal(self, problem: Problem, mask: SlicedMask) -> str | None:
+        fits = library.capability() == HOPPER and problem.head_dim in SM90_DIMS
+        if self._backend == "sm90" and not fits:
+            return "backend = sm90 needs compute capability 9.0 and head_dim 64 or 128"
+        return None
 
     def prepare(self, mask: HeadMasks | Blocks, problem: Problem, device: str) -> Lists:
         import torch

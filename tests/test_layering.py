@@ -79,6 +79,7 @@ PARENT = (
     ("sweep", "launchers", "reports", "estimate", "nodecheck"),
     ("runs", "catalogue", "diagnosis", "forecast", "linkcheck", "options", "compilation"),
     ("slurm", "verification"),
+    ("support",),
     ("progress",),
     ("cli_tools", "cli_jobs", "cli_reports"),
     ("cli",),
