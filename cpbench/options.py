@@ -77,6 +77,7 @@ class PlotKind(str, Enum):
     scaling = "scaling"
     heatmap = "heatmap"
     pareto = "pareto"
+    quality = "quality"
     roofline = "roofline"
     timeline = "timeline"
 

@@ -58,7 +58,7 @@ def throughput(table: pd.DataFrame, sheet: Sheet) -> None:
         rate_low=rate * table["time_ms"] / table["high_ms"],
         rate_high=rate * table["time_ms"] / table["low_ms"],
     )
-    masks = _masks(table)
+    masks = by_mask(table)
     panels = sheet.panels(Group(list(masks), "tokens", f"{unit} of a rank"))
     top = 0.0
     for axes, rows in zip(panels, masks.values(), strict=True):
@@ -73,7 +73,7 @@ def memory(table: pd.DataFrame, sheet: Sheet) -> None:
     or on the largest peak where no limit is known."""
     fine = (table["status"] == "ok") & (table["peak_mb"] > 0)
     table = table[fine | (table["status"] == "oom")]
-    masks = _masks(table)
+    masks = by_mask(table)
     panels = sheet.panels(Group(list(masks), "tokens", "peak MB of a rank"))
     known = table.loc[fine, "peak_mb"].tolist()
     limits = table["limit_mb"].dropna().tolist()
@@ -165,35 +165,6 @@ def heatmap(table: pd.DataFrame, sheet: Sheet) -> None:
             sheet.key(text, Patch(facecolor="white", edgecolor=DIM, hatch=hatch, linewidth=0.5))
 
 
-def pareto(table: pd.DataFrame, sheet: Sheet) -> None:
-    """Time against memory at the longest length that the most methods completed; on the line
-    nothing is both faster and smaller."""
-    from matplotlib.lines import Line2D
-
-    both = table[(table["status"] == "ok") & table[["time_ms", "peak_mb"]].notna().all(axis=1)]
-    kept = both.drop_duplicates(["mask_family", "method", "seq_len"])["seq_len"].tolist()
-    length = max(set(kept), key=lambda n: (kept.count(n), n))
-    masks = _masks(both[both["seq_len"] == length])
-    labels = f"ms at {format_size(length)} tokens", "peak MB of a rank"
-    panels = sheet.panels(Group(list(masks), *labels), share=False)
-    for axes, rows in zip(panels, masks.values(), strict=True):
-        middles = rows.groupby("method")[["time_ms", "peak_mb"]].median()
-        front: list[tuple[float, float]] = []
-        for ms, mb in sorted(zip(middles["time_ms"], middles["peak_mb"], strict=True)):
-            if not front or mb < front[-1][1]:
-                front.append((ms, mb))
-        right, top = middles["time_ms"].max() * 1.12, middles["peak_mb"].max() * 1.12
-        ends = [(front[0][0], top), *front, (right, front[-1][1])]
-        axes.plot([ms for ms, _ in ends], [mb for _, mb in ends], drawstyle="steps-post", color=DIM,
-                  linestyle=":", linewidth=1)  # fmt: skip
-        for name, ms, mb in middles.itertuples():
-            dots(sheet, axes, str(name), [ms], [mb])
-        axes.set_xlim(0, right)
-        axes.set_ylim(0, top)
-        axes.locator_params(nbins=5)
-    sheet.key("front", Line2D([], [], color=DIM, linestyle=":", linewidth=1))
-
-
 def roofline(table: pd.DataFrame, sheet: Sheet) -> None:
     """Rate by intensity (medians over draws), below the peaks of matrix products and copies."""
     columns = ["tflops_per_rank", "intensity", "gemm_tflops", "copy_gb_s"]
@@ -204,7 +175,7 @@ def roofline(table: pd.DataFrame, sheet: Sheet) -> None:
     xs, ys = rows["intensity"], rows["tflops_per_rank"] * scale
     left = min(*xs, peak / slope) / 2
     right = max(*xs, peak / slope) * 2
-    masks = _masks(rows)
+    masks = by_mask(rows)
     labels = "FLOPs for each byte\nof inputs and results", f"{unit} of a rank"
     panels = sheet.panels(Group(list(masks), *labels), height=2.2)
     panels[0].set_xscale("log")
@@ -286,7 +257,7 @@ def _unit(rates: Sequence[float] | pd.Series[float]) -> tuple[str, float]:
     return unit, 1.0 if unit == "TFLOP/s" else 1e3
 
 
-def _masks(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+def by_mask(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return {str(mask): rows for mask, rows in table.groupby("mask_family", sort=True)}
 
 
@@ -302,7 +273,7 @@ def _spread(
     on one rank only, which is what others are measured by."""
     found = {}
     timed = table[(table["status"] == "ok") & table["tflops_per_rank"].notna()]
-    for mask, rows in _masks(table).items():
+    for mask, rows in by_mask(table).items():
         own = timed[timed["mask_family"] == mask]
         ranks: dict[float, set[int]] = {}
         for size, count in zip(own[column].tolist(), own["world_size"].tolist(), strict=True):

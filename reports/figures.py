@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpbench.reports import figure_kinds as kinds
+from cpbench.reports import figure_pareto
 from cpbench.reports.answer import competing, methods
 from cpbench.reports.collection import Collection
 from cpbench.reports.columns import UNKNOWN
@@ -82,7 +83,10 @@ CHARTS = {
     ),
     "pareto": Chart(
         lambda table: _known(table, "time_ms", "peak_mb"),
-        "no case has both a time and a peak memory", kinds.pareto,
+        "no case has both a time and a peak memory", figure_pareto.pareto,
+    ),
+    "quality": Chart(
+        figure_pareto.recoverable, "no case is timed and checked", figure_pareto.quality
     ),
     "roofline": Chart(
         lambda table: _known(table, "tflops_per_rank", "intensity", "gemm_tflops", "copy_gb_s"),

@@ -37,6 +37,7 @@ AXES = {
     "scaling": ("ranks", "strong scaling", "weak scaling", "efficiency, %"),
     "heatmap": ("tokens", "ranks"),
     "pareto": ("ms at 4k tokens", "peak MB of a rank", "front"),
+    "quality": ("ms at 4k tokens", "recovered attention, %", "front"),
     "roofline": ("FLOPs for each byte", "TFLOP/s of a rank", "matrix products 2.00 TFLOP/s",
                  "copies 100 GB/s"),
     "timeline": ("minutes since the start", "gang-1"),
@@ -65,8 +66,8 @@ def collection(*records: Record, **environment: Any) -> Collection:
     return together({"night": run})
 
 
-def several() -> Collection:
-    """Something for every kind."""
+def several(kind: str = "") -> Collection:
+    """Something for every kind; of one that shows them, operators that choose too."""
     made = []
     for mask in ("causal", f"{PILE},seed=0", f"{PILE},seed=1"):
         for n, ms in ((1024, 1.0), (4096, 9.0)):
@@ -76,6 +77,9 @@ def several() -> Collection:
                      case("bands", ms, mask=mask, seq_len=n, strategy="ring", world_size=4,
                           layout="zigzag")]  # fmt: skip
         made.append(case("sdpa.math", mask=mask, seq_len=16384, status="oom", reason="no room"))
+        if kind == "quality":
+            made += [chosen("moba", ms, 0.4, mask=mask, seq_len=n)
+                     for n, ms in ((1024, 0.5), (4096, 2.0))]  # fmt: skip
     return collection(*made)
 
 
@@ -130,7 +134,7 @@ def refused(found: Collection, kind: str, *where: str, path: str = "x.svg") -> s
 
 @pytest.mark.parametrize("kind", figures.CHARTS)
 def test_every_kind_is_written(kind: str, tmp_path: Path) -> None:
-    found = several()
+    found = several(kind)
     for suffix, start in ((".svg", b"<?xml"), (".png", b"\x89PNG"), (".pdf", b"%PDF")):
         path = tmp_path / f"figure{suffix}"
         figures.draw(found, kind, path, [])
@@ -165,7 +169,7 @@ def shown(axes: Axes) -> list[Text]:
 def test_no_text_leaves_the_figure_or_meets_another(
     kind: str, drawn: Callable[..., Figure]
 ) -> None:
-    figure = drawn(kind, several())
+    figure = drawn(kind, several(kind))
     figure.draw_without_rendering()
     written = [text for axes in figure.axes for text in shown(axes)]
     boxes = [text.get_window_extent() for text in [*written, *figure.legends[0].get_texts()]]
@@ -186,6 +190,9 @@ def test_hostile_names_are_only_names(kind: str, tmp_path: Path) -> None:
                            strategy="ring" if ranks > 1 else "single")  # fmt: skip
                 one.case = replace(one.case, operator=Spec(name), mask=Spec(HOSTILE))
                 made.append(one)
+    if kind == "quality":
+        for one in made[:4]:
+            one.flags, one.quality = ["approximate"], {"mass": 0.4}
     figures.draw(collection(*made), kind, tmp_path / "x.svg", [])
     figures.draw(collection(*made), kind, tmp_path / "x.png", [])
     shown = texts(tmp_path / "x.svg")
@@ -291,6 +298,32 @@ def test_pareto(drawn: Callable[..., Figure]) -> None:
     assert front[1:-1].tolist() == [[1, 30], [2, 20]]
     assert points(axes) == {"o": {1: 30}, "s": {2: 20}, "^": {3: 25}}
     assert axes.get_xlabel() == "ms at 1k tokens"
+
+
+def chosen(operator: str, ms: float, share: float, **given: Any) -> Record:
+    """A record of an operator that chooses."""
+    made = case(operator, ms, **given)
+    made.flags, made.quality = ["approximate"], {"mass": share, "density": share / 2}
+    return made
+
+
+def test_quality(drawn: Callable[..., Figure]) -> None:
+    made = [
+        case("bands", 8.0), case("reference", 9.0), chosen("moba", 2.0, 0.5),
+        chosen("oracle", 20.0, 0.9), chosen("nsa", 1.0, 0.1),
+    ]  # fmt: skip
+    (axes,) = drawn("quality", collection(*made)).axes
+    front = np.asarray(axes.lines[0].get_xydata())
+    assert front[:-1].tolist() == [[1, 0], [1, 10], [2, 50], [8, 100]]
+    assert front[-1, 1] == 100
+    assert {(x, y) for there in points(axes).values() for x, y in there.items()} == {
+        (8, 100), (9, 100), (2, 50), (20, 90), (1, 10)
+    }  # fmt: skip
+
+
+def test_quality_needs_a_choice(drawn: Callable[..., Figure]) -> None:
+    with pytest.raises(ValueError, match="no operator that chooses"):
+        drawn("quality", collection(case("bands", 8.0)))
 
 
 def test_roofline(drawn: Callable[..., Figure]) -> None:
