@@ -78,7 +78,7 @@ CHARTS = {
         kinds.scaling, one_size=False,
     ),
     "heatmap": Chart(
-        competing, "no case competes: none was both timed and checked", kinds.heatmap,
+        competing, "no case competes: none was exact, timed and checked", kinds.heatmap,
         one_size=False,
     ),
     "pareto": Chart(

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from cpbench import __version__
-from cpbench.reports import assets, best, overview, page_data, tables
+from cpbench.reports import assets, best, choices, overview, page_data, tables
 from cpbench.reports.answer import methods
 from cpbench.reports.collection import Collection
 from cpbench.reports.render import Contents, caveats, checks, counts, readings
 from cpbench.reports.style import looks
-from cpbench.reports.wording import significant
+from cpbench.reports.wording import apart, significant
 from cpbench.store import write_whole
 
 INLINE = 400_000  # samples; more lie in files beside the page
@@ -37,13 +37,15 @@ CHARTS = (
     ("exposure", "Exposed communication", "What communication adds to the slowest rank's time."),
     ("balance", "Balance between ranks", "1 is even."),
     ("pareto", "Time against memory", "On the dotted line nothing is both faster and smaller."),
+    ("quality", "Recovered attention against time", "Of operators that choose what to attend to, "
+     "and exact ones; on the dotted line nothing both is faster and recovers more."),
     ("roofline", "Roofline", "Peaks are a large matrix product and a large copy, measured on the "
      "same ranks at once."),
 )  # fmt: skip
 SECTIONS = (
-    ("best", "Best choice"), ("charts", "Charts"), ("support", "Support"),
-    ("failures", "Failures"), ("correctness", "Correctness"), ("noise", "Noise"),
-    ("environment", "Where it ran"), ("cases", "All cases"),
+    ("best", "Best choice"), ("choices", "Sparse choices"), ("charts", "Charts"),
+    ("support", "Support"), ("failures", "Failures"), ("correctness", "Correctness"),
+    ("noise", "Noise"), ("environment", "Where it ran"), ("cases", "All cases"),
 )  # fmt: skip
 
 
@@ -74,6 +76,7 @@ def _page(collection: Collection, samples: Any, folder: str) -> str:
     bests = best.winners(told.singles, told.families)
     failed = tables.failures(table)
     support = overview.support(table, names)
+    worth = apart(choices.worth(table, told.varying))
     tables_js, tables_css = assets.data_tables()
     source = assets.script(*SCRIPTS)
     return filled(
@@ -84,7 +87,9 @@ def _page(collection: Collection, samples: Any, folder: str) -> str:
         when=_when(table["started"]),
         version=__version__,
         warnings=collection.warnings,
-        sections=SECTIONS,
+        sections=[one for one in SECTIONS if one[0] != "choices" or worth],
+        worth=worth,
+        paid=apart(choices.overtakes(table, told.varying)),
         charts=CHARTS,
         score=told.score,
         readings=readings(told.families),

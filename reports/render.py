@@ -16,7 +16,7 @@ from cpbench.reports.columns import COLUMNS
 from cpbench.reports.draws import FEWEST_P95, FEWEST_TOLD, Family, split
 from cpbench.reports.markup import MARKUPS, Markup
 from cpbench.reports.text import fitted, row_lines
-from cpbench.reports.wording import FACTS, Rate, counted, phrase, sentence, told
+from cpbench.reports.wording import FACTS, Rate, apart, counted, phrase, sentence, told
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -264,15 +264,8 @@ def _grouped(title: str, rows: list[tables.Row], markup: Markup, form: str) -> l
     """In a terminal each problem is a line of its own: its mask may be long."""
     if form not in ("table", "short"):
         return _section(title, rows, markup)
-    blocks = []
-    for problem, group in itertools.groupby(rows, key=_problem):
-        cells = [{key: row[key] for key in row if key not in FACTS} for row in group]
-        blocks.append(([problem] if problem else [], cells, list[str]()))
+    blocks = [([problem] if problem else [], cells, list[str]()) for problem, cells in apart(rows)]
     return _blocks(title, blocks, markup, "table")
-
-
-def _problem(row: tables.Row) -> str:
-    return phrase({key: row[key] for key in FACTS if key in row})
 
 
 def _blocks(

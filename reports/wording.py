@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
@@ -63,6 +64,17 @@ def phrase(facts: dict[str, str]) -> str:
     return ", ".join(
         FACTS[fact][1].format(value) for fact, value in facts.items() if value not in _UNSAID
     )
+
+
+def apart(rows: Iterable[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Neighbouring rows of one problem together: its facts in words, and the rows without them."""
+    found = []
+    for problem, group in itertools.groupby(
+        rows, key=lambda row: phrase({key: row[key] for key in FACTS if key in row})
+    ):
+        cells = [{key: row[key] for key in row if key not in FACTS} for row in group]
+        found.append((problem, cells))
+    return found
 
 
 def counted(count: int, thing: str) -> str:

@@ -449,7 +449,7 @@ def test_long_lists_of_what_is_there_are_cut() -> None:
         ("throughput", "no case is ok and timed: there is no throughput"),
         ("memory", "no case has a peak memory or ran out of it"),
         ("scaling", figure_kinds.NO_SCALING),
-        ("heatmap", "no case competes: none was both timed and checked"),
+        ("heatmap", "no case competes: none was exact, timed and checked"),
         ("pareto", "no case has both a time and a peak memory"),
         ("roofline", "no timed case has measured peaks"),
         ("timeline", "no case says when it started and how long it took"),

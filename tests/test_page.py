@@ -228,3 +228,29 @@ def test_the_same_page_twice(report: Path, tmp_path: Path) -> None:
 def test_a_missing_library_is_one_line() -> None:
     with pytest.raises(ValueError, match="pip install no_such_package"):
         assets.library("no_such_package", "x.js")
+
+
+def test_what_chooses_has_a_section_and_a_chart_of_its_own(tmp_path: Path, report: Path) -> None:
+    made = [timed("bands", 8.0), timed("moba", 2.0), timed("oracle", 20.0)]
+    for one, share in zip(made[1:], (0.4, 0.9), strict=True):
+        one.flags, one.quality = ["approximate"], {"mass": share, "density": 0.1, "out_error": 0.2}
+        one.parts_us = {part: [[100.0, 110.0]] for part in ("select", "plan", "kernel")}
+    folder = run_directory(tmp_path / "run", made)
+    page.write(collect([folder]), folder / "report.html")
+    with opened(folder / "report.html") as browser:
+        drawn(browser)
+        rows = browser.execute_script(
+            "return [...document.querySelectorAll('#choices tbody tr')].map(r => r.innerText)"
+        )
+        assert [row.split()[0] for row in rows[:2]] == ["oracle", "moba"]
+        best = browser.execute_script("return document.getElementById('best').innerText")
+        assert "bands" in best
+        assert "moba" not in best
+        browser.execute_script("document.getElementById('chart-quality').scrollIntoView()")
+        points = "return document.querySelectorAll('#chart-quality .plot .points path').length"
+        assert until(lambda: browser.execute_script(points)) == 3
+        assert complaints(browser) == []
+    with opened(report) as browser:  # nothing was chosen there
+        drawn(browser)
+        assert browser.execute_script("return document.getElementById('choices')") is None
+        assert captions(browser, "quality") == []

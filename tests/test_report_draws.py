@@ -259,7 +259,7 @@ def test_checked_only() -> None:
     for made in checked:
         made.times_us = {}
     text = shown(*checked)
-    assert "No case competes: none was both timed and checked." in text
+    assert "No case competes: none was exact, timed and checked." in text
     assert "Missing: a completed 0 of 3 draws (3 not timed)." in text
     assert "nan" not in text
 

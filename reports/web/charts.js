@@ -299,22 +299,39 @@ class Charts {
   pareto() {
     const { data, filters } = this;
     const ms = filters.column("ms");
+    return this.traded((row) => data.number(ms, row), (row) => data.number("peak_mb", row), "MB", false, { title: { text: "ms" }, rangemode: "tozero" }, { title: { text: "peak MB of a rank" }, rangemode: "tozero" });
+  }
+
+  quality() {
+    const { data, filters } = this;
+    if (filters.phase || !filters.rows({}).some((row) => data.number("recovered", row) !== null)) return [];
+    const chose = (row) => (data.text("flags", row) ?? "").split(" ").includes("approximate");
+    const fine = (row) => data.text("status", row) === "ok";
+    const recovered = (row) => (!fine(row) ? null : !chose(row) ? 100 : data.number("recovered", row) === null ? null : data.number("recovered", row) * 100);
+    return this.traded((row) => data.number("time_ms", row), recovered, "% recovered", true, { type: "log", title: { text: "ms" } }, { title: { text: "recovered attention, %" }, range: [0, 106] });
+  }
+
+  // One panel for each mask: methods by what they take and what they give, and those that nothing beats in both.
+  traded(xOf, yOf, unit, more, xaxis, yaxis) {
+    const { data, filters } = this;
+    const known = (row) => xOf(row) !== null && yOf(row) !== null;
     return this.by(filters.rows({ seq_len: true, world_size: true }), "mask_family", (mask) => `${mask}, ${tokens(filters.state.seq_len)} tokens, world size ${filters.state.world_size}`, (rows) => {
       const points = [...data.groups("method", rows)].map(([name, own]) => {
-        const both = own.filter((row) => data.number(ms, row) !== null && data.number("peak_mb", row) !== null);
-        return { name, rows: both, x: median(both.map((row) => data.number(ms, row))), y: median(both.map((row) => data.number("peak_mb", row))) };
+        const both = own.filter(known);
+        return { name, rows: both, x: median(both.map(xOf)), y: median(both.map(yOf)) };
       }).filter((point) => point.rows.length);
       const front = [];
-      for (const point of [...points].sort((a, b) => a.x - b.x || a.y - b.y)) {
-        if (!front.length || point.y < front.at(-1).y) front.push(point);
+      const sign = more ? -1 : 1;
+      for (const point of [...points].sort((a, b) => a.x - b.x || sign * (a.y - b.y))) {
+        if (!front.length || sign * point.y < sign * front.at(-1).y) front.push(point);
       }
       const line = { type: "scatter", mode: "lines", x: front.map((p) => p.x), y: front.map((p) => p.y), line: { shape: "hv", width: 1.2, dash: "dot", color: colour("dim") }, hoverinfo: "skip" };
       const dots = points.map((point) => ({
         type: "scatter", mode: "markers", x: [point.x], y: [point.y], customdata: [point.rows], marker: { size: 11, color: data.looks[point.name].colour, symbol: data.looks[point.name].symbol },
-        hoverinfo: "text", hovertext: [`<b>${escaped(point.name)}</b><br>${digits(point.x)} ms, ${digits(point.y)} MB${front.includes(point) ? "<br>on the front" : ""}`],
+        hoverinfo: "text", hovertext: [`<b>${escaped(point.name)}</b><br>${digits(point.x)} ms, ${digits(point.y)} ${unit}${front.includes(point) ? "<br>on the front" : ""}`],
       }));
-      return { traces: [line, ...dots], axes: { xaxis: { title: { text: "ms" }, rangemode: "tozero" }, yaxis: { title: { text: "peak MB of a rank" }, rangemode: "tozero" } } };
-    }, (rows) => new Set(rows.filter((row) => data.number(ms, row) !== null && data.number("peak_mb", row) !== null).map((row) => data.text("method", row))).size > 1);
+      return { traces: [line, ...dots], axes: { xaxis, yaxis } };
+    }, (rows) => new Set(rows.filter(known).map((row) => data.text("method", row))).size > 1);
   }
 
   roofline() {
