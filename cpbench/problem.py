@@ -195,8 +195,13 @@ class Case:
     @property
     def data_content(self) -> tuple[tuple[str, str], ...]:
         """``content`` of what is computed on, such as document lengths: not the code under test."""
-        code = (self.operator.name, self.strategy.name)
-        return tuple(pair for pair in self.content if pair[0] not in code)
+        return tuple(pair for pair in self.content if pair[0] not in self.code)
+
+    @property
+    def code(self) -> tuple[str, ...]:
+        """What is under test by name, perhaps in files: operator, strategy, a selector's kernel."""
+        kernel = self.operator.kwargs.get("kernel")
+        return (self.operator.name, self.strategy.name, *([str(kernel)] if kernel else []))
 
     def with_content(self, content: Mapping[str, str]) -> Case:
         return replace(self, content=tuple(sorted(content.items())))

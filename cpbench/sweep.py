@@ -355,6 +355,8 @@ def _made(spec: Spec) -> StrategyInfo:
 def _made_operator(spec: Spec) -> None:
     """Raise for a parameter of a selector that it does not like; its kind loads no torch."""
     implementation(operator_info(spec.name), spec.kwargs)
+    if kernel := spec.kwargs.get("kernel"):
+        operator_info(str(kernel))
 
 
 def _matches(case: Case, rule: Mapping[str, Sequence[Any]]) -> bool:
@@ -394,11 +396,11 @@ def _content(case: Case) -> dict[str, str]:
     captured = case.inputs.kwargs.get("file")
     if captured is not None:
         content[str(captured)] = hashlib.sha256(Path(str(captured)).read_bytes()).hexdigest()
-    for spec in (case.operator, case.strategy, case.mask):
-        path, colon, attribute = spec.name.rpartition(":")
+    for name in (*case.code, case.mask.name):
+        path, colon, attribute = name.rpartition(":")
         if colon:  # one file may hold several
             digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-            content[spec.name] = f"{digest}:{attribute}"
+            content[name] = f"{digest}:{attribute}"
     return content
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import naive
@@ -11,11 +12,11 @@ import pytest
 import torch
 
 import cpbench
-from cpbench import masks, registry
+from cpbench import masks, registry, sweep
 from cpbench.mask import AttnMask
 from cpbench.operator import Unsupported
 from cpbench.pooling import NO_POOL, Pool
-from cpbench.problem import Problem
+from cpbench.problem import Case, Problem
 from cpbench.selecting import Branch, Selecting
 from cpbench.selection import Blocks, Tokens, grid
 from cpbench.spec import Spec
@@ -485,3 +486,24 @@ def test_strategies_of_several_ranks_refuse_selectors() -> None:
     world = World.of(problem, masks.build("causal", 64), build("contiguous", 64, 2))
     with pytest.raises(Unsupported, match="chooses from whole sequences"):
         Attention("moba", "ulysses", world, 0, "cpu")
+
+
+def test_a_kernel_in_a_file_enters_the_id_by_its_content(tmp_path: Path) -> None:
+    file = tmp_path / "kernel.py"
+
+    def case() -> Case:
+        spec = {"name": "oracle", "kernel": f"{file}:OP"}
+        return sweep.expand({"sweep": {"operator": spec}}, "s").cases[0]
+
+    text = (
+        "from cpbench.registry import OperatorInfo\n"
+        "OP = OperatorInfo(name='mine', summary='', source='', load='a:b')\n"
+    )
+    file.write_text(text)
+    before = case()
+    file.write_text(f"{text}# changed\n")
+    assert case().id != before.id
+    assert before.data_content == ()
+    spec = {"name": "oracle", "kernel": f"{tmp_path}/nowhere.py:OP"}
+    with pytest.raises(ValueError, match="there is no file"):
+        sweep.expand({"sweep": {"operator": spec}}, "s")
