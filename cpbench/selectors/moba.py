@@ -18,7 +18,7 @@ from cpbench.selectors.ranking import (
     budget,
     counts,
     products,
-    top,
+    top_of_rows,
     working,
 )
 
@@ -64,9 +64,13 @@ class Moba(Selecting):
         import torch
 
         cells = grid(plan.mask, 1, self.block_size, plan.device)
-        gates = products(working(q), block_means(k, self.block_size))
-        candidates = cells.whole | cells.own
-        gates.masked_fill_(~candidates, -torch.inf)
+        means, candidates = block_means(k, self.block_size), cells.whole | cells.own
+
+        def gates(begin: int, end: int) -> torch.Tensor:
+            found = products(working(q[:, begin:end]), means)
+            return found.masked_fill_(~candidates[begin:end], -torch.inf)
+
         wanted = counts(cells.visible, self.top_k, self.keep)
-        kept = top(gates, wanted, cells, always=cells.own).logical_and_(candidates)
+        kept = top_of_rows(gates, (len(q), q.shape[2]), wanted, cells, always=cells.own)
+        kept.logical_and_(candidates)
         return (Branch(seen=Blocks(cells, kept)),)

@@ -19,7 +19,7 @@ from cpbench.pooling import Pool
 from cpbench.registry import OperatorInfo
 from cpbench.selecting import Branch, Plan, Selecting
 from cpbench.selection import Blocks, grid
-from cpbench.selectors.ranking import at_least, counts, first, products, spans, top, working
+from cpbench.selectors.ranking import at_least, counts, first, products, spans, top_of_rows, working
 
 if TYPE_CHECKING:
     import torch
@@ -116,17 +116,24 @@ class Nsa(Selecting):
         n = means.shape[1]
         share = torch.as_tensor(overlaps(k.shape[1], self.pool, self.block_size), device=q.device)
         share = share.to(means.dtype)
-        scores = means.new_zeros((len(q), groups, q.shape[1], cells.areas.shape[1]))
         ends = torch.arange(n, device=q.device) * self.pool.stride + self.pool.size - 1
-        for begin, end in spans(q.shape[1] if n else 0, len(q) * q.shape[2] * max(n, 1)):
-            logits = products(working(q[:, begin:end]), means).mul_(plan.problem.softmax_scale)
-            row = torch.arange(begin, end, device=q.device)[:, None]
-            logits.masked_fill_(ends > row, -torch.inf)
-            probs = torch.softmax(logits, -1).nan_to_num_(0.0)
-            scores[:, :, begin:end] = probs.unflatten(1, (groups, each)).sum(2) @ share
+
+        def scores(begin: int, end: int) -> torch.Tensor:
+            if not n:  # too short for a window
+                return means.new_zeros((len(q), groups, end - begin, share.shape[1]))
+            parts = []
+            for a, b in spans(end - begin, len(q) * q.shape[2] * n):
+                rows = slice(begin + a, begin + b)
+                logits = products(working(q[:, rows]), means).mul_(plan.problem.softmax_scale)
+                row = torch.arange(rows.start, rows.stop, device=q.device)[:, None]
+                probs = torch.softmax(logits.masked_fill_(ends > row, -torch.inf), -1)
+                parts.append(probs.nan_to_num_(0.0).unflatten(1, (groups, each)).sum(2) @ share)
+            return torch.cat(parts, 2)
+
         local = cells.own | torch.nn.functional.pad(cells.own, (0, 1))[:, 1:]  # and the one before
         wanted = counts(cells.visible, self.top_k, 0.0)
-        kept = top(scores, wanted, cells, always=first(cells) | local)
+        always = first(cells) | local
+        kept = top_of_rows(scores, (len(q), groups), wanted, cells, always)
         return kept.repeat_interleave(each, 1)
 
 

@@ -6,7 +6,7 @@ queries, Y blocks of keys; n of either.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from cpbench.pooling import Pool
@@ -89,19 +89,52 @@ def top(
         wanted: ``[X]`` how many.
         always: ``[X, Y]`` taken first, and counted; all of them, even where they are more.
     """
+    return _top(scores, wanted, grid.allowed, always)
+
+
+def top_of_rows(
+    scores_of: Callable[[int, int], torch.Tensor],
+    shape: tuple[int, int],
+    wanted: torch.Tensor,
+    grid: Grid,
+    always: torch.Tensor,
+) -> torch.Tensor:
+    """As :func:`top`, some rows at a time: for grids with a row for each query.
+
+    Args:
+        scores_of: makes the scores of a range of rows.
+        shape: B and H.
+    """
+    import torch
+
+    rows, columns = grid.areas.shape
+    kept = torch.empty((*shape, rows, columns), dtype=torch.bool, device=grid.areas.device)
+    for begin, end in spans(rows, shape[0] * shape[1] * columns):
+        here = slice(begin, end)
+        some = _top(scores_of(begin, end), wanted[here], grid.allowed[here], always[here])
+        kept[:, :, here] = some
+    return kept
+
+
+def _top(
+    scores: torch.Tensor,
+    wanted: torch.Tensor,
+    allowed: torch.Tensor,
+    always: torch.Tensor | None,
+) -> torch.Tensor:
     import torch
 
     if always is not None:
-        always = always & grid.allowed
+        always = always & allowed
         scores.masked_fill_(always, torch.inf)
         wanted = wanted.maximum(always.sum(1))
-    scores.masked_fill_(~grid.allowed, -torch.inf)
+    scores.masked_fill_(~allowed, -torch.inf)
     most = int(wanted.max()) if len(wanted) else 0
     places = scores.topk(most, dim=-1).indices
     number = torch.arange(most, device=scores.device)
     kept = torch.zeros_like(scores, dtype=torch.bool)
     kept.scatter_(3, places, (number < wanted[:, None]).expand(places.shape))
-    return kept.logical_and_(grid.allowed)
+    return kept.logical_and_(allowed)
 
 
 def covering(
