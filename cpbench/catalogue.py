@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cpbench import layout, masks, registry, sweep
+from cpbench import inputs, layout, masks, registry, sweep
 from cpbench.operator import declared_refusal
 from cpbench.problem import DTYPES, Problem
 
@@ -16,6 +16,7 @@ def rows(kind: str, device: str) -> list[dict[str, Any]]:
         "strategies": _strategies,
         "layouts": _layouts,
         "masks": _masks,
+        "inputs": _inputs,
         "sweeps": _sweeps,
     }[kind](device)
 
@@ -122,6 +123,19 @@ def _masks(device: str) -> list[dict[str, Any]]:
             "summary": info.summary,
         }
         for name, info in masks.describe().items()
+    ]
+
+
+def _inputs(device: str) -> list[dict[str, Any]]:
+    return [
+        {
+            "inputs": name,
+            "parameters": [
+                key if value is None else f"{key}={value}" for key, value in kind.params.items()
+            ],
+            "summary": kind.summary,
+        }
+        for name, kind in inputs.KINDS.items()
     ]
 
 

@@ -19,6 +19,7 @@ class Kind(str, Enum):
     strategies = "strategies"
     layouts = "layouts"
     masks = "masks"
+    inputs = "inputs"
     sweeps = "sweeps"
     support = "support"
 
