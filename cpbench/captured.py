@@ -1,7 +1,8 @@
 """Inputs from a file: the q, k and v of a model at work, as safetensors.
 
 Each is ``[B, T, heads, D]``; the first ``seq_len`` tokens are used, and of q the last ``queries``
-of those where a case asks for few.  They are rounded to the case's dtype.  dout is normal.
+of those where a case asks for few (or q holds just these).  They are rounded to the case's dtype.
+dout is normal.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Captured:
         for name, heads in wanted.items():
             shape = self._shapes[name]
             alike = (shape[0], shape[2], shape[3]) == (case.batch, heads, case.head_dim)
-            if not alike or shape[1] < case.seq_len:
+            few = name == "q" and case.queries > 0 and shape[1] == case.queries
+            if not alike or not (few or shape[1] >= case.seq_len):
                 file = Path(self._file[0]).name
                 raise ValueError(
                     f"inputs: {name} of {file} is {list(shape)}; the case wants "
@@ -62,9 +64,10 @@ class Captured:
 
         if name == "dout":
             return Normal().make(name, seed, problem, positions, batches, heads, device)
-        shift = problem.seq_k - problem.seq_q if name == "q" else 0
-        rows = torch.as_tensor(positions + shift)
         x = _tensor(*self._file, name)
+        few = name == "q" and x.shape[1] == problem.seq_q  # just those that attend
+        shift = 0 if few or name != "q" else problem.seq_k - problem.seq_q
+        rows = torch.as_tensor(positions + shift)
         # Padding tokens, which nothing sees, repeat the last one.
         some = x[list(batches)].index_select(1, rows.clamp(max=x.shape[1] - 1))
         some = some.index_select(2, torch.as_tensor(list(heads)))
@@ -94,6 +97,8 @@ def _shapes(path: str, changed: int) -> dict[str, tuple[int, ...]]:
 def _tensor(path: str, changed: int, name: str) -> torch.Tensor:
     with _opened(path, "pt") as file:
         found: torch.Tensor = file.get_tensor(name)
+    if not (found.is_floating_point() and bool(found.isfinite().all())):
+        raise ValueError(f"inputs: {name} of {path} holds other values than finite floats")
     return found
 
 

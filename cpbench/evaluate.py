@@ -103,7 +103,7 @@ class Evaluation:
             del found
         if record.status == "ok" and self._settings.time:
             self._measure(workload, record, checked)
-            if work.op.info.selects:
+            if work.op.info.selects and case.direction != "bwd":
                 self._note("parts")
                 told = (self._device, self._comm, self.control, self._settings)
                 ranks = self.control.gather(measure.measure_parts(workload, *told))
@@ -127,11 +127,12 @@ class Evaluation:
         record.area, record.flops = area, {phase: flops[phase] for phase in record.flops}
         if self._settings.check_sampled and case.seq_len > check.CHOOSING_TOKENS:
             self._note("check at size")
-            told = (inputs, found, choice, case.seed, self._rank)
-            self._judge("sampled", check_choice.sampled(work, *told), record)
-        if self._settings.quality:
+            errors = check_choice.sampled(work, inputs, found, choice, case.seed, self._rank)
+            self._judge("sampled", errors, record)
+        if self._settings.quality and record.status == "ok":
             self._note("quality")
-            record.quality = quality.measure(work, inputs, found, choice)
+            told = quality.measure(work, inputs, found, choice)
+            record.quality = {name: value for name, value in told.items() if math.isfinite(value)}
         return check.fingerprint(found)
 
     def _look_closer(

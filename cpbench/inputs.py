@@ -114,7 +114,7 @@ def parse(source: Any) -> Spec:
         ValueError: for what is no spec, an unknown kind or parameter, or a wrong value.
     """
     text = source.strip() if isinstance(source, str) else ""
-    if text.startswith("file:") and "=" not in text:
+    if text.startswith("file:") and not text.startswith("file:file="):
         source = {"name": "file", "file": text.removeprefix("file:")}
     spec = Spec.parse(source)
     generator(spec)

@@ -18,6 +18,7 @@ Legend: B batch, S queries, T keys, H query heads, D head dim; X, Y blocks of a 
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,7 +26,7 @@ import numpy as np
 from cpbench.mask import AttnMask
 from cpbench.pooling import NO_POOL
 from cpbench.selecting import Branch, Choice
-from cpbench.selection import Blocks, Tokens
+from cpbench.selection import Blocks, Tokens, visible
 from cpbench.selectors.ranking import products, working
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def measure(work: Attention, inputs: Tensors, found: Tensors, choice: Choice) ->
     for begin, end in spans(mask, branches):
         looked_at += end - begin
         for b in range(len(q)):
-            seen = _seen(mask, begin, end, q.device)
+            seen = visible(mask, begin, end, q.device)
             scores = products(working(q[b : b + 1, begin:end]), working(k[b : b + 1]))
             scores = scores.mul_(work.problem.softmax_scale).masked_fill_(~seen, -float("inf"))
             probs = scores.softmax(-1).nan_to_num_(0.0)
@@ -82,8 +83,8 @@ def measure(work: Attention, inputs: Tensors, found: Tensors, choice: Choice) ->
 def spans(mask: AttnMask, branches: list[Branch]) -> list[tuple[int, int]]:
     """Ranges of neighbouring queries to look at, whole blocks of them, evenly spread and with the
     first and the last."""
-    sizes = [one.seen.grid.block_q for one in branches if isinstance(one.seen, Blocks)]
-    size = max([LEAST_SPAN, *sizes])
+    whole = math.lcm(*(b.seen.grid.block_q for b in branches if isinstance(b.seen, Blocks)))
+    size = -(-LEAST_SPAN // whole) * whole
     count = -(-mask.seq_q // size)
     chosen = np.linspace(0, count - 1, min(count, max(ROWS // size, 4))).round().astype(int)
     return [(i * size, min((i + 1) * size, mask.seq_q)) for i in np.unique(chosen).tolist()]
@@ -96,12 +97,6 @@ def _bounded(branch: Branch) -> bool:
     )
 
 
-def _seen(mask: AttnMask, begin: int, end: int, device: torch.device) -> torch.Tensor:
-    import torch
-
-    return torch.as_tensor(mask.crop(begin, end, 0, mask.seq_k).to_dense(), device=device)
-
-
 def _union(
     branches: list[Branch], b: int, begin: int, end: int, probs: torch.Tensor
 ) -> torch.Tensor:
@@ -111,7 +106,7 @@ def _union(
     found = torch.zeros_like(probs, dtype=torch.bool)
     for branch in branches:
         if isinstance(branch.seen, AttnMask):
-            found |= _seen(branch.seen, begin, end, probs.device)
+            found |= visible(branch.seen, begin, end, probs.device)
         else:
             found |= branch.seen.rows(begin, end)[b : b + 1]
     return found

@@ -20,7 +20,7 @@ from cpbench.mask import AttnMask
 from cpbench.operator import declared_refusal
 from cpbench.pooling import NO_POOL, Pool
 from cpbench.registry import OperatorInfo, implementation, operator_info
-from cpbench.selection import SELECTIONS, Blocks, Selection
+from cpbench.selection import SELECTIONS, Blocks, Grid, Selection, grid
 
 if TYPE_CHECKING:
     import torch
@@ -77,12 +77,20 @@ class Plan:
         problem: of the whole.
         device: where.
         kernels: by form, the name and the implementation.
+        grids: the mask in blocks, as far as it was asked for; see :meth:`cells`.
     """
 
     mask: AttnMask
     problem: Problem
     device: str
     kernels: dict[str, tuple[OperatorInfo, Operator]] = field(repr=False)
+    grids: dict[tuple[int, int], Grid] = field(default_factory=dict, repr=False)
+
+    def cells(self, block_q: int, block_k: int) -> Grid:
+        """The mask in blocks, made once and held with the plan."""
+        if (block_q, block_k) not in self.grids:
+            self.grids[block_q, block_k] = grid(self.mask, block_q, block_k, self.device)
+        return self.grids[block_q, block_k]
 
 
 class Arranged(NamedTuple):
@@ -217,7 +225,8 @@ class Selecting(ABC):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         arranged = self.arrange(self.select(q, k, plan), plan)
-        out, lse, results = self.compute(q, k, v, arranged)
+        found, lse, results = self.compute(q, k, v, arranged)
+        out = found.view_as(found)  # not what a result holds: else it would keep its own key alive
         if self.remember or plan.problem.backward:
             if self._choices is None:
                 from torch.utils.weak import WeakTensorKeyDictionary

@@ -10,8 +10,8 @@ Legend: B batch, H query heads, S queries, T keys; X blocks of queries, Y blocks
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -31,12 +31,14 @@ class Grid:
         mask: what is visible at all.
         block_q, block_k: tokens of a block.
         areas: ``[X, Y]`` int32, visible pairs.
+        memo: what kernels make of it, by their names: it goes when the grid does.
     """
 
     mask: AttnMask
     block_q: int
     block_k: int
     areas: torch.Tensor
+    memo: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @functools.cached_property
     def allowed(self) -> torch.Tensor:
@@ -78,9 +80,8 @@ class Grid:
         return self.allowed.sum(1)
 
 
-@functools.lru_cache(maxsize=16)
 def grid(mask: AttnMask, block_q: int, block_k: int, device: str) -> Grid:
-    """The blocks of a mask, once for a mask and device.
+    """The blocks of a mask.
 
     Raises:
         ValueError: for blocks of no tokens.
@@ -133,7 +134,7 @@ class Blocks:
     @functools.cached_property
     def area(self) -> float:
         """Visible pairs of a head, on average over batch and heads."""
-        pairs = int((self.kept * self.grid.areas).sum())
+        pairs = int((self.kept.sum((0, 1)) * self.grid.areas).sum())
         if self.columns is not None:
             each = grid(self.grid.mask, self.grid.block_q, 1, str(self.kept.device)).areas
             for kept, columns in zip(
@@ -152,7 +153,7 @@ class Blocks:
         found = self.kept[:, :, block].repeat_interleave(block_k, 3)[..., : self.seq_k]
         if self.columns is not None:
             found = found | self.columns[:, :, None]
-        return found & _visible(self.grid.mask, begin, end, device)
+        return found & visible(self.grid.mask, begin, end, device)
 
     def seen(self, b: int, h: int, query: int) -> torch.Tensor:
         """Keys that one query sees."""
@@ -162,7 +163,7 @@ class Blocks:
         found = kept.repeat_interleave(self.grid.block_k)[: self.seq_k]
         if self.columns is not None:
             found = found | self.columns[b, h]
-        return torch.nonzero(found & _visible(self.grid.mask, query, query + 1, found.device)[0])[
+        return torch.nonzero(found & visible(self.grid.mask, query, query + 1, found.device)[0])[
             :, 0
         ]
 
@@ -175,7 +176,7 @@ class Blocks:
         if self.columns is not None:
             found = found | self.columns[b, h, key]
         turned = _turned(self.grid.mask)
-        return torch.nonzero(found & _visible(turned, key, key + 1, found.device)[0])[:, 0]
+        return torch.nonzero(found & visible(turned, key, key + 1, found.device)[0])[:, 0]
 
     def to_heads(self) -> HeadMasks:
         """The same on the host, a mask for each head of each batch: ``B * H`` heads."""
@@ -250,19 +251,33 @@ Selection = Blocks | Tokens
 SELECTIONS = ("blocks", "lines", "rows", "tokens")  # kinds of selections
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=2)
 def _turned(mask: AttnMask) -> AttnMask:
     return mask.transpose()
 
 
-def _visible(mask: AttnMask, begin: int, end: int, device: torch.device) -> torch.Tensor:
-    """``[end - begin, T]`` booleans of some rows of a mask."""
+FEW_SLICES = 16  # whose pairs are told apart on the device
+
+
+def visible(mask: AttnMask, begin: int, end: int, device: torch.device | str) -> torch.Tensor:
+    """``[end - begin, T]`` booleans of some rows of a mask; of few slices, nothing waits for it."""
     import torch
 
-    return torch.as_tensor(mask.crop(begin, end, 0, mask.seq_k).to_dense(), device=device)
+    here = mask.slices[(mask.slices[:, 0] < end) & (mask.slices[:, 1] > begin)]
+    if len(here) > FEW_SLICES:
+        dense = mask.crop(begin, end, 0, mask.seq_k).to_dense()
+        return torch.as_tensor(dense, device=device)
+    row = torch.arange(begin, end, device=device)[:, None]
+    key = torch.arange(mask.seq_k, device=device)
+    found = torch.zeros((end - begin, mask.seq_k), dtype=torch.bool, device=device)
+    for q0, q1, k0, k1, lo, hi in here.tolist():
+        rows, keys = (row >= q0) & (row < q1), (key >= k0) & (key < k1)
+        offset = key - row
+        found |= rows & keys & (offset >= lo) & (offset <= hi)
+    return found
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=2)
 def cells_of(mask: AttnMask, block_q: int, block_k: int) -> tuple[IntArray, IntArray]:
     """A mask cut along both axes of a grid: slices, and the cell ``x * Y + y`` of each, sorted."""
     edges = [

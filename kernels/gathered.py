@@ -11,7 +11,6 @@ dim; N = R * S rows of a key/value head; Y blocks of w keys; n rows at work, or 
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -67,6 +66,8 @@ class Gathered:
     """The operator; see ``cpbench.operator.Operator`` for shapes."""
 
     def unsupported(self, problem: Problem, mask: object, device: str) -> str | None:
+        if problem.deterministic and problem.backward and device.startswith("cuda"):
+            return "gathered adds up gradients of keys in any order on cuda: not deterministic"
         return None  # whatever a selector chose
 
     def prepare(
@@ -168,10 +169,16 @@ def _rows_of(chosen: Blocks, heads_kv: int) -> tuple[tuple[torch.Tensor, ...], .
     return tuple(found)
 
 
-@functools.lru_cache(maxsize=8)
 def _partial(grid: Grid) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
     """Of each block of keys, the queries that see a part of it, and what is added to their scores,
     ``[n, w]``: 0 or -inf."""
+    if "partial" not in grid.memo:
+        grid.memo["partial"] = _made_partial(grid)
+    found: tuple[tuple[torch.Tensor, torch.Tensor], ...] = grid.memo["partial"]
+    return found
+
+
+def _made_partial(grid: Grid) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
     import torch
 
     device = grid.areas.device

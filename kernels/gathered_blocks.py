@@ -9,7 +9,6 @@ keys; h heads at work, n blocks of keys of each.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -59,10 +58,16 @@ def _partial(grid: Grid) -> torch.Tensor:
     return grid.allowed & (grid.areas < grid.extents[0][:, None] * grid.block_k)
 
 
-@functools.lru_cache(maxsize=8)
 def _hidden(grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
     """``[X, Y]`` which of ``[p + 2, m, w]`` booleans a block hides: the last hides all, the one
     before nothing."""
+    if "hidden" not in grid.memo:
+        grid.memo["hidden"] = _made_hidden(grid)
+    found: tuple[torch.Tensor, torch.Tensor] = grid.memo["hidden"]
+    return found
+
+
+def _made_hidden(grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
     import numpy as np
     import torch
 
@@ -119,14 +124,14 @@ def _pieces(plan: Plan, b: int, heads: int, group: int) -> Iterator[_Piece]:
     which, hides = _hidden(grid)
     columns, most_blocks = grid.areas.shape[1], max(1, KEYS // grid.block_k)
     for x, most in enumerate(plan.most):
-        rows = slice(x * grid.block_q, min((x + 1) * grid.block_q, grid.mask.seq_q))
+        rows = _rows_of(grid, x)
         width = min(max(most, 1), most_blocks)
         at_once = max(1, SCORES // (grid.block_q * width * grid.block_k))
         for h0 in range(0, heads, at_once):
             h1 = min(h0 + at_once, heads)
             counts = plan.counts[b, h0:h1, x]
             of_kv = torch.arange(h0, h1, device=counts.device)[:, None] // group * columns
-            for n0 in range(0, max(most, 1), most_blocks):
+            for n0 in range(0, most, most_blocks):
                 n1 = min(n0 + most_blocks, most)
                 blocks = plan.listed[b, h0:h1, x, n0:n1]
                 number = which[x][blocks]
@@ -138,6 +143,15 @@ def _pieces(plan: Plan, b: int, heads: int, group: int) -> Iterator[_Piece]:
                     head, slot = some.unbind(1)
                     hide = head, slot, hides[number[head, slot], : rows.stop - rows.start]
                 yield _Piece(rows, slice(h0, h1), blocks, of_kv + blocks, n0 == 0, n1 == most, hide)
+
+
+def _rows_of(grid: Grid, x: int) -> slice:
+    return slice(x * grid.block_q, min((x + 1) * grid.block_q, grid.mask.seq_q))
+
+
+def _blind(plan: Plan) -> Iterator[slice]:
+    """Queries of blocks for which no head chose anything: nothing is computed for them."""
+    return (_rows_of(plan.grid, x) for x, most in enumerate(plan.most) if not most)
 
 
 def _hide(s_hmn: torch.Tensor, piece: _Piece, width: int) -> None:
@@ -170,6 +184,8 @@ def forward(
     (B, S, H, _), group = q.shape, q.shape[2] // k.shape[2]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty((B, H, S), dtype=torch.float32)
+    for rows in _blind(plan):
+        out[:, rows], lse[:, :, rows] = 0.0, -math.inf
     for b in range(B):
         q_HSD = q[b].to(dtype).transpose(0, 1)
         k_, v_ = _blocked(k, b, width, dtype), _blocked(v, b, width, dtype)
@@ -179,10 +195,9 @@ def forward(
             k_hnD, v_hnD = (_taken(x, piece.places) for x in (k_, v_))
             s_hmn = torch.bmm(q_hmD, k_hnD.mT).mul_(plan.scale * LOG2E)
             _hide(s_hmn, piece, width)
-            floor = s_hmn.new_full((), FLOOR)
-            new_hm1 = s_hmn.amax(-1, True).clamp_(min=floor) if s_hmn.shape[2] else floor
+            new_hm1 = s_hmn.amax(-1, True).clamp_(min=FLOOR)
             if piece.first:
-                max_hm1 = new_hm1.expand(*q_hmD.shape[:2], 1)
+                max_hm1 = new_hm1
                 s_hmn.sub_(max_hm1).exp2_()
                 o_hmD, sum_hm1 = torch.bmm(s_hmn, v_hnD), s_hmn.sum(-1, True)
             else:
@@ -215,6 +230,8 @@ def backward(
     dtype, width = torch.promote_types(q.dtype, torch.float32), plan.grid.block_k
     heads, (T, G) = q.shape[2], k.shape[1:3]
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    for rows in _blind(plan):
+        dq[:, rows] = 0.0
     for b in range(len(q)):
         q_HSD, do_HSD, out_HSD = (x[b].to(dtype).transpose(0, 1) for x in (q, dout, out))
         k_, v_ = _blocked(k, b, width, dtype), _blocked(v, b, width, dtype)
@@ -229,10 +246,10 @@ def backward(
             s_hmn = torch.bmm(q_hmD, k_hnD.mT).mul_(plan.scale * LOG2E)
             _hide(s_hmn, piece, width)
             p_hmn = s_hmn.sub_(lse_HS1[at]).exp2_()
-            rows = piece.places.flatten()
-            _add_blocks(dv_, rows, torch.bmm(p_hmn.mT, do_hmD))
+            places = piece.places.flatten()
+            _add_blocks(dv_, places, torch.bmm(p_hmn.mT, do_hmD))
             ds_hmn = torch.bmm(do_hmD, v_hnD.mT).sub_(delta_HS1[at]).mul_(p_hmn).mul_(plan.scale)
-            _add_blocks(dk_, rows, torch.bmm(ds_hmn.mT, q_hmD))
+            _add_blocks(dk_, places, torch.bmm(ds_hmn.mT, q_hmD))
             part = torch.bmm(ds_hmn, k_hnD)
             dq_hmD = part if piece.first else dq_hmD.add_(part)
             if piece.last:

@@ -27,6 +27,8 @@ def chosen(table: pd.DataFrame) -> pd.DataFrame:
     exact = table[competing(table)].sort_values("time_ms", kind="stable")
     rivals = {key: rows.iloc[0] for key, rows in exact.groupby(list(QUESTION), sort=False)}
     found = table[approximate(table) & (table["status"] == "ok")]
+    # A backward pass alone pays for no choosing: it is held against nothing.
+    rivals = {key: row for key, row in rivals.items() if row["direction"] != "bwd"}
     keys = list(zip(*(found[column] for column in QUESTION), strict=True))
     return found.assign(
         exact_ms=[float(rivals[key]["time_ms"]) if key in rivals else math.nan for key in keys],
@@ -47,6 +49,7 @@ def worth(table: pd.DataFrame, varying: Sequence[str]) -> list[Row]:
             "of best %": _percent(row["recovered"] / row["best_recovered"]),
             "out error": number(row["out_error"], ".3f"),
             "ms": significant(row["time_ms"]),
+            "fwd ms": significant(row["fwd_ms"]) if row["direction"] == "fwd_bwd" else "",
             "select": significant(row["select_ms"]),
             "plan": significant(row["arrange_ms"]),
             "kernel": significant(row["kernel_ms"]),

@@ -18,7 +18,7 @@ CPBENCH = Path(sys.executable).with_name("cpbench")
 COMMANDS = (
     "list", "run", "bench", "verify", "report", "mask", "traffic", "links", "doctor",
 )  # fmt: skip
-KINDS = ("operators", "strategies", "layouts", "masks", "sweeps")
+KINDS = ("operators", "strategies", "layouts", "masks", "inputs", "sweeps", "support")
 
 MINE = """
 from cpbench.registry import OperatorInfo

@@ -172,6 +172,27 @@ def test_the_tensors_of_a_file_are_the_inputs(captured: tuple) -> None:
     assert torch.equal(last, tensors["q"][:, 251:256].float())
 
 
+def test_a_file_may_hold_just_the_queries_that_attend(tmp_path: Path) -> None:
+    path = tmp_path / "layer=3.safetensors"
+    tensors = {"q": torch.randn(1, 5, 4, 32), **{n: torch.randn(1, 300, 2, 32) for n in "kv"}}
+    save_file(tensors, path)
+    assert _case(path, queries=5)
+    with pytest.raises(ValueError, match="the case wants"):
+        _case(path, queries=6)
+    made = _make(f"file:{path}", "q", _problem(batch=1, seq_q=5, seq_k=256, head_dim=32))
+    assert torch.equal(made, tensors["q"])
+
+
+def test_a_file_of_other_values_than_finite_floats_is_refused(tmp_path: Path) -> None:
+    for number, bad in enumerate((torch.ones(1, 9, 2, 32, dtype=torch.int32),
+                                  torch.full((1, 9, 2, 32), float("nan")))):  # fmt: skip
+        path = tmp_path / f"{number}.safetensors"
+        save_file({"q": torch.zeros(1, 9, 4, 32), "k": bad, "v": bad.clone()}, path)
+        problem = _problem(batch=1, seq_q=9, seq_k=9, head_dim=32)
+        with pytest.raises(ValueError, match="other values than finite floats"):
+            _make(f"file:{path}", "k", problem)
+
+
 def test_a_file_enters_the_id_by_its_content(captured: tuple, tmp_path: Path) -> None:
     path, tensors = captured
     (before,) = _case(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,8 @@ def _measured(
 
 CASES = [
     "oracle:block_size=32,keep=0.2",
+    "oracle:block_size=40,keep=0.2",
+    "oracle:block_size=48,keep=0.3",
     "moba:block_size=32,top_k=3",
     "quest:block_size=16,block_q=64,keep=0.3",
     "minference.block_sparse:block_size=32,top_k=3",
@@ -136,6 +139,39 @@ def test_a_shape_misses_the_needles_and_the_oracle_does_not() -> None:
     (needles, normal) = ("needles:count=4,looking=1.0", "normal")
     assert lost[needles, "o"] > 2 * lost[needles, "m"]
     assert lost[normal, "o"] < 2 * lost[normal, "m"]
+
+
+def test_what_is_not_finite_is_wrong_and_no_crash(tmp_path: Path) -> None:
+    (tmp_path / "nan.py").write_text(WRONG.replace("*= 1.01", "= float('nan')"))
+    (tmp_path / "s.toml").write_text(
+        f"[sweep]\noperator = {{name = 'oracle', kernel = '{tmp_path}/nan.py:OP'}}\n"
+        "seq_len = 1400\ndirection = 'fwd'\n[measure]\nmax_seconds = 0.1\n"
+    )
+    command = [sys.executable, "-m", "cpbench.cli", "run", str(tmp_path / "s.toml"),
+               "--out", str(tmp_path / "out")]  # fmt: skip
+    subprocess.run(command, capture_output=True, text=True, timeout=120)
+    (record,) = read_run(tmp_path / "out").records.values()
+    assert record.status == "wrong"
+    assert "out differs from float64" in (record.reason or "")
+
+
+def test_comparing_notices_a_choice_that_recovers_less(run: Path, tmp_path: Path) -> None:
+    worse = tmp_path / "worse"
+    shutil.copytree(run / "out", worse)
+    for file in (worse / "records").glob("*.jsonl"):
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        for line in lines:
+            if line.get("quality"):
+                line["quality"]["mass"] /= 10
+        file.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    command = [sys.executable, "-m", "cpbench.cli", "compare", str(run / "out"), str(worse),
+               "--format", "json"]  # fmt: skip
+    told = json.loads(subprocess.run(command, capture_output=True, text=True, timeout=120).stdout)
+    rows = told["cases"] if isinstance(told, dict) else told
+    verdicts = {row["case"]: (row["verdict"], row["why"]) for row in rows}
+    verdict, why = next(v for name, v in verdicts.items() if name.startswith("moba"))
+    assert verdict == "FAILS"
+    assert "of full attention, not" in why
 
 
 # --- a run --------------------------------------------------------------------------------------

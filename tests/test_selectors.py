@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,10 @@ CASES = [
     ("dsa:top_k=20,index_dim=8", DOCUMENTS),
     ("vsa:block_size=16,keep=0.2", "full"),
     ("vsa:block_size=16,keep=0.2,gate=0.0", "full"),
+    # Whole blocks of queries that see nothing.
+    ("oracle:block_size=16,keep=0.3", "causal:offset=-40"),
+    ("moba:block_size=16,top_k=4", "causal:offset=-40"),
+    ("dsa:top_k=20", "causal:offset=-40"),
 ]
 IDS = [f"{spec.partition(':')[0]}-{number}" for number, (spec, _) in enumerate(CASES)]
 
@@ -243,6 +248,31 @@ def test_flexprefill_takes_lines_and_in_aware_heads_pooled_blocks(tau: float) ->
         assert torch.equal(kept[b, h], expected & _below(count)), (b, h)
 
 
+def test_flexprefill_trusts_pooled_blocks_where_they_are_near_the_truth() -> None:
+    """The square root of the Jensen-Shannon divergence between what pooled keys tell the last
+    queries' mean and what those truly give each block, head by head."""
+    q, k, _, _ = _inputs()
+    distance = {}
+    for b, h in itertools.product(range(BATCH), range(HEADS_Q)):
+        columns, _ = _lines(b, h, 16)
+        true = torch.tensor([sum(columns[y]) / 16 for y in want.ranges(TOKENS, 16)])
+        head = want.Head(q, k, b, h)
+        means = torch.stack([want.mean(head.k, y) for y in want.ranges(TOKENS, 16)])
+        pooled = (means @ head.q[-16:].mean(0) * DIM**-0.5).softmax(0)
+        middle = (pooled + true) / 2
+        parts = [float((p * (p / middle).log()).sum()) for p in (pooled, true)]
+        distance[b, h] = (sum(parts) / 2) ** 0.5
+    ordered = sorted(distance.values())
+    tau = (ordered[3] + ordered[4]) / 2
+    assert ordered[4] - ordered[3] > 1e-4, "the inputs of this test tie"
+    spec = "flexprefill:block_size=16,min_budget=32,gamma=0.5"
+    some = _kept(_choose(f"{spec},tau={tau:.9f}", "causal")[0])
+    all_, none = (_kept(_choose(f"{spec},tau={t}", "causal")[0]) for t in (1.0, 0.0))
+    for (b, h), far in distance.items():
+        assert torch.equal(some[b, h], (all_ if far < tau else none)[b, h])
+        assert not torch.equal(all_[b, h], none[b, h])
+
+
 def test_nsa_takes_blocks_by_compressed_attention_of_the_group() -> None:
     q, k, _, _ = _inputs()
     spec = "nsa:block_size=16,top_k=4,compress=8,stride=4,window=24"
@@ -340,6 +370,9 @@ def test_what_is_computed_is_what_was_chosen(spec: str, mask: str, dtype: torch.
     expected = _expected(made.choice(out).branches, inputs)
     limit = 2e-6 if dtype == torch.float32 else 1.5e-2
     assert (lse is not None) == ("lse" in expected)
+    blind = ~torch.as_tensor(masks.build(mask, TOKENS).to_dense()).any(1)
+    assert not out[:, blind].any()
+    assert not grads[0][:, blind].any()
     for name, value in expected.items():
         got = found[name]
         assert got is not None
@@ -372,6 +405,20 @@ def test_the_backward_pass_reuses_the_choice(monkeypatch: pytest.MonkeyPatch) ->
     made.backward(inputs[3], *inputs[:3], out, lse, plan)
     with pytest.raises(ValueError, match="the output that its own forward returned"):
         made.backward(inputs[3], *inputs[:3], out.clone(), lse, plan)
+
+
+@pytest.mark.parametrize("spec", [spec for spec, mask in CASES if mask == "causal"])
+def test_nothing_outlives_its_output(spec: str) -> None:
+    """A choice goes with the output that it was made for: nothing piles up from call to call."""
+    inputs = _inputs()
+    made, plan = _made(spec, "causal")
+    for _ in range(3):
+        out, lse = made.forward(*inputs[:3], plan)
+        made.backward(inputs[3], *inputs[:3], out, lse, plan)
+    assert len(made._choices) == 1
+    del out, lse
+    gc.collect()
+    assert len(made._choices) == 0
 
 
 # --- causality ----------------------------------------------------------------------------------

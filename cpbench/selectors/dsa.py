@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from cpbench.registry import OperatorInfo
 from cpbench.selecting import Branch, Plan, Selecting
-from cpbench.selection import Tokens
+from cpbench.selection import Tokens, visible
 from cpbench.selectors.ranking import at_least, products, spans, working
 
 if TYPE_CHECKING:
@@ -58,9 +58,9 @@ class Dsa(Selecting):
         t = k.shape[1]
         most = min(self.top_k, t)
         found = torch.empty((b, 1, s, most), dtype=torch.int32, device=q.device)
-        for begin, end in spans(s, b * h * t):
+        for begin, end in spans(s, b * h * t, q.device):
             scores = products(index_q[:, begin:end], index_k).relu_().sum(1)
-            seen = torch.as_tensor(plan.mask.crop(begin, end, 0, t).to_dense(), device=q.device)
+            seen = visible(plan.mask, begin, end, q.device)
             best = scores.masked_fill_(~seen, -torch.inf).topk(most, dim=-1)
             found[:, 0, begin:end] = best.indices.masked_fill_(best.values == -torch.inf, -1)
         return (Branch(seen=Tokens(plan.mask, found, h)),)

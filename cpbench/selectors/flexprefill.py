@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from cpbench.registry import OperatorInfo
 from cpbench.selecting import Branch, Plan, Selecting
-from cpbench.selection import Blocks, Grid, grid
+from cpbench.selection import Blocks, Grid
 from cpbench.selectors.minference import by_distance, last_probs
 from cpbench.selectors.ranking import at_least, block_means, products
 
@@ -68,7 +68,7 @@ class FlexPrefill(Selecting):
         import torch
 
         block, n, scale = self.block_size, k.shape[1], plan.problem.softmax_scale
-        cells = grid(plan.mask, block, block, plan.device)
+        cells = plan.cells(block, block)
         last = min(block, n)
         probs = last_probs(q, k, last, scale)
         columns, diagonals = probs.mean(2), by_distance(probs) / last

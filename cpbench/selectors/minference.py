@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cpbench.masks.patterns import streaming
 from cpbench.registry import OperatorInfo
 from cpbench.selecting import Branch, Plan, Selecting
-from cpbench.selection import Blocks, grid
+from cpbench.selection import Blocks
 from cpbench.selectors.ranking import (
     at_least,
     block_means,
@@ -131,7 +131,7 @@ class VerticalSlash(Selecting):
         import torch
 
         n = k.shape[1]
-        cells = grid(plan.mask, self.block_size, self.block_size, plan.device)
+        cells = plan.cells(self.block_size, self.block_size)
         probs = last_probs(q, k, min(LAST, n), plan.problem.softmax_scale)
         of_columns = probs.sum(2)
         of_columns[..., :SINKS] = torch.inf
@@ -211,7 +211,7 @@ class BlockSparse(Selecting):
         self.block_size, self.top_k, self.keep = block_size, top_k, keep
 
     def select(self, q: torch.Tensor, k: torch.Tensor, plan: Plan) -> tuple[Branch, ...]:
-        cells = grid(plan.mask, self.block_size, self.block_size, plan.device)
+        cells = plan.cells(self.block_size, self.block_size)
         scores = products(block_means(q, self.block_size), block_means(k, self.block_size))
         kept = top(scores, counts(cells.visible, self.top_k, self.keep), cells)
         return (Branch(seen=Blocks(cells, kept)),)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from cpbench.registry import OperatorInfo
 from cpbench.selecting import Branch, Plan, Selecting
-from cpbench.selection import Blocks, grid
+from cpbench.selection import Blocks
 from cpbench.selectors.ranking import (
     at_least,
     block_means,
@@ -63,7 +63,7 @@ class Moba(Selecting):
     def select(self, q: torch.Tensor, k: torch.Tensor, plan: Plan) -> tuple[Branch, ...]:
         import torch
 
-        cells = grid(plan.mask, 1, self.block_size, plan.device)
+        cells = plan.cells(1, self.block_size)
         means, candidates = block_means(k, self.block_size), cells.whole | cells.own
 
         def gates(begin: int, end: int) -> torch.Tensor:

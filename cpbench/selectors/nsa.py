@@ -18,7 +18,7 @@ from cpbench.masks.patterns import WIDE, causal, sliding_window_causal
 from cpbench.pooling import Pool
 from cpbench.registry import OperatorInfo
 from cpbench.selecting import Branch, Plan, Selecting
-from cpbench.selection import Blocks, grid
+from cpbench.selection import Blocks
 from cpbench.selectors.ranking import at_least, counts, first, products, spans, top_of_rows, working
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class Nsa(Selecting):
 
     def select(self, q: torch.Tensor, k: torch.Tensor, plan: Plan) -> tuple[Branch, ...]:
         n, pool = plan.mask.seq_k, self.pool
-        cells = grid(plan.mask, 1, self.block_size, plan.device)
+        cells = plan.cells(1, self.block_size)
         by_compressed, by_blocks, by_window = self.gates
         window = sliding_window_causal(n, window=self.window - 1) if self.window < n else causal(n)
         found = [
@@ -111,7 +111,7 @@ class Nsa(Selecting):
         import torch
 
         groups, each = k.shape[2], plan.problem.group
-        cells = grid(plan.mask, 1, self.block_size, plan.device)
+        cells = plan.cells(1, self.block_size)
         means = working(self.pool.mean(k))
         n = means.shape[1]
         share = torch.as_tensor(overlaps(k.shape[1], self.pool, self.block_size), device=q.device)
@@ -122,7 +122,7 @@ class Nsa(Selecting):
             if not n:  # too short for a window
                 return means.new_zeros((len(q), groups, end - begin, share.shape[1]))
             parts = []
-            for a, b in spans(end - begin, len(q) * q.shape[2] * n):
+            for a, b in spans(end - begin, len(q) * q.shape[2] * n, q.device):
                 rows = slice(begin + a, begin + b)
                 logits = products(working(q[:, rows]), means).mul_(plan.problem.softmax_scale)
                 row = torch.arange(rows.start, rows.stop, device=q.device)[:, None]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from cpbench.registry import OperatorInfo
 from cpbench.selecting import Branch, Plan, Selecting
-from cpbench.selection import Blocks, Grid, grid
+from cpbench.selection import Blocks, Grid, visible
 from cpbench.selectors.ranking import at_least, budget, counts, products, spans, top, working
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Oracle(Selecting):
         self.block_size, self.top_k, self.keep = block_size, top_k, keep
 
     def select(self, q: torch.Tensor, k: torch.Tensor, plan: Plan) -> tuple[Branch, ...]:
-        cells = grid(plan.mask, self.block_size, self.block_size, plan.device)
+        cells = plan.cells(self.block_size, self.block_size)
         mass = block_mass(q, k, cells, plan.problem.softmax_scale)
         kept = top(mass, counts(cells.visible, self.top_k, self.keep), cells)
         return (Branch(seen=Blocks(cells, kept)),)
@@ -64,10 +64,9 @@ def block_mass(q: torch.Tensor, k: torch.Tensor, cells: Grid, scale: float) -> t
 
     mask, (b, s, h, _), t = cells.mask, q.shape, k.shape[1]
     found = []
-    for begin, end in spans(s, b * h * t, cells.block_q):
+    for begin, end in spans(s, b * h * t, q.device, cells.block_q):
         scores = products(working(q[:, begin:end]), working(k)).mul_(scale)
-        seen = torch.as_tensor(mask.crop(begin, end, 0, t).to_dense(), device=q.device)
-        scores.masked_fill_(~seen, -torch.inf)
+        scores.masked_fill_(~visible(mask, begin, end, q.device), -torch.inf)
         probs = torch.softmax(scores, -1).nan_to_num_(0.0)
         probs = torch.nn.functional.pad(
             probs, (0, -t % cells.block_k, 0, -(end - begin) % cells.block_q)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from cpbench.registry import OperatorInfo
 from cpbench.selecting import Branch, Plan, Selecting
-from cpbench.selection import Blocks, grid
+from cpbench.selection import Blocks
 from cpbench.selectors.ranking import at_least, budget, counts, products, spans, top, working
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Quest(Selecting):
     def select(self, q: torch.Tensor, k: torch.Tensor, plan: Plan) -> tuple[Branch, ...]:
         import torch
 
-        cells = grid(plan.mask, self.block_q, self.block_size, plan.device)
+        cells = plan.cells(self.block_q, self.block_size)
         pages = working(k)
         missing = -k.shape[1] % self.block_size
         if missing:  # the last key once more: it changes neither bound
@@ -72,7 +72,7 @@ class Quest(Selecting):
         high, low = pages.amax(2), pages.amin(2)
         found = []
         width = len(q) * q.shape[2] * high.shape[1]
-        for begin, end in spans(q.shape[1], width, self.block_q):
+        for begin, end in spans(q.shape[1], width, q.device, self.block_q):
             some = working(q[:, begin:end])
             bound = products(some.clamp(min=0), high).add_(products(some.clamp(max=0), low))
             short = -(end - begin) % self.block_q

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from cpbench.selection import Grid
 
-CELLS = 1 << 22  # scores held at once
+CELLS = {"cpu": 1 << 22, "cuda": 1 << 28}  # scores held at once: few launches of many on a GPU
 
 
 def block_means(x_BTHD: torch.Tensor, block: int) -> torch.Tensor:
@@ -39,9 +39,12 @@ def products(q_BSHD: torch.Tensor, k_BTGD: torch.Tensor) -> torch.Tensor:
     return scores.flatten(1, 2)
 
 
-def spans(rows: int, cells: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
+def spans(
+    rows: int, cells: int, device: torch.device, multiple: int = 1
+) -> Iterator[tuple[int, int]]:
     """Ranges of rows, a multiple each, with about ``CELLS`` scores at ``cells`` a row."""
-    step = max(CELLS // max(cells, 1) // multiple, 1) * multiple
+    most = CELLS.get(device.type, CELLS["cpu"])
+    step = max(most // max(cells, 1) // multiple, 1) * multiple
     for begin in range(0, rows, step):
         yield begin, min(begin + step, rows)
 
@@ -109,7 +112,7 @@ def top_of_rows(
 
     rows, columns = grid.areas.shape
     kept = torch.empty((*shape, rows, columns), dtype=torch.bool, device=grid.areas.device)
-    for begin, end in spans(rows, shape[0] * shape[1] * columns):
+    for begin, end in spans(rows, shape[0] * shape[1] * columns, kept.device):
         here = slice(begin, end)
         some = _top(scores_of(begin, end), wanted[here], grid.allowed[here], always[here])
         kept[:, :, here] = some

@@ -14,7 +14,7 @@ from cpbench.masks.patterns import full
 from cpbench.pooling import Pool
 from cpbench.registry import OperatorInfo
 from cpbench.selecting import Branch, Plan, Selecting
-from cpbench.selection import Blocks, grid
+from cpbench.selection import Blocks
 from cpbench.selectors.ranking import at_least, block_means, budget, counts, products, top
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Vsa(Selecting):
 
     def select(self, q: torch.Tensor, k: torch.Tensor, plan: Plan) -> tuple[Branch, ...]:
         block = self.block_size
-        cells = grid(plan.mask, block, block, plan.device)
+        cells = plan.cells(block, block)
         scores = products(block_means(q, block), block_means(k, block))
         kept = top(scores, counts(cells.visible, self.top_k, self.keep), cells)
         found = [Branch(seen=Blocks(cells, kept))]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from cpbench.registry import OperatorInfo
 from cpbench.selecting import Branch, Plan, Selecting
-from cpbench.selection import Blocks, grid
+from cpbench.selection import Blocks
 from cpbench.selectors.ranking import at_least, covering, first, products, spans, working
 
 if TYPE_CHECKING:
@@ -59,8 +59,8 @@ class XAttention(Selecting):
     def select(self, q: torch.Tensor, k: torch.Tensor, plan: Plan) -> tuple[Branch, ...]:
         import torch
 
-        cells = grid(plan.mask, self.block_size, self.block_size, plan.device)
-        seen = grid(plan.mask, self.stride, self.stride, plan.device).allowed
+        cells = plan.cells(self.block_size, self.block_size)
+        seen = plan.cells(self.stride, self.stride).allowed
         # Queries of a group in reverse beside keys in order: their products lie across.
         groups_q = self._grouped(q.flip(1), turned=True).flip(1)
         groups_k = self._grouped(k, turned=False)
@@ -68,7 +68,7 @@ class XAttention(Selecting):
         per = self.block_size // self.stride
         found = []
         width = len(q) * q.shape[2] * groups_k.shape[1]
-        for begin, end in spans(groups_q.shape[1], width, per):
+        for begin, end in spans(groups_q.shape[1], width, q.device, per):
             scores = products(groups_q[:, begin:end], groups_k).mul_(scale)
             scores.masked_fill_(~seen[begin:end], -torch.inf)
             probs = torch.softmax(scores, -1).nan_to_num_(0.0)
