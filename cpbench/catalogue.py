@@ -31,7 +31,7 @@ def _operators(device: str) -> list[dict[str, Any]]:
             "dim": info.max_head_dim,
             "backward": [d for d in info.devices if d in info.backward_on] or ["no"],
             "merges": _merges(info, device),
-            "repeats": "yes" if info.deterministic else "no",
+            "stable": "yes" if info.deterministic else "no",
             "summary": _summary(info),
         }
         for _, info in sorted(registry.operators().items())

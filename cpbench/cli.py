@@ -129,7 +129,7 @@ def list_(
     device: OnDevice = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what there is: operators, masks, inputs, who takes what (support), …"""
+    """Show what there is: operators, strategies, masks, inputs."""
     from cpbench import catalogue, support
 
     with user_input():

@@ -103,7 +103,7 @@ def test_list(
     assert rows
     for row in rows:
         name, *_ = row.values()
-        assert any(line.startswith(f"{name} ") for line in text.splitlines())
+        assert any(f"{line} ".startswith(f"{name} ") for line in text.splitlines())
     table = [line for line in text.splitlines() if not line.startswith("    ")]
     assert max(map(len, table)) <= 100
 

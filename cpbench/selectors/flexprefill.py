@@ -38,6 +38,7 @@ class FlexPrefill(Selecting):
     """Columns and diagonals of blocks for every head: the fewest tokens that hold gamma of the last
     queries' attention, or ``min_budget`` of them in heads that are query-aware.  Those also take,
     over all their rows together, the blocks with the highest pooled attention, up to gamma of it.
+    (The original computes sequences of a block or two in full.)
 
     Args:
         block_size: tokens of a block, of queries and keys.

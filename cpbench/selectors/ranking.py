@@ -57,7 +57,7 @@ def budget(name: str, top_k: int, keep: float) -> None:
     """
     if top_k < 1:
         raise ValueError(f"{name}: top_k = {top_k} must be at least 1")
-    if not 0 <= keep <= 1:
+    if isinstance(keep, bool) or not 0 <= keep <= 1:
         raise ValueError(f"{name}: keep = {keep} is a share of the visible blocks, from 0 to 1")
 
 
