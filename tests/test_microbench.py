@@ -55,7 +55,7 @@ def bench(tmp_path: Path):
             "-p", "no:xdist", "-p", "no:cacheprovider", "--sweep", str(tmp_path / "s.toml"),
             f"--benchmark-storage={tmp_path / 'saved'}", *options,
         ]  # fmt: skip
-        # A worker of pytest-xdist says in its environment that it is one, and nothing is timed there.
+        # A worker of pytest-xdist says in its environment that it is one: nothing is timed there.
         alone = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
         done = subprocess.run(
             command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=alone
