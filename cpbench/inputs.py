@@ -111,14 +111,25 @@ def parse(source: Any) -> Spec:
     """A spec of inputs; ``file:some/path`` needs no name of its parameter.
 
     Raises:
-        ValueError: for what is no spec, an unknown kind or parameter, or a wrong value.
+        ValueError: for what is no spec.
     """
     text = source.strip() if isinstance(source, str) else ""
     if text.startswith("file:") and not text.startswith("file:file="):
         source = {"name": "file", "file": text.removeprefix("file:")}
-    spec = Spec.parse(source)
-    generator(spec)
-    return spec
+    return Spec.parse(source)
+
+
+def kind_of(spec: Spec) -> Kind:
+    """The kind that a spec names.
+
+    Raises:
+        ValueError: for an unknown kind or parameter.
+    """
+    if spec.name not in KINDS:
+        raise ValueError(f"no inputs {spec.name!r}; there are: {', '.join(KINDS)}")
+    kind = KINDS[spec.name]
+    check_params("inputs", spec.name, spec.kwargs, kind.params)
+    return kind
 
 
 def generator(spec: Spec) -> Any:
@@ -127,10 +138,7 @@ def generator(spec: Spec) -> Any:
     Raises:
         ValueError: for an unknown kind or parameter, or a value that is not allowed.
     """
-    if spec.name not in KINDS:
-        raise ValueError(f"no inputs {spec.name!r}; there are: {', '.join(KINDS)}")
-    kind = KINDS[spec.name]
-    check_params("inputs", spec.name, spec.kwargs, kind.params)
+    kind = kind_of(spec)
     module, _, name = kind.load.partition(":")
     values = kind.params | spec.kwargs
     for key, default in kind.params.items():

@@ -311,7 +311,7 @@ _CHECKS: dict[str, Callable[[Spec], object]] = {
     "strategy": _check_strategy,
     "layout": lambda spec: layout.build(spec, 1, 1, masks.build("causal", 1)),
     "mask": masks.pattern_info,
-    "inputs": inputs.generator,
+    "inputs": inputs.kind_of,
 }
 
 

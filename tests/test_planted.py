@@ -138,6 +138,16 @@ def test_what_cannot_be_made_is_refused_in_one_line(spec: str, words: str) -> No
     assert "\n" not in str(caught.value)
 
 
+def test_lists_of_parameters_are_a_product() -> None:
+    table = {"inputs": [{"name": "needles", "length": [1, 16], "count": [2, 4]}, "normal"]}
+    found = [str(case.inputs) for case in sweep.expand({"sweep": table}, "s").cases]
+    assert found == [
+        "needles:count=2,length=1", "needles:count=2,length=16", "needles:count=4,length=1",
+        "needles:count=4,length=16", "normal",
+    ]  # fmt: skip
+    assert len({case.id for case in sweep.expand({"sweep": table}, "s").cases}) == 5
+
+
 # --- captured -----------------------------------------------------------------------------------
 
 
