@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -57,7 +57,7 @@ class Plan:
     """
 
     scale: float
-    rows: tuple[tuple[torch.Tensor, ...], ...] = ()
+    rows: tuple[tuple[tuple[Rows, ...], ...], ...] = ()
     grid: Grid | None = None
     tokens: Tokens | None = None
 
@@ -154,71 +154,98 @@ def _unrowed(x_ND: torch.Tensor, tokens: int) -> torch.Tensor:
 # --- blocks -------------------------------------------------------------------------------------
 
 
-def _rows_of(chosen: Blocks, heads_kv: int) -> tuple[tuple[torch.Tensor, ...], ...]:
-    """The rows that see each block, by batch and key/value head."""
+class Rows(NamedTuple):
+    """The rows that see a block of keys, or some of them.
+
+    Attributes:
+        rows: head-major.
+        cut: which of these see a part of the block alone.
+        hidden: ``[cut, w]`` booleans, what those do not see.
+    """
+
+    rows: torch.Tensor
+    cut: torch.Tensor
+    hidden: torch.Tensor
+
+
+def _rows_of(chosen: Blocks, heads_kv: int) -> tuple[tuple[tuple[Rows, ...], ...], ...]:
+    """The rows that see each block, some at a time, by batch and key/value head."""
     import torch
 
-    kept = chosen.kept & chosen.grid.allowed
-    columns = kept.shape[3]
+    grid, tokens = chosen.grid, chosen.seq_q
+    number, hides = _partial(grid)
+    columns = grid.areas.shape[1]
+    kept = chosen.kept & grid.allowed
     by_block = kept.unflatten(1, (heads_kv, -1)).flatten(0, 1).permute(0, 3, 1, 2).flatten(2)
+    widths = [min(grid.block_k, chosen.seq_k - y * grid.block_k) for y in range(columns)]
     found = []
     for one in by_block:  # [Y, N]
-        where = torch.nonzero(one.contiguous())
-        counts = torch.bincount(where[:, 0], minlength=columns).tolist()
-        found.append(tuple(where[:, 1].contiguous().split(counts)))
+        block, row = torch.nonzero(one.contiguous()).unbind(1)
+        which = number[row % tokens, block]
+        cut = torch.nonzero(which >= 0)[:, 0]
+        counts, cuts = (torch.bincount(x, minlength=columns) for x in (block, block[cut]))
+        begins = counts.cumsum(0) - counts
+        local, hidden = cut - begins[block[cut]], hides[which[cut]]
+        lists = (x.split(n.tolist()) for x, n in ((row, counts), (local, cuts), (hidden, cuts)))
+        parts = zip(*lists, widths, strict=True)
+        found.append(tuple(tuple(_portions(a, b, c[:, :w])) for a, b, c, w in parts))
     return tuple(found)
 
 
-def _partial(grid: Grid) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
-    """Of each block of keys, the queries that see a part of it, and what is added to their scores,
-    ``[n, w]``: 0 or -inf."""
+def _portions(rows: torch.Tensor, cut: torch.Tensor, hidden: torch.Tensor) -> Iterator[Rows]:
+    """The rows of a block, ``ROWS`` at a time."""
+    if len(rows) <= ROWS:
+        if len(rows):
+            yield Rows(rows, cut, hidden)
+        return
+    for begin in range(0, len(rows), ROWS):
+        here = (cut >= begin) & (cut < begin + ROWS)
+        yield Rows(rows[begin : begin + ROWS], cut[here] - begin, hidden[here])
+
+
+def _partial(grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    """``[S, Y]`` int32, which of ``[p, w]`` booleans a query hides of a block that it sees a part
+    of; -1 of others."""
     if "partial" not in grid.memo:
         grid.memo["partial"] = _made_partial(grid)
-    found: tuple[tuple[torch.Tensor, torch.Tensor], ...] = grid.memo["partial"]
+    found: tuple[torch.Tensor, torch.Tensor] = grid.memo["partial"]
     return found
 
 
-def _made_partial(grid: Grid) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+def _made_partial(grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
     import torch
 
-    device = grid.areas.device
-    queries, blocks = (x.cpu().numpy() for x in torch.nonzero(grid.allowed & ~grid.whole).unbind(1))
+    partial = grid.allowed & ~grid.whole
+    queries, blocks = torch.nonzero(partial).cpu().numpy().T
+    number = torch.full(grid.areas.shape, -1, dtype=torch.int32, device=grid.areas.device)
+    number[partial] = torch.arange(len(queries), dtype=torch.int32, device=number.device)
+    hides = np.ones((len(queries), grid.block_k), dtype=np.bool_)
     order = np.argsort(blocks, kind="stable")
     ends = np.searchsorted(blocks[order], np.arange(grid.areas.shape[1] + 1))
     turned = grid.mask.transpose()
-    found = []
     for y in range(grid.areas.shape[1]):
-        mine = queries[order[ends[y] : ends[y + 1]]]
-        k0, k1 = y * grid.block_k, min((y + 1) * grid.block_k, grid.mask.seq_k)
-        hidden = np.zeros((0, k1 - k0), dtype=np.bool_)
-        if len(mine):
+        these = order[ends[y] : ends[y + 1]]
+        if len(these):
+            mine = queries[these]
+            k0, k1 = y * grid.block_k, min((y + 1) * grid.block_k, grid.mask.seq_k)
             first, last = int(mine[0]), int(mine[-1]) + 1
-            hidden = ~turned.crop(k0, k1, first, last).to_dense().T[mine - first]
-        bias = torch.zeros(hidden.shape, device=device)
-        bias.masked_fill_(torch.as_tensor(hidden, device=device), -torch.inf)
-        found.append((torch.as_tensor(mine, device=device), bias))
-    return tuple(found)
+            dense = turned.crop(k0, k1, first, last).to_dense().T
+            hides[these, : k1 - k0] = ~dense[mine - first]
+    return number, torch.as_tensor(hides, device=number.device)
 
 
-def _hide(s_nw: torch.Tensor, rows: torch.Tensor, tokens: int, y: int, grid: Grid) -> None:
-    """Set to -inf what rows that see a part of block y do not see of it."""
-    import torch
-
-    some, bias = _partial(grid)[y]
-    if not len(some):
-        return
-    query = rows % tokens
-    place = torch.searchsorted(some, query).clamp_(max=len(some) - 1)
-    mine = torch.nonzero(some[place] == query)[:, 0]
-    s_nw[mine] += bias[place[mine]]
+def _hide(s_nw: torch.Tensor, some: Rows) -> None:
+    """Set to -inf what rows that see a part of a block do not see of it."""
+    if len(some.cut):
+        s_nw[some.cut] = s_nw[some.cut].masked_fill_(some.hidden, -math.inf)
 
 
-def _work(lists: tuple[torch.Tensor, ...], grid: Grid) -> Iterator[tuple[int, slice, torch.Tensor]]:
-    """Block, its keys, and some of the rows that see it."""
-    for y, rows in enumerate(lists):
+def _work(lists: tuple[tuple[Rows, ...], ...], grid: Grid) -> Iterator[tuple[slice, Rows]]:
+    """The keys of each block, and some of the rows that see it."""
+    for y, parts in enumerate(lists):
         keys = slice(y * grid.block_k, (y + 1) * grid.block_k)
-        for some in rows.split(ROWS) if len(rows) else ():
-            yield y, keys, some
+        for some in parts:
+            yield keys, some
 
 
 def _blocks_forward(
@@ -226,16 +253,17 @@ def _blocks_forward(
     k_TD: torch.Tensor,
     v_TD: torch.Tensor,
     plan: Plan,
-    lists: tuple[torch.Tensor, ...],
+    lists: tuple[tuple[Rows, ...], ...],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     import torch
 
     assert plan.grid is not None
     out_ND, sum_N1 = torch.zeros_like(q_ND), q_ND.new_zeros((len(q_ND), 1))
     max_N1 = torch.full_like(sum_N1, FLOOR)
-    for y, keys, rows in _work(lists, plan.grid):
+    for keys, some in _work(lists, plan.grid):
+        rows = some.rows
         s_nw = (q_ND[rows] @ k_TD[keys].T).mul_(plan.scale * LOG2E)
-        _hide(s_nw, rows, plan.grid.mask.seq_q, y, plan.grid)
+        _hide(s_nw, some)
         old_n1 = max_N1[rows]
         new_n1 = torch.maximum(old_n1, s_nw.amax(1, True))
         s_nw.sub_(new_n1).exp2_()
@@ -255,16 +283,17 @@ def _blocks_backward(
     delta_N1: torch.Tensor,
     lse_N1: torch.Tensor,
     plan: Plan,
-    lists: tuple[torch.Tensor, ...],
+    lists: tuple[tuple[Rows, ...], ...],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     import torch
 
     assert plan.grid is not None
     dq_ND, dk_TD, dv_TD = (torch.zeros_like(x) for x in (q_ND, k_TD, v_TD))
-    for y, keys, rows in _work(lists, plan.grid):
+    for keys, some in _work(lists, plan.grid):
+        rows = some.rows
         q_nD, do_nD, k_wD = q_ND[rows], do_ND[rows], k_TD[keys]
         s_nw = (q_nD @ k_wD.T).mul_(plan.scale)
-        _hide(s_nw, rows, plan.grid.mask.seq_q, y, plan.grid)
+        _hide(s_nw, some)
         p_nw = s_nw.sub_(lse_N1[rows]).exp_()
         dv_TD[keys].addmm_(p_nw.T, do_nD)
         ds_nw = (do_nD @ v_TD[keys].T).sub_(delta_N1[rows]).mul_(p_nw).mul_(plan.scale)
