@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from cpbench import masks, quality
+from cpbench import check, masks, quality
 from cpbench.api import Attention
 from cpbench.check import inputs_of
-from cpbench.check_choice import run_and_tell
+from cpbench.check_choice import run_and_tell, sampled
 from cpbench.inputs import Recipe, parse
+from cpbench.kernels.gathered import Gathered
 from cpbench.layout import build
 from cpbench.problem import Problem
 from cpbench.record import Record
@@ -139,6 +140,33 @@ def test_a_shape_misses_the_needles_and_the_oracle_does_not() -> None:
     (needles, normal) = ("needles:count=4,looking=1.0", "normal")
     assert lost[needles, "o"] > 2 * lost[needles, "m"]
     assert lost[normal, "o"] < 2 * lost[normal, "m"]
+
+
+@pytest.mark.parametrize("wrong", ["", "dq", "dk", "dv"])
+@pytest.mark.parametrize("spec", ["moba:block_size=64,top_k=3", "nsa:top_k=4,window=64"])
+def test_a_wrong_gradient_is_found(spec: str, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At size, where the last tokens alone have it; by the kernel's own choice."""
+    problem = Problem(
+        batch=1, seq_q=1300, seq_k=1300, heads_q=4, heads_kv=2, head_dim=DIM, dtype="float32"
+    )
+    world = World.of(problem, masks.build("causal", 1300), build("contiguous", 1300, 1))
+    work = Attention(spec, "single", world, 0, "cpu")
+    right = Gathered.backward
+
+    def backward(self: Gathered, *given: object) -> tuple[torch.Tensor, ...]:
+        grads = dict(zip(("dq", "dk", "dv"), right(self, *given), strict=True))
+        if wrong:
+            grads[wrong][:, 1100:] *= 1.01
+        return tuple(grads.values())
+
+    monkeypatch.setattr(Gathered, "backward", backward)
+    x = inputs_of(work, Recipe(), "cpu")
+    found, choice = run_and_tell(work, x)
+    verdict = check.verdict(sampled(work, x, found, choice, 0, check.Rank("cpu")), "float32")
+    assert (verdict is None) == (not wrong)
+    if wrong:
+        assert verdict is not None
+        assert verdict.startswith(f"{wrong} differs from float64")
 
 
 def test_what_is_not_finite_is_wrong_and_no_crash(tmp_path: Path) -> None:
