@@ -149,7 +149,7 @@ LINES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "option": (["run", "quick", "--fast"], ["--fast", "cpbench run --help"]),
     "extra word": (["doctor", "now"], ["now", "cpbench doctor --help"]),
-    "list nothing": (["list"], ["kind", "operators, strategies, layouts, masks, sweeps"]),
+    "list nothing": (["list"], ["kind", "operators, strategies, layouts, masks, inputs"]),
     "list kind": (["list", "kernels"], ["'kernels'", "'operators', 'strategies'"]),
     "list device": (["list", "masks", "--device", "tpu"], ["'tpu'", "'cpu', 'cuda'"]),
     "run without sweep": (["run"], ["SWEEP", "cpbench run --help"]),
