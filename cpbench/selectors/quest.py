@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING
 from cpbench.registry import OperatorInfo
 from cpbench.selecting import Branch, Plan, Selecting
 from cpbench.selection import Blocks
-from cpbench.selectors.ranking import at_least, budget, counts, products, spans, top, working
+from cpbench.selectors.ranking import (
+    at_least,
+    budget,
+    counts,
+    products,
+    spans,
+    top,
+    top_of_rows,
+    working,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -70,15 +79,21 @@ class Quest(Selecting):
             pages = torch.cat([pages, pages[:, -1:].expand(-1, missing, -1, -1)], 1)
         pages = pages.unflatten(1, (-1, self.block_size))
         high, low = pages.amax(2), pages.amin(2)
+        wanted = counts(cells.visible, self.top_k, self.keep)
+
+        def bounds(begin: int, end: int) -> torch.Tensor:
+            some = working(q[:, begin:end])
+            return products(some.clamp(min=0), high).add_(products(some.clamp(max=0), low))
+
+        if self.block_q == 1:
+            shape = (len(q), q.shape[2])
+            kept = top_of_rows(bounds, shape, wanted, cells, always=cells.own)
+            return (Branch(seen=Blocks(cells, kept)),)
         found = []
         width = len(q) * q.shape[2] * high.shape[1]
         for begin, end in spans(q.shape[1], width, q.device, self.block_q):
-            some = working(q[:, begin:end])
-            bound = products(some.clamp(min=0), high).add_(products(some.clamp(max=0), low))
             short = -(end - begin) % self.block_q
-            if short:
-                bound = torch.nn.functional.pad(bound, (0, 0, 0, short), value=-torch.inf)
+            bound = torch.nn.functional.pad(bounds(begin, end), (0, 0, 0, short), value=-torch.inf)
             found.append(bound.unflatten(2, (-1, self.block_q)).amax(3))
-        wanted = counts(cells.visible, self.top_k, self.keep)
         kept = top(torch.cat(found, 2), wanted, cells, always=cells.own)
         return (Branch(seen=Blocks(cells, kept)),)
