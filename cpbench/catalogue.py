@@ -83,7 +83,7 @@ def _here(info: registry.OperatorInfo, device: str) -> str:
 
 
 def _merges(info: registry.OperatorInfo, device: str) -> str:
-    if not info.mergeable or device not in info.lse_on:
+    if info.selects or not info.mergeable or device not in info.lse_on:
         return "no"
     return "yes" if info.external_lse else "forward"
 

@@ -80,7 +80,8 @@ LINES = 48  # sampled rows, and columns
 def sampled(
     work: Attention, inputs: Tensors, found: Tensors, choice: Choice, seed: int, rank: Rank
 ) -> Errors:
-    """Errors of sampled rows and columns at the measured size, each in another head in turn."""
+    """Errors of sampled rows and columns at the measured size, each in another head in turn; of a
+    kernel that returns no lse, of rows alone."""
     import torch
 
     problem, mask = work.problem, work.mask
@@ -99,7 +100,7 @@ def sampled(
         for name in right:
             value = found[name][b, h, line] if name == "lse" else found[name][b, line, h]
             hold(name, value, right[name])
-    if "dk" in found:
+    if "dk" in found and all(result.lse is not None for result in choice.results):
         turned = sampled_lines(mask.transpose(), np.arange(mask.seq_k), seed)
         for turn, line in enumerate(_some(turned)):
             b, h = pairs[(turn + seed) % len(pairs)]

@@ -27,7 +27,7 @@ from cpbench.mask import AttnMask
 from cpbench.pooling import NO_POOL
 from cpbench.selecting import Branch, Choice
 from cpbench.selection import Blocks, Tokens, visible
-from cpbench.selectors.ranking import products, working
+from cpbench.selectors.ranking import block_sums, probabilities, working
 
 if TYPE_CHECKING:
     import torch
@@ -51,9 +51,8 @@ def measure(work: Attention, inputs: Tensors, found: Tensors, choice: Choice) ->
         looked_at += end - begin
         for b in range(len(q)):
             seen = visible(mask, begin, end, q.device)
-            scores = products(working(q[b : b + 1, begin:end]), working(k[b : b + 1]))
-            scores = scores.mul_(work.problem.softmax_scale).masked_fill_(~seen, -float("inf"))
-            probs = scores.softmax(-1).nan_to_num_(0.0)
+            scale = work.problem.softmax_scale
+            probs = probabilities(q[b : b + 1, begin:end], k[b : b + 1], seen, scale)
             kept = _union(branches, b, begin, end, probs) & seen
             heads = probs.shape[1]
             sums["visible"] += float(seen.sum()) * heads
@@ -125,10 +124,7 @@ def _best(branch: Branch, b: int, begin: int, probs: torch.Tensor) -> float:
     else:
         assert isinstance(seen, Blocks)
         cells = seen.grid
-        short = (0, -probs.shape[3] % cells.block_k, 0, -probs.shape[2] % cells.block_q)
-        mass = torch.nn.functional.pad(probs[0], short)
-        mass = mass.unflatten(2, (-1, cells.block_k)).sum(3)
-        mass = mass.unflatten(1, (-1, cells.block_q)).sum(2)
+        mass = block_sums(probs[0], cells.block_q, cells.block_k)
         rows = slice(begin // cells.block_q, begin // cells.block_q + mass.shape[1])
         count = (seen.kept[b, :, rows] & cells.allowed[rows]).sum(-1, True)
     best = mass.double().sort(dim=-1, descending=True).values

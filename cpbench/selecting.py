@@ -142,14 +142,7 @@ class Selecting(ABC):
     def select(self, q: torch.Tensor, k: torch.Tensor, plan: Plan) -> tuple[Branch, ...]:
         """What to attend to, on the device of q and k, without gradients."""
 
-    def refusal(self, problem: Problem, mask: AttnMask, device: str) -> str | None:
-        """Why the selector itself cannot do this."""
-        return None
-
     def unsupported(self, problem: Problem, mask: AttnMask, device: str) -> str | None:
-        reason = self.refusal(problem, mask, device)
-        if reason is not None:
-            return f"{self.name} {reason}"
         for form in self.forms:
             try:
                 info, kernel = self._kernel_of(form, device)

@@ -61,7 +61,7 @@ def _row(info: OperatorInfo, device: str) -> dict[str, Any]:
         "of each head": _words(BY_HEAD, taken["fwd"]),
         "of selectors": ", ".join(kind for kind in SELECTIONS if kind in info.masks) or "-",
         "backward": backward_words,
-        **({"": "never run"} if info.unproven else {"": ""}),
+        "": "never run" if info.unproven else "",
     }
 
 

@@ -292,8 +292,7 @@ def _specs(key: str, item: Any) -> list[Spec]:
 
 
 def _check_operator(spec: Spec) -> None:
-    info = operator_info(spec.name)
-    check_params("operator", spec.name, spec.kwargs, info.params)
+    check_params("operator", spec.name, spec.kwargs, operator_info(spec.name).params)
 
 
 def _check_strategy(spec: Spec) -> None:

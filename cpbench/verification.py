@@ -73,7 +73,7 @@ def request(
     Raises:
         ValueError: for a name that is not registered, or a value that is not allowed.
     """
-    settings = MeasureSettings(time=False, memory=False, timeout_s=timeout_s)
+    settings = MeasureSettings(time=False, memory=False, quality=False, timeout_s=timeout_s)
     chosen = sweep.split_list(operators) if operators else _all_operators()
     ours = sorted(name for name, info in registry.strategies().items() if info.traced)
     spread = sweep.split_list(strategies) if strategies else ours  # libraries when named

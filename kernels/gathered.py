@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from cpbench.kernels import gathered_blocks
+from cpbench.kernels.gathered_blocks import FLOOR, LOG2E
 from cpbench.registry import OperatorInfo
 from cpbench.selection import Blocks, Grid, Selection, Tokens
 
@@ -41,8 +42,6 @@ OPERATORS = (
 
 ROWS = 2048  # of a block of keys at once: scores stay in a cache
 GATHERED = 1 << 21  # most elements of gathered keys at once
-LOG2E = math.log2(math.e)
-FLOOR = -1e30  # a finite row maximum where nothing is visible yet
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FLOOR = 0.02
-CHOICES = 0.01  # by how much what a choice recovers may differ, and it be the same
+RECOVERS = 0.01  # by how much what a choice recovers may differ, and it be the same
 FAILS, WORKS, MISSING, ADDED, NEITHER = "FAILS", "WORKS", "MISSING", "ADDED", "NEITHER"
 
 COLUMNS = {
@@ -184,7 +184,7 @@ def _status(there: Record | None, here: Record | None) -> tuple[str, str] | None
         return ADDED, f"not in the base; {here.status} in the new run"
     if there.status == here.status == "ok":
         was, now = (one.quality.get("mass") for one in (there, here))
-        if was is not None and now is not None and abs(now - was) > CHOICES:
+        if was is not None and now is not None and abs(now - was) > RECOVERS:
             words = f"recovers {now:.1%} of full attention, not {was:.1%}"
             return (FAILS if now < was else NEITHER), words
         return None if there.times_us and here.times_us else (NEITHER, "not timed")

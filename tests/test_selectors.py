@@ -554,3 +554,21 @@ def test_a_kernel_in_a_file_enters_the_id_by_its_content(tmp_path: Path) -> None
     spec = {"name": "oracle", "kernel": f"{tmp_path}/nowhere.py:OP"}
     with pytest.raises(ValueError, match="there is no file"):
         sweep.expand({"sweep": {"operator": spec}}, "s")
+
+
+def test_a_kernel_without_lse_has_its_rows_sampled() -> None:
+    from cpbench import check, check_choice
+    from cpbench.api import Attention
+    from cpbench.inputs import Recipe
+    from cpbench.layout import build
+    from cpbench.world import World
+
+    problem = Problem(batch=1, seq_q=300, seq_k=300, heads_q=4, heads_kv=2, head_dim=16,
+                      dtype="float32")  # fmt: skip
+    world = World.of(problem, masks.build("causal", 300), build("contiguous", 300, 1))
+    work = Attention("oracle:block_size=16,kernel=sdpa.math", "single", world, 0, "cpu")
+    x = check.inputs_of(work, Recipe(), "cpu")
+    found, choice = check_choice.run_and_tell(work, x)
+    errors = check_choice.sampled(work, x, found, choice, 0, check.Rank("cpu"))
+    assert set(errors) == {"out", "dq"}
+    assert check.verdict(errors, "float32") is None

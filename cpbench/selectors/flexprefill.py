@@ -13,7 +13,7 @@ from cpbench.registry import OperatorInfo
 from cpbench.selecting import Branch, Plan, Selecting
 from cpbench.selection import Blocks, Grid
 from cpbench.selectors.minference import by_distance, last_probs
-from cpbench.selectors.ranking import at_least, block_means, products
+from cpbench.selectors.ranking import at_least, block_means, highest, in_blocks, products
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +73,7 @@ class FlexPrefill(Selecting):
         last = min(block, n)
         probs = last_probs(q, k, last, scale)
         columns, diagonals = probs.mean(2), by_distance(probs) / last
-        of_columns, of_diagonals = (_summed(x, block) for x in (columns, diagonals))
+        of_columns, of_diagonals = (in_blocks(x, block, 2).sum(3) for x in (columns, diagonals))
 
         keys = block_means(k, block)
         judge = block_means(q[:, -last:], last)
@@ -87,22 +87,14 @@ class FlexPrefill(Selecting):
             wanted = wanted.clamp(min=least, max=of_columns.shape[2])
             counts.append(torch.where(aware, least, wanted))
         of_columns[..., 0], of_diagonals[..., 0] = torch.inf, torch.inf
-        lines = _most(of_columns, counts[0])[:, :, None]
+        lines = highest(of_columns, counts[0])[:, :, None]
         offset = torch.arange(len(cells.areas), device=q.device)
         away = (offset[:, None] - offset).clamp(min=0)
-        kept = lines | _most(of_diagonals, counts[1])[:, :, away]
+        kept = lines | highest(of_diagonals, counts[1])[:, :, away]
         if bool(aware.any()):
             scores = products(block_means(q, block), keys) * scale
             kept |= _by_pooled(scores, cells, self.gamma) & aware[:, :, None, None]
         return (Branch(seen=Blocks(cells, kept & cells.allowed)),)
-
-
-def _summed(x_BHT: torch.Tensor, block: int) -> torch.Tensor:
-    import torch
-
-    padded = torch.nn.functional.pad(x_BHT, (0, -x_BHT.shape[2] % block))
-    blocks: torch.Tensor = padded.unflatten(2, (-1, block))
-    return blocks.sum(3)
 
 
 def _divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
@@ -119,16 +111,6 @@ def _cover(mass: torch.Tensor, share: float) -> torch.Tensor:
     """``[B, H]``: how many of the largest hold more than a share."""
     ordered = mass.sort(dim=-1, descending=True).values.cumsum(-1)
     return (ordered <= share).sum(-1) + 1
-
-
-def _most(scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """The highest of each row, so many."""
-    import torch
-
-    order = scores.argsort(dim=-1, descending=True, stable=True)
-    number = torch.arange(scores.shape[2], device=scores.device)
-    found = torch.zeros_like(scores, dtype=torch.bool)
-    return found.scatter_(2, order, number < counts[..., None])
 
 
 def _by_pooled(scores: torch.Tensor, cells: Grid, share: float) -> torch.Tensor:

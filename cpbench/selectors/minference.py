@@ -17,6 +17,8 @@ from cpbench.selectors.ranking import (
     block_means,
     budget,
     counts,
+    highest,
+    in_blocks,
     products,
     top,
     working,
@@ -137,12 +139,11 @@ class VerticalSlash(Selecting):
         of_columns[..., :SINKS] = torch.inf
         of_diagonals = by_distance(probs)
         of_diagonals[..., :LOCAL] = torch.inf
-        columns = _chosen(of_columns, min(max(self.vertical, SINKS), n))
-        distances = _chosen(of_diagonals, min(max(self.slash, LOCAL), n))
+        columns = highest(of_columns, min(max(self.vertical, SINKS), n))
+        distances = highest(of_diagonals, min(max(self.slash, LOCAL), n))
         kept = diagonal_blocks(distances, self.block_size, cells.areas.shape[0])
         if self.whole_blocks:
-            wide = torch.nn.functional.pad(columns, (0, -n % self.block_size))
-            kept = kept | wide.unflatten(2, (-1, self.block_size)).any(3)[:, :, None]
+            kept = kept | in_blocks(columns, self.block_size, 2).any(3)[:, :, None]
             return (Branch(seen=Blocks(cells, kept & cells.allowed)),)
         return (Branch(seen=Blocks(cells, kept & cells.allowed, columns)),)
 
@@ -172,8 +173,7 @@ def diagonal_blocks(distances: torch.Tensor, block: int, rows: int) -> torch.Ten
     """``[B, H, X, X]``: blocks that hold a pair at one of the distances ``[B, H, T]``."""
     import torch
 
-    short = -distances.shape[2] % block
-    wide = torch.nn.functional.pad(distances, (0, short)).unflatten(2, (-1, block))
+    wide = in_blocks(distances, block, 2)
     # Distance m * block is in the blocks m away alone, those up to the next also in m + 1.
     away = wide.any(3)
     further = torch.nn.functional.pad(wide[..., 1:].any(3), (1, 0))[..., :-1]
@@ -181,13 +181,6 @@ def diagonal_blocks(distances: torch.Tensor, block: int, rows: int) -> torch.Ten
     away_by = offset[:, None] - offset
     found: torch.Tensor = (away | further)[:, :, away_by.clamp(min=0)]
     return found & (away_by >= 0)
-
-
-def _chosen(scores: torch.Tensor, count: int) -> torch.Tensor:
-    import torch
-
-    found = torch.zeros_like(scores, dtype=torch.bool)
-    return found.scatter_(2, scores.topk(count, dim=-1).indices, True)
 
 
 class BlockSparse(Selecting):

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 from cpbench.registry import OperatorInfo
 from cpbench.selecting import Branch, Plan, Selecting
 from cpbench.selection import Blocks, Grid, visible
-from cpbench.selectors.ranking import at_least, budget, counts, products, spans, top, working
+from cpbench.selectors.ranking import (
+    at_least,
+    block_sums,
+    budget,
+    counts,
+    probabilities,
+    spans,
+    top,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -65,12 +73,7 @@ def block_mass(q: torch.Tensor, k: torch.Tensor, cells: Grid, scale: float) -> t
     mask, (b, s, h, _), t = cells.mask, q.shape, k.shape[1]
     found = []
     for begin, end in spans(s, b * h * t, q.device, cells.block_q):
-        scores = products(working(q[:, begin:end]), working(k)).mul_(scale)
-        scores.masked_fill_(~visible(mask, begin, end, q.device), -torch.inf)
-        probs = torch.softmax(scores, -1).nan_to_num_(0.0)
-        probs = torch.nn.functional.pad(
-            probs, (0, -t % cells.block_k, 0, -(end - begin) % cells.block_q)
-        )
-        blocks = probs.unflatten(3, (-1, cells.block_k)).sum(4)
-        found.append(blocks.unflatten(2, (-1, cells.block_q)).sum(3))
+        seen = visible(mask, begin, end, q.device)
+        probs = probabilities(q[:, begin:end], k, seen, scale)
+        found.append(block_sums(probs, cells.block_q, cells.block_k))
     return torch.cat(found, 2)

@@ -39,6 +39,44 @@ def products(q_BSHD: torch.Tensor, k_BTGD: torch.Tensor) -> torch.Tensor:
     return scores.flatten(1, 2)
 
 
+def in_blocks(x: torch.Tensor, block: int, dim: int) -> torch.Tensor:
+    """An axis in blocks, ``[…, blocks, block, …]``, the last one filled with zeros."""
+    import torch
+
+    short = -x.shape[dim] % block
+    if short:
+        x = torch.nn.functional.pad(x, (*(0, 0) * (x.ndim - 1 - dim), 0, short))
+    found: torch.Tensor = x.unflatten(dim, (-1, block))
+    return found
+
+
+def probabilities(
+    q_BSHD: torch.Tensor, k_BTGD: torch.Tensor, seen: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """``[B, H, S, T]`` softmax over what is ``seen`` ``[S, T]``, 0 for queries that see nothing."""
+    import torch
+
+    scores = products(working(q_BSHD), working(k_BTGD)).mul_(scale)
+    return torch.softmax(scores.masked_fill_(~seen, -torch.inf), -1).nan_to_num_(0.0)
+
+
+def block_sums(x: torch.Tensor, block_q: int, block_k: int) -> torch.Tensor:
+    """``[…, X, Y]`` sums over blocks of the last two axes."""
+    columns = in_blocks(x, block_k, x.ndim - 1).sum(-1)
+    return in_blocks(columns, block_q, x.ndim - 2).sum(-2)
+
+
+def highest(scores: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
+    """Booleans: the highest of each row, so many of all rows or of each."""
+    import torch
+
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    number = torch.arange(scores.shape[-1], device=scores.device)
+    counted = number < (count[..., None] if isinstance(count, torch.Tensor) else count)
+    found = torch.zeros_like(scores, dtype=torch.bool)
+    return found.scatter_(-1, order, counted.expand(scores.shape))
+
+
 def spans(
     rows: int, cells: int, device: torch.device, multiple: int = 1
 ) -> Iterator[tuple[int, int]]:

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING
 from cpbench.registry import OperatorInfo
 from cpbench.selecting import Branch, Plan, Selecting
 from cpbench.selection import Blocks
-from cpbench.selectors.ranking import at_least, covering, first, products, spans, working
+from cpbench.selectors.ranking import (
+    at_least,
+    block_sums,
+    covering,
+    first,
+    probabilities,
+    spans,
+    working,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -69,12 +77,8 @@ class XAttention(Selecting):
         found = []
         width = len(q) * q.shape[2] * groups_k.shape[1]
         for begin, end in spans(groups_q.shape[1], width, q.device, per):
-            scores = products(groups_q[:, begin:end], groups_k).mul_(scale)
-            scores.masked_fill_(~seen[begin:end], -torch.inf)
-            probs = torch.softmax(scores, -1).nan_to_num_(0.0)
-            short = (0, -groups_k.shape[1] % per, 0, -(end - begin) % per)
-            probs = torch.nn.functional.pad(probs, short)
-            found.append(probs.unflatten(3, (-1, per)).sum(4).unflatten(2, (-1, per)).sum(3))
+            probs = probabilities(groups_q[:, begin:end], groups_k, seen[begin:end], scale)
+            found.append(block_sums(probs, per, per))
         always = None if plan.mask.kind == "full" else first(cells) | cells.own
         kept = covering(torch.cat(found, 2), self.threshold, cells, always)
         return (Branch(seen=Blocks(cells, kept)),)
