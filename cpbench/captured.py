@@ -8,7 +8,6 @@ dout is normal.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +16,8 @@ from cpbench.planted import Normal
 if TYPE_CHECKING:
     import torch
 
-    from cpbench.mask import IntArray
-    from cpbench.problem import Case, Problem
+    from cpbench.inputs import Wanted
+    from cpbench.problem import Case
 
 
 class Captured:
@@ -50,28 +49,20 @@ class Captured:
                     f"[{case.batch}, at least {case.seq_len}, {heads}, {case.head_dim}]"
                 )
 
-    def make(
-        self,
-        name: str,
-        seed: int,
-        problem: Problem,
-        positions: IntArray,
-        batches: Sequence[int],
-        heads: Sequence[int],
-        device: str,
-    ) -> torch.Tensor:
+    def make(self, wanted: Wanted) -> torch.Tensor:
         import torch
 
+        name, problem = wanted.name, wanted.problem
         if name == "dout":
-            return Normal().make(name, seed, problem, positions, batches, heads, device)
+            return Normal().make(wanted)
         x = _tensor(*self._file, name)
         few = name == "q" and x.shape[1] == problem.seq_q  # just those that attend
         shift = 0 if few or name != "q" else problem.seq_k - problem.seq_q
-        rows = torch.as_tensor(positions + shift)
+        rows = torch.as_tensor(wanted.positions + shift)
         # Padding tokens, which nothing sees, repeat the last one.
-        some = x[list(batches)].index_select(1, rows.clamp(max=x.shape[1] - 1))
-        some = some.index_select(2, torch.as_tensor(list(heads)))
-        return some.to(device=device, dtype=getattr(torch, problem.dtype))
+        some = x[list(wanted.batches)].index_select(1, rows.clamp(max=x.shape[1] - 1))
+        some = some.index_select(2, torch.as_tensor(list(wanted.heads)))
+        return some.to(device=wanted.device, dtype=getattr(torch, problem.dtype))
 
 
 @functools.lru_cache(maxsize=16)

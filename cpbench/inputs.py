@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 TENSORS = ("q", "k", "v", "dout")
 NORMAL = Spec("normal")
-_GOLDEN = 0x9E3779B97F4A7C15
+GOLDEN = 0x9E3779B97F4A7C15
 _SPLITMIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 _CHUNK = 1 << 16  # elements made at a time on CPUs, so that temporaries stay in cache
 
@@ -44,9 +44,8 @@ class Kind:
         summary: one line for people.
         params: names with their defaults; None for what must be given.
         load: ``"module:class"``, made with the parameters (a ``ValueError`` tells a wrong one).
-            Its ``make(name, seed, problem, positions, batches, heads, device)`` returns one of
-            ``TENSORS``, ``[len(batches), len(positions), len(heads), D]``; its ``check(case)``
-            raises ``ValueError`` for a case that it does not fit, without torch.
+            Its ``make(wanted)`` returns a :class:`Wanted`; its ``check(case)`` raises
+            ``ValueError`` for a case that it does not fit, without torch.
     """
 
     summary: str
@@ -77,6 +76,28 @@ KINDS = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Wanted:
+    """Some rows and heads of a tensor, ``[len(batches), len(positions), len(heads), D]``.
+
+    Attributes:
+        name: one of ``TENSORS``.
+        seed: any integer.
+        problem: of which it is an input, in its dtype.
+        positions: of queries (for q and dout) or of keys, each counted by itself.
+        batches, heads: global indices.
+        device: where.
+    """
+
+    name: str
+    seed: int
+    problem: Problem
+    positions: np.typing.NDArray[np.int64]
+    batches: Sequence[int]
+    heads: Sequence[int]
+    device: str
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What inputs are made of: a seed and a kind with its parameters."""
@@ -94,15 +115,17 @@ class Recipe:
         heads: Sequence[int],
         device: str,
     ) -> torch.Tensor:
-        """``[len(batches), len(positions), len(heads), D]`` in the problem's dtype.
-
-        Args:
-            name: one of ``TENSORS``.
-            positions: of queries (for q and dout) or of keys, each counted by itself.
-            batches, heads: global indices.
-        """
+        """What is :class:`Wanted`, of this recipe."""
         made: torch.Tensor = generator(self.spec).make(
-            name, self.seed, problem, positions, batches, heads, device
+            Wanted(
+                name=name,
+                seed=self.seed,
+                problem=problem,
+                positions=positions,
+                batches=batches,
+                heads=heads,
+                device=device,
+            )
         )
         return made
 
@@ -181,24 +204,24 @@ def normal(
     base = _mix_int(seed * len(TENSORS) + TENSORS.index(tensor))
     head = torch.as_tensor(list(heads), device=device)
     token = torch.as_tensor(positions, device=device) * (1 << 20)
-    lane = torch.arange(-(-head_dim // 2), device=device, dtype=torch.int32) * _signed32(_GOLDEN)
+    lane = torch.arange(-(-head_dim // 2), device=device, dtype=torch.int32) * _signed32(GOLDEN)
     out = torch.empty(
         (len(batches), len(positions), len(heads), head_dim), dtype=dtype, device=device
     )
     step = max(1, (_CHUNK if device == "cpu" else 64 * _CHUNK) // (len(heads) * head_dim))
     for place, b in enumerate(batches):
-        start = _signed64(_mix_int(base + b))
+        start = signed64(_mix_int(base + b))
         for t in range(0, len(positions), step):
-            row = _mix64((token[t : t + step, None] + head) * _signed64(_GOLDEN) + start)
+            row = mix64((token[t : t + step, None] + head) * signed64(GOLDEN) + start)
             out[place, t : t + step] = _gaussian(_mix32(row, lane))[..., :head_dim]
     return out
 
 
-def _mix64(x: torch.Tensor) -> torch.Tensor:
+def mix64(x: torch.Tensor) -> torch.Tensor:
     """SplitMix64's finaliser on int64, which wraps as unsigned would: one word a row."""
     for shift, factor in _SPLITMIX:
-        x = (x ^ _shifted(x, shift, 64)) * _signed64(factor)
-    return x ^ _shifted(x, 31, 64)
+        x = (x ^ shifted(x, shift, 64)) * signed64(factor)
+    return x ^ shifted(x, 31, 64)
 
 
 def _mix32(row: torch.Tensor, lane: torch.Tensor) -> torch.Tensor:
@@ -206,12 +229,12 @@ def _mix32(row: torch.Tensor, lane: torch.Tensor) -> torch.Tensor:
     import torch
 
     x = row.to(torch.int32).unsqueeze(-1) + lane
-    x ^= _shifted(x, 16, 32)
+    x ^= shifted(x, 16, 32)
     x *= _signed32(0x7FEB352D)
     x ^= (row >> 32).to(torch.int32).unsqueeze(-1)
-    x ^= _shifted(x, 15, 32)
+    x ^= shifted(x, 15, 32)
     x *= _signed32(0x846CA68B)
-    return x.bitwise_xor_(_shifted(x, 16, 32))
+    return x.bitwise_xor_(shifted(x, 16, 32))
 
 
 def _gaussian(bits: torch.Tensor) -> torch.Tensor:
@@ -224,18 +247,18 @@ def _gaussian(bits: torch.Tensor) -> torch.Tensor:
     return torch.cat([torch.cos(angle).mul_(radius), torch.sin(angle).mul_(radius)], dim=-1)
 
 
-def _shifted(x: torch.Tensor, bits: int, width: int) -> torch.Tensor:
+def shifted(x: torch.Tensor, bits: int, width: int) -> torch.Tensor:
     return (x >> bits) & ((1 << (width - bits)) - 1)  # logical, not arithmetic
 
 
 def _mix_int(x: int) -> int:
-    x = (x + _GOLDEN) % 2**64
+    x = (x + GOLDEN) % 2**64
     for shift, factor in _SPLITMIX:
         x = (x ^ (x >> shift)) * factor % 2**64
     return x ^ (x >> 31)
 
 
-def _signed64(x: int) -> int:
+def signed64(x: int) -> int:
     return (x + 2**63) % 2**64 - 2**63
 
 

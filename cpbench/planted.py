@@ -13,18 +13,17 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cpbench.inputs import normal
+from cpbench.inputs import GOLDEN, Wanted, mix64, normal, shifted, signed64
 
 if TYPE_CHECKING:
     import torch
 
     from cpbench.mask import IntArray
-    from cpbench.problem import Case, Problem
+    from cpbench.problem import Case
 
 
 class Normal:
@@ -33,17 +32,8 @@ class Normal:
     def check(self, case: Case) -> None:
         """Any case will do."""
 
-    def make(
-        self,
-        name: str,
-        seed: int,
-        problem: Problem,
-        positions: IntArray,
-        batches: Sequence[int],
-        heads: Sequence[int],
-        device: str,
-    ) -> torch.Tensor:
-        return _normal(name, seed, problem, positions, batches, heads, device, problem.dtype)
+    def make(self, wanted: Wanted) -> torch.Tensor:
+        return _normal(wanted, wanted.problem.dtype)
 
 
 class Needles:
@@ -98,27 +88,18 @@ class Needles:
                 f"seq_len = {case.seq_len}"
             )
 
-    def make(
-        self,
-        name: str,
-        seed: int,
-        problem: Problem,
-        positions: IntArray,
-        batches: Sequence[int],
-        heads: Sequence[int],
-        device: str,
-    ) -> torch.Tensor:
+    def make(self, wanted: Wanted) -> torch.Tensor:
         import torch
 
+        name, problem, device = wanted.name, wanted.problem, wanted.device
         if name not in "qk":
-            return _normal(name, seed, problem, positions, batches, heads, device, problem.dtype)
-        wide = "float64" if problem.dtype == "float64" else "float32"
-        x = _normal(name, seed, problem, positions, batches, heads, device, wide)
-        at = positions + (problem.seq_k - problem.seq_q if name == "q" else 0)
-        for i, b in enumerate(batches):
-            for j, h in enumerate(heads):
+            return _normal(wanted, problem.dtype)
+        x = _normal(wanted, "float64" if problem.dtype == "float64" else "float32")
+        at = wanted.positions + (problem.seq_k - problem.seq_q if name == "q" else 0)
+        for i, b in enumerate(wanted.batches):
+            for j, h in enumerate(wanted.heads):
                 g = h if name == "k" else h // problem.group
-                basis, starts = self._planted(seed, b, g, problem.head_dim, problem.seq_k)
+                basis, starts = self._planted(wanted.seed, b, g, problem.head_dim, problem.seq_k)
                 added = np.zeros((len(at), len(basis)))
                 needle, sink = self._strengths(problem.seq_k, problem.head_dim)
                 if name == "k":
@@ -129,8 +110,8 @@ class Needles:
                     added[inside, 1 + place[inside]] = needle
                 else:
                     added[:, 0] = sink
-                    wanted = self._wanted(seed, b, h, at, starts)
-                    added[wanted >= 0, 1 + wanted[wanted >= 0]] = needle
+                    needles = self._wanted(wanted.seed, b, h, at, starts)
+                    added[needles >= 0, 1 + needles[needles >= 0]] = needle
                 u = torch.as_tensor(basis, device=device, dtype=x.dtype)
                 rest = x[i, :, j] - (x[i, :, j] @ u.T) @ u
                 x[i, :, j] = rest + torch.as_tensor(added, device=device, dtype=x.dtype) @ u
@@ -178,27 +159,18 @@ class Sinks(Needles):
         super().__init__(0, 1, 0.0, 0.0, 1, count, mass)
 
 
-def _normal(
-    name: str,
-    seed: int,
-    problem: Problem,
-    positions: IntArray,
-    batches: Sequence[int],
-    heads: Sequence[int],
-    device: str,
-    dtype: str,
-) -> torch.Tensor:
+def _normal(wanted: Wanted, dtype: str) -> torch.Tensor:
     import torch
 
     return normal(
-        name,
-        seed,
-        positions,
-        batches=batches,
-        heads=heads,
-        head_dim=problem.head_dim,
+        wanted.name,
+        wanted.seed,
+        wanted.positions,
+        batches=wanted.batches,
+        heads=wanted.heads,
+        head_dim=wanted.problem.head_dim,
         dtype=getattr(torch, dtype),
-        device=device,
+        device=wanted.device,
     )
 
 
@@ -216,12 +188,12 @@ def _planted(
 
 def _dice(seed: int, b: int, h: int, runs: IntArray) -> np.typing.NDArray[np.float64]:
     """``[2, T]`` uniform numbers of each run, alike wherever the run is asked for."""
-    word = runs.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    word += np.uint64((seed * 1_000_003 + b * 8191 + h * 131 + 17) % 2**63)
-    found = []
-    for salt in (1, 2):
-        x = word + np.uint64(salt * 0xD1B54A32D192ED03 % 2**64)
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-            x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
-        found.append(((x ^ (x >> np.uint64(31))) >> np.uint64(11)) / float(1 << 53))
-    return np.stack(found)
+    import torch
+
+    start = (seed * 1_000_003 + b * 8191 + h * 131 + 17) % 2**63
+    word = torch.as_tensor(runs) * signed64(GOLDEN) + start
+    found = [
+        shifted(mix64(word + signed64(salt * 0xD1B54A32D192ED03 % 2**64)), 11, 64)
+        for salt in (1, 2)
+    ]
+    return np.stack([x.numpy() / float(1 << 53) for x in found])
