@@ -24,7 +24,6 @@ Everything is checked here, before anything starts; each error is one line.
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 import math
 import re
@@ -36,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from cpbench import inputs, layout, masks
+from cpbench.content import with_content
 from cpbench.problem import DIRECTIONS, DTYPES, Case
 from cpbench.registry import (
     StrategyInfo,
@@ -188,19 +188,9 @@ def product(table: Mapping[str, Any]) -> list[Case]:
     if size > MAX_CASES:
         raise ValueError(f"the lists multiply to {size} cases; at most {MAX_CASES} are allowed")
     cases = [_case(dict(zip(keys, row, strict=True))) for row in itertools.product(*columns)]
-    # Texts as keys: they tell apart what compares equal, such as 1 and true.
-    content: dict[tuple[str, ...], dict[str, str]] = {}
     for mask, seq_len in {(str(c.mask), c.seq_len): (c.mask, c.seq_len) for c in cases}.values():
         _check_mask(mask, seq_len)
-    for case in cases:
-        if _files(case) not in content:
-            content[_files(case)] = _content(case)
-    return [case.with_content(content[_files(case)]) for case in cases]
-
-
-def _files(case: Case) -> tuple[str, ...]:
-    """What of a case may point at files."""
-    return tuple(map(str, (case.operator, case.strategy, case.mask, case.inputs)))
+    return with_content(cases)
 
 
 def number(key: str, item: Any) -> int:
@@ -387,20 +377,6 @@ def _tables(name: str, value: Any) -> list[dict[str, Any]]:
     if {} in value:  # an exclude without a key would match every case
         raise ValueError(f"an [[{name}]] is empty; it takes {', '.join(KEYS)}")
     return [_table(name, item) for item in value]
-
-
-def _content(case: Case) -> dict[str, str]:
-    """Hashes of the files that a case points at, by the text that stands for them in the case."""
-    content = dict(masks.content_files(case.mask))
-    captured = case.inputs.kwargs.get("file")
-    if captured is not None:
-        content[str(captured)] = hashlib.sha256(Path(str(captured)).read_bytes()).hexdigest()
-    for name in (*case.code, case.mask.name):
-        path, colon, attribute = name.rpartition(":")
-        if colon:  # one file may hold several
-            digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-            content[name] = f"{digest}:{attribute}"
-    return content
 
 
 assert set(KEYS) | {"content"} == {item.name for item in fields(Case)}

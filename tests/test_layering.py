@@ -75,7 +75,7 @@ LAYERS = (
 )
 # The parent's own order.  It plans with the torch-free part of the lower layers.
 PARENT = (
-    ("store", "ask", "presence", "ticker"),
+    ("store", "ask", "presence", "ticker", "content"),
     ("sweep", "launchers", "reports", "estimate", "nodecheck"),
     ("runs", "catalogue", "diagnosis", "forecast", "linkcheck", "options", "compilation"),
     ("slurm", "verification"),
