@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cpbench import layout, masks
     from cpbench.api import attention, distributed_attention
-    from cpbench.mask import AttnMask
-    from cpbench.operator import Unsupported
+    from cpbench.core.operator import Unsupported
+    from cpbench.masks.attn_mask import AttnMask
     from cpbench.reports.frame import load
 
 __version__ = "0.1.0"
@@ -28,8 +28,8 @@ __all__ = [
 ]
 
 _HOME = {
-    "AttnMask": "cpbench.mask",
-    "Unsupported": "cpbench.operator",
+    "AttnMask": "cpbench.masks.attn_mask",
+    "Unsupported": "cpbench.core.operator",
     "attention": "cpbench.api",
     "distributed_attention": "cpbench.api",
     "load": "cpbench.reports.frame",

@@ -15,26 +15,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cpbench import __version__
-from cpbench import layout as layouts
-from cpbench.comm import Comm, Control, TorchComm
-from cpbench.head_masks import Mask, per_head
-from cpbench.mask import AttnMask
-from cpbench.merge import BoundOperator
-from cpbench.operator import Unsupported, declared_refusal
-from cpbench.problem import Problem
-from cpbench.registry import (
-    OperatorInfo,
-    implementation,
-    operator_info,
-    strategy_info,
-)
-from cpbench.spec import Spec
-from cpbench.strategy import declared_refusal as strategy_refusal
-from cpbench.trace import MODULUS, RankTrace, mismatch, trace_rank
-from cpbench.world import World
+from cpbench.core.operator import Unsupported, declared_refusal
+from cpbench.core.problem import Problem
+from cpbench.core.registry import OperatorInfo, implementation, operator_info, strategy_info
+from cpbench.core.spec import Spec
+from cpbench.masks.attn_mask import AttnMask
+from cpbench.masks.head_masks import Mask, per_head
+from cpbench.parallel import layout as layouts
+from cpbench.parallel.bound_operator import BoundOperator
+from cpbench.parallel.comm import Comm, Control, TorchComm
+from cpbench.parallel.strategy import declared_refusal as strategy_refusal
+from cpbench.parallel.trace import MODULUS, RankTrace, mismatch, trace_rank
+from cpbench.parallel.world import World
 
 if TYPE_CHECKING:
-    from cpbench.strategy import Strategy
+    from cpbench.parallel.strategy import Strategy
 
 
 class Attention:
@@ -83,7 +78,7 @@ class Attention:
     @functools.cached_property
     def digest(self) -> tuple[str, int]:
         """What ranks agree on before anything is sent: the same text, and numbers whose sum is 0
-        (see ``cpbench.trace``)."""
+        (see ``cpbench.parallel.trace``)."""
         world = self.world
         nodes = f"{world.ranks_per_node} {world.placement}"
         spread = f"{world.queries.name} {world.keys.name} x{world.size} {nodes}"
@@ -219,8 +214,8 @@ def distributed_attention(
     """Context-parallel attention on local shards, differentiable in out.
 
     Every rank of ``group`` calls it with the tokens that ``layout`` gives it: see
-    ``cpbench.layout.build(layout, seq_len, world_size, mask)`` and its ``shard``, ``unshard`` and
-    ``positions``.
+    ``cpbench.layout.build(layout, seq_len, world_size, mask)`` and its ``shard``,
+    ``unshard`` and ``positions``.
 
     Args:
         q: ``[B, L, H, D]``; k, v: ``[B, L, G, D]``; L is the layout's ``local_len``.

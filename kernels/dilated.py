@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from cpbench.dilated_mask import DilatedMask
-from cpbench.merge import merge
-from cpbench.registry import OperatorInfo
+from cpbench.core.registry import OperatorInfo
+from cpbench.masks.dilated_mask import DilatedMask
+from cpbench.parallel.bound_operator import merge
 
 if TYPE_CHECKING:
     import torch
 
-    from cpbench.problem import Problem
+    from cpbench.core.problem import Problem
 
 OPERATORS = (
     OperatorInfo(
@@ -54,7 +54,7 @@ class Plan:
 
 
 class Dilated:
-    """The operator; see ``cpbench.operator.Operator`` for shapes."""
+    """The operator; see ``cpbench.core.operator.Operator`` for shapes."""
 
     def unsupported(self, problem: Problem, mask: DilatedMask, device: str) -> str | None:
         return None

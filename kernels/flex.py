@@ -15,11 +15,11 @@ import shutil
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from cpbench.autograd_op import GraphKeeper
-from cpbench.mask import AttnMask
+from cpbench.core.problem import Problem
+from cpbench.core.registry import OperatorInfo
+from cpbench.kernels.autograd_op import GraphKeeper
+from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.convert import row_intervals, to_block_mask_tables
-from cpbench.problem import Problem
-from cpbench.registry import OperatorInfo
 
 if TYPE_CHECKING:
     import torch

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cpbench.dilated_mask import DilatedMask
-from cpbench.head_masks import Mask
-from cpbench.problem import Problem
-from cpbench.registry import ANY_MASK, OperatorInfo
-from cpbench.selection import SELECTIONS, Blocks, Selection, Tokens
+from cpbench.core.problem import Problem
+from cpbench.core.registry import ANY_MASK, OperatorInfo
+from cpbench.masks.dilated_mask import DilatedMask
+from cpbench.masks.head_masks import Mask
+from cpbench.selectors.common.selection import SELECTIONS, Blocks, Selection, Tokens
 
 if TYPE_CHECKING:
     import torch

@@ -13,10 +13,10 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cpbench.autograd_op import GraphKeeper
-from cpbench.head_masks import SlicedMask, distinct
-from cpbench.problem import DTYPE_BYTES, Problem
-from cpbench.registry import ANY_MASK, OperatorInfo
+from cpbench.core.problem import DTYPE_BYTES, Problem
+from cpbench.core.registry import ANY_MASK, OperatorInfo
+from cpbench.kernels.autograd_op import GraphKeeper
+from cpbench.masks.head_masks import SlicedMask, distinct
 
 if TYPE_CHECKING:
     import torch

@@ -14,8 +14,8 @@ from cpbench.kernels.sdpa import Fused, Given, Plan
 if TYPE_CHECKING:
     import torch
 
-    from cpbench.head_masks import SlicedMask
-    from cpbench.problem import Problem
+    from cpbench.core.problem import Problem
+    from cpbench.masks.head_masks import SlicedMask
 
 
 class Flash(Fused):

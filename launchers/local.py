@@ -17,7 +17,7 @@ def commands(
     world_size: int,
     place: Place = HERE,
     environ: Mapping[str, str] = os.environ,
-    module: str = "cpbench.worker",
+    module: str = "cpbench.worker.main",
 ) -> list[Command]:
     """One command per rank; logs and the meeting point are put beside the job file."""
     shared = {

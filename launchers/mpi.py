@@ -70,7 +70,7 @@ def commands(
     world_size: int,
     place: Place = HERE,
     environ: Mapping[str, str] = os.environ,
-    module: str = "cpbench.worker",
+    module: str = "cpbench.worker.main",
     mpi: tuple[str, str] | None = None,
 ) -> list[Command]:
     """One mpiexec for all ranks.

@@ -1,6 +1,7 @@
 """NVIDIA's profilers around the ranks of one case: what is put before their commands.
 
-On GPUs they look at the watched passes alone, which an NVTX range marks (``cpbench.timeline``).
+On GPUs they look at the watched passes alone, which an NVTX range marks
+(``cpbench.measure.timeline``).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import shutil
 from collections.abc import Callable
 
 from cpbench.launchers.protocol import Command
-from cpbench.slices import RANGE
+from cpbench.measure.timeline_slices import RANGE
 
 REPORT_S = 600.0  # for a profiler to write its report when all is done
 

@@ -33,7 +33,7 @@ def direct(
     world_size: int,
     place: Place = HERE,
     environ: Mapping[str, str] = os.environ,
-    module: str = "cpbench.worker",
+    module: str = "cpbench.worker.main",
     teller: str = "slurm",
 ) -> list[Command]:
     """A task for each rank; they need not divide over the nodes.
@@ -60,7 +60,7 @@ def agents(
     world_size: int,
     place: Place = HERE,
     environ: Mapping[str, str] = os.environ,
-    module: str = "cpbench.worker",
+    module: str = "cpbench.worker.main",
 ) -> list[Command]:
     """A task for each node, its torchrun agent; ``place.address`` names host and port."""
     argv = (

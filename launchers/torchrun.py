@@ -53,7 +53,7 @@ def commands(
     world_size: int,
     place: Place = HERE,
     environ: Mapping[str, str] = os.environ,
-    module: str = "cpbench.worker",
+    module: str = "cpbench.worker.main",
 ) -> list[Command]:
     """One torchrun for all ranks of this node.
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpbench.reports.frame import frame
-from cpbench.reports.wording import counted
-from cpbench.store import Run, read_run
+from cpbench.reports.labels import counted
+from cpbench.results.store import Run, read_run
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cpbench.reports.collection import Collection
 from cpbench.reports.columns import COLUMNS
-from cpbench.store import write_whole
+from cpbench.results.store import write_whole
 
 
 def parquet(collection: Collection, path: Path) -> None:

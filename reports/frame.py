@@ -8,12 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpbench.problem import Case
-from cpbench.record import Record, median_interval, slowest_us
+from cpbench.core.problem import Case
+from cpbench.core.spec import Spec, format_value
 from cpbench.reports.columns import COLUMNS, ERRORS, TEXTS, UNKNOWN, WHOLE
-from cpbench.spec import Spec, format_value
-from cpbench.store import Run, read_run
-from cpbench.sweep import CHOICES, INT_KEYS, SPEC_KEYS
+from cpbench.results.record import Record, median_interval, slowest_us
+from cpbench.results.store import Run, read_run
+from cpbench.sweep.sweep_file import CHOICES, INT_KEYS, SPEC_KEYS
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -1,239 +1,219 @@
-"""Imports go downward only, the parent loads no torch, and the linked folders are links."""
+"""The plan of the house: imports between wings go downward only, and the parent loads no torch."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from heavy_packages import HEAVY
+from paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 LINKED = ("kernels", "launchers", "reports", "slurm")
 
-# Modules of cpbench by layer; a folder stands for all that is in it.
-LAYERS = (
-    (
-        "mask",
-        "head_masks",
-        "dilated_mask",
-        "problem",
-        "record",
-        "environment",
-        "registry",
-        "spec",
-        "settings",
-        "launch",
-        "bootstrap",
-    ),
-    (
-        "masks",
-        "layout",
-        "dealing",
-        "needs",
-        "mesh",
-        "world",
-        "merge",
-        "comm",
-        "comm_mpi",
-        "link_work",
-        "trace",
-        "device",
-        "inputs",
-        "planted",
-        "captured",
-        "operator",
-        "library",
-        "strategy",
-        "tiling",
-        "autograd_op",
-        "pooling",
-        "selection",
-        "selecting",
-    ),
-    ("kernels", "strategies", "selectors"),
-    (
-        "api",
-        "buffers",
-        "check",
-        "check_at_size",
-        "check_choice",
-        "quality",
-        "measure",
-        "exposure",
-        "clocks",
-        "timeline",
-        "slices",
-        "telemetry",
-        "peaks",
-    ),
-    ("evaluate",),
-    ("worker", "trace_ranks", "aot", "tuner", "node_probe"),
-    ("links",),
+# The wings, lowest first: each imports only itself and those before it.
+WINGS = (
+    "core",
+    "results",
+    "masks",
+    "inputs",
+    "parallel",
+    "selectors",
+    "kernels",
+    "strategies",
+    "layout",  # public name of parallel.layout
+    "api",
+    "verify",
+    "measure",
+    "worker",
+    "launchers",
+    "sweep",
+    "slurm",
+    "reports",
+    "tools",
+    "cli",
 )
-# The parent's own order.  It plans with the torch-free part of the lower layers.
+DOORS = ("", "__main__")  # `import cpbench` shows names of all wings, `python -m cpbench` runs one
+
+# What a login node runs, and what is started from there in processes of its own.
 PARENT = (
-    ("store", "ask", "presence", "ticker", "content"),
-    ("sweep", "launchers", "reports", "estimate", "nodecheck"),
-    ("runs", "catalogue", "diagnosis", "forecast", "linkcheck", "options", "compilation"),
-    ("slurm", "verification"),
-    ("support",),
-    ("progress",),
-    ("cli_tools", "cli_jobs", "cli_reports"),
-    ("cli",),
-)
-SHARED = ("store",)  # what both worlds use: job files, journals, records
-STORING = ("worker", "links", "tuner", "telemetry", "node_probe")  # who may
-HEAVY = (
-    "torch",
-    "triton",
-    "mpi4py",
-    "flash_attn",
-    "flash_attn_interface",
-    "flashinfer",
-    "flashmask",
-    "interface_torch",
-    "fastvideo_kernel",
-    "ring_flash_attn",
-    "magi_attention",
-    "transformer_engine",
-    "yunchang",
-    "deepspeed",
-)
+    "core", "results", "masks", "inputs", "launchers", "sweep", "slurm", "reports", "tools", "cli",
+)  # fmt: skip
+SUBPROCESSES = (
+    "tools.aot", "tools.links_operations", "tools.links_worker", "tools.tuner", "slurm.node_probe",
+)  # fmt: skip
+
+MOST_LINES = 400
+MOST_FILES = 13  # side by side in a folder
 
 
 def sources() -> dict[str, Path]:
-    """Every module of cpbench by its name below ``cpbench``."""
-    found = {}
+    """Every module of cpbench by its name below ``cpbench``; ``""`` is the package itself."""
+    by_name = {}
     for top in (ROOT / "cpbench", *(ROOT / name for name in LINKED)):
         for path in top.rglob("*.py"):
-            if top.name != "cpbench":
-                parts = (top.name, *path.relative_to(top).with_suffix("").parts)
-            else:
-                parts = path.relative_to(top).with_suffix("").parts
-            found[".".join(parts).removesuffix(".__init__")] = path
-    return found
+            parts = path.relative_to(top).with_suffix("").parts
+            parts = parts if top.name == "cpbench" else (top.name, *parts)
+            by_name[".".join(parts).removesuffix("__init__").removesuffix(".")] = path
+    return by_name
 
 
-def imported(path: Path, known: set[str]) -> Iterator[str]:
-    """The cpbench modules that a file imports, at any depth, type checking included."""
-    for node in ast.walk(ast.parse(path.read_text())):
+def imported(source: str, known: set[str]) -> Iterator[str]:
+    """The cpbench modules that a file imports, at any depth, but for type checking alone."""
+    todo: list[ast.AST] = [ast.parse(source)]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            todo += node.orelse
+            continue
+        todo += reversed(list(ast.iter_child_nodes(node)))
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative imports hide where things are"
-            names = [node.module or ""]
-            deeper = [f"{node.module}.{alias.name}" for alias in node.names]
-            if any(name.removeprefix("cpbench.") in known for name in deeper):
-                names = deeper
+            assert node.level == 0, f"line {node.lineno}: relative imports hide where things are"
+            names = []
+            for alias in node.names:
+                deeper = f"{node.module}.{alias.name}"
+                names.append(deeper if deeper.removeprefix("cpbench.") in known else node.module)
         else:
             continue
-        for name in names:
+        for name in dict.fromkeys(names):
             if name.startswith("cpbench."):
                 yield name.removeprefix("cpbench.")
 
 
 SOURCES = sources()
-IMPORTS = {name: sorted(set(imported(path, set(SOURCES)))) for name, path in SOURCES.items()}
+IMPORTS = {
+    name: sorted(set(imported(path.read_text(), set(SOURCES)))) for name, path in SOURCES.items()
+}
 
 
-def top(name: str) -> str:
-    return name.partition(".")[0]
+def wing(module: str) -> str:
+    return module.partition(".")[0]
 
 
-def level(name: str) -> int | None:
-    return next((i for i, layer in enumerate(LAYERS) if top(name) in layer), None)
-
-
-def rank(name: str) -> int | None:
-    return next((i for i, layer in enumerate(PARENT) if top(name) in layer), None)
-
-
-def test_every_module_has_a_layer() -> None:
-    homeless = [
-        n
-        for n in SOURCES
-        if level(n) is None and rank(n) is None and top(n) not in ("__init__", "sweeps")
+def upward(name: str, imports: list[str]) -> list[str]:
+    """Imports of a module that go up, in words; the names of both."""
+    floor = WINGS.index(wing(name))
+    return [
+        f"cpbench.{name} imports cpbench.{other}: the wing {wing(name)} is below {wing(other)}"
+        for other in imports
+        if WINGS.index(wing(other)) > floor
     ]
-    assert not homeless, f"put {homeless} into LAYERS or PARENT"
-    assert len(SOURCES) > 40
 
 
-@pytest.mark.parametrize("name", sorted(SOURCES))
+def test_every_module_is_in_a_wing() -> None:
+    homeless = [name for name in SOURCES if name not in DOORS and wing(name) not in WINGS]
+    assert not homeless, f"{homeless}: put them into one of the wings {WINGS}"
+    empty = [one for one in WINGS if not any(wing(name) == one for name in SOURCES)]
+    assert not empty, f"nothing is in {empty}"
+
+
+@pytest.mark.parametrize("name", sorted(set(SOURCES) - set(DOORS)))
 def test_imports_go_downward(name: str) -> None:
-    here = level(name)
-    for other in IMPORTS[name]:
-        if here is not None:
-            there = level(other)
-            if there is None:
-                assert top(name) in STORING, f"{name} imports {other} of the parent"
-                assert top(other) in SHARED, f"{name} imports {other} of the parent"
-            else:
-                assert there <= here, f"{name} (layer {here}) imports {other} (layer {there})"
-        elif name != "__init__" and (below := rank(other)) is not None:  # that shows all
-            assert below <= (rank(name) or 0), f"{name} imports {other}, which is above it"
+    wrong = upward(name, IMPORTS[name])
+    assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("name", [n for n in sorted(SOURCES) if top(n) == "kernels"])
+def test_an_import_that_goes_up_is_named() -> None:
+    source = "def f():\n    from cpbench import api\n    import cpbench.reports.frame\n"
+    assert upward("measure.timing", list(imported(source, set(SOURCES)))) == [
+        "cpbench.measure.timing imports cpbench.reports.frame: the wing measure is below reports"
+    ]
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, f"a circle of imports: {' -> '.join((*path, name))}"
+        if name not in done:
+            for other in IMPORTS[name]:
+                if other in SOURCES and not _shown_by(other, name):
+                    visit(other, (*path, name))
+            done.add(name)
+
+    for name in sorted(set(SOURCES) - set(DOORS)):
+        visit(name, ())
+
+
+def _shown_by(package: str, module: str) -> bool:
+    """Whether a module imports from the package that it is in."""
+    return module.startswith(f"{package}.")
+
+
+@pytest.mark.parametrize("name", [n for n in sorted(SOURCES) if wing(n) == "kernels"])
 def test_kernels_stand_alone(name: str) -> None:
-    """A family may spread over files that share its name: bands, bands_cpu."""
-    own = name.partition(".")[2]
+    """A family is a folder, or files that share a name: sdpa, sdpa_cuda."""
+    shared = ("kernels.autograd_op", "kernels.libraries.adapter")
+    folder, _, own = name.rpartition(".")
     for other in IMPORTS[name]:
-        assert top(other) != "strategies", f"{name} imports {other}"
-        if top(other) == "kernels":
-            sibling = other.partition(".")[2]
-            assert sibling.split("_")[0] == own.split("_")[0], f"{name} imports {other}"
+        if wing(other) == "kernels" and other not in shared:
+            there, _, sibling = other.rpartition(".")
+            family = there == folder != "kernels"
+            if folder in ("kernels", "kernels.libraries"):
+                family = there == folder and sibling.split("_")[0] == own.split("_")[0]
+            assert family, f"cpbench.{name} imports cpbench.{other}, another operator's"
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in sorted(SOURCES) if top(n) in ("strategies", "selectors")]
+    "name", [n for n in sorted(SOURCES) if wing(n) in ("strategies", "selectors")]
 )
 def test_strategies_and_selectors_import_no_kernel(name: str) -> None:
     for other in IMPORTS[name]:
-        assert top(other) != "kernels", f"{name} imports {other}: it receives an operator"
+        assert wing(other) != "kernels", f"{name} imports {other}: it receives an operator"
 
 
-def test_only_check_and_the_tuner_import_a_kernel() -> None:
+def test_few_import_a_kernel() -> None:
     users = {
         (name, other)
         for name, others in IMPORTS.items()
         for other in others
-        if top(other) == "kernels" and top(name) != "kernels"
+        if wing(other) == "kernels" and wing(name) != "kernels"
     }
     assert users <= {
-        ("check", "kernels.reference"),
-        ("check_choice", "kernels.reference"),
-        ("tuner", "kernels.triton_configs"),
-        ("tuner", "kernels.triton_launch"),
+        ("verify.check", "kernels.reference"),
+        ("verify.selection", "kernels.reference"),
+        ("tools.tuner", "kernels.triton.configs"),
+        ("tools.tuner", "kernels.triton.launch"),
+        ("tools.support_matrix", "kernels.libraries.adapter"),
     }
 
 
-@pytest.mark.parametrize("name", ["worker", "api", "check", "measure"])
-def test_the_worker_reaches_no_launcher_or_report(name: str) -> None:
-    reached, todo = set(), [name]
-    while todo:
-        module = todo.pop()
-        if module not in reached:
-            reached.add(module)
-            todo += IMPORTS.get(module, [])
-    assert not {top(module) for module in reached} & {"launchers", "reports", "cli", "runs"}
+@pytest.mark.parametrize("name", sorted(SOURCES))
+def test_files_fit_a_sitting(name: str) -> None:
+    lines = len(SOURCES[name].read_text().splitlines())
+    assert lines <= MOST_LINES, f"{SOURCES[name]} has {lines} lines: is there a second job inside?"
+
+
+def test_folders_are_not_crowded() -> None:
+    names = [path for path in SOURCES.values() if path.name != "__init__.py"]
+    crowded = {
+        str(folder): count
+        for folder, count in Counter(path.parent for path in names).items()
+        if count > MOST_FILES
+    }
+    assert not crowded, f"more than {MOST_FILES} files side by side: {crowded}"
 
 
 def loads(code: str, *banned: str) -> None:
     """Run code in a fresh interpreter and see that it loads none of some packages."""
-    text = f"import sys\n{code}\nfound = set({banned}) & set(sys.modules)\nassert not found, found"
+    text = f"import sys\n{code}\nthere = set({banned}) & set(sys.modules)\nassert not there, there"
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
 
 def test_the_parent_loads_no_torch() -> None:
-    parents = [name for name in SOURCES if rank(name) is not None]
-    assert {"cli", "sweep", "store", "runs", "launchers.local", "reports.render"} <= set(parents)
+    parents = [n for n in SOURCES if wing(n) in PARENT and n not in SUBPROCESSES]
+    assert {"cli.main", "sweep.runs", "results.store", "launchers.local"} <= set(parents)
     lines = [f"import cpbench.{name}" for name in parents]
     lines += [
-        "from cpbench import registry, masks",
+        "from cpbench import layout, masks",
+        "from cpbench.core import registry",
         "registry.operators()",
         "registry.strategies()",
         "masks.describe()",
@@ -245,8 +225,14 @@ def test_importing_cpbench_loads_next_to_nothing() -> None:
     loads("import cpbench", *HEAVY, "numpy", "pandas", "matplotlib", "typer", "rich", "pynvml")
 
 
-def test_the_worker_s_modules_load_no_optional_package() -> None:
-    names = [n for n in sorted(SOURCES) if level(n) is not None and not n.endswith("_device")]
+def test_the_worker_loads_no_optional_package() -> None:
+    highest = WINGS.index("worker")
+    names = [
+        name
+        for name in sorted(set(SOURCES) - set(DOORS))
+        if (WINGS.index(wing(name)) <= highest or name in SUBPROCESSES)
+        and not name.endswith("_device")
+    ]
     # pynvml is not asked for: torch itself imports it where it is there.
     loads(
         "\n".join(f"import cpbench.{name}" for name in names),
@@ -256,15 +242,6 @@ def test_the_worker_s_modules_load_no_optional_package() -> None:
         "typer",
         "rich",
     )
-
-
-def test_the_check_can_fail(tmp_path: Path) -> None:
-    file = tmp_path / "bad.py"
-    file.write_text(
-        "import os\ndef f():\n    from cpbench import api\n"
-        "    import cpbench.kernels.bands\n    from cpbench.mask import AttnMask\n"
-    )
-    assert list(imported(file, set(SOURCES))) == ["api", "kernels.bands", "mask"]
 
 
 @pytest.mark.parametrize("name", LINKED)

@@ -11,19 +11,21 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 SHIPPED = [
-    "cpbench/kernels/bands.py",
+    "cpbench/kernels/bands/operator.py",
     "cpbench/kernels/sdpa.py",
     "cpbench/launchers/local.py",
-    "cpbench/reports/render.py",
+    "cpbench/reports/tables/render.py",
     "cpbench/strategies/ring.py",
     "cpbench/masks/patterns.py",
     "cpbench/masks/data/doc_length_histograms.json",
-    "cpbench/sweeps/quick.toml",
-    "cpbench/sweeps/longca.toml",
-    "cpbench/sweeps/longca_cp.toml",
+    "cpbench/sweep/packaged/quick.toml",
+    "cpbench/sweep/packaged/longca.toml",
+    "cpbench/sweep/packaged/longca_cp.toml",
+    "cpbench/reports/page/web/report.html.j2",
+    "cpbench/slurm/job.sbatch",
     "cpbench/py.typed",
 ]
 
@@ -106,7 +108,9 @@ def test_a_copy_runs(built: tuple[Path, Path], tmp_path: Path) -> None:
         capture_output=True,
         timeout=120,
     )
-    code = "import cpbench, cpbench.kernels.bands as b; print(cpbench.__file__, b.__file__)"
+    code = (
+        "import cpbench, cpbench.kernels.bands.operator as b; print(cpbench.__file__, b.__file__)"
+    )
     environ = {**os.environ, "PYTHONPATH": str(target)}
 
     def python(*words: str) -> str:
@@ -121,7 +125,7 @@ def test_a_copy_runs(built: tuple[Path, Path], tmp_path: Path) -> None:
         ).stdout
 
     assert all(path.startswith(str(target)) for path in python("-c", code).split())
-    assert "causal_document" in python("-m", "cpbench.cli", "list", "masks")
-    assert "bands" in python("-m", "cpbench.cli", "list", "operators", "--device", "cpu")
-    assert "quick" in python("-m", "cpbench.cli", "list", "sweeps")
+    assert "causal_document" in python("-m", "cpbench", "list", "masks")
+    assert "bands" in python("-m", "cpbench", "list", "operators", "--device", "cpu")
+    assert "quick" in python("-m", "cpbench", "list", "sweeps")
     assert not list(elsewhere.iterdir())

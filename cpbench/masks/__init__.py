@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from cpbench import registry
-from cpbench.dilated_mask import DilatedMask
-from cpbench.head_masks import Mask, distinct
-from cpbench.mask import AttnMask
+from cpbench.core import registry
+from cpbench.core.spec import Spec, Value
 from cpbench.masks import head_patterns  # noqa: F401  it registers its patterns
+from cpbench.masks.attn_mask import AttnMask
+from cpbench.masks.dilated_mask import DilatedMask
+from cpbench.masks.head_masks import Mask, distinct
 from cpbench.masks.patterns import PATTERNS, Pattern, pattern
-from cpbench.spec import Spec, Value
 
 __all__ = [
     "Pattern",

@@ -14,9 +14,21 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from cpbench.mask import HI, K0, K1, LO, Q0, Q1, AttnMask, BoolArray, IntArray, canonical, cut_axis
+from cpbench.masks.attn_mask import (
+    HI,
+    K0,
+    K1,
+    LO,
+    Q0,
+    Q1,
+    AttnMask,
+    BoolArray,
+    IntArray,
+    canonical,
+    cut_axis,
+)
 from cpbench.masks.convert import Int32Array, row_intervals
-from cpbench.tiling import TileGrid, tiles
+from cpbench.masks.tiling import TileGrid, tiles
 
 UNBOUNDED = -1
 _FAR = 1 << 40  # an offset that cuts nothing

@@ -16,7 +16,7 @@ from typing import Any, TypedDict
 import numpy as np
 import numpy.typing as npt
 
-from cpbench.mask import IntArray
+from cpbench.masks.attn_mask import IntArray
 
 DEFAULT_CORPUS = "pile"
 DEFAULT_SEED = 0

@@ -1,7 +1,8 @@
 """Named patterns that differ from head to head: functions of ``seq_len`` and ``num_heads``.
 
-They return :class:`~cpbench.head_masks.HeadMasks`.  What is drawn is drawn for each head anew, from
-``seed`` and the head alone: more heads, or a longer sweep, change nothing about the first.
+They return :class:`~cpbench.masks.head_masks.HeadMasks`.  What is drawn is drawn for each head
+anew, from ``seed`` and the head alone: more heads, or a longer sweep, change nothing about the
+first.
 
 N = ``seq_len``; a block row is all queries of one block of queries.
 """
@@ -10,9 +11,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from cpbench.dilated_mask import DilatedMask
-from cpbench.head_masks import HeadMasks
-from cpbench.mask import AttnMask, IntArray
+from cpbench.masks.attn_mask import AttnMask, IntArray
+from cpbench.masks.dilated_mask import DilatedMask
+from cpbench.masks.head_masks import HeadMasks
 from cpbench.masks.patterns import WIDE, pattern
 
 MOST_KEPT = 1 << 22  # blocks of all heads: a slice each, at worst

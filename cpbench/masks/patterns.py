@@ -19,8 +19,8 @@ from typing import Any, TypeVar, Unpack
 
 import numpy as np
 
-from cpbench.head_masks import Mask
-from cpbench.mask import AttnMask, IntArray
+from cpbench.core.registry import RegistrationError
+from cpbench.masks.attn_mask import AttnMask, IntArray
 from cpbench.masks.documents import (
     DEFAULT_CORPUS,
     DEFAULT_SEED,
@@ -29,7 +29,7 @@ from cpbench.masks.documents import (
     long_mixture,
     starts,
 )
-from cpbench.registry import RegistrationError
+from cpbench.masks.head_masks import Mask
 
 Build = TypeVar("Build", bound=Callable[..., Mask])
 

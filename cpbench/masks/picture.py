@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cpbench.mask import AttnMask
-from cpbench.spec import format_size
-from cpbench.tiling import tiles
+from cpbench.core.spec import format_size
+from cpbench.masks.attn_mask import AttnMask
+from cpbench.masks.tiling import tiles
 
 MAX_CELLS = 512
 SMALL_CELLS = 64

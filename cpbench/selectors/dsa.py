@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cpbench.registry import OperatorInfo
-from cpbench.selecting import Branch, Plan, Selecting
-from cpbench.selection import Tokens, visible
-from cpbench.selectors.ranking import at_least, products, spans, working
+from cpbench.core.registry import OperatorInfo
+from cpbench.selectors.common.base import Branch, Plan, Selecting
+from cpbench.selectors.common.ranking import at_least, products, spans, working
+from cpbench.selectors.common.selection import Tokens, visible
 
 if TYPE_CHECKING:
     import torch

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cpbench.registry import OperatorInfo
-from cpbench.selecting import Branch, Plan, Selecting
-from cpbench.selection import Blocks, Grid
+from cpbench.core.registry import OperatorInfo
+from cpbench.selectors.common.base import Branch, Plan, Selecting
+from cpbench.selectors.common.ranking import at_least, block_means, highest, in_blocks, products
+from cpbench.selectors.common.selection import Blocks, Grid
 from cpbench.selectors.minference import by_distance, last_probs
-from cpbench.selectors.ranking import at_least, block_means, highest, in_blocks, products
 
 if TYPE_CHECKING:
     import torch

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from cpbench.core.registry import OperatorInfo
 from cpbench.masks.patterns import streaming
-from cpbench.registry import OperatorInfo
-from cpbench.selecting import Branch, Plan, Selecting
-from cpbench.selection import Blocks
-from cpbench.selectors.ranking import (
+from cpbench.selectors.common.base import Branch, Plan, Selecting
+from cpbench.selectors.common.ranking import (
     at_least,
     block_means,
     budget,
@@ -23,6 +22,7 @@ from cpbench.selectors.ranking import (
     top,
     working,
 )
+from cpbench.selectors.common.selection import Blocks
 
 if TYPE_CHECKING:
     import torch

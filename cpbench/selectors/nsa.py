@@ -13,13 +13,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cpbench.mask import AttnMask
+from cpbench.core.registry import OperatorInfo
+from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.patterns import WIDE, causal, sliding_window_causal
-from cpbench.pooling import Pool
-from cpbench.registry import OperatorInfo
-from cpbench.selecting import Branch, Plan, Selecting
-from cpbench.selection import Blocks
-from cpbench.selectors.ranking import at_least, counts, first, products, spans, top_of_rows, working
+from cpbench.selectors.common.base import Branch, Plan, Selecting
+from cpbench.selectors.common.pooling import Pool
+from cpbench.selectors.common.ranking import (
+    at_least,
+    counts,
+    first,
+    products,
+    spans,
+    top_of_rows,
+    working,
+)
+from cpbench.selectors.common.selection import Blocks
 
 if TYPE_CHECKING:
     import torch

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cpbench.registry import OperatorInfo
-from cpbench.selecting import Branch, Plan, Selecting
-from cpbench.selection import Blocks, Grid, visible
-from cpbench.selectors.ranking import (
+from cpbench.core.registry import OperatorInfo
+from cpbench.selectors.common.base import Branch, Plan, Selecting
+from cpbench.selectors.common.ranking import (
     at_least,
     block_sums,
     budget,
@@ -20,6 +19,7 @@ from cpbench.selectors.ranking import (
     spans,
     top,
 )
+from cpbench.selectors.common.selection import Blocks, Grid, visible
 
 if TYPE_CHECKING:
     import torch

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cpbench.registry import OperatorInfo
-from cpbench.selecting import Branch, Plan, Selecting
-from cpbench.selection import Blocks
-from cpbench.selectors.ranking import (
+from cpbench.core.registry import OperatorInfo
+from cpbench.selectors.common.base import Branch, Plan, Selecting
+from cpbench.selectors.common.ranking import (
     at_least,
     budget,
     counts,
@@ -21,6 +20,7 @@ from cpbench.selectors.ranking import (
     top_of_rows,
     working,
 )
+from cpbench.selectors.common.selection import Blocks
 
 if TYPE_CHECKING:
     import torch

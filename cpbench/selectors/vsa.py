@@ -10,12 +10,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from cpbench.core.registry import OperatorInfo
 from cpbench.masks.patterns import full
-from cpbench.pooling import Pool
-from cpbench.registry import OperatorInfo
-from cpbench.selecting import Branch, Plan, Selecting
-from cpbench.selection import Blocks
-from cpbench.selectors.ranking import at_least, block_means, budget, counts, products, top
+from cpbench.selectors.common.base import Branch, Plan, Selecting
+from cpbench.selectors.common.pooling import Pool
+from cpbench.selectors.common.ranking import (
+    at_least,
+    block_means,
+    budget,
+    counts,
+    products,
+    top,
+)
+from cpbench.selectors.common.selection import Blocks
 
 if TYPE_CHECKING:
     import torch

@@ -12,18 +12,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cpbench.merge import row_delta
-from cpbench.registry import StrategyInfo
-from cpbench.strategies import wire
+from cpbench.core.registry import StrategyInfo
+from cpbench.parallel.bound_operator import row_delta
+from cpbench.strategies.common import gradient_dtype
+from cpbench.strategies.common.rotation import Following, Step, steps, travel
 from cpbench.strategies.ring import Ring
-from cpbench.strategies.rotation import Following, Step, steps, travel
 
 if TYPE_CHECKING:
     import torch
 
-    from cpbench.comm import Comm
-    from cpbench.merge import BoundOperator
-    from cpbench.world import World
+    from cpbench.parallel.bound_operator import BoundOperator
+    from cpbench.parallel.comm import Comm
+    from cpbench.parallel.world import World
 
 STRATEGY = StrategyInfo(
     name="burst",
@@ -68,7 +68,7 @@ class Burst(Ring):
         import torch
 
         q, k, v, out, lse = saved
-        grads = Following((1, *q.shape), wire.dtype(self.grad_dtype), op, comm)
+        grads = Following((1, *q.shape), gradient_dtype.dtype(self.grad_dtype), op, comm)
         own = None
         block = (q, dout, row_delta(dout, out), lse)
         for step, (q_s, dout_s, delta_s, lse_s) in travel(plan.back, block, comm, "queries"):

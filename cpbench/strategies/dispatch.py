@@ -7,7 +7,7 @@ plan alone says who sends what; with the layout ``dispatch`` it is also made so 
 the same work and little need travel.
 
 Source: MagiAttention's group collectives and multi-stage overlap (https://github.com/SandAI-org/
-MagiAttention); the solver is our own (``cpbench.dealing``).
+MagiAttention); the solver is our own (``cpbench.parallel.dispatch_solver``).
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cpbench.comm import Done
-from cpbench.needs import Parcels, group_cast
-from cpbench.registry import StrategyInfo
-from cpbench.strategies import wire
-from cpbench.strategies.collectives import tokens_first
-from cpbench.strategies.returns import Returns
+from cpbench.core.registry import StrategyInfo
+from cpbench.parallel.comm import Done
+from cpbench.parallel.kv_requirements import Parcels, group_cast
+from cpbench.strategies.common import gradient_dtype
+from cpbench.strategies.common.collectives import tokens_first
+from cpbench.strategies.common.return_results import Returns
 
 if TYPE_CHECKING:
     import torch
 
-    from cpbench.comm import Comm, Handle
-    from cpbench.merge import BoundOperator
-    from cpbench.world import World
+    from cpbench.parallel.bound_operator import BoundOperator
+    from cpbench.parallel.comm import Comm, Handle
+    from cpbench.parallel.world import World
 
 STRATEGY = StrategyInfo(
     name="dispatch",
@@ -75,10 +75,10 @@ class Dispatch:
     def __init__(self, stages: int = 0, grad_dtype: str = "float32") -> None:
         if stages < 0:
             raise ValueError(f"dispatch: stages = {stages} must be 1 or more, or 0 to choose")
-        self.stages, self.grad_dtype = stages, wire.checked("dispatch", grad_dtype)
+        self.stages, self.grad_dtype = stages, gradient_dtype.checked("dispatch", grad_dtype)
 
     def unsupported(self, world: World) -> str | None:
-        return wire.refusal("dispatch", self.grad_dtype, world.problem)
+        return gradient_dtype.refusal("dispatch", self.grad_dtype, world.problem)
 
     def prepare(self, op: BoundOperator, world: World, rank: int) -> tuple[Stage, ...]:
         """The first stage is that of the own keys."""
@@ -119,7 +119,7 @@ class Dispatch:
         import torch
 
         q, k, v, out, lse = saved
-        travels = wire.dtype(self.grad_dtype)
+        travels = gradient_dtype.dtype(self.grad_dtype)
         parts = op.backward_parts(dout, q, out, lse)
         returns = Returns(comm)
         for stage, k_s, v_s in _cast(plan, k, v, comm):

@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cpbench.comm import Done
-from cpbench.mask import BoolArray
-from cpbench.merge import row_delta
-from cpbench.registry import StrategyInfo
-from cpbench.strategies import wire
-from cpbench.strategies.returns import Returns
+from cpbench.core.registry import StrategyInfo
+from cpbench.masks.attn_mask import BoolArray
+from cpbench.parallel.bound_operator import row_delta
+from cpbench.parallel.comm import Done
+from cpbench.strategies.common import gradient_dtype
+from cpbench.strategies.common.return_results import Returns
 
 if TYPE_CHECKING:
     import torch
 
-    from cpbench.comm import Comm
-    from cpbench.merge import BoundOperator
-    from cpbench.world import World
+    from cpbench.parallel.bound_operator import BoundOperator
+    from cpbench.parallel.comm import Comm
+    from cpbench.parallel.world import World
 
 STRATEGY = StrategyInfo(
     name="distflash",
@@ -77,10 +77,10 @@ class DistFlash:
     """
 
     def __init__(self, grad_dtype: str = "float32") -> None:
-        self.grad_dtype = wire.checked("distflash", grad_dtype)
+        self.grad_dtype = gradient_dtype.checked("distflash", grad_dtype)
 
     def unsupported(self, world: World) -> str | None:
-        return wire.refusal("distflash", self.grad_dtype, world.problem)
+        return gradient_dtype.refusal("distflash", self.grad_dtype, world.problem)
 
     def prepare(self, op: BoundOperator, world: World, rank: int) -> Plan:
         size, (by_owner, by_helper, last) = world.size, _shared(world)
@@ -140,7 +140,7 @@ class DistFlash:
         import torch
 
         q, k, v, out, lse = saved
-        travels = wire.dtype(self.grad_dtype)
+        travels = gradient_dtype.dtype(self.grad_dtype)
         parts = op.backward_parts(dout, q, out, lse)
         own: torch.Tensor | None = None  # dK and dV of our keys, float32
 

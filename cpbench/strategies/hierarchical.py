@@ -14,17 +14,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cpbench.registry import StrategyInfo
-from cpbench.strategies import heads, wire
-from cpbench.strategies.collectives import gather, reduce
-from cpbench.strategies.rotation import Following, Step, steps, travel
+from cpbench.core.registry import StrategyInfo
+from cpbench.strategies.common import gradient_dtype, head_exchange
+from cpbench.strategies.common.collectives import gather, reduce
+from cpbench.strategies.common.rotation import Following, Step, steps, travel
 
 if TYPE_CHECKING:
     import torch
 
-    from cpbench.comm import Comm
-    from cpbench.merge import BoundOperator
-    from cpbench.world import World
+    from cpbench.parallel.bound_operator import BoundOperator
+    from cpbench.parallel.comm import Comm
+    from cpbench.parallel.world import World
 
 STRATEGY = StrategyInfo(
     name="hierarchical",
@@ -66,19 +66,19 @@ class Hierarchical:
             raise ValueError(
                 f"hierarchical: grad_dtype = {grad_dtype!r} is not float32 or bfloat16"
             )
-        self.local, self.grad_dtype = local, wire.checked("hierarchical", grad_dtype)
+        self.local, self.grad_dtype = local, gradient_dtype.checked("hierarchical", grad_dtype)
 
     def unsupported(self, world: World) -> str | None:
         size = self.local or world.ranks_per_node
         if world.size % size:
             return f"hierarchical: local = {size} must divide the {world.size} ranks"
-        reason = heads.refusal("hierarchical", world.problem, size)
-        return reason or wire.refusal("hierarchical", self.grad_dtype, world.problem)
+        reason = head_exchange.refusal("hierarchical", world.problem, size)
+        return reason or gradient_dtype.refusal("hierarchical", self.grad_dtype, world.problem)
 
     def prepare(self, op: BoundOperator, world: World, rank: int) -> Plan:
         size = self.local or world.ranks_per_node
         mesh = world.mesh(nodes=world.size // size, local=size)
-        inner = heads.exchanged(world, mesh.groups("local"))
+        inner = head_exchange.exchanged(world, mesh.groups("local"))
         node, across = mesh.group(rank, "local"), mesh.group(rank, "nodes")
         copies = max(size // world.problem.heads_kv, 1)
         first = node.index(rank) // copies * copies
@@ -107,13 +107,15 @@ class Hierarchical:
         need_lse: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
         node = comm.sub(plan.node)
-        q_all, k_all, v_all = heads.qkv_to_heads(q, k, v, node).wait()
+        q_all, k_all, v_all = head_exchange.qkv_to_heads(q, k, v, node).wait()
         parts = op.forward_parts(q_all)
         for step, keys, values in self._rounds(k_all, v_all, plan, comm):
             parts.add(keys, values, step.plan)
         out_all, lse_all = parts.finish()
-        (out,) = heads.to_tokens([out_all], node).wait()
-        lse = heads.lse_to_tokens(lse_all, node) if need_lse and lse_all is not None else None
+        (out,) = head_exchange.to_tokens([out_all], node).wait()
+        lse = (
+            head_exchange.lse_to_tokens(lse_all, node) if need_lse and lse_all is not None else None
+        )
         return out, lse, (q_all, k_all, v_all, out_all, lse_all)
 
     def backward(
@@ -123,11 +125,11 @@ class Hierarchical:
 
         q_all, k_all, v_all, out_all, lse_all = saved
         node, across, replicas = (comm.sub(g) for g in (plan.node, plan.across, plan.replicas))
-        (dout_all,) = heads.to_heads([dout], node).wait()
+        (dout_all,) = head_exchange.to_heads([dout], node).wait()
         parts = op.backward_parts(dout_all, q_all, out_all, lse_all)
         batch, tokens, local_heads, dim = k_all.shape
         thin = (2, tokens // replicas.size, batch, local_heads, dim)
-        grads = Following(thin, wire.dtype(self.grad_dtype), op, across)
+        grads = Following(thin, gradient_dtype.dtype(self.grad_dtype), op, across)
         own = torch.zeros((2, tokens, *thin[2:]), dtype=torch.float32, device=k_all.device)
         for step, keys, values in self._rounds(k_all, v_all, plan, comm, idle=True):
             found: Any = None
@@ -141,8 +143,12 @@ class Hierarchical:
         mine = own.unflatten(1, (replicas.size, -1))[:, replicas.rank]
         mine += grads.finish()
         local = [parts.finish(), *(x.transpose(0, 1).to(k_all.dtype) for x in own)]
-        dq, dk, dv = heads.to_tokens(local, node).wait()
-        return dq, heads.sum_replicas(dk, plan.heads_kv), heads.sum_replicas(dv, plan.heads_kv)
+        dq, dk, dv = head_exchange.to_tokens(local, node).wait()
+        return (
+            dq,
+            head_exchange.sum_replicas(dk, plan.heads_kv),
+            head_exchange.sum_replicas(dv, plan.heads_kv),
+        )
 
     def _rounds(
         self, k: torch.Tensor, v: torch.Tensor, plan: Plan, comm: Comm, idle: bool = False

@@ -13,13 +13,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from cpbench.mesh import Mesh, largest_divisor
-from cpbench.registry import StrategyInfo
-from cpbench.strategies import heads
+from cpbench.core.registry import StrategyInfo
+from cpbench.parallel.mesh import Mesh, largest_divisor
+from cpbench.strategies.common import head_exchange
 from cpbench.strategies.usp import Usp
 
 if TYPE_CHECKING:
-    from cpbench.world import World
+    from cpbench.parallel.world import World
 
 STRATEGY = StrategyInfo(
     name="loongtrain",
@@ -55,13 +55,13 @@ class LoongTrain(Usp):
     def unsupported(self, world: World) -> str | None:
         reason = super().unsupported(world)
         if reason is None:
-            ring = world.size // heads.group_size(world, self.ulysses)
+            ring = world.size // head_exchange.group_size(world, self.ulysses)
             if self.window and ring % self.window:
                 reason = f"loongtrain: window = {self.window} must divide the ring of {ring} ranks"
         return reason
 
     def mesh(self, world: World) -> Mesh:
-        size = heads.group_size(world, self.ulysses)
+        size = head_exchange.group_size(world, self.ulysses)
         ring = world.size // size
         window = self.window or _window(world, ring, size)
         return world.mesh(outer=ring // window, inner=window, ulysses=size)

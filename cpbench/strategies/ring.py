@@ -13,16 +13,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cpbench.registry import StrategyInfo
-from cpbench.strategies import wire
-from cpbench.strategies.rotation import Following, Step, steps, travel
+from cpbench.core.registry import StrategyInfo
+from cpbench.strategies.common import gradient_dtype
+from cpbench.strategies.common.rotation import Following, Step, steps, travel
 
 if TYPE_CHECKING:
     import torch
 
-    from cpbench.comm import Comm
-    from cpbench.merge import BoundOperator
-    from cpbench.world import World
+    from cpbench.parallel.bound_operator import BoundOperator
+    from cpbench.parallel.comm import Comm
+    from cpbench.parallel.world import World
 
 STRATEGY = StrategyInfo(
     name="ring",
@@ -53,12 +53,12 @@ class Ring:
     def __init__(self, grad_dtype: str = "float32", window: int = 0) -> None:
         if window < 0:
             raise ValueError(f"ring: window = {window} must be a number of ranks, or 0 for all")
-        self.grad_dtype, self.window = wire.checked("ring", grad_dtype), window
+        self.grad_dtype, self.window = gradient_dtype.checked("ring", grad_dtype), window
 
     def unsupported(self, world: World) -> str | None:
         if self.window and world.size % self.window:
             return f"ring: window = {self.window} must divide the {world.size} ranks of the ring"
-        return wire.refusal("ring", self.grad_dtype, world.problem)
+        return gradient_dtype.refusal("ring", self.grad_dtype, world.problem)
 
     def prepare(self, op: BoundOperator, world: World, rank: int) -> Plan:
         return Plan(
@@ -92,7 +92,7 @@ class Ring:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         q, k, v, out, lse = saved
         parts = op.backward_parts(dout, q, out, lse)
-        grads = Following((2, *k.shape), wire.dtype(self.grad_dtype), op, comm)
+        grads = Following((2, *k.shape), gradient_dtype.dtype(self.grad_dtype), op, comm)
         for step, (k_s, v_s) in travel(plan.steps, (k, v), comm):
             grads.add(step, parts.add(k_s, v_s, step.plan) if step.computes else None)
         dk, dv = grads.finish()

@@ -12,15 +12,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cpbench.registry import StrategyInfo
-from cpbench.strategies.collectives import gather, reduce, tokens_first
+from cpbench.core.registry import StrategyInfo
+from cpbench.strategies.common.collectives import gather, reduce, tokens_first
 
 if TYPE_CHECKING:
     import torch
 
-    from cpbench.comm import Comm
-    from cpbench.merge import BoundOperator
-    from cpbench.world import World
+    from cpbench.parallel.bound_operator import BoundOperator
+    from cpbench.parallel.comm import Comm
+    from cpbench.parallel.world import World
 
 STRATEGY = StrategyInfo(
     name="ring_allgather",

@@ -14,17 +14,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cpbench.comm import Done
-from cpbench.registry import StrategyInfo
-from cpbench.strategies import ring, wire
-from cpbench.strategies.rotation import travel
+from cpbench.core.registry import StrategyInfo
+from cpbench.parallel.comm import Done
+from cpbench.strategies import ring
+from cpbench.strategies.common import gradient_dtype
+from cpbench.strategies.common.rotation import travel
 
 if TYPE_CHECKING:
     import torch
 
-    from cpbench.comm import Comm, Handle
-    from cpbench.merge import BackwardParts, BoundOperator
-    from cpbench.world import World
+    from cpbench.parallel.bound_operator import BackwardParts, BoundOperator
+    from cpbench.parallel.comm import Comm, Handle
+    from cpbench.parallel.world import World
 
 STRATEGY = StrategyInfo(
     name="ring_reverse",
@@ -103,7 +104,7 @@ class RingReverse(ring.Ring):
         what the others found for the own block is on its way."""
         import torch
 
-        travels = wire.dtype(self.grad_dtype)
+        travels = gradient_dtype.dtype(self.grad_dtype)
         after, before = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
         here, free = last, list[Block]()
         arriving: torch.Tensor | None = None

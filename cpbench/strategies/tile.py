@@ -15,20 +15,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cpbench.comm import Done
-from cpbench.merge import row_delta
-from cpbench.mesh import Mesh
-from cpbench.registry import StrategyInfo
-from cpbench.strategies import wire
-from cpbench.strategies.returns import Returns
+from cpbench.core.registry import StrategyInfo
+from cpbench.parallel.bound_operator import row_delta
+from cpbench.parallel.comm import Done
+from cpbench.parallel.mesh import Mesh
+from cpbench.strategies.common import gradient_dtype
+from cpbench.strategies.common.return_results import Returns
 
 if TYPE_CHECKING:
     import torch
 
-    from cpbench.comm import Comm
-    from cpbench.merge import BoundOperator
-    from cpbench.problem import Problem
-    from cpbench.world import World
+    from cpbench.core.problem import Problem
+    from cpbench.parallel.bound_operator import BoundOperator
+    from cpbench.parallel.comm import Comm
+    from cpbench.parallel.world import World
 
 STRATEGY = StrategyInfo(
     name="tile",
@@ -92,12 +92,12 @@ class Tile:
     def __init__(self, rows: int = 0, grad_dtype: str = "float32") -> None:
         if rows < 0:
             raise ValueError(f"tile: rows = {rows} must be a number of ranks, or 0 to choose")
-        self.rows, self.grad_dtype = rows, wire.checked("tile", grad_dtype)
+        self.rows, self.grad_dtype = rows, gradient_dtype.checked("tile", grad_dtype)
 
     def unsupported(self, world: World) -> str | None:
         if self.rows and world.size % self.rows:
             return f"tile: rows = {self.rows} must divide the {world.size} ranks"
-        return wire.refusal("tile", self.grad_dtype, world.problem)
+        return gradient_dtype.refusal("tile", self.grad_dtype, world.problem)
 
     def prepare(self, op: BoundOperator, world: World, rank: int) -> Plan:
         rows = self.rows or least_traffic(world.problem, world.keys.local_len, world.size)
@@ -174,7 +174,7 @@ class Tile:
         import torch
 
         q, k, v, out, lse = saved
-        travels = wire.dtype(self.grad_dtype)
+        travels = gradient_dtype.dtype(self.grad_dtype)
         columns = _Columns(k, v, plan, comm)
         grads: dict[int, torch.Tensor] = {}  # dK and dV of each column, float32
         returns = Returns(comm)

@@ -11,15 +11,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cpbench.registry import StrategyInfo
-from cpbench.strategies import heads
+from cpbench.core.registry import StrategyInfo
+from cpbench.strategies.common import head_exchange
 
 if TYPE_CHECKING:
     import torch
 
-    from cpbench.comm import Comm
-    from cpbench.merge import BoundOperator
-    from cpbench.world import World
+    from cpbench.parallel.bound_operator import BoundOperator
+    from cpbench.parallel.comm import Comm
+    from cpbench.parallel.world import World
 
 STRATEGY = StrategyInfo(
     name="ulysses",
@@ -52,9 +52,9 @@ class Ulysses:
         self.chunks = chunks
 
     def unsupported(self, world: World) -> str | None:
-        reason = heads.refusal("ulysses", world.problem, world.size)
+        reason = head_exchange.refusal("ulysses", world.problem, world.size)
         if reason is None:
-            mine_q, mine_kv = heads.local_heads(world.problem, world.size)
+            mine_q, mine_kv = head_exchange.local_heads(world.problem, world.size)
             turns_kv = min(self.chunks, mine_kv)
             if mine_q % self.chunks or mine_kv % turns_kv or self.chunks % turns_kv:
                 reason = (
@@ -64,7 +64,7 @@ class Ulysses:
         return reason
 
     def prepare(self, op: BoundOperator, world: World, rank: int) -> Plan:
-        mine_q, mine_kv = heads.local_heads(world.problem, world.size)
+        mine_q, mine_kv = head_exchange.local_heads(world.problem, world.size)
         chunk = (mine_q // self.chunks, max(mine_kv // self.chunks, 1))
         whole = world.merged((tuple(range(world.size)),), *chunk)
         return Plan(op.prepare(whole.part([0], [0])), world.problem.heads_kv)
@@ -82,7 +82,7 @@ class Ulysses:
         import torch
 
         turns = self._turns(q, k, v, comm.size)
-        coming = heads.to_heads(turns[0], comm)
+        coming = head_exchange.to_heads(turns[0], comm)
         kv: list[torch.Tensor] = []
         chunks: list[Any] = []
         going = []
@@ -90,46 +90,50 @@ class Ulysses:
             q_all, *kv_all = coming.wait()
             k_all, v_all = kv = kv_all or kv  # chunks that share a key/value head get it once
             if i + 1 < self.chunks:
-                coming = heads.to_heads(turns[i + 1], comm)
+                coming = head_exchange.to_heads(turns[i + 1], comm)
             out_all, lse_all = op.forward(q_all, k_all, v_all, plan.op)
-            going.append(heads.to_tokens([out_all], comm))
+            going.append(head_exchange.to_tokens([out_all], comm))
             chunks.append((q_all, k_all, v_all, out_all, lse_all))
         out = _joined([pending.wait()[0] for pending in going], comm.size)
         lse = None
         if need_lse and chunks[0][-1] is not None:
-            lse = heads.lse_to_tokens(torch.cat([c[-1] for c in chunks], dim=1), comm)
+            lse = head_exchange.lse_to_tokens(torch.cat([c[-1] for c in chunks], dim=1), comm)
         return out, lse, chunks
 
     def backward(
         self, dout: torch.Tensor, saved: Any, plan: Plan, op: BoundOperator, comm: Comm
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         douts = [[x] for x in _split(dout, comm.size, self.chunks)]
-        coming = heads.to_heads(douts[0], comm)
+        coming = head_exchange.to_heads(douts[0], comm)
         going = []
         kv: tuple[torch.Tensor, torch.Tensor] | None = None  # of the chunks that share a head
         for i, (q_all, k_all, v_all, out_all, lse_all) in enumerate(saved):
             (dout_all,) = coming.wait()
             if i + 1 < self.chunks:
-                coming = heads.to_heads(douts[i + 1], comm)
+                coming = head_exchange.to_heads(douts[i + 1], comm)
             dq, dk, dv = op.backward(dout_all, q_all, k_all, v_all, out_all, lse_all, plan.op)
             kv = (dk, dv) if kv is None else (kv[0].float().add_(dk), kv[1].float().add_(dv))
             grads = [dq]
             if i + 1 == self.chunks or saved[i + 1][1] is not k_all:
                 grads += [grad.to(dq.dtype) for grad in kv]
                 kv = None
-            going.append(heads.to_tokens(grads, comm))
+            going.append(head_exchange.to_tokens(grads, comm))
         arrived = [pending.wait() for pending in going]
         dq = _joined([grads[0] for grads in arrived], comm.size)
         of_kv = [grads[1:] for grads in arrived if len(grads) > 1]
         dk, dv = (_joined(list(x), comm.size) for x in zip(*of_kv, strict=True))
-        return dq, heads.sum_replicas(dk, plan.heads_kv), heads.sum_replicas(dv, plan.heads_kv)
+        return (
+            dq,
+            head_exchange.sum_replicas(dk, plan.heads_kv),
+            head_exchange.sum_replicas(dv, plan.heads_kv),
+        )
 
     def _turns(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, size: int
     ) -> list[list[torch.Tensor]]:
         """What is sent in each turn: a chunk of query heads and, unless an earlier one brought
         them, its key/value heads."""
-        k, v = heads.replicated(k, size), heads.replicated(v, size)
+        k, v = head_exchange.replicated(k, size), head_exchange.replicated(v, size)
         turns_kv = min(self.chunks, k.shape[2] // size)
         turns: list[list[torch.Tensor]] = [[x] for x in _split(q, size, self.chunks)]
         pairs = zip(_split(k, size, turns_kv), _split(v, size, turns_kv), strict=True)

@@ -11,17 +11,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cpbench.mesh import Mesh
-from cpbench.registry import StrategyInfo
-from cpbench.strategies import heads, wire
+from cpbench.core.registry import StrategyInfo
+from cpbench.parallel.mesh import Mesh
+from cpbench.strategies.common import gradient_dtype, head_exchange
 from cpbench.strategies.ring import Ring
 
 if TYPE_CHECKING:
     import torch
 
-    from cpbench.comm import Comm
-    from cpbench.merge import BoundOperator
-    from cpbench.world import World
+    from cpbench.parallel.bound_operator import BoundOperator
+    from cpbench.parallel.comm import Comm
+    from cpbench.parallel.world import World
 
 STRATEGY = StrategyInfo(
     name="usp",
@@ -63,21 +63,21 @@ class Usp:
         self.ulysses, self.ring = ulysses, Ring(grad_dtype)
 
     def unsupported(self, world: World) -> str | None:
-        size = heads.group_size(world, self.ulysses)
+        size = head_exchange.group_size(world, self.ulysses)
         if world.size % size:
             return f"{self.name}: ulysses = {size} must divide the {world.size} ranks"
-        reason = heads.refusal(self.name, world.problem, size)
-        return reason or wire.refusal(self.name, self.ring.grad_dtype, world.problem)
+        reason = head_exchange.refusal(self.name, world.problem, size)
+        return reason or gradient_dtype.refusal(self.name, self.ring.grad_dtype, world.problem)
 
     def mesh(self, world: World) -> Mesh:
         """The ranks as a mesh; the axes before ``ulysses`` make up the ring, the last of them its
         windows."""
-        size = heads.group_size(world, self.ulysses)
+        size = head_exchange.group_size(world, self.ulysses)
         return world.mesh(ring=world.size // size, ulysses=size)
 
     def prepare(self, op: BoundOperator, world: World, rank: int) -> Plan:
         mesh = self.mesh(world)
-        inner = heads.exchanged(world, mesh.groups("ulysses"))
+        inner = head_exchange.exchanged(world, mesh.groups("ulysses"))
         ring_group = mesh.group(rank, *mesh.names[:-1])
         ring = Ring(window=mesh.sizes[-2])
         return Plan(
@@ -98,21 +98,31 @@ class Usp:
         need_lse: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
         group = comm.sub(plan.heads_group)
-        q_all, k_all, v_all = (x.contiguous() for x in heads.qkv_to_heads(q, k, v, group).wait())
+        q_all, k_all, v_all = (
+            x.contiguous() for x in head_exchange.qkv_to_heads(q, k, v, group).wait()
+        )
         ring = comm.sub(plan.ring_group)
         out_all, lse_all, saved = self.ring.forward(
             q_all, k_all, v_all, plan.ring, op, ring, need_lse
         )
-        (out,) = heads.to_tokens([out_all], group).wait()
-        lse = heads.lse_to_tokens(lse_all, group) if need_lse and lse_all is not None else None
+        (out,) = head_exchange.to_tokens([out_all], group).wait()
+        lse = (
+            head_exchange.lse_to_tokens(lse_all, group)
+            if need_lse and lse_all is not None
+            else None
+        )
         return out, lse, saved
 
     def backward(
         self, dout: torch.Tensor, saved: Any, plan: Plan, op: BoundOperator, comm: Comm
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         group = comm.sub(plan.heads_group)
-        (dout_all,) = heads.to_heads([dout], group).wait()
+        (dout_all,) = head_exchange.to_heads([dout], group).wait()
         ring = comm.sub(plan.ring_group)
         grads = self.ring.backward(dout_all, saved, plan.ring, op, ring)
-        dq, dk, dv = heads.to_tokens(list(grads), group).wait()
-        return dq, heads.sum_replicas(dk, plan.heads_kv), heads.sum_replicas(dv, plan.heads_kv)
+        dq, dk, dv = head_exchange.to_tokens(list(grads), group).wait()
+        return (
+            dq,
+            head_exchange.sum_replicas(dk, plan.heads_kv),
+            head_exchange.sum_replicas(dv, plan.heads_kv),
+        )

@@ -24,10 +24,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from cpbench.kernels.bands import Bands
-from cpbench.mask import AttnMask
+from cpbench.core.problem import Problem
+from cpbench.kernels.bands.operator import Bands
 from cpbench.masks import build
-from cpbench.problem import Problem
+from cpbench.masks.attn_mask import AttnMask
 
 Call = Callable[[], object]
 

@@ -23,11 +23,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from cpbench.head_masks import HeadMasks
-from cpbench.kernels.bands import Bands
+from cpbench.core.problem import Problem
+from cpbench.kernels.bands.operator import Bands
 from cpbench.masks import build_heads
-from cpbench.problem import Problem
-from cpbench.tiling import tiles
+from cpbench.masks.head_masks import HeadMasks
+from cpbench.masks.tiling import tiles
 
 HEADS, DIM = 2, 64
 MASKS = {

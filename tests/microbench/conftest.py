@@ -14,18 +14,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cpbench import registry, sweep
-from cpbench.comm import Control, TorchComm
-from cpbench.device import open_device
-from cpbench.environment import usable_cores
-from cpbench.evaluate import Evaluation
-from cpbench.operator import declared_refusal
-from cpbench.problem import Case
-from cpbench.spec import format_size
+from cpbench.core import registry
+from cpbench.core.environment import usable_cores
+from cpbench.core.operator import declared_refusal
+from cpbench.core.problem import Case
+from cpbench.core.spec import format_size
+from cpbench.measure.device import open_device
+from cpbench.parallel.comm import Control, TorchComm
+from cpbench.sweep import sweep_file
+from cpbench.worker.evaluate import Evaluation
 
 HERE = Path(__file__).parent
 MASKS = ["causal", "sliding_window_causal:window=256", "causal_document:corpus=pile"]
-CHOSEN = pytest.StashKey[sweep.Sweep]()
+CHOSEN = pytest.StashKey[sweep_file.Sweep]()
 SETTINGS = {"max_seconds": 3.0}
 
 
@@ -59,9 +60,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("case", cases, ids=[name_of(case) for case in cases])
 
 
-def _chosen(name: str | None) -> sweep.Sweep:
+def _chosen(name: str | None) -> sweep_file.Sweep:
     try:
-        found = sweep.load(name) if name else _everything()
+        found = sweep_file.load(name) if name else _everything()
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
     if any(case.world_size > 1 for case in found.cases):
@@ -69,7 +70,7 @@ def _chosen(name: str | None) -> sweep.Sweep:
     return found
 
 
-def _everything() -> sweep.Sweep:
+def _everything() -> sweep_file.Sweep:
     device = _device()
     case = Case(dtype="bfloat16" if device == "cuda" else "float32")
     names = [
@@ -82,7 +83,7 @@ def _everything() -> sweep.Sweep:
     table = {
         "operator": sorted(names), "mask": MASKS, "seq_len": "2k", "dtype": case.dtype,
     }  # fmt: skip
-    return sweep.expand({"sweep": table, "measure": SETTINGS}, "operators")
+    return sweep_file.expand({"sweep": table, "measure": SETTINGS}, "operators")
 
 
 def _device() -> str:

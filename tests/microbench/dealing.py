@@ -3,11 +3,12 @@
     python tests/microbench/dealing.py [--draws 8] [--json FILE]
 
 One row for each way: the largest area of a rank over the mean, and the keys that a rank is sent,
-medians over draws of three corpora, beside the lower bounds (``cpbench.needs.least_keys``, at a
-balance of 1.02).  ``greedy`` deals chunks of 512 tokens, the largest area first, to the rank with
-the least so far that has room (a heap), as planners that look at balance alone do.  A ring moves
-the keys of all others whatever the layout.  Planning is processor time on one core: dealing alone,
-and all that one rank must do anew when the batch changes (masks, dealing, who sends what).
+medians over draws of three corpora, beside the lower bounds
+(``cpbench.parallel.kv_requirements.least_keys``, at a balance of 1.02).  ``greedy`` deals chunks of
+512 tokens, the largest area first, to the rank with the least so far that has room (a heap), as
+planners that look at balance alone do.  A ring moves the keys of all others whatever the layout.
+Planning is processor time on one core: dealing alone, and all that one rank must do anew when the
+batch changes (masks, dealing, who sends what).
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from cpbench import masks
-from cpbench.layout import Layout, area_matrix, build
-from cpbench.mask import AttnMask
-from cpbench.needs import least_keys, needed
-from cpbench.problem import Problem
-from cpbench.registry import implementation, operator_info, strategy_info
-from cpbench.spec import Spec
-from cpbench.trace import TracedOperator
-from cpbench.world import World
+from cpbench.core.problem import Problem
+from cpbench.core.registry import implementation, operator_info, strategy_info
+from cpbench.core.spec import Spec
+from cpbench.masks.attn_mask import AttnMask
+from cpbench.parallel.kv_requirements import least_keys, needed
+from cpbench.parallel.layout import Layout, area_matrix, build
+from cpbench.parallel.trace import TracedOperator
+from cpbench.parallel.world import World
 
 CORPORA = ("pile", "prolong64k", "prolong512k")
 SIZES = ((1 << 17, 8), (1 << 19, 64), (1 << 20, 96), (1 << 22, 512), (1 << 20, 1024))

@@ -14,16 +14,16 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 import naive
 from threads import ThreadComm, run_threads
 
-from cpbench import layout as layouts
 from cpbench import masks
 from cpbench.api import Attention
-from cpbench.problem import Problem
-from cpbench.world import World
+from cpbench.core.problem import Problem
+from cpbench.parallel import layout as layouts
+from cpbench.parallel.world import World
 
 STRATEGIES = ("ring", "ring:grad_dtype=bfloat16", "burst", "tile", "ring_allgather")
 TENSORS = ("out", "dq", "dk", "dv")

@@ -19,16 +19,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from cpbench.reports.compare import compare
-from cpbench.reports.gate import judge
-from cpbench.store import read_run
+from cpbench.reports.compare.gate import judge
+from cpbench.reports.compare.verdicts import compare
+from cpbench.results.store import read_run
 
 KERNEL = '''
 """The operator bands, slower by a share of its processor time."""
 import time
 import torch
-from cpbench.kernels.bands import OPERATORS, Bands
-from cpbench.registry import OperatorInfo
+from cpbench.kernels.bands.operator import OPERATORS, Bands
+from cpbench.core.registry import OperatorInfo
 
 SLOWER_BY = {share}
 MORE = torch.ones(64, 64)
@@ -84,7 +84,7 @@ def measure(folder: Path, launches: int) -> None:
         for name in names[launch % 3 :] + names[: launch % 3]:
             words = ("run", "sweep.toml", "--out", "run", "--launches", str(launch + 1))
             done = subprocess.run(
-                [sys.executable, "-m", "cpbench.cli", *words, "--json"],
+                [sys.executable, "-m", "cpbench", *words, "--json"],
                 cwd=folder / name, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
             )  # fmt: skip
             if done.returncode:

@@ -21,9 +21,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from cpbench.problem import Case
-from cpbench.record import Record
-from cpbench.spec import Spec
+from cpbench.core.problem import Case
+from cpbench.core.spec import Spec
+from cpbench.results.record import Record
 
 OPERATORS = ("bands", "sdpa.cpu_flash", "sdpa.efficient", "sdpa.flash", "flex")
 STRATEGIES = ("ring", "ring_allgather", "ulysses", "usp", "loongtrain", "hierarchical", "burst")
@@ -95,7 +95,7 @@ def main() -> None:
     print(f"{given.records} records, {size / 1e6:.0f} MB in {folder}")
     for words in ((), ("-o", str(folder / "report.html")), ("-o", str(folder / "report.parquet"))):
         begun = time.perf_counter()
-        command = [sys.executable, "-m", "cpbench.cli", "report", str(folder), *words]
+        command = [sys.executable, "-m", "cpbench", "report", str(folder), *words]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
         print(f"  report {' '.join(words):60} {time.perf_counter() - begun:6.1f} s, {most:.1f} GB")

@@ -37,14 +37,14 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from cpbench import layout as layouts
 from cpbench import masks
 from cpbench.api import Attention
-from cpbench.comm import Control, TorchComm
-from cpbench.merge import BoundOperator
-from cpbench.operator import Unsupported
-from cpbench.problem import Problem
-from cpbench.world import World
+from cpbench.core.operator import Unsupported
+from cpbench.core.problem import Problem
+from cpbench.parallel import layout as layouts
+from cpbench.parallel.bound_operator import BoundOperator
+from cpbench.parallel.comm import Control, TorchComm
+from cpbench.parallel.world import World
 
 RANKS = 2
 KERNEL = "sdpa.cpu_flash"

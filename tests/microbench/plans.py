@@ -25,8 +25,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from cpbench.mask import AttnMask
 from cpbench.masks import build
+from cpbench.masks.attn_mask import AttnMask
 
 BLOCK = 128
 
@@ -42,7 +42,7 @@ def mask_of(tokens: int) -> tuple[AttnMask, np.ndarray]:
 
 
 def ours(tokens: int) -> Any:
-    from cpbench.kernels.triton_plan import visits
+    from cpbench.kernels.triton.plan import visits
 
     mask, _ = mask_of(tokens)
     return lambda: (visits([mask], BLOCK, BLOCK), visits([mask.transpose()], BLOCK, BLOCK))

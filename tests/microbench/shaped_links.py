@@ -22,13 +22,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import namespaces
 
 from cpbench.reports.frame import load
-from cpbench.store import trace_path
+from cpbench.results.store import trace_path
 
 SWEEP = """
 [sweep]
@@ -62,7 +62,7 @@ memory = false
 PACED = '''
 """An operator that takes its time and computes nothing: no core is busy meanwhile, as on a GPU."""
 import time
-from cpbench.registry import OperatorInfo
+from cpbench.core.registry import OperatorInfo
 
 class Paced:
     def unsupported(self, problem, mask, device):
@@ -94,7 +94,7 @@ def measure(folder: Path, rate: str, text: str, where: list[str]) -> None:
     """Run the sweep over two nodes, into ``folder / run``."""
     (folder / "sweep.toml").write_text(text)
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    cpbench = (sys.executable, "-m", "cpbench.cli")
+    cpbench = (sys.executable, "-m", "cpbench")
     with namespaces.namespaces(2, rate) as holders:
         first, second = (namespaces.inside(holder) for holder in holders)
         on = ("--interface", "eth0")

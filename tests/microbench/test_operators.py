@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from cpbench.evaluate import Evaluation
-from cpbench.problem import Case
+from cpbench.core.problem import Case
+from cpbench.worker.evaluate import Evaluation
 
 _now_s = 0.0
 

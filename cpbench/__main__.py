@@ -1,0 +1,5 @@
+"""``python -m cpbench``: the command line."""
+
+from cpbench.cli.main import main
+
+main()

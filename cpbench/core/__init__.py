@@ -1,0 +1,1 @@
+"""What everything else speaks of: problems, specs, the registry, the contract of operators."""

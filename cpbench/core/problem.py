@@ -1,0 +1,235 @@
+"""What is computed (:class:`Problem`) and one row of a sweep (:class:`Case`).
+
+Shapes everywhere: q, out ``[B, S, H, D]``; k, v ``[B, T, G, D]`` with ``H % G == 0`` (GQA); lse
+``[B, H, S]`` float32, natural logarithm.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from cpbench.core.spec import Spec, format_size
+
+DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+DTYPES = ("float32", "bfloat16", "float16")
+CONTENDER = ("operator", "strategy", "layout", "placement", "content")
+DIRECTIONS = ("fwd", "bwd", "fwd_bwd")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One attention computation, whoever computes it.
+
+    Attributes:
+        batch: B.
+        seq_q, seq_k: S and T, tokens.
+        heads_q, heads_kv: H and G.
+        head_dim: D, of queries, keys and values.
+        dtype: a name in ``DTYPE_BYTES``.
+        direction: ``"fwd"``, ``"bwd"`` or ``"fwd_bwd"``: whether gradients are asked for.
+        scale: what scores are multiplied by; ``head_dim ** -0.5`` unless given.
+        softcap: a field for later; anything but 0 is refused.
+        deterministic: whether two runs must agree to the bit.
+    """
+
+    batch: int
+    seq_q: int
+    seq_k: int
+    heads_q: int
+    heads_kv: int
+    head_dim: int
+    dtype: str
+    direction: str = "fwd_bwd"
+    scale: float | None = None
+    softcap: float = 0.0
+    deterministic: bool = False
+
+    @property
+    def softmax_scale(self) -> float:
+        return self.head_dim**-0.5 if self.scale is None else self.scale
+
+    @property
+    def backward(self) -> bool:
+        return self.direction != "fwd"
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.heads_q // self.heads_kv
+
+    def flops(self, area: float) -> dict[str, int]:
+        """FLOPs of the forward and the backward pass for ``area`` visible pairs a head, on average.
+
+        Forward: two matrix products, ``4 * D`` per visible pair; backward: five, ``10 * D``.
+        Softmax is not counted, nor is what an operator computes outside the mask.
+        """
+        pairs = round(self.batch * self.heads_q * area)
+        return {"fwd": 4 * self.head_dim * pairs, "bwd": 10 * self.head_dim * pairs}
+
+    def kv_bytes(self, tokens: int) -> int:
+        """Bytes of the keys and values of ``tokens`` tokens."""
+        item = DTYPE_BYTES[self.dtype]
+        return 2 * self.batch * tokens * self.heads_kv * self.head_dim * item
+
+    def q_bytes(self, tokens: int) -> int:
+        """Bytes of the queries of ``tokens`` tokens."""
+        return self.batch * tokens * self.heads_q * self.head_dim * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One row of a sweep: a problem, who computes it and how it is spread over ranks.
+
+    ``queries`` above 0 are the last so many tokens alone, attending to all ``seq_len`` (decoding,
+    a chunk of a prefill).  ``ranks_per_node`` 0 is as the launcher places them; ``placement`` names
+    the axis of the strategy's mesh that is to lie inside a node, "" leaving that to the strategy.
+
+    ``inputs`` are a kind of ``cpbench.inputs`` and its parameters, ``seed`` theirs.
+
+    ``content`` maps what a parameter only points at (a file) to the hash of what is there, so that
+    the id follows the content.
+    """
+
+    operator: Spec = Spec("bands")
+    strategy: Spec = Spec("single")
+    layout: Spec = Spec("contiguous")
+    mask: Spec = Spec("causal")
+    batch: int = 1
+    seq_len: int = 1024
+    queries: int = 0
+    num_heads_q: int = 4
+    num_heads_kv: int = 4
+    head_dim: int = 64
+    dtype: str = "float32"
+    direction: str = "fwd_bwd"
+    world_size: int = 1
+    ranks_per_node: int = 0
+    placement: str = ""
+    seed: int = 0
+    inputs: Spec = Spec("normal")
+    content: tuple[tuple[str, str], ...] = field(default=())
+
+    @functools.cached_property
+    def id(self) -> str:
+        """Twelve hex digits over everything that differs from the defaults."""
+        told: dict[str, Any] = {}
+        for name, default in _DEFAULTS.items():
+            value = getattr(self, name)
+            if value != default:
+                told[name] = value.to_json() if isinstance(value, Spec) else value
+        for path, digest in self.content:
+            told = _replace_text(told, path, digest)
+        text = json.dumps(told, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def problem(self) -> Problem:
+        return Problem(
+            batch=self.batch,
+            seq_q=self.queries or self.seq_len,
+            seq_k=self.seq_len,
+            heads_q=self.num_heads_q,
+            heads_kv=self.num_heads_kv,
+            head_dim=self.head_dim,
+            dtype=self.dtype,
+            direction=self.direction,
+        )
+
+    @property
+    def contender_key(self) -> tuple[object, ...]:
+        """What is compared with others on the same problem: the method and how it is laid out."""
+        return (str(self.operator), str(self.strategy), str(self.layout), self.placement)
+
+    @property
+    def problem_key(self) -> tuple[object, ...]:
+        """What contenders are compared on: everything else."""
+        names = [item.name for item in fields(self) if item.name not in CONTENDER]
+        return tuple(str(getattr(self, name)) for name in names)
+
+    @property
+    def label(self) -> str:
+        """A short line for people: what runs, on what."""
+        spread = ""
+        if self.world_size > 1 or self.strategy.name != "single":
+            place = f" {self.placement} inside" if self.placement else ""
+            nodes = f" ({self.ranks_per_node} a node)" if self.ranks_per_node else ""
+            spread = f" {self.strategy}{place}/{self.layout} x{self.world_size}{nodes}"
+        heads = f"{self.num_heads_q}:{self.num_heads_kv}"
+        few = f"{self.queries} of " if self.queries else ""
+        size = f"S={few}{format_size(self.seq_len)} H={heads} D={self.head_dim} {self.dtype}"
+        made = "" if self.inputs == _DEFAULTS["inputs"] else f" on {self.inputs}"
+        return f"{self.operator}{spread} {self.mask} {size} {self.direction}{made}"
+
+    def to_json(self) -> dict[str, Any]:
+        """A table of plain values, which :meth:`from_json` reads back."""
+        table: dict[str, Any] = {}
+        for name in _DEFAULTS:
+            value = getattr(self, name)
+            table[name] = value.to_json() if isinstance(value, Spec) else value
+        table["content"] = [list(pair) for pair in self.content]
+        return table
+
+    @classmethod
+    def from_json(cls, table: Mapping[str, Any], known_id: str | None = None) -> Case:
+        """Read back :meth:`to_json`; keys of newer versions are ignored.
+
+        Args:
+            known_id: the id, where it was kept with the table.
+        """
+        values = {key: value for key, value in table.items() if key in _NAMES}
+        for key in ("operator", "strategy", "layout", "mask", "inputs"):
+            if key in values:
+                values[key] = _spec(values[key])
+        values["content"] = tuple((str(a), str(b)) for a, b in values.get("content", ()))
+        case = cls(**values)
+        if isinstance(known_id, str):
+            vars(case)["id"] = known_id  # what the property would find, at some cost
+        return case
+
+    @property
+    def data_content(self) -> tuple[tuple[str, str], ...]:
+        """``content`` of what is computed on, such as document lengths: not the code under test."""
+        return tuple(pair for pair in self.content if pair[0] not in self.code)
+
+    @property
+    def code(self) -> tuple[str, ...]:
+        """What is under test by name, perhaps in files: operator, strategy, a selector's kernel."""
+        kernel = self.operator.kwargs.get("kernel")
+        return (self.operator.name, self.strategy.name, *([str(kernel)] if kernel else []))
+
+    def with_content(self, content: Mapping[str, str]) -> Case:
+        return replace(self, content=tuple(sorted(content.items())))
+
+
+_NAMES = frozenset(item.name for item in fields(Case))
+_DEFAULTS = {item.name: item.default for item in fields(Case) if item.name != "content"}
+_SPECS: dict[str, Spec] = {}  # many cases name few
+
+
+def _spec(source: Any) -> Spec:
+    """:meth:`Spec.parse`, once for each text of a table."""
+    key = repr(source)  # tells 1 from true
+    if key not in _SPECS:
+        _SPECS[key] = Spec.parse(source)
+    return _SPECS[key]
+
+
+def _replace_text(value: Any, old: str, new: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _replace_text(item, old, new) for key, item in value.items()}
+    return new if isinstance(value, str) and value == old else value
+
+
+def local_problem(problem: Problem, seq_q: int, seq_k: int, heads_q: int, heads_kv: int) -> Problem:
+    """The part of ``problem`` that one rank computes; the softmax scale stays the global one."""
+    scale = problem.softmax_scale
+    assert math.isfinite(scale)
+    return replace(
+        problem, seq_q=seq_q, seq_k=seq_k, heads_q=heads_q, heads_kv=heads_kv, scale=scale
+    )

@@ -1,0 +1,1 @@
+"""Time, memory, communication exposure and GPU telemetry of one computation."""

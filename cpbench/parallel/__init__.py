@@ -1,0 +1,1 @@
+"""Ranks, layouts, communication, and the contract of context-parallel strategies."""

@@ -1,0 +1,292 @@
+"""Which rank owns which tokens.
+
+A layout deals the tokens of one sequence to ranks as lists of segments ``start, start + step, …``.
+Every rank holds ``local_len`` tokens; when they do not divide, the sequence is padded at its end
+with tokens that are in no slice of any mask, so they see nothing and nobody sees them.
+
+Adding a layout is one function that returns segments, registered with ``@_layout``.  What lies
+between the queries of some ranks and the keys of others is cut out of a mask by
+:func:`local_mask`; how much that is, for all pairs of ranks at once, by :func:`area_matrix`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cpbench.core.registry import check_params
+from cpbench.core.spec import Spec
+from cpbench.masks.attn_mask import AttnMask, IntArray, areas, cut_axis, shifted
+from cpbench.parallel.dispatch_solver import deal
+
+if TYPE_CHECKING:
+    import torch
+
+Segments = IntArray  # (n, 3) rows (rank, start, length), in local order within each rank
+_Deal = Callable[[int, int, AttnMask | None], tuple[Segments, int]]  # segments and their step
+_LAYOUTS: dict[str, _Deal] = {}
+MOST_PIECES = 1 << 25  # between pairs of ranks: beyond, areas take minutes and gigabytes
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The tokens of every rank.
+
+    Attributes:
+        name: registered name.
+        seq_len: real tokens.
+        world_size: P, ranks.
+        step: distance between the tokens of a segment (1, or P for striped).
+        segments: ``(n, 3)`` int64 rows (rank, start, length), sorted by rank; the local tokens of
+            a rank are its segments one after another, and together they cover ``P * local_len``
+            positions.
+    """
+
+    name: str
+    seq_len: int
+    world_size: int
+    step: int
+    segments: Segments
+
+    @property
+    def local_len(self) -> int:
+        """Tokens on each rank, padding included."""
+        return int(self.ranges(0)[:, 1].sum())
+
+    @property
+    def padded_len(self) -> int:
+        """Tokens on all ranks, padding included."""
+        return self.local_len * self.world_size
+
+    def ranges(self, rank: int) -> IntArray:
+        """``(n, 2)`` rows (start, length) of one rank's segments."""
+        first, last = np.searchsorted(self.segments[:, 0], [rank, rank + 1])
+        return self.segments[first:last, 1:]
+
+    def positions(self, rank: int) -> IntArray:
+        """``(local_len,)`` global position of each local token, for RoPE, labels and inputs.
+
+        Positions from ``seq_len`` on are padding.
+        """
+        parts = [start + self.step * np.arange(n) for start, n in self.ranges(rank)]
+        return np.concatenate(parts).astype(np.int64)
+
+    def merged(self, groups: Sequence[Sequence[int]]) -> Layout:
+        """Groups of ranks as one rank each, in this order, tokens in the order of the members.
+
+        Args:
+            groups: all ranks, each once, in groups of one size.
+        """
+        order = np.concatenate([np.asarray(group) for group in groups])
+        place = np.argsort(order)[self.segments[:, 0]]
+        segments = self.segments[np.argsort(place, kind="stable")].copy()
+        segments[:, 0] = np.sort(place) // (self.world_size // len(groups))
+        return Layout(self.name, self.seq_len, len(groups), self.step, segments)
+
+    def shard(self, x: torch.Tensor, rank: int, dim: int = 1) -> torch.Tensor:
+        """The tokens of one rank along ``dim`` of a global tensor; padding is zeros."""
+        import torch
+
+        positions = torch.as_tensor(self.positions(rank), device=x.device)
+        local = x.index_select(dim, positions.clamp(max=self.seq_len - 1))
+        padding = torch.nonzero(positions >= self.seq_len).flatten()
+        return local.index_fill(dim, padding, 0) if len(padding) else local
+
+    def unshard(self, shards: Sequence[torch.Tensor], dim: int = 1) -> torch.Tensor:
+        """The global tensor from the shards of all ranks in order; padding is dropped."""
+        import torch
+
+        first = shards[0]
+        shape = list(first.shape)
+        shape[dim] = self.padded_len
+        full = first.new_empty(shape)
+        for rank, local in enumerate(shards):
+            positions = torch.as_tensor(self.positions(rank), device=first.device)
+            full.index_copy_(dim, positions, local)
+        return full.narrow(dim, 0, self.seq_len)
+
+
+def local_mask(
+    mask: AttnMask, queries: Layout, q_ranks: Sequence[int], keys: Layout, k_ranks: Sequence[int]
+) -> AttnMask:
+    """The mask between the queries of some ranks and the keys of some, each concatenated.
+
+    Args:
+        queries, keys: of ``mask.seq_q`` and ``mask.seq_k`` tokens; of one name.
+    """
+    q_ranges = np.concatenate([queries.ranges(rank) for rank in q_ranks])
+    k_ranges = np.concatenate([keys.ranges(rank) for rank in k_ranks])
+    if queries.step == 1:
+        return mask.restrict(q_ranges, k_ranges).simplify()
+    fitted = AttnMask(queries.padded_len, keys.padded_len, mask.slices)
+    parts = [fitted.stride(queries.step, int(q), k_ranges[:, 0]) for q in q_ranges[:, 0]]
+    if len(parts) == 1:
+        return parts[0].simplify()
+    each = int(q_ranges[0, 1])
+    shift = np.repeat(np.arange(len(parts)) * each, [len(part.slices) for part in parts])
+    slices = np.concatenate([part.slices for part in parts])
+    moved = shifted(slices, shift, np.zeros_like(shift))
+    return AttnMask.from_slices(each * len(parts), parts[0].seq_k, moved).simplify()
+
+
+def area_matrix(mask: AttnMask, queries: Layout, keys: Layout) -> IntArray:
+    """``(P, P)`` visible pairs between the queries of rank r (row) and the keys of rank s.
+
+    O(slices that the segments cut out); for striped layouts O(tokens), from per-row counts.
+    """
+    p = keys.world_size
+    if keys.step > 1:
+        return _striped_areas(mask, p)
+    cut, _, part_q = cut_axis(mask.slices, queries.segments[:, 1:], axis=0)
+    cut, source, part_k = cut_axis(cut, keys.segments[:, 1:], axis=1)
+    pair = queries.segments[:, 0][part_q[source]] * p + keys.segments[:, 0][part_k]
+    found = np.bincount(pair, weights=areas(cut).astype(np.float64), minlength=p * p)
+    return _exact(found).reshape(p, p)
+
+
+def names() -> list[str]:
+    """The registered layouts."""
+    return sorted(_LAYOUTS)
+
+
+def summary(name: str) -> str:
+    """One line on a layout, for people."""
+    return (_LAYOUTS[name].__doc__ or "").splitlines()[0]
+
+
+def build(spec: Spec | str, seq_len: int, world_size: int, mask: AttnMask | None = None) -> Layout:
+    """A layout by name.
+
+    Args:
+        mask: of ``seq_len`` keys; for layouts that follow it (``zigzag_document``, ``dispatch``).
+
+    Raises:
+        ValueError: for an unknown name or parameter, listing what there is, or a layout that
+            follows a mask without one.
+    """
+    spec = Spec.parse(spec)
+    if spec.name not in _LAYOUTS:
+        raise ValueError(f"no layout {spec.name!r}; there are: {', '.join(names())}")
+    check_params("layout", spec.name, spec.kwargs, ())
+    segments, step = _LAYOUTS[spec.name](seq_len, world_size, mask)
+    return Layout(spec.name, seq_len, world_size, step, segments)
+
+
+def _layout(function: _Deal) -> _Deal:
+    _LAYOUTS[function.__name__] = function
+    return function
+
+
+@_layout
+def contiguous(seq_len: int, world_size: int, mask: AttnMask | None) -> tuple[Segments, int]:
+    """Rank r holds one run of S/P tokens."""
+    local = -(-seq_len // world_size)
+    rank = np.arange(world_size)
+    return np.column_stack([rank, rank * local, np.full(world_size, local)]), 1
+
+
+@_layout
+def zigzag(seq_len: int, world_size: int, mask: AttnMask | None) -> tuple[Segments, int]:
+    """Of 2P chunks, rank r holds chunk r and chunk 2P-1-r, which balances causal masks.
+
+    Source: Llama 3 (arXiv 2407.21783) and ring-flash-attention's zigzag ring.
+    """
+    chunk = -(-seq_len // (2 * world_size))
+    rank = np.repeat(np.arange(world_size), 2)
+    index = np.column_stack([np.arange(world_size), 2 * world_size - 1 - np.arange(world_size)])
+    return np.column_stack([rank, index.reshape(-1) * chunk, np.full(2 * world_size, chunk)]), 1
+
+
+@_layout
+def zigzag_document(seq_len: int, world_size: int, mask: AttnMask | None) -> tuple[Segments, int]:
+    """Zigzag inside every document of the mask, which balances causal documents.
+
+    Documents are the diagonal blocks of the mask.  Their lengths need not divide: the tokens left
+    over go to the chunks in turn, from document to document.
+
+    Source: ring-flash-attention's zigzag for packed sequences, which wants multiples of 2P.
+    """
+    if mask is None:
+        raise ValueError("layout zigzag_document follows the documents of a mask: give the mask")
+    chunks = 2 * world_size
+    starts = mask.diagonal_blocks()
+    lengths = np.diff(np.append(starts, seq_len))
+    pieces = int((np.minimum(lengths, chunks) ** 2).sum())
+    if pieces > MOST_PIECES:
+        raise ValueError(
+            f"layout zigzag_document would cut {len(lengths)} documents into {pieces} pieces "
+            f"between {world_size} ranks, more than {MOST_PIECES}; use zigzag or fewer ranks"
+        )
+    base, extra = np.divmod(lengths, chunks)
+    first = (np.cumsum(extra) - extra) % chunks  # the chunk that gets the first token left over
+    turn = (np.arange(chunks)[None, :] - first[:, None]) % chunks
+    count = base[:, None] + (turn < extra[:, None])
+    begin = starts[:, None] + np.cumsum(count, axis=1) - count
+    rank = np.broadcast_to(
+        np.minimum(np.arange(chunks), chunks - 1 - np.arange(chunks)), begin.shape
+    )
+    segments = np.column_stack([x.reshape(-1) for x in (rank, begin, count)])
+    segments = segments[segments[:, 2] > 0]
+    held = np.bincount(segments[:, 0], weights=segments[:, 2], minlength=world_size).astype(int)
+    missing = max(-(-seq_len // world_size), int(held.max())) - held
+    padding = seq_len + np.cumsum(missing) - missing
+    tail = np.column_stack([np.arange(world_size), padding, missing])[missing > 0]
+    segments = np.concatenate([segments, tail])
+    return segments[np.lexsort((segments[:, 1], segments[:, 0]))], 1
+
+
+@_layout
+def dispatch(seq_len: int, world_size: int, mask: AttnMask | None) -> tuple[Segments, int]:
+    """Tokens dealt so that all ranks have nearly the same area of any mask, and little must move.
+
+    Tokens that are not those of the mask, such as a few queries on their own, are dealt in runs.
+    """
+    if mask is None:
+        raise ValueError("layout dispatch balances the work of a mask: give the mask")
+    if (mask.seq_q, mask.seq_k) != (seq_len, seq_len):
+        mask = AttnMask.from_slices(seq_len, seq_len, [])
+    return deal(mask, world_size), 1
+
+
+@_layout
+def striped(seq_len: int, world_size: int, mask: AttnMask | None) -> tuple[Segments, int]:
+    """Token t is on rank t mod P.
+
+    Source: Striped Attention (arXiv 2311.09431).
+    """
+    local = -(-seq_len // world_size)
+    rank = np.arange(world_size)
+    return np.column_stack([rank, rank, np.full(world_size, local)]), world_size
+
+
+def _striped_areas(mask: AttnMask, p: int) -> IntArray:
+    """Areas under striping: a row that sees keys [a, b) gives every rank (b - a) // P of them and
+    one more to the ranks in a cyclic range, which enters as a difference array."""
+    total = np.zeros((p, p), dtype=np.int64)
+    edge = np.zeros((p, p + 1), dtype=np.int64)
+    q0, q1, k0, k1, lo, hi = mask.slices.T
+    rows = q1 - q0
+    source = np.repeat(np.arange(len(rows)), rows)
+    i = np.arange(len(source)) - np.repeat(np.cumsum(rows) - rows, rows) + q0[source]
+    a = np.maximum(k0[source], i + lo[source])
+    count = np.minimum(k1[source], i + hi[source] + 1) - a
+    rank = i % p
+    total += np.bincount(rank, weights=count // p, minlength=p).astype(np.int64)[:, None]
+    begin, extra = a % p, count % p
+    end = begin + extra
+    width = p + 1
+    flat = np.bincount(rank * width + begin, minlength=p * width)
+    flat -= np.bincount(rank * width + np.minimum(end, p), minlength=p * width)
+    wrapped = end > p
+    flat += np.bincount(rank[wrapped] * width, minlength=p * width)
+    flat -= np.bincount(rank[wrapped] * width + end[wrapped] - p, minlength=p * width)
+    edge += flat.reshape(p, width)
+    return total + np.cumsum(edge, axis=1)[:, :p]
+
+
+def _exact(sums: np.typing.NDArray[Any]) -> IntArray:
+    assert sums.max(initial=0) < 2**53, "areas no longer fit a float64 exactly"
+    return sums.astype(np.int64)

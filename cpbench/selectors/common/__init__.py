@@ -1,0 +1,1 @@
+"""What selectors share: the operator around them, selections, pooling, ranking."""

@@ -1,0 +1,1 @@
+"""What strategies share: rings, exchanges of tokens for heads, collectives."""

@@ -1,0 +1,1 @@
+"""Other libraries' context parallelism as strategies, over the operator under test."""

@@ -1,0 +1,1 @@
+"""Sweep files, the cases they expand to, and running them."""

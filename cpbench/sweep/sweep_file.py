@@ -1,0 +1,384 @@
+"""A sweep: a TOML file whose values may be lists, expanded to cases.
+
+::
+
+    [sweep]                       # the product of all lists is taken
+    operator = ["bands", "sdpa.cpu_flash"]
+    mask = ["causal", {name = "causal_document", corpus = "pile", seed = [0, 1, 2]}]
+    seq_len = ["4k", "16k"]
+
+    [[include]]                   # one more product; its keys replace those of [sweep]
+    strategy = ["ring", "ulysses"]
+    world_size = [2, 4]
+
+    [[exclude]]                   # cases that match every key are dropped
+    strategy = "ulysses"
+    world_size = 4
+
+    [measure]                     # see cpbench.core.settings.MeasureSettings
+    precision = 0.02
+
+Everything is checked here, before anything starts; each error is one line.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from cpbench import inputs, masks
+from cpbench.core.problem import DIRECTIONS, DTYPES, Case
+from cpbench.core.registry import (
+    StrategyInfo,
+    check_params,
+    implementation,
+    operator_info,
+    strategy_info,
+)
+from cpbench.core.settings import MeasureSettings
+from cpbench.core.spec import Spec, Value, format_size, parse_size
+from cpbench.parallel import layout
+from cpbench.sweep.content_hash import with_content
+
+SPEC_KEYS = ("operator", "strategy", "layout", "mask", "inputs")
+INT_KEYS = (
+    "batch",
+    "seq_len",
+    "queries",
+    "num_heads_q",
+    "num_heads_kv",
+    "head_dim",
+    "world_size",
+    "ranks_per_node",
+    "seed",
+)
+CHOICES = {"dtype": DTYPES, "direction": DIRECTIONS}
+KEYS = (*SPEC_KEYS, *INT_KEYS, *CHOICES, "placement")
+FROM_ZERO = ("seed", "ranks_per_node", "queries")
+PACKAGED = resources.files("cpbench.sweep") / "packaged"
+TABLES = ("sweep", "include", "exclude", "measure", "description")
+
+# Slips of the keyboard, not problems: beyond these, planning alone would eat the machine.
+MAX_CASES = 100_000
+LARGEST = {
+    "batch": 1 << 16,
+    "seq_len": 1 << 26,
+    "queries": 1 << 26,
+    "num_heads_q": 1 << 12,
+    "num_heads_kv": 1 << 12,
+    "head_dim": 1 << 14,
+    "world_size": 1 << 14,
+    "ranks_per_node": 1 << 14,
+    "seed": (1 << 63) - 1,
+}
+
+
+class SweepError(ValueError):
+    """A sweep that cannot be run as written; one line that says what is allowed."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """An expanded sweep.
+
+    Attributes:
+        name: of the file, for people.
+        cases: without repeats, in the order written.
+        settings: how they are measured.
+    """
+
+    name: str
+    cases: tuple[Case, ...]
+    settings: MeasureSettings
+
+
+def packaged() -> dict[str, str]:
+    """The sweeps that come with cpbench: name and description."""
+    found = {}
+    for file in sorted(PACKAGED.iterdir(), key=lambda f: f.name):
+        if file.name.endswith(".toml"):
+            table = tomllib.loads(file.read_text())
+            found[file.name.removesuffix(".toml")] = str(table.get("description", ""))
+    return found
+
+
+def load(name: str) -> Sweep:
+    """A sweep from a file, or a packaged one by name.
+
+    Raises:
+        SweepError: in one line.
+    """
+    path = Path(name)
+    try:
+        if path.suffix == ".toml" or path.is_file():
+            text, title = path.read_text(encoding="utf-8"), path.stem
+        elif name in packaged():
+            text = PACKAGED.joinpath(f"{name}.toml").read_text()
+            title = name
+        else:
+            raise SweepError(
+                f"no sweep {name!r}: neither a file nor one of {', '.join(packaged())}"
+            )
+        table = tomllib.loads(text)
+    except OSError as error:
+        raise SweepError(f"cannot read {name}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise SweepError(f"cannot read {name}: it is not UTF-8 text") from None
+    except RecursionError:
+        raise SweepError(f"{name} is nested too deeply") from None
+    except ValueError as error:  # TOMLDecodeError, or a number of thousands of digits
+        raise SweepError(f"{name} is not TOML: {' '.join(str(error).split())}") from None
+    try:
+        return expand(table, title)
+    except ValueError as error:
+        raise SweepError(f"{name}: {error}") from None
+
+
+def expand(table: Mapping[str, Any], name: str) -> Sweep:
+    """A sweep from its parsed tables.
+
+    Raises:
+        ValueError: in one line.
+    """
+    for key in table:
+        if key not in TABLES:
+            raise ValueError(f"no table {key!r}; there are: {', '.join(TABLES)}")
+    if not isinstance(table.get("description", ""), str):
+        raise ValueError(f"description = {table['description']!r} is not a string")
+    base = _table("sweep", table.get("sweep", {}))
+    includes = _tables("include", table.get("include", []))
+    excludes = _tables("exclude", table.get("exclude", []))
+    settings = MeasureSettings.from_table(_table("measure", table.get("measure", {})))
+    if not base and not includes:
+        raise ValueError("there is neither a [sweep] nor an [[include]] table: nothing to run")
+    products = [product(base)] if base else []
+    products += [product({**base, **extra}) for extra in includes]
+    dropped = [{key: _values(key, value) for key, value in rule.items()} for rule in excludes]
+    made = list(itertools.chain.from_iterable(products))
+    for rule, written in zip(dropped, excludes, strict=True):
+        if not any(_matches(case, rule) for case in made):
+            raise ValueError(f"[[exclude]] {written!r} matches no case")
+    cases: dict[str, Case] = {}
+    for case in made:
+        if not any(_matches(case, rule) for rule in dropped):
+            cases.setdefault(case.id, case)
+    if not cases:
+        raise ValueError("every case is excluded: nothing to run")
+    return Sweep(name, tuple(cases.values()), settings)
+
+
+def product(table: Mapping[str, Any]) -> list[Case]:
+    """Every case of one table of lists, checked without torch.
+
+    Raises:
+        ValueError: for what no machine could run, in one line.
+    """
+    for key in SPEC_KEYS:
+        if key not in table:  # the default must be there too
+            _CHECKS[key](getattr(Case(), key))
+    keys = [key for key in KEYS if key in table]
+    columns = [_values(key, table[key]) for key in keys]
+    size = math.prod(map(len, columns))
+    if size > MAX_CASES:
+        raise ValueError(f"the lists multiply to {size} cases; at most {MAX_CASES} are allowed")
+    cases = [_case(dict(zip(keys, row, strict=True))) for row in itertools.product(*columns)]
+    for mask, seq_len in {(str(c.mask), c.seq_len): (c.mask, c.seq_len) for c in cases}.values():
+        _check_mask(mask, seq_len)
+    return with_content(cases)
+
+
+def number(key: str, item: Any) -> int:
+    """The value of one of ``INT_KEYS``: an integer, or a text such as ``"64k"``.
+
+    Raises:
+        ValueError: for anything else, or one out of bounds.
+    """
+    if isinstance(item, bool) or not isinstance(item, int | str):
+        raise ValueError(f"{key} = {item!r} is not an integer")
+    try:
+        found = parse_size(item)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+    if found < (0 if key in FROM_ZERO else 1):
+        raise ValueError(
+            f"{key} = {found} must be {'0 or more' if key in FROM_ZERO else 'positive'}"
+        )
+    if found > LARGEST[key]:
+        raise ValueError(f"{key} = {item} is too large: at most {format_size(LARGEST[key])}")
+    return found
+
+
+def select(cases: Iterable[Case], conditions: Sequence[str]) -> list[Case]:
+    """The cases that meet every ``key=value`` (a spec matches by its text or its name).
+
+    Raises:
+        ValueError: for a condition that is not of that form, an unknown key, or no case left.
+    """
+    kept = list(cases)
+    for condition in conditions:
+        key, equals, value = (part.strip() for part in condition.partition("="))
+        if not equals:
+            raise ValueError(f"{condition!r} is not of the form key=value; keys: {', '.join(KEYS)}")
+        _known_key(key)
+        wanted = {key: _values(key, split_list(value))}
+        there = dict.fromkeys(str(getattr(case, key)) for case in kept)
+        kept = [case for case in kept if _matches(case, wanted)]
+        if not kept:
+            raise ValueError(f"no case has {condition}; {key} is one of: {', '.join(there)}")
+    return kept
+
+
+def split_list(text: str) -> list[str]:
+    """``"a,b:x=1,y=2,c"`` as ``["a", "b:x=1,y=2", "c"]``: a comma before ``key=`` or inside
+    brackets belongs to the item."""
+    pieces = re.split(r",(?![^\[]*\])(?!\s*\w+=)", text)
+    return [piece.strip() for piece in pieces]
+
+
+def _values(key: str, value: Any) -> list[Any]:
+    """The list of values of one key, each converted and checked."""
+    _known_key(key)
+    items = value if isinstance(value, list) else [value]
+    if not items:
+        raise ValueError(f"{key} = [] is an empty list; give at least one value")
+    if key in SPEC_KEYS:
+        return [spec for item in items for spec in _specs(key, item)]
+    return [_scalar(key, item) for item in items]
+
+
+def _scalar(key: str, item: Any) -> Any:
+    if key in CHOICES:
+        if item not in CHOICES[key]:
+            raise ValueError(f"{key} = {item!r} is not one of {', '.join(CHOICES[key])}")
+        return item
+    if key == "placement":
+        if not isinstance(item, str):
+            raise ValueError(f"placement = {item!r} is not the name of a mesh axis")
+        return item
+    return number(key, item)
+
+
+def _specs(key: str, item: Any) -> list[Spec]:
+    """The specs of one item; a list as a parameter's value is a product too (draws of a seed),
+    except where the parameter is itself a list."""
+    try:
+        spec = inputs.parse(item) if key == "inputs" else Spec.parse(item)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+    _CHECKS[key](spec)
+    columns: list[list[tuple[str, Value]]] = []
+    for name, value in spec.params:
+        draws = value if isinstance(value, tuple) and name != "doc_lens" else (value,)
+        if not draws:
+            raise ValueError(f"{key} {spec.name}: {name} = [] is an empty list; give a value")
+        columns.append([(name, one) for one in draws])
+    return [Spec(spec.name, params) for params in itertools.product(*columns)]
+
+
+def _check_operator(spec: Spec) -> None:
+    check_params("operator", spec.name, spec.kwargs, operator_info(spec.name).params)
+
+
+def _check_strategy(spec: Spec) -> None:
+    check_params("strategy", spec.name, spec.kwargs, strategy_info(spec.name).params)
+
+
+def _check_mask(spec: Spec, seq_len: int) -> None:
+    mask = masks.build_heads(spec, seq_len, 1)
+    if (mask.seq_q, mask.seq_k) != (seq_len, seq_len):
+        raise ValueError(f"mask {spec} is {mask.seq_q} x {mask.seq_k}; a sweep takes square masks")
+
+
+_CHECKS: dict[str, Callable[[Spec], object]] = {
+    "operator": _check_operator,
+    "strategy": _check_strategy,
+    "layout": lambda spec: layout.build(spec, 1, 1, masks.build("causal", 1)),
+    "mask": masks.pattern_info,
+    "inputs": inputs.kind_of,
+}
+
+
+def _case(values: dict[str, Any]) -> Case:
+    if "num_heads_q" in values:
+        values.setdefault("num_heads_kv", values["num_heads_q"])
+    case = Case(**values)
+    if case.num_heads_q % case.num_heads_kv:
+        raise ValueError(
+            f"num_heads_q ({case.num_heads_q}) must be a multiple of num_heads_kv "
+            f"({case.num_heads_kv})"
+        )
+    if case.queries >= case.seq_len:
+        raise ValueError(
+            f"queries ({case.queries}) must be fewer than seq_len ({case.seq_len}), or 0 for all"
+        )
+    if case.ranks_per_node and case.world_size % case.ranks_per_node:
+        raise ValueError(
+            f"world_size ({case.world_size}) must be a multiple of ranks_per_node "
+            f"({case.ranks_per_node})"
+        )
+    if operator_info(case.operator.name).selects:
+        _made_operator(case.operator)
+    inputs.check_case(case)
+    axes = _made(case.strategy).axes
+    if case.placement and case.placement not in axes:
+        takes = f"takes {', '.join(axes)}" if axes else "has no mesh"
+        raise ValueError(f"placement = {case.placement!r}: {case.strategy.name} {takes}")
+    return case
+
+
+@functools.lru_cache(maxsize=256)
+def _made(spec: Spec) -> StrategyInfo:
+    """The declaration of a strategy, whose parameters it has looked at itself."""
+    info = strategy_info(spec.name)
+    implementation(info, spec.kwargs)
+    return info
+
+
+@functools.lru_cache(maxsize=256)
+def _made_operator(spec: Spec) -> None:
+    """Raise for a parameter of a selector that it does not like; its kind loads no torch."""
+    implementation(operator_info(spec.name), spec.kwargs)
+    if kernel := spec.kwargs.get("kernel"):
+        operator_info(str(kernel))
+
+
+def _matches(case: Case, rule: Mapping[str, Sequence[Any]]) -> bool:
+    for key, allowed in rule.items():
+        value = getattr(case, key)
+        bare = Spec(value.name) if isinstance(value, Spec) else value
+        if value not in allowed and bare not in allowed:
+            return False
+    return True
+
+
+def _known_key(key: str) -> None:
+    if key not in KEYS:
+        raise ValueError(f"no key {key!r}; there are: {', '.join(KEYS)}")
+
+
+def _table(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is not a table: write [{name}]")
+    if name != "measure":
+        for key in value:
+            _known_key(key)
+    return value
+
+
+def _tables(name: str, value: Any) -> list[dict[str, Any]]:
+    if not isinstance(value, list):
+        raise ValueError(f"{name} is not a list of tables: write [[{name}]]")
+    if {} in value:  # an exclude without a key would match every case
+        raise ValueError(f"an [[{name}]] is empty; it takes {', '.join(KEYS)}")
+    return [_table(name, item) for item in value]
+
+
+assert set(KEYS) | {"content"} == {item.name for item in fields(Case)}

@@ -1,1 +1,0 @@
-"""Sweeps that come with cpbench, as TOML files."""

@@ -1,0 +1,1 @@
+"""Operator `bands`: exact attention for any mask, on CPU and CUDA."""

@@ -1,0 +1,142 @@
+"""Operator `bands`: exact attention for any mask, from the mask's band slices.
+
+On CPU the mask becomes tiles (``bands_plan``) that are a few matrix products each (``bands_cpu``).
+On CUDA every slice is one call of the FlashAttention-2 kernel that torch carries, whose sliding
+window can be any band of a rectangle (``bands_cuda``); the parts are merged in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cpbench.core.registry import ANY_MASK, OperatorInfo
+from cpbench.kernels.bands import cpu, cuda
+from cpbench.kernels.bands.plan import Layout, layout
+from cpbench.masks.attn_mask import AttnMask
+from cpbench.masks.head_masks import distinct
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+    from cpbench.core.problem import Problem
+    from cpbench.masks.head_masks import SlicedMask
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to compute: a CPU layout for all heads or for each, or CUDA calls."""
+
+    scale: float
+    layouts: tuple[Layout, ...] = ()
+    calls: tuple[cuda.Call, ...] = ()
+
+
+class Bands:
+    """The operator; see ``cpbench.core.operator.Operator`` for shapes.
+
+    Args:
+        tile: CPU only, most rows of scores of a tile (queries times the query heads that share a
+            key/value head).  0 chooses.
+    """
+
+    def __init__(self, tile: int = 0) -> None:
+        if tile < 0:
+            raise ValueError(f"tile is a number of rows, or 0 to let bands choose; not {tile}")
+        self.tile = tile
+
+    def unsupported(self, problem: Problem, mask: SlicedMask, device: str) -> str | None:
+        if problem.softcap:
+            return "bands has no softcap"
+        if device.startswith("cuda"):
+            if not isinstance(mask, AttnMask):
+                return "bands on cuda takes one mask for all heads; use triton_block_sparse"
+            return cuda.unsupported(problem)
+        if device != "cpu":
+            return f"bands runs on cpu and cuda, not on {device}"
+        return None
+
+    def prepare(self, mask: SlicedMask, problem: Problem, device: str) -> Plan:
+        if device.startswith("cuda"):
+            assert isinstance(mask, AttnMask)
+            return Plan(problem.softmax_scale, calls=cuda.calls(mask))
+        group = problem.group if isinstance(mask, AttnMask) else 1
+        layouts = tuple(layout(one, group, self.tile) for one in distinct(mask))
+        return Plan(problem.softmax_scale, layouts)
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        if not plan.layouts:
+            return cuda.forward(q, k, v, plan.calls, plan.scale)
+        if len(plan.layouts) == 1:
+            return cpu.forward(q, k, v, plan.layouts[0], plan.scale)
+        out, lse = torch.empty_like(q), q.new_empty(_lse_shape(q), dtype=torch.float32)
+        for one, (h, g) in zip(plan.layouts, _heads(q, k), strict=True):
+            found = cpu.forward(q[:, :, h], k[:, :, g], v[:, :, g], one, plan.scale)
+            out[:, :, h], lse[:, h] = found
+        return out, lse
+
+    def backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        plan: Plan,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        import torch
+
+        if not plan.layouts:
+            return cuda.backward(dout, q, k, v, out, lse, plan.calls, plan.scale)
+        if len(plan.layouts) == 1:
+            return cpu.backward(dout, q, k, v, out, lse, plan.layouts[0], plan.scale)
+        dq = torch.empty_like(q)
+        # float32, as query heads of a group add to one key/value head.
+        dk, dv = (
+            torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k, v)
+        )
+        for one, (h, g) in zip(plan.layouts, _heads(q, k), strict=True):
+            of_queries = (x[:, :, h] for x in (dout, q, out))
+            do_h, q_h, out_h = of_queries
+            given = do_h, q_h, k[:, :, g], v[:, :, g], out_h, lse[:, h]
+            dq[:, :, h], dk_h, dv_h = cpu.backward(*given, one, plan.scale)
+            dk[:, :, g] += dk_h
+            dv[:, :, g] += dv_h
+        return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _lse_shape(q: torch.Tensor) -> tuple[int, int, int]:
+    return (q.shape[0], q.shape[2], q.shape[1])
+
+
+def _heads(q: torch.Tensor, k: torch.Tensor) -> Iterator[tuple[slice, slice]]:
+    """Each query head and its key/value head."""
+    group = q.shape[2] // k.shape[2]
+    for h in range(q.shape[2]):
+        yield slice(h, h + 1), slice(h // group, h // group + 1)
+
+
+def load(tile: int = 0) -> Bands:
+    """The operator with the parameters of a spec (``bands(tile=128)``)."""
+    return Bands(int(tile))
+
+
+OPERATORS = (
+    OperatorInfo(
+        name="bands",
+        summary="exact attention for any mask: tiles of matrix products on CPU, "
+        "one windowed flash call per band slice on CUDA",
+        source="FlashAttention-2 (Dao 2023), composed over the band slices of AttnMask",
+        load=load,
+        masks=(*ANY_MASK, "heads"),
+        dtypes=("float64", "float32", "bfloat16", "float16"),
+        params=("tile",),
+    ),
+)

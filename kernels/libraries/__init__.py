@@ -1,0 +1,1 @@
+"""Adapters: the attention kernels of other libraries as operators, one file each."""

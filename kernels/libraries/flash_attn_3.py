@@ -1,0 +1,122 @@
+"""Operator `flash_attn.3`: FlashAttention-3, for Hopper.
+
+One pair of functions below autograd serves calls of fixed and of variable length.  The pair of
+flash-attention's main branch hides its signature behind custom operators and takes two bounds;
+that of the tag v2.8.3 and before is plain Python, wants every argument and takes a window.
+FlashAttention-4 has no adapter: its signature is not settled yet.
+
+Written against hopper/flash_attn_interface.py and hopper/flash_api_stable.cpp of flash-attention at
+0251105a (main; the package calls itself 3.0.0) and a8aa52b1 (v2.8.3.post1); never run.
+
+Legend: B batch, S query length, H query heads, D head dim; N = B * S tokens end to end.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from cpbench.core.registry import OperatorInfo
+from cpbench.kernels.libraries.adapter import (
+    Adapter,
+    Limits,
+    Packed,
+    buffers,
+    flat,
+    flat_lse,
+    packed,
+    unflat,
+    unflat_lse,
+)
+from cpbench.masks.convert_library import to_varlen
+
+if TYPE_CHECKING:
+    import torch
+
+    from cpbench.core.problem import Problem
+    from cpbench.masks.attn_mask import AttnMask
+
+OPERATORS = (
+    OperatorInfo(
+        name="flash_attn.3",
+        summary="FlashAttention-3 for Hopper: full, causal, windows and documents",
+        source="flash-attention, folder hopper; arXiv 2407.08608",
+        load="cpbench.kernels.libraries.flash_attn_3:FlashAttn3",
+        dtypes=("bfloat16", "float16"),
+        devices=("cuda",),
+        deterministic=False,
+        requires=("torch", "flash_attn_interface"),
+        install="python setup.py install in folder hopper of github.com/Dao-AILab/flash-attention",
+        unproven="flash-attention main 0251105a",
+    ),
+)
+
+
+class FlashAttn3(Adapter):
+    """The operator; see ``cpbench.core.operator.Operator`` for shapes."""
+
+    name = "flash_attn.3"
+    limits = Limits(least=(9, 0), most=(9, 0), multiple=8, head_dim=256)
+
+    def refusal(self, problem: Problem, mask: AttnMask) -> str | None:
+        to_varlen(mask)
+        return None
+
+    def prepare(self, mask: AttnMask, problem: Problem, device: str) -> Packed:
+        return packed(mask, problem, device)
+
+    def _forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Packed
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        api = importlib.import_module("flash_attn_interface")
+        several = plan.documents > 1
+        given = {"q": q, "k": k, "v": v}
+        if several:
+            given = {name: flat(x) for name, x in given.items()}
+        out, lse, *_ = _call(api._flash_attn_forward, plan, "causal", given)
+        return (unflat(out, len(q)), unflat_lse(lse, len(q))) if several else (out, lse)
+
+    def _backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        plan: Packed,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        api = importlib.import_module("flash_attn_interface")
+        dq, dk, dv = buffers(q, k, v)
+        given = {"dout": dout, "q": q, "k": k, "v": v, "out": out, "dq": dq, "dk": dk, "dv": dv}
+        if plan.documents > 1:  # of the buffers these are views
+            given, lse = {name: flat(x) for name, x in given.items()}, flat_lse(lse)
+        _call(api._flash_attn_backward, plan, "is_causal", {**given, "softmax_lse": lse})
+        return dq, dk, dv
+
+
+def _call(
+    function: Callable[..., Any], plan: Packed, causal: str, given: dict[str, torch.Tensor]
+) -> Any:
+    """One of the pair, whichever of the two APIs it is of.
+
+    Args:
+        causal: what main's function calls the flag.
+    """
+    arguments: dict[str, Any] = {**given, "softmax_scale": plan.scale}
+    if plan.documents > 1:
+        arguments |= {
+            "cu_seqlens_q": plan.cu_q,
+            "cu_seqlens_k": plan.cu_k,
+            "max_seqlen_q": plan.max_q,
+            "max_seqlen_k": plan.max_k,
+        }
+    parameters = inspect.signature(function).parameters
+    if "window_size" not in parameters:
+        bounds = {"window_size_left": plan.left, "window_size_right": plan.right}
+        return function(**arguments, **{causal: plan.causal}, **bounds)
+    wanted = {name: None for name, one in parameters.items() if one.default is one.empty}
+    window = {"causal": plan.causal, "window_size": (plan.left, plan.right)}
+    return function(**{**wanted, **arguments, **window})

@@ -1,0 +1,257 @@
+"""Operator `vsa.kernel`: the block-sparse kernel of Video Sparse Attention, in fastvideo-kernel.
+
+It takes blocks of 64 queries by 64 keys that are entirely visible, chosen for each head: masks of
+heads, and what selectors chose.  Of its two backends, `sm90` is the ThunderKittens kernel for
+Hopper, `triton` runs anywhere; each is called by name, below autograd, since they return different
+things for an lse.  Neither takes grouped heads in both passes, so keys are repeated for them,
+inside the call.  Tokens are padded to whole blocks, as every caller has to.
+
+Written against python/fastvideo_kernel/block_sparse_attn.py and csrc/attention/block_sparse_h100.cu
+of fastvideo-kernel 0.3.5; never run.
+
+Legend: B batch, S query length, T key length, H query heads, G key/value heads, D head dim; X
+blocks of queries, Y blocks of keys.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cpbench.core.operator import Unsupported
+from cpbench.core.registry import OperatorInfo
+from cpbench.kernels.libraries import adapter
+from cpbench.kernels.libraries.adapter import LN2, Adapter, Limits, Plan
+from cpbench.masks.head_masks import HeadMasks, distinct
+from cpbench.masks.tiling import tiles
+from cpbench.selectors.common.selection import Blocks
+
+if TYPE_CHECKING:
+    import torch
+
+    from cpbench.core.problem import Problem
+    from cpbench.masks.attn_mask import AttnMask
+    from cpbench.masks.head_masks import SlicedMask
+
+OPERATORS = (
+    OperatorInfo(
+        name="vsa.kernel",
+        summary="Video Sparse Attention's kernel: blocks of 64 x 64 for each head",
+        source="VSA, arXiv 2505.13389; fastvideo-kernel",
+        load="cpbench.kernels.libraries.vsa_kernel:VsaKernel",
+        masks=("heads", "blocks"),
+        dtypes=("bfloat16",),
+        devices=("cuda",),
+        deterministic=False,
+        requires=("torch", "fastvideo_kernel"),
+        params=("backend",),
+        install="pip install fastvideo-kernel",
+        unproven="fastvideo-kernel 0.3.5",
+    ),
+)
+BLOCK = 64
+BACKENDS = ("auto", "sm90", "triton")
+HOPPER = (9, 0)
+SM90_DIMS = (64, 128)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Lists(Plan):
+    """What each block of queries sees.
+
+    Attributes:
+        index: ``[B, H, X, Y]`` int32, blocks of keys, those listed first.
+        count: ``[B, H, X]`` int32, how many are listed: at least one, since `sm90` needs one.
+        sizes: ``[Y]`` int32, tokens of each block of keys.
+        sm90: the backend.
+    """
+
+    index: torch.Tensor
+    count: torch.Tensor
+    sizes: torch.Tensor
+    sm90: bool
+
+
+class VsaKernel(Adapter):
+    """The operator; see ``cpbench.core.operator.Operator`` for shapes.
+
+    Args:
+        backend: ``"sm90"``, ``"triton"``, or ``"auto"``: `sm90` on Hopper where head_dim is 64 or
+            128.
+    """
+
+    name = "vsa.kernel"
+    limits = Limits(least=(8, 0), dims=(16, 32, 64, 128, 256))
+
+    def __init__(self, backend: str = "auto") -> None:
+        if backend not in BACKENDS:
+            raise ValueError(
+                f"{self.name}: backend = {backend!r} is not one of {', '.join(BACKENDS)}"
+            )
+        self._backend = backend
+
+    def refusal(self, problem: Problem, mask: SlicedMask) -> str | None:
+        if not math.isclose(problem.softmax_scale, problem.head_dim**-0.5):
+            return f"needs the scale {problem.head_dim**-0.5:.6g}, not {problem.softmax_scale:.6g}"
+        return None if _whole(mask) else _partial()
+
+    def device_refusal(self, problem: Problem, mask: SlicedMask) -> str | None:
+        fits = adapter.capability() == HOPPER and problem.head_dim in SM90_DIMS
+        if self._backend == "sm90" and not fits:
+            return "backend = sm90 needs compute capability 9.0 and head_dim 64 or 128"
+        return None
+
+    def prepare(self, mask: HeadMasks | Blocks, problem: Problem, device: str) -> Lists:
+        import torch
+
+        kept = _kept_of_blocks(mask) if isinstance(mask, Blocks) else _kept_of_heads(mask, device)
+        kept = kept.expand(problem.batch, -1, -1, -1)
+        seen = kept.sum(-1, dtype=torch.int32)
+        starts = torch.arange(0, problem.seq_k, BLOCK, device=device)
+        fits = problem.head_dim in SM90_DIMS
+        hopper = self._backend == "auto" and fits and adapter.capability() == HOPPER and _built()
+        first = kept.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+        return Lists(
+            scale=problem.softmax_scale,
+            blind=(seen == 0).repeat_interleave(BLOCK, 2)[..., : problem.seq_q],
+            index=first.to(torch.int32),
+            count=seen.clamp(min=1),
+            sizes=(problem.seq_k - starts).clamp(max=BLOCK).to(torch.int32),
+            sm90=self._backend == "sm90" or hopper,
+        )
+
+    def _forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Lists
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        api = _api()
+        given = _padded(q, k, v, heads=q.shape[2])
+        if plan.sm90:
+            each = [
+                api.block_sparse_attn_sm90(*(x[b : b + 1] for x in given), *_of(plan, b))
+                for b in range(len(q))
+            ]
+            out, aux = (torch.cat(x) for x in zip(*each, strict=True))
+            lse = aux.squeeze(-1) * -(q.shape[3] ** -0.5)
+        else:
+            out, aux = api.block_sparse_attn_triton(*given, plan.index, plan.count, plan.sizes)
+            lse = aux * LN2
+        S = q.shape[1]
+        return out[:, :, :S].transpose(1, 2), lse[..., :S]
+
+    def _backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        plan: Lists,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        import torch
+
+        api = _api()
+        S, T, heads_kv = q.shape[1], k.shape[1], k.shape[2]
+        # Queries that see nothing have a block of keys listed: nothing may come of it.
+        if plan.blind is not None:
+            lse = lse.masked_fill(plan.blind, torch.inf)
+        given = _padded(dout, q, k, v, out, heads=q.shape[2])
+        lse = torch.nn.functional.pad(lse, (0, -S % BLOCK), value=torch.inf)
+        if plan.sm90:
+            aux = (lse * -(q.shape[3] ** 0.5)).unsqueeze(-1).contiguous()
+            each = [
+                api.block_sparse_attn_backward_sm90(
+                    *(x[b : b + 1] for x in given), aux[b : b + 1], *_of(plan, b)
+                )
+                for b in range(len(q))
+            ]
+            grads = [torch.cat(x) for x in zip(*each, strict=True)]
+        else:
+            lists = plan.index, plan.count, plan.sizes
+            grads = api.block_sparse_attn_backward_triton(*given, (lse / LN2).contiguous(), *lists)
+        dq, dk, dv = (x.transpose(1, 2) for x in grads)
+        dk, dv = (x[:, :T].unflatten(2, (heads_kv, -1)).float().sum(3) for x in (dk, dv))
+        return dq[:, :S], dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _padded(*tensors: torch.Tensor, heads: int) -> list[torch.Tensor]:
+    """``[B, H, whole blocks, D]``, contiguous, from ``[B, S, H or G, D]``."""
+    import torch
+
+    found = []
+    for x in tensors:
+        wide = x.transpose(1, 2).repeat_interleave(heads // x.shape[2], 1)
+        found.append(torch.nn.functional.pad(wide, (0, 0, 0, -x.shape[1] % BLOCK)).contiguous())
+    return found
+
+
+def _of(plan: Lists, b: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The lists of one batch: `sm90` takes no more."""
+    return plan.index[b : b + 1], plan.count[b : b + 1], plan.sizes
+
+
+def _whole(mask: SlicedMask) -> bool:
+    """Whether every block with anything to see is entirely visible."""
+    return all(bool(tiles(one, BLOCK, BLOCK).run_full.all()) for one in distinct(mask))
+
+
+def _partial() -> str:
+    return (
+        f"computes blocks of {BLOCK} x {BLOCK} that are entirely visible, and this mask cuts some "
+        "of them (a causal one does); use one that does not"
+    )
+
+
+def _kept_of_heads(mask: HeadMasks, device: str) -> torch.Tensor:
+    """``[1, H, X, Y]``."""
+    import torch
+
+    kept = np.stack([tiles(one, BLOCK, BLOCK).to_dense() > 0 for one in mask.masks])
+    return torch.as_tensor(kept[None], device=device)
+
+
+def _kept_of_blocks(chosen: Blocks) -> torch.Tensor:
+    """``[B, H, X, Y]`` in blocks of 64.
+
+    Raises:
+        Unsupported: for whole columns, other blocks, or blocks that the mask cuts.
+    """
+    import torch
+
+    name, grid = VsaKernel.name, chosen.grid
+    if chosen.columns is not None:
+        raise Unsupported(f"{name} takes blocks alone; this selection has columns beside them")
+    if grid.block_q % BLOCK or grid.block_k % BLOCK:
+        raise Unsupported(
+            f"{name} takes blocks of multiples of {BLOCK} tokens, not {grid.block_q} x "
+            f"{grid.block_k}"
+        )
+    if not _whole(grid.mask):
+        raise Unsupported(f"{name} {_partial()}")
+    allowed = torch.as_tensor(_allowed(grid.mask), device=chosen.kept.device)
+    kept = chosen.kept.repeat_interleave(grid.block_q // BLOCK, 2)
+    kept = kept.repeat_interleave(grid.block_k // BLOCK, 3)
+    return kept[:, :, : allowed.shape[0], : allowed.shape[1]] & allowed
+
+
+def _allowed(mask: AttnMask) -> np.ndarray[tuple[int, int], np.dtype[np.bool_]]:
+    return tiles(mask, BLOCK, BLOCK).to_dense() > 0
+
+
+def _built() -> bool:
+    """Whether the installed package has the kernel for Hopper: it falls back without a word."""
+    try:
+        ops = importlib.import_module("fastvideo_kernel._C.fastvideo_kernel_ops")
+    except ImportError:
+        return False
+    return hasattr(ops, "block_sparse_fwd") and hasattr(ops, "block_sparse_bwd")
+
+
+def _api() -> Any:
+    return importlib.import_module("fastvideo_kernel.block_sparse_attn")

@@ -1,0 +1,1 @@
+"""The project's own Triton kernels: `triton_band` and `triton_block_sparse`."""

@@ -1,0 +1,1 @@
+"""One run against another: statistics, verdicts, the gate for CI."""

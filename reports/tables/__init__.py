@@ -1,0 +1,1 @@
+"""Reports as tables: terminal, Markdown, LaTeX, CSV, JSON."""

@@ -1,0 +1,118 @@
+"""What a report is written in: plain text for a terminal, Markdown, LaTeX."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cpbench.reports.tables.terminal import plain_rows, row_lines
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "&": r"\&", "%": r"\%", "$": r"\$",
+    "#": r"\#", "_": r"\_", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "±": r"$\pm$",
+    "†": r"$\dagger$", "‡": r"$\ddagger$", "§": r"\S{}", "×": r"$\times$", "≤": r"$\le$",
+    "−": r"$-$", "∞": r"$\infty$", "…": r"\ldots{}", "→": r"$\to$", "\"": "''",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Markup:
+    """How one of the three writes things; this one is plain text."""
+
+    def text(self, text: str) -> str:
+        """Text from anywhere, so that it stays as it is."""
+        return text
+
+    def title(self, text: str) -> list[str]:
+        return [f"# {self.text(text)}", ""]
+
+    def section(self, text: str) -> list[str]:
+        return [f"## {self.text(text)}", ""]
+
+    def table(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Rows of equal keys; columns with nothing in them are left out."""
+        return [*(line for row in row_lines(rows) for line in row), ""]
+
+    def notes(self, notes: Sequence[str]) -> list[str]:
+        return list(notes)
+
+    def failure(self, status: str, case: str, reason: str, log: str, more: str) -> list[str]:
+        lines = [f"{status:8} {case}", f"{'':8} {reason}"]
+        return lines + ([f"{'':8} log: {log}{more}"] if log else [])
+
+    def document(self, lines: Sequence[str]) -> str:
+        return "\n".join(lines) + "\n"
+
+
+class Markdown(Markup):
+    def text(self, text: str) -> str:
+        return re.sub(r"([\\|*`<>])", r"\\\1", text)
+
+    def table(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+        return [self._tabulated(rows, "github"), ""]
+
+    def notes(self, notes: Sequence[str]) -> list[str]:
+        return [f"- {self.text(note)}" for note in notes]
+
+    def failure(self, status: str, case: str, reason: str, log: str, more: str) -> list[str]:
+        where = f" (log: `{log}`{more})" if log else ""
+        return [f"- **{status}** {self.text(case)}: {self.text(reason)}{where}"]
+
+    def _tabulated(self, rows: Sequence[Mapping[str, Any]], form: str) -> str:
+        from tabulate import tabulate
+
+        columns, right = plain_rows(rows)
+        return str(
+            tabulate(
+                {self.text(k): [self.text(cell) for cell in cells] for k, cells in columns.items()},
+                headers="keys",
+                tablefmt=form,
+                disable_numparse=True,
+                colalign=["right" if right[key] else "left" for key in columns],
+            )
+        )
+
+
+class Latex(Markdown):
+    """A document of its own: ``booktabs`` tables, scaled to the width of the page where wide."""
+
+    def text(self, text: str) -> str:
+        known = "".join(_LATEX.get(letter, letter) for letter in text)
+        return "".join(letter if letter.isascii() else "?" for letter in known)
+
+    def title(self, text: str) -> list[str]:
+        return [f"\\section*{{{self.text(text)}}}", ""]
+
+    def section(self, text: str) -> list[str]:
+        return [f"\\subsection*{{{self.text(text)}}}", ""]
+
+    def table(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+        inner = self._tabulated(rows, "latex_raw")
+        inner = re.sub(r"\\hline", r"\\midrule", inner)
+        inner = inner.replace("\\midrule", "\\toprule", 1)
+        head, _, tail = inner.rpartition("\\midrule")
+        return ["{\\centering\\small", "\\adjustbox{max width=\\linewidth}{%",
+                f"{head}\\bottomrule{tail}}}\\par}}", ""]  # fmt: skip
+
+    def notes(self, notes: Sequence[str]) -> list[str]:
+        if not notes:
+            return []
+        return ["\\begin{itemize}", *(f"\\item {self.text(n)}" for n in notes), "\\end{itemize}"]
+
+    def failure(self, status: str, case: str, reason: str, log: str, more: str) -> list[str]:
+        where = f" (log: \\texttt{{{self.text(log)}}}{more})" if log else ""
+        return [f"\\textbf{{{status}}} {self.text(case)}: {self.text(reason)}{where}\\par"]
+
+    def document(self, lines: Sequence[str]) -> str:
+        return "\n".join(
+            ["\\documentclass{article}", "\\usepackage[T1]{fontenc}", "\\usepackage{booktabs}",
+             "\\usepackage{adjustbox}", "\\usepackage[margin=2cm]{geometry}",
+             "\\setlength{\\parindent}{0pt}", "\\begin{document}", "",
+             *lines, "", "\\end{document}", ""]
+        )  # fmt: skip
+
+
+MARKUPS = {"table": Markup(), "short": Markup(), "md": Markdown(), "latex": Latex()}

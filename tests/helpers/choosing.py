@@ -1,0 +1,83 @@
+"""Selectors at a small size for tests: a case of each, and how to make and ask them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import naive
+import torch
+
+from cpbench import masks
+from cpbench.core import registry
+from cpbench.core.problem import Problem
+from cpbench.core.spec import Spec
+from cpbench.selectors.common.base import Branch, Selecting
+from cpbench.selectors.common.selection import Blocks
+
+BATCH, TOKENS, HEADS_Q, HEADS_KV, DIM = 2, 203, 4, 2, 16
+CAUSAL = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
+DOCUMENTS = "causal_document:doc_lens=[1,60,100,42]"
+
+# Of every selector: a spec at this size, and a mask.
+CASES = [
+    ("oracle:block_size=16,keep=0.3", "causal"),
+    ("oracle:block_size=16,keep=0.3", DOCUMENTS),
+    ("oracle:block_size=16,keep=0.3", "full"),
+    ("quest:block_size=16,block_q=32,keep=0.3", "causal"),
+    ("quest:block_size=16,block_q=1,keep=0.3", DOCUMENTS),
+    ("moba:block_size=16,top_k=4", "causal"),
+    ("moba:block_size=16,top_k=4", DOCUMENTS),
+    ("xattention:block_size=16,stride=4,threshold=0.6", "causal"),
+    ("xattention:block_size=16,stride=4,threshold=0.6", "full"),
+    ("minference.a_shape:num_sinks=4,window=40", "causal"),
+    ("minference.vertical_slash:vertical=40,slash=101,block_size=16", "causal"),
+    ("minference.vertical_slash:vertical=40,slash=101,block_size=16,whole_blocks=true", "causal"),
+    ("minference.block_sparse:block_size=16,top_k=4", "causal"),
+    ("flexprefill:block_size=16,min_budget=32", "causal"),
+    ("flexprefill:block_size=16,min_budget=32,tau=1.0,gamma=0.4", "causal"),
+    ("nsa:block_size=16,top_k=4,compress=8,stride=4,window=24", "causal"),
+    ("dsa:top_k=20", "causal"),
+    ("dsa:top_k=20,index_dim=8", DOCUMENTS),
+    ("vsa:block_size=16,keep=0.2", "full"),
+    ("vsa:block_size=16,keep=0.2,gate=0.0", "full"),
+    # Whole blocks of queries that see nothing.
+    ("oracle:block_size=16,keep=0.3", "causal:offset=-40"),
+    ("moba:block_size=16,top_k=4", "causal:offset=-40"),
+    ("dsa:top_k=20", "causal:offset=-40"),
+]
+IDS = [f"{spec.partition(':')[0]}-{number}" for number, (spec, _) in enumerate(CASES)]
+
+
+def inputs(dtype: torch.dtype = torch.float32, seed: int = 0) -> list[torch.Tensor]:
+    return naive.random_inputs(BATCH, TOKENS, HEADS_Q, HEADS_KV, DIM, dtype, seed)
+
+
+def made(spec: str, mask: str) -> tuple[Selecting, Any]:
+    """A selector and its plan."""
+    parsed = Spec.parse(spec)
+    selector = registry.implementation(registry.operator_info(parsed.name), parsed.kwargs)
+    problem = Problem(
+        batch=BATCH, seq_q=TOKENS, seq_k=TOKENS, heads_q=HEADS_Q, heads_kv=HEADS_KV, head_dim=DIM,
+        dtype="float32",
+    )  # fmt: skip
+    return selector, selector.prepare(masks.build(mask, TOKENS), problem, "cpu")
+
+
+def choose(spec: str, mask: str) -> tuple[Branch, ...]:
+    q, k, _, _ = inputs()
+    selector, plan = made(spec, mask)
+    return selector.select(q, k, plan)
+
+
+def kept(branch: Branch) -> torch.Tensor:
+    """Blocks, as a check of what ``Blocks`` says of itself too."""
+    assert isinstance(branch.seen, Blocks)
+    return branch.seen.kept & branch.seen.grid.allowed
+
+
+def below(blocks: int) -> torch.Tensor:
+    return torch.ones(blocks, blocks, dtype=torch.bool).tril()
+
+
+def share(visible: int, keep: float) -> int:
+    return max(1, int(visible * keep + 0.5))

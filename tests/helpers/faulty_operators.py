@@ -1,0 +1,133 @@
+"""Operators that fail in every way a worker can: ``tests/faulty_operators.py:faulty:how=kill``.
+
+They behave while CPBENCH_TEST_CALM is set, so that what failed can be run again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from cpbench.core.registry import OperatorInfo
+from cpbench.kernels.reference import Plan, Reference
+from cpbench.results.store import Journal
+
+# Of torchrun and the local launcher, Open MPI, MPICH and srun, in this order: some set several.
+RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+
+
+class Faulty(Reference):
+    """The reference, but that one rank fails in its forward pass.
+
+    Args:
+        how: a key of ``FAULTS``, or ``"wrong"``.
+        rank: that does it; the others do what is right.
+    """
+
+    def __init__(self, how: str, rank: int = 0) -> None:
+        told = (os.environ.get(name) for name in RANK_VARIABLES)
+        here = next(int(number) for number in told if number is not None)
+        guilty = here == rank and "CPBENCH_TEST_CALM" not in os.environ
+        self.how = how if guilty else "well"
+
+    def forward(self, q: Any, k: Any, v: Any, plan: Plan) -> Any:
+        out, lse = super().forward(q, k, v, plan)
+        if self.how == "wrong":
+            return out * 1.01, lse
+        FAULTS.get(self.how, lambda: None)()
+        return out, lse
+
+
+def _raise() -> NoReturn:
+    raise RuntimeError("this is the root cause\nand more of it on a second line")
+
+
+def _allocate() -> None:
+    """More than the process may have: the limit is put a little above what it has."""
+    import torch
+
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + (64 << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    torch.ones(1 << 30)
+
+
+def _hang() -> None:
+    while True:
+        time.sleep(3600)
+
+
+def _wait_for_the_gate() -> None:
+    """A file ``open`` in the run directory."""
+    while not (Path(sys.argv[1]).parents[2] / "open").exists():
+        time.sleep(0.05)
+
+
+def _cut_connections() -> None:
+    """As when a cable is pulled: every connection of this process ends."""
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            with socket.socket(fileno=os.dup(int(entry.name))) as one:
+                if one.family in (socket.AF_INET, socket.AF_INET6):
+                    one.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+
+
+def _fill_the_disk() -> None:
+    """The run directory's, which the job file is in."""
+    with open(Path(sys.argv[1]).parents[2] / "ballast", "ab", buffering=0) as ballast:
+        for size in (4096, 1):
+            try:
+                while True:
+                    ballast.write(bytes(size))
+            except OSError:
+                pass
+
+
+def _die_once_recorded() -> None:
+    """Finish the case with all others, then die before noting that it is done."""
+    note = Journal.note
+
+    def fatal(self: Journal, event: str, **details: Any) -> None:
+        if event == "done":
+            os.kill(os.getpid(), signal.SIGKILL)
+        note(self, event, **details)
+
+    Journal.note = fatal  # type: ignore[method-assign]
+
+
+def _cannot_be_imported() -> Reference:
+    if "CPBENCH_TEST_CALM" not in os.environ:
+        import cpbench_no_such_module  # noqa: F401
+    return Reference()
+
+
+FAULTS: dict[str, Callable[[], Any]] = {
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "raise": _raise,
+    "oom": _allocate,
+    "hang": _hang,
+    "segfault": lambda: ctypes.string_at(0),
+    "exit": lambda: os._exit(0),
+    "late": _die_once_recorded,
+    "gate": _wait_for_the_gate,
+    "cut": _cut_connections,
+    "fill": _fill_the_disk,
+}
+
+faulty = OperatorInfo(
+    name="faulty", summary="fails", source="tests", load=Faulty, params=("how", "rank")
+)
+missing = OperatorInfo(
+    name="missing", summary="cannot be imported", source="tests", load=_cannot_be_imported
+)

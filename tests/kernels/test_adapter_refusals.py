@@ -1,0 +1,284 @@
+"""What adapters refuse, what their stand-ins find out, and what is declared of them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import naive
+import pytest
+import torch
+from adapters import (
+    LIMIT,
+    PER_HEAD,
+    SHAPES,
+    TAKES,
+    block_masks,
+    compare,
+    directed,
+    inputs,
+    loaded,
+    on_device,
+    problem_of,
+    right_one,
+    stand_in,
+    windowed,
+)
+from heavy_packages import HEAVY
+
+from cpbench import masks
+from cpbench.core import registry
+from cpbench.core.operator import declared_refusal
+from cpbench.masks.attn_mask import AttnMask
+
+
+@pytest.fixture(autouse=True)
+def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch)
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+def refusal(name: str, text: str, tokens: int = 64, **changes: Any) -> str:
+    info, op = loaded(name)
+    built = masks.build_heads(text, tokens, 4) if name in PER_HEAD else masks.build(text, tokens)
+    problem = problem_of(built, SHAPES[0], changes.pop("dtype", "bfloat16"), **changes)
+    reason = op.unsupported(directed(info, problem), built, "cpu")
+    assert reason is not None
+    assert len(reason.splitlines()) == 1
+    return reason
+
+
+BLOCKS = "block_sparse_uniform:block_size=64"
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "changes", "words"),
+    [
+        ("flash_attn.2", (7, 5), {}, "needs compute capability from 8.0 on; this device has 7.5"),
+        ("flash_attn.2", None, {}, "needs a CUDA device; torch sees none"),
+        ("flash_attn.2", (8, 0), {"head_dim": 60}, "a multiple of 8 up to 256, not 60"),
+        ("flash_attn.3", (10, 0), {}, "needs compute capability 9.0; this device has 10.0"),
+        ("flash_attn.3", (8, 9), {}, "needs compute capability 9.0; this device has 8.9"),
+        ("te.cudnn", (8, 0), {"head_dim": 256}, "head_dim up to 128 except on Hopper, not 256"),
+        ("flashinfer.dense", (8, 0), {"head_dim": 96}, "needs head_dim 64, 128, 256, not 96"),
+        ("magi.ffa", (9, 0), {"head_dim": 256}, "a multiple of 8 up to 128, not 256"),
+        ("magi.ffa", (8, 0), {}, "needs compute capability 9.0; this device has 8.0"),
+        ("flashmask", (10, 0), {}, "needs compute capability 9.0; this device has 10.0"),
+        ("vsa.kernel", (9, 0), {"head_dim": 80}, "needs head_dim 16, 32, 64, 128, 256, not 80"),
+        ("vsa.kernel", (9, 0), {"scale": 0.5}, "needs the scale 0.125, not 0.5"),
+    ],
+)
+def test_refusals_say_why(
+    name: str, capability: Any, changes: Any, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_device(monkeypatch, capability)
+    reason = refusal(name, BLOCKS if name in PER_HEAD else "causal", **changes)
+    assert (
+        reason == f"{name} {words}"
+        or reason == f"{name} needs {words}"
+        or (reason.startswith(f"{name} needs head_dim") and reason.endswith(words))
+    )
+
+
+def test_refusals_of_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "needs a multiple of block_k = 32 keys, not 70" in refusal(
+        "flashinfer.block_sparse", "causal", 70
+    )
+    rows = [(1, 2, 0, 3, -9, 9), (3, 4, 0, 3, -9, 9)]
+    mask = AttnMask.from_slices(6, 4, rows)
+    _, op = loaded("flashmask")
+    reason = op.unsupported(problem_of(mask, SHAPES[0], "bfloat16"), mask, "cpu")
+    assert "key 0 is hidden from queries in 3 intervals; FlashMask takes two" in reason
+    on_device(monkeypatch, (8, 0))
+    assert "9.0 or later for documents" in refusal("te.cudnn", "causal_document:doc_lens=[60,4]")
+    on_device(monkeypatch, (9, 0))
+    mask = windowed(-1, 0, ((3, 5), (4, 2)))  # the second document has more queries than keys
+    _, op = loaded("te.cudnn")
+    reason = op.unsupported(problem_of(mask, SHAPES[0], "bfloat16"), mask, "cpu")
+    assert "at least as many keys as queries in every document" in reason
+    on_device(monkeypatch, (8, 0))
+    with pytest.raises(ValueError, match="backend = 'tk' is not one of auto, sm90, triton"):
+        loaded("vsa.kernel", backend="tk")
+    _, op = loaded("vsa.kernel", backend="sm90")
+    heads = block_masks(128, 4)
+    reason = op.unsupported(problem_of(heads, SHAPES[0], "bfloat16"), heads, "cpu")
+    assert "backend = sm90 needs compute capability 9.0" in reason
+
+
+@pytest.mark.parametrize(("left", "right"), [(-1, 3), (1, -1), (1, 5)])
+def test_windows_that_flash_attention_2_mistakes_are_refused(left: int, right: int) -> None:
+    mask = windowed(left, right, ((10, 3),))
+    problem = problem_of(mask, SHAPES[0], "float16")
+    _, op = loaded("flash_attn.2")
+    reason = op.unsupported(problem, mask, "cpu")
+    assert "mistakes how far ahead this window reaches: it has 10 queries" in reason
+    assert not right_one("flash_attn.2", mask, problem)  # and so it would
+    compare("flash_attn.3", mask, problem)
+
+
+# --- the stand-ins see mistakes -------------------------------------------------------------------
+
+
+def _more(name: str, by: Any) -> Callable[[Any], Any]:
+    return lambda plan: replace(plan, **{name: by(getattr(plan, name))})
+
+
+WRONG = [
+    *(
+        (name, "sliding_window_causal:window=7", change)
+        for name in ("flash_attn.2", "flash_attn.3", "te.cudnn")
+        for change in (
+            _more("left", lambda x: x + 1),
+            _more("left", lambda x: x - 1),
+            _more("right", lambda x: -1),
+            lambda plan: replace(plan, left=plan.right, right=plan.left),
+            _more("scale", lambda x: x * 1.1),
+        )
+    ),
+    *(
+        (name, "causal_document:doc_lens=[30,34]", change)
+        for name in ("flash_attn.2", "flash_attn.3", "te.cudnn")
+        for change in (
+            _more("cu_q", lambda x: x.clamp(max=95)),
+            _more("max_q", lambda x: x - 1),
+            _more("cu_k", lambda x: x.long()),
+        )
+    ),
+    ("magi.ffa", "sliding_window:window=7", _more("types", torch.zeros_like)),
+    ("magi.ffa", "causal", _more("types", lambda x: x * 2)),
+    ("magi.ffa", "causal", _more("q", lambda x: x.repeat(1, 1) + 1)),
+    ("flashmask", "causal", _more("causal", lambda x: not x)),
+    ("flashmask", "sliding_window_causal:window=7", _more("startend", lambda x: x + 1)),
+    ("flashmask", "causal", _more("startend", lambda x: x[:1])),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "change"), WRONG)
+def test_a_wrong_plan_is_found_out(name: str, text: str, change: Any) -> None:
+    mask = masks.build(text, 64)
+    problem = problem_of(mask, SHAPES[0], "bfloat16")
+    assert right_one(name, mask, problem)
+    assert not right_one(name, mask, problem, change)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("vsa.kernel", _more("count", lambda x: x + 1)),
+        ("vsa.kernel", _more("index", lambda x: x.flip(-1))),
+        ("vsa.kernel", _more("sizes", lambda x: x - 1)),
+        ("vsa.kernel", _more("index", lambda x: x.long())),
+        ("flashinfer.variable", _more("repeat", lambda x: 1)),
+    ],
+)
+def test_wrong_lists_are_found_out(name: str, change: Any) -> None:
+    mask = block_masks(256, 4)
+    problem = problem_of(mask, SHAPES[0], "bfloat16")
+    assert right_one(name, mask, problem)
+    assert not right_one(name, mask, problem, change)
+
+
+def test_the_base_of_the_lse_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask, heads = masks.build("causal", 64), block_masks(128, 4)
+    monkeypatch.setattr("cpbench.kernels.libraries.flashinfer.LN2", 1.0)
+    monkeypatch.setattr("cpbench.kernels.libraries.vsa_kernel.LN2", 1.0)
+    for name, given, params in (
+        ("flashinfer.dense", mask, {}),
+        ("flashinfer.block_sparse", mask, {}),
+        ("flashinfer.variable", heads, {}),
+        ("vsa.kernel", heads, {"backend": "triton"}),
+    ):
+        assert not right_one(name, given, problem_of(given, SHAPES[0], "bfloat16"), **params)
+
+
+def test_alignment_matters() -> None:
+    fused = sys.modules["transformer_engine.pytorch.cpp_extensions.fused_attn"]
+    mask = masks.build("causal", 9, seq_q=4)
+    problem = problem_of(mask, SHAPES[0], "bfloat16")
+    q, k, v, _ = (x.contiguous() for x in inputs(problem))
+    results = []
+    for kind in ("causal_bottom_right", "causal"):
+        out, _ = fused.fused_attn_fwd(
+            True, 4, 9, torch.tensor([0, 4, 8], dtype=torch.int32),
+            torch.tensor([0, 9, 18], dtype=torch.int32), q, k, v, torch.bfloat16,
+            fused.FusedAttnBackend["F16_arbitrary_seqlen"], attn_scale=0.125,
+            qkv_layout="bshd_bshd_bshd", o_format="bshd", attn_mask_type=kind, window_size=(-1, 0),
+        )  # fmt: skip
+        results.append(naive.error(out, naive.attention(q, k, v, q, mask)["out"]))
+    assert results[0] < LIMIT["bfloat16"] < results[1]
+
+
+def test_calls_are_bound_as_the_libraries_bind_them() -> None:
+    q = torch.zeros(1, 8, 2, 64, dtype=torch.bfloat16)
+    flash = sys.modules["flash_attn.flash_attn_interface"]._flash_attn_forward
+    given = {
+        "dropout_p": 0.0, "softmax_scale": 0.125, "causal": True, "window_size_left": -1,
+        "window_size_right": 0, "softcap": 0.0, "alibi_slopes": None, "return_softmax": False,
+    }  # fmt: skip
+    flash(q, q, q, **given)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'window_size'"):
+        flash(q, q, q, **given, window_size=(-1, 0))
+    with pytest.raises(TypeError, match="missing a required argument: 'causal'"):
+        flash(q, q, q, **{key: value for key, value in given.items() if key != "causal"})
+    with pytest.raises(TypeError, match="softmax_scale = None is no float"):
+        flash(q, q, q, **{**given, "softmax_scale": None})
+    with pytest.raises(TypeError, match=r"window_size_left = -1\.0 is no int"):
+        flash(q, q, q, **{**given, "window_size_left": -1.0})
+    with pytest.raises(AssertionError, match=r"torch\.float32"):
+        flash(q.float(), q.float(), q.float(), **given)
+    back = sys.modules["flash_attn_interface"]._flash_attn_backward
+    with pytest.raises(TypeError, match="unexpected keyword argument 'causal'"):
+        back(q, q, q, q, q, torch.zeros(1, 2, 8), causal=True)
+    with pytest.raises(AssertionError, match="the gradient is lost"):
+        back(q, q, q, q, q, torch.zeros(1, 2, 8), softmax_scale=0.125)
+    turned = torch.zeros(1, 8, 2).transpose(1, 2)
+    buffers = {"dq": q.clone(), "dk": q.clone(), "dv": q.clone()}
+    with pytest.raises(AssertionError, match="no strides of the lse"):
+        back(q, q, q, q, q, turned, softmax_scale=0.125, **buffers)
+
+
+# --- what is declared -----------------------------------------------------------------------------
+
+
+def test_all_adapters_are_here() -> None:
+    unproven = {name for name, info in registry.operators().items() if info.unproven}
+    assert unproven == {*TAKES, *PER_HEAD}
+    for name in unproven:
+        info = registry.operator_info(name)
+        assert info.install
+        assert info.devices == ("cuda",)
+
+
+def test_a_missing_package_is_refused_with_how_to_get_it() -> None:
+    missing = registry.OperatorInfo(
+        name="x", summary="", source="", load="", requires=("no_such_package",), install="pip x"
+    )
+    problem = problem_of(masks.build("causal", 8), SHAPES[0], "bfloat16")
+    reason = declared_refusal(missing, problem, "cuda")
+    assert reason == "x needs the Python package no_such_package, which is not installed: pip x"
+
+
+def test_the_list_of_operators_imports_no_library() -> None:
+    code = f"""
+import sys
+from cpbench import catalogue
+for device in ("cpu", "cuda"):
+    for row in catalogue.rows("operators", device):
+        if row["operator"] in {sorted([*TAKES, *PER_HEAD])}:
+            print(row["here"], "|", row["summary"])
+assert not set({HEAVY}) & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 * (len(TAKES) + len(PER_HEAD))
+    assert all("never run; written against" in line for line in lines)
+    on_cpu, on_cuda = lines[: len(lines) // 2], lines[len(lines) // 2 :]
+    assert all(line.startswith("no: runs on cuda, not on cpu |") for line in on_cpu)
+    for line in on_cuda:
+        assert "never run |" in line or line.startswith("no: needs ")

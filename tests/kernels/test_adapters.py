@@ -1,0 +1,306 @@
+"""Adapters to attention libraries, on stand-ins of the libraries, against dense float64.
+
+The stand-ins have the libraries' signatures and documented semantics; whether those are read
+rightly only the libraries themselves can tell (``OperatorInfo.unproven``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import library_stand_ins
+import naive
+import pytest
+import sparse_stand_ins
+import torch
+from adapters import (
+    LIMIT,
+    LSE_LIMIT,
+    PER_HEAD,
+    SHAPES,
+    TAKES,
+    WINDOWS,
+    block_masks,
+    compare,
+    directed,
+    dtypes,
+    errors,
+    found,
+    inputs,
+    loaded,
+    problem_of,
+    right,
+    stand_in,
+    windowed,
+)
+
+from cpbench import masks
+from cpbench.core import registry
+from cpbench.core.operator import Unsupported
+from cpbench.masks.attn_mask import AttnMask
+from cpbench.masks.head_masks import HeadMasks
+from cpbench.parallel.bound_operator import merge
+from cpbench.selectors.common.selection import Blocks, grid
+from cpbench.sweep.verification import HEAD_MASKS, MASKS, SEQ_LEN
+
+
+@pytest.fixture(autouse=True)
+def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch)
+
+
+# --- masks of all heads ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", MASKS, ids=lambda text: text.split(":")[0])
+@pytest.mark.parametrize("name", TAKES)
+def test_equals_float64_or_is_refused(name: str, text: str) -> None:
+    mask = masks.build(text, SEQ_LEN)
+    if name == "flashinfer.block_sparse":
+        mask = mask.crop(0, SEQ_LEN, 0, 288)
+    if text.partition(":")[0] in TAKES[name]:
+        for shape, dtype in zip(SHAPES, dtypes(name) * 2, strict=False):
+            compare(name, mask, problem_of(mask, shape, dtype))
+        return
+    info, op = loaded(name)
+    problem = directed(info, problem_of(mask, SHAPES[0], "bfloat16"))
+    reason = op.unsupported(problem, mask, "cpu")
+    assert reason is not None
+    assert reason.startswith(f"{name} does not take this mask: ")
+    assert "takes documents" in reason or "FlashInfer bounds a window behind" in reason
+    assert len(reason.splitlines()) == 1
+
+
+# More keys than queries, and more queries than keys, of which some then see nothing.
+UNEVEN = (
+    ("causal:seq_q=17", 96),
+    ("causal:seq_q=1", 96),
+    ("full:seq_q=40", 96),
+    ("full:seq_q=96", 32),
+    ("causal:seq_q=97", 32),
+)
+
+
+@pytest.mark.parametrize(("text", "tokens"), UNEVEN)
+@pytest.mark.parametrize("name", TAKES)
+def test_uneven_lengths(name: str, text: str, tokens: int) -> None:
+    mask = masks.build(text, tokens)
+    problem = problem_of(mask, SHAPES[0], dtypes(name)[-1])
+    if name == "te.cudnn" and text == "causal:seq_q=97":
+        _, op = loaded(name)
+        assert "at least as many keys as queries" in op.unsupported(problem, mask, "cpu")
+        return
+    compare(name, mask, problem)
+
+
+@pytest.mark.parametrize("sizes", [((20, 32),), ((5, 9), (12, 12), (3, 11))])
+@pytest.mark.parametrize(("left", "right"), [(3, 0), (3, 2), (4, -1), (-1, 2), (0, 0), (0, 4)])
+@pytest.mark.parametrize("name", ["flash_attn.2", "flash_attn.3", "te.cudnn", "flashinfer.dense"])
+def test_windows(name: str, left: int, right: int, sizes: Any) -> None:
+    mask = windowed(left, right, sizes)
+    problem = problem_of(mask, SHAPES[0], "float16")
+    if name == "flashinfer.dense" and right > 0:
+        _, op = loaded(name)
+        reason = op.unsupported(replace(problem, direction="fwd"), mask, "cpu")
+        assert f"its queries see {right} tokens ahead" in reason
+        return
+    compare(name, mask, problem)
+
+
+@pytest.mark.parametrize("name", TAKES)
+def test_masks_that_show_nothing(name: str) -> None:
+    mask = AttnMask.from_slices(32, 32, [])
+    problem = problem_of(mask, SHAPES[0], "bfloat16")
+    got = found(name, mask, problem)
+    assert (got["lse"] == -torch.inf).all()
+    assert all((x == 0).all() for tensor, x in got.items() if tensor != "lse")
+
+
+@pytest.mark.parametrize("name", ["flash_attn.2", "flash_attn.3", "flashinfer.dense"])
+def test_documents_with_more_queries_than_keys(name: str) -> None:
+    mask = windowed(-1, 0, ((9, 4), (5, 8), (6, 1)))
+    assert mask.empty_rows().sum() == 10
+    compare(name, mask, problem_of(mask, SHAPES[0], "float16"))
+
+
+@pytest.mark.parametrize("name", ["magi.ffa", "flashmask", "flashinfer.block_sparse"])
+def test_rows_that_see_nothing(name: str) -> None:
+    rows = [(5, 40, 3, 30, -60, 0), (50, 57, 10, 60, -3, 3)]
+    mask = AttnMask.from_slices(67, 64, rows)
+    assert mask.empty_rows().any()
+    compare(name, mask, problem_of(mask, (2, 2, 1, 64), "bfloat16"))
+
+
+@pytest.mark.parametrize("name", TAKES)
+def test_a_scale_of_one_s_own(name: str) -> None:
+    mask = masks.build("causal", 64)
+    problem = problem_of(mask, SHAPES[0], "bfloat16", scale=0.25)
+    q, *rest = inputs(problem)
+    want = naive.attention(q * 2, *rest, mask)  # 2 / sqrt(64) is 0.25
+    got = found(name, mask, problem)
+    assert naive.error(got["out"], want["out"]) < LIMIT["bfloat16"]
+    assert naive.error(got["lse"], want["lse"]) < LSE_LIMIT
+    if "dk" in got:
+        assert naive.error(got["dk"], want["dk"]) < LIMIT["bfloat16"]
+        assert naive.error(got["dq"], want["dq"] * 2) < LIMIT["bfloat16"]
+
+
+def test_the_other_api_of_flash_attention_3(monkeypatch: pytest.MonkeyPatch) -> None:
+    library_stand_ins.install(monkeypatch, library_stand_ins.dense(tag=True))
+    for text in (mask for mask in MASKS if mask.partition(":")[0] in WINDOWS):
+        mask = masks.build(text, SEQ_LEN)
+        compare("flash_attn.3", mask, problem_of(mask, SHAPES[0], "float16"))
+
+
+def test_the_older_signatures_of_flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    library_stand_ins.install(monkeypatch, sparse_stand_ins.sparse("flashinfer_0_6_18"))
+    mask = masks.build("causal", 64)
+    for name in ("flashinfer.dense", "flashinfer.block_sparse"):
+        compare(name, mask, problem_of(mask, SHAPES[0], "bfloat16"))
+    heads = block_masks(128, 4)
+    compare("flashinfer.variable", heads, problem_of(heads, SHAPES[0], "bfloat16"))
+
+
+# --- masks of each head, and selections -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [256, 300])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        ("flashinfer.variable", {}),
+        ("vsa.kernel", {}),
+        ("vsa.kernel", {"backend": "triton"}),
+        ("vsa.kernel", {"backend": "sm90"}),
+    ],
+)
+def test_blocks_of_each_head(name: str, params: dict[str, Any], shape: Any, tokens: int) -> None:
+    mask = block_masks(tokens, shape[1])
+    compare(name, mask, problem_of(mask, shape, "bfloat16"), **params)
+
+
+def test_blocks_of_varying_size() -> None:
+    built = masks.build_heads(HEAD_MASKS[2], SEQ_LEN, 4)
+    compare("flashinfer.variable", built, problem_of(built, SHAPES[0], "float16"))
+
+
+def test_heads_of_a_group_that_agree_share_their_keys() -> None:
+    one, other = block_masks(256, 2).masks
+    info, op = loaded("flashinfer.variable")
+    for each, repeat in (((one, one, other, other), 1), ((one, other, one, other), 2)):
+        mask = HeadMasks(each)
+        problem = problem_of(mask, SHAPES[0], "bfloat16", direction="fwd")
+        assert op.prepare(mask, problem, "cpu").repeat == repeat
+        compare(info.name, mask, problem)
+
+
+def chosen(
+    tokens: int, shape: Any, block: int, within: str = "full", columns: bool = False
+) -> Blocks:
+    """Random blocks; some queries have none."""
+    cells = grid(masks.build(within, tokens), block, block, "cpu")
+    chance = torch.Generator().manual_seed(3)
+    size = (*shape[:2], *cells.areas.shape)
+    kept = torch.rand(size, generator=chance) < 0.4
+    kept[0, 0, 1] = False
+    lines = torch.zeros(*shape[:2], tokens, dtype=torch.bool) if columns else None
+    return Blocks(cells, kept, lines)
+
+
+@pytest.mark.parametrize("tokens", [256, 300])
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [("flashinfer.variable", {}), ("vsa.kernel", {}), ("vsa.kernel", {"backend": "triton"})],
+)
+def test_selections(name: str, params: Any, shape: Any, block: int, tokens: int) -> None:
+    mask = chosen(tokens, shape, block)
+    compare(name, mask, problem_of(mask, shape, "bfloat16"), **params)
+
+
+def test_selections_of_other_blocks() -> None:
+    mask = chosen(200, SHAPES[0], 48)
+    compare("flashinfer.variable", mask, problem_of(mask, SHAPES[0], "float16"))
+    _, op = loaded("vsa.kernel")
+    with pytest.raises(Unsupported, match="multiples of 64 tokens, not 48 x 48"):
+        op.prepare(mask, problem_of(mask, SHAPES[0], "bfloat16"), "cpu")
+
+
+@pytest.mark.parametrize("name", PER_HEAD)
+def test_selections_that_are_not_whole_blocks(name: str) -> None:
+    info, op = loaded(name)
+    causal = chosen(256, SHAPES[0], 64, within="causal")
+    problem = directed(info, problem_of(causal, SHAPES[0], "bfloat16"))
+    reason = op.unsupported(problem, causal.grid.mask, "cpu")
+    assert reason is not None
+    assert "entirely visible, and this mask cuts some of them (a causal one does)" in reason
+    with pytest.raises(Unsupported, match=r"\(a causal one does\)"):
+        op.prepare(causal, problem, "cpu")
+    with pytest.raises(Unsupported, match="has columns beside them"):
+        op.prepare(chosen(256, SHAPES[0], 64, columns=True), problem, "cpu")
+    heads = masks.build_heads("block_sparse_uniform:block_size=64,causal=true", 256, 4)
+    assert "entirely visible" in op.unsupported(problem, heads, "cpu")
+
+
+@pytest.mark.parametrize("name", PER_HEAD)
+def test_a_selector_computes_with_it(name: str) -> None:
+    mask = masks.build("full", 300)
+    problem = problem_of(mask, SHAPES[0], "bfloat16", direction="fwd")
+    q, k, v, _ = inputs(problem)
+    results = []
+    for kernel in ("bands", name):
+        selector = registry.implementation(
+            registry.operator_info("oracle"), {"kernel": kernel, "block_size": 64}
+        )
+        results.append(selector.forward(q, k, v, selector.prepare(mask, problem, "cpu")))
+    (out, lse), (mine, my_lse) = results
+    assert naive.error(mine, out) < LIMIT["bfloat16"]
+    assert naive.error(my_lse, lse) < 1e-4
+
+
+# --- parts of a larger computation ----------------------------------------------------------------
+
+MERGING = [n for n in (*TAKES, *PER_HEAD) if registry.operator_info(n).external_lse]
+
+
+def test_those_with_an_explicit_backward_take_an_external_lse() -> None:
+    assert set(MERGING) == {*TAKES, *PER_HEAD} - {
+        "flashinfer.dense", "flashinfer.block_sparse", "flashinfer.variable"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*TAKES, *PER_HEAD])
+def test_parts_over_split_keys_add_up(name: str) -> None:
+    """The last 64 of 192 tokens: earlier keys are seen by all, the last ones causally."""
+    if name in PER_HEAD:
+        whole: Any = block_masks(192, 4).crop(128, 192, 0, 192)
+    else:
+        whole = masks.build("causal", 192, seq_q=64)
+    info, op = loaded(name)
+    problem = directed(info, problem_of(whole, SHAPES[0], "bfloat16"))
+    q, k, v, dout = inputs(problem)
+    spans = [(0, 128), (128, 192)]
+    plans = []
+    for a, b in spans:
+        part = whole.crop(0, 64, a, b)
+        piece = replace(problem, seq_k=b - a, scale=problem.softmax_scale)
+        assert op.unsupported(piece, part, "cpu") is None
+        plans.append(op.prepare(part, piece, "cpu"))
+    results = [
+        op.forward(q, k[:, a:b], v[:, a:b], p) for (a, b), p in zip(spans, plans, strict=True)
+    ]
+    (out, lse), (other, other_lse) = results
+    out, lse = merge(out.float(), lse, other.float(), other_lse)
+    got = {"out": out.to(q.dtype), "lse": lse}
+    if info.external_lse:
+        grads = [
+            op.backward(dout, q, k[:, a:b], v[:, a:b], got["out"], lse, p)
+            for (a, b), p in zip(spans, plans, strict=True)
+        ]
+        got["dq"] = sum(g[0].double() for g in grads)
+        got["dk"], got["dv"] = (torch.cat([g[n] for g in grads], 1) for n in (1, 2))
+    off = errors(got, whole, problem)
+    assert right(off, "bfloat16"), off

@@ -1,0 +1,403 @@
+"""The `bands` operator against dense float64 attention, on masks written as raw slices.
+
+Legend: B batch, S queries, T keys, H query heads, G key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cpbench.core.problem import Problem
+from cpbench.kernels.bands import cpu, cuda
+from cpbench.kernels.bands.operator import OPERATORS, Bands
+from cpbench.kernels.bands.plan import layout
+from cpbench.masks.attn_mask import AttnMask
+
+Tensors = tuple[torch.Tensor, ...]
+Slices = list[tuple[int, int, int, int, int, int]]
+
+FAR = 10**6
+# Largest relative L2 error of out, dq, dk, dv, and largest absolute error of lse.  (Gradients of
+# float64 are no better than the lse, which is float32.)
+TOLERANCE = {
+    "float64": (1e-6, 1e-5),
+    "float32": (1e-6, 1e-5),
+    "bfloat16": (8e-3, 2e-2),
+    "float16": (1e-3, 3e-3),
+}
+
+
+def documents(*ends: int, causal: bool = True) -> Slices:
+    hi = 0 if causal else FAR
+    return [(a, b, a, b, -FAR, hi) for a, b in zip((0, *ends), ends, strict=False)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+MASKS: dict[str, tuple[int, int, Slices]] = {
+    "causal": (300, 300, [(0, 300, 0, 300, -FAR, 0)]),
+    "full": (65, 130, [(0, 65, 0, 130, -FAR, FAR)]),
+    "bottom_right": (70, 1500, [(0, 70, 0, 1500, -FAR, 1430)]),
+    "continued": (300, 900, [(0, 300, 0, 900, -FAR, 600)]),
+    "continued_beside_others": (
+        600, 1000, [(0, 300, 0, 1000, -FAR, 500), (300, 600, 500, 1000, -FAR, 400)]
+    ),
+    "wide": (140, 2600, [(0, 140, 0, 2600, -FAR, 2460)]),
+    "window": (450, 450, [(0, 450, 0, 450, -256, 0)]),
+    "narrow_two_sided": (333, 333, [(0, 333, 0, 333, -3, 2)]),
+    "wide_two_sided": (333, 333, [(0, 333, 0, 333, -100, 140)]),
+    "documents": (500, 500, documents(1, 2, 129, 130, 193, 500)),
+    "tiny_documents": (150, 150, documents(1, 2, 5, 9, 10, 17, 20, 31, 33, 40, 41, 90, 97, 150)),
+    "full_documents": (140, 140, documents(3, 70, 71, 140, causal=False)),
+    "prefix": (260, 260, [(0, 260, 0, 50, -FAR, FAR), (0, 260, 50, 260, -FAR, 0)]),
+    "sinks_window": (400, 400, [(0, 400, 0, 4, -FAR, 0), (0, 400, 4, 400, -64, 0)]),
+    "global_window": (
+        300,
+        300,
+        [(0, 9, 0, 300, -FAR, FAR), (9, 300, 0, 9, -FAR, FAR), (9, 300, 9, 300, -40, 40)],
+    ),
+    "blind_rows": (200, 150, [(10, 50, 0, 60, -FAR, 0), (55, 60, 3, 4, -FAR, FAR),
+                              (70, 150, 40, 100, -20, 20)]),
+    "blind_rows_in_tile": (40, 40, [*documents(5, 9), (15, 21, 0, 3, -FAR, FAR)]),
+    "crossing_bands": (200, 200, [(0, 200, 0, 200, d, d + 2) for d in (-80, -30, -3)]),
+    "one_pair": (1, 1, [(0, 1, 0, 1, 0, 0)]),
+    "empty": (20, 30, []),
+}  # fmt: skip
+
+
+def mask_of(name: str) -> AttnMask:
+    return AttnMask.from_slices(*MASKS[name])
+
+
+def problem_of(mask: AttnMask, dtype: str = "float32", **changes: Any) -> Problem:
+    sizes = {"batch": 1, "heads_q": 2, "heads_kv": 2, "head_dim": 16} | changes
+    return Problem(seq_q=mask.seq_q, seq_k=mask.seq_k, dtype=dtype, **sizes)
+
+
+def inputs(problem: Problem, seed: int = 0) -> Tensors:
+    """q, k, v, dout."""
+    random = torch.Generator().manual_seed(seed)
+
+    def draw(seq: int, heads: int) -> torch.Tensor:
+        shape = (problem.batch, seq, heads, problem.head_dim)
+        return torch.randn(shape, generator=random).to(getattr(torch, problem.dtype))
+
+    p = problem
+    return (
+        draw(p.seq_q, p.heads_q), draw(p.seq_k, p.heads_kv), draw(p.seq_k, p.heads_kv),
+        draw(p.seq_q, p.heads_q),
+    )  # fmt: skip
+
+
+def dense(problem: Problem, mask: AttnMask, tensors: Tensors) -> Tensors:
+    """out, lse, dq, dk, dv in float64 from the definition."""
+    q, k, v, dout = (x.double().transpose(1, 2) for x in tensors)
+    k, v = (x.repeat_interleave(problem.group, 1) for x in (k, v))
+    seen = torch.from_numpy(mask.to_dense())
+    scores = (q @ k.mT * problem.softmax_scale).masked_fill(~seen, -torch.inf)
+    lse = scores.logsumexp(-1)
+    p = torch.where(seen, (scores - lse[..., None]).exp(), 0.0)
+    out = p @ v
+    ds = p * (dout @ v.mT - (dout * out).sum(-1, True)) * problem.softmax_scale
+    dk, dv = (
+        x.unflatten(1, (problem.heads_kv, problem.group)).sum(2) for x in (ds.mT @ q, p.mT @ dout)
+    )
+    out, dq, dk, dv = (x.transpose(1, 2) for x in (out, ds @ k, dk, dv))
+    return out, lse, dq, dk, dv
+
+
+def run(problem: Problem, mask: AttnMask, tensors: Tensors, **params: int) -> Tensors:
+    operator = Bands(**params)
+    assert operator.unsupported(problem, mask, "cpu") is None
+    plan = operator.prepare(mask, problem, "cpu")
+    q, k, v, dout = tensors
+    out, lse = operator.forward(q, k, v, plan)
+    return out, lse, *operator.backward(dout, q, k, v, out, lse, plan)
+
+
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    wanted = wanted.double()
+    # Inputs are of order 1; gradients that cancel exactly are compared on that scale.
+    return float((found.double() - wanted).norm() / wanted.norm().clamp(min=2.0))
+
+
+def check(problem: Problem, mask: AttnMask, tensors: Tensors, found: Tensors) -> None:
+    wanted = dense(problem, mask, tensors)
+    allowed, allowed_lse = TOLERANCE[problem.dtype]
+    blind = torch.from_numpy(mask.empty_rows())
+    assert found[1].dtype == torch.float32
+    assert torch.equal(found[1] == -torch.inf, wanted[1] == -torch.inf)
+    assert not found[0][:, blind].any()
+    assert not found[2][:, blind].any()
+    difference = (found[1] - wanted[1])[..., ~blind].abs()
+    assert not difference.numel() or float(difference.max()) <= allowed_lse
+    for i, name in ((0, "out"), (2, "dq"), (3, "dk"), (4, "dv")):
+        assert found[i].shape == wanted[i].shape
+        assert found[i].dtype == tensors[0].dtype
+        assert relative(found[i], wanted[i]) <= allowed, name
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize(
+    ("dtype", "batch", "heads_q", "heads_kv"),
+    [("float32", 1, 2, 2), ("float32", 2, 4, 2), ("bfloat16", 1, 4, 2)],
+)
+def test_against_dense(name: str, dtype: str, batch: int, heads_q: int, heads_kv: int) -> None:
+    mask = mask_of(name)
+    problem = problem_of(mask, dtype, batch=batch, heads_q=heads_q, heads_kv=heads_kv)
+    tensors = inputs(problem)
+    check(problem, mask, tensors, run(problem, mask, tensors))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16"])
+@pytest.mark.parametrize("name", ["documents", "sinks_window", "blind_rows_in_tile"])
+def test_other_dtypes(name: str, dtype: str) -> None:
+    problem = problem_of(mask_of(name), dtype, heads_q=6)
+    tensors = inputs(problem)
+    check(problem, mask_of(name), tensors, run(problem, mask_of(name), tensors))
+
+
+@pytest.mark.parametrize("tile", [1, 7, 64])
+@pytest.mark.parametrize("head_dim", [8, 40, 128])
+def test_tiles_and_head_dims(tile: int, head_dim: int) -> None:
+    mask = mask_of("global_window")
+    problem = problem_of(mask, head_dim=head_dim, scale=0.1)
+    tensors = inputs(problem)
+    check(problem, mask, tensors, run(problem, mask, tensors, tile=tile))
+
+
+def test_heads_in_several_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Little scratch memory: uneven parts of the heads, and many chunks of keys."""
+    monkeypatch.setattr(cpu, "CHUNK", 1000)
+    monkeypatch.setattr(cpu, "SCORES", 2000)
+    for name in ("wide", "crossing_bands", "tiny_documents"):
+        problem = problem_of(mask_of(name), "bfloat16", batch=2, heads_q=6, heads_kv=3)
+        tensors = inputs(problem)
+        check(problem, mask_of(name), tensors, run(problem, mask_of(name), tensors))
+
+
+@st.composite
+def disjoint_slices(draw: st.DrawFn) -> AttnMask:
+    """A grid of rectangles, each empty or with a band in it."""
+    seq_q, seq_k = draw(st.integers(1, 90)), draw(st.integers(1, 90))
+    cuts = [sorted({0, n, *draw(st.lists(st.integers(0, n), max_size=5))}) for n in (seq_q, seq_k)]
+    slices = []
+    for q0, q1 in zip(cuts[0], cuts[0][1:], strict=False):
+        for k0, k1 in zip(cuts[1], cuts[1][1:], strict=False):
+            if draw(st.booleans()):
+                lo = draw(st.integers(-90, 90))
+                slices.append((q0, q1, k0, k1, lo, lo + draw(st.integers(0, 90))))
+    return AttnMask.from_slices(seq_q, seq_k, slices)
+
+
+@settings(derandomize=True, deadline=None, max_examples=60, database=None)
+@given(disjoint_slices(), st.sampled_from([3, 16, 128]))
+def test_random_slices(mask: AttnMask, tile: int) -> None:
+    problem = problem_of(mask, heads_q=2, heads_kv=1, head_dim=8)
+    tensors = inputs(problem)
+    check(problem, mask, tensors, run(problem, mask, tensors, tile=tile))
+
+
+@pytest.mark.parametrize("name", ["causal", "sinks_window", "blind_rows", "tiny_documents"])
+def test_shards_of_a_mask(name: str) -> None:
+    """Zigzag ranges and stripes, as context parallelism asks for them."""
+    whole = mask_of(name)
+    ends = np.linspace(0, min(whole.seq_q, whole.seq_k), 5).astype(int)
+    ranges = np.column_stack([ends[:-1], np.diff(ends)])
+    for mask in (whole.restrict(ranges[[1, 2]], ranges[[0, 3]]), whole.stride(3, 1, [2, 0])):
+        problem = problem_of(mask)
+        tensors = inputs(problem)
+        check(problem, mask, tensors, run(problem, mask, tensors))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["causal", "window", "blind_rows", "documents"])
+def test_parts_of_the_keys_add_up(name: str, dtype: str) -> None:
+    """With the out and lse of the whole row, gradients of two halves of the keys just add."""
+    mask = mask_of(name)
+    problem = problem_of(mask, dtype)
+    q, k, v, dout = tensors = inputs(problem)
+    operator = Bands()
+    out, lse = operator.forward(q, k, v, operator.prepare(mask, problem, "cpu"))
+    half = mask.seq_k // 2
+    total = [torch.zeros_like(x) for x in (q, k, v)]
+    for k0, k1 in ((0, half), (half, mask.seq_k)):
+        part = mask.crop(0, mask.seq_q, k0, k1)
+        plan = operator.prepare(part, problem_of(part, dtype), "cpu")
+        grads = operator.backward(dout, q, k[:, k0:k1], v[:, k0:k1], out, lse, plan)
+        for x, gradient, keys in zip(
+            total, grads, (slice(None), slice(k0, k1), slice(k0, k1)), strict=True
+        ):
+            x[:, keys] += gradient
+    check(problem, mask, tensors, (out, lse, *total))
+
+
+@pytest.mark.parametrize("name", ["causal", "window"])
+def test_given_lse_of_minus_infinity(name: str) -> None:
+    mask = mask_of(name)
+    problem = problem_of(mask)
+    q, k, v, dout = inputs(problem)
+    operator = Bands()
+    plan = operator.prepare(mask, problem, "cpu")
+    out, lse = operator.forward(q, k, v, plan)
+    whole = operator.backward(dout, q, k, v, out, lse, plan)
+    lse[..., 100:] = -torch.inf
+    dq, dk, dv = operator.backward(dout, q, k, v, out, lse, plan)
+    torch.testing.assert_close(dq[:, :100], whole[0][:, :100])
+    assert not dq[:, 100:].any()
+    assert torch.isfinite(dk).all()
+    assert torch.isfinite(dv).all()
+    assert not dv[:, 100:].any()
+
+
+@pytest.mark.parametrize("name", ["blind_rows", "sinks_window", "documents", "empty", "wide"])
+def test_uninitialised_memory_does_not_matter(name: str) -> None:
+    """torch fills new memory with NaN in deterministic mode."""
+    problem = problem_of(mask_of(name), heads_q=4)
+    tensors = inputs(problem)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        found = run(problem, mask_of(name), tensors)
+    finally:
+        torch.use_deterministic_algorithms(before)
+    check(problem, mask_of(name), tensors, found)
+    for a, b in zip(found, run(problem, mask_of(name), tensors), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_inputs_stay_and_strides_do_not_matter() -> None:
+    mask = mask_of("sinks_window")
+    problem = problem_of(mask, heads_q=4)
+    tensors = inputs(problem)
+    copies = [x.clone() for x in tensors]
+    found = run(problem, mask, tensors)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, copies, strict=True))
+    strided = tuple(torch.cat([x, x], 2).transpose(1, 2).contiguous().transpose(1, 2)[
+        :, :, : x.shape[2]] for x in tensors)  # fmt: skip
+    for a, b in zip(found, run(problem, mask, strided), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_scores_far_apart() -> None:
+    """Scores of thousands: only the difference from the row maximum may be exponentiated."""
+    mask = mask_of("wide")
+    problem = problem_of(mask, "float64", scale=1000.0)
+    tensors = inputs(problem)
+    found = run(problem, mask, tensors)
+    assert relative(found[0], dense(problem, mask, tensors)[0]) < 1e-9
+
+
+def test_plan_is_linear() -> None:
+    n = 1 << 20
+    ends = np.unique(np.append(np.random.default_rng(0).integers(1, n, 2000), n))
+    plan = layout(AttnMask.from_slices(n, n, documents(*ends.tolist())))
+    assert len(plan.tiles) + len(plan.squares) <= 2001
+    assert len(layout(AttnMask.from_slices(n, n, [(0, n, 0, n, -512, 0)])).tiles) == n // 128
+    causal = layout(AttnMask.from_slices(n, n, [(0, n, 0, n, -n, 0)]))
+    assert causal.tiles == ()
+    assert [tuple(square) for square in causal.squares] == [(0, n, 0, n, True, 0)]
+
+
+def test_refusals() -> None:
+    mask = mask_of("causal")
+    bands = Bands()
+    assert "float32" in (bands.unsupported(problem_of(mask), mask, "cuda") or "")
+    assert "softcap" in (bands.unsupported(problem_of(mask, softcap=1.0), mask, "cpu") or "")
+    assert "mps" in (bands.unsupported(problem_of(mask), mask, "mps") or "")
+    assert bands.unsupported(problem_of(mask, "bfloat16"), mask, "cuda:0") is None
+    with pytest.raises(ValueError, match="tile"):
+        Bands(-1)
+
+
+def test_declaration_needs_no_torch() -> None:
+    code = "import sys, cpbench.kernels.bands.operator; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    assert [info.name for info in OPERATORS] == ["bands"]
+
+
+# --- the CUDA path, with a stand-in for FlashAttention-2 ------------------------------------------
+
+
+def _window(q: torch.Tensor, k: torch.Tensor, left: int, right: int) -> AttnMask:
+    """FlashAttention's window: bottom-right aligned; what mha_fwd and set_params_fprop of
+    flash-attn 2.8.3 make of its bounds."""
+    n, m = q.shape[1], k.shape[1]
+    left, right = (-1 if bound >= m else bound for bound in (left, right))
+    if left < 0 <= right:
+        left = m
+    if right < 0 <= left:
+        right = m
+    lo = m - n - left if left >= 0 else -FAR
+    hi = m - n + right if right >= 0 else FAR
+    return AttnMask.from_slices(n, m, [(0, n, 0, m, lo, hi)])
+
+
+def _fake_forward(q, k, v, cq, ck, nq, nk, p, causal, debug, *, scale, window_size_left,
+                  window_size_right):  # type: ignore[no-untyped-def]  # fmt: skip
+    mask = _window(q, k, window_size_left, window_size_right)
+    assert (nq, nk, causal) == (*mask.to_dense().shape, False)
+    problem = problem_of(mask, heads_q=q.shape[2], heads_kv=k.shape[2], scale=scale)
+    out, lse, *_ = dense(problem, mask, (q, k, v, q))
+    return out.to(q.dtype), lse.float(), None, None, None
+
+
+def _fake_backward(dout, q, k, v, out, lse, cq, ck, nq, nk, p, causal, seed, unused, *, scale,
+                   window_size_left, window_size_right):  # type: ignore[no-untyped-def]  # fmt: skip
+    mask = _window(q, k, window_size_left, window_size_right)
+    changes = {"heads_q": q.shape[2], "heads_kv": k.shape[2], "head_dim": q.shape[3]}
+    problem = problem_of(mask, scale=scale, batch=q.shape[0], **changes)
+    operator = Bands()
+    return operator.backward(dout, q, k, v, out, lse, operator.prepare(mask, problem, "cpu"))
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_cuda_calls(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", _fake_forward)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", _fake_backward)
+    mask = mask_of(name)
+    problem = problem_of(mask, heads_q=4)
+    q, k, v, dout = tensors = inputs(problem)
+    operator = Bands()
+    plan = operator.prepare(mask, problem, "cuda")
+    assert all(call.left >= -1 and call.right >= -1 for call in plan.calls)
+    assert len(plan.calls) == len(cuda.calls(mask)) <= 3 * len(mask.slices)
+    out, lse = operator.forward(q, k, v, plan)
+    check(problem, mask, tensors, (out, lse, *operator.backward(dout, q, k, v, out, lse, plan)))
+
+
+@pytest.mark.parametrize("seq_q", [9, 40, 200])
+@pytest.mark.parametrize("hi", [-30, 0, 17, FAR])
+@pytest.mark.parametrize("lo", [-FAR, -50, -120])
+def test_windows_of_slices_with_more_queries_than_keys(seq_q: int, hi: int, lo: int) -> None:
+    mask = AttnMask.from_slices(seq_q, 30, [(0, seq_q, 0, 30, lo, hi)])
+    found = np.zeros((seq_q, 30), dtype=int)
+    for q0, q1, k0, k1, left, right in cuda.calls(mask):
+        q, k = (torch.empty(1, n, 1, 1) for n in (q1 - q0, k1 - k0))
+        found[q0:q1, k0:k1] += _window(q, k, left, right).to_dense()
+    assert np.array_equal(found, mask.to_dense())
+
+
+def test_cuda_arguments_fit_the_schema() -> None:
+    """The positional arguments that ``bands_cuda`` relies on."""
+    for name, count in (("forward", 10), ("backward", 14)):
+        schema = getattr(torch.ops.aten, f"_flash_attention_{name}").default._schema
+        names = [a.name for a in schema.arguments]
+        assert sum(not a.kwarg_only for a in schema.arguments) == count
+        assert {"scale", "window_size_left", "window_size_right"} <= set(names)

@@ -1,0 +1,215 @@
+"""Every registered operator that runs here, on every static mask, against dense float64."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+
+import naive
+import pytest
+import torch
+
+import cpbench
+from cpbench import masks
+from cpbench.core import registry
+from cpbench.core.operator import Unsupported, declared_refusal
+from cpbench.core.problem import Problem
+from cpbench.masks.attn_mask import AttnMask
+from cpbench.parallel.bound_operator import BoundOperator, merge
+from cpbench.parallel.layout import build as build_layout
+from cpbench.parallel.world import Part, World
+from cpbench.sweep.verification import MASKS, SEQ_LEN
+
+LIMIT = {"float32": 2e-6, "bfloat16": 1.2e-2}
+COMPILED = {"flex"}  # seconds of compilation a case: a test of its own
+HERE = [
+    name
+    for name, info in registry.operators().items()
+    if "cpu" in info.devices and "bands" in info.masks and name not in COMPILED and not info.selects
+]
+
+
+def _compare(operator: str, mask: AttnMask, shape: tuple[int, int, int, int], dtype: str) -> None:
+    batch, heads_q, heads_kv, dim = shape
+    q, k, v, dout = naive.random_inputs(
+        batch, mask.seq_k, heads_q, heads_kv, dim, getattr(torch, dtype)
+    )
+    q, dout = q[:, : mask.seq_q], dout[:, : mask.seq_q]
+    want = naive.attention(q, k, v, dout, mask)
+    for x in (q, k, v):
+        x.requires_grad_()
+    out, lse = cpbench.attention(q, k, v, mask, operator=operator)
+    out.backward(dout)
+    found = {"out": out, "lse": lse, "dq": q.grad, "dk": k.grad, "dv": v.grad}
+    for name in naive.TENSORS:
+        if found[name] is None:
+            assert not registry.operator_info(operator).mergeable
+            continue
+        error = naive.error(found[name].detach(), want[name])
+        assert error < LIMIT[dtype], f"{name} is off by {error:.2g}"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mask", MASKS, ids=lambda text: text.split(":")[0])
+@pytest.mark.parametrize("operator", HERE)
+def test_equals_float64(operator: str, mask: str, dtype: str) -> None:
+    _compare(operator, masks.build(mask, SEQ_LEN), (1, 4, 2, 64), dtype)
+
+
+@pytest.mark.parametrize("operator", HERE)
+@pytest.mark.parametrize("seq_q", [1, 17, 130])
+def test_fewer_queries_than_keys_head_dim_128_and_batches(operator: str, seq_q: int) -> None:
+    mask = masks.build("causal", 130, seq_q=seq_q)
+    _compare(operator, mask, (2, 3, 1, 128), "float32")
+
+
+@pytest.mark.parametrize("operator", HERE)
+def test_rows_that_see_nothing(operator: str) -> None:
+    rows = [(5, 40, 3, 30, -60, 0), (50, 57, 10, 60, -3, 3)]
+    mask = AttnMask.from_slices(67, 67, rows)
+    assert mask.empty_rows().any()
+    _compare(operator, mask, (1, 2, 2, 64), "float32")
+    _compare(operator, AttnMask.from_slices(9, 9, []), (1, 2, 2, 64), "float32")
+
+
+def _alone(mask: AttnMask, problem: Problem) -> Part:
+    """A whole mask as the part of one rank."""
+    problem = replace(problem, seq_q=mask.seq_q, seq_k=mask.seq_k)
+    return World.of(problem, mask, build_layout("contiguous", mask.seq_k, 1)).part([0], [0])
+
+
+@pytest.mark.parametrize(
+    "operator", [name for name in HERE if registry.operator_info(name).external_lse]
+)
+def test_parts_over_split_keys_add_up_to_the_whole(operator: str) -> None:
+    mask = masks.build("causal", 96)
+    q, k, v, dout = naive.random_inputs(1, 96, 4, 2, 64, torch.float32)
+    want = naive.attention(q, k, v, dout, mask)
+    op = BoundOperator.load(operator, "cpu")
+    spans = [(0, 31), (31, 80), (80, 96)]
+    problem = Problem(
+        batch=1, seq_q=96, seq_k=96, heads_q=4, heads_kv=2, head_dim=64, dtype="float32"
+    )
+    plans = [op.prepare(_alone(mask.crop(0, 96, a, b), problem)) for a, b in spans]
+    forward = op.forward_parts(q)
+    for (a, b), plan in zip(spans, plans, strict=True):
+        forward.add(k[:, a:b].contiguous(), v[:, a:b].contiguous(), plan)
+    out, lse = forward.finish()
+    backward = op.backward_parts(dout, q, out, lse)
+    grads = [
+        backward.add(k[:, a:b].contiguous(), v[:, a:b].contiguous(), plan)
+        for (a, b), plan in zip(spans, plans, strict=True)
+    ]
+    found = {
+        "out": out,
+        "lse": lse,
+        "dq": backward.finish(),
+        "dk": torch.cat([dk for dk, _ in grads], 1),
+        "dv": torch.cat([dv for _, dv in grads], 1),
+    }
+    for name in naive.TENSORS:
+        assert naive.error(found[name], want[name]) < 2e-6, name
+
+
+def test_merging_two_empty_parts_stays_empty() -> None:
+    out, lse = torch.zeros(1, 3, 2, 4), torch.full((1, 2, 3), -torch.inf)
+    merged, both = merge(out.clone(), lse, out.clone(), lse)
+    assert torch.equal(merged, out)
+    assert torch.equal(both, lse)
+
+
+def test_merging_does_not_overflow() -> None:
+    parts = [torch.ones(1, 1, 1, 4), 3 * torch.ones(1, 1, 1, 4)]
+    merged, lse = merge(
+        parts[0], torch.full((1, 1, 1), 5000.0), parts[1], torch.full((1, 1, 1), 5000.0)
+    )
+    assert torch.allclose(merged, torch.full_like(merged, 2.0))
+    assert lse.item() == pytest.approx(5000 + 0.6931, abs=1e-3)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="flex compiles C++ for CPUs; no g++ here")
+def test_flex_forward_equals_float64_and_its_backward_is_refused() -> None:
+    mask = masks.build("streaming", 300, num_sinks=4, window=70)
+    q, k, v, dout = naive.random_inputs(1, 300, 4, 2, 64, torch.float32)
+    out, lse = cpbench.attention(q, k, v, mask, operator="flex")
+    want = naive.attention(q, k, v, dout, mask)
+    assert naive.error(out, want["out"]) < 2e-6
+    assert lse is None
+    with pytest.raises(Unsupported, match="no backward pass on cpu"):
+        cpbench.attention(q.requires_grad_(), k, v, mask, operator="flex")
+
+
+def _problem(**changes: object) -> Problem:
+    values = {
+        "batch": 1,
+        "seq_q": 64,
+        "seq_k": 64,
+        "heads_q": 4,
+        "heads_kv": 2,
+        "head_dim": 64,
+        "dtype": "float32",
+    }
+    return Problem(**{**values, **changes})
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "device", "words"),
+    [
+        ("sdpa.flash", {"dtype": "bfloat16"}, "cpu", "runs on cuda, not on cpu"),
+        ("sdpa.flash", {}, "cuda", "takes bfloat16, float16, not float32"),
+        ("flex", {}, "cpu", "no backward pass on cpu; use direction fwd"),
+        ("bands", {"head_dim": 512}, "cpu", "head_dim up to 256, not 512"),
+        ("sdpa.cudnn", {"dtype": "float16", "deterministic": True}, "cuda", "not deterministic"),
+        ("bands", {"softcap": 5.0}, "cpu", "softcap is not built yet"),
+    ],
+)
+def test_refusals_say_why(name: str, changes: dict, device: str, words: str) -> None:
+    reason = declared_refusal(registry.operator_info(name), _problem(**changes), device)
+    assert reason is not None
+    assert words in reason
+
+
+def test_a_dense_mask_that_does_not_fit_is_refused_with_its_size() -> None:
+    op = BoundOperator.load("sdpa.cpu_flash", "cpu")
+    part = _alone(masks.build("sliding_window", 1 << 17, window=16), _problem())
+    with pytest.raises(Unsupported, match=r"a dense mask of 64\.0 GiB would be needed"):
+        op.prepare(part)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [
+        (((1, 8, 4, 16), (1, 9, 2, 16), (1, 9, 2, 16)), "do not fit a mask of 8 queries"),
+        (((1, 8, 4, 16), (1, 8, 3, 16), (1, 8, 3, 16)), "must be a multiple"),
+        (((1, 8, 4, 16), (1, 8, 2, 16), (1, 8, 4, 16)), "must have the same shape"),
+        (((1, 8, 4, 16), (2, 8, 2, 16), (2, 8, 2, 16)), "must agree in batch"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(shapes: tuple, words: str) -> None:
+    q, k, v = (torch.zeros(shape) for shape in shapes)
+    with pytest.raises(ValueError, match=words):
+        cpbench.attention(q, k, v, masks.build("causal", 8))
+
+
+@pytest.mark.parametrize(
+    ("name", "mask"),
+    [
+        *((name, mask) for name in ("flash", "cudnn", "efficient") for mask in ("causal", "full")),
+        ("efficient", "sliding_window_causal:window=16"),
+    ],
+)
+def test_calls_of_gpu_back_ends_fit_the_signatures_of_torch(name: str, mask: str) -> None:
+    """On meta tensors: argument lists, shapes and dtypes; no GPU, so no values."""
+    info = registry.operator_info(f"sdpa.{name}")
+    built = masks.build(mask, 60)
+    op = registry.implementation(info, {})
+    problem = _problem(seq_q=60, seq_k=60, dtype="bfloat16")
+    q, k, v, dout = (
+        torch.empty(2, 60, heads, 64, dtype=torch.bfloat16, device="meta") for heads in (4, 2, 2, 4)
+    )
+    plan = op.prepare(built, problem, "meta")
+    out, lse = op.forward(q, k, v, plan)
+    assert (out.shape, out.dtype) == (q.shape, q.dtype)
+    assert (lse.shape, lse.dtype) == ((2, 4, 60), torch.float32)
+    grads = op.backward(dout, q, k, v, out, lse, plan)
+    assert [(x.shape, x.dtype) for x in grads] == [(x.shape, x.dtype) for x in (q, k, v)]

@@ -1,0 +1,319 @@
+"""`triton_band`: its lists of tiles against the dense mask, its kernels against float64.
+
+The kernels run under Triton's interpreter.  All static masks are in ``test_operators`` too.
+"""
+
+from __future__ import annotations
+
+import os
+from itertools import pairwise
+
+import naive
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cpbench
+from cpbench import masks
+from cpbench.kernels.triton.plan import LEAST_TILES, Visits, grouped_order, visits
+from cpbench.masks.attn_mask import AttnMask
+from cpbench.sweep.verification import MASKS, SEQ_LEN
+
+FAR = 10**6
+LIMIT = {torch.float32: 2e-6, torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
+DOCS = "doc_lens=[1,19,33,2,12]"
+SMALL_MASKS = (
+    "full",
+    "causal",
+    f"full_document:{DOCS}",
+    f"causal_document:{DOCS}",
+    "sliding_window:window=9",
+    "sliding_window_causal:window=20",
+    "prefix_lm_causal:prefix_len=13",
+    f"prefix_lm_document:prefix_len=5,{DOCS}",
+    f"share_question:{DOCS}",
+    f"causal_blockwise:{DOCS}",
+    "global_sliding_window:num_global=3,window=8",
+    f"block_causal_document:block_size=8,{DOCS}",
+    "streaming:num_sinks=4,window=11",
+)
+
+
+def seen_by(found: Visits, plan: int, mask: AttnMask, block_q: int, block_k: int) -> np.ndarray:
+    """What the lists of a plan let see, as the kernels walk them; each pair may be met once."""
+    lists = found.lists
+    seen = np.zeros((mask.seq_q, mask.seq_k), dtype=int)
+    for row, run0, run1, tile0, tile1, _ in lists.items[plan]:
+        q = slice(row * block_q, min((row + 1) * block_q, mask.seq_q))
+        for begin, end in lists.runs[run0:run1]:
+            assert begin < end
+            assert end * block_k <= mask.seq_k, "runs are read without looking at the edge"
+            seen[q, begin * block_k : end * block_k] += 1
+        for t in range(tile0, tile1):
+            start = lists.tiles[t] * block_k
+            shown = _shown(lists, t, np.arange(q.start, q.stop), start, block_k)
+            keys = slice(start, min(start + block_k, mask.seq_k))
+            assert not shown[:, keys.stop - start :].any()
+            seen[q, keys] += shown[:, : keys.stop - start]
+    return seen
+
+
+def _shown(lists: object, t: int, rows: np.ndarray, start: int, block_k: int) -> np.ndarray:
+    """What ``hide`` leaves of a partial tile."""
+    cols = np.arange(start, start + block_k)
+    hidden = np.zeros((len(rows), block_k), dtype=bool)
+    last = np.full(len(rows), -1)
+    for layer in range(*lists.tile_layers[t]):
+        begin, end = last + 1, last
+        taken = np.zeros(len(rows), dtype=bool)
+        for q0, q1, k0, k1, lo, hi in lists.pieces[lists.layers[layer] : lists.layers[layer + 1]]:
+            here = (rows >= q0) & (rows < q1)
+            assert not (taken & here).any(), "two intervals of a row in one layer"
+            taken |= here
+            begin = np.where(here, np.maximum(rows + lo, k0), begin)
+            end = np.where(here, np.minimum(rows + hi, k1 - 1), end)
+        assert (begin > last)[taken].all(), "layers must go from left to right"
+        hidden |= (cols > last[:, None]) & (cols < begin[:, None])
+        last = end
+    return ~(hidden | (cols > last[:, None]))
+
+
+def _check_lists(mask: AttnMask, block_q: int, block_k: int, parts: int = 1) -> Visits:
+    found = visits([mask], block_q, block_k, parts)
+    assert np.array_equal(seen_by(found, 0, mask, block_q, block_k), mask.to_dense())
+    assert sorted(found.lists.order[0]) == list(range(found.lists.items.shape[1]))
+    return found
+
+
+@pytest.mark.parametrize("blocks", [(64, 64), (128, 32), (32, 128)], ids=str)
+@pytest.mark.parametrize("mask", MASKS, ids=lambda text: text.split(":")[0])
+def test_lists_are_the_mask(mask: str, blocks: tuple[int, int]) -> None:
+    built = masks.build(mask, SEQ_LEN)
+    for one in (built, built.transpose()):
+        _check_lists(one, *blocks)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 50), st.integers(1, 30), st.integers(0, 50), st.integers(1, 30),
+                  st.integers(-60, 40), st.integers(0, 40)),
+        max_size=6,
+    ),
+    st.sampled_from([(16, 16), (32, 16), (16, 32)]),
+)  # fmt: skip
+@settings(max_examples=150, deadline=None)
+def test_lists_of_any_slices(rows: list[tuple[int, ...]], blocks: tuple[int, int]) -> None:
+    kept = AttnMask.from_slices(71, 67, [])
+    for q0, n, k0, m, lo, width in rows:
+        slices = [*kept.slices.tolist(), (q0, q0 + n, k0, k0 + m, lo, lo + width)]
+        more = AttnMask.from_slices(71, 67, slices)
+        kept = kept if more.overlap_area() else more
+    _check_lists(kept, *blocks)
+    _check_lists(kept, *blocks, parts=3)
+
+
+def test_split_rows_have_parts_of_their_own_and_add_up() -> None:
+    mask = masks.build("streaming", 600, num_sinks=40, window=300).crop(570, 600, 0, 600)
+    found = _check_lists(mask, 32, 16, parts=4)
+    assert found.splits.tolist() == [[0, 0, found.slots]]
+    assert 2 <= found.slots <= 4
+    slots = found.lists.items[0, :, 5]
+    assert sorted(slots) == list(range(found.slots))
+    alone = visits([mask], 32, 16, parts=1)
+    assert alone.slots == 0
+    short = visits([masks.build("causal", 40)], 16, 16, parts=4)
+    assert short.slots == 0, f"rows of up to {LEAST_TILES} tiles are not split"
+
+
+def test_rows_are_ordered_longest_first() -> None:
+    found = visits([masks.build("causal", 600)], 64, 64)
+    assert found.lists.order[0].tolist() == list(range(9, -1, -1))
+    both = visits([masks.build("causal", 600), masks.build("full", 600)], 64, 64)
+    assert grouped_order(both, 2).shape == (1, 10)
+    assert grouped_order(both, 2)[0, 0] == 9
+
+
+def test_lists_are_linear_in_what_is_visited() -> None:
+    mask = masks.build("causal", 1 << 20)
+    found = visits([mask], 128, 128)
+    assert found.visited == 8192 * 8193 // 2
+    lists = found.lists
+    assert len(lists.runs) == 8191
+    assert len(lists.tiles) == len(lists.pieces) == 8192
+
+
+# --- kernels ------------------------------------------------------------------------------------
+
+
+def compare(
+    mask: AttnMask, operator: str, shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
+    """Everything against dense float64."""
+    batch, heads_q, heads_kv, dim = shape
+    tokens = max(mask.seq_q, mask.seq_k)
+    q, k, v, dout = naive.random_inputs(batch, tokens, heads_q, heads_kv, dim, dtype)
+    q, dout = (x[:, : mask.seq_q].contiguous() for x in (q, dout))
+    k, v = (x[:, : mask.seq_k].contiguous() for x in (k, v))
+    want = naive.attention(q, k, v, dout, mask)
+    for x in (q, k, v):
+        x.requires_grad_()
+    out, lse = cpbench.attention(q, k, v, mask, operator=operator)
+    out.backward(dout)
+    found = {"out": out, "lse": lse, "dq": q.grad, "dk": k.grad, "dv": v.grad}
+    for name in naive.TENSORS:
+        error = naive.error(found[name].detach(), want[name])
+        assert error < LIMIT[dtype], f"{name} is off by {error:.2g}"
+
+
+@pytest.mark.parametrize("mask", SMALL_MASKS, ids=lambda text: text.split(":")[0])
+def test_every_static_mask_at_67_tokens_in_small_tiles(mask: str) -> None:
+    operator = "triton_band:block_q=16,block_k=32"
+    compare(masks.build(mask, 67), operator, (1, 2, 1, 64), torch.float32)
+
+
+@pytest.mark.parametrize("mask", ["causal", "streaming:num_sinks=4,window=37"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_at_131_tokens_in_two_batches(mask: str, dtype: torch.dtype) -> None:
+    compare(masks.build(mask, 131), "triton_band", (2, 2, 1, 64), dtype)
+
+
+@pytest.mark.parametrize("head_dim", [16, 96, 128, 192, 256])
+def test_head_dims(head_dim: int) -> None:
+    compare(masks.build("causal", 83), "triton_band", (1, 2, 1, head_dim), torch.float32)
+
+
+@pytest.mark.parametrize("extents", [(1, 300), (37, 211), (130, 61)], ids=str)
+@pytest.mark.parametrize("parts", [1, 3])
+def test_queries_and_keys_differ_and_rows_are_split(extents: tuple[int, int], parts: int) -> None:
+    seq_q, seq_k = extents
+    mask = AttnMask.from_slices(seq_q, seq_k, [(0, seq_q, 0, seq_k, -FAR, seq_k - seq_q + 5)])
+    operator = f"triton_band:parts={parts},block_k=16"
+    compare(mask, operator, (1, 4, 2, 64), torch.float32)
+
+
+def test_tensor_descriptors_read_the_same() -> None:
+    mask = masks.build("streaming", 150, num_sinks=4, window=70)
+    for dim in (64, 96):
+        compare(mask, "triton_band:descriptors=1,block_q=32", (1, 2, 1, dim), torch.float32)
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """Tokens so far apart that their element numbers do not fit an int32; untouched memory of a
+    large tensor costs nothing."""
+    tokens, apart = 300, (1 << 23) + 8
+    assert tokens * apart > 1 << 31
+    shape, strides = (1, tokens, 1, 16), (tokens * apart, apart, 16, 1)
+    given = naive.random_inputs(1, tokens, 1, 1, 16, torch.float16)
+    spread = [torch.empty(tokens * apart, dtype=torch.float16) for _ in range(3)]
+    views = [x.as_strided(shape, strides) for x in spread]
+    for view, x in zip(views, given[:3], strict=True):
+        view.copy_(x)
+    mask = masks.build("sliding_window_causal", tokens, window=20)
+    want = naive.attention(*given, mask)
+    out, _ = cpbench.attention(*views, mask, operator="triton_band")
+    assert naive.error(out, want["out"]) < LIMIT[torch.float16]
+
+
+def test_backward_is_the_same_to_the_bit() -> None:
+    mask = masks.build("causal", 200)
+    runs = []
+    for _ in range(2):
+        q, k, v, dout = naive.random_inputs(1, 200, 4, 2, 64, torch.bfloat16)
+        for x in (q, k, v):
+            x.requires_grad_()
+        cpbench.attention(q, k, v, mask, operator="triton_band")[0].backward(dout)
+        runs.append((q.grad, k.grad, v.grad))
+    for first, second in pairwise(runs):
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match="block_q = 48 must be a power of two from 16 on"):
+        cpbench.attention(*_tiny(), masks.build("causal", 8), operator="triton_band:block_q=48")
+    before = os.environ.pop("TRITON_INTERPRET")
+    try:
+        with pytest.raises(ValueError, match="set TRITON_INTERPRET=1 to check it there"):
+            cpbench.attention(*_tiny(), masks.build("full", 8), operator="triton_band")
+    finally:
+        os.environ["TRITON_INTERPRET"] = before
+
+
+def _tiny() -> list[torch.Tensor]:
+    return naive.random_inputs(1, 8, 1, 1, 16, torch.float32)[:3]
+
+
+def test_inputs_whose_lanes_are_apart_are_read_as_they_are() -> None:
+    """Every other lane of a wider tensor."""
+    wide = [torch.randn(1, 70, 2, 32) for _ in range(3)]
+    apart = [x[..., ::2] for x in wide]
+    mask = masks.build("causal", 70)
+    want = cpbench.attention(*apart, mask, operator="reference")
+    found = cpbench.attention(*apart, mask, operator="triton_band")
+    for a, b in zip(found, want, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_scales_that_turn_scores_around(scale: float) -> None:
+    inputs = [torch.randn(1, 70, 2, 16, requires_grad=True) for _ in range(3)]
+    mask = masks.build("sliding_window_causal", 70, window=9)
+    dout = torch.randn(1, 70, 2, 16)
+    grads = {}
+    for name in ("reference", "triton_band"):
+        out, _ = cpbench.attention(*inputs, mask, operator=name, scale=scale)
+        grads[name] = torch.autograd.grad(out, inputs, dout)
+    for a, b in zip(grads["triton_band"], grads["reference"], strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_a_nan_among_the_queries_stays_one() -> None:
+    q, k, v = (torch.randn(1, 40, 1, 16) for _ in range(3))
+    q[0, 7] = float("nan")
+    out, lse = cpbench.attention(q, k, v, masks.build("causal", 40), operator="triton_band")
+    assert out[0, 7].isnan().all()
+    assert lse[0, 0, 7].isnan()
+    assert lse[0, 0, 8].isfinite()
+
+
+def test_scratch_for_descriptors_is_there_in_every_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autograd runs backward passes in threads of its own, and Triton keeps its allocator for each
+    thread."""
+    import threading
+
+    from triton.runtime import _allocation
+
+    from cpbench.kernels.triton import launch
+    from cpbench.kernels.triton.configs import Config
+
+    config, x, seen = Config(64, 64, 4, 1, 1), torch.zeros(1, 8, 1, 16), []
+
+    def look() -> None:
+        assert launch._descriptors(config, x)
+        seen.append(_allocation._allocator.get())
+
+    look()
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert seen == [launch._scratch] * 2
+
+
+@pytest.mark.parametrize(
+    ("target", "head_dim", "words"),
+    [
+        ("cuda:75", 64, "compute capability 8.0"),
+        ("hip:gfx90a", 64, "gfx942"),
+        ("cuda:86", 256, "float32 up to head_dim 128"),
+        ("cuda:90", 256, None),
+        ("cuda:86", 128, None),
+    ],
+)
+def test_targets_without_what_it_takes_are_refused(
+    target: str, head_dim: int, words: str | None
+) -> None:
+    from cpbench.kernels.triton.configs import unserved
+
+    found = unserved(target, head_dim, 4)
+    assert (words in found) if words and found else words is found

@@ -1,0 +1,124 @@
+"""Layouts: who owns which tokens, and the exact areas between ranks."""
+
+from __future__ import annotations
+
+import cProfile
+import pstats
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cpbench import masks
+from cpbench.masks.attn_mask import AttnMask
+from cpbench.parallel import layout as layouts
+
+NAMES = layouts.names()
+
+
+def _documents(lengths: list[int]) -> AttnMask:
+    return masks.build("causal_document", sum(lengths), doc_lens=lengths)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5), size=st.integers(1, 6))
+def test_every_pair_of_ranks_equals_the_dense_mask(
+    name: str, lengths: list[int], size: int
+) -> None:
+    mask = _documents(lengths)
+    dealt = layouts.build(name, mask.seq_q, size, mask)
+    dense = np.zeros((dealt.padded_len, dealt.padded_len), dtype=bool)
+    dense[: mask.seq_q, : mask.seq_k] = mask.to_dense()
+    positions = [dealt.positions(rank) for rank in range(size)]
+    assert sorted(np.concatenate(positions)) == list(range(dealt.padded_len))
+    area = layouts.area_matrix(mask, dealt, dealt)
+    for r in range(size):
+        for s in range(size):
+            want = dense[np.ix_(positions[r], positions[s])]
+            assert area[r, s] == want.sum()
+            local = layouts.local_mask(mask, dealt, [r], dealt, [s])
+            assert np.array_equal(local.to_dense(), want)
+        everyone = np.concatenate(positions)
+        local = layouts.local_mask(mask, dealt, [r], dealt, range(size))
+        assert np.array_equal(local.to_dense(), dense[np.ix_(positions[r], everyone)])
+    backwards = list(range(size))[::-1]
+    merged = dealt.merged([backwards])
+    assert np.array_equal(merged.positions(0), np.concatenate(positions[::-1]))
+    whole = layouts.local_mask(mask, merged, [0], merged, [0])
+    assert np.array_equal(whole.to_dense(), dense[np.ix_(merged.positions(0), merged.positions(0))])
+    assert whole.overlap_area() == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_shard_and_unshard_are_inverse_and_pad_with_zeros(name: str, dtype: torch.dtype) -> None:
+    # More tokens than bfloat16 has integers: an index must never pass through the data's dtype.
+    x = torch.arange(2 * 1003 * 3).reshape(2, 1003, 3).to(dtype)
+    dealt = layouts.build(name, 1003, 4, masks.build("causal_document", 1003, doc_lens=[1000, 3]))
+    shards = [dealt.shard(x, rank) for rank in range(4)]
+    assert {shard.shape[1] for shard in shards} == {dealt.local_len}
+    assert torch.equal(dealt.unshard(shards), x)
+    for rank, shard in enumerate(shards):
+        padding = torch.as_tensor(dealt.positions(rank) >= 1003)
+        assert not shard[:, padding].any()
+
+
+def test_zigzag_balances_causal_and_contiguous_does_not() -> None:
+    mask = masks.build("causal", 4096)
+    zigzag, contiguous = (_work(name, mask, 8) for name in ("zigzag", "contiguous"))
+    assert zigzag.max() == zigzag.min()
+    assert contiguous.max() / contiguous.mean() == pytest.approx(15 / 8, rel=0.01)
+
+
+def _work(name: str, mask: AttnMask, size: int) -> np.ndarray:
+    """Visible pairs of the queries of each rank."""
+    dealt = layouts.build(name, mask.seq_k, size, mask)
+    return layouts.area_matrix(mask, dealt, dealt).sum(1)
+
+
+def test_zigzag_in_every_document_balances_documents_that_do_not_divide() -> None:
+    lengths = [1001, 67, 9, 2, 1500, 517, 1000]
+    mask = masks.build("causal_document", sum(lengths), doc_lens=lengths)
+    whole, inside = (_work(name, mask, 4) for name in ("zigzag", "zigzag_document"))
+    assert inside.max() / inside.mean() < 1.01
+    assert whole.max() / whole.mean() > 1.15
+    dealt = layouts.build("zigzag_document", sum(lengths), 4, mask)
+    assert dealt.padded_len - sum(lengths) < 2 * 4  # no document is padded on its own
+    assert mask.diagonal_blocks().tolist() == np.cumsum([0, *lengths[:-1]]).tolist()
+
+
+def test_zigzag_document_without_documents_is_zigzag() -> None:
+    mask = masks.build("sliding_window_causal", 64, window=7)
+    one, other = (layouts.build(name, 64, 4, mask) for name in ("zigzag", "zigzag_document"))
+    for rank in range(4):
+        assert np.array_equal(one.positions(rank), other.positions(rank))
+
+
+def test_zigzag_document_needs_a_mask_and_refuses_what_would_take_minutes() -> None:
+    with pytest.raises(ValueError, match="follows the documents of a mask: give the mask"):
+        layouts.build("zigzag_document", 64, 2)
+    mask = masks.build("causal_document", 1 << 23, doc_lens=[1 << 12] * (1 << 11))
+    with pytest.raises(ValueError, match=r"2048 documents into \d+ pieces between 1024 ranks"):
+        layouts.build("zigzag_document", 1 << 23, 1024, mask)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_million_tokens_on_96_ranks_are_planned_without_loops_over_pairs(name: str) -> None:
+    mask = masks.build("causal_document", 1 << 20, corpus="prolong64k", seed=0)
+    dealt = layouts.build(name, 1 << 20, 96, mask)
+    with cProfile.Profile() as profile:
+        area = layouts.area_matrix(mask, dealt, dealt)
+    assert area.sum() == mask.area
+    assert pstats.Stats(profile).total_calls < 400  # 9,216 pairs would need as many calls
+
+
+def test_unknown_layouts_and_parameters_name_what_there_is() -> None:
+    with pytest.raises(
+        ValueError, match="no layout 'spiral'; there are: contiguous, dispatch, striped, zigzag"
+    ):
+        layouts.build("spiral", 8, 2)
+    with pytest.raises(ValueError, match="no parameter 'chunk'; it takes no parameters"):
+        layouts.build("zigzag:chunk=2", 8, 2)

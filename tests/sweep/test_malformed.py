@@ -1,0 +1,361 @@
+"""Bad input: exit code 2, one line on stderr that names what is wrong and what is allowed, nothing
+on stdout, nothing left on disk, and no torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cpbench.cli import main
+
+# A sweep file, and what its line must say: what is wrong, what is allowed.
+SWEEPS: dict[str, tuple[str, list[str]]] = {
+    "no table": ("", ["[sweep]", "nothing to run"]),
+    "empty sweep": ("[sweep]", ["[sweep]", "nothing to run"]),
+    "unknown table": ("[swep]\nmask = 'full'", ["'swep'", "sweep, include, exclude, measure"]),
+    "unknown key": ("[sweep]\nmasks = 'full'", ["'masks'", "mask, inputs, batch, seq_len"]),
+    "unknown include key": ("[[include]]\nrank = 1", ["'rank'", "world_size"]),
+    "unknown exclude key": ("[sweep]\nseed = 1\n[[exclude]]\nx = 1", ["'x'", "world_size"]),
+    "unknown measure key": ("[sweep]\nseed = 1\n[measure]\niters = 3", ["'iters'", "warmup"]),
+    "sweep is no table": ("sweep = 3", ["sweep", "[sweep]"]),
+    "include is one table": ("[include]\nseed = 1", ["include", "[[include]]"]),
+    "exclude is one table": ("[sweep]\nseed = 1\n[exclude]\nseed = 1", ["[[exclude]]"]),
+    "include of numbers": ("include = [1]", ["include", "[include]"]),
+    "empty exclude": ("exclude = [{}]\n[sweep]\nseed = 1", ["exclude", "empty", "strategy"]),
+    "measure is no table": ("measure = 1\n[sweep]\nseed = 1", ["measure", "[measure]"]),
+    "description no text": ("description = 3\n[sweep]\nseed = 1", ["description", "string"]),
+    "all excluded": ("[sweep]\nseed = 1\n[[exclude]]\nseed = 1", ["excluded", "nothing to run"]),
+    "TOML value": ("[sweep]\nseq_len = ", ["not TOML", "Invalid value"]),
+    "TOML bracket": ("[sweep\n", ["not TOML", "line 1"]),
+    "TOML key twice": ("[sweep]\nmask = 'full'\nmask = 'causal'\nseed = 1", ["not TOML", "line 3"]),
+    "TOML nested": ("x = " + "[" * 5000, ["nested too deeply"]),
+    "TOML huge number": ("[sweep]\nseq_len = " + "9" * 5000, ["s.toml", "4300 digits"]),
+    "operator": ("[sweep]\noperator = 'bnds'", ["operator 'bnds'", "bands, ", "reference"]),
+    "operator parameter": ("[sweep]\noperator = 'bands:x=1'", ["'x'", "it takes"]),
+    "operator number": ("[sweep]\noperator = 5", ["operator: 5", "name"]),
+    "operator without name": ("[sweep]\noperator = {x = 1}", ["operator:", "name = "]),
+    "strategy": ("[sweep]\nstrategy = 'rng'", ["strategy 'rng'", "ring, ", "ulysses"]),
+    "strategy parameter": ("[sweep]\nstrategy = 'ring:x=1'", ["'ring'", "'x'", "takes grad_dtype"]),
+    "layout": (
+        "[sweep]\nlayout = 'zig'",
+        ["layout 'zig'", "contiguous, dispatch, striped, zigzag"],
+    ),
+    "layout parameter": ("[sweep]\nlayout = 'zigzag:x=1'", ["'zigzag'", "'x'", "no parameters"]),
+    "excluded strategy": (
+        "[sweep]\nseed = 1\n[[exclude]]\nstrategy = 'ulyses'",
+        ["'ulyses'", "ulysses"],
+    ),
+    "mask": ("[sweep]\nmask = 'casual'", ["mask 'casual'", "causal, "]),
+    "mask parameter": ("[sweep]\nmask = 'sliding_window:w=3'", ["'w'", "takes window"]),
+    "mask parameter twice": (
+        "[sweep]\nmask = 'sliding_window:window=1,window=2'",
+        ["'window'", "twice"],
+    ),
+    "mask parameter name": ("[sweep]\nmask = 'causal:name=3'", ["'name'", "parameter"]),
+    "mask parameter cls": ("[sweep]\nmask = 'causal:cls=3'", ["'cls'", "takes seq_q, offset"]),
+    "mask grammar": ("[sweep]\nmask = 'causal:'", ["'causal:'", "key=value"]),
+    "mask comma": ("[sweep]\nmask = 'causal,full'", ["'causal,full'", "key=value"]),
+    "mask negative": ("[sweep]\nmask = 'sliding_window:window=-1'", ["window", ">= 0", "-1"]),
+    "mask boolean": ("[sweep]\nmask = 'sliding_window:window=true'", ["window", ">= 0", "True"]),
+    "mask fraction": ("[sweep]\nmask = 'sliding_window:window=1.5'", ["window", "integer", "1.5"]),
+    "mask nan": ("[sweep]\nmask = 'sliding_window:window=nan'", ["nan", "finite"]),
+    "mask inf": ("[sweep]\nmask = {name = 'sliding_window', window = inf}", ["inf", "finite"]),
+    "mask date": (
+        "[sweep]\nmask = {name = 'sliding_window', window = 2020-01-01}",
+        ["window", "a number, a string"],
+    ),
+    "mask no draws": ("[sweep]\nmask = {name = 'causal_document', seed = []}", ["seed", "empty"]),
+    "mask too wide": (
+        "[sweep]\nmask = 'streaming:num_sinks=9k'\nseq_len = '4k'",
+        ["num_sinks", "<= 4096"],
+    ),
+    "mask not square": ("[sweep]\nmask = 'causal:seq_q=5'", ["5 x 1024", "square"]),
+    "mask corpus": ("[sweep]\nmask = 'full_document:corpus=bible'", ["'bible'", "pile, "]),
+    "mask seed": ("[sweep]\nmask = 'full_document:seed=-1'", ["seed", ">= 0", "-1"]),
+    "doc_lens sum": ("[sweep]\nmask = 'full_document:doc_lens=[1,2]'", ["1024", "not to 3"]),
+    "doc_lens zero": ("[sweep]\nmask = 'full_document:doc_lens=[0,1024]'", ["doc_lens", ">= 1"]),
+    "doc_lens empty": ("[sweep]\nmask = 'full_document:doc_lens=[]'", ["doc_lens", "at least one"]),
+    "doc_lens words": ("[sweep]\nmask = 'full_document:doc_lens=[a,b]'", ["'a'", "size"]),
+    "two document sources": (
+        "[sweep]\nmask = 'full_document:corpus=pile,doc_lens=[1024]'",
+        ["doc_lens and corpus", "one of"],
+    ),
+    "lengths file": ("[sweep]\nmask = 'full_document:file=no.txt'", ["'no.txt'", "no file"]),
+    "lengths file kind": ("[sweep]\nmask = 'full_document:file=s.toml'", [".txt, .json"]),
+    "size word": ("[sweep]\nseq_len = '64q'", ["seq_len", "'64q'", "64k, 1m"]),
+    "size zero": ("[sweep]\nseq_len = 0", ["seq_len = 0", "positive"]),
+    "size negative": ("[sweep]\nbatch = -1", ["batch = -1", "positive"]),
+    "size fraction": ("[sweep]\nhead_dim = 64.0", ["head_dim = 64.0", "integer"]),
+    "size boolean": ("[sweep]\nworld_size = true", ["world_size = True", "integer"]),
+    "size nan": ("[sweep]\nseq_len = nan", ["seq_len = nan", "integer"]),
+    "size list in list": ("[sweep]\nseq_len = [[1, 2]]", ["seq_len = [1, 2]", "integer"]),
+    "size table": ("[sweep]\nseq_len = {a = 1}", ["seq_len", "integer"]),
+    "empty list": ("[sweep]\nseq_len = []", ["seq_len = []", "at least one"]),
+    "empty mask list": ("[sweep]\nmask = []", ["mask = []", "at least one"]),
+    "huge sequence": ("[sweep]\nseq_len = '1000000m'", ["seq_len = 1000000m", "at most 64m"]),
+    "huge digits": ("[sweep]\nseq_len = '" + "9" * 400 + "'", ["seq_len", "at most 19 digits"]),
+    "huge world": ("[sweep]\nworld_size = 100000", ["world_size = 100000", "at most 16k"]),
+    "huge batch": ("[sweep]\nbatch = '1m'", ["batch = 1m", "at most 64k"]),
+    "huge head_dim": ("[sweep]\nhead_dim = '1m'", ["head_dim = 1m", "at most 16k"]),
+    "huge seed": ("[sweep]\nseed = 9223372036854775808", ["seed", "at most"]),
+    "negative seed": ("[sweep]\nseed = -1", ["seed = -1", "0 or more"]),
+    "too many cases": (
+        "[sweep]\n"
+        + "".join(
+            f"{key} = {[*range(1, 101)]}\n" for key in ("seed", "seq_len", "batch", "world_size")
+        ),
+        ["100000000 cases", "at most 100000"],
+    ),
+    "heads": ("[sweep]\nnum_heads_q = 4\nnum_heads_kv = 3", ["(4)", "multiple", "(3)"]),
+    "dtype": ("[sweep]\ndtype = 'float8'", ["dtype = 'float8'", "float32, bfloat16, float16"]),
+    "dtype number": ("[sweep]\ndtype = 32", ["dtype = 32", "float32, bfloat16, float16"]),
+    "direction": ("[sweep]\ndirection = 'up'", ["direction = 'up'", "fwd, bwd, fwd_bwd"]),
+    "timeout nan": ("[sweep]\nseed = 1\n[measure]\ntimeout_s = nan", ["timeout_s = nan", "finite"]),
+    "timeout inf": ("[sweep]\nseed = 1\n[measure]\ntimeout_s = inf", ["timeout_s = inf", "finite"]),
+    "timeout zero": ("[sweep]\nseed = 1\n[measure]\ntimeout_s = 0", ["timeout_s", "positive"]),
+    "precision negative": ("[sweep]\nseed = 1\n[measure]\nprecision = -0.1", ["-0.1", "0 or more"]),
+    "iterations text": ("[sweep]\nseed = 1\n[measure]\nmax_iterations = '9'", ["'9'", "type int"]),
+    "iterations boolean": ("[sweep]\nseed = 1\n[measure]\nwarmup = true", ["True", "type int"]),
+    "iterations order": (
+        "[sweep]\nseed = 1\n[measure]\nmin_iterations = 9\nmax_iterations = 3",
+        ["min_iterations (9)", "<= max_iterations"],
+    ),
+    "threads": ("[sweep]\nseed = 1\n[measure]\nthreads = 1000000", ["threads", "at most 1024"]),
+    "time number": ("[sweep]\nseed = 1\n[measure]\ntime = 1", ["time = 1", "type bool"]),
+    "operator file": ("[sweep]\noperator = './no.py:op'", ["'./no.py'", "no file"]),
+    "operator file syntax": ("[sweep]\noperator = './bad.py:op'", ["bad.py", "SyntaxError"]),
+    "operator file raises": ("[sweep]\noperator = './exits.py:op'", ["exits.py", "SystemExit"]),
+    "operator file binary": ("[sweep]\noperator = './binary.py:op'", ["binary.py", "null bytes"]),
+    "operator attribute": ("[sweep]\noperator = './good.py:nosuch'", ["'nosuch'", "my_op"]),
+    "operator of wrong kind": (
+        "[sweep]\nstrategy = './good.py:my_op'",
+        ["'my_op'", "StrategyInfo", "none"],
+    ),
+    "operator not Python": ("[sweep]\noperator = './good.txt:my_op'", ["good.txt", "name"]),
+    "mask file attribute": ("[sweep]\nmask = './good.py:number'", ["'number'", "function"]),
+}
+
+# A command line, and what its line must say.
+LINES: dict[str, tuple[list[str], list[str]]] = {
+    "command": (
+        ["benchmark"],
+        [
+            "'benchmark'",
+            "list, run, bench, verify, report, compare, gate, plot, mask, traffic, links",
+        ],
+    ),
+    "option": (["run", "quick", "--fast"], ["--fast", "cpbench run --help"]),
+    "extra word": (["doctor", "now"], ["now", "cpbench doctor --help"]),
+    "list nothing": (["list"], ["kind", "operators, strategies, layouts, masks, inputs"]),
+    "list kind": (["list", "kernels"], ["'kernels'", "'operators', 'strategies'"]),
+    "list device": (["list", "masks", "--device", "tpu"], ["'tpu'", "'cpu', 'cuda'"]),
+    "run without sweep": (["run"], ["SWEEP", "cpbench run --help"]),
+    "run missing": (["run", "no.toml"], ["no.toml", "No such file"]),
+    "run folder": (["run", "folder.toml"], ["folder.toml", "directory"]),
+    "run binary": (["run", "binary.py.toml"], ["binary.py.toml", "UTF-8"]),
+    "run packaged": (
+        ["run", "quik"],
+        ["'quik'", "context_parallel, context_parallel_quick, kernels, longca"],
+    ),
+    "run launcher": (
+        ["run", "quick", "--launcher", "ssh"],
+        ["'ssh'", "'local', 'torchrun', 'mpi'"],
+    ),
+    "run device": (["run", "quick", "--device", "gpu"], ["'gpu'", "'cpu', 'cuda'"]),
+    "run retry": (["run", "quick", "--retry", "failed"], ["'failed'", "ok, unsupported, oom"]),
+    "run where form": (["run", "quick", "--where", "mask"], ["'mask'", "key=value", "world_size"]),
+    "run where key": (["run", "quick", "--where", "rank=2"], ["'rank'", "world_size"]),
+    "run where value": (["run", "quick", "--where", "seq_len=4q"], ["'4q'", "64k"]),
+    "run where mask": (["run", "quick", "--where", "mask=casual"], ["'casual'", "causal"]),
+    "run where none": (["run", "quick", "--where", "world_size=3"], ["world_size=3", "1, 2, 4"]),
+    "run out file": (["run", "quick", "--out", "good.txt"], ["good.txt", "give a folder"]),
+    "run out below file": (["run", "quick", "--out", "good.txt/x"], ["good.txt", "give a folder"]),
+    "bench out file": (["bench", "--out", "good.txt"], ["good.txt", "give a folder"]),
+    "bench operator": (["bench", "--operator", "bands,x"], ["'x'", "bands"]),
+    "bench no operator": (["bench", "--operator", ""], ["operator", "name:key=value"]),
+    "bench mask": (["bench", "--mask", "causal", "--mask", "casual"], ["'casual'", "causal"]),
+    "bench size": (["bench", "--seq-len", "1k,,2k"], ["seq_len", "''", "64k"]),
+    "bench negative": (["bench", "--seq-len", "-5"], ["seq_len", "'-5'", "64k"]),
+    "bench huge": (["bench", "--seq-len", "1000000m"], ["1000000m", "at most 64m"]),
+    "bench heads": (["bench", "--num-heads-q", "4", "--num-heads-kv", "8"], ["(4)", "(8)"]),
+    "bench precision": (["bench", "--precision", "high"], ["--precision", "number"]),
+    "bench precision nan": (["bench", "--precision", "nan"], ["precision = nan", "finite"]),
+    "bench seconds": (["bench", "--max-seconds", "-1"], ["max_seconds = -1.0", "0 or more"]),
+    "bench timeout": (["bench", "--timeout", "0"], ["timeout_s = 0.0", "positive"]),
+    "bench timeout text": (["bench", "--timeout", "soon"], ["--timeout", "number"]),
+    "bench direction": (["bench", "--direction", "both"], ["'both'", "fwd, bwd, fwd_bwd"]),
+    "bench fraction": (
+        ["bench", "--strategy", "usp:ulysses=0.5", "--world-size", "2"],
+        ["ulysses = 0.5", "integer"],
+    ),
+    "traffic negative": (
+        ["traffic", "usp:ulysses=-2"],
+        ["ulysses = -2", "a number of ranks, or 0"],
+    ),
+    "traffic text": (["traffic", "ulysses:chunks=x"], ["chunks = 'x'", "integer"]),
+    "traffic strategy": (["traffic", "x"], ["'x'", "ring"]),
+    "traffic heads": (["traffic", "ulysses", "--world-size", "48"], ["64 on 48", "divisible"]),
+    "links seconds": (["links", "--seconds", "nan"], ["--seconds nan", "more than 0"]),
+    "links ranks": (["links", "--world-size", "3000"], ["--world-size 3000", "at most 256"]),
+    "verify operator": (["verify", "--operator", "x"], ["'x'", "bands"]),
+    "verify strategy": (["verify", "--strategy", "x"], ["'x'", "ring"]),
+    "verify mask": (["verify", "--mask", "x"], ["'x'", "causal"]),
+    "verify dtype": (["verify", "--dtype", "int8"], ["'int8'", "float32, bfloat16"]),
+    "verify world": (["verify", "--world-size", "two"], ["'two'", "64k"]),
+    "verify world 0": (["verify", "--world-size", "0"], ["world_size = 0", "positive"]),
+    "verify timeout": (["verify", "--timeout", "-1"], ["timeout_s = -1.0", "positive"]),
+    "verify timeout nan": (["verify", "--timeout", "nan"], ["timeout_s = nan", "finite"]),
+    "verify out": (["verify", "--out", "good.txt"], ["good.txt", "give a folder"]),
+    "mask name": (["mask", "casual", "--seq-len", "1k"], ["'casual'", "causal"]),
+    "mask size": (["mask", "causal", "--seq-len", "1z"], ["'1z'", "64k"]),
+    "mask huge": (["mask", "full_document", "--seq-len", "1000000m"], ["at most 64m"]),
+    "mask no size": (["mask", "causal"], ["--seq-len", "cpbench mask --help"]),
+    "mask png kind": (["mask", "causal", "--seq-len", "9", "--png", "x.jpg"], ["x.jpg", ".png"]),
+    "mask png folder": (
+        ["mask", "causal", "--seq-len", "9", "--png", "no/x.png"],
+        ["no/x.png", "No such file"],
+    ),
+    "report nothing": (["report"], ["run directory", "--columns"]),
+    "report missing": (["report", "no"], ["no is not a run directory", "records"]),
+    "report other folder": (["report", "folder.toml"], ["folder.toml", "records"]),
+    "report file": (["report", "good.txt"], ["good.txt", "records"]),
+    "report empty": (["report", "started"], ["no finished case"]),
+    "report damaged": (["report", "damaged"], ["no finished case", "damaged line"]),
+    "report format": (["report", "started", "--format", "xml"], ["'xml'", "'table', 'html', 'md'"]),
+}
+REAL = [
+    "command",
+    "run missing",
+    "run folder",
+    "run binary",
+    "run where none",
+    "run out file",
+    "bench operator",
+    "bench huge",
+    "verify strategy",
+    "mask name",
+    "report missing",
+    "report format",
+]
+
+GOOD = """
+from cpbench.core.registry import OperatorInfo
+number = 5
+my_op = OperatorInfo(name="my_op", summary="mine", source="me", load=dict)
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with some files in it."""
+    (tmp_path / "good.py").write_text(GOOD)
+    (tmp_path / "good.txt").write_text("5\n")
+    (tmp_path / "bad.py").write_text("def (:\n")
+    (tmp_path / "exits.py").write_text("print('hello')\nraise SystemExit(0)\n")
+    (tmp_path / "binary.py").write_bytes(bytes(range(256)))
+    (tmp_path / "binary.py.toml").write_bytes(bytes(range(256)))
+    (tmp_path / "folder.toml").mkdir()
+    (tmp_path / "started" / "records").mkdir(parents=True)
+    (tmp_path / "damaged" / "records").mkdir(parents=True)
+    (tmp_path / "damaged" / "records" / "a.jsonl").write_text("{\n")
+    monkeypatch.chdir(tmp_path)
+    # What a wrong command would make elsewhere, it would make here.
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    return tmp_path
+
+
+def _files(folder: Path) -> dict[str, bytes | None]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def _refused(code: int, out: str, err: str, parts: list[str]) -> None:
+    assert (code, out) == (2, "")
+    assert err.startswith("cpbench: ")
+    assert err.endswith("\n")
+    lines = [line for line in err.splitlines() if line != "hello"]  # what the user's file printed
+    assert len(lines) == 1, err
+    assert len(err) < 1200
+    for part in parts:
+        assert part in err
+
+
+def _check(
+    argv: list[str], parts: list[str], folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = _files(folder)
+    code = main.invoke(argv)
+    printed = capfd.readouterr()
+    err = printed.err.removeprefix("hello\n")
+    _refused(code, printed.out, err, parts)
+    assert _files(folder) == before
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_sweep(name: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    text, parts = SWEEPS[name]
+    (folder / "s.toml").write_text(text)
+    _check(["run", "s.toml"], ["s.toml", *parts], folder, capfd)
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_line(name: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    argv, parts = LINES[name]
+    _check(argv, parts, folder, capfd)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_command(name: str, folder: Path) -> None:
+    argv, parts = LINES[name]
+    before = _files(folder)
+    done = subprocess.run(
+        [Path(sys.executable).with_name("cpbench"), *argv],
+        text=True,
+        capture_output=True,
+        timeout=60,
+    )
+    _refused(done.returncode, done.stdout, done.stderr, parts)
+    assert _files(folder) == before
+
+
+def test_report_into_what_cannot_be_written(
+    folder: Path, capfd: pytest.CaptureFixture[str], finished_run: Path
+) -> None:
+    for target, part in (("no/x.md", "no folder no"), ("folder.toml", "is a folder")):
+        _check(
+            ["report", str(finished_run), "-o", target],
+            [target, part, "give a file"],
+            folder,
+            capfd,
+        )
+
+
+def test_report_leaves_a_device_a_device(finished_run: Path) -> None:
+    assert main.invoke(["report", str(finished_run), "-o", "/dev/null"]) == 0
+    assert Path("/dev/null").is_char_device()
+
+
+@pytest.fixture
+def finished_run(folder: Path) -> Path:
+    """A run directory with one record."""
+    import json
+
+    from cpbench.core.problem import Case
+    from cpbench.results.record import Record
+
+    run = folder / "finished"
+    (run / "records").mkdir(parents=True)
+    record = Record(case=Case(), status="unsupported", reason="not today")
+    (run / "records" / "a.jsonl").write_text(json.dumps(record.to_json()) + "\n")
+    return run
+
+
+def test_no_torch() -> None:
+    """A refusal in a process of its own loads no torch: the other tests may share one that has."""
+    text = "import sys; from cpbench.cli.main import invoke; code = invoke(['bench', '--operator', 'x'])"
+    text += "; assert code == 2; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", text], check=True, capture_output=True, timeout=60)

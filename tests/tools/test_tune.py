@@ -1,0 +1,84 @@
+"""The tuner's own loop, on the interpreter: its times mean nothing, its choice and file do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cpbench.cli import main as cli
+from cpbench.core.problem import Problem
+from cpbench.kernels.triton import configs as triton_configs
+from cpbench.kernels.triton.configs import INTERPRETED, KERNELS, Config, choose, problem_class
+from cpbench.measure.device import open_device
+from cpbench.tools import tuner
+
+PROBLEM = Problem(
+    batch=1, seq_q=48, seq_k=48, heads_q=2, heads_kv=1, head_dim=16, dtype="float32"
+)  # fmt: skip
+GRID = {**tuner.SMALL_GRID, "descriptors": (0,)}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tuner, "REPEATS", 1)
+    return tmp_path / "cpbench" / "tuned.json"
+
+
+def test_what_is_fastest_is_kept_and_serves_from_then_on(cache: Path) -> None:
+    device = open_device("cpu", 0, 1)
+    rows = list(tuner.tune("triton_band", "causal", PROBLEM, device, GRID))
+    for kernel in KERNELS:
+        measured = [row for row in rows if row["kernel"] == kernel and "us" in row]
+        assert len(measured) == 2
+        fastest = min(measured, key=lambda row: row["us"])["config"]
+        (chosen,) = [row for row in rows if row["kernel"] == kernel and "chosen" in row]
+        assert chosen == {"kernel": kernel, "chosen": fastest, "table": str(INTERPRETED)}
+        assert str(choose("interpreter", 16, 4, gpu="interpreter")[kernel]) == fastest
+    assert list(json.loads(cache.read_text())) == [problem_class("interpreter", 16, 4, False)]
+    assert choose("interpreter", 16, 2, gpu="interpreter")["forward"] == INTERPRETED
+    assert choose("interpreter", 16, 4)["forward"] == INTERPRETED
+
+
+def test_another_class_is_added_and_a_wrong_result_is_not_chosen(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.parent.mkdir()
+    cache.write_text(json.dumps({"other": {"forward": {**vars(INTERPRETED)}}}))
+    device = open_device("cpu", 0, 1)
+    results = tuner._Bench._results
+
+    def spoilt(self: tuner._Bench, configs: dict[str, Config]) -> dict:
+        found = results(self, configs)
+        if configs["forward"].rows == 32:
+            found["out"] = found["out"] * 1.1
+        return found
+
+    monkeypatch.setattr(tuner._Bench, "_results", spoilt)
+    rows = list(tuner.tune("triton_block_sparse", "block_sparse_uniform", PROBLEM, device, GRID))
+    failed = [row for row in rows if "failed" in row]
+    assert [row["kernel"] for row in failed] == ["forward"]
+    assert failed[0]["failed"].startswith("out differs by 0.1 from")
+    (chosen,) = [row for row in rows if row["kernel"] == "forward" and "chosen" in row]
+    assert chosen["chosen"].startswith("64x32")
+    assert set(json.loads(cache.read_text())) == {
+        "other", problem_class("interpreter", 16, 4, True)
+    }  # fmt: skip
+
+
+def test_a_damaged_file_is_named(cache: Path) -> None:
+    cache.parent.mkdir()
+    cache.write_text('{"x": 3}')
+    with pytest.raises(ValueError, match=r"tuned\.json is not what cpbench tune wrote"):
+        triton_configs.choose("cuda:90", 128, 2, gpu="NVIDIA H100")
+
+
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.invoke(["tune", "--device", "cpu"]) == 2
+    assert capsys.readouterr().err == (
+        "cpbench: tune measures on a GPU, and none is here; the table's configurations serve\n"
+    )
+    assert cli.invoke(["tune", "--operator", "bands"]) == 2
+    assert "'bands' is none of" in capsys.readouterr().err

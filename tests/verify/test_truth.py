@@ -1,0 +1,108 @@
+"""Whole runs of operators that are wrong where only the harness can tell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from paths import HELPERS
+
+from cpbench.results.record import Record
+from cpbench.sweep import runs, sweep_file
+
+OPERATORS = HELPERS / "wrong_operators.py"
+
+
+def _run(out: Path, device: str = "cpu", measure: Any = None, **sweep_table: Any) -> list[Record]:
+    table = {"seq_len": 1100, "num_heads_q": 2, "head_dim": 16, **sweep_table}
+    settings = {"max_seconds": 0.2, "max_iterations": 7, **(measure or {})}
+    loaded = sweep_file.expand({"sweep": table, "measure": settings}, "truth")
+    request = runs.Request(
+        name="truth", cases=list(loaded.cases), out=out, launcher="local", device=device,
+        settings=loaded.settings,
+    )  # fmt: skip
+    runs.execute(request, quiet=True)
+    found = runs.results(request).records
+    return [found[case.id] for case in loaded.cases]
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Record]:
+    names = ["overwrites", "when_watched", "native", "right"]
+    made = _run(
+        tmp_path_factory.mktemp("truth"),
+        operator=[f"{OPERATORS}:{name}" for name in names],
+        direction="fwd",
+    )
+    return dict(zip(names, made, strict=True))
+
+
+def test_an_operator_that_overwrites_its_input_is_wrong(records: dict[str, Record]) -> None:
+    record = records["overwrites"]
+    assert record.status == "wrong"
+    assert record.times_us == {}
+
+
+def test_a_timed_call_that_differs_from_the_checked_one_is_wrong(
+    records: dict[str, Record],
+) -> None:
+    record = records["when_watched"]
+    assert record.status == "wrong"
+    assert "than the checked: out" in str(record.reason)
+    assert record.times_us == {}
+
+
+@pytest.mark.parametrize("name", ["native", "right"])
+def test_native_masks_and_right_results_pass(records: dict[str, Record], name: str) -> None:
+    record = records[name]
+    assert record.status == "ok", record.reason
+    assert set(record.errors) == {"small", "sampled"}
+    assert record.median_us is not None
+    assert record.first_call_us is not None
+    assert record.mask_us is not None
+
+
+def test_results_of_other_conditions_are_not_taken_for_these(tmp_path: Path) -> None:
+    (unchecked,) = _run(tmp_path, measure={"check_sampled": False}, seq_len=400)
+    assert "unchecked" in unchecked.flags
+    (checked,) = _run(tmp_path, seq_len=400)
+    assert checked.flags.count("unchecked") == 0
+    assert "sampled" in checked.errors
+    with pytest.raises(ValueError, match="holds results of device cpu, not cuda: choose another"):
+        _run(tmp_path, device="cuda", seq_len=400)
+    with pytest.raises(ValueError, match="holds results of threads 1, not 2"):
+        _run(tmp_path, measure={"threads": 2}, seq_len=400)
+
+
+def test_peak_memory_comes_with_what_the_plan_holds(tmp_path: Path) -> None:
+    from cpbench.reports.frame import frame
+    from cpbench.results.store import Run
+
+    found = _run(tmp_path, operator="sdpa.cpu_flash", mask="sliding_window:window=9", seq_len=1024)
+    assert found[0].memory_bytes["plan"] == [1024 * 1024 * 4]  # its dense bias
+    assert frame(Run({found[0].case.id: found[0]}), "")["peak_mb"][0] > 4.19
+
+
+def test_ulysses_is_balanced_and_ring_is_not(tmp_path: Path) -> None:
+    ring, ulysses = _run(
+        tmp_path, strategy=["ring", "ulysses"], mask="causal", seq_len=512, world_size=2
+    )
+    assert ring.balance is not None
+    assert ring.balance[1] > 2.9 * ring.balance[0]
+    assert ulysses.balance is not None
+    assert ulysses.balance[0] == ulysses.balance[1]
+
+
+def test_what_is_sent_and_held_is_what_the_plan_foretold(tmp_path: Path) -> None:
+    found = _run(
+        tmp_path, strategy=["ring", "ulysses", "tile:rows=2"], mask="causal", seq_len=2048,
+        num_heads_q=4, head_dim=64, world_size=2, ranks_per_node=1,
+    )  # fmt: skip
+    for record in found:
+        assert "mispredicted" not in record.flags
+        assert record.bytes_sent == record.predicted_bytes == record.bytes_across
+        assert min(record.bytes_sent["bwd"]) > 0
+        pairs = zip(record.memory_bytes["predicted"], record.memory_bytes["peak"], strict=True)
+        for foretold, peak in pairs:  # the operator's own temporaries come on top
+            assert 0.6 * peak < foretold < 1.02 * peak
