@@ -1,4 +1,4 @@
-"""The public computations, and the only ``autograd.Function`` of the project.
+"""The public functions, and the only ``autograd.Function`` of the project.
 
 Shapes: q ``[B, S, H, D]``; k, v ``[B, T, G, D]``, ``H % G == 0``; out like q; lse ``[B, H, S]``
 float32, natural logarithm, -inf for queries that see nothing (whose output is 0).
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cpbench import __version__
-from cpbench.core.operator import Unsupported, declared_refusal
+from cpbench.core.operator import QKV, Unsupported, declared_refusal
 from cpbench.core.problem import Problem
 from cpbench.core.registry import OperatorInfo, implementation, operator_info, strategy_info
 from cpbench.core.spec import Spec
@@ -25,19 +25,20 @@ from cpbench.parallel import layout as layouts
 from cpbench.parallel.bound_operator import BoundOperator
 from cpbench.parallel.comm import Comm, Control, TorchComm
 from cpbench.parallel.strategy import declared_refusal as strategy_refusal
-from cpbench.parallel.trace import MODULUS, RankTrace, mismatch, trace_rank
+from cpbench.parallel.trace import MODULUS, RankTrace, describe_mismatch, trace_rank
 from cpbench.parallel.world import World
 
 if TYPE_CHECKING:
-    from cpbench.parallel.strategy import Strategy
+    from cpbench.core.operator import Gradients
+    from cpbench.parallel.strategy import Forward, Strategy
 
 
 class Attention:
     """One rank's prepared computation: an operator under a strategy in a world of ranks.
 
     Args:
-        operator, strategy: specs, texts or tables.
-        world: the whole computation, as all ranks see it.
+        operator, strategy: specs, as objects or text.
+        world: the global computation.
         rank: this rank.
         device: ``"cpu"``, ``"cuda"`` (the current one) or ``"cuda:1"``.
 
@@ -49,81 +50,72 @@ class Attention:
     def __init__(
         self, operator: Spec | str, strategy: Spec | str, world: World, rank: int, device: str
     ) -> None:
-        spec, wanted = Spec.parse(strategy), Spec.parse(operator)
-        self.info, declared = strategy_info(spec.name), operator_info(wanted.name)
-        kind = device.partition(":")[0]
-        reason = declared_refusal(declared, world.problem, kind)
+        strategy_spec, operator_spec = Spec.parse(strategy), Spec.parse(operator)
+        self.info, op_info = strategy_info(strategy_spec.name), operator_info(operator_spec.name)
+        device_type = device.partition(":")[0]
+        reason = declared_refusal(op_info, world.problem, device_type)
         reason = reason or strategy_refusal(self.info, world)
-        if reason is None and declared.selects and spec.name != "single":
+        if reason is None and op_info.selects and self.info.name != "single":
             reason = (
-                f"{declared.name} chooses from whole sequences: it runs on 1 rank, under the "
+                f"{op_info.name} selects from whole sequences: it runs on 1 rank, under the "
                 "strategy single"
             )
         if reason is None and self.info.merges and world.size > 1:
-            reason = _cannot_merge(declared, spec.name, world.problem, kind)
+            reason = _merge_refusal(op_info, self.info.name, world.problem, device_type)
         if reason is not None:
             raise Unsupported(reason)
-        self.op = BoundOperator.load(wanted, device)
-        self.strategy: Strategy = implementation(self.info, spec.kwargs)
+        self.op = BoundOperator.load(operator_spec, device)
+        self.strategy: Strategy = implementation(self.info, strategy_spec.kwargs)
         self.world, self.rank = world, rank
         self.mask, self.layout, self.problem = world.mask, world.keys, world.problem
         reason = self.strategy.unsupported(world)
         if reason is not None:
             raise Unsupported(reason)
-        self._names = f"{wanted} {spec}"
-        begun = time.perf_counter()
+        self._specs = f"{operator_spec} {strategy_spec}"
+        start = time.perf_counter()
         self.plan = self.strategy.prepare(self.op, world, rank)
-        self.plan_us = (time.perf_counter() - begun) * 1e6
+        self.plan_us = (time.perf_counter() - start) * 1e6
 
     @functools.cached_property
-    def digest(self) -> tuple[str, int]:
-        """What ranks agree on before anything is sent: the same text, and numbers whose sum is 0
-        (see ``cpbench.parallel.trace``)."""
+    def fingerprint(self) -> tuple[str, int]:
+        """What ranks compare before anything is sent: a text, the same on all ranks, and a checksum
+        of their messages, whose sum over ranks is 0 (see ``cpbench.parallel.trace``)."""
         world = self.world
         nodes = f"{world.ranks_per_node} {world.placement}"
-        spread = f"{world.queries.name} {world.keys.name} x{world.size} {nodes}"
-        text = f"{__version__} {self._names} {spread} {world.mask.digest} {world.problem}"
-        return text, self.trace.balance if self.trace else 0
+        layout_names = f"{world.queries.name} {world.keys.name} x{world.size} {nodes}"
+        text = f"{__version__} {self._specs} {layout_names} {world.mask.digest} {world.problem}"
+        return text, self.trace.checksum if self.trace else 0
 
     @functools.cached_property
     def trace(self) -> RankTrace | None:
-        """What this rank will send and compute; None for a library's strategy."""
-        return self.traced() if self.info.traced else None
+        """The communication and work of this rank; None for strategies of libraries."""
+        return self.trace_messages() if self.info.traced else None
 
-    def traced(self, log: bool = False) -> RankTrace:
-        """The trace made anew, with a log of every message."""
+    def trace_messages(self, log: bool = False) -> RankTrace:
+        """Trace this rank again, with a log of every message if requested."""
         return trace_rank(self.strategy, self.op.info, self.world, self.rank, log)
 
-    def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        comm: Comm | None,
-        need_lse: bool = True,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
-        """out, lse (None where the operator has none) and what :meth:`backward` needs."""
+    def forward(self, qkv: QKV, comm: Comm | None, need_lse: bool = True) -> Forward:
+        """Return out, lse (None if the operator returns none) and the values saved for backward."""
         assert comm is not None or self.world.size == 1
-        return self.strategy.forward(q, k, v, self.plan, self.op, comm, need_lse)  # type: ignore[arg-type]
+        return self.strategy.forward(qkv, self.plan, self.op, comm, need_lse)  # type: ignore[arg-type]
 
-    def backward(
-        self, dout: torch.Tensor, saved: Any, comm: Comm | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """dq, dk, dv of the local shards."""
+    def backward(self, dout: torch.Tensor, saved: Any, comm: Comm | None) -> Gradients:
+        """Return dq, dk, dv of the local shards."""
         return self.strategy.backward(dout, saved, self.plan, self.op, comm)  # type: ignore[arg-type]
 
 
-def disagreement(works: Sequence[tuple[str, int]]) -> str | None:
-    """What ranks disagree on, from the :attr:`Attention.digest` of each; None if they agree."""
-    texts = sorted({text for text, _ in works})
+def find_disagreement(fingerprints: Sequence[tuple[str, int]]) -> str | None:
+    """Compare the :attr:`Attention.fingerprint` of all ranks: what they disagree on, or None."""
+    texts = sorted({text for text, _ in fingerprints})
     if len(texts) > 1:
-        return f"ranks disagree on the problem: {' against '.join(texts)}"
-    if sum(number for _, number in works) % MODULUS:
-        return "ranks disagree on who sends what"
+        return f"ranks disagree on the problem: {' vs. '.join(texts)}"
+    if sum(checksum for _, checksum in fingerprints) % MODULUS:
+        return "ranks disagree on the communication schedule"
     return None
 
 
-def _cannot_merge(
+def _merge_refusal(
     operator: OperatorInfo, strategy: str, problem: Problem, device: str
 ) -> str | None:
     if not operator.mergeable or device not in operator.lse_on:
@@ -131,7 +123,7 @@ def _cannot_merge(
     if problem.backward and not operator.external_lse:
         return (
             f"{strategy} needs a backward that takes the global lse, which {operator.name} "
-            "does not have; use direction fwd, or a strategy that does not merge"
+            "does not have; use direction fwd or a strategy that does not merge"
         )
     return None
 
@@ -146,7 +138,7 @@ class _Autograd(torch.autograd.Function):
         work: Attention,
         comm: Comm | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        out, lse, ctx.saved = work.forward(q, k, v, comm)
+        out, lse, ctx.saved = work.forward(QKV(q, k, v), comm)
         ctx.work, ctx.comm = work, comm
         ctx.inputs = [(x, x._version) for x in (q, k, v)]
         if lse is not None:
@@ -173,8 +165,8 @@ def attention(
 
     Args:
         q: ``[B, S, H, D]``; k, v: ``[B, T, G, D]`` with ``H % G == 0``.
-        mask: ``[S, T]`` mask, e.g. ``cpbench.masks.build("causal", seq_len=S)``, or one for each
-            query head, e.g. ``cpbench.masks.build_heads("vertical_slash", S, num_heads=H)``.
+        mask: ``[S, T]`` mask, e.g. ``cpbench.masks.build("causal", seq_len=S)``, or one per query
+            head, e.g. ``cpbench.masks.build_heads("vertical_slash", S, num_heads=H)``.
         operator: name, with parameters (``"bands"``, ``"sdpa.cpu_flash"``, ``"./mine.py:op"``).
         scale: multiplies the scores; ``D ** -0.5`` unless given.
 
@@ -183,19 +175,19 @@ def attention(
         gradient flows through lse.
 
     Raises:
-        ValueError: when shapes, dtype or mask do not fit, or the operator is unknown.
-        Unsupported: when the operator cannot do this here.
+        ValueError: if shapes, dtype or mask do not match, or the operator is unknown.
+        Unsupported: if the operator does not support the problem or the device.
     """
     if q.ndim != 4 or k.ndim != 4 or (mask.seq_q, mask.seq_k) != (q.shape[1], k.shape[1]):
         raise ValueError(
             f"q {list(q.shape)} and k {list(k.shape)} do not fit a mask of {mask.seq_q} queries "
             f"and {mask.seq_k} keys; shapes are [B, S, H, D]"
         )
-    problem = _problem(q, k, v, q.shape[1], k.shape[1], scale)
-    each = per_head(mask)
-    if each is not None and each.heads != q.shape[2]:
-        raise ValueError(f"masks of {each.heads} heads do not fit {q.shape[2]} query heads")
-    work = _prepared(Spec.parse(operator), mask, problem, str(q.device))
+    problem = _make_problem(q, k, v, q.shape[1], k.shape[1], scale)
+    head_masks = per_head(mask)
+    if head_masks is not None and head_masks.heads != q.shape[2]:
+        raise ValueError(f"masks of {head_masks.heads} heads do not fit {q.shape[2]} query heads")
+    work = _prepare_on_one_rank(Spec.parse(operator), mask, problem, str(q.device))
     return _Autograd.apply(q, k, v, work, None)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -213,60 +205,60 @@ def distributed_attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Context-parallel attention on local shards, differentiable in out.
 
-    Every rank of ``group`` calls it with the tokens that ``layout`` gives it: see
+    Every rank of ``group`` calls it with the tokens that ``layout`` assigns to it: see
     ``cpbench.layout.build(layout, seq_len, world_size, mask)`` and its ``shard``,
     ``unshard`` and ``positions``.
 
     Args:
         q: ``[B, L, H, D]``; k, v: ``[B, L, G, D]``; L is the layout's ``local_len``.
-        mask: the mask of the whole sequence; where it has fewer queries than keys, both are dealt
-            by the layout, each by its own length.
+        mask: the global mask; if it has fewer queries than keys, the layout assigns both, each by
+            its own length.
         strategy, layout, operator: names, with parameters.
         group: a torch.distributed group; the default group unless given.
         scale: multiplies the scores; ``D ** -0.5`` unless given.
-        placement: the axis of the strategy's mesh whose groups are to share a node.
+        placement: the axis of the strategy's mesh to place inside nodes.
 
     Returns:
         out ``[B, L, H, D]`` and lse ``[B, H, L]``.  No gradient flows through lse.
 
     Raises:
-        ValueError: when shapes do not fit the layout, or a name is unknown.
-        Unsupported: when this cannot be done, with the reason, before anything is sent.
-        RuntimeError: when ranks ask for different things in a first call.
+        ValueError: if shapes do not match the layout, or a name is unknown.
+        Unsupported: with the reason, before anything is sent.
+        RuntimeError: if ranks disagree on the problem, at its first call.
     """
     comm, control, ranks_per_node = _communicators(group)
-    problem = _problem(q, k, v, mask.seq_q, mask.seq_k, scale)
-    names = (Spec.parse(operator), Spec.parse(strategy), Spec.parse(layout), placement)
-    work = _agreed(control, *names, mask, problem, ranks_per_node, str(q.device))
+    problem = _make_problem(q, k, v, mask.seq_q, mask.seq_k, scale)
+    method = (Spec.parse(operator), Spec.parse(strategy), Spec.parse(layout), placement)
+    work = _prepare_on_all_ranks(control, *method, mask, problem, ranks_per_node, str(q.device))
     world = work.world
-    for name, tensor, dealt in (
+    for name, tensor, tensor_layout in (
         ("q", q, world.queries),
         ("k", k, world.keys),
         ("v", v, world.keys),
     ):
-        if tensor.shape[1] != dealt.local_len:
+        if tensor.shape[1] != tensor_layout.local_len:
             raise ValueError(
-                f"{name} has {tensor.shape[1]} tokens; layout {dealt.name} gives each of "
-                f"{comm.size} ranks {dealt.local_len} of {dealt.seq_len}"
+                f"{name} has {tensor.shape[1]} tokens; layout {tensor_layout.name} assigns "
+                f"{tensor_layout.local_len} of {tensor_layout.seq_len} to each of {comm.size} ranks"
             )
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     return _Autograd.apply(q, k, v, work, comm)  # type: ignore[no-any-return, no-untyped-call]
 
 
 @functools.lru_cache(maxsize=64)
-def _prepared(operator: Spec, mask: Mask, problem: Problem, device: str) -> Attention:
-    alone = World(
+def _prepare_on_one_rank(operator: Spec, mask: Mask, problem: Problem, device: str) -> Attention:
+    world = World(
         problem,
         mask,
         layouts.build("contiguous", mask.seq_q, 1),
         layouts.build("contiguous", mask.seq_k, 1),
         ranks_per_node=1,
     )
-    return Attention(operator, "single", alone, 0, device)
+    return Attention(operator, "single", world, 0, device)
 
 
 @functools.lru_cache(maxsize=64)
-def _agreed(
+def _prepare_on_all_ranks(
     control: Control,
     operator: Spec,
     strategy: Spec,
@@ -277,59 +269,62 @@ def _agreed(
     ranks_per_node: int,
     device: str,
 ) -> Attention:
-    """The computation, and every rank has prepared the same: else all of them raise."""
-    work, error = None, ""
+    """Prepare the computation on every rank; all of them raise if one refuses or disagrees."""
+    work, refusal = None, ""
     try:
-        dealt = layouts.build(layout, mask.seq_k, control.size, mask)
-        world = World.of(problem, mask, dealt, ranks_per_node, placement)
+        keys = layouts.build(layout, mask.seq_k, control.size, mask)
+        world = World.of(problem, mask, keys, ranks_per_node, placement)
         work = Attention(operator, strategy, world, control.rank, device)
-    except ValueError as refusal:
-        error = str(refusal)
-    answers = control.gather((error, work.digest if work else ("", 0)))
-    errors = [text for text, _ in answers if text]
-    if errors:
-        raise Unsupported(errors[0])
+    except ValueError as error:
+        refusal = str(error)
+    ranks = control.all_gather((refusal, work.fingerprint if work else ("", 0)))
+    refusals = [reason for reason, _ in ranks if reason]
+    if refusals:
+        raise Unsupported(refusals[0])
     assert work is not None
-    agree(control, work, [digest for _, digest in answers])
+    require_agreement(control, work, [fingerprint for _, fingerprint in ranks])
     return work
 
 
-def agree(control: Control, work: Attention, digests: Sequence[tuple[str, int]]) -> None:
-    """Raise on every rank, saying at what, when the ranks would not understand each other.
+def require_agreement(
+    control: Control, work: Attention, fingerprints: Sequence[tuple[str, int]]
+) -> None:
+    """Raise a RuntimeError on every rank if their problems or communication schedules differ.
 
     Args:
-        digests: of every rank's computation, gathered.
+        fingerprints: of all ranks.
     """
-    words = disagreement(digests)
-    if words is None:
+    message = find_disagreement(fingerprints)
+    if message is None:
         return
-    if len({text for text, _ in digests}) == 1:
-        words += f": {mismatch(control.gather(work.traced(log=True).log))}"
-    raise RuntimeError(words)
+    if len({text for text, _ in fingerprints}) == 1:
+        logs = control.all_gather(work.trace_messages(log=True).log)
+        message += f": {describe_mismatch(logs)}"
+    raise RuntimeError(message)
 
 
-# Ranks agree on a problem when they first see it; a rank that has seen it before does not come.
-AGREEMENT_S = 60.0
+# Ranks compare a problem at its first call only: a rank that has it cached does not take part.
+AGREEMENT_TIMEOUT_S = 60.0
 _COMMUNICATORS: weakref.WeakKeyDictionary[Any, tuple[TorchComm, Control, int]] = (
     weakref.WeakKeyDictionary()
 )
 
 
 def _communicators(group: Any) -> tuple[TorchComm, Control, int]:
-    """The communicators of a process group and its ranks per node, made once, on every rank of it
-    together."""
+    """The communicators of a process group and its ranks per node, cached; the first call is
+    collective."""
     import torch.distributed as dist
 
     if not dist.is_initialized():
         raise ValueError("torch.distributed is not initialised: call init_process_group first")
     group = dist.group.WORLD if group is None else group
     if group not in _COMMUNICATORS:
-        control = Control(group, AGREEMENT_S)
+        control = Control(group, AGREEMENT_TIMEOUT_S)
         _COMMUNICATORS[group] = (TorchComm(group), control, control.ranks_per_node())
     return _COMMUNICATORS[group]
 
 
-def _problem(
+def _make_problem(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -346,7 +341,7 @@ def _problem(
         )
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must share one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
-    wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     return Problem(
         batch=q.shape[0],
         seq_q=seq_q,
@@ -355,6 +350,6 @@ def _problem(
         heads_kv=k.shape[2],
         head_dim=q.shape[3],
         dtype=str(q.dtype).removeprefix("torch."),
-        direction="fwd_bwd" if wants_grad else "fwd",
+        direction="fwd_bwd" if needs_grad else "fwd",
         scale=scale,
     )

@@ -1,4 +1,4 @@
-"""Public: which rank owns which tokens; see :mod:`cpbench.parallel.layout`."""
+"""Public layouts, the assignment of tokens to ranks: see :mod:`cpbench.parallel.layout`."""
 
 from cpbench.parallel.layout import Layout, build
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from cpbench.core.operator import QKV
+
 if TYPE_CHECKING:
     import torch
 
-    Run = Callable[
-        [torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]
-    ]
+    from cpbench.core.operator import Gradients, OutLse
+
+    Run = Callable[[QKV], OutLse]
 
 
 class GraphKeeper:
@@ -25,25 +27,21 @@ class GraphKeeper:
 
         self._graphs: Any = WeakTensorKeyDictionary()
 
-    def forward(
-        self, run: Run, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """``run(q, k, v)``; with ``keep`` its graph is kept for :meth:`backward`."""
+    def forward(self, run: Run, qkv: QKV, keep: bool) -> OutLse:
+        """Return ``run(qkv)``; with ``keep`` its graph is kept for :meth:`backward`."""
         import torch
 
         if not keep:
             with torch.no_grad():
-                return run(q, k, v)
-        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+                return run(qkv)
+        leaves = QKV(*(x.detach().requires_grad_() for x in qkv))
         with torch.enable_grad():
-            out, lse = run(*leaves)
+            out, lse = run(leaves)
         detached = out.detach()
         self._graphs[detached] = (leaves, out)
         return detached, None if lse is None else lse.detach()
 
-    def backward(
-        self, dout: torch.Tensor, out: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(self, dout: torch.Tensor, out: torch.Tensor) -> Gradients:
         """Gradients with respect to q, k, v of the call that returned ``out``.
 
         Raises:

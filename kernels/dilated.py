@@ -22,6 +22,7 @@ from cpbench.parallel.bound_operator import merge
 if TYPE_CHECKING:
     import torch
 
+    from cpbench.core.operator import QKV, BackwardInputs, Gradients, OutLse
     from cpbench.core.problem import Problem
 
 OPERATORS = (
@@ -67,18 +68,17 @@ class Dilated:
             for offset in range(min(dilation, mask.heads)):
                 heads = torch.arange(offset, mask.heads, dilation, device=device)
                 by_length: dict[int, list[np.typing.NDArray[np.int64]]] = {}
-                for tokens in mask.picked(branch, offset):
+                for tokens in mask.segment_tokens(branch, offset):
                     by_length.setdefault(len(tokens), []).append(tokens)
                 for rows in by_length.values():
                     table = torch.as_tensor(np.stack(rows), device=device)
                     pieces.append(Piece(table, heads, heads // problem.group))
         return Plan(tuple(pieces), mask.causal, problem.softmax_scale)
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, qkv: QKV, plan: Plan) -> OutLse:
         import torch
 
+        q, k, v = qkv
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         B, S, H, D = q.shape
         out_BHSD = torch.zeros((B, H, S, D), dtype=torch.float32)
@@ -99,18 +99,10 @@ class Dilated:
             lse_BHS[at] = both.unflatten(2, shape[2:])
         return out_BHSD.transpose(1, 2).to(q.dtype), lse_BHS
 
-    def backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        plan: Plan,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(self, x: BackwardInputs, plan: Plan) -> Gradients:
         import torch
 
+        dout, q, k, v, out, lse = x
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         grads = [torch.zeros(x.transpose(1, 2).shape) for x in (q, k, v)]
         for piece in plan.pieces:

@@ -15,6 +15,7 @@ import shutil
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from cpbench.core.operator import nothing_visible, zero_gradients
 from cpbench.core.problem import Problem
 from cpbench.core.registry import OperatorInfo
 from cpbench.kernels.autograd_op import GraphKeeper
@@ -24,6 +25,8 @@ from cpbench.masks.convert import row_intervals, to_block_mask_tables
 if TYPE_CHECKING:
     import torch
     from torch.nn.attention.flex_attention import BlockMask
+
+    from cpbench.core.operator import QKV, BackwardInputs, Gradients, OutLse
 
 OPERATORS = (
     OperatorInfo(
@@ -62,21 +65,13 @@ class Flex:
         block_mask = None if empty else to_block_mask(mask, device)
         return Plan(block_mask, problem.softmax_scale, problem.backward)
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        import torch
-
+    def forward(self, qkv: QKV, plan: Plan) -> OutLse:
         if plan.block_mask is None:
-            b, s, h, _ = q.shape
-            lse = torch.full((b, h, s), -torch.inf, dtype=torch.float32, device=q.device)
-            return torch.zeros_like(q), lse
+            return nothing_visible(qkv.q)
 
-        def run(
-            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-        ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        def run(qkv: QKV) -> OutLse:
             attend, lse_wanted = _compiled()
-            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            q, k, v = (x.transpose(1, 2) for x in qkv)
             gqa = q.shape[1] != k.shape[1]
             told = {"block_mask": plan.block_mask, "scale": plan.scale, "enable_gqa": gqa}
             if q.device.type == "cpu":  # compiled for CPUs it refuses to return lse
@@ -84,23 +79,12 @@ class Flex:
             out, aux = attend(q, k, v, **told, return_aux=lse_wanted)
             return out.transpose(1, 2), aux.lse
 
-        return self._keeper.forward(run, q, k, v, plan.keep_graph)
+        return self._keeper.forward(run, qkv, plan.keep_graph)
 
-    def backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor | None,
-        plan: Plan,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        import torch
-
+    def backward(self, x: BackwardInputs, plan: Plan) -> Gradients:
         if plan.block_mask is None:
-            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        return self._keeper.backward(dout, out)
+            return zero_gradients(x.qkv)
+        return self._keeper.backward(x.dout, x.out)
 
 
 def to_block_mask(mask: AttnMask, device: str) -> BlockMask:

@@ -24,6 +24,8 @@ from cpbench.selectors.common.selection import SELECTIONS, Blocks, Selection, To
 if TYPE_CHECKING:
     import torch
 
+    from cpbench.core.operator import QKV, BackwardInputs, Gradients, OutLse
+
 OPERATORS = (
     OperatorInfo(
         name="reference",
@@ -52,32 +54,20 @@ class Reference:
     def prepare(self, mask: Mask | Selection, problem: Problem, device: str) -> Plan:
         return Plan(mask, problem.softmax_scale)
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse = forward64(q, k, v, plan.mask, plan.scale)
-        return out.to(q.dtype), lse.float()
+    def forward(self, qkv: QKV, plan: Plan) -> OutLse:
+        out, lse = forward64(qkv, plan.mask, plan.scale)
+        return out.to(qkv.q.dtype), lse.float()
 
-    def backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        plan: Plan,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        dq, dk, dv = backward64(dout, q, k, v, out, lse, plan.mask, plan.scale)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    def backward(self, x: BackwardInputs, plan: Plan) -> Gradients:
+        dq, dk, dv = backward64(x, plan.mask, plan.scale)
+        return dq.to(x.q.dtype), dk.to(x.k.dtype), dv.to(x.v.dtype)
 
 
-def forward64(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask | Selection, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """out ``[B, S, H, D]`` and lse ``[B, H, S]``, both float64."""
+def forward64(qkv: QKV, mask: Mask | Selection, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return out ``[B, S, H, D]`` and lse ``[B, H, S]``, both float64."""
     import torch
 
+    q, k, v = qkv
     b, s, h, d = q.shape
     out = torch.zeros((b, s, h, d), dtype=torch.float64, device=q.device)
     lse = torch.full((b, h, s), -torch.inf, dtype=torch.float64, device=q.device)
@@ -95,19 +85,11 @@ def forward64(
     return out, lse
 
 
-def backward64(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    mask: Mask | Selection,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq, dk, dv in float64, from the (possibly global) out and lse."""
+def backward64(x: BackwardInputs, mask: Mask | Selection, scale: float) -> Gradients:
+    """Return dq, dk, dv in float64, from the (possibly global) out and lse."""
     import torch
 
+    dout, q, k, v, out, lse = x
     b, _s, h, _ = q.shape
     g = k.shape[2]
     q_BGRSD, dout_BGRSD = _grouped(q, g), _grouped(dout, g)
@@ -145,8 +127,8 @@ def _blocks(
     for start in range(0, mask.seq_q, step):
         end = min(start + step, mask.seq_q)
         if isinstance(mask, Blocks | Tokens):
-            seen = mask.rows(start, end)
-            yield slice(start, end), seen.double().log_().unflatten(1, (groups, -1))
+            visible = mask.dense_rows(start, end)
+            yield slice(start, end), visible.double().log_().unflatten(1, (groups, -1))
             continue
         counts: np.ndarray[Any, Any]
         if isinstance(mask, DilatedMask):

@@ -11,15 +11,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from cpbench.core.operator import QKV, BackwardInputs, nothing_visible, zero_gradients
 from cpbench.core.problem import DTYPE_BYTES, Problem
 from cpbench.core.registry import ANY_MASK, OperatorInfo
 from cpbench.kernels.autograd_op import GraphKeeper
-from cpbench.masks.head_masks import SlicedMask, distinct
+from cpbench.masks.head_masks import SlicedMask, distinct_masks
 
 if TYPE_CHECKING:
     import torch
+
+    from cpbench.core.operator import Gradients, OutLse
 
 DENSE_LIMIT_BYTES = 4 << 30
 _NATIVE = ("empty", "full", "causal")
@@ -96,23 +99,12 @@ class Plan:
     keep_graph: bool
 
 
-class Given(NamedTuple):
-    """What a backward pass starts from, ``[B, H, S, D]`` and lse ``[B, H, S]``, never -inf."""
-
-    dout: torch.Tensor
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    out: torch.Tensor
-    lse: torch.Tensor
-
-
 class Backend:
     """What every back end needs: the mask as it takes it, or the refusal of one."""
 
     def unsupported(self, problem: Problem, mask: SlicedMask, device: str) -> str | None:
         if mask.kind in ("bands", "heads"):
-            cells = len(distinct(mask)) * mask.seq_q * mask.seq_k
+            cells = len(distinct_masks(mask)) * mask.seq_q * mask.seq_k
             needed = cells * DTYPE_BYTES[problem.dtype]
             if needed > DENSE_LIMIT_BYTES:
                 return (
@@ -146,52 +138,36 @@ class Backend:
 class Fused(Backend, ABC):
     """Axes, empty masks and blind rows, around one aten op on ``[B, H, S, D]`` views."""
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, qkv: QKV, plan: Plan) -> OutLse:
         import torch
 
         if plan.empty:
-            b, s, h, _ = q.shape
-            lse = torch.full((b, h, s), -torch.inf, dtype=torch.float32, device=q.device)
-            return torch.zeros_like(q), lse
-        out, lse = self._forward(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), plan)
+            return nothing_visible(qkv.q)
+        out, lse = self._forward(QKV(*(of_tokens.transpose(1, 2) for of_tokens in qkv)), plan)
         if plan.blind is not None:
             # torch's back ends disagree on rows that see nothing (lse 0, NaN outputs).
             lse.masked_fill_(plan.blind, -torch.inf)
             out.masked_fill_(plan.blind.unsqueeze(-1), 0.0)
         return out.transpose(1, 2), lse
 
-    def backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor | None,
-        plan: Plan,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(self, x: BackwardInputs, plan: Plan) -> Gradients:
         import torch
 
         if plan.empty:
-            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        assert lse is not None
+            return zero_gradients(x.qkv)
         # exp(score - lse) must be 0, not NaN, on rows that see nothing.
-        safe_lse = lse.masked_fill(lse == -torch.inf, torch.inf)
-        dout_, q_, k_, v_, out_ = (x.transpose(1, 2) for x in (dout, q, k, v, out))
-        grads = self._backward(Given(dout_, q_, k_, v_, out_, safe_lse), plan)
-        dq, dk, dv = (x.transpose(1, 2) for x in grads)
+        lse = x.lse.masked_fill(x.lse == -torch.inf, torch.inf)
+        dout, q, k, v, out = (of_tokens.transpose(1, 2) for of_tokens in x[:-1])
+        gradients = self._backward(BackwardInputs(dout, q, k, v, out, lse), plan)
+        dq, dk, dv = (grad.transpose(1, 2) for grad in gradients)
         return dq, dk, dv
 
     @abstractmethod
-    def _forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _forward(self, qkv: QKV, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
         """out ``[B, H, S, D]`` and lse ``[B, H, S]`` from ``[B, H, S, D]``."""
 
     @abstractmethod
-    def _backward(self, given: Given, plan: Plan) -> tuple[torch.Tensor, ...]:
+    def _backward(self, x: BackwardInputs, plan: Plan) -> tuple[torch.Tensor, ...]:
         """dq, dk, dv in the same axes."""
 
 
@@ -199,20 +175,18 @@ class CpuFlash(Fused):
     """Copied to contiguous ``[B, H, S, D]`` first: over strides the kernel loses a tenth of its
     speed, in bfloat16 backward a third."""
 
-    def _forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _forward(self, qkv: QKV, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
 
         op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        q, k, v = (x.contiguous() for x in (q, k, v))
+        q, k, v = (x.contiguous() for x in qkv)
         out, lse = op(q, k, v, 0.0, plan.causal, attn_mask=plan.bias_ST, scale=plan.scale)
         return out, lse.contiguous()
 
-    def _backward(self, given: Given, plan: Plan) -> tuple[torch.Tensor, ...]:
+    def _backward(self, x: BackwardInputs, plan: Plan) -> tuple[torch.Tensor, ...]:
         import torch
 
-        dout, q, k, v, out, lse = (x.contiguous() for x in given)
+        dout, q, k, v, out, lse = (y.contiguous() for y in x)
         op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         grads: tuple[torch.Tensor, ...] = op(
             dout, q, k, v, out, lse, 0.0, plan.causal, attn_mask=plan.bias_ST, scale=plan.scale
@@ -226,37 +200,23 @@ class Math(Backend):
     def __init__(self) -> None:
         self._keeper = GraphKeeper()
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, qkv: QKV, plan: Plan) -> OutLse:
         import torch
 
         if plan.empty:
-            return torch.zeros_like(q), None
+            return torch.zeros_like(qkv.q), None
         op = torch.ops.aten._scaled_dot_product_attention_math
 
-        def run(
-            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-        ) -> tuple[torch.Tensor, torch.Tensor | None]:
-            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        def run(qkv: QKV) -> OutLse:
+            q, k, v = (x.transpose(1, 2) for x in qkv)
             gqa = q.shape[1] != k.shape[1]
             out, _ = op(q, k, v, plan.bias_ST, 0.0, plan.causal, scale=plan.scale, enable_gqa=gqa)
             return out.transpose(1, 2), None
 
-        return self._keeper.forward(run, q, k, v, plan.keep_graph)
+        return self._keeper.forward(run, qkv, plan.keep_graph)
 
-    def backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor | None,
-        plan: Plan,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        import torch
+    def backward(self, x: BackwardInputs, plan: Plan) -> Gradients:
 
         if plan.empty:
-            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        return self._keeper.backward(dout, out)
+            return zero_gradients(x.qkv)
+        return self._keeper.backward(x.dout, x.out)

@@ -9,11 +9,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from cpbench.kernels.sdpa import Fused, Given, Plan
+from cpbench.core.operator import BackwardInputs
+from cpbench.kernels.sdpa import Fused, Plan
 
 if TYPE_CHECKING:
     import torch
 
+    from cpbench.core.operator import QKV
     from cpbench.core.problem import Problem
     from cpbench.masks.head_masks import SlicedMask
 
@@ -22,19 +24,18 @@ class Flash(Fused):
     def unsupported(self, problem: Problem, mask: SlicedMask, device: str) -> str | None:
         return _multiple_of_eight("sdpa.flash", problem)
 
-    def _forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _forward(self, qkv: QKV, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
 
+        q, k, v = qkv
         op = torch.ops.aten._scaled_dot_product_flash_attention
         out, lse = op(q, k, v, 0.0, plan.causal, False, scale=plan.scale)[:2]
         return out, lse
 
-    def _backward(self, given: Given, plan: Plan) -> tuple[torch.Tensor, ...]:
+    def _backward(self, x: BackwardInputs, plan: Plan) -> tuple[torch.Tensor, ...]:
         import torch
 
-        dout, q, k, v, out, lse = given
+        dout, q, k, v, out, lse = x
         op = torch.ops.aten._scaled_dot_product_flash_attention_backward
         no_seed = torch.empty(2, dtype=torch.uint64, device=q.device)
         s, t = q.shape[2], k.shape[2]
@@ -62,19 +63,18 @@ class Cudnn(Fused):
     def unsupported(self, problem: Problem, mask: SlicedMask, device: str) -> str | None:
         return _multiple_of_eight("sdpa.cudnn", problem)
 
-    def _forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _forward(self, qkv: QKV, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
 
+        q, k, v = qkv
         op = torch.ops.aten._scaled_dot_product_cudnn_attention
         out, lse = op(q, k, v, None, True, 0.0, plan.causal, False, scale=plan.scale)[:2]
         return out, lse.reshape(q.shape[:3])
 
-    def _backward(self, given: Given, plan: Plan) -> tuple[torch.Tensor, ...]:
+    def _backward(self, x: BackwardInputs, plan: Plan) -> tuple[torch.Tensor, ...]:
         import torch
 
-        dout, q, k, v, out, lse = given
+        dout, q, k, v, out, lse = x
         op = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
         no_seed = torch.empty((), dtype=torch.int64, device=q.device)
         s, t = q.shape[2], k.shape[2]
@@ -114,21 +114,20 @@ class Efficient(Fused):
         padded = torch.nn.functional.pad(plan.bias_ST, (0, -t % 16))
         return replace(plan, bias_ST=padded[..., :t])
 
-    def _forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _forward(self, qkv: QKV, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
 
+        q, k, v = qkv
         op = torch.ops.aten._scaled_dot_product_efficient_attention
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         bias = _for_all_heads(plan.bias_ST, q)
         out, lse = op(q, k, v, bias, True, 0.0, plan.causal, scale=plan.scale)[:2]
         return out, lse[:, :, : q.shape[2]].contiguous()
 
-    def _backward(self, given: Given, plan: Plan) -> tuple[torch.Tensor, ...]:
+    def _backward(self, x: BackwardInputs, plan: Plan) -> tuple[torch.Tensor, ...]:
         import torch
 
-        dout, q, k, v, out, lse = given
+        dout, q, k, v, out, lse = x
         op = torch.ops.aten._scaled_dot_product_efficient_attention_backward
         heads_kv = k.shape[1]
         k, v = (x.repeat_interleave(q.shape[1] // heads_kv, 1) for x in (k, v))

@@ -1,4 +1,4 @@
-"""Why a gang died: what its ranks said and how they ended, down to one cause in one line."""
+"""Root cause of the failure of a gang, from the journals and exit codes of its ranks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cpbench.results.store import EXIT_STORE, Tail
 
-# What ranks say when it was another that failed: the root cause is elsewhere if anywhere.
+# Errors of ranks whose peer has failed: consequences, not the root cause.
 _CONSEQUENCE = re.compile(
     r"connection (was |is )?(closed|reset|refused|aborted)|broken pipe|ncclRemoteError"
     r"|remote process (has )?exited|socket (is closed|has timed out)|recvValue failed|pair closure",
@@ -18,132 +18,142 @@ _CONSEQUENCE = re.compile(
 )
 
 
-class Rank:
-    """What is known of one rank from its journal.
+class RankState:
+    """State of one rank, from its journal and its exit code.
 
     Attributes:
-        number: the rank.
-        pid: of its process, once it runs.
-        case: id of the case it is in, since when (seconds since the epoch); None between cases.
-        phase: its last note.
-        words: its last words, if it had any: status and reason.
-        ended: whether it has come to the end of its job.
-        code: its exit code, negative for a signal; None where that is not known.
+        rank: the rank.
+        pid: id of its process, once that runs.
+        case: id of the current case; None between cases.
+        case_started: when that case was started, seconds since the epoch.
+        phase: the last event of its journal.
+        failure: status and reason, if it has reported a failure.
+        failed_at: when it did, seconds since the epoch.
+        finished: whether it has completed its job.
+        exit_code: negative for a signal; None if unknown.
     """
 
-    def __init__(self, number: int, journal: Path) -> None:
-        self.number, self._tail = number, Tail(journal)
+    def __init__(self, rank: int, journal: Path) -> None:
+        self.rank, self._tail = rank, Tail(journal)
         self.pid: int | None = None
         self.case: str | None = None
-        self.since = self.spoke = 0.0
+        self.case_started = self.failed_at = 0.0
         self.phase = "silent"
-        self.words: tuple[str, str] | None = None
-        self.ended = False
-        self.code: int | None = None
+        self.failure: tuple[str, str] | None = None
+        self.finished = False
+        self.exit_code: int | None = None
 
-    def catch_up(self) -> list[str]:
-        """Take in what the rank has noted since the last time; the cases that it has started."""
+    def read_journal(self) -> list[str]:
+        """Process the events since the last call; ids of the cases that were started."""
         started = []
-        for note in self._tail.read():
-            self.phase = str(note.get("event"))
+        for event in self._tail.read():
+            self.phase = str(event.get("event"))
             if self.phase == "boot":
-                self.pid = int(note["pid"])
+                self.pid = int(event["pid"])
             elif self.phase == "start":
-                self.case, self.since = str(note["case"]), float(note["time"])
+                self.case, self.case_started = str(event["case"]), float(event["time"])
                 started.append(self.case)
             elif self.phase in ("done", "paused"):
                 self.case = None
             elif self.phase == "failed":
-                self.words, self.spoke = (note["status"], note["reason"]), float(note["time"])
+                self.failure = (event["status"], event["reason"])
+                self.failed_at = float(event["time"])
             elif self.phase == "end":
-                self.ended = True
+                self.finished = True
         return started
 
     @property
-    def lost_its_disk(self) -> bool:
-        return self.code == EXIT_STORE or bool(self.words and self.words[0] == "store")
+    def could_not_write(self) -> bool:
+        """Whether it failed because results could not be written."""
+        return self.exit_code == EXIT_STORE or bool(self.failure and self.failure[0] == "store")
 
     @property
-    def where(self) -> str:
-        """What it is at, for people."""
-        return f"rank {self.number} {self.phase}{' (stopped)' if self._is_stopped() else ''}"
+    def description(self) -> str:
+        """The rank and its phase, for people."""
+        return f"rank {self.rank} {self.phase}{' (stopped)' if self._is_stopped() else ''}"
 
     def _is_stopped(self) -> bool:
+        """Whether its process is stopped by a signal (SIGSTOP) or a debugger."""
         with suppress(OSError):
             stat = Path(f"/proc/{self.pid}/stat").read_text()
             return stat.rpartition(")")[2].split()[0] in "Tt"
         return False
 
 
-def cause(ranks: Sequence[Rank], oom_killed: bool) -> tuple[Rank, str, str] | None:
-    """The rank that failed first, the status and the reason; None where nothing is known.
+def root_cause(ranks: Sequence[RankState], oom_killed: bool) -> tuple[RankState, str, str] | None:
+    """The rank that failed first, the status and the reason; None if no failure is known.
 
-    A broken connection makes Gloo abort or raise in the ranks that are left, so those come last;
-    torch.distributed being what it is, clocks alone cannot tell.
+    When one rank fails, broken connections make Gloo abort or raise in the others, so such failures
+    are ranked last.  Timestamps alone do not tell: peers may report before the rank that failed.
+
+    Args:
+        oom_killed: whether the kernel has killed a process of this machine for lack of memory.
     """
-    found: list[tuple[int, float, Rank, str, str]] = []
+    failures: list[tuple[int, float, RankState, str, str]] = []  # sorted by order, then by time
     for rank in ranks:
-        who = f"rank {rank.number}"
-        if rank.words is not None:
-            status, reason = rank.words
+        name = f"rank {rank.rank}"
+        if rank.failure is not None:
+            status, reason = rank.failure
             order = 5 if _CONSEQUENCE.search(reason) else 1 if status == "oom" else 2
-            found.append((order, rank.spoke, rank, status, f"{who}: {reason}"))
-        elif rank.code is not None and rank.code < 0:
-            name = _signal(-rank.code)
-            killed = oom_killed and name == "SIGKILL"
-            reason = f"{who} was killed by {name}"
-            if killed:
+            failures.append((order, rank.failed_at, rank, status, f"{name}: {reason}"))
+        elif rank.exit_code is not None and rank.exit_code < 0:
+            signal_name = _signal_name(-rank.exit_code)
+            oom = oom_killed and signal_name == "SIGKILL"
+            reason = f"{name} was killed by {signal_name}"
+            if oom:
                 reason += " by the kernel, out of memory"
-            order = 4 if name == "SIGABRT" else 0
-            found.append((order, rank.since, rank, "oom" if killed else "crash", reason))
-        elif rank.code is not None and not rank.ended:
-            reason = f"{who} ended with exit code {rank.code} in the middle of its work"
-            found.append((3, rank.since, rank, "crash", reason))
-    if not found:
+            order = 4 if signal_name == "SIGABRT" else 0
+            failures.append((order, rank.case_started, rank, "oom" if oom else "crash", reason))
+        elif rank.exit_code is not None and not rank.finished:
+            reason = f"{name} ended with exit code {rank.exit_code} before its job was complete"
+            failures.append((3, rank.case_started, rank, "crash", reason))
+    if not failures:
         return None
-    _, _, rank, status, reason = min(found, key=lambda item: item[:2])
+    _, _, rank, status, reason = min(failures, key=lambda failure: failure[:2])
     return rank, status, reason
 
 
-def tell_codes(
-    ranks: Sequence[Rank],
+def assign_exit_codes(
+    ranks: Sequence[RankState],
     codes: Sequence[int | None],
-    failures: Callable[[str, Mapping[int, int]], dict[int, int]] | None,
+    parse_exit_codes: Callable[[str, Mapping[int, int]], dict[int, int]] | None,
     log: Path,
 ) -> None:
-    """Give each rank its exit code, as far as it is known.
+    """Set the exit code of each rank, as far as it is known.
 
     Args:
-        codes: of the launcher's processes.
-        failures: see ``cpbench.launchers.protocol.Launcher``.
-        log: what the launcher has printed.
+        codes: exit codes of the launcher's processes.
+        parse_exit_codes: see ``cpbench.launchers.protocol.Launcher``.
+        log: output of the launcher.
     """
-    if failures is None:
+    if parse_exit_codes is None:
         for rank, code in zip(ranks, codes, strict=True):
-            rank.code = code
+            rank.exit_code = code
         return
-    pids = {rank.pid: rank.number for rank in ranks if rank.pid is not None}
-    found = {}
+    ranks_by_pid = {rank.pid: rank.rank for rank in ranks if rank.pid is not None}
+    rank_codes = {}
     if codes[0] and log.exists():
-        found = failures(log.read_text(errors="replace"), pids)
+        rank_codes = parse_exit_codes(log.read_text(errors="replace"), ranks_by_pid)
     for rank in ranks:
-        rank.code = found.get(rank.number) if codes[0] else 0
+        rank.exit_code = rank_codes.get(rank.rank) if codes[0] else 0
 
 
-def oom_kills() -> int:
-    """How often the kernel of this machine has killed a process for memory."""
+def oom_kill_count() -> int:
+    """Number of processes that the kernel of this machine has killed for lack of memory."""
     with suppress(OSError):
-        found = re.search(r"^oom_kill (\d+)", Path("/proc/vmstat").read_text(), re.MULTILINE)
-        return int(found[1]) if found else 0
+        match = re.search(r"^oom_kill (\d+)", Path("/proc/vmstat").read_text(), re.MULTILINE)
+        return int(match[1]) if match else 0
     return 0
 
 
-def describe_end(code: int | None) -> str:
+def describe_exit(code: int | None) -> str:
     """An exit code in words."""
-    return f"was killed by {_signal(-code)}" if code and code < 0 else f"ended with code {code}"
+    if code and code < 0:
+        return f"was killed by {_signal_name(-code)}"
+    return f"ended with exit code {code}"
 
 
-def _signal(number: int) -> str:
+def _signal_name(number: int) -> str:
     try:
         return signal.Signals(number).name
     except ValueError:

@@ -1,4 +1,4 @@
-"""A gang: the processes of one world size, started and ended together."""
+"""A gang: the worker processes of one world size, started and ended together."""
 
 from __future__ import annotations
 
@@ -15,30 +15,33 @@ from pathlib import Path
 
 from cpbench.launchers.protocol import Command
 
-MARK = "CPBENCH_GANG"
-PARENT = "CPBENCH_PARENT"
-KILL_S = 10.0  # a process that held much memory is not gone at once
-ASK_S = 15.0  # for a command to end its ranks elsewhere
+GANG_VARIABLE = "CPBENCH_GANG"  # in the environment of every process of a gang
+PARENT_VARIABLE = "CPBENCH_PARENT"
+KILL_TIMEOUT_S = 10.0  # a process that held much memory is not gone at once
+TERMINATE_TIMEOUT_S = 15.0  # for a command to end its ranks on other machines
 
 
 class Gang:
-    """Running commands.  Each is its own session, so that Ctrl-C reaches only the parent, and all
-    die with the parent, however it ends."""
+    """The running commands of a launcher.
+
+    Each command runs in a session of its own, so that Ctrl-C reaches only the parent, and is killed
+    when the parent ends in any way.
+    """
 
     def __init__(self, commands: Sequence[Command]) -> None:
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._mark = secrets.token_hex(8)
+        self._id = secrets.token_hex(8)
         self._commands = list(commands)
-        marked = {**os.environ, MARK: self._mark}
+        environment = {**os.environ, GANG_VARIABLE: self._id}
         try:
             for command in commands:
                 command.log.parent.mkdir(parents=True, exist_ok=True)
-                parent = {} if command.remote else {PARENT: str(os.getpid())}
+                parent = {} if command.remote else {PARENT_VARIABLE: str(os.getpid())}
                 with open(command.log, "ab") as log:
                     self._processes.append(
                         subprocess.Popen(
                             command.argv,
-                            env={**marked, **parent, **command.env},
+                            env={**environment, **parent, **command.env},
                             stdin=subprocess.DEVNULL,
                             stdout=log,
                             stderr=subprocess.STDOUT,
@@ -50,21 +53,21 @@ class Gang:
             self.kill()
             raise
 
-    def codes(self) -> list[int | None]:
-        """Exit code of each process, negative for a signal, None while it runs."""
+    def exit_codes(self) -> list[int | None]:
+        """Exit code of each command, negative for a signal, None while it runs."""
         return [process.poll() for process in self._processes]
 
     def kill(self) -> None:
-        """End every process at once, stopped ones too, and wait until they are gone.
+        """Kill every process of the gang, stopped ones too, and wait until they are gone.
 
-        Not only those started here: launchers put workers into sessions of their own, and
-        compilers leave helpers behind.  All carry the mark of this gang.  Commands whose ranks may
-        be elsewhere are asked first, since nobody else reaches those.
+        These include processes in other sessions, started by launchers and compilers, which are
+        found by ``GANG_VARIABLE``.  Commands whose ranks may be on other machines get SIGTERM
+        first, since only they can end those.
         """
-        self._ask(signal.SIGTERM)
-        self._wait_for_remote(ASK_S)
-        deadline = time.monotonic() + KILL_S
-        while (pids := self.members()) and time.monotonic() < deadline:
+        self._signal_remote_commands(signal.SIGTERM)
+        self._wait_for_remote_commands(TERMINATE_TIMEOUT_S)
+        deadline = time.monotonic() + KILL_TIMEOUT_S
+        while (pids := self.pids()) and time.monotonic() < deadline:
             for pid in pids:
                 with suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
@@ -72,58 +75,62 @@ class Gang:
         for process in self._processes:
             with suppress(subprocess.TimeoutExpired):
                 process.kill()
-                process.wait(KILL_S)
+                process.wait(KILL_TIMEOUT_S)
 
-    def pass_on(self, number: signal.Signals, pids: Collection[int]) -> None:
-        """To those of some processes that are members, and to commands that pass it on."""
-        for pid in set(pids) & set(self.members()):
+    def forward_signal(self, number: signal.Signals, pids: Collection[int]) -> None:
+        """Send a signal to those of ``pids`` that belong to the gang, and to remote commands, which
+        forward it to their ranks."""
+        for pid in set(pids) & set(self.pids()):
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
-        self._ask(number)
+        self._signal_remote_commands(number)
 
-    def _remote(self) -> list[subprocess.Popen[bytes]]:
-        both = zip(
-            self._processes, self._commands, strict=False
-        )  # while starting, some are missing
-        return [process for process, command in both if command.remote and process.poll() is None]
+    def _remote_commands(self) -> list[subprocess.Popen[bytes]]:
+        """Running commands whose ranks may be on other machines."""
+        # While the gang is being started, it has fewer processes than commands.
+        started = zip(self._processes, self._commands, strict=False)
+        return [
+            process for process, command in started if command.remote and process.poll() is None
+        ]
 
-    def _ask(self, number: signal.Signals) -> None:
-        for process in self._remote():
+    def _signal_remote_commands(self, number: signal.Signals) -> None:
+        for process in self._remote_commands():
             process.send_signal(number)
 
-    def _wait_for_remote(self, seconds: float) -> None:
+    def _wait_for_remote_commands(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
-        while self._remote() and time.monotonic() < deadline:
+        while self._remote_commands() and time.monotonic() < deadline:
             time.sleep(0.05)
 
-    def members(self) -> list[int]:
-        """Every process of this gang that is alive, whoever started it."""
-        mark = f"{MARK}={self._mark}".encode()
-        found = []
+    def pids(self) -> list[int]:
+        """Ids of all live processes of this gang on this machine, whoever started them."""
+        variable = f"{GANG_VARIABLE}={self._id}".encode()
+        pids = []
         for entry in os.scandir("/proc") if Path("/proc/self").exists() else ():
-            with suppress(OSError):  # gone meanwhile, or another user's
-                if entry.name.isdigit() and mark in Path(entry.path, "environ").read_bytes():
-                    found.append(int(entry.name))
-        return found
+            with suppress(OSError):  # it has ended, or is another user's
+                if entry.name.isdigit() and variable in Path(entry.path, "environ").read_bytes():
+                    pids.append(int(entry.name))
+        return pids
 
     def wait(self, seconds: float) -> list[int | None]:
-        """Exit codes once all have ended, or after some time."""
+        """Wait until all commands have ended, at most for a time; their exit codes."""
         deadline = time.monotonic() + seconds
-        while None in self.codes() and time.monotonic() < deadline:
+        while None in self.exit_codes() and time.monotonic() < deadline:
             time.sleep(0.05)
-        return self.codes()
+        return self.exit_codes()
 
 
 def free_port() -> int:
-    """A port that nobody on this machine listens at now."""
+    """A TCP port of this machine that is free now."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
 
 
-_LIBC = ctypes.CDLL(None)  # loaded before any fork: the child must not allocate
+_LIBC = ctypes.CDLL(None)  # loaded before any fork: a forked child must not allocate
 
 
 def _die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent ends."""
     with suppress(AttributeError):
         _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, Linux only

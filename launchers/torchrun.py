@@ -1,72 +1,61 @@
-"""Worker processes under torchrun (torch.distributed.run), on one machine or several.
+"""Launcher ``torchrun`` (torch.distributed.run), on one node or several.
 
-On several, each runs an agent that joins the rendezvous: the command of here starts the first
-node's; the others come from ``cpbench join`` (by hand), or all of them from ``srun``.
+On several, each node runs an agent that joins the rendezvous.  The command of this module starts
+that of the first node; ``cpbench join`` starts the others, or ``srun`` starts all of them.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 
-from cpbench.launchers.protocol import Command, Launcher, Place, python_of, shared_variables
+from cpbench.launchers.protocol import Command, GangSpec, Launcher
 
-HERE = Place()
-JOIN_S = 300  # for all agents to have come
-GATHERING = "gathering.json"  # beside the job file: what other nodes run to join
+JOIN_TIMEOUT_S = 300  # for all agents to join
+RENDEZVOUS_FILE = "gathering.json"  # beside the job file: tells ``cpbench join`` how to join
 
 
-def agent(
-    job: Path,
-    world_size: int,
-    place: Place,
-    endpoint: str,
-    module: str,
-    local_address: str = "",
-    host: bool | None = None,
+def agent_command(
+    spec: GangSpec, endpoint: str, local_address: str = "", host: bool | None = None
 ) -> tuple[str, ...]:
-    """The words of one node's agent.
+    """The command of one node's agent.
 
     Args:
-        host: whether the endpoint is this node's; torchrun's own guess, None, needs the name of the
-            machine to resolve to that very address.
+        endpoint: host and port of the rendezvous.
+        host: whether this node hosts the rendezvous; None lets torchrun find out, for which the
+            name of the machine must resolve to exactly that address.
     """
-    several = place.nodes > 1
-    conf = f"join_timeout={JOIN_S}" + ("" if host is None else f",is_host={str(host).lower()}")
+    place = spec.place
+    multi_node = place.nodes > 1
+    conf = f"join_timeout={JOIN_TIMEOUT_S}"
+    conf += "" if host is None else f",is_host={str(host).lower()}"
     return (
-        *python_of(place), "-m", "torch.distributed.run",
+        *spec.python, "-m", "torch.distributed.run",
         "--nnodes", str(place.nodes),
-        "--nproc-per-node", str(place.per_node(world_size)),
+        "--nproc-per-node", str(place.ranks_per_node(spec.world_size)),
         "--rdzv-backend", "c10d",
         "--rdzv-endpoint", endpoint,
-        *(("--rdzv-id", job.parent.name) if several else ()),
-        *(("--rdzv-conf", conf) if several else ()),
+        *(("--rdzv-id", spec.job.parent.name) if multi_node else ()),
+        *(("--rdzv-conf", conf) if multi_node else ()),
         *(("--local-addr", local_address) if local_address else ()),
-        "-m", module, str(job),
+        "-m", spec.module, str(spec.job),
     )  # fmt: skip
 
 
-def commands(
-    job: Path,
-    world_size: int,
-    place: Place = HERE,
-    environ: Mapping[str, str] = os.environ,
-    module: str = "cpbench.worker.main",
-) -> list[Command]:
+def commands(spec: GangSpec) -> list[Command]:
     """One torchrun for all ranks of this node.
 
-    On one machine its rendezvous picks a port; on several, ``place.address`` names host and port.
+    On one machine the rendezvous picks a port; on several, ``place.address`` is its host and port.
     """
-    endpoint = place.address if place.nodes > 1 else f"{place.address}:0"
+    address = spec.place.address
+    endpoint = address if spec.place.nodes > 1 else f"{address}:0"
     local = endpoint.rpartition(":")[0]
-    argv = agent(job, world_size, place, endpoint, module, local, host=True)
-    return [Command(argv, shared_variables(place, environ), job.parent / "rank0.log")]
+    argv = agent_command(spec, endpoint, local, host=True)
+    return [Command(argv, spec.env, spec.log)]
 
 
-def failures(log: str, ranks: Mapping[int, int]) -> dict[int, int]:
-    """Exit codes by rank of the failures that torchrun reports at the end of its output."""
+def parse_exit_codes(log: str, ranks_by_pid: Mapping[int, int]) -> dict[int, int]:
+    """Exit codes by rank from the failures that torchrun reports at the end of its output."""
     report = log.rpartition("FAILED\n")[2]
     return {
         int(rank): int(code)
@@ -74,4 +63,4 @@ def failures(log: str, ranks: Mapping[int, int]) -> dict[int, int]:
     }
 
 
-LAUNCHER = Launcher("torchrun", commands, failures, nodes=True)
+LAUNCHER = Launcher("torchrun", commands, parse_exit_codes, multi_node=True)

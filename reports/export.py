@@ -1,4 +1,4 @@
-"""The tidy table as a file for programs."""
+"""Export of the tidy table as Parquet."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 
 from cpbench.reports.collection import Collection
 from cpbench.reports.columns import COLUMNS
-from cpbench.results.store import write_whole
+from cpbench.results.store import write_atomically
 
 
-def parquet(collection: Collection, path: Path) -> None:
-    """Write the tidy table as Parquet, what its columns mean in the metadata of each.
+def write_parquet(collection: Collection, path: Path) -> None:
+    """Write the tidy table as Parquet, with the meaning of each column in its metadata.
 
     Raises:
         ValueError: when pyarrow is not installed.
@@ -22,15 +22,15 @@ def parquet(collection: Collection, path: Path) -> None:
         import pyarrow.parquet as pq
     except ImportError:
         raise ValueError('parquet needs pyarrow: pip install "cpbench[parquet]"') from None
-    told = collection.table.assign(draw=collection.table["draw"].map(_text))
-    table = pa.Table.from_pandas(told, preserve_index=False)
+    seeds = collection.table["draw"].map(_seed_text)
+    table = pa.Table.from_pandas(collection.table.assign(draw=seeds), preserve_index=False)
     fields = [field.with_metadata({"meaning": COLUMNS[field.name]}) for field in table.schema]
     schema = pa.schema(fields, metadata=table.schema.metadata)
     content = io.BytesIO()
     pq.write_table(table.cast(schema), content)
-    write_whole(path, content.getvalue())
+    write_atomically(path, content.getvalue())
 
 
-def _text(draw: object) -> str | None:
-    """A seed may be a number or a text; a column is of one type."""
-    return None if draw is None else str(draw)
+def _seed_text(mask_seed: object) -> str | None:
+    """Mask seed as text: seeds are numbers or texts, and a column has one type."""
+    return None if mask_seed is None else str(mask_seed)

@@ -1,4 +1,4 @@
-"""How reports say things: what a problem is, numbers with few digits, lists of draws."""
+"""Labels and number formats of reports: problem facts, three digits, rates, lists of seeds."""
 
 from __future__ import annotations
 
@@ -11,23 +11,20 @@ from typing import Any
 from cpbench.core.spec import format_size
 
 _AS_LAUNCHED = "as launched"
-_ALL = "all"
-_UNSAID = (
-    "",
-    "none",
-    "normal",
-    "unknown",
-    _AS_LAUNCHED,
-)  # not worth a word where they hold throughout
-_SHOWN = 5  # runs of seeds that are listed
+_ALL_QUERIES = "all"
+_DEFAULTS = ("", "none", "normal", "unknown", _AS_LAUNCHED)  # left out where all cases have them
+_MAX_SEED_RANGES = 5  # that are listed
 
-# What a problem is: column by heading, from a row of the tidy table, and how a sentence says it.
+# Facts of a problem by heading: their value, from a row of the tidy table, and form in a sentence.
 FACTS: dict[str, tuple[Callable[[Any], object], str]] = {
     "mask": (itemgetter("mask"), "{}"),
     "tokens": (lambda row: format_size(int(row["seq_len"])), "{} tokens"),
-    "queries": (lambda row: f"last {row['queries']}" if row["queries"] else _ALL, "{} queries"),
+    "queries": (
+        lambda row: f"last {row['queries']}" if row["queries"] else _ALL_QUERIES,
+        "{} queries",
+    ),
     "ranks": (itemgetter("world_size"), "world size {}"),
-    "a node": (lambda row: row["ranks_per_node"] or _AS_LAUNCHED, "{} ranks a node"),
+    "ranks/node": (lambda row: row["ranks_per_node"] or _AS_LAUNCHED, "{} ranks per node"),
     "direction": (itemgetter("direction"), "{}"),
     "dtype": (itemgetter("dtype"), "{}"),
     "batch": (itemgetter("batch"), "batch {}"),
@@ -38,65 +35,70 @@ FACTS: dict[str, tuple[Callable[[Any], object], str]] = {
     "files": (itemgetter("content"), "files {}"),
     "machine": (itemgetter("machine"), "on {}"),
 }
-# The columns that a fact is read from, where they are not one of the fact's own name.
+# The columns that a fact is read from, where the name of the column differs.
 FACT_COLUMNS = {
     "tokens": ("seq_len",),
     "ranks": ("world_size",),
-    "a node": ("ranks_per_node",),
+    "ranks/node": ("ranks_per_node",),
     "heads": ("num_heads_q", "num_heads_kv"),
     "input seed": ("seed",),
     "files": ("content",),
 }
 
 
-def told(row: Any, facts: Iterable[str]) -> dict[str, str]:
-    """Some facts of a row, by heading."""
+def fact_values(row: Any, facts: Iterable[str]) -> dict[str, str]:
+    """Values of the given facts of a row, by heading."""
     return {fact: str(FACTS[fact][0](row)) for fact in facts}
 
 
-def sentence(row: Any, facts: Iterable[str]) -> str:
-    """Some facts of a row, in words; that all queries attend goes without saying."""
-    return phrase({fact: value for fact, value in told(row, facts).items() if value != _ALL})
+def describe(row: Any, facts: Iterable[str]) -> str:
+    """The given facts of a row in words; "all queries" is left out."""
+    values = fact_values(row, facts)
+    return describe_values({fact: text for fact, text in values.items() if text != _ALL_QUERIES})
 
 
-def phrase(facts: dict[str, str]) -> str:
-    """What :func:`told` gave, in words: a heading, told apart from others by what it says."""
+def describe_values(values: dict[str, str]) -> str:
+    """Values from :func:`fact_values` in words, defaults left out."""
     return ", ".join(
-        FACTS[fact][1].format(value) for fact, value in facts.items() if value not in _UNSAID
+        FACTS[fact][1].format(text) for fact, text in values.items() if text not in _DEFAULTS
     )
 
 
-def apart(rows: Iterable[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Neighbouring rows of one problem together: its facts in words, and the rows without them."""
-    found = []
-    for problem, group in itertools.groupby(
-        rows, key=lambda row: phrase({key: row[key] for key in FACTS if key in row})
+def group_by_problem(rows: Iterable[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Neighbouring rows of one problem: its facts in words, and the rows without these facts."""
+    groups = []
+    for problem, rows_of_problem in itertools.groupby(
+        rows, key=lambda row: describe_values({key: row[key] for key in FACTS if key in row})
     ):
-        cells = [{key: row[key] for key in row if key not in FACTS} for row in group]
-        found.append((problem, cells))
-    return found
+        cells = [{key: row[key] for key in row if key not in FACTS} for row in rows_of_problem]
+        groups.append((problem, cells))
+    return groups
 
 
-def counted(count: int, thing: str) -> str:
-    return f"{count} {thing}{'' if count == 1 else 's'}"
+def pluralize(count: int, noun: str) -> str:
+    """``1 case``, ``2 cases``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-def seeds(draws: Sequence[Any]) -> str:
-    """``seeds 0-3, 7``: what was drawn, neighbours together and the end left out when long."""
-    runs: list[list[Any]] = []
-    for draw in sorted(draw for draw in draws if isinstance(draw, int)):
-        if runs and runs[-1][-1] == draw - 1:
-            runs[-1].append(draw)
+def format_seeds(seeds: Sequence[Any]) -> str:
+    """``0-3, 7``: seeds in order, consecutive ones as a range, cut when there are many ranges."""
+    ranges: list[list[Any]] = []
+    for seed in sorted(seed for seed in seeds if isinstance(seed, int)):
+        if ranges and ranges[-1][-1] == seed - 1:
+            ranges[-1].append(seed)
         else:
-            runs.append([draw])
-    runs += [[draw] for draw in draws if not isinstance(draw, int)]
-    parts = [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs[:_SHOWN]]
-    more = ", …" if len(runs) > _SHOWN else ""
-    return f"seed{'' if len(draws) == 1 else 's'} {', '.join(parts)}{more}"
+            ranges.append([seed])
+    ranges += [[seed] for seed in seeds if not isinstance(seed, int)]
+    texts = [
+        f"{members[0]}-{members[-1]}" if len(members) > 1 else str(members[0])
+        for members in ranges[:_MAX_SEED_RANGES]
+    ]
+    more = ", …" if len(ranges) > _MAX_SEED_RANGES else ""
+    return f"{', '.join(texts)}{more}"
 
 
-def significant(value: float) -> str:
-    """Three significant digits, never in scientific notation."""
+def three_digits(value: float) -> str:
+    """Three significant digits, never in scientific notation; "" for nan."""
     if math.isnan(value):
         return ""
     rounded = abs(float(f"{value:.2e}"))
@@ -104,15 +106,16 @@ def significant(value: float) -> str:
     return f"{value:,.{max(digits, 0)}f}"
 
 
-def number(value: float, form: str, unit: str = "") -> str:
+def format_number(value: float, form: str, unit: str = "") -> str:
+    """A number in a given format, with its unit; "" for nan."""
     return "" if math.isnan(value) else format(value, form) + unit
 
 
-class Rate:
-    """Rates in one unit, TFLOP/s or GFLOP/s, so that columns compare.
+class RateFormat:
+    """Formats rates in one unit, TFLOP/s or GFLOP/s, so that columns compare.
 
     Args:
-        rates: all that there are, TFLOP/s.
+        rates: all rates of a report, TFLOP/s.
     """
 
     def __init__(self, rates: Iterable[float]) -> None:
@@ -123,4 +126,4 @@ class Rate:
         return "TFLOP/s" if self._tera else "GFLOP/s"
 
     def __call__(self, tflops: float) -> str:
-        return significant(tflops if self._tera else tflops * 1e3)
+        return three_digits(tflops if self._tera else tflops * 1e3)

@@ -1,4 +1,4 @@
-"""The text of the batch scripts: pure functions, so that a dry run needs no Slurm."""
+"""Batch scripts as text: pure functions, so that a dry run needs no Slurm."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from cpbench.slurm.site_profile import Profile, size
+from cpbench.slurm.site_profile import Profile, parse_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
-    """One batch script.
+class BatchJob:
+    """Contents of one batch script.
 
     Attributes:
-        name: of the job, also of its files below ``OUT/slurm``.
-        nodes: asked for; ``ranks`` how many of the largest gang they hold.
-        tasks: of an array; 0 for a plain job.
-        command: what is run.
-        after: whether it waits for other jobs to end; their ids are known when it is submitted.
-        minutes: limit in place of the profile's, for small work.
+        name: of the job, and of its files below ``OUT/slurm``.
+        nodes: number of nodes to request.
+        ranks: world size of the largest gang; 0 for the report job.
+        command: the command that it runs.
+        tasks: number of tasks of an array; 0 for a plain job.
+        after: whether it waits for other jobs to end, whose ids are given on submission.
+        minutes: time limit instead of the profile's, for small jobs; 0 for the profile's.
     """
 
     name: str
@@ -34,20 +35,21 @@ class Batch:
     minutes: int = 0
 
 
-def render(
-    batch: Batch, profile: Profile, out: Path, exclude: Sequence[str] = (), after: str = "@JOBS@"
+def render_script(
+    batch: BatchJob, profile: Profile, out: Path, exclude: Sequence[str] = (), after: str = "@JOBS@"
 ) -> str:
-    """The script.
+    """The text of a batch script.
 
     Args:
         out: run directory, absolute.
-        exclude: nodes, beside the profile's.
-        after: ids of the jobs to wait for, with colons between.
+        exclude: nodes to exclude, in addition to the profile's.
+        after: ids of the jobs to wait for, separated by colons.
     """
     template = resources.files("cpbench.slurm").joinpath("job.sbatch").read_text()
     values = {
         "DIRECTIVES": "\n".join(
-            f"#SBATCH {_directive(word)}" for word in options(batch, profile, out, exclude, after)
+            f"#SBATCH {_quote(option)}"
+            for option in sbatch_options(batch, profile, out, exclude, after)
         ),
         "SCRATCH": shlex.quote(profile.scratch),
         "ENVIRONMENT": "\n".join(
@@ -62,76 +64,76 @@ def render(
         for key, value in values.items():
             if f"@{key}@" in line:
                 line = line.replace(f"@{key}@", value)
-                break  # what was put in is not looked through again
+                break  # substituted text is not searched for placeholders again
         if line:
             lines.append(line)
     return "\n".join(lines) + "\n"
 
 
-def options(
-    batch: Batch, profile: Profile, out: Path, exclude: Sequence[str], after: str
+def sbatch_options(
+    batch: BatchJob, profile: Profile, out: Path, exclude: Sequence[str], after: str
 ) -> list[str]:
-    """sbatch's options, one word each."""
-    log = f"{_patterned(out / 'slurm' / batch.name)}-{'%A_%a' if batch.tasks else '%j'}.log"
-    found = {
+    """Options of sbatch, one argument each."""
+    log = f"{_escape_percent(out / 'slurm' / batch.name)}-{'%A_%a' if batch.tasks else '%j'}.log"
+    options = {
         "job-name": batch.name, "output": log, "open-mode": "append",
         "partition": profile.partition, "account": profile.account, "qos": profile.qos,
         "constraint": profile.constraint, "reservation": profile.reservation,
         "nodelist": profile.nodelist if batch.ranks else "",
         "exclude": ",".join((*profile.exclude, *exclude)),
         "nodes": str(batch.nodes), "time": str(batch.minutes or profile.time),
-        "mem": _megabytes(profile.memory),
+        "mem": _memory_option(profile.memory),
     }  # fmt: skip
     if batch.ranks:
-        each = -(-batch.ranks // max(1, batch.nodes - profile.spare_nodes))
-        found["ntasks-per-node"] = str(each)
-        found["cpus-per-task"] = str(profile.cpus_per_rank)
-        gpus = min(each, profile.gpus_per_node)
+        ranks_per_node = -(-batch.ranks // max(1, batch.nodes - profile.spare_nodes))
+        options["ntasks-per-node"] = str(ranks_per_node)
+        options["cpus-per-task"] = str(profile.cpus_per_rank)
+        gpus = min(ranks_per_node, profile.gpus_per_node)
         if gpus and profile.gpu_gres:
-            found["gres"] = ",".join(filter(None, (f"gpu:{gpus}", profile.gres)))
+            options["gres"] = ",".join(filter(None, (f"gpu:{gpus}", profile.gres)))
         else:
-            found["gres"] = profile.gres
-            found["gpus-per-node"] = str(gpus) if gpus else ""
-        found["signal"] = f"B:USR1@{profile.signal_s}" if profile.signal_s else ""
+            options["gres"] = profile.gres
+            options["gpus-per-node"] = str(gpus) if gpus else ""
+        options["signal"] = f"B:USR1@{profile.signal_s}" if profile.signal_s else ""
     if batch.tasks:
         throttle = f"%{profile.throttle}" if profile.throttle else ""
-        found["array"] = f"0-{batch.tasks - 1}{throttle}"
+        options["array"] = f"0-{batch.tasks - 1}{throttle}"
     if batch.after:
-        found["dependency"] = f"afterany:{after}"
-        found["kill-on-invalid-dep"] = "yes"
+        options["dependency"] = f"afterany:{after}"
+        options["kill-on-invalid-dep"] = "yes"
     if profile.mail and not batch.ranks:
-        found |= {"mail-user": profile.mail, "mail-type": "END,FAIL"}
-    words = [f"--{key}={value}" for key, value in found.items() if value]
-    words.append("--requeue" if profile.requeue else "--no-requeue")
+        options |= {"mail-user": profile.mail, "mail-type": "END,FAIL"}
+    arguments = [f"--{key}={value}" for key, value in options.items() if value]
+    arguments.append("--requeue" if profile.requeue else "--no-requeue")
     if profile.exclusive and batch.ranks:
-        words.append("--exclusive")
-    return [*words, *profile.sbatch]
+        arguments.append("--exclusive")
+    return [*arguments, *profile.sbatch]
 
 
-def _megabytes(memory: str) -> str:
-    """As sbatch takes it; 0 is all of a node's."""
-    return memory if memory in ("", "0") else f"{size(memory, 'memory') >> 20}M"
+def _memory_option(memory: str) -> str:
+    """The value of ``--mem``; 0 is all memory of a node."""
+    return memory if memory in ("", "0") else f"{parse_bytes(memory, 'memory') >> 20}M"
 
 
-def _directive(word: str) -> str:
-    """An option as a directive has it: sbatch takes quotes apart as a shell does, but knows no
-    words before a comment sign."""
-    name, equals, value = word.partition("=")
-    return f"{name}{equals}{shlex.quote(value)}" if equals else shlex.quote(word)
+def _quote(option: str) -> str:
+    """An option as a directive, where sbatch parses quotes as a shell does, but takes no words
+    before a comment sign."""
+    name, equals, value = option.partition("=")
+    return f"{name}{equals}{shlex.quote(value)}" if equals else shlex.quote(option)
 
 
-def _patterned(path: Path) -> str:
-    """A path in which sbatch replaces nothing."""
+def _escape_percent(path: Path) -> str:
+    """A path in which sbatch substitutes nothing."""
     return str(path).replace("%", "%%")
 
 
 def step_command(spec: Path, python: Iterable[str] = (sys.executable,)) -> tuple[str, ...]:
-    """What a job runs: the cases of a file, under a supervisor on its first node."""
+    """The command of a job: the supervisor of the cases of a job file, on the first node."""
     return (*python, "-m", "cpbench.slurm.job_step", str(spec))
 
 
-def collect_command(out: Path) -> tuple[str, ...]:
-    """What the last job runs."""
+def report_command(out: Path) -> tuple[str, ...]:
+    """The command of the last job, which writes the report."""
     report = str(out / "report.md")
     return (
         sys.executable,

@@ -1,7 +1,7 @@
-"""Questions and orders to Slurm, through its commands: few, and gently.
+"""Slurm's commands: submit and cancel jobs, query their states with few requests.
 
-Jobs in the queue come from one squeue for all; of those that it does not know any more, sacct tells
-where there is accounting, else the completion log (``sacct --completion``), else nobody.
+One squeue gives the states of all jobs in the queue; those that have left it are looked up with
+sacct, then in the completion log (``sacct --completion``).
 """
 
 from __future__ import annotations
@@ -10,132 +10,144 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from cpbench.slurm.job_states import FORGOTTEN, JobState
 
-PATIENCE_S = 60.0  # a controller that is busy is asked again later
+COMMAND_TIMEOUT_S = 60.0  # then the controller is busy, and the command is tried again later
 _SEPARATOR = "\x1f"
 _FIELDS = ("%i", "%T", "%r", "%N", "%M", "%l")
 
 
 class SlurmError(RuntimeError):
-    """A command of Slurm's failed, or is not there; the message is one line."""
+    """A Slurm command failed or is not installed; the message is one line."""
 
 
-class Busy(SlurmError):
-    """The controller did not answer: ask later."""
+class ControllerBusy(SlurmError):
+    """The controller did not respond; try again later."""
 
 
-def _ask(*words: str) -> str:
-    if shutil.which(words[0]) is None:
-        raise SlurmError(f"no {words[0]} here: run this where Slurm's commands are")
+def _run(command: str, *arguments: str) -> str:
+    """Run a Slurm command; its standard output."""
+    if shutil.which(command) is None:
+        raise SlurmError(f"{command} not found: run this on a host with Slurm's commands")
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE_S)
-    except subprocess.TimeoutExpired:
-        raise Busy(f"{words[0]} did not answer within {PATIENCE_S:.0f} s") from None
-    if done.returncode:
-        text = " ".join((done.stderr or done.stdout).split())
-        kind = (
-            Busy if re.search(r"timed out|Unable to contact|refused|temporar", text) else SlurmError
+        result = subprocess.run(
+            (command, *arguments), capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S
         )
-        raise kind(f"{words[0]}: {text or f'exit code {done.returncode}'}")
-    return done.stdout
+    except subprocess.TimeoutExpired:
+        raise ControllerBusy(
+            f"{command} did not respond within {COMMAND_TIMEOUT_S:.0f} s"
+        ) from None
+    if result.returncode:
+        message = " ".join((result.stderr or result.stdout).split())
+        busy = re.search(r"timed out|Unable to contact|refused|temporar", message)
+        error_type = ControllerBusy if busy else SlurmError
+        raise error_type(f"{command}: {message or f'exit code {result.returncode}'}")
+    return result.stdout
 
 
 def submit(script: Path) -> str:
     """Submit a script; the id of the job.
 
     Raises:
-        SlurmError: when Slurm refuses it, in its words.
+        SlurmError: when Slurm refuses it, with Slurm's message.
     """
-    return _ask("sbatch", "--parsable", str(script)).strip().partition(";")[0]
+    return _run("sbatch", "--parsable", str(script)).strip().partition(";")[0]
 
 
 def cancel(jobs: Sequence[str]) -> None:
-    """Cancel jobs; those that have ended are passed over."""
+    """Cancel jobs; those that have ended are ignored."""
     if jobs:
-        _ask("scancel", "--quiet", *jobs)
+        _run("scancel", "--quiet", *jobs)
 
 
-def hosts(nodelist: str) -> list[str]:
-    """``"n[1-3]"`` as names."""
-    return _ask("scontrol", "show", "hostnames", nodelist).split()
+def expand_nodelist(nodelist: str) -> list[str]:
+    """Host names of a node list such as ``"n[1-3]"``."""
+    return _run("scontrol", "show", "hostnames", nodelist).split()
 
 
-def states(jobs: Iterable[str]) -> dict[str, JobState]:
-    """Every job, tasks of arrays one by one (``12_0``), in as few calls as there are.
+def query_states(jobs: Iterable[str]) -> dict[str, JobState]:
+    """The states of jobs by id; those of an array are the states of its tasks (``12_0``).
 
     Raises:
-        Busy: when the controller does not answer.
+        ControllerBusy: when the controller does not respond.
     """
-    wanted = list(jobs)
-    if not wanted:
+    requested = list(jobs)
+    if not requested:
         return {}
-    found = _from_queue(wanted)
-    gone = [job for job in wanted if not any(_belongs(key, job) for key in found)]
+    states = _from_queue(requested)
+    missing = _without_state(requested, states)
     for source in (("sacct",), ("sacct", "--completion")):
-        if gone:
-            found |= _from_accounting(source, gone)
-            gone = [job for job in gone if not any(_belongs(key, job) for key in found)]
-    return found | {job: JobState(job, FORGOTTEN) for job in gone}
+        if missing:
+            states |= _from_accounting(source, missing)
+            missing = _without_state(missing, states)
+    return states | {job: JobState(job, FORGOTTEN) for job in missing}
 
 
-def _belongs(key: str, job: str) -> bool:
-    """Whether an id is of a job: itself, or a task of its array."""
-    return key == job or key.partition("_")[0] == job
+def _without_state(jobs: Sequence[str], states: Iterable[str]) -> list[str]:
+    """Jobs without a state, of their own or of a task."""
+    return [job for job in jobs if not any(is_task_of(job_id, job) for job_id in states)]
+
+
+def is_task_of(job_id: str, job: str) -> bool:
+    """Whether an id is that of a job, or of a task of its array."""
+    return job_id == job or job_id.partition("_")[0] == job
 
 
 def _from_queue(jobs: Sequence[str]) -> dict[str, JobState]:
-    words = _SEPARATOR.join(_FIELDS)
+    """The states of jobs in the queue, and of those that left it recently."""
     try:
-        text = _ask(
+        output = _run(
             "squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(jobs)}",
-            f"--format={words}",
+            f"--format={_SEPARATOR.join(_FIELDS)}",
         )  # fmt: skip
-    except Busy:
+    except ControllerBusy:
         raise
     except SlurmError as error:
-        if "Invalid job id" in str(error):  # the only one asked for is gone
+        if "Invalid job id" in str(error):  # a single job that has left the queue
             return {}
         raise
-    found = {}
-    for line in text.splitlines():
-        job, state, reason, nodes, elapsed, limit = line.split(_SEPARATOR)
-        code = None
-        known = JobState(job, state, reason, nodes, elapsed, limit)
-        if not known.alive:
-            code = _exit_code(job)
-        found[job] = JobState(job, state, reason, nodes, elapsed, limit, code)
-    return found
+    states = {}
+    for line in output.splitlines():
+        job, name, reason, nodes, elapsed, limit = line.split(_SEPARATOR)
+        state = JobState(job, name, reason, nodes, elapsed, limit)
+        states[job] = state if state.alive else replace(state, code=_exit_code(job))
+    return states
 
 
 def _exit_code(job: str) -> int | None:
+    """The exit code of a job that has ended; None if unknown."""
     try:
-        text = _ask("scontrol", "show", "job", "--oneliner", job)
+        output = _run("scontrol", "show", "job", "--oneliner", job)
     except SlurmError:
         return None
-    code = re.search(r"\bExitCode=(\d+):(\d+)", text)
-    return int(code[1]) if code else None
+    match = re.search(r"\bExitCode=(\d+):(\d+)", output)
+    return int(match[1]) if match else None
 
 
 def _from_accounting(source: Sequence[str], jobs: Sequence[str]) -> dict[str, JobState]:
-    """What is on record of jobs that have left the queue; nothing where nothing is kept."""
+    """The states of jobs that have left the queue, as far as the cluster records them.
+
+    Args:
+        source: ``("sacct",)`` or ``("sacct", "--completion")``.
+    """
     completion = len(source) > 1
     columns = "JobID,State,NodeList" if completion else "JobID,State,NodeList,Elapsed,ExitCode"
     try:
-        text = _ask(
+        output = _run(
             *source, "--noheader", "--parsable2", f"--jobs={','.join(jobs)}",
             f"--format={columns}", *(() if completion else ("--allocations",)),
         )  # fmt: skip
     except SlurmError:
         return {}
-    found = {}
-    for line in text.splitlines():
-        job, state, nodes, *rest = line.split("|")
-        if not any(_belongs(job, wanted) for wanted in jobs):
-            continue  # a step, or another cluster's
+    states = {}
+    for line in output.splitlines():
+        job_id, state, nodes, *rest = line.split("|")
+        if not any(is_task_of(job_id, job) for job in jobs):
+            continue  # a job step, or a job of another cluster
         elapsed = rest[0] if rest else ""
         code = int(rest[1].partition(":")[0]) if len(rest) > 1 else None
-        found[job] = JobState(job, state.split()[0], "", nodes, elapsed, "", code)
-    return found
+        states[job_id] = JobState(job_id, state.split()[0], "", nodes, elapsed, "", code)
+    return states

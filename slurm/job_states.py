@@ -1,4 +1,4 @@
-"""What the states of Slurm's jobs mean for a sweep.
+"""States of Slurm jobs and their meaning for a sweep.
 
 Source: the "JOB STATE CODES" and "JOB REASON CODES" of squeue(1).
 """
@@ -7,22 +7,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-FORGOTTEN = "FORGOTTEN"  # not a state of Slurm's: neither queue nor accounting knows the job
-ALIVE = {
+FORGOTTEN = "FORGOTTEN"  # not a Slurm state: neither queue nor accounting knows the job
+ALIVE_STATES = {
     "PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "REQUEUED",
     "REQUEUE_HOLD", "REQUEUE_FED", "RESIZING", "SIGNALING", "STAGE_OUT", "SPECIAL_EXIT",
 }  # fmt: skip
-# Ends that say nothing against the cases that were left: another job may go on with them.
-EXTERNAL = {"TIMEOUT", "DEADLINE", "PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "REVOKED", FORGOTTEN}
-# Reasons for waiting that waiting does not cure.
-STUCK = {
+# Jobs ended by the cluster: their remaining cases are worth another job.
+INTERRUPTED_STATES = {
+    "TIMEOUT",
+    "DEADLINE",
+    "PREEMPTED",
+    "NODE_FAIL",
+    "BOOT_FAIL",
+    "REVOKED",
+    FORGOTTEN,
+}
+# Reasons of pending jobs that will not start without intervention.
+STUCK_REASONS = {
     "DependencyNeverSatisfied", "BadConstraints", "PartitionNodeLimit", "PartitionTimeLimit",
     "PartitionConfig",
     "AccountNotAllowed", "InvalidAccount", "InvalidQOS", "QOSNotAllowed", "JobHeldUser",
     "JobHeldAdmin", "JobHoldMaxRequeue", "AssocMaxWallDurationPerJobLimit",
     "QOSMaxWallDurationPerJobLimit", "QOSMaxNodePerJobLimit", "AssocMaxNodePerJobLimit",
 }  # fmt: skip
-WORDS = {
+DESCRIPTIONS = {
     "COMPLETED": "ended",
     "FAILED": "failed",
     "TIMEOUT": "stopped at its time limit",
@@ -37,8 +45,8 @@ WORDS = {
 }
 # Exit codes of cpbench.slurm.job_step.
 EXIT_TIME, EXIT_NODES, EXIT_STORE = 75, 76, 74
-EXITS = {
-    EXIT_TIME: "stopped before its time limit; cases are left",
+EXIT_DESCRIPTIONS = {
+    EXIT_TIME: "stopped before its time limit; cases remain",
     EXIT_NODES: "too few good nodes; see status",
     EXIT_STORE: "results could not be written",
 }
@@ -46,15 +54,16 @@ EXITS = {
 
 @dataclass(frozen=True)
 class JobState:
-    """One job, or one task of an array.
+    """State of one job, or of one task of an array.
 
     Attributes:
         job: id, such as ``12`` or ``12_3``.
-        state: as Slurm says it, or ``FORGOTTEN``.
-        reason: why it waits, or failed.
-        nodes: that it has.
-        elapsed: so far, as Slurm writes it; ``limit`` likewise.
-        code: exit code of its script; None where it is not known.
+        state: Slurm's state, or ``FORGOTTEN``.
+        reason: why it is pending, or has failed.
+        nodes: its node list.
+        elapsed: run time so far, as Slurm prints it.
+        limit: time limit, as Slurm prints it.
+        code: exit code of its script; None if unknown.
     """
 
     job: str
@@ -68,30 +77,30 @@ class JobState:
     @property
     def alive(self) -> bool:
         """Whether it may still finish cases."""
-        return self.state in ALIVE
+        return self.state in ALIVE_STATES
 
     @property
     def stuck(self) -> bool:
-        """Whether it waits for something that does not come by itself."""
+        """Whether it is pending for a reason that does not go away by itself."""
         return self.state in ("PENDING", "REQUEUE_HOLD") and (
-            self.reason in STUCK or self.state == "REQUEUE_HOLD"
+            self.reason in STUCK_REASONS or self.state == "REQUEUE_HOLD"
         )
 
     @property
-    def may_go_on(self) -> bool:
-        """Whether cases that it has left are worth another job."""
-        return self.state in EXTERNAL or self.code in (EXIT_TIME, EXIT_NODES)
+    def interrupted(self) -> bool:
+        """Whether the cluster or a time limit stopped it: its other cases are worth another job."""
+        return self.state in INTERRUPTED_STATES or self.code in (EXIT_TIME, EXIT_NODES)
 
     @property
-    def words(self) -> str:
-        """For people."""
+    def description(self) -> str:
+        """The state in words."""
         if self.stuck:
             return f"will not start: {self.reason or self.state}"
         if self.state == "PENDING":
-            return f"waits: {self.reason}" if self.reason not in ("", "None") else "waits"
+            return f"pending: {self.reason}" if self.reason not in ("", "None") else "pending"
         if self.alive:
             return self.state.lower()
-        if self.code in EXITS:
-            return EXITS[self.code]
-        words = WORDS.get(self.state, self.state.lower())
-        return f"{words} with exit code {self.code}" if self.code else words
+        if self.code in EXIT_DESCRIPTIONS:
+            return EXIT_DESCRIPTIONS[self.code]
+        text = DESCRIPTIONS.get(self.state, self.state.lower())
+        return f"{text} with exit code {self.code}" if self.code else text

@@ -1,8 +1,8 @@
-"""What a job runs on its first node: ``python -m cpbench.slurm.job_step OUT/slurm/NAME.json``.
+"""The program of a Slurm job: ``python -m cpbench.slurm.job_step OUT/slurm/NAME.json``.
 
-It checks the nodes, then works through the cases that have no record yet, with the same supervisor
-that serves one machine.  So it does not matter how often Slurm starts it again.  Before the time
-limit Slurm sends USR1: the case under way is given up, and the exit code says that some are left.
+It runs on the first node, checks the nodes, then runs the cases without a record under the same
+supervisor as on one machine, so Slurm may restart it at any time.  Before the time limit, Slurm
+sends SIGUSR1: the current case is stopped, and the exit code says that cases remain.
 """
 
 from __future__ import annotations
@@ -25,28 +25,29 @@ from cpbench.core.settings import MeasureSettings
 from cpbench.launchers.gang import free_port
 from cpbench.launchers.protocol import Place
 from cpbench.launchers.supervisor import LaunchError, TimeUp
-from cpbench.results.store import Lines, StoreError
+from cpbench.results.store import JsonLinesWriter, StoreError
 from cpbench.slurm import client, node_check
 from cpbench.slurm.job_states import EXIT_NODES, EXIT_STORE, EXIT_TIME
-from cpbench.slurm.site_profile import Profile, from_table, seconds
+from cpbench.slurm.site_profile import Profile, from_table, parse_time_limit
 from cpbench.sweep import runs
 from cpbench.worker.rendezvous import own_address
 
 EXIT_LAUNCH = 70
-CLEAN_UP_S = 20.0
+CLEAN_UP_TIMEOUT_S = 20.0
 
 
 @dataclass(frozen=True)
-class Spec:
-    """What a job is told.
+class JobSpec:
+    """Contents of a job file.
 
     Attributes:
         out: run directory.
         name: of the sweep.
-        chunks: the cases of each task of an array, or of the one job.
-        settings, profile: see there.
-        retry, since: statuses whose records of before that time (seconds since the epoch) do not
-            count.
+        chunks: the cases of each task of an array, or of the job.
+        settings: how the cases are measured.
+        profile: site profile as a table.
+        retry: statuses whose cases are run again, unless they were recorded after ``since``.
+        since: seconds since the epoch.
     """
 
     out: Path
@@ -65,7 +66,7 @@ class Spec:
         }  # fmt: skip
 
     @classmethod
-    def load(cls, path: Path) -> Spec:
+    def load(cls, path: Path) -> JobSpec:
         table = json.loads(path.read_text())
         return cls(
             Path(table["out"]), table["name"],
@@ -75,96 +76,114 @@ class Spec:
         )  # fmt: skip
 
 
-class Nodes:
-    """The nodes of this job, and the place of a gang on the good ones."""
+class AllocatedNodes:
+    """The nodes of this job.
+
+    Args:
+        hosts: names of all nodes.
+        bad: names of the nodes not to use.
+    """
 
     def __init__(self, profile: Profile, hosts: Sequence[str], bad: Sequence[str]) -> None:
         self._profile, self._bad = profile, list(bad)
         self.good = [host for host in hosts if host not in bad]
 
     def place(self, world_size: int) -> Place:
-        profile, count = self._profile, self._profile.nodes_of(world_size)
+        """Where the ranks of a world size run, on good nodes.
+
+        Raises:
+            LaunchError: when there are too few good nodes.
+        """
+        profile, count = self._profile, self._profile.node_count(world_size)
         if len(self.good) < count:
-            raise LaunchError(f"{world_size} ranks need {count} nodes; good are {len(self.good)}")
+            raise LaunchError(
+                f"{world_size} ranks need {count} nodes; only {len(self.good)} passed the check"
+            )
         by_srun = profile.launcher != "mpi"
-        several = profile.ranks == "torchrun"
-        per_node = -(-world_size // count)
+        torchrun = profile.ranks == "torchrun"
+        ranks_per_node = -(-world_size // count)
         return Place(
             nodes=count,
             hosts=() if by_srun else tuple(self.good[:count]),
-            address=f"{own_address(profile.interface)}:{free_port()}" if several else "",
+            address=f"{own_address(profile.interface)}:{free_port()}" if torchrun else "",
             interface=profile.interface,
-            python=python_words(profile),
-            options=srun_options(profile, per_node, self._bad, several) if by_srun else (),
+            python=python_command(profile),
+            options=(
+                srun_options(profile, ranks_per_node, self._bad, agents=torchrun) if by_srun else ()
+            ),
             env=dict(profile.environment),
         )
 
 
 def srun_options(
-    profile: Profile, per_node: int, bad: Sequence[str], agents: bool
+    profile: Profile, ranks_per_node: int, bad: Sequence[str], agents: bool
 ) -> tuple[str, ...]:
-    """What is added to srun: binding, GPUs, container, and the nodes to leave out.
+    """Options of srun: binding, GPUs, container and excluded nodes.
 
     Args:
-        per_node: ranks of a node.
-        agents: whether one task of a node starts all of them.
+        bad: names of the nodes to exclude.
+        agents: whether there is one task per node, which starts the ranks of the node.
     """
-    cores = profile.cpus_per_rank * (per_node if agents else 1)
-    words = [f"--cpus-per-task={cores}"]
+    cores = profile.cpus_per_rank * (ranks_per_node if agents else 1)
+    options = [f"--cpus-per-task={cores}"]
     if profile.gpus_per_node:
-        gpus = min(per_node, profile.gpus_per_node)
-        words.append(f"--gres=gpu:{gpus}" if profile.gpu_gres else f"--gpus-per-node={gpus}")
+        gpus = min(ranks_per_node, profile.gpus_per_node)
+        options.append(f"--gres=gpu:{gpus}" if profile.gpu_gres else f"--gpus-per-node={gpus}")
     if bad:
-        words.append(f"--exclude={','.join(bad)}")
+        options.append(f"--exclude={','.join(bad)}")
     for name, value in (("cpu-bind", profile.cpu_bind), ("gpu-bind", profile.gpu_bind)):
         if value:
-            words.append(f"--{name}={value}")
+            options.append(f"--{name}={value}")
     container = profile.container
     if container.kind == "pyxis":
-        words.append(f"--container-image={container.image}")
+        options.append(f"--container-image={container.image}")
         if container.mounts:
-            words.append(f"--container-mounts={','.join(container.mounts)}")
-        words += container.options
-    return (*words, *profile.srun)
+            options.append(f"--container-mounts={','.join(container.mounts)}")
+        options += container.options
+    return (*options, *profile.srun)
 
 
-def python_words(profile: Profile) -> tuple[str, ...]:
-    """What starts Python for a rank."""
+def python_command(profile: Profile) -> tuple[str, ...]:
+    """The command that starts Python for a rank, inside the container if there is one."""
     container = profile.container
     if not container.kind:
         return profile.python
     python = profile.python or ("python3",)
     if container.kind == "pyxis":
         return python
-    gpus = ("--nv",) if profile.on == "cuda" else ()
-    binds = [word for mount in container.mounts for word in ("--bind", mount)]
-    return ("apptainer", "exec", *gpus, *binds, *container.options, container.image, *python)
+    gpu_option = ("--nv",) if profile.rank_device == "cuda" else ()
+    binds = [option for mount in container.mounts for option in ("--bind", mount)]
+    return ("apptainer", "exec", *gpu_option, *binds, *container.options, container.image, *python)
 
 
-def _check_nodes(spec: Spec, profile: Profile, hosts: Sequence[str]) -> list[str]:
-    """The nodes that fail, noted beside the run for later jobs to avoid."""
-    per_node = min(
-        profile.per_node, max(case.world_size for chunk in spec.chunks for case in chunk)
+def _check_nodes(spec: JobSpec, profile: Profile, hosts: Sequence[str]) -> list[str]:
+    """The bad nodes, which are also written to the run directory for later jobs to avoid."""
+    ranks_per_node = min(
+        profile.max_ranks_per_node, max(case.world_size for chunk in spec.chunks for case in chunk)
     )
-    options = srun_options(profile, per_node, (), agents=True)
-    words = python_words(profile) or (sys.executable,)
-    found = node_check.of_nodes(hosts, options, words, spec.out, profile.on, per_node)
-    if found:
-        with Lines(spec.out / "slurm" / "bad_nodes.jsonl", sync=False) as lines:
-            for node, why in found.items():
-                _say(f"node {node} is left out: {why}")
-                lines.append({"node": node, "why": why, "job": os.environ.get("SLURM_JOB_ID", "")})
-    return list(found)
+    options = srun_options(profile, ranks_per_node, (), agents=True)
+    python = python_command(profile) or (sys.executable,)
+    bad_nodes = node_check.find_bad_nodes(
+        hosts, options, python, spec.out, profile.rank_device, ranks_per_node
+    )
+    if bad_nodes:
+        with JsonLinesWriter(spec.out / "slurm" / "bad_nodes.jsonl", sync=False) as lines:
+            for node, reason in bad_nodes.items():
+                _log(f"node {node} is excluded: {reason}")
+                lines.append(
+                    {"node": node, "why": reason, "job": os.environ.get("SLURM_JOB_ID", "")}
+                )
+    return list(bad_nodes)
 
 
-def _say(text: str) -> None:
-    """To the job's log, if there is room."""
+def _log(text: str) -> None:
+    """Print to the job's log; a full disk is ignored."""
     with suppress(OSError):
         print(f"cpbench: {text}", file=sys.stderr, flush=True)
 
 
-def _time_up(limit_s: int) -> None:
-    """Make USR1 the end of the run; a case that has taken half of the job by then does not fit."""
+def _stop_on_sigusr1(limit_s: int) -> None:
+    """Make SIGUSR1 end the run; a case that has run for half of the limit by then is a timeout."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -174,37 +193,37 @@ def _time_up(limit_s: int) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Work through the file named in ``argv``; see ``cpbench.slurm.job_states`` for exit codes."""
-    spec = Spec.load(Path(argv[0]))
+    """Run the job file named in ``argv``; exit codes: see ``cpbench.slurm.job_states``."""
+    spec = JobSpec.load(Path(argv[0]))
     profile = from_table(spec.profile)
-    _time_up(seconds(profile.time))
+    _stop_on_sigusr1(parse_time_limit(profile.time))
     task = int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))
     try:
-        hosts = client.hosts(os.environ["SLURM_JOB_NODELIST"])
+        hosts = client.expand_nodelist(os.environ["SLURM_JOB_NODELIST"])
         bad = _check_nodes(spec, profile, hosts) if profile.preflight else []
-        nodes = Nodes(profile, hosts, bad)
+        nodes = AllocatedNodes(profile, hosts, bad)
         request = runs.Request(
             name=spec.name, cases=spec.chunks[task], out=spec.out, launcher=profile.launcher,
-            device=profile.on, settings=spec.settings, retry=frozenset(spec.retry),
+            device=profile.rank_device, settings=spec.settings, retry=frozenset(spec.retry),
             since=spec.since, place=nodes.place,
         )  # fmt: skip
-        largest = max(profile.nodes_of(case.world_size) for case in request.cases)
-        if len(nodes.good) < largest or hosts[0] in bad:
-            _say(f"good nodes: {len(nodes.good)} of {len(hosts)}")
+        required = max(profile.node_count(case.world_size) for case in request.cases)
+        if len(nodes.good) < required or hosts[0] in bad:
+            _log(f"good nodes: {len(nodes.good)} of {len(hosts)}")
             return EXIT_NODES
-        runs.work(request, runs.remaining(request), quiet=False)
-    except TimeUp as stop:
-        _say(f"stopped before {stop}; the rest is left")
+        runs.run_cases(request, runs.remaining_cases(request), quiet=False)
+    except TimeUp as time_up:
+        _log(f"stopped before {time_up}; cases remain")
         return EXIT_TIME
     except StoreError as error:
-        _say(str(error))
+        _log(str(error))
         return EXIT_STORE
-    except OSError as error:  # the log may be the first to find its disk full
+    except OSError as error:  # the log may be the first file to hit a full disk
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         return EXIT_STORE
     except LaunchError as error:
-        _say(str(error))
+        _log(str(error))
         return EXIT_LAUNCH
     except KeyboardInterrupt:
         return 128 + signal.SIGTERM
@@ -214,18 +233,18 @@ def main(argv: list[str]) -> int:
 
 
 def _clean_up() -> None:
-    """Remove this job's folder from every node."""
+    """Remove this job's scratch folder from every node."""
     scratch = os.environ.get("CPBENCH_SCRATCH", "")
     if Path(scratch).name.startswith("cpbench-"):
-        words = ("srun", "--ntasks-per-node=1", "--overlap", "--input=none", "rm", "-rf", scratch)
+        command = ("srun", "--ntasks-per-node=1", "--overlap", "--input=none", "rm", "-rf", scratch)
         with suppress(OSError, subprocess.TimeoutExpired):
-            subprocess.run(words, capture_output=True, timeout=CLEAN_UP_S)
+            subprocess.run(command, capture_output=True, timeout=CLEAN_UP_TIMEOUT_S)
 
 
 def profile_table(profile: Profile) -> dict[str, Any]:
-    """As TOML would give it; :func:`from_table` reads it back."""
-    found = {**vars(profile), "container": vars(profile.container)}
-    return json.loads(json.dumps(found))  # type: ignore[no-any-return]
+    """A profile as a table, which :func:`from_table` reads back."""
+    table = {**vars(profile), "container": vars(profile.container)}
+    return json.loads(json.dumps(table))  # type: ignore[no-any-return]
 
 
 if __name__ == "__main__":
@@ -233,4 +252,4 @@ if __name__ == "__main__":
     with suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()
-    os._exit(code)  # what a full disk has not taken must not change the code
+    os._exit(code)  # unflushed output on a full disk must not change the exit code

@@ -1,4 +1,4 @@
-"""The check of every node of an allocation before it is used, each by a step of its own."""
+"""Health check of the nodes of an allocation before they are used, one job step per node."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cpbench.slurm.node_probe import MARK
+from cpbench.slurm.node_probe import LINE_PREFIX
 
-PATIENCE_S = 180.0  # importing torch on a cold network file system
-SLOW = 3.0  # times the median of the nodes
+CHECK_TIMEOUT_S = 180.0  # importing torch from a cold network file system takes long
+SLOW_FACTOR = 3.0  # relative to the median of the nodes
+MIN_DIFFERENCE_S = 0.05
 
 
-def of_nodes(
+def find_bad_nodes(
     hosts: Sequence[str], options: Sequence[str], python: Sequence[str], out: Path, device: str,
     ranks: int,
 ) -> dict[str, str]:  # fmt: skip
-    """The nodes not to be used, and why.
+    """Check nodes; the reasons of the bad ones, by host name.
 
     Args:
-        options: of srun.
-        python: words that start Python on a node.
+        options: options of srun.
+        python: command that starts Python on a node.
         out: run directory.
-        ranks: that each node is to take.
+        ranks: number of ranks per node.
     """
     program = (*python, "-m", "cpbench.slurm.node_probe", str(out), device, str(ranks))
     steps = {
@@ -40,43 +41,47 @@ def of_nodes(
         )
         for host in hosts
     }  # fmt: skip
-    deadline = time.monotonic() + PATIENCE_S
-    answers: dict[str, dict[str, Any]] = {}
+    deadline = time.monotonic() + CHECK_TIMEOUT_S
+    results: dict[str, dict[str, Any]] = {}
     try:
         for host, step in steps.items():
-            answers[host] = _answer(step, max(0.1, deadline - time.monotonic()))
+            results[host] = _read_result(step, max(0.1, deadline - time.monotonic()))
     finally:
         for step in steps.values():
             if step.poll() is None:
                 step.terminate()
-    return judged(answers)
+    return bad_node_reasons(results)
 
 
-def judged(answers: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """What is wrong with each bad node; one much slower than the others is bad, where three or more
-    can be compared."""
-    found = {host: str(answer["why"]) for host, answer in answers.items() if answer["why"]}
-    times = {host: a["seconds"] for host, a in answers.items() if host not in found}
+def bad_node_reasons(results: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Why nodes are bad, by host name; of three or more good nodes, much slower ones are bad too.
+
+    Args:
+        results: of ``cpbench.slurm.node_probe``, by host name.
+    """
+    reasons = {host: str(result["why"]) for host, result in results.items() if result["why"]}
+    times = {host: result["seconds"] for host, result in results.items() if host not in reasons}
     if len(times) >= 3:
-        middle = statistics.median(times.values())
-        for host, took in times.items():
-            if took > SLOW * middle and took - middle > 0.05:
-                found[host] = f"{took / middle:.1f} times slower than the nodes' median"
-    return found
+        median = statistics.median(times.values())
+        for host, seconds in times.items():
+            if seconds > SLOW_FACTOR * median and seconds - median > MIN_DIFFERENCE_S:
+                reasons[host] = f"{seconds / median:.1f} times slower than the median of the nodes"
+    return reasons
 
 
-def _answer(step: subprocess.Popen[str], seconds: float) -> dict[str, Any]:
+def _read_result(step: subprocess.Popen[str], timeout_s: float) -> dict[str, Any]:
+    """The result of the check of one node."""
     try:
-        text, _ = step.communicate(timeout=seconds)
+        output, _ = step.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
         step.terminate()
         with suppress(subprocess.TimeoutExpired):
             step.communicate(timeout=10)
-        return {"why": f"no answer within {PATIENCE_S:.0f} s"}
-    for line in text.splitlines():
-        if MARK in line:
-            answer: dict[str, Any] = json.loads(line.partition(MARK)[2])
-            return answer
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    said = [line for line in lines if not line.startswith("srun: ")] or lines or ["it said nothing"]
-    return {"why": f"the check ended with code {step.returncode}: {said[-1]}"}
+        return {"why": f"no result within {CHECK_TIMEOUT_S:.0f} s"}
+    for line in output.splitlines():
+        if LINE_PREFIX in line:
+            result: dict[str, Any] = json.loads(line.partition(LINE_PREFIX)[2])
+            return result
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    messages = [line for line in lines if not line.startswith("srun: ")] or lines or ["no output"]
+    return {"why": f"the check ended with exit code {step.returncode}: {messages[-1]}"}

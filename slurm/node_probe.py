@@ -1,7 +1,7 @@
-"""What one node can do, as one JSON line: ``python -m cpbench.slurm.node_probe OUT DEVICE RANKS``.
+"""Health check of one node: ``python -m cpbench.slurm.node_probe OUT DEVICE RANKS``.
 
-Short and blunt: does torch start, are the GPUs there and free, do they compute what they should,
-can results be written from here.
+Checks that torch starts, that the GPUs are present, free and compute correctly, and that results
+can be written.  Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -13,35 +13,35 @@ from pathlib import Path
 
 from cpbench.results.store import StoreError, check_writable
 
-MARK = "CPBENCH-NODE "
-SIZE = 2048
-BUSY_SHARE = 0.2  # of a GPU's memory in use before anything of ours is
+LINE_PREFIX = "CPBENCH-NODE "
+MATRIX_SIZE = 2048
+MAX_USED_MEMORY = 0.2  # fraction of a GPU's memory that may be in use before the run
 
 
-def probe(out: Path, device: str, ranks: int) -> dict[str, object]:
-    """``{"why": None or what is wrong, "seconds": ...}``, the time of a fixed piece of work on the
-    slowest device."""
+def probe_node(out: Path, device: str, ranks: int) -> dict[str, object]:
+    """Check a node: ``{"why": the problem or None, "seconds": time of a fixed matrix product}``, of
+    the slowest device."""
     import torch
 
-    from cpbench.measure.device import shortage
+    from cpbench.measure.device import device_shortage
 
-    why = shortage(device, ranks)
+    why = device_shortage(device, ranks)
     slowest = 0.0
     for index in range(ranks if device == "cuda" and why is None else 1):
         where = torch.device("cuda", index) if device == "cuda" and why is None else "cpu"
         if device == "cuda" and why is None:
             free, total = torch.cuda.mem_get_info(index)
-            if 1 - free / total > BUSY_SHARE:
+            if 1 - free / total > MAX_USED_MEMORY:
                 why = f"GPU {index} is in use: {1 - free / total:.0%} of its memory"
                 break
-        # Whole numbers, so that every order of adding gives the same.
-        x = (torch.arange(SIZE * 64, device=where).reshape(SIZE, 64) % 7).float()
-        want = (x.double() @ x.double().T).float()
-        for _ in range(2):  # the first one loads libraries
-            begun = time.perf_counter()
-            wrong = not torch.equal(x @ x.T, want)
-            took = time.perf_counter() - begun
-        slowest = max(slowest, took)
+        # Small integers, so that the result does not depend on the order of summation.
+        x = (torch.arange(MATRIX_SIZE * 64, device=where).reshape(MATRIX_SIZE, 64) % 7).float()
+        expected = (x.double() @ x.double().T).float()
+        for _ in range(2):  # the first product loads libraries
+            started = time.perf_counter()
+            wrong = not torch.equal(x @ x.T, expected)
+            seconds = time.perf_counter() - started
+        slowest = max(slowest, seconds)
         if wrong:
             why = f"{where} computes wrong products"
             break
@@ -54,7 +54,7 @@ def probe(out: Path, device: str, ranks: int) -> dict[str, object]:
 
 def main(argv: list[str]) -> int:
     out, device, ranks = argv
-    print(MARK + json.dumps(probe(Path(out), device, int(ranks))), flush=True)
+    print(LINE_PREFIX + json.dumps(probe_node(Path(out), device, int(ranks))), flush=True)
     return 0
 
 

@@ -1,7 +1,7 @@
-"""A sweep as jobs of Slurm: planned, submitted, followed, from any shell and on any day.
+"""Slurm jobs of a sweep: planning, submission and states, from any shell at any time.
 
-What was submitted is kept in ``OUT/slurm/submissions.jsonl``; the rest is asked of Slurm and of the
-records.  A case is in one living job at most.
+Submitted jobs are listed in ``OUT/slurm/submissions.jsonl``; their progress comes from Slurm and
+the records.  A case is in at most one live job.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from typing import Any
 
 from cpbench.core.problem import Case
 from cpbench.core.settings import MeasureSettings
-from cpbench.launchers.supervisor import gangs
-from cpbench.results.store import Lines, StoreError, Tail, read_lines, write_whole
+from cpbench.launchers.supervisor import group_by_world_size
+from cpbench.results.store import JsonLinesWriter, StoreError, Tail, read_lines, write_atomically
 from cpbench.slurm import batch_script, client
-from cpbench.slurm.batch_script import Batch
+from cpbench.slurm.batch_script import BatchJob
 from cpbench.slurm.job_states import JobState
-from cpbench.slurm.job_step import Spec, profile_table
+from cpbench.slurm.job_step import JobSpec, profile_table
 from cpbench.slurm.site_profile import Profile
 from cpbench.sweep import estimate, runs
 
-COLLECT_MINUTES = 15
-NAME_CHARS = 40
+REPORT_MINUTES = 15
+MAX_NAME_LENGTH = 40
 
 
 @dataclass(frozen=True)
-class Planned:
-    """One job to be: its script's contents, and the cases of each task."""
+class PlannedJob:
+    """A job to submit: the contents of its script, and the cases of each task."""
 
-    batch: Batch
+    batch: BatchJob
     chunks: list[list[Case]]
 
     @property
@@ -46,8 +46,8 @@ class Planned:
 
 
 @dataclass(frozen=True)
-class Submitted:
-    """One job that was: id, name, ids of its cases, ranks and nodes; no cases for the last step."""
+class SubmittedJob:
+    """A submitted job: its id, name, ids of its cases (none for the report), ranks and nodes."""
 
     job: str
     name: str
@@ -56,198 +56,210 @@ class Submitted:
     nodes: int
 
 
-def folder(out: Path) -> Path:
+def slurm_folder(out: Path) -> Path:
+    """Folder of the scripts, logs and job files in a run directory."""
     return out / "slurm"
 
 
-def plan(
+def plan_jobs(
     name: str, cases: Sequence[Case], settings: MeasureSettings, profile: Profile, out: Path,
     stamp: str,
-) -> list[Planned]:  # fmt: skip
-    """The jobs for some cases, the largest last.
+) -> list[PlannedJob]:  # fmt: skip
+    """The jobs for cases, smallest world size first.
 
     Args:
         name: of the sweep.
         out: run directory, absolute.
-        stamp: goes into the names of files, so that no submission overwrites another's.
+        stamp: part of the file names, so that no submission overwrites the files of another.
     """
-    title = re.sub(r"[^A-Za-z0-9._+-]", "_", name)[:NAME_CHARS]
-    made: list[Planned] = []
-    estimates = estimate.Estimator(profile.on, settings, [out])
-    cases = estimate.ordered(cases, estimates, settings.interleave > 1)
-    for group in _packed(cases, profile):
-        size = max(case.world_size for case in group)
-        job = f"{title}-{'all' if profile.packing == 'one' else f'p{size}'}-{stamp}"
+    title = re.sub(r"[^A-Za-z0-9._+-]", "_", name)[:MAX_NAME_LENGTH]
+    jobs: list[PlannedJob] = []
+    estimates = estimate.Estimator(profile.rank_device, settings, [out])
+    cases = estimate.order_cases(cases, estimates, settings.interleave > 1)
+    for group in _group_cases(cases, profile):
+        max_ranks = max(case.world_size for case in group)
+        job_name = f"{title}-{'all' if profile.packing == 'one' else f'p{max_ranks}'}-{stamp}"
         chunks = [list(group)]
         if profile.packing == "array":
-            chunks = _chunks(group, profile.chunk, together=settings.interleave > 1)
-        nodes = max(profile.nodes_of(case.world_size) for case in group) + profile.spare_nodes
-        command = batch_script.step_command(folder(out) / f"{job}.json")
+            chunks = _split_chunks(group, profile.chunk, interleave=settings.interleave > 1)
+        nodes = max(profile.node_count(case.world_size) for case in group) + profile.spare_nodes
+        command = batch_script.step_command(slurm_folder(out) / f"{job_name}.json")
         tasks = len(chunks) if profile.packing == "array" else 0
-        made.append(
-            Planned(
-                Batch(
-                    name=job, nodes=nodes, ranks=size, command=command, tasks=tasks,
-                    after=profile.chain and bool(made),
+        jobs.append(
+            PlannedJob(
+                BatchJob(
+                    name=job_name, nodes=nodes, ranks=max_ranks, command=command, tasks=tasks,
+                    after=profile.chain and bool(jobs),
                 ),
                 chunks,
             )
         )  # fmt: skip
-    return made
+    return jobs
 
 
-def _chunks(cases: Sequence[Case], most: int, together: bool) -> list[list[Case]]:
-    """Cases for the tasks of an array, ``most`` each; those that are measured in turn stay
-    together, so that some have more."""
-    if not together:
-        return [list(cases[i : i + most]) for i in range(0, len(cases), most)]
+def _split_chunks(cases: Sequence[Case], chunk_size: int, interleave: bool) -> list[list[Case]]:
+    """Cases of each task of an array, ``chunk_size`` per task; cases that are interleaved stay in
+    one task, so that some tasks have more."""
+    if not interleave:
+        return [list(cases[i : i + chunk_size]) for i in range(0, len(cases), chunk_size)]
     chunks: list[list[Case]] = []
     for _, group in itertools.groupby(cases, lambda case: case.problem_key):
-        if not chunks or len(chunks[-1]) >= most:
+        if not chunks or len(chunks[-1]) >= chunk_size:
             chunks.append([])
         chunks[-1] += group
     return chunks
 
 
-def _packed(cases: Sequence[Case], profile: Profile) -> list[list[Case]]:
-    by_size = gangs(cases)
-    return [[c for group in by_size for c in group]] if profile.packing == "one" else by_size
+def _group_cases(cases: Sequence[Case], profile: Profile) -> list[list[Case]]:
+    """Cases by job: those of each world size, or all of them in one job."""
+    groups = group_by_world_size(cases)
+    if profile.packing == "one":
+        return [[case for group in groups for case in group]]
+    return groups
 
 
-def collector(name: str, out: Path, stamp: str) -> Batch:
-    """The last step: the report, once every job has ended."""
-    title = re.sub(r"[^A-Za-z0-9._+-]", "_", name)[:NAME_CHARS]
-    return Batch(
-        name=f"{title}-report-{stamp}", nodes=1, ranks=0, command=batch_script.collect_command(out),
-        after=True, minutes=COLLECT_MINUTES,
+def report_job(name: str, out: Path, stamp: str) -> BatchJob:
+    """The last job, which writes the report once all other jobs have ended."""
+    title = re.sub(r"[^A-Za-z0-9._+-]", "_", name)[:MAX_NAME_LENGTH]
+    return BatchJob(
+        name=f"{title}-report-{stamp}", nodes=1, ranks=0, command=batch_script.report_command(out),
+        after=True, minutes=REPORT_MINUTES,
     )  # fmt: skip
 
 
-def submit(request: runs.Request, cases: Sequence[Case], profile: Profile) -> list[Submitted]:
-    """Write the scripts of some cases and submit them.
+def submit(request: runs.Request, cases: Sequence[Case], profile: Profile) -> list[SubmittedJob]:
+    """Write the scripts of the jobs of cases, and submit them.
 
     Raises:
-        SlurmError: when Slurm refuses one; those before it are on record.
+        SlurmError: when Slurm refuses a job; the jobs before it are submitted.
         StoreError: when the run directory cannot be written.
     """
     out = request.out.resolve()
     stamp = f"{time.strftime('%m%dT%H%M%S')}-{secrets.token_hex(2)}"
-    runs.note_down(request)
-    planned = plan(request.name, cases, request.settings, profile, out, stamp)
-    done: list[Submitted] = []
-    for one in planned:
-        spec = Spec(
-            out, request.name, one.chunks, request.settings, profile_table(profile),
+    runs.write_sweep_json(request)
+    submitted: list[SubmittedJob] = []
+    for job in plan_jobs(request.name, cases, request.settings, profile, out, stamp):
+        spec = JobSpec(
+            out, request.name, job.chunks, request.settings, profile_table(profile),
             tuple(sorted(request.retry)), min(request.since, time.time()),
         )  # fmt: skip
-        path = folder(out) / f"{one.batch.name}.json"
+        path = slurm_folder(out) / f"{job.batch.name}.json"
         _write(path, json.dumps(spec.to_json()))
-        done.append(_submit(one.batch, one.cases, profile, out, done[-1:]))
-    _submit(collector(request.name, out, stamp), [], profile, out, done)
-    return done
+        submitted.append(_submit_job(job.batch, job.cases, profile, out, submitted[-1:]))
+    _submit_job(report_job(request.name, out, stamp), [], profile, out, submitted)
+    return submitted
 
 
-def _submit(
-    batch: Batch, cases: Sequence[Case], profile: Profile, out: Path, after: Sequence[Submitted]
-) -> Submitted:
-    text = batch_script.render(
-        batch, profile, out, tuple(bad_nodes(out)), after=":".join(one.job for one in after)
+def _submit_job(
+    batch: BatchJob,
+    cases: Sequence[Case],
+    profile: Profile,
+    out: Path,
+    after: Sequence[SubmittedJob],
+) -> SubmittedJob:
+    """Write one script and submit it, to run after other jobs if its batch says so."""
+    dependencies = ":".join(job.job for job in after)
+    script = batch_script.render_script(
+        batch, profile, out, tuple(bad_nodes(out)), after=dependencies
     )
-    path = folder(out) / f"{batch.name}.sbatch"
-    _write(path, text)
-    job = client.submit(path)
-    made = Submitted(job, batch.name, tuple(c.id for c in cases), batch.ranks, batch.nodes)
-    with Lines(folder(out) / "submissions.jsonl", sync=True) as lines:
-        lines.append({**vars(made), "cases": list(made.cases), "time": time.time()})
-    return made
+    path = slurm_folder(out) / f"{batch.name}.sbatch"
+    _write(path, script)
+    job_id = client.submit(path)
+    case_ids = tuple(case.id for case in cases)
+    job = SubmittedJob(job_id, batch.name, case_ids, batch.ranks, batch.nodes)
+    with JsonLinesWriter(slurm_folder(out) / "submissions.jsonl", sync=True) as lines:
+        lines.append({**vars(job), "cases": list(job.cases), "time": time.time()})
+    return job
 
 
 def _write(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, text)
+        write_atomically(path, text)
     except OSError as error:
         raise StoreError(f"cannot write {path}: {error.strerror}") from error
 
 
-def submissions(out: Path) -> list[Submitted]:
-    """All jobs that were ever submitted for a run directory, in order."""
-    found = []
-    for table in Tail(folder(out) / "submissions.jsonl").read():
+def submitted_jobs(out: Path) -> list[SubmittedJob]:
+    """All jobs that were submitted for a run directory, in order."""
+    jobs = []
+    for table in Tail(slurm_folder(out) / "submissions.jsonl").read():
         with suppress(KeyError, TypeError):
-            found.append(
-                Submitted(
+            jobs.append(
+                SubmittedJob(
                     str(table["job"]), table["name"], tuple(table["cases"]), table["ranks"],
                     table["nodes"],
                 )
             )  # fmt: skip
-    return found
+    return jobs
 
 
 def bad_nodes(out: Path) -> dict[str, str]:
-    """Nodes that a check has found wanting, and why."""
-    path = folder(out) / "bad_nodes.jsonl"
+    """Why nodes failed the check of a job, by host name."""
+    path = slurm_folder(out) / "bad_nodes.jsonl"
     if not path.exists():
         return {}
     return {table["node"]: table["why"] for _, table in read_lines(path, [])}
 
 
-class Board:
-    """The states of all jobs of a run directory, asked of Slurm when wanted, those that have ended
-    only once."""
+class JobTracker:
+    """States of all jobs of a run directory; Slurm is queried only for jobs that have not ended.
+
+    Attributes:
+        final_states: states of jobs and tasks that have ended, by id.
+    """
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self.ends: dict[str, JobState] = {}
-        self._path = folder(out) / "ends.jsonl"
+        self.final_states: dict[str, JobState] = {}
+        self._path = slurm_folder(out) / "ends.jsonl"
         for table in Tail(self._path).read():
             with suppress(TypeError):
-                self.ends[table["job"]] = JobState(**table)
+                self.final_states[table["job"]] = JobState(**table)
 
-    def look(self) -> dict[str, JobState]:
-        """By id of the job or of the array's task.
+    def query(self) -> dict[str, JobState]:
+        """The current states by id of the job, or of the task of an array.
 
         Raises:
-            Busy: when the controller does not answer.
+            ControllerBusy: when the controller does not respond.
         """
-        jobs = [one.job for one in submissions(self.out)]
-        over = {job for job in jobs if self._is_over(job)}
-        fresh = client.states(job for job in jobs if job not in over)
-        for key, state in fresh.items():
+        jobs = submitted_jobs(self.out)
+        states = client.query_states(job.job for job in jobs if not self._has_ended(job))
+        for job_id, state in states.items():
             if not state.alive:
-                self._keep(key, state)
-        return {**self.ends, **fresh}
+                self._store_final_state(job_id, state)
+        return {**self.final_states, **states}
 
-    def _is_over(self, job: str) -> bool:
-        """Whether nothing of a job can live: it has ended, or every task of its array has."""
-        if job in self.ends:
+    def _has_ended(self, job: SubmittedJob) -> bool:
+        """Whether a job has ended, or every task of its array has."""
+        if job.job in self.final_states:
             return True
-        tasks = next(one for one in submissions(self.out) if one.job == job)
-        ended = [key for key in self.ends if key.startswith(f"{job}_")]
-        return bool(ended) and len(ended) >= self._tasks(tasks)
+        ended = [job_id for job_id in self.final_states if job_id.startswith(f"{job.job}_")]
+        return bool(ended) and len(ended) >= self._task_count(job)
 
-    def _tasks(self, one: Submitted) -> int:
+    def _task_count(self, job: SubmittedJob) -> int:
         with suppress(OSError, ValueError, KeyError):
-            return len(json.loads((folder(self.out) / f"{one.name}.json").read_text())["chunks"])
+            path = slurm_folder(self.out) / f"{job.name}.json"
+            return len(json.loads(path.read_text())["chunks"])
         return 1
 
-    def _keep(self, key: str, state: JobState) -> None:
-        self.ends[key] = state
-        with suppress(StoreError), Lines(self._path, sync=False) as lines:
+    def _store_final_state(self, job_id: str, state: JobState) -> None:
+        self.final_states[job_id] = state
+        with suppress(StoreError), JsonLinesWriter(self._path, sync=False) as lines:
             lines.append(vars(state))
 
 
 @contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Held from looking at what lives until the rest is submitted, so that two shells at once do
-    not submit the same.
+def submission_lock(out: Path) -> Iterator[None]:
+    """A lock to hold while querying live jobs and submitting others, so that two shells at once do
+    not submit the same cases.
 
     Raises:
         StoreError: when the run directory cannot be written.
     """
     try:
-        folder(out).mkdir(parents=True, exist_ok=True)
-        file = open(folder(out) / "lock", "w")  # noqa: SIM115
+        slurm_folder(out).mkdir(parents=True, exist_ok=True)
+        file = open(slurm_folder(out) / "lock", "w")  # noqa: SIM115
     except OSError as error:
         raise StoreError(f"cannot write results to {out}: {error.strerror}") from error
     with file:
@@ -255,55 +267,62 @@ def locked(out: Path) -> Iterator[None]:
         yield
 
 
-def of_tasks(one: Submitted, states: dict[str, JobState]) -> list[JobState]:
-    """The states of a job, or of each task of its array."""
-    return [s for key, s in states.items() if key == one.job or key.startswith(f"{one.job}_")]
+def task_states(job: SubmittedJob, states: dict[str, JobState]) -> list[JobState]:
+    """The state of a job, or the states of the tasks of its array."""
+    return [state for job_id, state in states.items() if client.is_task_of(job_id, job.job)]
 
 
-def living_cases(out: Path, states: dict[str, JobState]) -> set[str]:
-    """Cases that a job which has not ended may do: held ones too, since they may be released."""
-    found: set[str] = set()
-    for one in submissions(out):
-        if any(state.alive for state in of_tasks(one, states)):
-            found.update(one.cases)
-    return found
+def cases_in_live_jobs(out: Path, states: dict[str, JobState]) -> set[str]:
+    """Ids of the cases of jobs that have not ended, held jobs included, which may be released."""
+    case_ids: set[str] = set()
+    for job in submitted_jobs(out):
+        if any(state.alive for state in task_states(job, states)):
+            case_ids.update(job.cases)
+    return case_ids
 
 
-def of_job(one: Submitted, states: dict[str, JobState]) -> JobState | None:
-    """A job in one state: of an array, a task that runs, else one that lives, else a bad end."""
-    mine = of_tasks(one, states)
-    if not mine:
+def job_state(job: SubmittedJob, states: dict[str, JobState]) -> JobState | None:
+    """One state of a job; of an array, that of a running task, else of a live one, else of one that
+    has not completed."""
+    tasks = task_states(job, states)
+    if not tasks:
         return None
-    alive = [state for state in mine if state.alive]
+    alive = [state for state in tasks if state.alive]
     running = [state for state in alive if state.state == "RUNNING"]
-    worst = [state for state in mine if state.state != "COMPLETED"]
-    chosen = (running or alive or worst or mine)[0]
-    return replace(chosen, job=one.job) if len(mine) > 1 else chosen
+    incomplete = [state for state in tasks if state.state != "COMPLETED"]
+    state = (running or alive or incomplete or tasks)[0]
+    return replace(state, job=job.job) if len(tasks) > 1 else state
 
 
 def cancel(out: Path) -> list[str]:
-    """Cancel every job that has not ended; their ids."""
-    states = Board(out).look()
-    alive = [one.job for one in submissions(out) if (state := of_job(one, states)) and state.alive]
-    client.cancel(alive)
-    return alive
+    """Cancel all jobs that have not ended; their ids."""
+    states = JobTracker(out).query()
+    job_ids = [
+        job.job for job in submitted_jobs(out) if (state := job_state(job, states)) and state.alive
+    ]
+    client.cancel(job_ids)
+    return job_ids
 
 
-def table(out: Path, states: dict[str, JobState], recorded: set[str]) -> list[dict[str, Any]]:
-    """A row for each job."""
+def job_rows(out: Path, states: dict[str, JobState], recorded: set[str]) -> list[dict[str, Any]]:
+    """One row per job, for ``cpbench status``.
+
+    Args:
+        recorded: ids of the recorded cases.
+    """
     rows = []
-    for one in submissions(out):
-        state = of_job(one, states)
+    for job in submitted_jobs(out):
+        state = job_state(job, states)
         rows.append(
             {
-                "job": one.job,
-                "name": one.name,
-                "ranks": one.ranks or "",
-                "cases": f"{len(recorded & set(one.cases))}/{len(one.cases)}" if one.cases else "",
+                "job": job.job,
+                "name": job.name,
+                "ranks": job.ranks or "",
+                "cases": f"{len(recorded & set(job.cases))}/{len(job.cases)}" if job.cases else "",
                 "state": state.state if state else "",
                 "nodes": state.nodes if state else "",
                 "time": "/".join(filter(None, (state.elapsed, state.limit))) if state else "",
-                "meaning": state.words if state else "",
+                "meaning": state.description if state else "",
             }
         )
     return rows

@@ -1,4 +1,4 @@
-"""Waiting for a sweep's jobs, from the shell that submitted them or another."""
+"""Waiting for the jobs of a sweep, from any shell."""
 
 from __future__ import annotations
 
@@ -10,98 +10,108 @@ from cpbench.results.store import Tail, read_run
 from cpbench.slurm import client, submission
 from cpbench.slurm.job_states import JobState
 from cpbench.slurm.site_profile import Profile
-from cpbench.slurm.submission import Board
+from cpbench.slurm.submission import JobTracker
 from cpbench.sweep import progress, runs
 
-RECORDS_S = 1.0  # between looks at the records, which cost the controller nothing
-FIRST_POLL_S = 2.0
-SLOWER = 1.5
+RECORD_POLL_S = 1.0  # interval of reading the records, which needs no controller
+MIN_POLL_S = 2.0  # first interval of requests to the controller
+POLL_BACKOFF = 1.5  # factor by which that interval grows
 
 
 @dataclass
-class Follower:
-    """Follows until every job of a request has ended.
+class JobWaiter:
+    """Waits until all jobs of a request have ended, and shows their progress.
 
     Args:
-        request: whose cases are waited for.
+        request: the request that the jobs are of.
         profile: for resubmission.
-        resubmit: how often cases that are left by jobs which were stopped are submitted again.
-        quiet: print nothing.
+        resubmit: how many times to resubmit the remaining cases of interrupted jobs.
+        quiet: whether to print nothing.
     """
 
     request: runs.Request
     profile: Profile
     resubmit: int = 0
     quiet: bool = False
-    _told: dict[str, tuple[str, str]] = field(default_factory=dict)
+    _shown_states: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def wait(self) -> None:
-        """Return when nothing is to be waited for any more.
+        """Wait until no job can produce further results.
 
         Raises:
             SlurmError: when a resubmission is refused.
         """
-        left = {case.id for case in runs.remaining(self.request)}
-        with progress.progress(len(left), self.quiet) as lines:
+        pending_ids = {case.id for case in runs.remaining_cases(self.request)}
+        with progress.progress_display(len(pending_ids), self.quiet) as display:
             tails: dict[str, Tail] = {}
-            poll_s, next_poll = FIRST_POLL_S, 0.0
+            poll_s, next_poll = MIN_POLL_S, 0.0
             while True:
-                self._records(left, tails, lines)
+                self._show_new_records(pending_ids, tails, display)
                 if time.monotonic() >= next_poll:
                     try:
-                        states = Board(self.request.out).look()
-                    except client.Busy as error:
-                        self._say(str(error))
+                        states = JobTracker(self.request.out).query()
+                    except client.ControllerBusy as error:
+                        self._print(str(error))
                         states = None
-                    if states is not None and not self._goes_on(states):
-                        self._records(left, tails, lines)
-                        return
+                    if states is not None:
+                        self._show_states(states)
+                        live = any(state.alive and not state.stuck for state in states.values())
+                        if not live and not self._resubmit_interrupted(states):
+                            self._show_new_records(pending_ids, tails, display)
+                            return
                     next_poll = time.monotonic() + poll_s
-                    poll_s = min(poll_s * SLOWER, max(self.profile.poll_s, FIRST_POLL_S))
-                time.sleep(RECORDS_S)
+                    poll_s = min(poll_s * POLL_BACKOFF, max(self.profile.poll_s, MIN_POLL_S))
+                time.sleep(RECORD_POLL_S)
 
-    def _records(self, left: set[str], tails: dict[str, Tail], lines: progress.Lines) -> None:
-        """Tell of the cases that have ended since the last look."""
-        fresh = False
+    def _show_new_records(
+        self, pending_ids: set[str], tails: dict[str, Tail], display: progress.ProgressLines
+    ) -> None:
+        """Show the cases that were recorded since the last call.
+
+        Args:
+            pending_ids: cases that have not been shown; those that are shown are removed.
+            tails: readers of the record files, by name.
+        """
+        changed = False
         for path in sorted((self.request.out / "records").glob("*.jsonl")):
             tail = tails.setdefault(path.name, Tail(path))
-            fresh |= bool(tail.read())
-        if fresh:
-            found = read_run(self.request.out).records
-            for key in sorted(left & set(found), key=lambda key: found[key].started):
-                if key not in {case.id for case in runs.remaining(self.request)}:
-                    left.discard(key)
-                    lines.finished(found[key])
+            changed |= bool(tail.read())
+        if changed:
+            records = read_run(self.request.out).records
+            for key in sorted(pending_ids & set(records), key=lambda key: records[key].started):
+                if key not in {case.id for case in runs.remaining_cases(self.request)}:
+                    pending_ids.discard(key)
+                    display.case_finished(records[key])
 
-    def _goes_on(self, states: dict[str, JobState]) -> bool:
-        """Tell what has changed; whether some job may still bring something."""
-        for one in submission.submissions(self.request.out):
-            state = submission.of_job(one, states)
-            if state is not None and self._told.get(one.job) != (state.state, state.words):
-                self._told[one.job] = (state.state, state.words)
-                ranks = f" ({one.ranks} ranks)" if one.ranks else " (report)"
-                on = f" on {state.nodes}" if state.nodes and state.alive else ""
-                self._say(f"job {one.job}{ranks}: {state.words}{on}")
-        waiting = [s for s in states.values() if s.alive and not s.stuck]
-        if waiting:
-            return True
-        todo = runs.remaining(self.request)
-        mine = {case.id for case in todo}
-        stopped = [
-            one
-            for one in submission.submissions(self.request.out)
-            if mine & set(one.cases)
-            and any(state.may_go_on for state in submission.of_tasks(one, states))
-        ]
-        if todo and stopped and self.resubmit:
-            self.resubmit -= 1
-            again = set().union(*(one.cases for one in stopped))
-            cases = [case for case in todo if case.id in again]
-            self._say(f"{len(cases)} cases are left: submitted again")
-            submission.submit(self.request, cases, self.profile)
-            return True
-        return False
+    def _show_states(self, states: dict[str, JobState]) -> None:
+        """Print the states that have changed since the last call."""
+        for job in submission.submitted_jobs(self.request.out):
+            state = submission.job_state(job, states)
+            if state is None:
+                continue
+            shown = (state.state, state.description)
+            if self._shown_states.get(job.job) != shown:
+                self._shown_states[job.job] = shown
+                ranks = f" ({job.ranks} ranks)" if job.ranks else " (report)"
+                nodes = f" on {state.nodes}" if state.nodes and state.alive else ""
+                self._print(f"job {job.job}{ranks}: {state.description}{nodes}")
 
-    def _say(self, text: str) -> None:
+    def _resubmit_interrupted(self, states: dict[str, JobState]) -> bool:
+        """Resubmit the remaining cases of interrupted jobs, if allowed; whether it was done."""
+        todo = runs.remaining_cases(self.request)
+        todo_ids = {case.id for case in todo}
+        interrupted_ids: set[str] = set()
+        for job in submission.submitted_jobs(self.request.out):
+            if any(state.interrupted for state in submission.task_states(job, states)):
+                interrupted_ids.update(job.cases)
+        if not todo_ids & interrupted_ids or not self.resubmit:
+            return False
+        self.resubmit -= 1
+        cases = [case for case in todo if case.id in interrupted_ids]
+        self._print(f"{len(cases)} cases remain and are submitted again")
+        submission.submit(self.request, cases, self.profile)
+        return True
+
+    def _print(self, text: str) -> None:
         if not self.quiet:
             print(text, file=sys.stderr, flush=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from heavy_packages import HEAVY
+from limits import LIMIT_S
 from paths import ROOT
 
 LINKED = ("kernels", "launchers", "reports", "slurm")
@@ -203,7 +204,9 @@ def test_folders_are_not_crowded() -> None:
 def loads(code: str, *banned: str) -> None:
     """Run code in a fresh interpreter and see that it loads none of some packages."""
     text = f"import sys\n{code}\nthere = set({banned}) & set(sys.modules)\nassert not there, there"
-    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", text], capture_output=True, text=True, timeout=LIMIT_S
+    )
     assert done.returncode == 0, done.stderr
 
 

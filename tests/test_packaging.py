@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from limits import LIMIT_S
 from paths import ROOT
 
 SHIPPED = [
@@ -51,7 +52,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(tree)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=LIMIT_S,
     )
     assert done.returncode == 0, done.stderr + done.stdout
     (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
@@ -106,7 +107,7 @@ def test_a_copy_runs(built: tuple[Path, Path], tmp_path: Path) -> None:
         ],
         check=True,
         capture_output=True,
-        timeout=120,
+        timeout=LIMIT_S,
     )
     code = (
         "import cpbench, cpbench.kernels.bands.operator as b; print(cpbench.__file__, b.__file__)"
@@ -121,7 +122,7 @@ def test_a_copy_runs(built: tuple[Path, Path], tmp_path: Path) -> None:
             text=True,
             capture_output=True,
             check=True,
-            timeout=60,
+            timeout=LIMIT_S,
         ).stdout
 
     assert all(path.startswith(str(target)) for path in python("-c", code).split())

@@ -1,1 +1,1 @@
-"""The command line: one module for each kind of command; nothing here imports torch."""
+"""The command line, one module per group of commands.  It imports no torch."""

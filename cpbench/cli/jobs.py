@@ -1,4 +1,4 @@
-"""The part of the command line that deals with sweeps which run elsewhere, or for long."""
+"""Commands for runs on Slurm, on several machines or in another shell: status, cancel, join."""
 
 from __future__ import annotations
 
@@ -21,306 +21,321 @@ if TYPE_CHECKING:
     from cpbench.core.problem import Case
     from cpbench.core.settings import MeasureSettings
     from cpbench.launchers.protocol import Place
+    from cpbench.results.active import ActiveProcess
     from cpbench.slurm.site_profile import Profile
     from cpbench.sweep.runs import Request
 
 commands = typer.Typer()
-RunFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A run directory.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Run directory.")]
 
 
-def site(
+def slurm_profile(
     launcher: str, path: Path | None, wait: bool, resubmit: int, profiler: str
 ) -> Profile | None:
-    """The profile of a Slurm site, for the Slurm launcher only.
+    """Load the profile of the Slurm site; None for other launchers.
 
     Raises:
-        ValueError: for options that do not go together, or a bad profile.
+        ValueError: for options that exclude each other, or an invalid profile.
     """
     from cpbench.slurm import site_profile
 
     if launcher != "slurm":
-        for name, given in (("--profile", path), ("--wait", wait), ("--resubmit", resubmit)):
-            if given:
+        for name, value in (("--profile", path), ("--wait", wait), ("--resubmit", resubmit)):
+            if value:
                 raise ValueError(f"{name} is for --launcher slurm")
         return None
     if profiler:
-        raise ValueError(f"--profiler {profiler} is for the launchers of this machine, not slurm")
+        raise ValueError(f"--profiler {profiler} does not work with --launcher slurm")
     if resubmit and not wait:
-        raise ValueError("--resubmit needs --wait; without it, give the same command again")
+        raise ValueError("--resubmit needs --wait; without it, repeat the command to resume")
     if path is None:
         raise ValueError("--launcher slurm needs --profile SITE.toml; see docs/launchers.md")
     return site_profile.load(path)
 
 
-def folder_of(out: Path, profiler: ProfilerName | None) -> Path:
-    """The run directory; of a profiled case one of its own inside it."""
+def output_folder(out: Path, profiler: ProfilerName | None) -> Path:
+    """The run directory, or a new one below it for a profiled case."""
     if profiler is None:
         return out
     return out / "profiles" / f"{profiler.value}-{time.strftime('%Y%m%dT%H%M%S')}"
 
 
-def device_of(profile: Profile, wanted: DeviceName | None) -> str:
-    """The device of a site's ranks.
+def profile_device(profile: Profile, requested: DeviceName | None) -> str:
+    """The device of the ranks of a Slurm site.
 
     Raises:
-        ValueError: when something else was asked for.
+        ValueError: if another one was requested.
     """
-    if wanted is not None and wanted.value != profile.on:
-        raise ValueError(f"--device {wanted.value}: the profile has ranks on {profile.on}")
-    return profile.on
+    if requested is not None and requested.value != profile.rank_device:
+        raise ValueError(
+            f"--device {requested.value}: the profile has ranks on {profile.rank_device}"
+        )
+    return profile.rank_device
 
 
-def settings(
-    given: MeasureSettings, launcher: str, transport: Transport | None, interleave: int | None,
+def override_settings(
+    settings: MeasureSettings, launcher: str, transport: Transport | None, interleave: int | None,
     launches: int | None, trace: bool, profiler: ProfilerName | None, profile: Profile | None,
 ) -> MeasureSettings:  # fmt: skip
-    """A sweep's settings with what the command line changes.
+    """The settings of a sweep with the overrides of the command line.
 
     Raises:
-        ValueError: for MPI's transport where MPI does not start the ranks.
+        ValueError: for transport mpi if the ranks are not started by MPI.
     """
     if transport is not None:
-        given = replace(given, transport=transport.value)
+        settings = replace(settings, transport=transport.value)
     if interleave is not None:
-        given = replace(given, interleave=interleave)
+        settings = replace(settings, interleave=interleave)
     if launches is not None:
-        given = replace(given, launches=launches)
+        settings = replace(settings, launches=launches)
     if trace or profiler is not None:
-        given = replace(given, trace=True)
-    if profiler is not None:  # what is wanted is the watched pass
-        given = replace(given, exposure=False, memory=False, launches=1)
+        settings = replace(settings, trace=True)
+    if profiler is not None:  # only the profiled pass is needed
+        settings = replace(settings, exposure=False, memory=False, launches=1)
     mpi = launcher == "mpi" or (profile is not None and profile.ranks in ("mpi", "mpiexec"))
-    if given.transport == "mpi" and not mpi:
+    if settings.transport == "mpi" and not mpi:
         raise ValueError(
-            "transport mpi needs ranks that MPI has started: --launcher mpi, or a Slurm profile "
+            "transport mpi needs ranks started by MPI: --launcher mpi, or a Slurm profile "
             'with ranks = "mpi" or "mpiexec"'
         )
-    return given
+    return settings
 
 
-def place(
+def launch_place(
     launcher: str, nodes: int, hosts: str, interface: str, cases: Sequence[Case]
 ) -> Callable[[int], Place]:
-    """Where the ranks of a world size run, for launchers on machines that are there already.
+    """A function from world size to the nodes that its ranks run on (not for Slurm).
 
     Raises:
-        ValueError: when ranks do not divide over nodes, or the launcher reaches only one.
+        ValueError: if ranks do not divide by nodes, or the launcher works on one node only.
     """
     from cpbench.launchers import mpi
     from cpbench.launchers.gang import free_port
     from cpbench.launchers.protocol import Place
     from cpbench.worker.rendezvous import own_address
 
-    names = tuple(filter(None, (name.strip() for name in hosts.split(","))))
+    host_names = tuple(filter(None, (name.strip() for name in hosts.split(","))))
     if launcher == "slurm":
-        if nodes > 1 or names:
-            raise ValueError("--nodes and --hosts are the profile's to say under Slurm")
+        if nodes > 1 or host_names:
+            raise ValueError(
+                "--nodes and --hosts do not apply to --launcher slurm; set them in its profile"
+            )
     elif launcher == "mpi":
-        mpi.mpiexec()
-        if names and nodes not in (1, len(names)):
-            raise ValueError(f"--nodes {nodes}, but --hosts names {len(names)}")
-        nodes = len(names) or nodes
-        if nodes > 1 and not names:
+        mpi.find_mpiexec()
+        if host_names and nodes not in (1, len(host_names)):
+            raise ValueError(f"--nodes {nodes}, but --hosts names {len(host_names)}")
+        nodes = len(host_names) or nodes
+        if nodes > 1 and not host_names:
             raise ValueError("--launcher mpi on several nodes needs --hosts")
-    elif names:
-        raise ValueError("--hosts is for --launcher mpi; with torchrun, other nodes join by hand")
+    elif host_names:
+        raise ValueError(
+            "--hosts is for --launcher mpi; with torchrun, run cpbench join on other nodes"
+        )
     elif nodes > 1 and launcher != "torchrun":
         raise ValueError(
             f"--launcher {launcher} is for one machine; torchrun, mpi or slurm for more"
         )
 
-    def of(world_size: int) -> Place:
-        several = launcher == "torchrun" and nodes > 1
-        address = f"{own_address(interface)}:{free_port()}" if several else "127.0.0.1"
-        return Place(nodes=nodes, hosts=names, address=address, interface=interface)
+    def place_of(world_size: int) -> Place:
+        multi_node = launcher == "torchrun" and nodes > 1
+        address = f"{own_address(interface)}:{free_port()}" if multi_node else "127.0.0.1"
+        return Place(nodes=nodes, hosts=host_names, address=address, interface=interface)
 
     for world_size in sorted({case.world_size for case in cases}):
-        of(world_size).per_node(world_size)
-    return of
+        place_of(world_size).ranks_per_node(world_size)
+    return place_of
 
 
-def show_scripts(request: Request, profile: Profile, as_json: bool) -> int:
-    """Print what would be submitted."""
+def print_job_scripts(request: Request, profile: Profile, as_json: bool) -> int:
+    """Print the batch scripts that would be submitted, and the expected hours."""
     from cpbench.slurm import batch_script, submission
-    from cpbench.slurm.site_profile import seconds
+    from cpbench.slurm.site_profile import parse_time_limit
     from cpbench.sweep import runs
 
-    todo, out = runs.remaining(request), request.out.resolve()
+    todo, out = runs.remaining_cases(request), request.out.resolve()
     costs = runs.estimator(request)
-    made: list[dict[str, Any]] = []
+    jobs: list[dict[str, Any]] = []
     unit = "gpu_hours" if request.device == "cuda" else "rank_hours"
-    for one in submission.plan(request.name, todo, request.settings, profile, out, "STAMP"):
-        wall = max(sum(map(costs.seconds, chunk)) for chunk in one.chunks) / 3600
-        hours = sum(costs.seconds(case) * case.world_size for case in one.cases) / 3600
-        text = batch_script.render(one.batch, profile, out, tuple(submission.bad_nodes(out)))
-        made.append(
+    for job in submission.plan_jobs(request.name, todo, request.settings, profile, out, "STAMP"):
+        wall = max(sum(map(costs.seconds, chunk)) for chunk in job.chunks) / 3600
+        hours = sum(costs.seconds(case) * case.world_size for case in job.cases) / 3600
+        text = batch_script.render_script(job.batch, profile, out, tuple(submission.bad_nodes(out)))
+        jobs.append(
             {
-                "job": one.batch.name, "ranks": one.batch.ranks, "nodes": one.batch.nodes,
-                "tasks": one.batch.tasks or 1, "cases": len(one.cases), "hours": wall,
-                "limit_hours": seconds(profile.time) / 3600, unit: hours, "script": text,
+                "job": job.batch.name, "ranks": job.batch.ranks, "nodes": job.batch.nodes,
+                "tasks": job.batch.tasks or 1, "cases": len(job.cases), "hours": wall,
+                "limit_hours": parse_time_limit(profile.time) / 3600, unit: hours, "script": text,
             }
         )  # fmt: skip
-    last = submission.collector(request.name, out, "STAMP")
-    scripts = {one["job"]: one["script"] for one in made}
-    if made:
-        scripts[last.name] = batch_script.render(last, profile, out)
+    last = submission.report_job(request.name, out, "STAMP")
+    scripts = {row["job"]: row["script"] for row in jobs}
+    if jobs:
+        scripts[last.name] = batch_script.render_script(last, profile, out)
     if as_json:
-        told = {"sweep": request.name, "out": str(out), "jobs": made, "scripts": scripts}
-        print(json.dumps(told, indent=1))
+        plan = {"sweep": request.name, "out": str(out), "jobs": jobs, "scripts": scripts}
+        print(json.dumps(plan, indent=1))
         return 0
     for name, text in scripts.items():
         print(f"# ==> {out}/slurm/{name}.sbatch\n{text}")
-    rows = [{k: v for k, v in one.items() if k != "script"} for one in made]
-    figures = ("hours", "limit_hours", unit)
-    print_rows([{**row, **{key: f"{row[key]:.2f}" for key in figures}} for row in rows], False)
+    rows = [{k: v for k, v in row.items() if k != "script"} for row in jobs]
+    hour_keys = ("hours", "limit_hours", unit)
+    print_rows([{**row, **{key: f"{row[key]:.2f}" for key in hour_keys}} for row in rows], False)
     total = sum(row[unit] for row in rows)
     print(f"\n{len(todo)} of {len(request.cases)} cases, about {total:.2f} {unit}; "
-          f"{costs.words(todo)}")  # fmt: skip
+          f"{costs.describe_sources(todo)}")  # fmt: skip
     if any(row["hours"] > row["limit_hours"] for row in rows):
-        print("jobs of more hours than their limit stop there; the same command goes on with them")
+        print("jobs that exceed their time limit are stopped; repeat the command to resume them")
     return 0
 
 
 def submit(
     request: Request, profile: Profile, wait: bool, resubmit: int, as_json: bool
 ) -> int | None:
-    """Submit what is left and not in a living job; follow where that is asked for.
+    """Submit the cases that are neither recorded nor in a live job, and optionally wait for them.
 
     Returns:
-        The exit code, or None where there are results to be shown.
+        The exit code, or None if the jobs have ended and their report is to be printed.
     """
     from cpbench.results.store import StoreError
     from cpbench.slurm import client, submission
-    from cpbench.slurm.wait import Follower
+    from cpbench.slurm.wait import JobWaiter
     from cpbench.sweep import runs
 
-    def say(text: str) -> None:
+    def log(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    out, count, named = request.out, len(request.cases), shlex.quote(str(request.out))
+    out, count, quoted_out = request.out, len(request.cases), shlex.quote(str(request.out))
     try:
-        todo = runs.remaining(request)
-        with submission.locked(out):
-            busy = submission.living_cases(out, submission.Board(out).look())
-            fresh = runs.feasible(request, [case for case in todo if case.id not in busy])
-            made = submission.submit(request, fresh, profile) if fresh else []
-        for one in made:
-            on = f"ranks: {one.ranks}, nodes: {one.nodes}, cases: {len(one.cases)}"
-            say(f"job {one.job}: {one.name}; {on}")
-        under_way = sum(case.id in busy for case in todo)
-        kept = f"{count - len(todo)} of {count} cases are recorded in {out}"
-        say(f"{kept}, {under_way} were in jobs already")
+        todo = runs.remaining_cases(request)
+        with submission.submission_lock(out):
+            submitted_ids = submission.cases_in_live_jobs(out, submission.JobTracker(out).query())
+            new = [case for case in todo if case.id not in submitted_ids]
+            feasible = runs.feasible_cases(request, new)
+            jobs = submission.submit(request, feasible, profile) if feasible else []
+        for job in jobs:
+            size = f"ranks: {job.ranks}, nodes: {job.nodes}, cases: {len(job.cases)}"
+            log(f"job {job.job}: {job.name}; {size}")
+        recorded = f"{count - len(todo)} of {count} cases are recorded in {out}"
+        log(f"{recorded}, {len(todo) - len(new)} are already in jobs")
         if not wait:
-            say(f"follow with: cpbench status {named}; end with: cpbench cancel {named}")
+            log(f"progress: cpbench status {quoted_out}; to cancel: cpbench cancel {quoted_out}")
             if as_json:
-                print(json.dumps({"jobs": [one.job for one in made], "out": str(out)}))
+                print(json.dumps({"jobs": [job.job for job in jobs], "out": str(out)}))
             return 0
-        Follower(request, profile, resubmit, quiet=as_json).wait()
+        JobWaiter(request, profile, resubmit, quiet=as_json).wait()
     except client.SlurmError as error:
         raise UserError(str(error)) from None
     except StoreError as error:
-        say(f"cpbench: {error}")
+        log(f"cpbench: {error}")
         return 1
     except KeyboardInterrupt:
-        say(f"cpbench: the jobs go on; cpbench status {named}, cpbench cancel {named}")
+        log(f"cpbench: the jobs continue; cpbench status {quoted_out}, cpbench cancel {quoted_out}")
         return 130
-    left = len(runs.remaining(request))
+    left = len(runs.remaining_cases(request))
     if left:
-        say(f"cpbench: {left} of {count} cases have no result; cpbench status {named} says why, "
-            "and the same command goes on with them")  # fmt: skip
+        log(f"cpbench: {left} of {count} cases have no result; see cpbench status {quoted_out}, "
+            "and repeat the command to resume")  # fmt: skip
     return None
 
 
-def refuse_living(request: Request) -> None:
-    """Raise ``ValueError`` where a job of Slurm's is going to do some of the same cases."""
+def check_no_live_jobs(request: Request) -> None:
+    """Raise ``ValueError`` if live Slurm jobs are to run some of the same cases."""
     from cpbench.slurm import client, submission
     from cpbench.sweep import runs
 
-    if not submission.submissions(request.out):
+    if not submission.submitted_jobs(request.out):
         return
     try:
-        living = submission.living_cases(request.out, submission.Board(request.out).look())
+        live_ids = submission.cases_in_live_jobs(
+            request.out, submission.JobTracker(request.out).query()
+        )
     except client.SlurmError as error:
+        raise ValueError(f"cannot tell whether {request.out} has live jobs: {error}") from None
+    overlap = [case for case in runs.remaining_cases(request) if case.id in live_ids]
+    if overlap:
         raise ValueError(
-            f"whether jobs are at work on {request.out} is not known: {error}"
-        ) from None
-    both = [case for case in runs.remaining(request) if case.id in living]
-    if both:
-        raise ValueError(
-            f"{len(both)} of these cases are in jobs; wait for them, or: cpbench cancel "
+            f"{len(overlap)} of these cases are in jobs; wait for them, or run: cpbench cancel "
             f"{shlex.quote(str(request.out))}"
         )
 
 
 @commands.command()
 def status(run_dir: RunFolder, as_json: AsJson = False) -> None:
-    """Show how far a run is, and what its jobs wait for."""
+    """Show the progress of a run and the state of its jobs."""
     from cpbench.tools import status
 
     with user_input():
-        found = status.of(run_dir)
+        progress = status.read_status(run_dir)
     if as_json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(progress, indent=1))
     else:
-        status.show(found)
+        status.print_status(progress)
 
 
 @commands.command()
 def cancel(run_dir: RunFolder) -> None:
-    """End a run: its jobs, or its processes here.
+    """Cancel a run: its Slurm jobs, or its processes on this machine.
 
-    What is recorded is kept.
+    Recorded results are kept.
     """
     from cpbench.results import active
     from cpbench.slurm import client, submission
 
     with user_input():
         if not run_dir.is_dir():
-            raise ValueError(f"{run_dir} is no run directory")
-        if submission.submissions(run_dir):
+            raise ValueError(f"{run_dir} is not a run directory")
+        if submission.submitted_jobs(run_dir):
             try:
-                ended = submission.cancel(run_dir)
+                job_ids = submission.cancel(run_dir)
             except client.SlurmError as error:
                 raise ValueError(str(error)) from None
-            print(f"cancelled: {', '.join(ended)}" if ended else "no job is alive")
-        there = active.at_work(run_dir)
-        for who in there:
-            if who.alive:
-                who.end()
-                _until_gone(who)
-                print(f"ended: process {who.pid}")
-        far = [f"{who.pid} on {who.host}" for who in there if not who.local]
-        if far:
-            raise ValueError(f"cancel these where they are: {', '.join(far)}")
-        if not there and not submission.submissions(run_dir):
-            print("nothing is at work there")
+            print(f"cancelled jobs: {', '.join(job_ids)}" if job_ids else "no live jobs")
+        processes = active.active_processes(run_dir)
+        for process in processes:
+            if process.alive:
+                process.terminate()
+                _wait_for_exit(process)
+                print(f"ended process {process.pid}")
+        remote = [
+            f"{process.pid} on {process.host}" for process in processes if not process.is_local
+        ]
+        if remote:
+            raise ValueError(f"cancel these on their own machines: {', '.join(remote)}")
+        if not processes and not submission.submitted_jobs(run_dir):
+            print("nothing is running")
 
 
-def _until_gone(who: Any, seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while who.alive and time.monotonic() < deadline:
+def _wait_for_exit(process: ActiveProcess, timeout_s: float = 30.0) -> None:
+    """Wait until a process has ended.
+
+    Raises:
+        ValueError: if it still runs after ``timeout_s``.
+    """
+    deadline = time.monotonic() + timeout_s
+    while process.alive and time.monotonic() < deadline:
         time.sleep(0.1)
-    if who.alive:
-        raise ValueError(f"process {who.pid} does not end; kill -9 {who.pid}")
+    if process.alive:
+        raise ValueError(f"process {process.pid} does not end; run: kill -9 {process.pid}")
 
 
 @commands.command()
 def join(
     run_dir: RunFolder,
     interface: Annotated[
-        str, typer.Option(metavar="NAME", help="Network interface of this machine.")
+        str, typer.Option(metavar="NAME", help="Network interface that the ranks use.")
     ] = "",
     patience: Annotated[
         float,
-        typer.Option(metavar="SECONDS", min=1, help="Leave after so long without anything to do."),
+        typer.Option(metavar="SECONDS", min=1, help="Exit after this long without work."),
     ] = 600.0,
 ) -> int:
-    """Lend this machine to a run on several machines.
+    """Join a multi-node run as an additional node.
 
-    Those are started with: cpbench run SWEEP --launcher torchrun --nodes N. Join on every other
-    machine, with the same run directory on a shared file system; it leaves with the run.
+    Start the run on the first machine with: cpbench run SWEEP --launcher torchrun --nodes N. Then
+    join on each of the others, with the same run directory on a shared file system. The command
+    ends with the run.
     """
     from cpbench.launchers import join
 
     with user_input():
-        return join.follow(run_dir, interface, patience)
+        return join.join_run(run_dir, interface, patience)

@@ -1,8 +1,10 @@
-"""The command line.  Nothing here imports torch; heavy modules are imported by the command that
-needs them, so that ``cpbench --help`` answers at once.
+"""The entry point of the command line.
 
-Exit codes: 0 the sweep is complete, every case ok, unsupported or oom; 1 some case wrong, crash or
-timeout (or oom with ``--strict``); 2 bad input; 130 interrupted.
+It imports no torch, and each command imports heavy modules itself, so that ``cpbench --help`` is
+fast.
+
+Exit codes: 0 if every case of the sweep is ok, unsupported or oom; 1 if one is wrong, crash or
+timeout (or oom, with ``--strict``); 2 for invalid input; 130 if interrupted.
 """
 
 from __future__ import annotations
@@ -19,18 +21,18 @@ from cpbench.cli import jobs, reports, run, tools
 from cpbench.cli.options import (
     INTERRUPTED,
     AsJson,
-    Kind,
+    ListKind,
     OnDevice,
     UserError,
-    complain,
     device_name,
+    print_error,
     user_input,
 )
 from cpbench.reports.tables.terminal import print_rows
 
 app = typer.Typer(
     name="cpbench",
-    help="Attention kernels and context-parallel strategies, measured and verified.",
+    help="Benchmark and verify attention kernels and context-parallel strategies.",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -39,42 +41,42 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Entry point: runs the app and turns what it raises into lines and exit codes."""
+    """Run the command line and exit; exceptions become one-line messages and exit codes."""
     try:
         code = invoke()
         sys.stdout.flush()
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.ENOSPC):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter tries once more
-        code = 0  # a reader that has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter flushes again at exit
+        code = 0  # the reader of a pipe has closed it, as head does
         if error.errno == errno.ENOSPC:
-            code = complain(f"cannot write the output: {error.strerror}", 1)
+            code = print_error(f"cannot write the output: {error.strerror}", 1)
     sys.exit(code)
 
 
 def invoke(argv: list[str] | None = None) -> int:
-    """The exit code of a command line; without words, its help."""
-    words = sys.argv[1:] if argv is None else argv
+    """Run a command line and return its exit code; without arguments, print the help."""
+    arguments = sys.argv[1:] if argv is None else argv
     try:
-        code = app(args=words or ["--help"], prog_name="cpbench", standalone_mode=False)
+        code = app(args=arguments or ["--help"], prog_name="cpbench", standalone_mode=False)
     except UserError as error:
-        return complain(str(error), 2)
+        return print_error(str(error), 2)
     except (KeyboardInterrupt, typer.Abort):
-        return complain("interrupted", INTERRUPTED)
+        return print_error("interrupted", INTERRUPTED)
     except typer.Exit as stop:
         return stop.exit_code
-    except SystemExit:  # how typer ends when nobody reads what is printed any more
+    except SystemExit:  # raised by typer on a broken pipe
         return 0
     except Exception as error:
-        if not hasattr(error, "format_message"):  # what the parser's own errors have
+        if not hasattr(error, "format_message"):  # only errors of the parser have it
             raise
-        return complain(_usage(error), 2)
+        return print_error(_usage_error(error), 2)
     return code if isinstance(code, int) else 0
 
 
-def _usage(error: Any) -> str:
-    """What is wrong with a command line, and where to read what is right."""
+def _usage_error(error: Any) -> str:
+    """One line for an error of the command-line parser, with the help to read."""
     text = error.format_message().replace("Value error, ", "").strip().rstrip(".")
     context = getattr(error, "ctx", None)
     commands = getattr(getattr(context, "command", None), "commands", None)
@@ -83,19 +85,22 @@ def _usage(error: Any) -> str:
     return f"{text}; see {context.command_path} --help" if context else text
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         print(f"cpbench {__version__}")
         raise typer.Exit
 
 
 @app.callback(
-    epilog="Start with: cpbench doctor, cpbench run quick. "
-    "Each command explains its options: cpbench run --help."
+    epilog="Start with: cpbench doctor, then cpbench run quick. "
+    "For the options of a command: cpbench COMMAND --help."
 )
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
 ) -> None:
     pass
@@ -103,18 +108,23 @@ def _root(
 
 @app.command("list")
 def list_(
-    kind: Annotated[Kind, typer.Argument(help="What to list.")],
+    kind: Annotated[ListKind, typer.Argument(metavar="KIND", help="What to list.")],
     device: OnDevice = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what there is: operators, strategies, masks, inputs."""
-    from cpbench.tools import listing as catalogue
-    from cpbench.tools import support_matrix as support
+    """List operators, strategies, layouts, masks, inputs or sweeps.
+
+    KIND support shows the masks that each operator supports.
+    """
+    from cpbench.tools import listing, support_matrix
 
     with user_input():
-        here = device_name(device)
-        rows = support.rows(here) if kind is Kind.support else catalogue.rows(kind.value, here)
-    print_rows(rows, as_json)
+        name = device_name(device)
+        if kind is ListKind.support:
+            rows = support_matrix.rows(name)
+        else:
+            rows = listing.rows(kind.value, name)
+    print_rows(rows if as_json else listing.table(rows), as_json)
 
 
 for module in (run, reports, tools, jobs):

@@ -1,4 +1,4 @@
-"""What the commands of the command line share: options, and what is done with their values."""
+"""Options and helpers that the commands share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from typing import Annotated
 import typer
 
 
-class Kind(str, Enum):
+class ListKind(str, Enum):
+    """What ``cpbench list`` lists."""
+
     operators = "operators"
     strategies = "strategies"
     layouts = "layouts"
@@ -25,17 +27,23 @@ class Kind(str, Enum):
 
 
 class DeviceName(str, Enum):
+    """Devices that compute attention."""
+
     cpu = "cpu"
     cuda = "cuda"
 
 
 class LauncherName(str, Enum):
+    """Launchers that run under the command itself."""
+
     local = "local"
     torchrun = "torchrun"
     mpi = "mpi"
 
 
 class AnyLauncherName(str, Enum):
+    """All launchers, ``slurm`` included."""
+
     local = "local"
     torchrun = "torchrun"
     mpi = "mpi"
@@ -43,16 +51,22 @@ class AnyLauncherName(str, Enum):
 
 
 class ProfilerName(str, Enum):
+    """NVIDIA's profilers: Nsight Systems and Nsight Compute."""
+
     nsys = "nsys"
     ncu = "ncu"
 
 
 class Transport(str, Enum):
+    """Libraries that move tensors between ranks: torch.distributed or MPI."""
+
     torch = "torch"
     mpi = "mpi"
 
 
 class Format(str, Enum):
+    """Output formats of ``cpbench report``."""
+
     short = "short"
     table = "table"
     html = "html"
@@ -64,6 +78,8 @@ class Format(str, Enum):
 
 
 class CompareFormat(str, Enum):
+    """Output formats of ``cpbench compare``."""
+
     table = "table"
     html = "html"
     md = "md"
@@ -73,6 +89,8 @@ class CompareFormat(str, Enum):
 
 
 class PlotKind(str, Enum):
+    """Figures of ``cpbench plot``."""
+
     throughput = "throughput"
     memory = "memory"
     scaling = "scaling"
@@ -83,115 +101,123 @@ class PlotKind(str, Enum):
     timeline = "timeline"
 
 
-several = partial(typer.Option, metavar="LIST")
-folder = partial(typer.Option, metavar="FOLDER")
-file = partial(typer.Option, metavar="FILE")
+list_option = partial(typer.Option, metavar="LIST")
+folder_option = partial(typer.Option, metavar="FOLDER")
+file_option = partial(typer.Option, metavar="FILE")
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]
 OnDevice = Annotated[
-    DeviceName | None, typer.Option(help="Where to compute.  [default: cuda where there is a GPU]")
+    DeviceName | None,
+    typer.Option(help="Device to use.  [default: cuda if there is a GPU, else cpu]"),
 ]
-Launcher = Annotated[LauncherName, typer.Option(help="What starts the ranks.")]
-AnyLauncher = Annotated[AnyLauncherName, typer.Option(help="What starts the ranks.")]
-Kept = Annotated[Path | None, folder(help="Keep the records here.  [default: a temporary folder]")]
+Launcher = Annotated[LauncherName, typer.Option(help="How to launch the ranks.")]
+AnyLauncher = Annotated[AnyLauncherName, typer.Option(help="How to launch the ranks.")]
+OutFolder = Annotated[
+    Path | None, folder_option(help="Run directory.  [default: a temporary folder]")
+]
 
 Launches = Annotated[
     int | None,
     typer.Option(
-        metavar="TIMES",
+        metavar="N",
         min=1,
-        help="Processes that measure each case; 5 to compare.  [default: as the sweep says]",
+        help="Launches of each case, in new processes; use 5 or more to compare runs.  "
+        "[default: set by the sweep]",
     ),
 ]
 
 Timeout = Annotated[
     float,
     typer.Option(
-        metavar="SECONDS", help="End a case that takes longer in all: one row with status timeout."
+        metavar="SECONDS", help="Time limit of a case, in total; beyond it, its status is timeout."
     ),
 ]
 
 
-INTERRUPTED = 130  # exit code
+INTERRUPTED = 130  # exit code on Ctrl-C
 
 
 class UserError(Exception):
-    """Bad input; the message is the one line that the user sees."""
+    """Invalid input; the message is one line for the user."""
 
 
 @contextmanager
 def user_input() -> Iterator[None]:
-    """Errors in here are the user's: one line, exit code 2."""
+    """Report ``ValueError`` and ``OSError`` of the block as :class:`UserError` (exit code 2)."""
     try:
         yield
     except (ValueError, OSError) as error:
-        text = getattr(error, "strerror", None)
-        name = getattr(error, "filename", None)
-        raise UserError(f"{name}: {text}" if text and name else str(error)) from error
+        reason = getattr(error, "strerror", None)
+        filename = getattr(error, "filename", None)
+        message = f"{filename}: {reason}" if reason and filename else str(error)
+        raise UserError(message) from error
 
 
 def device_name(name: DeviceName | None) -> str:
-    """The device asked for, or the one there is, found out without torch."""
+    """The requested device; by default cuda if there is a GPU, else cpu.  Needs no torch."""
     if name is not None:
         return name.value
     return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
 
 
 def run_directory(out: Path) -> Path:
-    """A run directory that is there or can be made.
+    """The path of a run directory, checked: it exists or can be created.
 
     Raises:
-        ValueError: when a file is in its way.
+        ValueError: if the path, or a parent of it, is a file or not writable.
     """
-    nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not nearest.is_dir():
-        raise ValueError(f"--out {out}: {nearest} is a file; give a folder, there or not")
-    if not os.access(nearest, os.W_OK):
-        raise ValueError(f"--out {out}: {nearest} is not writable; give another folder")
+    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"--out {out}: {existing} is a file; give a folder, new or existing")
+    if not os.access(existing, os.W_OK):
+        raise ValueError(f"--out {out}: {existing} is not writable; give another folder")
     return out
 
 
 def percent(name: str, text: str) -> float:
-    """``"5%"`` or ``"0.05"`` as 0.05.
+    """Parse a relative amount: ``"5%"`` or ``"0.05"`` is 0.05.
+
+    Args:
+        name: of the option, for the error message.
 
     Raises:
         ValueError: for anything else, or a negative share.
     """
     number, sign, rest = text.strip().partition("%")
     try:
-        found = float(number) / (100 if sign else 1)
+        share = float(number) / (100 if sign else 1)
     except ValueError:
-        found = -1.0
-    if rest or not 0 <= found < 10:
+        share = -1.0
+    if rest or not 0 <= share < 10:
         raise ValueError(f"{name} {text!r} is not a share such as 5% or 0.05")
-    return found
+    return share
 
 
 def check_output(path: Path) -> None:
-    """See that a file can be at ``path``.
+    """Check that an output file can be created at ``path``.
 
     Raises:
-        ValueError: when it cannot.
+        ValueError: if it is a folder, or its folder does not exist.
     """
     if path.is_dir() or not path.parent.is_dir():
-        what = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
-        raise ValueError(f"-o {path}: {what}; give a file in a folder that is there")
+        reason = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise ValueError(f"-o {path}: {reason}; give a file in an existing folder")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write what the user wants in a file.
+    """Write text to an output file, whole or not at all.
 
     Raises:
-        ValueError: when it cannot be there.
-        OSError: when it cannot be written.
+        ValueError: see :func:`check_output`.
+        OSError: if it cannot be written.
     """
-    from cpbench.results.store import write_whole
+    from cpbench.results.store import write_atomically
 
     check_output(path)
-    write_whole(path, text)
+    write_atomically(path, text)
 
 
-def complain(text: str, code: int) -> int:
-    """Say on stderr, in one line, what went wrong; hands back the exit code."""
+def print_error(text: str, code: int) -> int:
+    """Print an error on stderr, in one line, and return the exit code ``code``."""
     print(f"cpbench: {' '.join(text.split())}", file=sys.stderr)
     return code

@@ -1,4 +1,4 @@
-"""The commands that read results: report, compare, gate, plot."""
+"""Commands that read results: report, compare, gate, plot."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cpbench.cli.options import (
     PlotKind,
     UserError,
     check_output,
-    file,
+    file_option,
     percent,
     user_input,
     write_text,
@@ -27,9 +27,10 @@ commands = typer.Typer()
 
 Folders = Annotated[list[Path] | None, typer.Argument(metavar="FOLDER...", help="Run directories.")]
 Output = Annotated[
-    Path | None, file("-o", "--output", help="Write here instead of printing; says the format.")
+    Path | None,
+    file_option("-o", "--output", help="Write to this file; its suffix selects the format."),
 ]
-Base = Annotated[Path, typer.Argument(metavar="BASE", help="Run directory to compare with.")]
+Base = Annotated[Path, typer.Argument(metavar="BASE", help="Run directory of the baseline.")]
 SUFFIXES = {
     ".html": "html", ".htm": "html", ".md": "md", ".tex": "latex", ".csv": "csv",
     ".parquet": "parquet", ".json": "json",
@@ -44,7 +45,7 @@ def report(
         typer.Option(
             "--format",
             help="short, table, html, md and latex for people; csv, parquet and json for "
-            "programs.  [default: as -o ends, else short]",
+            "programs.  [default: by the suffix of -o, else short]",
         ),
     ] = None,
     output: Output = None,
@@ -52,17 +53,17 @@ def report(
         bool, typer.Option("--columns", help="Explain the columns of csv, parquet and json.")
     ] = False,
 ) -> None:
-    """Show who won where, what failed and why.
+    """Show the fastest method per problem, and what failed and why.
 
-    As a page (-o report.html): with charts of everything.
+    -o report.html writes a page with charts.
 
-    Several run directories, from several machines, are shown as one.
+    Several run directories, from several machines, are merged into one report.
     """
     from cpbench.reports import collection, export
     from cpbench.reports.tables import render
 
     if columns:
-        print(render.columns(), end="")
+        print(render.explain_columns(), end="")
         return
     if not folders:
         raise UserError("report needs a run directory, or --columns")
@@ -72,42 +73,43 @@ def report(
             raise ValueError(f"--format {name} needs a file: -o report.{name}")
         if output is not None:
             check_output(output)
-        found = collection.collect(folders)
+        results = collection.collect(folders)
         if name == "html":
-            from cpbench.reports.page import write
+            from cpbench.reports.page.write import write_page
 
             assert output is not None
-            write.write(found, output)
+            write_page(results, output)
         elif name == "parquet":
             assert output is not None
-            export.parquet(found, output)
+            export.write_parquet(results, output)
         elif output is None:
-            print(render.render(found, name), end="")
+            print(render.render(results, name), end="")
         else:
-            write_text(output, render.render(found, name))
+            write_text(output, render.render(results, name))
 
 
 @commands.command()
 def compare(
     base: Base,
     new: Annotated[
-        list[Path], typer.Argument(metavar="NEW...", help="What to compare with it, each.")
+        list[Path],
+        typer.Argument(metavar="NEW...", help="Run directories to compare with the baseline."),
     ],
     floor: Annotated[
-        str, typer.Option(metavar="SHARE", help="Relative difference that does not matter.")
+        str, typer.Option(metavar="SHARE", help="Ignore relative differences up to this.")
     ] = "2%",
     form: Annotated[
         CompareFormat | None,
-        typer.Option("--format", help="As of report.  [default: as -o ends, else table]"),
+        typer.Option("--format", help="As for report.  [default: by the suffix of -o, else table]"),
     ] = None,
     output: Output = None,
 ) -> None:
-    """Tell what is faster or slower in one run than in another.
+    """Compare two runs.
 
-    A verdict for each case: SAME, FASTER, SLOWER or UNCLEAR.
+    Each case gets a verdict: SAME, FASTER, SLOWER or UNCLEAR.
 
-    Evidence is launches (cpbench run --launches 5), not iterations: fewer than five of a side are
-    UNCLEAR. Runs in turn (launch by launch) compare best.
+    The unit of evidence is a launch (cpbench run --launches 5), not an iteration: cases with fewer
+    than five launches per side are UNCLEAR. Interleave the launches of the two runs.
     """
     from cpbench.reports.compare import comparison, render
 
@@ -119,10 +121,10 @@ def compare(
             raise ValueError(f"-o {output}: compare writes {', '.join(CompareFormat.__members__)}")
         if output is not None:
             check_output(output)
-        found = comparison.compare_runs(_opened(base), [_opened(one) for one in new], percent(
-            "--floor", floor
-        ))  # fmt: skip
-        text = render.render(found, name)
+        comparisons = comparison.compare_runs(
+            _open_run(base), [_open_run(folder) for folder in new], percent("--floor", floor)
+        )
+        text = render.render(comparisons, name)
         if output is None:
             print(text, end="")
         else:
@@ -132,53 +134,55 @@ def compare(
 @commands.command()
 def gate(
     base: Base,
-    new: Annotated[Path, typer.Argument(metavar="NEW", help="Run directory to judge.")],
+    new: Annotated[Path, typer.Argument(metavar="NEW", help="Run directory to check.")],
     max_slowdown: Annotated[
-        str, typer.Option(metavar="SHARE", help="A case may be slower by so much.")
+        str, typer.Option(metavar="SHARE", help="Allowed slowdown of a case.")
     ] = "5%",
     max_memory: Annotated[
-        str, typer.Option(metavar="SHARE", help="Its peak memory may grow by so much.")
+        str, typer.Option(metavar="SHARE", help="Allowed growth of its peak memory.")
     ] = "2%",
     strict: Annotated[
-        bool, typer.Option("--strict", help="Fail where it cannot be told, too.")
+        bool, typer.Option("--strict", help="Also fail cases that are unclear.")
     ] = False,
-    junit: Annotated[Path | None, file(help="Write JUnit XML here.")] = None,
+    junit: Annotated[Path | None, file_option(help="Write JUnit XML to this file.")] = None,
 ) -> int:
-    """Pass or fail a run against a base, for CI.
+    """Pass or fail a run against a baseline, for CI.
 
-    Exit code 0 or 1, and 2 when they cannot be compared.
+    Exit code 0 or 1, or 2 when the runs cannot be compared.
 
-    A case fails when it is slower, with confidence, than --max-slowdown allows, needs more memory,
-    was ok and is not, or is missing.
+    A case fails when it is significantly slower than --max-slowdown allows, needs more memory than
+    --max-memory allows, was ok and is not, or is missing.
     """
     from cpbench.reports.compare import gate as gates
-    from cpbench.reports.compare.verdicts import cautions
+    from cpbench.reports.compare.verdicts import comparison_caveats
 
     with user_input():
         limits = percent("--max-slowdown", max_slowdown), percent("--max-memory", max_memory)
         if junit is not None:
             check_output(junit)
-        (_, there), (_, here) = _opened(base), _opened(new)
-        found = gates.judge(there, here, *limits, strict)
-        notes = cautions(found.table, there, here)
+        (_, base_run), (_, new_run) = _open_run(base), _open_run(new)
+        result = gates.evaluate_gate(base_run, new_run, *limits, strict)
+        caveats = comparison_caveats(result.table, base_run, new_run)
         if junit is not None:
-            write_text(junit, gates.junit(found, notes))
-    for line in notes:
+            write_text(junit, gates.junit_xml(result, caveats))
+    for line in caveats:
         print(f"cpbench: {line}", file=sys.stderr)
-    print("\n".join(gates.words(found)))
-    return 0 if found.passed else 1
+    print("\n".join(gates.result_lines(result)))
+    return 0 if result.passed else 1
 
 
 @commands.command()
 def plot(
     folders: Folders = None,
-    kind: Annotated[PlotKind, typer.Option(help="What to draw.")] = PlotKind.throughput,
+    kind: Annotated[PlotKind, typer.Option(help="Kind of chart.")] = PlotKind.throughput,
     output: Annotated[
-        Path | None, file("-o", "--output", help="Write here: .svg, .png or .pdf.")
+        Path | None, file_option("-o", "--output", help="Write to this .svg, .png or .pdf file.")
     ] = None,
     where: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="Only such cases, e.g. mask=causal; repeat."),
+        typer.Option(
+            metavar="KEY=VALUE", help="Only matching cases, e.g. mask=causal; may be repeated."
+        ),
     ] = None,
 ) -> None:
     """Draw a figure for a paper."""
@@ -189,15 +193,14 @@ def plot(
         if not folders or output is None:
             raise ValueError("plot needs a run directory and a file: -o figure.svg")
         check_output(output)
-        found = collection.collect(folders)
-        draw.draw(found, kind.value, output, where or [])
+        draw.draw(collection.collect(folders), kind.value, output, where or [])
 
 
-def _opened(folder: Path) -> tuple[str, Run]:
-    """A run and its name.
+def _open_run(folder: Path) -> tuple[str, Run]:
+    """Name and records of a run directory.
 
     Raises:
-        ValueError: when there is none, or it is empty.
+        ValueError: when it is not a run directory, or is empty.
     """
     from cpbench.reports import collection
 

@@ -1,4 +1,4 @@
-"""The commands that run no sweep and read no results: masks, traffic, links, this machine."""
+"""Commands without a run directory: mask, traffic, links, compile, tune, doctor."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from cpbench.cli.options import (
     LauncherName,
     OnDevice,
     device_name,
-    file,
-    several,
+    file_option,
+    list_option,
     user_input,
 )
 from cpbench.reports.tables.terminal import print_rows
@@ -30,30 +30,35 @@ commands = typer.Typer()
 @commands.command()
 def mask(
     mask: Annotated[
-        str, typer.Argument(metavar="MASK", help="Such as causal_document:corpus=pile,seed=3.")
+        str, typer.Argument(metavar="MASK", help="Mask, e.g. causal_document:corpus=pile,seed=3.")
     ],
-    seq_len: Annotated[str, typer.Option(metavar="TOKENS", help="Such as 8192 or 64k.")],
+    seq_len: Annotated[
+        str, typer.Option(metavar="TOKENS", help="Sequence length, e.g. 8192 or 64k.")
+    ],
     num_heads: Annotated[
-        str, typer.Option(metavar="HEADS", help="For masks that differ from head to head.")
+        str, typer.Option(metavar="HEADS", help="Query heads, for per-head masks.")
     ] = "1",
-    png: Annotated[Path | None, file(help="Draw it into this file (.png).")] = None,
+    png: Annotated[
+        Path | None, file_option(help="Write a picture of the mask to this .png file.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show the area, density and slices of a mask, and draw it.
+    """Show the area, density and slices of a mask, or draw it.
 
-    tiles_128 is how many pairs kernels of 128 x 128 tiles compute, over those that are visible.
+    tiles_128 is the number of pairs that a kernel with 128 x 128 tiles computes, divided by the
+    number of visible pairs.
     """
     import time
 
     from cpbench import masks
     from cpbench.masks.dilated_mask import DilatedMask
-    from cpbench.masks.head_masks import distinct
-    from cpbench.sweep.sweep_file import number
+    from cpbench.masks.head_masks import distinct_masks
+    from cpbench.sweep.sweep_file import parse_integer
 
     with user_input():
-        tokens = number("seq_len", seq_len)
+        tokens = parse_integer("seq_len", seq_len)
         start = time.perf_counter()
-        built = masks.build_heads(mask, tokens, number("num_heads_q", num_heads))
+        built = masks.build_heads(mask, tokens, parse_integer("num_heads_q", num_heads))
         build_ms = (time.perf_counter() - start) * 1e3
         if png is not None:
             if png.suffix != ".png":
@@ -61,107 +66,120 @@ def mask(
             from cpbench.masks.picture import draw
 
             if isinstance(built, DilatedMask):
-                raise ValueError("--png: there are no pictures of dilated masks")
-            heads = distinct(built)
-            which = ", head 0" if len(heads) > 1 else ""
-            draw(heads[0], png, f"{mask}, {seq_len} tokens{which}")
+                raise ValueError("--png: dilated masks cannot be drawn")
+            heads = distinct_masks(built)
+            head = ", head 0" if len(heads) > 1 else ""
+            draw(heads[0], png, f"{mask}, {seq_len} tokens{head}")
     row = {
         "mask": mask, "seq_q": built.seq_q, "seq_k": built.seq_k, "area": built.area,
-        "density": round(built.density, 6), **_in_slices(built),
+        "density": round(built.density, 6), **_slice_statistics(built),
         "build_ms": round(build_ms, 3), "digest": built.digest,
     }  # fmt: skip
     if as_json:
         print(json.dumps({**row, "slice_rows": built.slices.tolist()}))
     else:
         for key, value in row.items():
-            print(f"{key:9} {_plain(value)}")
+            print(f"{key:9} {_without_point(value)}")
         if png is not None:
             print(f"{'picture':9} {png}")
 
 
-def _in_slices(mask: Mask) -> dict[str, Any]:
-    """How many slices, and what tiles of 128 x 128 execute, over what is visible."""
+def _slice_statistics(mask: Mask) -> dict[str, Any]:
+    """The number of slices, and the area of visited 128 x 128 tiles over the visible area."""
     from cpbench.masks.dilated_mask import DilatedMask
-    from cpbench.masks.head_masks import distinct
+    from cpbench.masks.head_masks import distinct_masks
     from cpbench.masks.tiling import tiles
 
     if isinstance(mask, DilatedMask):
         return {}
-    each = distinct(mask)
-    executed = sum(tiles(one, 128, 128).executed_area for one in each) / len(each)
-    share = round(executed / mask.area, 4) if mask.area else None
-    return {"slices": len(mask.slices), "tiles_128": share}
+    heads = distinct_masks(mask)
+    executed = sum(tiles(head, 128, 128).executed_area for head in heads) / len(heads)
+    ratio = round(executed / mask.area, 4) if mask.area else None
+    return {"slices": len(mask.slices), "tiles_128": ratio}
 
 
-def _plain(value: Any) -> Any:
-    """A mean over heads that is whole, without its point."""
+def _without_point(value: Any) -> Any:
+    """A whole float, such as some means over heads, as an integer."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 @commands.command()
 def traffic(
-    strategy: Annotated[str, typer.Argument(metavar="STRATEGY", help="Such as usp:ulysses=8.")],
-    mask: Annotated[str, typer.Option(metavar="MASK", help="See cpbench list masks.")] = "causal",
-    seq_len: Annotated[str, typer.Option(metavar="TOKENS", help="Of all ranks.")] = "128k",
-    world_size: Annotated[str, typer.Option(metavar="RANKS")] = "8",
-    gpus_per_node: Annotated[str, typer.Option(metavar="RANKS", help="That share a node.")] = "8",
-    layout: Annotated[str, typer.Option(metavar="LAYOUT", help="See list layouts.")] = "contiguous",
+    strategy: Annotated[
+        str, typer.Argument(metavar="STRATEGY", help="Strategy, e.g. usp:ulysses=8.")
+    ],
+    mask: Annotated[str, typer.Option(metavar="MASK", help="See: cpbench list masks.")] = "causal",
+    seq_len: Annotated[
+        str, typer.Option(metavar="TOKENS", help="Global sequence length.")
+    ] = "128k",
+    world_size: Annotated[str, typer.Option(metavar="RANKS", help="Number of ranks.")] = "8",
+    gpus_per_node: Annotated[str, typer.Option(metavar="RANKS", help="Ranks per node.")] = "8",
+    layout: Annotated[
+        str, typer.Option(metavar="LAYOUT", help="See: cpbench list layouts.")
+    ] = "contiguous",
     placement: Annotated[
-        str, typer.Option(metavar="AXIS", help="Mesh axis inside a node.  [default: its own]")
+        str,
+        typer.Option(
+            metavar="AXIS", help="Mesh axis inside a node.  [default: set by the strategy]"
+        ),
     ] = "",
     queries: Annotated[
-        str, typer.Option(metavar="TOKENS", help="Only so many last tokens attend; 0 is all.")
+        str,
+        typer.Option(metavar="TOKENS", help="Number of queries, the last tokens; 0: all tokens."),
     ] = "0",
-    num_heads_q: Annotated[str, typer.Option(metavar="HEADS")] = "64",
-    num_heads_kv: Annotated[str, typer.Option(metavar="HEADS")] = "8",
-    head_dim: Annotated[str, typer.Option(metavar="LANES")] = "128",
-    batch: Annotated[str, typer.Option(metavar="SEQUENCES")] = "1",
-    dtype: Annotated[str, typer.Option(metavar="DTYPE")] = "bfloat16",
+    num_heads_q: Annotated[str, typer.Option(metavar="HEADS", help="Query heads.")] = "64",
+    num_heads_kv: Annotated[str, typer.Option(metavar="HEADS", help="Key/value heads.")] = "8",
+    head_dim: Annotated[str, typer.Option(metavar="DIM", help="Head dimension.")] = "128",
+    batch: Annotated[str, typer.Option(metavar="SEQUENCES", help="Batch size.")] = "1",
+    dtype: Annotated[str, typer.Option(metavar="DTYPE", help="Data type.")] = "bfloat16",
     direction: Annotated[
-        str, typer.Option(metavar="PHASES", help="fwd, bwd or fwd_bwd.")
+        str, typer.Option(metavar="DIRECTION", help="fwd, bwd or fwd_bwd.")
     ] = "fwd_bwd",
     as_json: AsJson = False,
 ) -> None:
-    """Predict what every rank would send, to the byte.
+    """Predict the communication volume of every rank, exactly.
 
-    The strategy's own code runs on tensors without data. 1,024 ranks take one or two minutes.
+    Runs the strategy's own code on tensors without data. 1,024 ranks take one or two minutes.
     """
-    from cpbench.sweep import sweep_file as sweeps
+    from cpbench.sweep import sweep_file
     from cpbench.tools import traffic
 
     with user_input():
-        ranks = sweeps.number("world_size", world_size)
-        nodes = sweeps.number("ranks_per_node", gpus_per_node) or ranks
-        (case,) = sweeps.product(
+        ranks = sweep_file.parse_integer("world_size", world_size)
+        ranks_per_node = sweep_file.parse_integer("ranks_per_node", gpus_per_node) or ranks
+        (case,) = sweep_file.expand_table(
             {
                 "strategy": strategy, "layout": layout, "mask": mask, "seq_len": seq_len,
-                "queries": queries, "world_size": ranks, "ranks_per_node": min(nodes, ranks),
-                "batch": batch, "num_heads_q": num_heads_q, "num_heads_kv": num_heads_kv,
-                "head_dim": head_dim,
+                "queries": queries, "world_size": ranks,
+                "ranks_per_node": min(ranks_per_node, ranks), "batch": batch,
+                "num_heads_q": num_heads_q, "num_heads_kv": num_heads_kv, "head_dim": head_dim,
                 "dtype": dtype, "direction": direction, "placement": placement,
             }
         )  # fmt: skip
-        found = traffic.forecast(case)
+        prediction = traffic.predict_traffic(case)
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps(prediction))
     else:
         print(case.label)
-        print_rows(traffic.table(found), False)
-        held = max(found["buffers_bytes"].values()) / 1e6
-        print(f"memory of a rank beside inputs and the operator's temporaries: {held:,.1f} MB")
-        if found["imbalance"]:
-            print(f"work of the busiest rank over the mean: {found['imbalance']:.2f}")
+        print_rows(traffic.table(prediction), False)
+        buffers_mb = max(prediction["buffers_bytes"].values()) / 1e6
+        print(f"strategy buffers per rank, without inputs and temporaries of the operator: "
+              f"{buffers_mb:,.1f} MB")  # fmt: skip
+        if prediction["imbalance"]:
+            print(f"load imbalance, max/mean: {prediction['imbalance']:.2f}")
 
 
 @commands.command()
 def links(
-    world_size: Annotated[int, typer.Option(metavar="RANKS", help="Of this machine.")] = 2,
+    world_size: Annotated[
+        int, typer.Option(metavar="RANKS", help="Number of ranks, on this machine.")
+    ] = 2,
     ranks_per_node: Annotated[
-        int, typer.Option(metavar="RANKS", help="That share a node; 0 to tell by host names.")
+        int, typer.Option(metavar="RANKS", help="Ranks per node; 0: found from host names.")
     ] = 0,
-    sizes: Annotated[str, several(help="Bytes.")] = "8,1k,32k,1m,16m,64m",
+    sizes: Annotated[str, list_option(help="Message sizes, in bytes.")] = "8,1k,32k,1m,16m,64m",
     seconds: Annotated[
-        float, typer.Option(metavar="SECONDS", help="Of sampling, for each operation and size.")
+        float, typer.Option(metavar="SECONDS", help="Sampling time per operation and size.")
     ] = 0.3,
     device: OnDevice = None,
     launcher: Launcher = LauncherName.local,
@@ -169,53 +187,57 @@ def links(
 ) -> int:
     """Measure latency and bandwidth between ranks.
 
-    Point-to-point and collectives, inside nodes and across; what arrives is checked. Exit code 1
-    when a rank dies, hangs or receives wrong data.
+    Times point-to-point messages and collectives, inside and across nodes, and checks the received
+    data. Exits with 1 if a rank dies, hangs or receives wrong data.
     """
     from cpbench.tools import links
 
     with user_input():
-        wanted = links.sizes(sizes)
-        links.refuse(world_size, ranks_per_node, seconds)
+        nbytes = links.parse_sizes(sizes)
+        links.check_arguments(world_size, ranks_per_node, seconds)
     return links.run(
-        world_size, device_name(device), launcher.value, wanted, ranks_per_node, as_json, seconds
+        world_size, device_name(device), launcher.value, nbytes, ranks_per_node, as_json, seconds
     )
 
 
 @commands.command("compile")
 def compile_(
-    operator: Annotated[str | None, several(help="Triton operators.  [default: all]")] = None,
+    operator: Annotated[str | None, list_option(help="Triton operators.  [default: all]")] = None,
     target: Annotated[
-        str, several(help="Such as cuda:80 (A100), cuda:90 (H100), cuda:100 (B200), hip:gfx942.")
+        str,
+        list_option(help="GPUs, e.g. cuda:80 (A100), cuda:90 (H100), cuda:100 (B200), hip:gfx942."),
     ] = "cuda:80,cuda:90,cuda:100",
-    dtype: Annotated[str, several()] = "bfloat16,float16",
-    head_dim: Annotated[str, several()] = "64,96,128",
+    dtype: Annotated[str, list_option(help="Data types.")] = "bfloat16,float16",
+    head_dim: Annotated[str, list_option(help="Head dimensions.")] = "64,96,128",
     config: Annotated[
         str | None,
-        several(help="In place of the table: rows=128,cols=64,num_warps=8,num_stages=3."),
+        list_option(
+            help="Configuration to compile instead of the shipped ones, e.g. "
+            "rows=128,cols=64,num_warps=8,num_stages=3."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> int:
-    """Compile the Triton kernels for GPUs that are not here.
+    """Compile the Triton kernels ahead of time, for any GPU.
 
-    Registers, spills, shared and tensor memory, and which matrix instruction is used. Exit code 1
-    when a kernel is broken: no matrix instruction, more memory than there is.
+    Shows registers, spills, shared and tensor memory and the matrix instruction of each kernel.
+    Exits with 1 if a kernel is broken: no matrix instruction, or more memory than the GPU has.
     """
-    from cpbench.sweep.sweep_file import number, split_list
+    from cpbench.sweep.sweep_file import parse_integer, split_list
     from cpbench.tools import compilation
 
     with user_input():
-        given = {}
-        for word in config.split(",") if config else []:
-            key, _, value = word.partition("=")
+        fields = {}
+        for item in config.split(",") if config else []:
+            key, _, value = item.partition("=")
             if not value.isdigit():
-                raise ValueError(f"--config: {word!r} is not of the form rows=128")
-            given[key] = int(value)
-        wanted = compilation.requests(
+                raise ValueError(f"--config: {item!r} is not of the form rows=128")
+            fields[key] = int(value)
+        requests = compilation.compile_requests(
             split_list(operator) if operator else [], split_list(target), split_list(dtype),
-            [number("head_dim", text) for text in split_list(head_dim)], given,
+            [parse_integer("head_dim", text) for text in split_list(head_dim)], fields,
         )  # fmt: skip
-    rows = compilation.compiled(wanted)
+    rows = compilation.compile_kernels(requests)
     print_rows(rows if as_json else compilation.table(rows), as_json)
     return 1 if any(row["verdict"].startswith("broken") for row in rows) else 0
 
@@ -226,28 +248,34 @@ def tune(
         str, typer.Option(metavar="OPERATOR", help="triton_band or triton_block_sparse.")
     ] = "triton_band",
     mask: Annotated[
-        str | None, typer.Option(metavar="MASK", help="[default: causal, or kept blocks]")
+        str | None,
+        typer.Option(
+            metavar="MASK",
+            help="Mask to measure on.  [default: causal, or block_sparse_uniform:keep=0.2]",
+        ),
     ] = None,
-    dtype: Annotated[str, typer.Option(metavar="DTYPE")] = "bfloat16",
-    head_dim: Annotated[str, typer.Option(metavar="LANES")] = "128",
-    seq_len: Annotated[str, typer.Option(metavar="TOKENS")] = "8k",
-    num_heads_q: Annotated[str, typer.Option(metavar="HEADS")] = "32",
-    num_heads_kv: Annotated[str, typer.Option(metavar="HEADS")] = "8",
+    dtype: Annotated[str, typer.Option(metavar="DTYPE", help="Data type.")] = "bfloat16",
+    head_dim: Annotated[str, typer.Option(metavar="DIM", help="Head dimension.")] = "128",
+    seq_len: Annotated[str, typer.Option(metavar="TOKENS", help="Sequence length.")] = "8k",
+    num_heads_q: Annotated[str, typer.Option(metavar="HEADS", help="Query heads.")] = "32",
+    num_heads_kv: Annotated[str, typer.Option(metavar="HEADS", help="Key/value heads.")] = "8",
     device: OnDevice = None,
     as_json: AsJson = False,
 ) -> None:
-    """Find the fastest Triton configurations on this GPU, once.
+    """Autotune the Triton kernels on this GPU.
 
-    Those that compile well are measured; the fastest go into a file that serves from then on, for
-    this kind of GPU, head_dim and dtype.
+    Measures the configurations that compile without large spills and saves the fastest. They are
+    used from then on, for this GPU model, head_dim and dtype.
     """
-    from cpbench.sweep.sweep_file import number, product
+    from cpbench.sweep.sweep_file import expand_table, parse_integer
     from cpbench.tools import compilation
 
     with user_input():
-        compilation.requests([operator], ["cuda:90"], [dtype], [number("head_dim", head_dim)], {})
+        compilation.compile_requests(
+            [operator], ["cuda:90"], [dtype], [parse_integer("head_dim", head_dim)], {}
+        )
         default = "block_sparse_uniform:keep=0.2" if operator.endswith("sparse") else "causal"
-        (case,) = product(
+        (case,) = expand_table(
             {
                 "operator": operator, "mask": mask or default, "seq_len": seq_len, "dtype": dtype,
                 "num_heads_q": num_heads_q, "num_heads_kv": num_heads_kv, "head_dim": head_dim,
@@ -266,9 +294,9 @@ def tune(
 
 @commands.command()
 def doctor(as_json: AsJson = False) -> int:
-    """Show what this machine can run, and what is missing."""
+    """Check what this machine can run and what is missing."""
     from cpbench.tools import doctor
 
-    rows = doctor.examine()
+    rows = doctor.check_environment()
     print_rows(rows, as_json)
     return 1 if any(row["verdict"] == "broken" for row in rows) else 0

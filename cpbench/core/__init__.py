@@ -1,1 +1,1 @@
-"""What everything else speaks of: problems, specs, the registry, the contract of operators."""
+"""Core definitions: problems, specs, settings, the registry and the contract of operators."""

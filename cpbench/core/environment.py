@@ -1,7 +1,6 @@
-"""What a measurement depended on: host, processor, versions, and an allow-list of variables.
+"""The environment of a measurement: host, processor, versions and environment variables.
 
-Only names in the allow-list are read from the process environment: a record is shared with
-others, and secrets live in environments.
+Only variables in an allow-list are recorded: records are shared, and environments hold secrets.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PREFIXES = (
+VARIABLE_PREFIXES = (
     "NCCL_",
     "GLOO_",
     "UCX_",
@@ -30,7 +29,7 @@ PREFIXES = (
     "KMP_",
     "OPENBLAS_",
 )
-NAMES = (
+VARIABLE_NAMES = (
     "CUDA_VISIBLE_DEVICES",
     "CUDA_DEVICE_MAX_CONNECTIONS",
     "CUBLAS_WORKSPACE_CONFIG",
@@ -45,60 +44,70 @@ NAMES = (
 
 
 def interpreting() -> bool:
-    """Whether Triton kernels imported now are interpreted, as Triton reads it."""
+    """Whether Triton kernels imported now run under Triton's interpreter (TRITON_INTERPRET)."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
-PACKAGES = ("torch", "triton", "numpy", "mpi4py", "ring-flash-attn", "flash-attn", "nvidia-ml-py")
+RECORDED_PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "mpi4py",
+    "ring-flash-attn",
+    "flash-attn",
+    "nvidia-ml-py",
+)
 
 
-def collect() -> dict[str, Any]:
-    """The environment as plain values, without importing torch."""
+def collect_environment() -> dict[str, Any]:
+    """The environment as plain values, collected without importing torch."""
     return {
         "host": platform.node(),
         "system": f"{platform.system()} {platform.release()}",
         "processor": _processor(),
         "cores": usable_cores(),
-        "memory_bytes": machine_bytes(),
+        "memory_bytes": machine_memory_bytes(),
         "python": platform.python_version(),
         "executable": Path(sys.executable).name,
-        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "packages": {
+            name: installed for name in RECORDED_PACKAGES if (installed := _version(name))
+        },
         "cpbench": _version("cpbench"),
         "commit": commit(),
         "variables": {
             key: value
             for key, value in sorted(os.environ.items())
-            if key in NAMES or key.startswith(PREFIXES)
+            if key in VARIABLE_NAMES or key.startswith(VARIABLE_PREFIXES)
         },
     }
 
 
-def machine_bytes() -> int:
-    """Main memory of this machine, or of its container where that has less (cgroup v2 or v1)."""
-    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def machine_memory_bytes() -> int:
+    """Main memory of this machine, or the memory limit of its container (cgroup v2 or v1)."""
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        with suppress(OSError, ValueError):  # "max" is no number
-            found = min(found, int(Path("/sys/fs/cgroup", name).read_text()))
-    return found
+        with suppress(OSError, ValueError):  # "max" means no limit
+            memory_bytes = min(memory_bytes, int(Path("/sys/fs/cgroup", name).read_text()))
+    return memory_bytes
 
 
 def node_facts() -> dict[str, Any]:
-    """What tells this machine from others: name, cores and where they are, load, Slurm's name."""
-    nodes = sorted(Path("/sys/devices/system/node").glob("node[0-9]*"))
+    """This machine: host and Slurm names, cores by NUMA node, clocks, memory, load."""
+    numa_nodes = sorted(Path("/sys/devices/system/node").glob("node[0-9]*"))
     numa = {}
-    for node in nodes:
+    for node in numa_nodes:
         with suppress(OSError):
             numa[node.name] = (node / "cpulist").read_text().strip()
     clocks = []
     with suppress(OSError, ValueError):
-        text = Path("/proc/cpuinfo").read_text()
-        clocks = [float(x.partition(":")[2]) for x in text.splitlines() if x.startswith("cpu MHz")]
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        clocks = [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
     return {
         "host": platform.node(),
         "slurm_node": os.environ.get("SLURMD_NODENAME"),
         "processor": _processor(),
         "cores": usable_cores(),
-        "memory_bytes": machine_bytes(),
+        "memory_bytes": machine_memory_bytes(),
         "numa": numa,
         "cpu_mhz": {"min": min(clocks), "max": max(clocks)} if clocks else None,
         "load": os.getloadavg()[0],
@@ -106,7 +115,7 @@ def node_facts() -> dict[str, Any]:
 
 
 def environment_id(environment: dict[str, Any]) -> str:
-    """Hash of an environment's content."""
+    """Hash of an environment, twelve hex digits."""
     text = json.dumps(environment, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -118,14 +127,16 @@ def usable_cores() -> int:
 
 @functools.cache
 def commit() -> str | None:
-    """The commit of the source tree cpbench runs from, with ``+`` when it has changes."""
-    here = Path(__file__).resolve().parent
-    if not (here.parent / ".git").exists():
+    """The commit of the source tree, with ``+`` if that has changes; None without a git tree."""
+    source_tree = Path(__file__).resolve().parents[2]
+    if not (source_tree / ".git").exists():
         return None
 
-    def git(*words: str) -> str | None:
-        done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
+    def git(*arguments: str) -> str | None:
+        result = subprocess.run(
+            ["git", "-C", str(source_tree), *arguments], capture_output=True, text=True
+        )
+        return result.stdout.strip() if result.returncode == 0 else None
 
     try:
         head = git("rev-parse", "--short=12", "HEAD")

@@ -1,4 +1,4 @@
-"""How a Triton kernel is launched, as data: what compiles it ahead of time, without a GPU."""
+"""Launches of Triton kernels as data, to compile them ahead of time without a GPU."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel in one configuration.
+    """A kernel with its argument types and configuration.
 
     Attributes:
-        kernel: its name in the operator.
+        kernel: name of the kernel in its operator.
         function: ``"module:attribute"`` of the ``@triton.jit`` function.
-        types: of the arguments that are not constants, by name (``"*bf16"``, ``"i32"``).
-        constants: the others.
-        aligned: names of arguments that are multiples of 16, as Triton finds them to be.
-        num_warps, num_stages: as Triton takes them.
-        config: the configuration in words.
-        multiplies: whether it is to use the matrix units.
+        types: types of the non-constant arguments by name (``"*bf16"``, ``"i32"``).
+        constants: values of the constant arguments by name.
+        aligned: names of arguments that Triton may assume to be multiples of 16.
+        num_warps, num_stages: launch parameters of Triton.
+        config: description of the configuration.
+        multiplies: whether it is expected to use the matrix units.
     """
 
     kernel: str

@@ -1,15 +1,16 @@
-"""The contract of an attention operator, and the float32 merge of partial results around it.
+"""The contract of attention operators.
 
 Legend: B batch, S query length, T key length, H query heads, G key/value heads, D head dim.
 
-An operator works on the tensors of one device.  ``out`` and ``lse`` handed to ``backward`` may be
-the *global* ones of a computation of which this operator does a part: with P = exp(scores - lse)
-and delta = sum(dout * out), the gradients of the parts just add.
+An operator works on the tensors of one device.  The ``out`` and ``lse`` that ``backward`` takes may
+be the *global* ones of a distributed computation of which the operator computes a part: with P =
+exp(scores - lse) and delta = sum(dout * out), the gradients of the parts add up.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from cpbench.core.environment import interpreting
 from cpbench.core.registry import OperatorInfo, missing_package
@@ -20,58 +21,101 @@ if TYPE_CHECKING:
     from cpbench.core.problem import Problem
     from cpbench.masks.attn_mask import AttnMask
 
+    OutLse = tuple[torch.Tensor, torch.Tensor | None]
+    Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # dq, dk, dv
+
 
 class Unsupported(ValueError):
-    """This operator or strategy cannot do this problem here; the message says why."""
+    """The operator or strategy does not support the problem or device; the message says why."""
+
+
+class QKV(NamedTuple):
+    """The inputs of attention: q ``[B, S, H, D]``; k, v ``[B, T, G, D]``."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, torch.Tensor]) -> QKV:
+        """The tensors named ``"q"``, ``"k"`` and ``"v"``."""
+        return cls(tensors["q"], tensors["k"], tensors["v"])
+
+
+class BackwardInputs(NamedTuple):
+    """The inputs of a backward pass.
+
+    Attributes:
+        dout: ``[B, S, H, D]``, the gradient of ``out``.
+        q, k, v: of the forward pass.
+        out: ``[B, S, H, D]``; lse: ``[B, H, S]`` float32.  Both may be the global ones of a
+            distributed computation; lse is None for operators that declare to return none.
+    """
+
+    dout: torch.Tensor
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    out: torch.Tensor
+    lse: torch.Tensor
+
+    @property
+    def qkv(self) -> QKV:
+        return QKV(self.q, self.k, self.v)
+
+
+def nothing_visible(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return out and lse of fully masked queries: zeros and -inf."""
+    import torch
+
+    b, s, h, _ = q.shape
+    lse = torch.full((b, h, s), -torch.inf, dtype=torch.float32, device=q.device)
+    return torch.zeros_like(q), lse
+
+
+def zero_gradients(qkv: QKV) -> Gradients:
+    """Return the gradients of fully masked queries: zeros."""
+    import torch
+
+    return torch.zeros_like(qkv.q), torch.zeros_like(qkv.k), torch.zeros_like(qkv.v)
 
 
 class Operator(Protocol):
-    """What a kernel file implements.  All tensors are on one device, in ``problem.dtype``."""
+    """An attention operator.  All tensors are on one device, in ``problem.dtype``."""
 
     def unsupported(self, problem: Problem, mask: AttnMask, device: str) -> str | None:
-        """Why this operator cannot do this here, in words a user can act on; None if it can."""
+        """Return why this case is not supported, and what to do instead; None if it is."""
         ...
 
     def prepare(self, mask: AttnMask, problem: Problem, device: str) -> Any:
-        """An immutable plan, free of inputs; timed apart and reused."""
+        """Return an immutable plan, independent of q, k and v; timed separately and reused."""
         ...
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Any
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attention.
+    def forward(self, qkv: QKV, plan: Any) -> OutLse:
+        """Compute attention.
 
         Args:
-            q: ``[B, S, H, D]``; k, v: ``[B, T, G, D]``; any strides with a contiguous last axis.
+            qkv: any strides with a contiguous last axis.
 
         Returns:
-            out ``[B, S, H, D]`` in the dtype of q, 0 for a query that sees nothing; lse
-            ``[B, H, S]`` float32, natural logarithm, -inf for such a query (None where the
-            declaration says that there is none: ``mergeable``, ``lse_on``).
+            out ``[B, S, H, D]`` in the dtype of q, 0 for a fully masked query; lse ``[B, H, S]``
+            float32, natural logarithm, -inf for such a query (None if the declaration says so:
+            ``mergeable``, ``lse_on``).
         """
         ...
 
-    def backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor | None,
-        plan: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Gradients dq, dk, dv in the shapes and dtypes of q, k, v.
+    def backward(self, x: BackwardInputs, plan: Any) -> Gradients:
+        """Compute dq, dk and dv, in the shapes and dtypes of q, k and v.
 
-        Rows whose lse is -inf contribute nothing and get 0.
+        Rows whose lse is -inf contribute nothing, and their dq is 0.
         """
         ...
 
 
 def declared_refusal(info: OperatorInfo, problem: Problem, device: str) -> str | None:
-    """Why the declaration alone rules this problem out, whatever the mask; None if it does not.
+    """Return why the declaration excludes a problem under any mask; None if it does not.
 
-    Needs neither torch nor the operator's own modules, so a parent process can ask too.
+    Imports neither torch nor the modules of the operator, for use in parent processes.
     """
     if device not in info.devices:
         return f"{info.name} runs on {' and '.join(info.devices)}, not on {device}"
@@ -88,7 +132,7 @@ def declared_refusal(info: OperatorInfo, problem: Problem, device: str) -> str |
 
 
 def declared_limits(info: OperatorInfo, problem: Problem, device: str) -> str | None:
-    """As :func:`declared_refusal`, were all installed that it needs."""
+    """Return :func:`declared_refusal`, but as if all requirements were installed."""
     if device not in info.devices:
         return f"{info.name} runs on {' and '.join(info.devices)}, not on {device}"
     if problem.dtype not in info.dtypes:

@@ -1,6 +1,6 @@
-"""What is computed (:class:`Problem`) and one row of a sweep (:class:`Case`).
+"""An attention problem (:class:`Problem`) and one row of a sweep (:class:`Case`).
 
-Shapes everywhere: q, out ``[B, S, H, D]``; k, v ``[B, T, G, D]`` with ``H % G == 0`` (GQA); lse
+Shapes: q, out ``[B, S, H, D]``; k, v ``[B, T, G, D]`` with ``H % G == 0`` (GQA); lse
 ``[B, H, S]`` float32, natural logarithm.
 """
 
@@ -18,13 +18,13 @@ from cpbench.core.spec import Spec, format_size
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 DTYPES = ("float32", "bfloat16", "float16")
-CONTENDER = ("operator", "strategy", "layout", "placement", "content")
+METHOD_FIELDS = ("operator", "strategy", "layout", "placement", "content")
 DIRECTIONS = ("fwd", "bwd", "fwd_bwd")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One attention computation, whoever computes it.
+    """One attention computation, whatever the method.
 
     Attributes:
         batch: B.
@@ -32,10 +32,10 @@ class Problem:
         heads_q, heads_kv: H and G.
         head_dim: D, of queries, keys and values.
         dtype: a name in ``DTYPE_BYTES``.
-        direction: ``"fwd"``, ``"bwd"`` or ``"fwd_bwd"``: whether gradients are asked for.
-        scale: what scores are multiplied by; ``head_dim ** -0.5`` unless given.
-        softcap: a field for later; anything but 0 is refused.
-        deterministic: whether two runs must agree to the bit.
+        direction: ``"fwd"``, ``"bwd"`` or ``"fwd_bwd"``; all but ``"fwd"`` need gradients.
+        scale: softmax scale; None for ``head_dim ** -0.5``.
+        softcap: reserved; anything but 0 is refused.
+        deterministic: whether two runs must be bitwise equal.
     """
 
     batch: int
@@ -64,18 +64,18 @@ class Problem:
         return self.heads_q // self.heads_kv
 
     def flops(self, area: float) -> dict[str, int]:
-        """FLOPs of the forward and the backward pass for ``area`` visible pairs a head, on average.
+        """FLOPs of the forward and the backward pass for ``area`` visible pairs per head (mean).
 
         Forward: two matrix products, ``4 * D`` per visible pair; backward: five, ``10 * D``.
-        Softmax is not counted, nor is what an operator computes outside the mask.
+        Softmax and masked-out pairs are not counted.
         """
         pairs = round(self.batch * self.heads_q * area)
         return {"fwd": 4 * self.head_dim * pairs, "bwd": 10 * self.head_dim * pairs}
 
     def kv_bytes(self, tokens: int) -> int:
         """Bytes of the keys and values of ``tokens`` tokens."""
-        item = DTYPE_BYTES[self.dtype]
-        return 2 * self.batch * tokens * self.heads_kv * self.head_dim * item
+        item_bytes = DTYPE_BYTES[self.dtype]
+        return 2 * self.batch * tokens * self.heads_kv * self.head_dim * item_bytes
 
     def q_bytes(self, tokens: int) -> int:
         """Bytes of the queries of ``tokens`` tokens."""
@@ -84,16 +84,22 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One row of a sweep: a problem, who computes it and how it is spread over ranks.
+    """One row of a sweep: a problem, and the method that computes it.
 
-    ``queries`` above 0 are the last so many tokens alone, attending to all ``seq_len`` (decoding,
-    a chunk of a prefill).  ``ranks_per_node`` 0 is as the launcher places them; ``placement`` names
-    the axis of the strategy's mesh that is to lie inside a node, "" leaving that to the strategy.
-
-    ``inputs`` are a kind of ``cpbench.inputs`` and its parameters, ``seed`` theirs.
-
-    ``content`` maps what a parameter only points at (a file) to the hash of what is there, so that
-    the id follows the content.
+    Attributes:
+        operator, strategy, layout: the method, each a name with parameters.
+        mask: a pattern of ``cpbench.masks`` with parameters.
+        batch, num_heads_q, num_heads_kv, head_dim, dtype, direction: as for :class:`Problem`.
+        seq_len: tokens.
+        queries: number of queries, the last tokens of the sequence, which attend to all ``seq_len``
+            keys (decoding, chunked prefill); 0 for all tokens.
+        world_size: number of ranks.
+        ranks_per_node: ranks that share a node; 0 for the launcher's placement.
+        placement: axis of the strategy's mesh to put inside a node; "" for the strategy's default.
+        seed: of the inputs.
+        inputs: a kind of ``cpbench.inputs`` with parameters.
+        content: hash of every file that a parameter refers to, by its path, so that the id depends
+            on the content of the file.
     """
 
     operator: Spec = Spec("bands")
@@ -117,15 +123,15 @@ class Case:
 
     @functools.cached_property
     def id(self) -> str:
-        """Twelve hex digits over everything that differs from the defaults."""
-        told: dict[str, Any] = {}
+        """Hash of all fields that differ from the defaults, twelve hex digits."""
+        values: dict[str, Any] = {}
         for name, default in _DEFAULTS.items():
             value = getattr(self, name)
             if value != default:
-                told[name] = value.to_json() if isinstance(value, Spec) else value
+                values[name] = value.to_json() if isinstance(value, Spec) else value
         for path, digest in self.content:
-            told = _replace_text(told, path, digest)
-        text = json.dumps(told, sort_keys=True, separators=(",", ":"))
+            values = _replace_text(values, path, digest)
+        text = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property
@@ -142,29 +148,29 @@ class Case:
         )
 
     @property
-    def contender_key(self) -> tuple[object, ...]:
-        """What is compared with others on the same problem: the method and how it is laid out."""
+    def method_key(self) -> tuple[object, ...]:
+        """The method, to compare with others on the same problem."""
         return (str(self.operator), str(self.strategy), str(self.layout), self.placement)
 
     @property
     def problem_key(self) -> tuple[object, ...]:
-        """What contenders are compared on: everything else."""
-        names = [item.name for item in fields(self) if item.name not in CONTENDER]
+        """The problem that methods are compared on: all fields but those of the method."""
+        names = [item.name for item in fields(self) if item.name not in METHOD_FIELDS]
         return tuple(str(getattr(self, name)) for name in names)
 
     @property
     def label(self) -> str:
-        """A short line for people: what runs, on what."""
-        spread = ""
+        """One line for people: method and problem."""
+        strategy = ""
         if self.world_size > 1 or self.strategy.name != "single":
-            place = f" {self.placement} inside" if self.placement else ""
-            nodes = f" ({self.ranks_per_node} a node)" if self.ranks_per_node else ""
-            spread = f" {self.strategy}{place}/{self.layout} x{self.world_size}{nodes}"
+            placement = f" {self.placement} inside" if self.placement else ""
+            per_node = f" ({self.ranks_per_node} per node)" if self.ranks_per_node else ""
+            strategy = f" {self.strategy}{placement}/{self.layout} x{self.world_size}{per_node}"
         heads = f"{self.num_heads_q}:{self.num_heads_kv}"
-        few = f"{self.queries} of " if self.queries else ""
-        size = f"S={few}{format_size(self.seq_len)} H={heads} D={self.head_dim} {self.dtype}"
-        made = "" if self.inputs == _DEFAULTS["inputs"] else f" on {self.inputs}"
-        return f"{self.operator}{spread} {self.mask} {size} {self.direction}{made}"
+        queries = f"{self.queries} of " if self.queries else ""
+        size = f"S={queries}{format_size(self.seq_len)} H={heads} D={self.head_dim} {self.dtype}"
+        inputs = "" if self.inputs == _DEFAULTS["inputs"] else f" on {self.inputs}"
+        return f"{self.operator}{strategy} {self.mask} {size} {self.direction}{inputs}"
 
     def to_json(self) -> dict[str, Any]:
         """A table of plain values, which :meth:`from_json` reads back."""
@@ -180,54 +186,56 @@ class Case:
         """Read back :meth:`to_json`; keys of newer versions are ignored.
 
         Args:
-            known_id: the id, where it was kept with the table.
+            known_id: the id, where it was stored with the table.
         """
         values = {key: value for key, value in table.items() if key in _NAMES}
         for key in ("operator", "strategy", "layout", "mask", "inputs"):
             if key in values:
-                values[key] = _spec(values[key])
+                values[key] = _parse_spec(values[key])
         values["content"] = tuple((str(a), str(b)) for a, b in values.get("content", ()))
         case = cls(**values)
         if isinstance(known_id, str):
-            vars(case)["id"] = known_id  # what the property would find, at some cost
+            vars(case)["id"] = known_id  # saves computing it
         return case
 
     @property
     def data_content(self) -> tuple[tuple[str, str], ...]:
-        """``content`` of what is computed on, such as document lengths: not the code under test."""
+        """``content`` of the data, such as document lengths, without the code under test."""
         return tuple(pair for pair in self.content if pair[0] not in self.code)
 
     @property
     def code(self) -> tuple[str, ...]:
-        """What is under test by name, perhaps in files: operator, strategy, a selector's kernel."""
+        """Names of the code under test: operator, strategy, a selector's kernel; may be files."""
         kernel = self.operator.kwargs.get("kernel")
         return (self.operator.name, self.strategy.name, *([str(kernel)] if kernel else []))
 
     def with_content(self, content: Mapping[str, str]) -> Case:
+        """This case with hashes of files by path, see ``content``."""
         return replace(self, content=tuple(sorted(content.items())))
 
 
 _NAMES = frozenset(item.name for item in fields(Case))
 _DEFAULTS = {item.name: item.default for item in fields(Case) if item.name != "content"}
-_SPECS: dict[str, Spec] = {}  # many cases name few
+_parsed_specs: dict[str, Spec] = {}
 
 
-def _spec(source: Any) -> Spec:
-    """:meth:`Spec.parse`, once for each text of a table."""
+def _parse_spec(source: Any) -> Spec:
+    """:meth:`Spec.parse` with a cache: many cases share few specs."""
     key = repr(source)  # tells 1 from true
-    if key not in _SPECS:
-        _SPECS[key] = Spec.parse(source)
-    return _SPECS[key]
+    if key not in _parsed_specs:
+        _parsed_specs[key] = Spec.parse(source)
+    return _parsed_specs[key]
 
 
 def _replace_text(value: Any, old: str, new: str) -> Any:
+    """Replace a text wherever it is a value of nested tables."""
     if isinstance(value, dict):
         return {key: _replace_text(item, old, new) for key, item in value.items()}
     return new if isinstance(value, str) and value == old else value
 
 
 def local_problem(problem: Problem, seq_q: int, seq_k: int, heads_q: int, heads_kv: int) -> Problem:
-    """The part of ``problem`` that one rank computes; the softmax scale stays the global one."""
+    """The problem of one rank, with the softmax scale of the global one."""
     scale = problem.softmax_scale
     assert math.isfinite(scale)
     return replace(

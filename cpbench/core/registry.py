@@ -1,11 +1,11 @@
-"""Who is registered: operators, strategies, masks; declarations only, readable without torch.
+"""Registry of operators and strategies: declarations, readable without torch.
 
 A kernel file declares ``OPERATORS = (OperatorInfo(...), ...)``, a strategy file ``STRATEGY =
-StrategyInfo(...)`` (or a tuple of them).  The files of ``cpbench.kernels``, ``cpbench.selectors``
-and ``cpbench.strategies`` are found by looking; other packages register through the entry-point
+StrategyInfo(...)`` (or a tuple of them).  All modules of ``cpbench.kernels``, ``cpbench.selectors``
+and ``cpbench.strategies`` are searched for them; other packages register through the entry-point
 groups ``cpbench.operators``, ``cpbench.strategies`` and ``cpbench.masks``.
-``path/file.py:attribute`` names one that is not registered at all; the file is run by the parent
-too, so it imports torch inside functions.  A name registered twice raises.
+``path/file.py:attribute`` names one that is not registered; the file is imported by the parent too,
+so it must import torch inside functions only.  A name that is registered twice raises.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ANY_LAYOUT = ("contiguous", "zigzag", "zigzag_document", "dispatch", "striped")
 
 @dataclass(frozen=True, kw_only=True)
 class OperatorInfo:
-    """What an attention operator is and can do, as plain data.
+    """Declaration of an attention operator and its capabilities, as plain data.
 
     Attributes:
         name: registered name; a dot separates family and member (``sdpa.flash``).
@@ -40,28 +40,28 @@ class OperatorInfo:
         source: paper or library of the method.
         load: ``"module:attribute"`` of a callable that takes the spec's parameters and returns the
             implementation (see ``cpbench.core.operator.Operator``), or that callable itself.
-        masks: kinds of ``AttnMask.kind`` it takes.
-        dtypes: problem dtypes it takes.
-        max_head_dim: largest head_dim.
-        devices: device types it runs on at all.
+        masks: supported values of ``AttnMask.kind``.
+        dtypes: supported dtypes.
+        max_head_dim: largest supported head_dim.
+        devices: supported device types.
         backward_on: device types on which it has a backward pass.
         external_lse: whether its backward takes the out and lse of a larger computation, which
             strategies that merge partial results need.
         mergeable: whether it has one softmax log-sum-exp, so that partial results merge.
         lse_on: device types on which its forward returns that log-sum-exp.
-        deterministic: whether two runs agree to the bit.
-        requires: importable modules it needs.
+        deterministic: whether two runs are bitwise equal.
+        requires: modules that it imports.
         params: names of the parameters that ``load`` takes.
         interpreted_on: device types on which it runs only under Triton's interpreter.
-        compiles: ``"module:attribute"`` of a function that tells what it launches (see
+        compiles: ``"module:attribute"`` of a function that lists its kernel launches (see
             ``cpbench.tools.aot.launches``), for kernels that compile ahead of time.
-        variants: parameters that verification tries beside the defaults, as ``"key=value,…"``.
-        selects: whether it chooses, from queries and keys, a part of what the mask lets be seen:
-            its result is an approximation of attention (see ``cpbench.selectors.common.base``).
-        looks_ahead: where it selects under a causal mask, which later tokens may change a choice:
+        variants: parameters to verify beside the defaults, as ``"key=value,…"``.
+        selects: whether it is a selector: it computes attention over a subset of the visible pairs
+            that it selects from queries and keys (see ``cpbench.selectors.common.base``).
+        looks_ahead: of a selector under a causal mask: which later tokens may change its selection,
             none (``""``), those of the query's ``"block"`` or of the whole ``"sequence"``.
-        install: how to get what it requires, as a command where there is one.
-        unproven: for an adapter that has never run on the library that it calls, the version of the
+        install: how to install what it requires, as a command if there is one.
+        unproven: of an adapter that has never run on the library that it calls: the version of the
             library whose source it was written against.
     """
 
@@ -91,17 +91,18 @@ class OperatorInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class StrategyInfo:
-    """What a context-parallel strategy is, as plain data.
+    """Declaration of a context-parallel strategy, as plain data.
 
     Attributes:
         name, summary, source, load, params: as for :class:`OperatorInfo`.
-        layouts: names of the layouts it takes.
+        layouts: names of the supported layouts.
         merges: whether it merges partial results (and so needs a mergeable operator whose backward
             takes an external out and lse).
-        axes: of its mesh, outermost first; ``placement`` may put one of them inside a node.
-        variants: parameters that verification tries beside the defaults, as ``"key=value,…"``.
-        traced: whether all it sends goes through ``Comm``, so that its traffic can be predicted.
-        requires: importable modules it needs.
+        axes: names of the axes of its mesh, outermost first; ``placement`` may put one of them
+            inside a node.
+        variants: parameters to verify beside the defaults, as ``"key=value,…"``.
+        traced: whether all its communication goes through ``Comm``, so that it can be predicted.
+        requires: modules that it imports.
     """
 
     name: str
@@ -118,67 +119,71 @@ class StrategyInfo:
 
 
 class RegistrationError(ValueError):
-    """Two things registered under one name, or an entry point that does not declare one."""
+    """A name that is registered twice, or an entry point that is not a declaration."""
 
 
 def _modules(package: str) -> Iterator[ModuleType]:
-    """The modules of a package and of its sub-packages, but for device code."""
+    """Import the modules of a package and its sub-packages, except device code (``*_device``)."""
     root = importlib.import_module(package)
-    for item in sorted(pkgutil.iter_modules(root.__path__), key=lambda m: m.name):
-        name = f"{package}.{item.name}"
-        if item.ispkg:
+    for module_info in sorted(pkgutil.iter_modules(root.__path__), key=lambda info: info.name):
+        name = f"{package}.{module_info.name}"
+        if module_info.ispkg:
             yield from _modules(name)
-        elif not item.name.endswith("_device"):
+        elif not module_info.name.endswith("_device"):
             yield importlib.import_module(name)
 
 
 def plugins(group: str) -> Iterator[tuple[str, Any]]:
-    """What other packages declare in an entry-point group, each with words for where it is from.
+    """Objects that other packages declare in an entry-point group, each with its origin in words.
 
     Raises:
-        RegistrationError: when one cannot be imported.
+        RegistrationError: when an entry point cannot be imported.
     """
     for point in entry_points(group=group):
-        where = f"entry point {point.value}"
+        origin = f"entry point {point.value}"
         try:
-            found = point.load()
-        except Exception as error:  # somebody else's code: whatever it raises
+            declared = point.load()
+        except Exception as error:  # code of another package may raise anything
             raise RegistrationError(
-                f"{where} of {group} cannot be loaded: {type(error).__name__}: {error}"
+                f"{origin} of {group} cannot be loaded: {type(error).__name__}: {error}"
             ) from error
-        yield where, found
+        yield origin, declared
 
 
 def _collect(kind: type[T], builtin: Iterable[Any], group: str) -> dict[str, T]:
-    found: dict[str, T] = {}
-    origin: dict[str, str] = {}
-    for where, declared in [*(("cpbench", item) for item in builtin), *plugins(group)]:
+    """Declarations by name: the built-in ones and those of an entry-point group."""
+    infos: dict[str, T] = {}
+    origins: dict[str, str] = {}
+    for origin, declared in [*(("cpbench", info) for info in builtin), *plugins(group)]:
         for info in declared if isinstance(declared, tuple | list) else (declared,):
             if not isinstance(info, kind):
-                raise RegistrationError(f"{where} of {group} is not a {kind.__name__}: {info!r}")
+                raise RegistrationError(f"{origin} of {group} is not a {kind.__name__}: {info!r}")
             name = info.name  # type: ignore[attr-defined]
-            if name in found:
+            if name in infos:
                 raise RegistrationError(
-                    f"{name!r} is registered twice in {group}: by {origin[name]} and by {where}"
+                    f"{name!r} is registered twice in {group}: by {origins[name]} and by {origin}"
                 )
-            found[name], origin[name] = info, where
-    return found
+            infos[name], origins[name] = info, origin
+    return infos
 
 
 @functools.cache
 def operators() -> dict[str, OperatorInfo]:
     """Every registered operator by name."""
     modules = [*_modules("cpbench.kernels"), *_modules("cpbench.selectors")]
-    declared = [m.OPERATORS for m in modules if hasattr(m, "OPERATORS")]
-    builtin = [one for some in declared for one in some]
+    declared = [module.OPERATORS for module in modules if hasattr(module, "OPERATORS")]
+    builtin = [info for infos in declared for info in infos]
     return _collect(OperatorInfo, builtin, "cpbench.operators")
 
 
 @functools.cache
 def strategies() -> dict[str, StrategyInfo]:
     """Every registered strategy by name."""
-    declared = [m.STRATEGY for m in _modules("cpbench.strategies") if hasattr(m, "STRATEGY")]
-    builtin = [one for some in declared for one in (some if isinstance(some, tuple) else (some,))]
+    modules = _modules("cpbench.strategies")
+    declared = [module.STRATEGY for module in modules if hasattr(module, "STRATEGY")]
+    builtin = [
+        info for infos in declared for info in (infos if isinstance(infos, tuple) else (infos,))
+    ]
     return _collect(StrategyInfo, builtin, "cpbench.strategies")
 
 
@@ -186,32 +191,40 @@ def operator_info(name: str) -> OperatorInfo:
     """The declaration of an operator, registered or in a file (``./mine.py:my_op``).
 
     Raises:
-        ValueError: when there is none; the message lists what there is.
+        ValueError: when there is none of that name; the message lists the names.
     """
     return _lookup(name, operators(), OperatorInfo, "operator")
 
 
 def strategy_info(name: str) -> StrategyInfo:
-    """The declaration of a strategy; as :func:`operator_info`."""
+    """The declaration of a strategy, like :func:`operator_info`."""
     return _lookup(name, strategies(), StrategyInfo, "strategy")
 
 
 def missing_package(info: OperatorInfo | StrategyInfo) -> str | None:
-    """The first module that ``info`` needs and that is not installed, or None."""
+    """The first required module that is not installed, or None."""
     return next((name for name in info.requires if importlib.util.find_spec(name) is None), None)
 
 
-def check_params(what: str, name: str, given: Iterable[str], allowed: Iterable[str]) -> None:
-    """Raise ``ValueError`` for a parameter that ``name`` does not take."""
+def check_params(what: str, name: str, params: Iterable[str], allowed: Iterable[str]) -> None:
+    """Raise ``ValueError`` for a parameter that ``name`` does not take.
+
+    Args:
+        what: kind of thing that ``name`` names (``"operator"``), for the message.
+    """
     allowed = tuple(allowed)
-    for key in given:
-        if key not in allowed:
+    for param in params:
+        if param not in allowed:
             takes = ", ".join(allowed) if allowed else "no parameters"
-            raise ValueError(f"{what} {name!r} has no parameter {key!r}; it takes {takes}")
+            raise ValueError(f"{what} {name!r} has no parameter {param!r}; it takes {takes}")
 
 
 def implementation(info: OperatorInfo | StrategyInfo, params: dict[str, Any]) -> Any:
-    """Load what ``info`` declares, with its parameters (a ``ValueError`` names a wrong one)."""
+    """Load the implementation that ``info`` declares, with its parameters.
+
+    Raises:
+        ValueError: for a parameter that it does not take, or a value that it refuses.
+    """
     check_params(
         "operator" if isinstance(info, OperatorInfo) else "strategy", info.name, params, info.params
     )
@@ -219,48 +232,53 @@ def implementation(info: OperatorInfo | StrategyInfo, params: dict[str, Any]) ->
     if isinstance(target, str):
         module, _, attribute = target.partition(":")
         target = getattr(importlib.import_module(module), attribute)
-    wanted = inspect.signature(target).parameters
-    for key, value in params.items():
-        if key in wanted and wanted[key].annotation in ("int", int) and type(value) is not int:
-            raise ValueError(f"{info.name}: {key} = {value!r} is not an integer")
+    signature = inspect.signature(target).parameters
+    for name, value in params.items():
+        integer = name in signature and signature[name].annotation in ("int", int)
+        if integer and type(value) is not int:
+            raise ValueError(f"{info.name}: {name} = {value!r} is not an integer")
     return target(**params)
 
 
-def _lookup(name: str, known: dict[str, T], kind: Any, word: str) -> T:
+def _lookup(name: str, registered: dict[str, T], kind: Any, what: str) -> T:
     if ".py:" in name:
-        found: T = from_file(name, kind, word)
-        return found
-    if name not in known:
-        raise ValueError(f"no {word} {name!r}; there are: {', '.join(sorted(known))}")
-    return known[name]
+        info: T = load_from_file(name, kind, what)
+        return info
+    if name not in registered:
+        raise ValueError(f"no {what} {name!r}; there are: {', '.join(sorted(registered))}")
+    return registered[name]
 
 
 @functools.cache
-def from_file(name: str, kind: Any, word: str) -> Any:
-    """What ``path/file.py:attribute`` names, an instance of ``kind``; loaded once.
+def load_from_file(name: str, kind: Any, what: str) -> Any:
+    """The object that ``path/file.py:attribute`` names, loaded once.
+
+    Args:
+        kind: class that it must be an instance of.
+        what: the same in words (``"operator"``), for messages.
 
     Raises:
         ValueError: when there is no such file or attribute, or the file cannot be loaded.
     """
     path, _, attribute = name.rpartition(":")
     if not Path(path).is_file():
-        raise ValueError(f"{word} {name!r}: there is no file {path!r}")
+        raise ValueError(f"{what} {name!r}: there is no file {path!r}")
     module_name = "cpbench_user_" + Path(path).stem
-    loader = importlib.util.spec_from_file_location(module_name, path)
-    assert loader is not None
-    assert loader.loader is not None
-    module = importlib.util.module_from_spec(loader)
+    module_spec = importlib.util.spec_from_file_location(module_name, path)
+    assert module_spec is not None
+    assert module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_name] = module
     try:
-        with redirect_stdout(sys.stderr):  # stdout may be somebody's JSON
-            loader.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # the user's code: whatever it raises
-        raise ValueError(f"{word} {name!r}: {type(error).__name__}: {error}") from error
+        with redirect_stdout(sys.stderr):  # stdout may carry JSON
+            module_spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
+        raise ValueError(f"{what} {name!r}: {type(error).__name__}: {error}") from error
     info = getattr(module, attribute, None)
     if not isinstance(info, kind):
-        there = [key for key, value in vars(module).items() if isinstance(value, kind)]
+        names = [key for key, value in vars(module).items() if isinstance(value, kind)]
         raise ValueError(
-            f"{word} {name!r}: {attribute!r} is not among the {kind.__name__} objects of {path!r}: "
-            f"{', '.join(there) or 'it has none'}"
+            f"{what} {name!r}: {attribute!r} is not among the {kind.__name__} objects of {path!r}: "
+            f"{', '.join(names) or 'it has none'}"
         )
     return info

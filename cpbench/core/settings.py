@@ -1,4 +1,4 @@
-"""How cases are measured: the ``[measure]`` table of a sweep."""
+"""Measurement settings: the ``[measure]`` table of a sweep."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 MAX_THREADS = 1024
 _TYPES = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
-LEAST_TELEMETRY_S = 0.02
+MIN_TELEMETRY_S = 0.02
 TRANSPORTS = ("torch", "mpi")
 CLOCKS = ("wall", "cpu")
 
@@ -19,29 +19,30 @@ class MeasureSettings:
     """The ``[measure]`` table.
 
     Attributes:
-        min_iterations, max_iterations: floor and ceiling of the timed iterations.
-        max_seconds: no further iteration starts after this long.
-        precision: stop when the 95 % interval of the median is within this fraction of it.
-        warmup: untimed iterations before (the first one also compiles).
+        min_iterations, max_iterations: bounds on the number of timed iterations.
+        max_seconds: start no further iteration after this time.
+        precision: stop when the 95 % confidence interval of the median is within this fraction of
+            the median.
+        warmup: untimed iterations before the timed ones (the first one also compiles).
         timeout_s: a case that takes longer in all is ended and recorded as ``timeout``.
-        threads: processor threads of each rank (CPU only); 0 shares the cores among the ranks.
+        threads: CPU threads per rank (CPU only); 0 divides the cores among the ranks.
         check_small, check_sampled: the two correctness checks.
-        quality: of operators that choose what to attend to, what their choice is worth.
+        quality: measure the quality of the selection, for selectors.
         time: measure at all (``cpbench verify`` only checks).
-        memory: the pass for peak memory.
-        trace: after measuring, watch a pass and write what each rank did when to ``traces/``.
+        memory: measure peak memory, in a pass of its own.
+        trace: after measuring, trace one pass and write the timeline of each rank to ``traces/``.
         exposure: for several ranks, time each case also without communication, and communication
             alone (see ``cpbench.measure.exposure``).
-        launches: how many processes (gangs, for several ranks) measure each case, one after the
-            other: what a process happens to get (memory, clocks) differs between them.
-        clock: ``"wall"``, or ``"cpu"``: the processor time of the process, for one rank on a CPU.
-            Neighbours on a shared machine disturb it less, and what they do (a busy sibling of the
-            core) is known from the pace, see ``Record.pace_us``.
-        interleave: measure the cases that differ only in operator, strategy or layout in turn, so
-            many times over, so that what drifts meanwhile meets all of them.
-        telemetry_s: between samples of power, clocks and temperature of GPUs; 0 for none.
-        transport: what moves tensors between ranks: ``"torch"`` (NCCL or Gloo), or ``"mpi"`` where
-            MPI has started them.
+        launches: number of processes (gangs, for several ranks) that measure each case, one after
+            the other: timings vary between processes (memory placement, clocks).
+        clock: ``"wall"``, or ``"cpu"``: CPU time of the process, for one rank on a CPU.  It is less
+            sensitive to other processes on a shared machine; the rest of their effect (a busy
+            sibling of the core) is measured as the pace, see ``Record.pace_us``.
+        interleave: number of turns in which the cases that differ only in the method are measured
+            alternately, so that drift affects all of them alike.
+        telemetry_s: interval of the samples of power, clocks and temperature of GPUs; 0 for none.
+        transport: how tensors move between ranks: ``"torch"`` (NCCL or Gloo), or ``"mpi"`` where
+            MPI has started the ranks.
     """
 
     min_iterations: int = 7
@@ -67,7 +68,7 @@ class MeasureSettings:
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
-            if type(value) not in _TYPES[str(item.type)]:  # a boolean is no integer here
+            if type(value) not in _TYPES[str(item.type)]:  # bool is a subclass of int
                 raise ValueError(f"measure.{item.name} = {value!r} is not of type {item.type}")
             if item.name == "timeout_s" and not 0 < value < math.inf:
                 raise ValueError(f"measure.timeout_s = {value!r} must be positive, and finite")
@@ -80,10 +81,10 @@ class MeasureSettings:
                 f"measure: 1 <= min_iterations ({self.min_iterations}) <= max_iterations "
                 f"({self.max_iterations}) must hold"
             )
-        if 0 < self.telemetry_s < LEAST_TELEMETRY_S:
+        if 0 < self.telemetry_s < MIN_TELEMETRY_S:
             raise ValueError(
                 f"measure.telemetry_s = {self.telemetry_s} must be 0 or at least "
-                f"{LEAST_TELEMETRY_S}: more often would disturb"
+                f"{MIN_TELEMETRY_S}: sampling more often disturbs the measurement"
             )
         for name in ("interleave", "launches"):
             if not 1 <= getattr(self, name) <= 1000:
@@ -98,7 +99,7 @@ class MeasureSettings:
             raise ValueError(f"measure.threads = {self.threads} must be at most {MAX_THREADS}")
 
     def conditions(self, device: str) -> dict[str, Any]:
-        """What a record must say for it to be comparable with others under these settings."""
+        """Conditions that records must share to be comparable."""
         return {
             "device": device,
             "threads": self.threads,
@@ -115,8 +116,8 @@ class MeasureSettings:
         Raises:
             ValueError: for an unknown key or a wrong value, in one line.
         """
-        known = [item.name for item in fields(cls)]
+        names = [item.name for item in fields(cls)]
         for key in table:
-            if key not in known:
-                raise ValueError(f"[measure] has no key {key!r}; it takes {', '.join(known)}")
+            if key not in names:
+                raise ValueError(f"[measure] has no key {key!r}; it takes {', '.join(names)}")
         return cls(**table)

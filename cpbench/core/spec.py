@@ -1,4 +1,4 @@
-"""One grammar for everything that has a name and parameters: masks, operators, strategies, layouts.
+"""Specs: names with parameters, one grammar for masks, operators, strategies, layouts and inputs.
 
 ``causal_document:corpus=pile,seed=3`` in a string is ``{name = "causal_document", corpus = "pile",
 seed = 3}`` as a TOML table.  Values are integers (``64k`` means 65536), floats, true/false, lists
@@ -20,14 +20,14 @@ _NEGATIVE = re.compile(r"-\d{1,19}")
 _FRACTION = re.compile(r"[+-]?\d*\.\d+(e[+-]?\d+)?")
 _NAME = re.compile(r"[^:]+\.py:\w+|[\w.\-]+")
 _SUFFIX = {"": 1, "k": 1024, "m": 1024 * 1024}
-_MAX_DIGITS = 19  # of a 64-bit integer
+_MAX_DIGITS = 19  # decimal digits of a 64-bit integer
 
 
 def parse_size(text: str | int) -> int:
     """A token count such as ``4096``, ``"64k"`` (65536) or ``"1m"`` (1048576).
 
     Raises:
-        ValueError: for anything else.
+        ValueError: for any other text.
     """
     if isinstance(text, int) and not isinstance(text, bool):
         return text
@@ -40,7 +40,7 @@ def parse_size(text: str | int) -> int:
 
 
 def format_size(tokens: int) -> str:
-    """``65536`` as ``64k``; sizes that are no multiple of 1024 stay plain."""
+    """``65536`` as ``64k``; sizes that are not multiples of 1024 as they are."""
     for suffix, unit in (("m", 1024 * 1024), ("k", 1024)):
         if tokens >= unit and tokens % unit == 0:
             return f"{tokens // unit}{suffix}"
@@ -52,7 +52,7 @@ class Spec:
     """A name and its parameters, in a canonical order.
 
     Attributes:
-        name: what is meant, a registered name or ``path/file.py:attribute``.
+        name: a registered name, or ``path/file.py:attribute``.
         params: ``(key, value)`` pairs sorted by key.
     """
 
@@ -73,7 +73,8 @@ class Spec:
             name = table.pop("name", None)
             if not isinstance(name, str):
                 raise ValueError(f'{dict(source)!r} needs a name: {{name = "…", key = value}}')
-            return cls.of(name, **{key: _from_toml(key, value) for key, value in table.items()})
+            values = {key: _value_from_toml(key, value) for key, value in table.items()}
+            return cls.of(name, **values)
         if not isinstance(source, str):
             raise ValueError(f"{source!r} is neither a name nor a table with a name")
         match = _NAME.match(source.strip())
@@ -81,7 +82,7 @@ class Spec:
         if match is None or (rest and not rest.startswith(":")):
             raise ValueError(f"{source!r} is not of the form name or name:key=value,key=value")
         params: dict[str, Value] = {}
-        for item in _split(rest[1:]):
+        for item in _split_items(rest[1:]):
             key, equals, text = item.partition("=")
             if not equals or not key.strip().isidentifier() or not text.strip():
                 raise ValueError(f"{item!r} in {source!r} is not of the form key=value")
@@ -120,7 +121,7 @@ def parse_value(text: str) -> Value:
     """One parameter value from text."""
     if text.startswith("[") and text.endswith("]"):
         items = [item.strip() for item in text[1:-1].split(",")]
-        return tuple(_list_item(x) for x in items if x)
+        return tuple(_parse_list_item(item) for item in items if item)
     if text in ("true", "false"):
         return text == "true"
     if _SIZE.fullmatch(text):
@@ -131,15 +132,15 @@ def parse_value(text: str) -> Value:
         number = float(text)
     except ValueError:
         return text
-    return _finite(text, number)
+    return _require_finite(text, number)
 
 
-def _list_item(text: str) -> int | float:
-    # Negative numbers and fractions are no sizes, but a list may hold them.
+def _parse_list_item(text: str) -> int | float:
+    # A list may hold negative numbers and fractions, which are not sizes.
     if _NEGATIVE.fullmatch(text):
         return int(text)
     if _FRACTION.fullmatch(text):
-        return _finite(text, float(text))
+        return _require_finite(text, float(text))
     return parse_size(text)
 
 
@@ -152,25 +153,28 @@ def format_value(value: Value) -> str:
     return str(value)
 
 
-def _from_toml(key: str, value: object) -> Value:
+def _value_from_toml(key: str, value: object) -> Value:
     if isinstance(value, str):
         return parse_value(value)
     if isinstance(value, float):
-        return _finite(f"{key} = {value}", value)
+        return _require_finite(f"{key} = {value}", value)
     if isinstance(value, bool | int):
         return value
     if isinstance(value, list) and all(type(item) in (int, float) for item in value):
-        return tuple(_finite(f"{key} = {value}", x) if type(x) is float else x for x in value)
+        return tuple(
+            _require_finite(f"{key} = {value}", item) if type(item) is float else item
+            for item in value
+        )
     raise ValueError(f"{key} = {value!r} is not a number, a string, a boolean or a list of numbers")
 
 
-def _finite(text: str, number: float) -> float:
-    # No parameter means anything by nan or inf, and JSON cannot hold them.
+def _require_finite(text: str, number: float) -> float:
+    # nan and inf are meaningless as parameters, and JSON has neither.
     if not math.isfinite(number):
         raise ValueError(f"{text} is not a finite number")
     return number
 
 
-def _split(text: str) -> list[str]:
+def _split_items(text: str) -> list[str]:
     """Split at commas that are not inside brackets."""
     return re.split(r",(?![^\[]*\])", text) if text else []

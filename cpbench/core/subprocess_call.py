@@ -1,7 +1,7 @@
-"""Questions to processes of their own, for what needs torch: the parent loads none.
+"""Calls to modules that need torch, each in a subprocess: the parent loads no torch.
 
-A module is run with a request as JSON on its standard input; it answers on standard output, and
-refuses with exit code 2 and the reason as its last line.
+The module reads a request as JSON from standard input and writes its reply to standard output.  To
+refuse a request, it exits with code 2 and the reason as the last line on standard error.
 """
 
 from __future__ import annotations
@@ -16,63 +16,67 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, TextIO
 
 
-class Refused(ValueError):
-    """What is asked for cannot be done; the message says why, in one line."""
+class RequestRefused(ValueError):
+    """The module cannot do what was requested; the message says why, in one line."""
 
 
-class Asked(NamedTuple):
-    """A process, and the file with its complaints."""
+class Subprocess(NamedTuple):
+    """A process that works on a request, and the file that collects its standard error."""
 
     process: subprocess.Popen[str]
-    said: TextIO
+    stderr_file: TextIO
 
 
 @contextmanager
-def asked(
+def subprocesses(
     module: str, requests: Sequence[Any], without: Sequence[str] = ()
-) -> Iterator[list[Asked]]:
-    """A process for each request; those that still run are ended on leaving.
+) -> Iterator[list[Subprocess]]:
+    """Start one subprocess per request; those still running are killed when the context is left.
 
     Args:
         module: run as ``python -m``.
-        without: environment variables that it must not see.
+        without: environment variables to unset.
     """
     environment = {key: value for key, value in os.environ.items() if key not in without}
-    processes: list[Asked] = []
-    complaints = ExitStack()  # files: a pipe that nobody reads meanwhile would fill up
+    processes: list[Subprocess] = []
+    stderr_files = ExitStack()  # not pipes: one that nobody reads would fill up and block
     try:
         for request in requests:
-            said = complaints.enter_context(tempfile.TemporaryFile("w+"))  # noqa: SIM115
+            stderr_file = stderr_files.enter_context(tempfile.TemporaryFile("w+"))  # noqa: SIM115
             process = subprocess.Popen(
                 (sys.executable, "-m", module),
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
-                stderr=said,
+                stderr=stderr_file,
             )  # fmt: skip
-            processes.append(Asked(process, said))
+            processes.append(Subprocess(process, stderr_file))
             assert process.stdin is not None
             process.stdin.write(json.dumps(request))
             process.stdin.close()
             process.stdin = None
         yield processes
     finally:
-        for one in processes:
-            one.process.kill()
-            one.process.wait()
-        complaints.close()
+        for process, _ in processes:
+            process.kill()
+            process.wait()
+        stderr_files.close()
 
 
-def answer(one: Asked, doing: str) -> str:
-    """The rest of what a process prints, once it has ended.
+def read_reply(call: Subprocess, task: str) -> str:
+    """Wait for a subprocess to end; the rest of its standard output.
+
+    Args:
+        task: what it does, for the message of an error (``"tracing"``).
 
     Raises:
-        Refused: with its reason.
-        RuntimeError: when it failed; ``doing`` says at what.
+        RequestRefused: with its reason.
+        RuntimeError: when it failed.
     """
-    out, _ = one.process.communicate()
-    one.said.seek(0)
-    err = one.said.read()
-    if one.process.returncode == 2:
-        raise Refused(err.strip().splitlines()[-1])
-    if one.process.returncode:
-        raise RuntimeError(f"{doing} failed:\n{err}")
-    return out
+    process, stderr_file = call
+    output, _ = process.communicate()
+    stderr_file.seek(0)
+    errors = stderr_file.read()
+    if process.returncode == 2:
+        raise RequestRefused(errors.strip().splitlines()[-1])
+    if process.returncode:
+        raise RuntimeError(f"{task} failed:\n{errors}")
+    return output

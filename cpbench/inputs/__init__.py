@@ -1,11 +1,12 @@
-"""Seeded inputs, a pure function of the global token index: which kinds there are.
+"""Seeded inputs, a pure function of the global token index.
 
-Whatever the layout, the world size and the subset of heads, token t of head h of tensor "k" has
-the same values: every way of computing a problem computes the same problem, and a check can
-regenerate just the rows and heads that it needs.
+Token t of head h of tensor "k" has the same values for every layout, world size and subset of
+heads, so all methods compute the same problem, and a check can regenerate only the rows and heads
+that it needs.
 
-On independent normals no choice of keys is better than another, so there are also inputs with
-something to find (``cpbench.inputs.planted``) and inputs from a file (``cpbench.inputs.captured``).
+For independent normals all selections of keys are equally good, so there are also inputs with
+planted keys that queries attend to (``cpbench.inputs.planted``) and inputs from a file
+(``cpbench.inputs.captured``).
 """
 
 from __future__ import annotations
@@ -30,15 +31,16 @@ NORMAL = Spec("normal")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kind:
+class InputKind:
     """A kind of inputs.
 
     Attributes:
         summary: one line for people.
-        params: names with their defaults; None for what must be given.
-        load: ``"module:class"``, made with the parameters (a ``ValueError`` tells a wrong one).
-            Its ``make(wanted)`` returns a :class:`Wanted`; its ``check(case)`` raises
-            ``ValueError`` for a case that it does not fit, without torch.
+        params: names and defaults of its parameters; None if required.
+        load: ``"module:class"`` of the generator, whose constructor takes the parameters and
+            raises ``ValueError`` for invalid ones.  Its ``make(request)`` returns the tensor of an
+            :class:`InputRequest`; its ``check(case)`` raises ``ValueError`` for a case that it
+            cannot serve, without torch.
     """
 
     summary: str
@@ -47,21 +49,23 @@ class Kind:
 
 
 KINDS = {
-    "normal": Kind(summary="independent standard normals", load="cpbench.inputs.normal:Normal"),
-    "sinks": Kind(
-        summary="normals whose first keys draw a share of every query's attention",
+    "normal": InputKind(
+        summary="independent standard normals", load="cpbench.inputs.normal:Normal"
+    ),
+    "sinks": InputKind(
+        summary="normals whose first keys get a share of every query's attention",
         load="cpbench.inputs.planted:Sinks",
         params={"count": 4, "mass": 0.5},
     ),
-    "needles": Kind(
-        summary="normals with spans of keys that some later queries look for, and sinks if asked",
+    "needles": InputKind(
+        summary="normals with spans of keys that some later queries attend to, and optional sinks",
         load="cpbench.inputs.planted:Needles",
         params={
             "count": 8, "length": 1, "mass": 0.9, "looking": 0.5, "run": 32, "sinks": 0,
             "sink_mass": 0.0,
         },
     ),
-    "file": Kind(
+    "file": InputKind(
         summary="q, k and v [B, T, heads, D] of a safetensors file: file:qkv.safetensors",
         load="cpbench.inputs.captured:Captured",
         params={"file": None},
@@ -70,16 +74,16 @@ KINDS = {
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Wanted:
-    """Some rows and heads of a tensor, ``[len(batches), len(positions), len(heads), D]``.
+class InputRequest:
+    """A request for rows of a tensor, ``[len(batches), len(positions), len(heads), D]``.
 
     Attributes:
         name: one of ``TENSORS``.
         seed: any integer.
-        problem: of which it is an input, in its dtype.
-        positions: of queries (for q and dout) or of keys, each counted by itself.
+        problem: the problem that it is an input of; determines the dtype.
+        positions: global indices of queries (for q and dout) or of keys (for k and v).
         batches, heads: global indices.
-        device: where.
+        device: torch device of the result.
     """
 
     name: str
@@ -93,7 +97,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What inputs are made of: a seed and a kind with its parameters."""
+    """How to generate inputs: a seed and a kind with its parameters."""
 
     seed: int = 0
     spec: Spec = NORMAL
@@ -108,9 +112,9 @@ class Recipe:
         heads: Sequence[int],
         device: str,
     ) -> torch.Tensor:
-        """What is :class:`Wanted`, of this recipe."""
-        made: torch.Tensor = generator(self.spec).make(
-            Wanted(
+        """Generate rows of a tensor; for arguments and shape see :class:`InputRequest`."""
+        tensor: torch.Tensor = build_generator(self.spec).make(
+            InputRequest(
                 name=name,
                 seed=self.seed,
                 problem=problem,
@@ -120,14 +124,14 @@ class Recipe:
                 device=device,
             )
         )
-        return made
+        return tensor
 
 
 def parse(source: Any) -> Spec:
-    """A spec of inputs; ``file:some/path`` needs no name of its parameter.
+    """Parse a spec of inputs; ``file:some/path`` is short for ``file:file=some/path``.
 
     Raises:
-        ValueError: for what is no spec.
+        ValueError: for an invalid spec.
     """
     text = source.strip() if isinstance(source, str) else ""
     if text.startswith("file:") and not text.startswith("file:file="):
@@ -135,8 +139,8 @@ def parse(source: Any) -> Spec:
     return Spec.parse(source)
 
 
-def kind_of(spec: Spec) -> Kind:
-    """The kind that a spec names.
+def input_kind(spec: Spec) -> InputKind:
+    """The kind of a spec; the names of its parameters are checked.
 
     Raises:
         ValueError: for an unknown kind or parameter.
@@ -148,26 +152,27 @@ def kind_of(spec: Spec) -> Kind:
     return kind
 
 
-def generator(spec: Spec) -> Any:
-    """What makes inputs of a kind.
+def build_generator(spec: Spec) -> Any:
+    """The generator of a spec: see ``load`` of :class:`InputKind`.
 
     Raises:
-        ValueError: for an unknown kind or parameter, or a value that is not allowed.
+        ValueError: for an unknown kind or parameter, or an invalid value.
     """
-    kind = kind_of(spec)
+    kind = input_kind(spec)
     module, _, name = kind.load.partition(":")
     values = kind.params | spec.kwargs
     for key, default in kind.params.items():
-        wanted = str if default is None else type(default)
+        required_type = str if default is None else type(default)
         value = values[key]
-        fits = type(value) is wanted or (wanted is float and type(value) is int)
-        if not fits:
-            missing = value is None
-            told = "must be given" if missing else f"is not of type {wanted.__name__}: {value!r}"
-            raise ValueError(f"inputs {spec.name}: {key} {told}")
+        if value is None:
+            raise ValueError(f"inputs {spec.name}: {key} must be given")
+        if type(value) is not required_type and not (required_type is float and type(value) is int):
+            raise ValueError(
+                f"inputs {spec.name}: {key} is not of type {required_type.__name__}: {value!r}"
+            )
     return getattr(importlib.import_module(module), name)(**values)
 
 
 def check_case(case: Case) -> None:
-    """Raise ``ValueError`` where a case asks for inputs that do not fit it."""
-    generator(case.inputs).check(case)
+    """Raise ``ValueError`` if the inputs of a case do not fit its sizes."""
+    build_generator(case.inputs).check(case)

@@ -1,8 +1,8 @@
-"""Inputs from a file: the q, k and v of a model at work, as safetensors.
+"""Inputs from a file: q, k and v captured from a model, as safetensors.
 
-Each is ``[B, T, heads, D]``; the first ``seq_len`` tokens are used, and of q the last ``queries``
-of those where a case asks for few (or q holds just these).  They are rounded to the case's dtype.
-dout is normal.
+Each is ``[B, T, heads, D]``.  The first ``seq_len`` tokens are used; of q, the last ``queries`` of
+those if a case has fewer queries than keys (the file may also hold just these).  Values are rounded
+to the dtype of the case.  dout is normal.
 """
 
 from __future__ import annotations
@@ -17,83 +17,89 @@ if TYPE_CHECKING:
     import torch
 
     from cpbench.core.problem import Case
-    from cpbench.inputs import Wanted
+    from cpbench.inputs import InputRequest
 
 
 class Captured:
-    """The tensors of a file.
+    """Inputs from a safetensors file.
+
+    Args:
+        file: its path.
 
     Raises:
-        ValueError: when there is no such file, or it holds no such tensors.
+        ValueError: if the file does not exist or does not hold the tensors.
     """
 
     def __init__(self, file: str) -> None:
         path = Path(file)
         if not file or not path.is_file():
             raise ValueError(f"inputs: there is no file {file!r}; write file:qkv.safetensors")
-        # As it is now: a file that changed is read again.
+        # The time of modification is part of the cache key: a changed file is read again.
         self._file = (str(path.resolve()), path.stat().st_mtime_ns)
         self._shapes = _shapes(*self._file)
 
     def check(self, case: Case) -> None:
-        """Raise ``ValueError`` where the file's shapes do not fit a case."""
-        wanted = {"q": case.num_heads_q, "k": case.num_heads_kv, "v": case.num_heads_kv}
-        for name, heads in wanted.items():
+        """Raise ``ValueError`` if the shapes in the file do not fit a case."""
+        num_heads = {"q": case.num_heads_q, "k": case.num_heads_kv, "v": case.num_heads_kv}
+        for name, heads in num_heads.items():
             shape = self._shapes[name]
-            alike = (shape[0], shape[2], shape[3]) == (case.batch, heads, case.head_dim)
-            few = name == "q" and case.queries > 0 and shape[1] == case.queries
-            if not alike or not (few or shape[1] >= case.seq_len):
+            fits = (shape[0], shape[2], shape[3]) == (case.batch, heads, case.head_dim)
+            only_queries = name == "q" and case.queries > 0 and shape[1] == case.queries
+            if not fits or not (only_queries or shape[1] >= case.seq_len):
                 file = Path(self._file[0]).name
                 raise ValueError(
-                    f"inputs: {name} of {file} is {list(shape)}; the case wants "
+                    f"inputs: {name} of {file} is {list(shape)}; the case needs "
                     f"[{case.batch}, at least {case.seq_len}, {heads}, {case.head_dim}]"
                 )
 
-    def make(self, wanted: Wanted) -> torch.Tensor:
+    def make(self, request: InputRequest) -> torch.Tensor:
+        """The requested rows, in the dtype of the problem."""
         import torch
 
-        name, problem = wanted.name, wanted.problem
+        name, problem = request.name, request.problem
         if name == "dout":
-            return Normal().make(wanted)
+            return Normal().make(request)
         x = _tensor(*self._file, name)
-        few = name == "q" and x.shape[1] == problem.seq_q  # just those that attend
-        shift = 0 if few or name != "q" else problem.seq_k - problem.seq_q
-        rows = torch.as_tensor(wanted.positions + shift)
-        # Padding tokens, which nothing sees, repeat the last one.
-        some = x[list(wanted.batches)].index_select(1, rows.clamp(max=x.shape[1] - 1))
-        some = some.index_select(2, torch.as_tensor(list(wanted.heads)))
-        return some.to(device=wanted.device, dtype=getattr(torch, problem.dtype))
+        only_queries = name == "q" and x.shape[1] == problem.seq_q
+        shift = 0 if only_queries or name != "q" else problem.seq_k - problem.seq_q
+        tokens = torch.as_tensor(request.positions + shift)
+        # Padding tokens, which are never visible, repeat the last token.
+        rows = x[list(request.batches)].index_select(1, tokens.clamp(max=x.shape[1] - 1))
+        rows = rows.index_select(2, torch.as_tensor(list(request.heads)))
+        return rows.to(device=request.device, dtype=getattr(torch, problem.dtype))
 
 
 @functools.lru_cache(maxsize=16)
-def _shapes(path: str, changed: int) -> dict[str, tuple[int, ...]]:
+def _shapes(path: str, modified_ns: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors in a file, checked."""
     try:
-        with _opened(path, "numpy") as file:
-            there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:  # whatever the library says of a broken file
-        told = " ".join(str(error).split())
-        raise ValueError(f"inputs: {path} is no safetensors file: {told}") from None
+        with _open_safetensors(path, "numpy") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # the library raises many types for broken files
+        reason = " ".join(str(error).split())
+        raise ValueError(f"inputs: {path} is not a safetensors file: {reason}") from None
     for name in ("q", "k", "v"):
-        if name not in there:
-            names = ", ".join(sorted(there)) or "none"
+        if name not in shapes:
+            names = ", ".join(sorted(shapes)) or "none"
             raise ValueError(f"inputs: {path} has no tensor {name!r}; it has {names}")
-        if len(there[name]) != 4:
+        if len(shapes[name]) != 4:
             raise ValueError(
-                f"inputs: {name} of {path} is {list(there[name])}, not [B, T, heads, D]"
+                f"inputs: {name} of {path} is {list(shapes[name])}, not [B, T, heads, D]"
             )
-    return there
+    return shapes
 
 
 @functools.lru_cache(maxsize=3)
-def _tensor(path: str, changed: int, name: str) -> torch.Tensor:
-    with _opened(path, "pt") as file:
-        found: torch.Tensor = file.get_tensor(name)
-    if not (found.is_floating_point() and bool(found.isfinite().all())):
-        raise ValueError(f"inputs: {name} of {path} holds other values than finite floats")
-    return found
+def _tensor(path: str, modified_ns: int, name: str) -> torch.Tensor:
+    """A tensor of a file, checked."""
+    with _open_safetensors(path, "pt") as file:
+        tensor: torch.Tensor = file.get_tensor(name)
+    if not (tensor.is_floating_point() and bool(tensor.isfinite().all())):
+        raise ValueError(f"inputs: {name} of {path} has values that are not finite floats")
+    return tensor
 
 
-def _opened(path: str, framework: str) -> Any:
+def _open_safetensors(path: str, framework: str) -> Any:
     from safetensors import safe_open
 
     return safe_open(path, framework=framework)

@@ -1,7 +1,8 @@
-"""Named masks: ``build("causal_document:corpus=pile,seed=3", seq_len=65536)`` and what there is.
+"""Masks by name, such as ``build("causal_document:corpus=pile,seed=3", seq_len=65536)``.
 
-A mask's name is a pattern of ``cpbench.masks.patterns``, a pattern that another package registers
-in the entry-point group ``cpbench.masks``, or ``path/file.py:function``.  Nothing here needs torch.
+The name of a mask is a pattern of ``cpbench.masks.patterns``, a pattern that another package
+registers in the entry-point group ``cpbench.masks``, or ``path/file.py:function``.  torch is not
+needed.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ import numpy as np
 
 from cpbench.core import registry
 from cpbench.core.spec import Spec, Value
-from cpbench.masks import head_patterns  # noqa: F401  it registers its patterns
+from cpbench.masks import head_patterns  # noqa: F401  registers its patterns
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.dilated_mask import DilatedMask
-from cpbench.masks.head_masks import Mask, distinct
+from cpbench.masks.head_masks import Mask, distinct_masks
 from cpbench.masks.patterns import PATTERNS, Pattern, pattern
 
 __all__ = [
@@ -38,77 +39,78 @@ GROUP = "cpbench.masks"
 
 
 def build(mask: str | Mapping[str, Any] | Spec, seq_len: int, **params: Any) -> AttnMask:
-    """The mask of a name and its parameters, alike for all heads.
+    """Build a mask that all heads share.
 
-    Args, errors: as for :func:`build_heads`.
+    Args:
+        mask, seq_len, params: see :func:`build_heads`.
 
     Raises:
-        ValueError: for a pattern that differs from head to head.
+        ValueError: for a per-head pattern; otherwise as :func:`build_heads`.
     """
-    made = build_heads(mask, seq_len, 1, **params)
-    if not isinstance(made, AttnMask):
+    built = build_heads(mask, seq_len, 1, **params)
+    if not isinstance(built, AttnMask):
         raise ValueError(
-            f"mask {str(Spec.parse(mask))!r} differs from head to head; build_heads makes it"
+            f"mask {str(Spec.parse(mask))!r} differs from head to head; use build_heads"
         )
-    return made
+    return built
 
 
 def build_heads(
     mask: str | Mapping[str, Any] | Spec, seq_len: int, num_heads: int, **params: Any
 ) -> Mask:
-    """The mask of a name and its parameters.
+    """Build a mask from its name and parameters.
 
     Args:
         mask: a name, a text such as ``"sliding_window:window=512"``, a table or a spec.
         seq_len: number of keys, and of queries unless the pattern says otherwise.
-        num_heads: query heads, for patterns that differ from head to head.
+        num_heads: query heads, for per-head patterns.
         params: parameters of the pattern, in addition to those in ``mask``.
 
     Returns:
-        The mask; the same object for the same arguments while they are remembered, so it must not
-        be changed (its arrays are read-only).
+        The mask.  Masks are cached: the same arguments may give the same object, which must not be
+        modified (its arrays are read-only).
 
     Raises:
-        ValueError: for an unknown name or parameter, or a value that is not allowed, in one line.
+        ValueError: for an unknown name or parameter, or an invalid value, in one line.
     """
     spec = Spec.parse(mask)
     for key in params:
         if key in spec.kwargs:
             raise ValueError(f"{key!r} is given both in {str(spec)!r} and as an argument")
-    given = {key: _plain(key, value) for key, value in params.items() if value is not None}
-    spec = Spec.of(spec.name, **spec.kwargs, **given)
+    extra = {key: _spec_value(key, value) for key, value in params.items() if value is not None}
+    spec = Spec.of(spec.name, **spec.kwargs, **extra)
     if isinstance(seq_len, bool) or not isinstance(seq_len, int | np.integer) or seq_len < 1:
         raise ValueError(f"seq_len must be an integer >= 1, not {seq_len!r}")
     pattern_info(spec)
-    # The text tells apart what compares equal (1, 1.0 and true); a file that changed is read again.
-    told = (str(spec), *content_files(spec).items())
-    return _built(spec, int(seq_len), num_heads, told)
+    # The text distinguishes equal values (1, 1.0, true); a file that has changed is read again.
+    cache_key = (str(spec), *content_files(spec).items())
+    return _build_cached(spec, int(seq_len), num_heads, cache_key)
 
 
 def rebuild(mask: Spec, seq_len: int, num_heads: int) -> Mask:
-    """As :func:`build_heads`, never from memory: for timing it."""
-    return _built.__wrapped__(mask, seq_len, num_heads, ())
+    """Build a mask like :func:`build_heads`, but never from the cache: for timing."""
+    return _build_cached.__wrapped__(mask, seq_len, num_heads, ())
 
 
 def names() -> tuple[str, ...]:
-    """Names of the registered patterns, sorted."""
+    """Names of all registered patterns, sorted."""
     return tuple(sorted(_registered()))
 
 
 def describe() -> dict[str, Pattern]:
-    """Every registered pattern by name: its summary, and its parameters with their defaults."""
+    """All registered patterns by name, with their summaries, parameters and defaults."""
     return {name: _registered()[name] for name in names()}
 
 
 def pattern_info(mask: str | Mapping[str, Any] | Spec) -> Pattern:
-    """The pattern that a spec names, once the names of its parameters are found right.
+    """The pattern of a mask; the names of its parameters are checked.
 
     Raises:
-        ValueError: for an unknown name or parameter; the message lists what there is.
+        ValueError: for an unknown name or parameter; the message lists the known ones.
     """
     spec = Spec.parse(mask)
     if ".py:" in spec.name:
-        info = Pattern.of(registry.from_file(spec.name, FunctionType, "mask"))
+        info = Pattern.of(registry.load_from_file(spec.name, FunctionType, "mask"))
     elif spec.name in _registered():
         info = _registered()[spec.name]
     else:
@@ -118,19 +120,19 @@ def pattern_info(mask: str | Mapping[str, Any] | Spec) -> Pattern:
 
 
 def content_files(mask: str | Mapping[str, Any] | Spec) -> dict[str, str]:
-    """SHA-256 of each file a mask is made from, by path as given.
+    """SHA-256 of each file that a mask is built from, by its path in the spec.
 
-    That is the value of a parameter named ``file``, and the Python file of a pattern given as
-    ``path/file.py:function``.  Most masks have none.
+    These are the parameter ``file`` and the Python file of ``path/file.py:function``; most masks
+    have neither.
 
     Raises:
-        ValueError: for a file that is not there.
+        ValueError: for a file that does not exist.
     """
     spec = Spec.parse(mask)
     paths = [spec.name.rpartition(":")[0]] if ".py:" in spec.name else []
-    given = spec.kwargs.get("file")
-    if given is not None:
-        paths.append(str(given))
+    file = spec.kwargs.get("file")
+    if file is not None:
+        paths.append(str(file))
     return {path: _sha256(path) for path in paths}
 
 
@@ -145,41 +147,45 @@ def _plugins() -> dict[str, Pattern]:
     Raises:
         RegistrationError: for a name that is registered twice.
     """
-    found: dict[str, Pattern] = {}
-    for where, function in registry.plugins(GROUP):
+    plugins: dict[str, Pattern] = {}
+    for source, function in registry.plugins(GROUP):
         if not callable(function):
-            raise registry.RegistrationError(f"{where} of {GROUP} is not a function: {function!r}")
+            raise registry.RegistrationError(f"{source} of {GROUP} is not a function: {function!r}")
         info = Pattern.of(function)
-        known = (PATTERNS | found).get(info.name)
-        if known is not None and known.build is not function:  # the same one: it had @pattern
+        existing = (PATTERNS | plugins).get(info.name)
+        # The same function may be registered by @pattern, too.
+        if existing is not None and existing.build is not function:
             raise registry.RegistrationError(
-                f"{info.name!r} is registered twice in {GROUP}: by {known.build.__module__} "
-                f"and by {where}"
+                f"{info.name!r} is registered twice in {GROUP}: by {existing.build.__module__} "
+                f"and by {source}"
             )
-        found[info.name] = info
-    return found
+        plugins[info.name] = info
+    return plugins
 
 
 @functools.lru_cache(maxsize=64)
-def _built(spec: Spec, seq_len: int, num_heads: int, key: tuple[object, ...]) -> Mask:
+def _build_cached(spec: Spec, seq_len: int, num_heads: int, cache_key: tuple[object, ...]) -> Mask:
+    """Build a mask; those of other packages and files are checked."""
     info = pattern_info(spec)
-    given = spec.kwargs | ({"num_heads": num_heads} if info.per_head else {})
+    arguments = spec.kwargs | ({"num_heads": num_heads} if info.per_head else {})
     if info.name in PATTERNS:
-        known: Mask = info.build(seq_len, **given)
-        return known
+        mask: Mask = info.build(seq_len, **arguments)
+        return mask
     try:
-        built = info.build(seq_len, **given)
-    except Exception as error:  # somebody else's code: whatever it raises
+        built = info.build(seq_len, **arguments)
+    except Exception as error:  # code of other authors may raise anything
         raise ValueError(f"mask {str(spec)!r}: {type(error).__name__}: {error}") from error
     if not isinstance(built, Mask):
         raise ValueError(f"mask {str(spec)!r} returned {type(built).__name__}, not AttnMask")
-    if not isinstance(built, DilatedMask) and any(x.overlap_area() for x in distinct(built)):
+    if not isinstance(built, DilatedMask) and any(
+        head.overlap_area() for head in distinct_masks(built)
+    ):
         raise ValueError(f"mask {str(spec)!r} returned slices that overlap")
     return built
 
 
-def _plain(key: str, value: Any) -> Value:
-    """A parameter value as a spec holds it."""
+def _spec_value(key: str, value: Any) -> Value:
+    """A parameter as one of the types that specs hold."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, bool | int | float | str):

@@ -1,13 +1,13 @@
-"""The one attention-mask representation: a list of disjoint band slices.
+"""``AttnMask``, the representation of attention masks: a list of disjoint band slices.
 
 A band slice is six integers ``(q0, q1, k0, k1, lo, hi)``: query ``i`` sees key ``j`` when
 ``q0 <= i < q1``, ``k0 <= j < k1`` and ``lo <= j - i <= hi``.  Offsets are in the coordinates of the
 whole mask, so cropping only clips rectangles, and every shard of a mask is again such a list.
-Everything here is exact integer arithmetic on ``(n, 6)`` int64 arrays; nothing is ever S x S except
+All operations are exact integer arithmetic on ``(n, 6)`` int64 arrays.  Nothing is S x S, except
 ``AttnMask.to_dense``, which is for tests and pictures.
 
-Slices are kept canonical (tight rectangle, tight finite offsets, no empties, sorted), so two masks
-built in the same way compare equal by content.
+Slices are kept canonical (tight rectangles, tight finite offsets, none empty, sorted), so masks
+that are built in the same way compare equal.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ Q0, Q1, K0, K1, LO, HI = range(6)
 
 @dataclass(frozen=True, eq=False)
 class AttnMask:
-    """Which query sees which key, as canonical band slices.
+    """An attention mask, as canonical band slices.
 
-    Build one with :meth:`from_slices` (which canonicalises) or with ``cpbench.masks.build``.
+    Create one with :meth:`from_slices` (which canonicalises) or with ``cpbench.masks.build``.
 
     Attributes:
         seq_q: number of queries.
@@ -46,9 +46,9 @@ class AttnMask:
     def from_slices(
         cls, seq_q: int, seq_k: int, slices: IntArray | Iterable[Sequence[int]]
     ) -> AttnMask:
-        """A mask from raw slices, clipped to ``seq_q x seq_k`` and made canonical.
+        """A mask from any slices, which are clipped to ``seq_q x seq_k`` and made canonical.
 
-        The slices must be disjoint; :meth:`overlap_area` says whether they are.
+        The slices must be disjoint; :meth:`overlap_area` checks it.
         """
         raw = as_slices(slices)
         raw = np.column_stack(
@@ -61,11 +61,11 @@ class AttnMask:
                 raw[:, HI],
             ]
         )
-        return cls._trusted(seq_q, seq_k, canonical(raw))
+        return cls._from_canonical(seq_q, seq_k, canonical(raw))
 
     @classmethod
-    def _trusted(cls, seq_q: int, seq_k: int, slices: IntArray) -> AttnMask:
-        """A mask from slices that are canonical already, except for their order."""
+    def _from_canonical(cls, seq_q: int, seq_k: int, slices: IntArray) -> AttnMask:
+        """A mask from slices that are canonical except for their order."""
         if len(slices) > 1:
             slices = slices[np.lexsort((slices[:, LO], slices[:, K0], slices[:, Q0]))]
         slices = np.ascontiguousarray(slices)
@@ -78,24 +78,24 @@ class AttnMask:
     def __hash__(self) -> int:
         return hash(self.digest)
 
-    # --- what it is ---------------------------------------------------------------------------
+    # --- properties ---------------------------------------------------------------------------
 
     @functools.cached_property
     def area(self) -> int:
-        """Number of visible (query, key) pairs, exactly."""
+        """Exact number of visible (query, key) pairs."""
         return int(areas(self.slices).sum())
 
     @property
     def density(self) -> float:
-        """Visible pairs as a fraction of ``seq_q * seq_k`` (0 for an empty mask)."""
-        cells = self.seq_q * self.seq_k
-        return self.area / cells if cells else 0.0
+        """Visible pairs as a fraction of all pairs (0 if there are none)."""
+        pairs = self.seq_q * self.seq_k
+        return self.area / pairs if pairs else 0.0
 
     @functools.cached_property
     def digest(self) -> str:
-        """Hash of the content: equal for equal slices of equal extents."""
-        head = f"{self.seq_q},{self.seq_k};".encode()
-        return hashlib.sha256(head + self.slices.tobytes()).hexdigest()[:16]
+        """Hash of the extents and slices."""
+        header = f"{self.seq_q},{self.seq_k};".encode()
+        return hashlib.sha256(header + self.slices.tobytes()).hexdigest()[:16]
 
     @functools.cached_property
     def kind(self) -> str:
@@ -111,60 +111,64 @@ class AttnMask:
 
     @property
     def hull(self) -> tuple[int, int, int, int]:
-        """``(q0, q1, k0, k1)``, the smallest rectangle that holds every visible pair."""
+        """``(q0, q1, k0, k1)``, the bounding rectangle of the visible pairs."""
         if not len(self.slices):
             return (0, 0, 0, 0)
-        least, most = self.slices.min(axis=0), self.slices.max(axis=0)
-        return (int(least[Q0]), int(most[Q1]), int(least[K0]), int(most[K1]))
+        low, high = self.slices.min(axis=0), self.slices.max(axis=0)
+        return (int(low[Q0]), int(high[Q1]), int(low[K0]), int(high[K1]))
 
     def row_counts(self) -> IntArray:
-        """``(seq_q,)`` number of keys each query sees, in O(slices + seq_q)."""
-        return _line_counts(self.slices, self.seq_q)
+        """``(seq_q,)`` number of visible keys of each query, in O(slices + seq_q)."""
+        return _visible_keys_per_query(self.slices, self.seq_q)
 
     def empty_rows(self) -> BoolArray:
-        """``(seq_q,)`` true for queries that see nothing."""
-        blind: BoolArray = self.row_counts() == 0
-        return blind
+        """``(seq_q,)`` true for queries without visible keys."""
+        empty: BoolArray = self.row_counts() == 0
+        return empty
 
     def overlap_area(self) -> int:
-        """Pairs that are in more than one slice (counted per pair of slices); 0 when disjoint."""
+        """(query, key) pairs in two slices, summed over pairs of slices; 0 if all are disjoint."""
         first, second = _row_overlaps(self.slices)
         a, b = self.slices[first], self.slices[second]
-        both = np.column_stack(
+        intersections = np.column_stack(
             [
                 np.maximum(a[:, c], b[:, c]) if c in (Q0, K0, LO) else np.minimum(a[:, c], b[:, c])
                 for c in range(6)
             ]
         )
-        return int(areas(canonical(both)).sum())
+        return int(areas(canonical(intersections)).sum())
 
     def diagonal_blocks(self) -> IntArray:
-        """Starts of the runs of tokens that see and are seen by nobody outside their run.
+        """``(n,)`` starts of the diagonal blocks: no visible pair has its tokens in two of them.
 
-        These are the documents of a document mask; 0 alone where everything hangs together.
-        Tokens that see nothing join the run before them.
+        For a document mask these are the documents; 0 alone if the mask does not decompose.
+        Tokens without visible pairs belong to the block before them.
         """
         if self.seq_q != self.seq_k or not len(self.slices):
             return np.zeros(1, dtype=np.int64)
         start = np.minimum(self.slices[:, Q0], self.slices[:, K0])
         end = np.maximum(self.slices[:, Q1], self.slices[:, K1])
         order = np.argsort(start, kind="stable")
-        start, reach = start[order], np.maximum.accumulate(end[order])
-        begins = np.append(0, start[1:][start[1:] >= reach[:-1]])
-        return begins.astype(np.int64)
+        start, max_end = start[order], np.maximum.accumulate(end[order])
+        block_starts = np.append(0, start[1:][start[1:] >= max_end[:-1]])
+        return block_starts.astype(np.int64)
 
     def to_dense(self) -> BoolArray:
-        """``(seq_q, seq_k)`` booleans: for tests and pictures of small masks only."""
+        """``(seq_q, seq_k)`` booleans, for tests and pictures of small masks only."""
         dense = np.zeros((self.seq_q, self.seq_k), dtype=np.bool_)
         for q0, q1, k0, k1, lo, hi in self.slices:
             offset = np.arange(k0, k1)[None, :] - np.arange(q0, q1)[:, None]
             dense[q0:q1, k0:k1] |= (offset >= lo) & (offset <= hi)
         return dense
 
-    # --- other masks from it ------------------------------------------------------------------
+    # --- derived masks ------------------------------------------------------------------------
 
     def crop(self, q0: int, q1: int, k0: int, k1: int) -> AttnMask:
-        """The mask of queries ``[q0, q1)`` and keys ``[k0, k1)``, in local coordinates."""
+        """The mask of queries ``[q0, q1)`` and keys ``[k0, k1)``, in local coordinates.
+
+        Raises:
+            ValueError: for ranges outside the mask.
+        """
         if not (0 <= q0 <= q1 <= self.seq_q and 0 <= k0 <= k1 <= self.seq_k):
             raise ValueError(
                 f"crop [{q0}, {q1}) x [{k0}, {k1}) is outside the mask, {self.seq_q} x {self.seq_k}"
@@ -172,67 +176,67 @@ class AttnMask:
         return self.restrict(np.array([[q0, q1 - q0]]), np.array([[k0, k1 - k0]]))
 
     def restrict(self, q_ranges: IntArray, k_ranges: IntArray) -> AttnMask:
-        """The mask between some queries and some keys, in local coordinates.
+        """The mask of subsets of queries and keys, in local coordinates.
 
         Args:
             q_ranges: ``(a, 2)`` rows ``(start, length)``: the local queries are these disjoint
-                global ranges one after another, in this order.  A range may run past the end of
-                the mask: those are padding tokens, which see nothing and are seen by nobody.
-            k_ranges: ``(b, 2)`` likewise for keys.
+                global ranges, concatenated in this order.  Ranges may extend past the end of the
+                mask, into padding tokens without visible pairs.
+            k_ranges: ``(b, 2)``, the same for keys.
         """
-        cut, _, part_q = cut_axis(self.slices, q_ranges, axis=0)
-        cut, source, part_k = cut_axis(cut, k_ranges, axis=1)
-        shift_q = (_local_starts(q_ranges) - q_ranges[:, 0])[part_q[source]]
-        shift_k = (_local_starts(k_ranges) - k_ranges[:, 0])[part_k]
+        cut, _, q_range = cut_axis(self.slices, q_ranges, axis=0)
+        cut, source, k_range = cut_axis(cut, k_ranges, axis=1)
+        shift_q = (_local_starts(q_ranges) - q_ranges[:, 0])[q_range[source]]
+        shift_k = (_local_starts(k_ranges) - k_ranges[:, 0])[k_range]
         moved = shifted(cut, shift_q, shift_k)
-        return AttnMask._trusted(int(q_ranges[:, 1].sum()), int(k_ranges[:, 1].sum()), moved)
+        return AttnMask._from_canonical(int(q_ranges[:, 1].sum()), int(k_ranges[:, 1].sum()), moved)
 
     def stride(self, step: int, q_phase: int, k_phases: IntArray | Sequence[int]) -> AttnMask:
         """The mask between queries ``q_phase + step * i`` and keys ``k_phase + step * j``.
 
-        Local keys are those of the first phase, then of the second, and so on, each
-        ``ceil(seq_k / step)`` long (so the last may be padding).  This is what striped sharding
-        leaves on one rank; since ``j - i`` moves in multiples of ``step``, bands stay bands.
+        Local keys are those of the first phase, then of the second, and so on,
+        ``ceil(seq_k / step)`` each (so the last may be padding).  This is the mask of a rank in
+        striped sharding; since ``j - i`` changes in multiples of ``step``, bands stay bands.
         """
         local_q, local_k = -(-self.seq_q // step), -(-self.seq_k // step)
         phases = np.asarray(k_phases, dtype=np.int64)
-        wide = np.repeat(self.slices, len(phases), axis=0)
+        repeated = np.repeat(self.slices, len(phases), axis=0)
         phase = np.tile(phases, len(self.slices))
         slot = np.tile(np.arange(len(phases)), len(self.slices))
         raw = np.column_stack(
             [
-                _ceil_div(wide[:, Q0] - q_phase, step),
-                _ceil_div(wide[:, Q1] - q_phase, step),
-                _ceil_div(wide[:, K0] - phase, step),
-                _ceil_div(wide[:, K1] - phase, step),
-                _ceil_div(wide[:, LO] + q_phase - phase, step),
-                (wide[:, HI] + q_phase - phase) // step,
+                _ceil_div(repeated[:, Q0] - q_phase, step),
+                _ceil_div(repeated[:, Q1] - q_phase, step),
+                _ceil_div(repeated[:, K0] - phase, step),
+                _ceil_div(repeated[:, K1] - phase, step),
+                _ceil_div(repeated[:, LO] + q_phase - phase, step),
+                (repeated[:, HI] + q_phase - phase) // step,
             ]
         )
         kept, index = canonical_indexed(raw)
         moved = shifted(kept, np.zeros(len(kept), np.int64), slot[index] * local_k)
-        return AttnMask._trusted(local_q, local_k * len(phases), moved)
+        return AttnMask._from_canonical(local_q, local_k * len(phases), moved)
 
     def transpose(self) -> AttnMask:
-        """Queries and keys exchanged: key j sees query i exactly when i saw j."""
+        """The mask with queries and keys exchanged."""
         s = self.slices
         swapped = np.column_stack([s[:, K0], s[:, K1], s[:, Q0], s[:, Q1], -s[:, HI], -s[:, LO]])
-        return AttnMask._trusted(self.seq_k, self.seq_q, swapped)
+        return AttnMask._from_canonical(self.seq_k, self.seq_q, swapped)
 
     def simplify(self) -> AttnMask:
-        """The same mask in fewer slices where neighbours merge into one.
+        """The same mask with neighbouring slices merged where possible.
 
-        Two disjoint slices are one slice exactly when their hull (bounding rectangle, widest band)
-        has no more area than they have together; neighbours in row order and in column order are
-        tried until nothing merges.
+        Two disjoint slices form one slice exactly if their hull (bounding rectangle, widest band)
+        has the same area as both together.  Neighbours in row order and in column order are tried
+        until nothing merges.
         """
         slices = self.slices
         while True:
-            before = len(slices)
+            count = len(slices)
             for keys in ((LO, K0, Q0), (LO, Q0, K0)):
                 slices = _merge_neighbours(slices, keys)
-            if len(slices) == before:
-                return AttnMask._trusted(self.seq_q, self.seq_k, slices)
+            if len(slices) == count:
+                return AttnMask._from_canonical(self.seq_q, self.seq_k, slices)
 
 
 # --- arithmetic on arrays of slices -----------------------------------------------------------
@@ -246,28 +250,28 @@ def as_slices(rows: IntArray | Iterable[Sequence[int]]) -> IntArray:
 
 
 def areas(slices: IntArray) -> IntArray:
-    """``(n,)`` visible pairs of each canonical slice, in O(1) each.
+    """``(n,)`` visible pairs of each canonical slice.
 
-    The number of pairs with ``j - i <= h`` in a rectangle is a difference of triangular numbers;
-    a band is the difference of two of those.
+    O(1) per slice: the pairs of a rectangle with ``j - i <= h`` are a difference of triangular
+    numbers, and a band is the difference of two such counts.
     """
     q0, q1, k0, k1, lo, hi = slices.T
     return _pairs_up_to(q0, q1, k0, k1, hi) - _pairs_up_to(q0, q1, k0, k1, lo - 1)
 
 
-def expand(counts: IntArray) -> tuple[IntArray, IntArray]:
-    """Which element, and which of its own: ``[2, 0, 1]`` gives ``[0, 0, 2]`` and ``[0, 1, 0]``."""
+def ragged_indices(counts: IntArray) -> tuple[IntArray, IntArray]:
+    """Row and position of each item of ragged rows: ``[2, 0, 1]`` is ``[0, 0, 2], [0, 1, 0]``."""
     source = np.repeat(np.arange(len(counts)), counts)
     return source, np.arange(len(source)) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 def canonical(slices: IntArray) -> IntArray:
-    """Tight rectangles and offsets, empties dropped, order kept."""
+    """Slices with tight rectangles and offsets, in the same order, without empty ones."""
     return canonical_indexed(slices)[0]
 
 
 def cut_axis(slices: IntArray, ranges: IntArray, axis: int) -> tuple[IntArray, IntArray, IntArray]:
-    """Cut slices along one axis into the parts that lie in each of some disjoint ranges.
+    """Cut slices along one axis at the borders of disjoint ranges; what is in no range is dropped.
 
     Args:
         slices: ``(n, 6)`` canonical.
@@ -275,8 +279,8 @@ def cut_axis(slices: IntArray, ranges: IntArray, axis: int) -> tuple[IntArray, I
         axis: 0 cuts queries, 1 cuts keys.
 
     Returns:
-        The canonical parts ``(p, 6)``, the slice each came from ``(p,)`` and the range each lies
-        in ``(p,)``.
+        ``(p, 6)`` canonical slices, and for each the index of its original slice ``(p,)`` and of
+        its range ``(p,)``.
     """
     order = np.lexsort((ranges[:, 1], ranges[:, 0]))
     start, end = ranges[order, 0], ranges[order, 0] + ranges[order, 1]
@@ -284,17 +288,17 @@ def cut_axis(slices: IntArray, ranges: IntArray, axis: int) -> tuple[IntArray, I
     first = np.searchsorted(end, slices[:, low], side="right")
     last = np.searchsorted(start, slices[:, high], side="left")
     count = np.maximum(last - first, 0)
-    source, part = expand(count)
-    part += first[source]
+    source, range_index = ragged_indices(count)
+    range_index += first[source]
     cut = slices[source]
-    cut[:, low] = np.maximum(cut[:, low], start[part])
-    cut[:, high] = np.minimum(cut[:, high], end[part])
+    cut[:, low] = np.maximum(cut[:, low], start[range_index])
+    cut[:, high] = np.minimum(cut[:, high], end[range_index])
     cut, kept = canonical_indexed(cut)
-    return cut, source[kept], order[part[kept]]
+    return cut, source[kept], order[range_index[kept]]
 
 
 def shifted(slices: IntArray, shift_q: IntArray, shift_k: IntArray) -> IntArray:
-    """Slices moved by a number of queries and keys each; offsets follow."""
+    """Slices moved by ``(n,)`` numbers of queries and keys each, with their offsets."""
     moved = slices.copy()
     moved[:, Q0] += shift_q
     moved[:, Q1] += shift_q
@@ -306,10 +310,10 @@ def shifted(slices: IntArray, shift_q: IntArray, shift_k: IntArray) -> IntArray:
 
 
 def canonical_indexed(slices: IntArray) -> tuple[IntArray, IntArray]:
-    """:func:`canonical`, and which input each output came from.
+    """:func:`canonical`, and the index of the input of each output.
 
-    One pass is exact: offsets that the rectangle cannot hold go, then rows that see nothing, then
-    columns nobody sees, then the offsets that those rows and columns held.
+    One pass is exact.  It drops offsets outside the rectangle, rows without visible keys, columns
+    that no row sees, and the offsets that only those rows and columns had.
     """
     q0, q1, k0, k1, lo, hi = slices.T
     lo = np.maximum(lo, k0 - q1 + 1)
@@ -323,43 +327,44 @@ def canonical_indexed(slices: IntArray) -> tuple[IntArray, IntArray]:
 
 
 def _pairs_up_to(q0: IntArray, q1: IntArray, k0: IntArray, k1: IntArray, h: IntArray) -> IntArray:
-    # Row i holds min(i + h + 1, k1) - k0 keys, clipped at 0: an arithmetic series cut at both ends.
+    """``(n,)`` pairs of each rectangle with ``j - i <= h``."""
+    # Row i has min(i + h + 1, k1) - k0 keys, at least 0: an arithmetic series, clamped.
     last = q1 + h - k0
     first = q0 + h - k0
     width = k1 - k0
-    return _series(last, width) - _series(first, width)
+    return _clamped_sum(last, width) - _clamped_sum(first, width)
 
 
-def _series(x: IntArray, width: IntArray) -> IntArray:
+def _clamped_sum(x: IntArray, width: IntArray) -> IntArray:
     """Sum over y = 1..x of min(y, width), for any integer x."""
-    rise = np.maximum(x, 0)
-    over = np.maximum(x - width, 0)
-    total: IntArray = (rise * (rise + 1) - over * (over + 1)) // 2
+    terms = np.maximum(x, 0)
+    excess = np.maximum(x - width, 0)
+    total: IntArray = (terms * (terms + 1) - excess * (excess + 1)) // 2
     return total
 
 
-def _line_counts(slices: IntArray, length: int) -> IntArray:
-    """Keys per query: each slice adds a trapezoid, entered through its second differences."""
+def _visible_keys_per_query(slices: IntArray, length: int) -> IntArray:
+    """``(length,)`` visible keys: each slice adds a trapezoid, by its second differences."""
     q0, q1, k0, k1, lo, hi = slices.T
-    bend = np.zeros(length + 2, dtype=np.int64)
-    jump = np.zeros(length + 2, dtype=np.int64)
-    np.add.at(bend, q0 + 1, 1)  # the last visible key moves right with i ...
-    np.add.at(bend, np.clip(k1 - hi, q0 + 1, q1), -1)  # ... until it meets the right edge
-    np.add.at(bend, np.clip(k0 - lo + 1, q0 + 1, q1), -1)  # the first one leaves the left edge
-    np.add.at(bend, q1, 1)
+    slope = np.zeros(length + 2, dtype=np.int64)
+    offset = np.zeros(length + 2, dtype=np.int64)
+    np.add.at(slope, q0 + 1, 1)  # the last visible key moves with i ...
+    np.add.at(slope, np.clip(k1 - hi, q0 + 1, q1), -1)  # ... up to the right edge
+    np.add.at(slope, np.clip(k0 - lo + 1, q0 + 1, q1), -1)  # the first one moves from the left edge
+    np.add.at(slope, q1, 1)
 
-    for row, at, sign in ((q0, q0, 1), (q1 - 1, q1, -1)):
-        seen = np.minimum(k1 - 1, row + hi) - np.maximum(k0, row + lo) + 1
-        np.add.at(jump, at, sign * seen)
-    return np.cumsum(np.cumsum(bend) + jump)[:length]
+    for row, position, sign in ((q0, q0, 1), (q1 - 1, q1, -1)):
+        visible = np.minimum(k1 - 1, row + hi) - np.maximum(k0, row + lo) + 1
+        np.add.at(offset, position, sign * visible)
+    return np.cumsum(np.cumsum(slope) + offset)[:length]
 
 
 def _row_overlaps(slices: IntArray) -> tuple[IntArray, IntArray]:
-    """Index pairs (a < b) of slices whose query ranges intersect; slices sorted by q0."""
+    """Index pairs (a < b) of slices with intersecting query ranges; slices are sorted by q0."""
     end = np.searchsorted(slices[:, Q0], slices[:, Q1], side="left")
     index = np.arange(len(slices))
     count = np.maximum(end - index - 1, 0)
-    first, second = expand(count)
+    first, second = ragged_indices(count)
     return first, second + first + 1
 
 
@@ -385,6 +390,7 @@ def _merge_neighbours(slices: IntArray, keys: tuple[int, int, int]) -> IntArray:
 
 
 def _local_starts(ranges: IntArray) -> IntArray:
+    """The start of each range in the concatenation of all."""
     return np.cumsum(ranges[:, 1]) - ranges[:, 1]
 
 

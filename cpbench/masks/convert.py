@@ -1,4 +1,6 @@
-"""An ``AttnMask`` in the forms that attention libraries take, as numpy arrays.
+"""Conversions of ``AttnMask`` to formats of attention libraries that can express any mask.
+
+All formats are numpy arrays.
 
 * :func:`to_typed_slices`: rectangles of type full, causal, inverse or bi-causal (MagiAttention).
 * :func:`to_block_mask_tables` and :func:`row_intervals`: lists of blocks and a table of visible
@@ -23,17 +25,17 @@ FULL, CAUSAL, INVERSE, BICAUSAL = range(4)
 
 @dataclass(frozen=True, eq=False)
 class TypedSlices:
-    """Disjoint rectangles, each with one of four shapes.
+    """Disjoint rectangles, each of one of four types.
 
-    ``FULL`` sees all of the rectangle; ``CAUSAL`` is aligned bottom-right, its last query sees up
-    to the last key; ``INVERSE`` is aligned top-left, its first query sees from the first key on;
-    ``BICAUSAL`` is both.  The codes are those of MagiAttention's ``attn_type_map``
-    (arXiv:2505.13211).
+    ``FULL``: all pairs are visible.  ``CAUSAL`` is aligned bottom-right: the last query sees up to
+    the last key.  ``INVERSE`` is aligned top-left: the first query sees from the first key on.
+    ``BICAUSAL`` is the intersection of both.  The codes are those of MagiAttention's
+    ``attn_type_map`` (arXiv:2505.13211).
 
     Attributes:
         ranges: ``(n, 4)`` int64 rows ``(q0, q1, k0, k1)``.
-        types: ``(n,)`` int64, one of the four codes.
-        source: ``(n,)`` the band slice each came from.
+        types: ``(n,)`` int64, the codes.
+        source: ``(n,)`` index of the band slice of each.
     """
 
     ranges: IntArray
@@ -41,29 +43,30 @@ class TypedSlices:
     source: IntArray
 
     def to_dense(self, seq_q: int, seq_k: int) -> BoolArray:
-        """``(seq_q, seq_k)`` booleans, as the four types define them: for tests only."""
+        """``(seq_q, seq_k)`` booleans, from the definition of the types: for tests only."""
         dense = np.zeros((seq_q, seq_k), dtype=np.bool_)
         for (q0, q1, k0, k1), code in zip(self.ranges, self.types, strict=True):
             i, j = np.ogrid[q0:q1, k0:k1]
-            up_to = (j - k1 <= i - q1) | (code in (FULL, INVERSE))
-            since = (j - k0 >= i - q0) | (code in (FULL, CAUSAL))
-            dense[q0:q1, k0:k1] |= up_to & since
+            below_upper = (j - k1 <= i - q1) | (code in (FULL, INVERSE))
+            above_lower = (j - k0 >= i - q0) | (code in (FULL, CAUSAL))
+            dense[q0:q1, k0:k1] |= below_upper & above_lower
         return dense
 
 
 def to_typed_slices(mask: AttnMask) -> TypedSlices:
-    """Each band slice as at most three typed rectangles, one below the other.
+    """Convert each band slice to at most three typed rectangles, one below the other.
 
-    In a canonical slice the upper offset cuts keys off rows before ``k1 - hi - 1``, which just
-    reaches the last key; the lower one off rows after ``k0 - lo``, the last that sees the first
-    key.  So rows split there: causal above, full or bi-causal between, inverse below.
+    In a canonical slice the upper offset hides keys from rows before ``k1 - hi - 1``, the first
+    row that sees the last key; the lower offset hides keys from rows after ``k0 - lo``, the last
+    row that sees the first key.  The rows are split there: causal above, full or bi-causal
+    between, inverse below.
     """
     q0, q1, k0, k1, lo, hi = mask.slices.T
-    # Ends of the causal part and start of the inverse one; each includes the row that its offset
-    # just does not cut, which is what its alignment asks for, unless it would be that row alone.
+    # End of the causal part and start of the inverse one.  Each includes the first row that its
+    # offset does not cut, as its alignment requires, unless that would be its only row.
     causal_end = np.where(k1 - hi == q0 + 1, q0, k1 - hi)
     inverse_start = np.where(k0 - lo == q1 - 1, q1, k0 - lo)
-    # One row cut by neither may belong to both parts: it goes to the causal one.
+    # A single row that is in both parts goes to the causal one.
     inverse_start = np.where(inverse_start == causal_end - 1, causal_end, inverse_start)
 
     edge = np.sort([causal_end, inverse_start], axis=0)
@@ -87,13 +90,13 @@ class BlockMaskTables:
     """The arguments of FlexAttention's ``BlockMask``, all int32.
 
     With R rows and C columns of blocks: ``kv_num_blocks`` ``(1, 1, R)`` counts the partial blocks
-    of each row and ``kv_indices`` ``(1, 1, R, C)`` lists their columns, ascending, then zeros;
-    ``full_kv_*`` likewise for full blocks; ``q_*`` and ``full_q_*`` the same by column, ``(1, 1,
-    C)`` and ``(1, 1, C, R)``.  A full block is one whose every pair is visible and inside the mask;
-    like ``create_block_mask``, blocks that reach past its edge are partial.
+    of each row and ``kv_indices`` ``(1, 1, R, C)`` lists their columns, ascending, padded with
+    zeros; ``full_kv_*`` are the same for full blocks; ``q_*`` ``(1, 1, C)`` and ``full_q_*``
+    ``(1, 1, C, R)`` are the same by column.  In a full block every pair is visible; as in
+    ``create_block_mask``, blocks that extend past the edge of the mask are partial.
 
     Attributes:
-        block: extents of a block, tokens, for queries and keys alike.
+        block: tokens per block, for queries and keys.
     """
 
     block: int
@@ -108,13 +111,16 @@ class BlockMaskTables:
 
 
 def to_block_mask_tables(mask: AttnMask, block: int) -> BlockMaskTables:
-    """Lists of partial and full blocks by row and, from the transposed mask, by column.
+    """List the partial and full blocks by row and, from the transposed mask, by column.
 
-    FlexAttention wants lists of full width, so this takes ``16 R C`` bytes: 1 GB for a million
+    FlexAttention needs lists of full width, so this takes ``16 R C`` bytes: 1 GB for a million
     tokens in blocks of 128.
 
+    Args:
+        block: tokens per block.
+
     Raises:
-        ValueError: unless ``block`` is at least 1.
+        ValueError: if ``block`` is below 1.
     """
     by_row = tiles(mask, block, block)
     by_column = tiles(mask.transpose(), block, block)
@@ -124,31 +130,34 @@ def to_block_mask_tables(mask: AttnMask, block: int) -> BlockMaskTables:
 
 
 def _block_lists(grid: TileGrid, full: bool) -> tuple[Int32Array, Int32Array]:
-    """``(1, 1, R)`` counts and ``(1, 1, R, C)`` columns of the full or of the other tiles."""
+    """``(1, 1, R)`` counts and ``(1, 1, R, C)`` columns of either the full or the partial tiles."""
     runs = np.flatnonzero((grid.run_areas == grid.block_q * grid.block_k) == full)
     rows, cols, lens = grid.run_rows[runs], grid.run_cols[runs], grid.run_lens[runs]
     count = np.bincount(rows, weights=lens, minlength=grid.num_rows).astype(np.int64)
     before = np.cumsum(lens) - lens
     first = rows * grid.num_cols + before - (np.cumsum(count) - count)[rows]
-    listed = np.zeros(grid.num_rows * grid.num_cols, dtype=np.int32)
-    # In rounds of about 2**18 tiles, so that only the table itself takes fresh memory, and of that
-    # only the pages that are used: first touching memory costs more than all the rest.
-    rounds = np.searchsorted(before, np.arange(0, int(lens.sum()), 1 << 18))
-    for begin, end in pairwise([*rounds, len(lens)]):
-        size = lens[begin:end]
-        number = np.arange(int(size.sum())) - np.repeat(np.cumsum(size) - size, size)
-        place = number + np.repeat(first[begin:end], size)
-        listed[place] = number + np.repeat(cols[begin:end], size)
+    indices = np.zeros(grid.num_rows * grid.num_cols, dtype=np.int32)
+    # In chunks of about 2**18 tiles, so that only the table itself takes new memory, and only the
+    # pages that are used: first touching memory costs more than everything else.
+    chunks = np.searchsorted(before, np.arange(0, int(lens.sum()), 1 << 18))
+    for begin, end in pairwise([*chunks, len(lens)]):
+        run_lens = lens[begin:end]
+        tile = np.arange(int(run_lens.sum())) - np.repeat(np.cumsum(run_lens) - run_lens, run_lens)
+        position = tile + np.repeat(first[begin:end], run_lens)
+        indices[position] = tile + np.repeat(cols[begin:end], run_lens)
     shape = (1, 1, grid.num_rows, grid.num_cols)
-    return count.astype(np.int32)[None, None], listed.reshape(shape)
+    return count.astype(np.int32)[None, None], indices.reshape(shape)
 
 
 def row_intervals(mask: AttnMask) -> Int32Array:
-    """``(seq_q, m, 2)`` int32: disjoint, ascending key intervals ``[start, end)`` of each query.
+    """The visible keys of each query, as intervals.
 
-    m is the largest number of intervals of a query, at least 1; the others are empty, ``(0, 0)``.
-    So query i sees key j exactly when ``start <= j < end`` for one of ``table[i]``.  Intervals that
-    touch are one.  Time and memory go with ``seq_q`` times slices per query.
+    Time and memory grow with ``seq_q`` times slices per query.
+
+    Returns:
+        ``(seq_q, m, 2)`` int32: disjoint, ascending intervals ``[start, end)`` of keys.  m is the
+        largest number of intervals of a query, at least 1; unused ones are empty, ``(0, 0)``.
+        Adjacent intervals are merged.
     """
     q0, q1, k0, k1, lo, hi = mask.slices.T
     count = q1 - q0
@@ -156,12 +165,12 @@ def row_intervals(mask: AttnMask) -> Int32Array:
     row = np.arange(len(source)) - np.repeat(np.cumsum(count) - count - q0, count)
     start = np.maximum(k0[source], row + lo[source])
     end = np.minimum(k1[source], row + hi[source] + 1)
-    if np.any(np.diff(row) <= 0):  # not already one slice a row, in order
+    if np.any(np.diff(row) <= 0):  # not yet sorted by row, with one slice each
         order = np.lexsort((start, row))
         row, start, end = row[order], start[order], end[order]
-    joins = np.zeros(len(row), dtype=np.bool_)
-    joins[1:] = (row[1:] == row[:-1]) & (start[1:] == end[:-1])
-    first = np.flatnonzero(~joins)
+    continues = np.zeros(len(row), dtype=np.bool_)
+    continues[1:] = (row[1:] == row[:-1]) & (start[1:] == end[:-1])
+    first = np.flatnonzero(~continues)
     last = np.append(first[1:] - 1, len(row) - 1)[: len(first)]
     row, start, end = row[first], start[first], end[last]
 

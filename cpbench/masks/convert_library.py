@@ -1,10 +1,10 @@
-"""An ``AttnMask`` as the arguments of attention libraries that do not take every mask.
+"""Conversions of ``AttnMask`` to the arguments of attention libraries.
 
 * :func:`to_varlen`: documents under one window (FlashAttention, TransformerEngine, FlashInfer).
-* :func:`to_flashmask`: masked rows of each key (FlashMask).
-* :func:`to_bsr`: blocks, and the bits of those that are not full (FlashInfer).
+* :func:`to_flashmask`: the masked queries of each key (FlashMask).
+* :func:`to_bsr`: visible blocks, with a bit per pair of partial ones (FlashInfer).
 
-Each is exact, or raises :class:`Unconvertible`.
+A conversion is exact, or raises :class:`Unconvertible`.
 """
 
 from __future__ import annotations
@@ -31,33 +31,33 @@ from cpbench.masks.convert import Int32Array, row_intervals
 from cpbench.masks.tiling import TileGrid, tiles
 
 UNBOUNDED = -1
-_FAR = 1 << 40  # an offset that cuts nothing
-_CELLS = 1 << 24  # expanded at once
+_NO_LIMIT = 1 << 40  # an offset beyond any mask
+_MAX_CELLS = 1 << 24  # pairs that are expanded at a time
 
 
 class Unconvertible(ValueError):
-    """A mask that a form cannot say: one line, what of it is in the way and what the form takes."""
+    """The format cannot express the mask; one line says why and what it supports."""
 
 
 # --- documents under one window -----------------------------------------------------------------
 
-_VARLEN_TAKES = (
-    "a variable-length call takes documents that follow each other in queries and keys alike, "
-    "under one window that ends at their last query and key"
+_VARLEN_SUPPORTS = (
+    "a variable-length call supports consecutive documents, in queries and keys alike, under one "
+    "window aligned to their last query and key"
 )
 
 
 @dataclass(frozen=True, eq=False)
 class Varlen:
-    """Documents one after another, each with the same window, aligned bottom-right.
+    """Consecutive documents with the same window, aligned bottom-right.
 
-    Query i of a document of n queries and m keys sees its key j when ``-left <= j - i - (m - n) <=
-    right``; a bound of -1 is none.  This is how FlashAttention counts.
+    In a document of n queries and m keys, query i sees key j when ``-left <= j - i - (m - n) <=
+    right``; a bound of -1 means no limit.  This is the definition of FlashAttention.
 
     Attributes:
-        cu_seqlens_q, cu_seqlens_k: ``(documents + 1,)`` int32, where each begins, and the ends.
-        max_q, max_k: tokens of the longest.
-        left, right: 0 or more, or -1.
+        cu_seqlens_q, cu_seqlens_k: ``(documents + 1,)`` int32, cumulative lengths.
+        max_q, max_k: queries and keys of the longest document.
+        left, right: bounds of the window, -1 or at least 0.
     """
 
     cu_seqlens_q: Int32Array
@@ -73,16 +73,16 @@ class Varlen:
 
     @property
     def causal(self) -> bool:
-        """Whether no query sees past its own position, whatever the other bound."""
+        """Whether no query sees keys after its own position."""
         return self.right == 0
 
     @property
     def surplus(self) -> int:
-        """Most queries of a document beyond its keys: from 1 on, bounds may leave some blind."""
+        """Maximum of queries minus keys of a document; above 0, a query may have no visible key."""
         return int((np.diff(self.cu_seqlens_q) - np.diff(self.cu_seqlens_k)).max())
 
     def to_dense(self) -> BoolArray:
-        """``(seq_q, seq_k)`` booleans, from the definition: for tests only."""
+        """``(seq_q, seq_k)`` booleans, from the definition, for tests only."""
         dense = np.zeros((self.cu_seqlens_q[-1], self.cu_seqlens_k[-1]), dtype=np.bool_)
         for d in range(self.documents):
             q0, q1 = self.cu_seqlens_q[d : d + 2]
@@ -99,9 +99,9 @@ class Varlen:
 
 
 def to_varlen(mask: AttnMask) -> Varlen:
-    """Documents and the window that they share.
+    """Convert a mask to documents with a common window.
 
-    A document that a bound does not cut agrees with any bound that is wide enough for it.
+    A document that a bound does not cut is compatible with any bound that is at least as wide.
 
     Raises:
         Unconvertible: for any other mask.
@@ -109,49 +109,48 @@ def to_varlen(mask: AttnMask) -> Varlen:
     try:
         return _documents(mask, mask.slices)
     except Unconvertible:
-        return _documents(mask, mask.simplify().slices)  # neighbours may be parts of one document
+        return _documents(mask, mask.simplify().slices)  # a document may be in several slices
 
 
 def _documents(mask: AttnMask, slices: IntArray) -> Varlen:
-    """One document a slice.
+    """Convert slices to documents, one each.
 
-    A window that holds offset 0 lets the last query see the last key, so a slice ends where its
-    document does; what lies between it and the one before is its own: queries and keys that its
-    window leaves out.
+    In a window that contains offset 0, the last query sees the last key, so a slice ends where its
+    document ends.  Queries and keys between two slices belong to the second one, as part of its
+    document outside the window.
     """
     if not len(slices):
-        raise Unconvertible(f"nothing is visible; {_VARLEN_TAKES}")
+        raise Unconvertible(f"it has no visible pairs; {_VARLEN_SUPPORTS}")
     slices = slices[np.argsort(slices[:, Q1], kind="stable")]
     end_q, end_k = slices[:, Q1], slices[:, K1]
     start_q, start_k = np.append(0, end_q[:-1]), np.append(0, end_k[:-1])
     if (slices[:, Q0] < start_q).any() or (slices[:, K0] < start_k).any():
-        raise Unconvertible(f"its bands share queries or keys; {_VARLEN_TAKES}")
+        raise Unconvertible(f"its bands share queries or keys; {_VARLEN_SUPPORTS}")
     if (end_q[-1], end_k[-1]) != (mask.seq_q, mask.seq_k):
-        raise Unconvertible(f"its last query or key sees nothing or is not seen; {_VARLEN_TAKES}")
+        raise Unconvertible(f"its last query or key has no visible pairs; {_VARLEN_SUPPORTS}")
     corner = end_k - end_q
     left, right = corner - slices[:, LO], slices[:, HI] - corner
     if (left < 0).any() or (right < 0).any():
-        raise Unconvertible(f"a last query does not see the last key; {_VARLEN_TAKES}")
+        raise Unconvertible(f"a last query does not see the last key; {_VARLEN_SUPPORTS}")
     bounds = []
     for side, bound, reach in (
         ("back", left, end_k - start_k - 1),
         ("ahead", right, end_q - start_q - 1),
     ):
-        free = bound >= reach
-        cut = np.unique(bound[~free])
-        if len(cut) > 1:
+        unlimited = bound >= reach
+        limits = np.unique(bound[~unlimited])
+        if len(limits) > 1:
+            seen = f"{int(limits[0])} and {int(limits[1])} tokens {side}"
+            raise Unconvertible(f"its documents see {seen}; {_VARLEN_SUPPORTS}")
+        if len(limits) and (reach[unlimited] > limits[0]).any():
             raise Unconvertible(
-                f"its documents see {int(cut[0])} and {int(cut[1])} tokens {side}; {_VARLEN_TAKES}"
+                f"some documents see {int(limits[0])} tokens {side}, others all; {_VARLEN_SUPPORTS}"
             )
-        if len(cut) and (reach[free] > cut[0]).any():
-            raise Unconvertible(
-                f"some documents see {int(cut[0])} tokens {side}, others all; {_VARLEN_TAKES}"
-            )
-        bounds.append(int(cut[0]) if len(cut) else UNBOUNDED)
-    low, high = (_FAR if bound == UNBOUNDED else bound for bound in bounds)
-    meant = np.column_stack([start_q, end_q, start_k, end_k, corner - low, corner + high])
-    if not np.array_equal(canonical(meant), slices):
-        raise Unconvertible(f"queries see nothing, or keys are not seen; {_VARLEN_TAKES}")
+        bounds.append(int(limits[0]) if len(limits) else UNBOUNDED)
+    low, high = (_NO_LIMIT if bound == UNBOUNDED else bound for bound in bounds)
+    expected = np.column_stack([start_q, end_q, start_k, end_k, corner - low, corner + high])
+    if not np.array_equal(canonical(expected), slices):
+        raise Unconvertible(f"some queries or keys have no visible pairs; {_VARLEN_SUPPORTS}")
     return Varlen(
         cu_seqlens_q=np.append(0, end_q).astype(np.int32),
         cu_seqlens_k=np.append(0, end_k).astype(np.int32),
@@ -162,37 +161,39 @@ def _documents(mask: AttnMask, slices: IntArray) -> Varlen:
     )
 
 
-# --- masked rows of each key --------------------------------------------------------------------
+# --- masked queries of each key -----------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class FlashMaskColumns:
-    """FlashMask's ``startend_row_indices``: for each key, the queries that do not see it.
+    """FlashMask's ``startend_row_indices``: the masked queries of each key.
 
-    With ``causal`` also those before its own position, counted from the last key and query, do not.
+    With ``causal``, queries before the key's own position (counted from the last key and query)
+    are masked, too.
 
     Attributes:
-        startend: ``(1, 1, T, n)`` int32.  Masked are, of key j with row r of it:
+        startend: ``(1, 1, T, n)`` int32.  With ``r = startend[0, 0, j]``, query i is masked for
+            key j if
             n = 1, causal: ``i >= r[0]``;
             n = 2, causal: ``r[0] <= i < r[1]``;
             n = 2: ``i >= r[0]`` or ``i < r[1]``;
             n = 4: ``r[0] <= i < r[1]`` or ``r[2] <= i < r[3]``.
-        causal: whether the causal flag is set.
+        causal: the causal flag.
     """
 
     startend: Int32Array
     causal: bool
 
     def to_dense(self, seq_q: int) -> BoolArray:
-        """``(seq_q, T)`` booleans, from the definition: for tests only."""
+        """``(seq_q, T)`` booleans, from the definition, for tests only."""
         rows = self.startend[0, 0].astype(np.int64)
-        none, end = np.zeros(len(rows), dtype=np.int64), np.full(len(rows), seq_q)
-        if self.causal:  # before its own position, and below
-            first = np.arange(len(rows)) - (len(rows) - seq_q)
-            last = rows[:, 1] if rows.shape[1] == 2 else end
-            hidden = [(none, first), (rows[:, 0], last)]
+        zero, end = np.zeros(len(rows), dtype=np.int64), np.full(len(rows), seq_q)
+        if self.causal:  # before its own position, and the listed interval
+            own = np.arange(len(rows)) - (len(rows) - seq_q)
+            stop = rows[:, 1] if rows.shape[1] == 2 else end
+            hidden = [(zero, own), (rows[:, 0], stop)]
         elif rows.shape[1] == 2:
-            hidden = [(rows[:, 0], end), (none, rows[:, 1])]
+            hidden = [(rows[:, 0], end), (zero, rows[:, 1])]
         else:
             hidden = [(rows[:, 0], rows[:, 1]), (rows[:, 2], rows[:, 3])]
         i = np.arange(seq_q)[:, None]
@@ -203,58 +204,66 @@ class FlashMaskColumns:
 
 
 def to_flashmask(mask: AttnMask) -> FlashMaskColumns:
-    """The smallest form: causal with one number a key or with two, then without with two or four.
+    """Convert a mask to FlashMask's format with the fewest numbers per key.
+
+    Tried in order: causal with one number per key, causal with two, not causal with two, with four.
 
     Raises:
-        Unconvertible: where some key is hidden from queries in three intervals or more.
+        Unconvertible: if a key is masked for three or more intervals of queries.
     """
     seq_q, seq_k = mask.seq_q, mask.seq_k
-    seen = row_intervals(mask.transpose()).astype(np.int64)  # [T, m, 2], of queries
-    seen[seen[..., 0] == seen[..., 1]] = seq_q  # those that pad go behind the others
+    visible = row_intervals(mask.transpose()).astype(np.int64)  # [T, m, 2], of queries
+    visible[visible[..., 0] == visible[..., 1]] = seq_q  # sort unused intervals last
     own = np.clip(np.arange(seq_k) - (seq_k - seq_q), 0, seq_q)
-    if (seen[:, 0, 0] >= own).all():
-        gaps, count = _gaps(seen, own, seq_q)
+    if (visible[:, 0, 0] >= own).all():
+        gaps, count = _hidden_intervals(visible, own, seq_q)
         if count.max(initial=0) <= 1:
             start, end = gaps[:, 0].T
             if (end == seq_q).all():
                 return FlashMaskColumns(_columns(start), causal=True)
             return FlashMaskColumns(_columns(start, end), causal=True)
-    if (seen[:, 1:] == seq_q).all():
-        start, end = seen[:, 0].T
+    if (visible[:, 1:] == seq_q).all():
+        start, end = visible[:, 0].T
         return FlashMaskColumns(_columns(end, start), causal=False)
-    gaps, count = _gaps(seen, np.zeros(seq_k, dtype=np.int64), seq_q)
+    gaps, count = _hidden_intervals(visible, np.zeros(seq_k, dtype=np.int64), seq_q)
     if count.max(initial=0) > 2:
         key = int(np.argmax(count))
         raise Unconvertible(
-            f"key {key} is hidden from queries in {int(count[key])} intervals; FlashMask takes two "
-            "of each key"
+            f"key {key} is hidden from {int(count[key])} intervals of queries; FlashMask supports "
+            "two per key"
         )
     upper, lower = gaps[:, 0].copy(), gaps[:, 1].copy()
-    alone = (count == 1) & (upper[:, 0] > 0)  # a gap that is not the first queries' goes below
-    lower[alone], upper[alone] = upper[alone], 0
+    # A single interval that does not start at the first query goes below.
+    only_lower = (count == 1) & (upper[:, 0] > 0)
+    lower[only_lower], upper[only_lower] = upper[only_lower], 0
     return FlashMaskColumns(_columns(*lower.T, *upper.T), causal=False)
 
 
 def _columns(*numbers: npt.NDArray[np.int64]) -> Int32Array:
+    """``(1, 1, T, n)`` int32 from n arrays ``(T,)``."""
     return np.ascontiguousarray(np.column_stack(numbers)[None, None], dtype=np.int32)
 
 
-def _gaps(seen: IntArray, begin: IntArray, end: int) -> tuple[IntArray, IntArray]:
-    """Between ``begin`` and ``end``, the first two intervals ``[T, 2, 2]`` that are not in ``seen``
-    (empty ones last, at ``end``) and how many there are of each row."""
-    edge = np.full((len(seen), 1), end, dtype=np.int64)
+def _hidden_intervals(visible: IntArray, begin: IntArray, end: int) -> tuple[IntArray, IntArray]:
+    """The intervals between ``begin`` and ``end`` that are not in ``visible``.
+
+    Returns:
+        ``(T, 2, 2)``, the first two of each key (empty ones last, at ``end``), and ``(T,)``, their
+        number.
+    """
+    edge = np.full((len(visible), 1), end, dtype=np.int64)
     gaps = np.stack(
         [
-            np.column_stack([begin, seen[..., 1]]),
-            np.column_stack([seen[..., 0], edge]),
+            np.column_stack([begin, visible[..., 1]]),
+            np.column_stack([visible[..., 0], edge]),
         ],
         axis=-1,
     )
-    hollow = gaps[..., 0] >= gaps[..., 1]
-    gaps[hollow] = end
-    order = np.argsort(hollow, axis=1, kind="stable")[:, :2]
+    empty = gaps[..., 0] >= gaps[..., 1]
+    gaps[empty] = end
+    order = np.argsort(empty, axis=1, kind="stable")[:, :2]
     first: IntArray = np.take_along_axis(gaps, order[..., None], axis=1)
-    return first, (~hollow).sum(axis=1)
+    return first, (~empty).sum(axis=1)
 
 
 # --- blocks -------------------------------------------------------------------------------------
@@ -262,15 +271,15 @@ def _gaps(seen: IntArray, begin: IntArray, end: int) -> tuple[IntArray, IntArray
 
 @dataclass(frozen=True, eq=False)
 class Bsr:
-    """Block rows as scipy's BSR lists them, and what is visible inside the kept blocks.
+    """The visible blocks of a mask as block-sparse rows (as in scipy), with the bits of each.
 
     Attributes:
-        seq_q, seq_k: of the mask.
-        block_q, block_k: R and C, tokens of a block.
+        seq_q, seq_k: extents of the mask.
+        block_q, block_k: R and C, queries and keys per block.
         indptr: ``(block rows + 1,)`` int32.
-        indices: ``(nnz,)`` int32, columns of blocks, ascending in a row.
-        packed: uint8, the bits of ``(nnz, R, C)``, the lowest first; None where every kept block
-            shows all C keys to all of its queries.
+        indices: ``(nnz,)`` int32, column of each block, ascending in a row.
+        packed: uint8, the bits of ``(nnz, R, C)``, lowest first; None if in every block all
+            queries see all C keys.
     """
 
     seq_q: int
@@ -282,7 +291,7 @@ class Bsr:
     packed: npt.NDArray[np.uint8] | None
 
     def blocks(self) -> BoolArray:
-        """``(nnz, R, C)`` booleans."""
+        """``(nnz, R, C)`` booleans: which pairs of each block are visible."""
         shape = (len(self.indices), self.block_q, self.block_k)
         if self.packed is None:
             return np.ones(shape, dtype=np.bool_)
@@ -290,7 +299,7 @@ class Bsr:
         return bits.view(np.bool_).reshape(shape)
 
     def to_dense(self) -> BoolArray:
-        """``(seq_q, seq_k)`` booleans: for tests only."""
+        """``(seq_q, seq_k)`` booleans, for tests only."""
         rows, cols = (len(self.indptr) - 1) * self.block_q, -(-self.seq_k // self.block_k)
         dense = np.zeros((rows, cols * self.block_k), dtype=np.bool_)
         row = np.repeat(np.arange(len(self.indptr) - 1), np.diff(self.indptr))
@@ -301,10 +310,10 @@ class Bsr:
 
 
 def to_bsr(mask: AttnMask, block_q: int, block_k: int) -> Bsr:
-    """The blocks in which anything is visible; only those are ever expanded.
+    """Convert a mask to its blocks with visible pairs; only those are expanded.
 
     Raises:
-        ValueError: unless both blocks are at least 1.
+        ValueError: if ``block_q`` or ``block_k``, queries and keys per block, is below 1.
     """
     grid = tiles(mask, block_q, block_k)
     height = np.minimum(block_q, mask.seq_q - grid.run_rows * block_q)
@@ -321,59 +330,60 @@ def to_bsr(mask: AttnMask, block_q: int, block_k: int) -> Bsr:
 
 
 def _packed(mask: AttnMask, grid: TileGrid) -> npt.NDArray[np.uint8]:
-    """The bits of the visited tiles; of whole bytes, only those that are not full are expanded."""
+    """The bits of the visited tiles; full tiles of whole bytes are not expanded."""
     size = grid.block_q * grid.block_k
-    some = np.arange(len(grid))
+    expanded = np.arange(len(grid))
     if size % 8 == 0:
-        some = np.flatnonzero(grid.areas != size)
-    bits = _bits(mask, grid, some)
-    if size % 8 or len(some) == len(grid):
+        expanded = np.flatnonzero(grid.areas != size)
+    bits = _tile_bits(mask, grid, expanded)
+    if size % 8 or len(expanded) == len(grid):
         return bits
-    found = np.full((len(grid), size // 8), 255, dtype=np.uint8)
-    found[some] = bits.reshape(len(some), -1)
-    return found.ravel()
+    packed = np.full((len(grid), size // 8), 255, dtype=np.uint8)
+    packed[expanded] = bits.reshape(len(expanded), -1)
+    return packed.ravel()
 
 
-def _bits(mask: AttnMask, grid: TileGrid, some: IntArray) -> npt.NDArray[np.uint8]:
-    """The bits of some of the visited tiles, a number of them at a time."""
+def _tile_bits(mask: AttnMask, grid: TileGrid, numbers: IntArray) -> npt.NDArray[np.uint8]:
+    """The packed bits of the visited tiles with these numbers, in chunks of tiles."""
     block_q, block_k = grid.block_q, grid.block_k
     starts_q = np.arange(0, mask.seq_q, block_q)
     starts_k = np.arange(0, mask.seq_k, block_k)
     cut, _, row = cut_axis(mask.slices, _ranges(starts_q, block_q), axis=0)
     cut, source, col = cut_axis(cut, _ranges(starts_k, block_k), axis=1)
     row = row[source]
-    place = np.full(len(grid), -1)
-    place[some] = np.arange(len(some))
+    position = np.full(len(grid), -1)
+    position[numbers] = np.arange(len(numbers))
     visited = grid.rows.astype(np.int64) * grid.num_cols + grid.cols
-    tile = place[np.searchsorted(visited, row * grid.num_cols + col)]
+    tile = position[np.searchsorted(visited, row * grid.num_cols + col)]
     order = np.argsort(tile, kind="stable")
     order = order[tile[order] >= 0]
     tile = tile[order]
-    cut = cut[order] - _corner(row[order] * block_q, col[order] * block_k)
-    # Eight tiles are whole bytes.
-    step = max(_CELLS // (8 * block_q * block_k), 1) * 8
-    found = [np.zeros(0, dtype=np.uint8)]
-    for begin in range(0, len(some), step):
-        end = min(begin + step, len(some))
-        these = slice(*np.searchsorted(tile, [begin, end]))
-        cells = _cells(cut[these], tile[these] - begin, end - begin, block_q, block_k)
-        found.append(np.packbits(cells, bitorder="little"))
-    return np.concatenate(found)
+    cut = cut[order] - _tile_origin(row[order] * block_q, col[order] * block_k)
+    # A multiple of eight tiles is a whole number of bytes.
+    step = max(_MAX_CELLS // (8 * block_q * block_k), 1) * 8
+    chunks = [np.zeros(0, dtype=np.uint8)]
+    for begin in range(0, len(numbers), step):
+        end = min(begin + step, len(numbers))
+        chunk = slice(*np.searchsorted(tile, [begin, end]))
+        cells = _expand(cut[chunk], tile[chunk] - begin, end - begin, block_q, block_k)
+        chunks.append(np.packbits(cells, bitorder="little"))
+    return np.concatenate(chunks)
 
 
 def _ranges(starts: IntArray, length: int) -> IntArray:
+    """``(n, 2)`` rows ``(start, length)``."""
     return np.column_stack([starts, np.full(len(starts), length)])
 
 
-def _corner(q: IntArray, k: IntArray) -> IntArray:
-    """What takes a slice into the coordinates of its tile."""
+def _tile_origin(q: IntArray, k: IntArray) -> IntArray:
+    """``(n, 6)`` to subtract from slices to get them in the coordinates of their tiles."""
     return np.column_stack([q, q, k, k, k - q, k - q])
 
 
-def _cells(
+def _expand(
     slices: IntArray, tile: IntArray, count: int, block_q: int, block_k: int
 ) -> npt.NDArray[np.uint8]:
-    """The flat cells of ``count`` tiles, 0 or 1, from the slices that lie in each."""
+    """``(count * block_q * block_k,)`` pairs of tiles, 0 or 1, from the slices in each tile."""
     q0, q1, k0, k1, lo, hi = slices.T
     rows = q1 - q0
     source = np.repeat(np.arange(len(rows)), rows)
@@ -382,7 +392,7 @@ def _cells(
     end = np.minimum(k1[source], row + hi[source] + 1)
     base = (tile[source] * block_q + row) * block_k
     size = count * block_q * block_k
-    # Slices are disjoint, so a cell is entered at most once more than it is left.
+    # Slices are disjoint, so the running sum of starts minus ends is 0 or 1.
     change = np.bincount(base + start, minlength=size + 1).astype(np.int8)
     change -= np.bincount(base + end, minlength=size + 1).astype(np.int8)
     return np.cumsum(change[:size], dtype=np.int8).view(np.uint8)

@@ -1,6 +1,7 @@
-"""Document lengths: drawn from the histogram of a corpus, given as a list, or read from a file.
+"""Document lengths: sampled from the histogram of a corpus, given as a list, or read from a file.
 
-Everything returns an ``(n,)`` int64 array of positive lengths, in tokens, that sum to ``seq_len``.
+All functions return an ``(n,)`` int64 array of positive lengths, in tokens, that sum to
+``seq_len``.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from cpbench.masks.attn_mask import IntArray
 DEFAULT_CORPUS = "pile"
 DEFAULT_SEED = 0
 
-LONG_SHARE = (6, 10)  # of the tokens, in exact integers: 60 %
-LONG_LOW, LONG_HIGH = 8 * 1024, 30 * 1024
+LONG_SHARE = (6, 10)  # of the tokens: 60 %, as a fraction to stay exact
+LONG_LOW, LONG_HIGH = 8 * 1024, 30 * 1024  # tokens
 
 
 class Documents(TypedDict, total=False):
-    """The parameters of :func:`lengths`: what ``**documents`` of a pattern stands for."""
+    """The parameters of :func:`lengths`, which a pattern accepts as ``**documents``."""
 
     doc_lens: Sequence[int] | None
     corpus: str | None
@@ -44,29 +45,28 @@ def lengths(
     file: str | None = None,
     column: str | None = None,
 ) -> IntArray:
-    """Document lengths from exactly one source; from corpus ``pile`` if none is given.
+    """Document lengths from one source; from corpus ``pile`` by default.
 
     Args:
-        seq_len: tokens to fill.
-        doc_lens: the lengths themselves; they must sum to ``seq_len``.
-        corpus: name of a histogram, drawn from with ``seed`` (0 unless given);
-            see :func:`from_corpus`.
-        seed: goes with ``corpus`` only.
+        seq_len: total number of tokens.
+        doc_lens: the lengths; they must sum to ``seq_len``.
+        corpus: name of a histogram to sample from, with ``seed``; see :func:`from_corpus`.
+        seed: only with ``corpus``; 0 by default.
         file: a file of lengths, with ``column`` for parquet; see :func:`from_file`.
-        column: goes with ``file`` only.
+        column: only with ``file``.
 
     Raises:
-        ValueError: for two sources at once, and for what the source itself refuses.
+        ValueError: for more than one source, or one that is invalid.
     """
-    given = {"doc_lens": doc_lens, "corpus": corpus, "file": file}
-    sources = [name for name, value in given.items() if value is not None]
+    options = {"doc_lens": doc_lens, "corpus": corpus, "file": file}
+    sources = [name for name, value in options.items() if value is not None]
     if len(sources) > 1:
         raise ValueError(
-            f"document lengths come from one of {', '.join(given)}, not {' and '.join(sources)}"
+            f"document lengths come from one of {', '.join(options)}, not {' and '.join(sources)}"
         )
     source = sources[0] if sources else "corpus"
     if seed is not None and source != "corpus":
-        raise ValueError(f"seed goes with corpus, not with {source}, which needs no seed")
+        raise ValueError(f"seed goes with corpus, not with {source}")
     if column is not None and source != "file":
         raise ValueError("column goes with file (a .parquet file), and no file is given")
     if doc_lens is not None:
@@ -81,49 +81,49 @@ def lengths(
 
 
 def from_list(seq_len: int, doc_lens: Sequence[int]) -> IntArray:
-    """The given lengths, checked.
+    """Check document lengths and return them as an array.
 
     Raises:
         ValueError: unless they are positive integers that sum to ``seq_len``.
     """
-    found = _checked(np.asarray(doc_lens), "doc_lens")
-    total = int(found.sum())
+    lens = _checked(np.asarray(doc_lens), "doc_lens")
+    total = int(lens.sum())
     if total != seq_len:
         raise ValueError(f"doc_lens must sum to seq_len = {seq_len}, not to {total}")
-    return found
+    return lens
 
 
 def from_corpus(seq_len: int, corpus: str, seed: int) -> IntArray:
-    """Lengths drawn from a corpus's histogram until ``seq_len`` is full, the last one cut.
+    """Sample lengths from the histogram of a corpus until they sum to ``seq_len``.
 
-    A bin is drawn by weight, then a length uniform in ``[max(low, 1), high)``.  The generator is
-    PCG64(seed), two uniform numbers a document, so a longer sequence of the same seed starts with
-    the same documents.
+    For each document, a bin is sampled by weight, then a length uniformly in ``[max(low, 1),
+    high)``; the last document is truncated.  The generator is PCG64(seed) with two uniform numbers
+    per document, so a longer sequence of the same seed starts with the same documents.
 
     Source: token counts of the Pile and of ProLong 64K and 512K (``masks/data``).
 
     Raises:
-        ValueError: for an unknown corpus or a seed that is no integer >= 0.
+        ValueError: for an unknown corpus or a seed that is not an integer >= 0.
     """
     bins = _histogram(corpus)
     low = np.maximum(bins[:, 0], 1)
     width = bins[:, 1] - low
-    edges = np.cumsum(bins[:, 2]) / bins[:, 2].sum()
-    middle = float(np.median(low + width / 2))
+    cumulative = np.cumsum(bins[:, 2]) / bins[:, 2].sum()
+    typical = float(np.median(low + width / 2))
 
-    def draw(uniform: npt.NDArray[np.float64]) -> IntArray:
-        chosen = np.minimum(np.searchsorted(edges, uniform[:, 0], side="right"), len(bins) - 1)
-        return (low[chosen] + np.floor(uniform[:, 1] * width[chosen])).astype(np.int64)
+    def sample(uniform: npt.NDArray[np.float64]) -> IntArray:
+        number = np.searchsorted(cumulative, uniform[:, 0], side="right")
+        number = np.minimum(number, len(bins) - 1)
+        return (low[number] + np.floor(uniform[:, 1] * width[number])).astype(np.int64)
 
-    return _fill(seq_len, middle, draw, _generator(seed))
+    return _fill(seq_len, typical, sample, _generator(seed))
 
 
 def long_mixture(seq_len: int, corpus: str, seed: int) -> IntArray:
-    """40 % of the tokens as :func:`from_corpus`, 60 % in documents uniform in [8K, 30K), shuffled.
+    """40 % of tokens as in :func:`from_corpus`, 60 % in documents uniform in [8K, 30K), shuffled.
 
-    Each part is filled exactly, so its last document is cut.  Where 60 % of ``seq_len`` is less
-    than one document of 8K tokens, that one cut document is the whole long part, so the shares
-    hold at every length.
+    The shares are exact at every length: the last document of each is truncated.  If 60 % of
+    ``seq_len`` is less than one long document, it is a single truncated one.
 
     Raises:
         ValueError: as :func:`from_corpus`.
@@ -131,24 +131,25 @@ def long_mixture(seq_len: int, corpus: str, seed: int) -> IntArray:
     long_tokens = seq_len * LONG_SHARE[0] // LONG_SHARE[1]
     short = from_corpus(seq_len - long_tokens, corpus, seed)
 
-    def draw(uniform: npt.NDArray[np.float64]) -> IntArray:
+    def sample(uniform: npt.NDArray[np.float64]) -> IntArray:
         return (LONG_LOW + np.floor(uniform[:, 0] * (LONG_HIGH - LONG_LOW))).astype(np.int64)
 
-    # Own streams, so that how many numbers one part takes does not change the other.
-    long = _fill(long_tokens, (LONG_LOW + LONG_HIGH) / 2, draw, _generator(seed, 1))
-    both = np.concatenate([short, long])
-    shuffled: IntArray = both[np.argsort(_generator(seed, 2).random(len(both)), kind="stable")]
+    # Independent random streams: the short documents do not affect the long ones.
+    long = _fill(long_tokens, (LONG_LOW + LONG_HIGH) / 2, sample, _generator(seed, 1))
+    lens = np.concatenate([short, long])
+    shuffled: IntArray = lens[np.argsort(_generator(seed, 2).random(len(lens)), kind="stable")]
     return shuffled
 
 
 def from_file(seq_len: int, file: str, column: str | None = None) -> IntArray:
-    """Lengths in the order of a file: cut where ``seq_len`` is full, else repeated from the start.
+    """Lengths in the order of a file, repeated if they are fewer than ``seq_len`` tokens.
 
-    Files are ``.txt`` (a length per line, empty lines skipped), ``.json`` (a list), ``.npy`` (a
-    1-D integer array) or ``.parquet`` (an integer column: ``column``, or the only one there is).
+    The last document is truncated.  Files are ``.txt`` (one length per line, empty lines skipped),
+    ``.json`` (a list), ``.npy`` (a 1-D integer array) or ``.parquet`` (an integer column:
+    ``column``, or the only one).
 
     Raises:
-        ValueError: for a file that is missing, empty, of another kind, or that holds anything but
+        ValueError: for a file that is missing, empty, of another type, or that holds anything but
             integers >= 1.
     """
     path = Path(file)
@@ -163,11 +164,11 @@ def from_file(seq_len: int, file: str, column: str | None = None) -> IntArray:
         raw = reader(path, column)
     except _BadFileError:
         raise
-    except Exception as error:  # whatever json, numpy and pyarrow raise for broken files
+    except Exception as error:  # json, numpy and pyarrow raise many types for broken files
         raise ValueError(f"file {file!r} cannot be read: {_one_line(error)}") from error
-    found = _checked(raw, f"file {file!r}")
-    times = -(-seq_len // int(found.sum()))
-    return _cut(np.tile(found, times), seq_len)
+    lens = _checked(raw, f"file {file!r}")
+    repeats = -(-seq_len // int(lens.sum()))
+    return _truncate(np.tile(lens, repeats), seq_len)
 
 
 def starts(doc_lens: IntArray) -> IntArray:
@@ -178,38 +179,45 @@ def starts(doc_lens: IntArray) -> IntArray:
 
 @functools.cache
 def corpora() -> tuple[str, ...]:
-    """Names of the corpora there are histograms of."""
+    """Names of the corpora with a histogram."""
     return tuple(_histograms())
 
 
-# --- drawing ----------------------------------------------------------------------------------
+# --- sampling ---------------------------------------------------------------------------------
 
 
 def _fill(
     total: int,
     typical: float,
-    draw: Callable[[npt.NDArray[np.float64]], IntArray],
+    sample: Callable[[npt.NDArray[np.float64]], IntArray],
     generator: np.random.Generator,
 ) -> IntArray:
-    """Draw lengths until they sum to ``total``, the last one cut."""
-    parts: list[IntArray] = []
-    left = total
-    while left > 0:  # a round or two: the draws of a round usually suffice
-        parts.append(draw(generator.random((int(left / typical) + 16, 2))))
-        left -= int(parts[-1].sum())
-    return _cut(np.concatenate([np.zeros(0, np.int64), *parts]), total)
+    """Sample lengths until they sum to ``total``; the last one is truncated.
+
+    Args:
+        total: tokens.
+        typical: length of a document, tokens, for the number of samples per round.
+        sample: ``(n, 2)`` uniform numbers to ``(n,)`` lengths.
+    """
+    rounds: list[IntArray] = []
+    remaining = total
+    while remaining > 0:  # usually one round
+        rounds.append(sample(generator.random((int(remaining / typical) + 16, 2))))
+        remaining -= int(rounds[-1].sum())
+    return _truncate(np.concatenate([np.zeros(0, np.int64), *rounds]), total)
 
 
-def _cut(found: IntArray, total: int) -> IntArray:
-    """The first documents that fill ``total`` tokens, the last one shortened."""
-    ends = np.cumsum(found)
-    kept = found[: int(np.searchsorted(ends, total, side="left")) + 1].copy()
+def _truncate(lens: IntArray, total: int) -> IntArray:
+    """The first documents up to ``total`` tokens, the last one truncated."""
+    ends = np.cumsum(lens)
+    kept = lens[: int(np.searchsorted(ends, total, side="left")) + 1].copy()
     if len(kept):
         kept[-1] -= int(kept.sum()) - total
     return kept
 
 
 def _generator(seed: int, *stream: int) -> np.random.Generator:
+    """PCG64 of a seed and, optionally, the number of an independent stream."""
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
         raise ValueError(f"seed must be an integer >= 0, not {seed!r}")
     return np.random.Generator(np.random.PCG64([int(seed), *stream] if stream else int(seed)))
@@ -218,12 +226,12 @@ def _generator(seed: int, *stream: int) -> np.random.Generator:
 @functools.cache
 def _histograms() -> dict[str, list[list[float]]]:
     text = (files("cpbench.masks") / "data" / "doc_length_histograms.json").read_text()
-    found: dict[str, list[list[float]]] = json.loads(text)["histograms"]
-    return found
+    histograms: dict[str, list[list[float]]] = json.loads(text)["histograms"]
+    return histograms
 
 
 def _histogram(corpus: str) -> npt.NDArray[np.float64]:
-    """``(bins, 3)``: low, high, weight."""
+    """``(bins, 3)``: low and high, tokens, and weight of each bin."""
     if not isinstance(corpus, str) or corpus not in _histograms():
         raise ValueError(f"no corpus {corpus!r}; there are: {', '.join(corpora())}")
     return np.array(_histograms()[corpus])
@@ -233,7 +241,7 @@ def _histogram(corpus: str) -> npt.NDArray[np.float64]:
 
 
 class _BadFileError(ValueError):
-    """A message that says all there is to say about a file."""
+    """An invalid file; the message already names it."""
 
 
 def _read_text(path: Path, _: str | None) -> npt.NDArray[Any]:
@@ -242,7 +250,7 @@ def _read_text(path: Path, _: str | None) -> npt.NDArray[Any]:
     try:
         return np.array([line for _, line in lines], dtype=np.str_).astype(np.int64)
     except (ValueError, OverflowError):
-        pass  # say which line it is
+        pass  # find the line to report
     for number, line in lines:
         try:
             int(line)
@@ -255,27 +263,27 @@ def _read_text(path: Path, _: str | None) -> npt.NDArray[Any]:
 
 
 def _read_json(path: Path, _: str | None) -> npt.NDArray[Any]:
-    found = json.loads(path.read_text())
-    if not isinstance(found, list) or not all(type(item) is int for item in found):
+    lens = json.loads(path.read_text())
+    if not isinstance(lens, list) or not all(type(item) is int for item in lens):
         raise _BadFileError(f"file {str(path)!r} must hold one JSON list of integers")
-    return np.array(found)
+    return np.array(lens)
 
 
 def _read_npy(path: Path, _: str | None) -> npt.NDArray[Any]:
-    found: npt.NDArray[Any] = np.load(path, allow_pickle=False)
-    return found
+    lens: npt.NDArray[Any] = np.load(path, allow_pickle=False)
+    return lens
 
 
 def _read_parquet(path: Path, column: str | None) -> npt.NDArray[Any]:
     parquet = importlib.import_module("pyarrow.parquet")  # optional, and without type stubs
-    there = list(parquet.read_schema(path).names)
-    if column is None and len(there) != 1:
-        raise _BadFileError(f"file {str(path)!r} needs column=…, one of: {', '.join(there)}")
-    if column is not None and column not in there:
+    columns = list(parquet.read_schema(path).names)
+    if column is None and len(columns) != 1:
+        raise _BadFileError(f"file {str(path)!r} needs column=…, one of: {', '.join(columns)}")
+    if column is not None and column not in columns:
         raise _BadFileError(
-            f"file {str(path)!r} has no column {column!r}; it has {', '.join(there)}"
+            f"file {str(path)!r} has no column {column!r}; it has {', '.join(columns)}"
         )
-    name = there[0] if column is None else column
+    name = columns[0] if column is None else column
     values = parquet.read_table(path, columns=[name]).column(name)
     if values.null_count:
         raise _BadFileError(f"file {str(path)!r}, column {name!r} holds {values.null_count} nulls")
@@ -290,19 +298,19 @@ _READERS: dict[str, Callable[[Path, str | None], npt.NDArray[Any]]] = {
 }
 
 
-def _checked(found: npt.NDArray[Any], what: str) -> IntArray:
-    """Positive int64 lengths, or a ``ValueError`` that names the first wrong one."""
-    if found.ndim == 1 and found.size == 0:
-        raise ValueError(f"{what} holds no lengths; give at least one")
-    if found.ndim != 1 or found.dtype.kind not in "iu":
-        kind = f"{found.ndim}-D {found.dtype}"
-        raise ValueError(f"{what} must be a flat list of integers >= 1, not {kind}")
-    wrong = np.flatnonzero(found < 1)
-    if len(wrong):
+def _checked(lens: npt.NDArray[Any], name: str) -> IntArray:
+    """Positive lengths as int64, or a ``ValueError`` that names the first invalid one."""
+    if lens.ndim == 1 and lens.size == 0:
+        raise ValueError(f"{name} holds no lengths; give at least one")
+    if lens.ndim != 1 or lens.dtype.kind not in "iu":
+        kind = f"{lens.ndim}-D {lens.dtype}"
+        raise ValueError(f"{name} must be a flat list of integers >= 1, not {kind}")
+    invalid = np.flatnonzero(lens < 1)
+    if len(invalid):
         raise ValueError(
-            f"{what} must hold integers >= 1; number {wrong[0] + 1} is {found[wrong[0]]}"
+            f"{name} must hold integers >= 1; number {invalid[0] + 1} is {lens[invalid[0]]}"
         )
-    return found.astype(np.int64)
+    return lens.astype(np.int64)
 
 
 def _one_line(error: Exception) -> str:

@@ -1,7 +1,8 @@
-"""A mask for each query head: block-sparse attention, vertical lines and slashes.
+"""Masks that differ between query heads, as in block-sparse and vertical-slash attention.
 
-Each head's mask is an :class:`~cpbench.masks.attn_mask.AttnMask`; a kept block is a slice.
-Operators that take masks of kind ``heads`` compute them, under the strategy ``single``.
+The mask of each head is an :class:`~cpbench.masks.attn_mask.AttnMask`, in which a kept block is a
+slice.  They are supported by operators that take masks of kind ``heads``, under the strategy
+``single``.
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ from cpbench.masks.dilated_mask import DilatedMask
 
 @dataclass(frozen=True, eq=False)
 class HeadMasks:
-    """Which query sees which key, head by head; every batch alike.
+    """One mask per query head, the same for every batch.
 
     Attributes:
-        masks: one for each query head, of equal extents.
+        masks: one per query head, of equal extents.
+
+    Raises:
+        ValueError: if the extents differ.
     """
 
     masks: tuple[AttnMask, ...]
@@ -36,7 +40,7 @@ class HeadMasks:
     def __post_init__(self) -> None:
         extents = {(mask.seq_q, mask.seq_k) for mask in self.masks}
         if len(extents) != 1:
-            raise ValueError(f"masks of heads must have one extent, not {sorted(extents)}")
+            raise ValueError(f"masks of heads must have the same extents, not {sorted(extents)}")
 
     @property
     def seq_q(self) -> int:
@@ -48,23 +52,24 @@ class HeadMasks:
 
     @functools.cached_property
     def area(self) -> float:
-        """Visible pairs per head, on average."""
+        """Visible pairs, mean over heads."""
         return sum(mask.area for mask in self.masks) / len(self.masks)
 
     @property
     def density(self) -> float:
+        """``area`` as a fraction of all pairs."""
         return self.area / (self.seq_q * self.seq_k)
 
     @functools.cached_property
     def slices(self) -> IntArray:
-        """The slices of all heads, one head after another."""
+        """``(n, 6)`` slices of all heads, concatenated."""
         return np.concatenate([mask.slices for mask in self.masks])
 
     @functools.cached_property
     def digest(self) -> str:
-        """Hash of the content."""
-        parts = ",".join(mask.digest for mask in self.masks)
-        return hashlib.sha256(parts.encode()).hexdigest()[:16]
+        """Hash of the masks."""
+        digests = ",".join(mask.digest for mask in self.masks)
+        return hashlib.sha256(digests.encode()).hexdigest()[:16]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, HeadMasks) and self.digest == other.digest
@@ -73,31 +78,32 @@ class HeadMasks:
         return hash(self.digest)
 
     def to_dense(self) -> BoolArray:
-        """``(heads, seq_q, seq_k)`` booleans: for small masks only."""
+        """``(heads, seq_q, seq_k)`` booleans, for small masks only."""
         return np.stack([mask.to_dense() for mask in self.masks])
 
     def empty_rows(self) -> BoolArray:
-        """``(heads, seq_q)`` true for queries that see nothing."""
+        """``(heads, seq_q)`` true for queries without visible keys."""
         return np.stack([mask.empty_rows() for mask in self.masks])
 
-    def _each(self, change: Callable[[AttnMask], AttnMask]) -> HeadMasks:
-        return HeadMasks(tuple(change(mask) for mask in self.masks))
+    def _map(self, function: Callable[[AttnMask], AttnMask]) -> HeadMasks:
+        """Apply a function to the mask of each head."""
+        return HeadMasks(tuple(function(mask) for mask in self.masks))
 
     def crop(self, q0: int, q1: int, k0: int, k1: int) -> HeadMasks:
         """See :meth:`AttnMask.crop`."""
-        return self._each(lambda mask: mask.crop(q0, q1, k0, k1))
+        return self._map(lambda mask: mask.crop(q0, q1, k0, k1))
 
     def restrict(self, q_ranges: IntArray, k_ranges: IntArray) -> HeadMasks:
         """See :meth:`AttnMask.restrict`."""
-        return self._each(lambda mask: mask.restrict(q_ranges, k_ranges))
+        return self._map(lambda mask: mask.restrict(q_ranges, k_ranges))
 
     def transpose(self) -> HeadMasks:
         """See :meth:`AttnMask.transpose`."""
-        return self._each(AttnMask.transpose)
+        return self._map(AttnMask.transpose)
 
     def simplify(self) -> HeadMasks:
         """See :meth:`AttnMask.simplify`."""
-        return self._each(AttnMask.simplify)
+        return self._map(AttnMask.simplify)
 
 
 SlicedMask = AttnMask | HeadMasks
@@ -105,10 +111,10 @@ Mask = SlicedMask | DilatedMask
 
 
 def per_head(mask: Mask) -> HeadMasks | DilatedMask | None:
-    """A mask that differs from head to head, or None."""
+    """The mask itself if it differs between heads, else None."""
     return None if isinstance(mask, AttnMask) else mask
 
 
-def distinct(mask: SlicedMask) -> tuple[AttnMask, ...]:
-    """The mask of all heads, or that of each."""
+def distinct_masks(mask: SlicedMask) -> tuple[AttnMask, ...]:
+    """The one mask that all heads share, or the mask of each head."""
     return (mask,) if isinstance(mask, AttnMask) else mask.masks

@@ -1,13 +1,15 @@
-"""Named patterns that differ from head to head: functions of ``seq_len`` and ``num_heads``.
+"""Per-head mask patterns: functions of ``seq_len`` and ``num_heads``.
 
-They return :class:`~cpbench.masks.head_masks.HeadMasks`.  What is drawn is drawn for each head
-anew, from ``seed`` and the head alone: more heads, or a longer sweep, change nothing about the
-first.
+They return :class:`~cpbench.masks.head_masks.HeadMasks` (``dilated``:
+:class:`~cpbench.masks.dilated_mask.DilatedMask`).  Random patterns of a head depend only on
+``seed`` and the number of the head, not on the number of heads.
 
-N = ``seq_len``; a block row is all queries of one block of queries.
+A block row is the queries of one block.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 
@@ -16,7 +18,7 @@ from cpbench.masks.dilated_mask import DilatedMask
 from cpbench.masks.head_masks import HeadMasks
 from cpbench.masks.patterns import WIDE, pattern
 
-MOST_KEPT = 1 << 22  # blocks of all heads: a slice each, at worst
+MAX_SLICES = 1 << 22  # of all heads; a kept block may need a slice
 
 
 @pattern
@@ -29,13 +31,14 @@ def block_sparse_uniform(
     causal: bool = False,
     seed: int = 0,
 ) -> HeadMasks:
-    """Each head: of each block row the ``keep`` share of key blocks with the highest random score.
+    """Each head keeps a share ``keep`` of the key blocks of each block row, at random.
 
-    At least one; with ``causal`` of the blocks up to the diagonal, which is always kept.
+    At least one block is kept.  With ``causal``, blocks are those up to the diagonal, which is
+    always kept.
     """
-    _check(seq_len, num_heads, block_size, keep)
+    _check_blocks(seq_len, num_heads, block_size, keep)
     edges = np.append(np.arange(0, seq_len, block_size), seq_len)
-    return _heads(seq_len, num_heads, keep, causal, seed, lambda chance: edges)
+    return _build_heads(seq_len, num_heads, keep, causal, seed, lambda rng: edges)
 
 
 @pattern
@@ -49,23 +52,23 @@ def block_sparse_variable(
     causal: bool = False,
     seed: int = 0,
 ) -> HeadMasks:
-    """As block_sparse_uniform, over a random partition into blocks of ``block_size`` on average.
+    """Like block_sparse_uniform, with random block lengths of ``block_size`` on average.
 
-    Each head has a partition of its own, of queries and keys alike; no block is shorter than
+    Each head has its own partition, the same for queries and keys; no block is shorter than
     ``least`` tokens.
     """
-    _check(seq_len, num_heads, block_size, keep)
+    _check_blocks(seq_len, num_heads, block_size, keep)
     if not 1 <= least <= block_size:
         raise ValueError(f"least = {least} must be between 1 and block_size = {block_size}")
     count = max(seq_len // block_size, 1)
 
-    def edges(chance: np.random.Generator) -> IntArray:
+    def edges(rng: np.random.Generator) -> IntArray:
         spare = max(seq_len - count * least, 0)
-        shares = np.sort(chance.integers(0, spare + 1, count - 1))
-        cuts = shares + least * np.arange(1, count)
+        offsets = np.sort(rng.integers(0, spare + 1, count - 1))
+        cuts = offsets + least * np.arange(1, count)
         return np.concatenate([[0], cuts[cuts < seq_len], [seq_len]]).astype(np.int64)
 
-    return _heads(seq_len, num_heads, keep, causal, seed, edges)
+    return _build_heads(seq_len, num_heads, keep, causal, seed, edges)
 
 
 @pattern
@@ -77,32 +80,34 @@ def vertical_slash(
     num_slash: int = 64,
     seed: int = 0,
 ) -> HeadMasks:
-    """Each head: j <= i and (j is a chosen column, or i - j a chosen diagonal).
+    """Each head: j <= i and (j in random columns, or i - j in random diagonals).
 
-    The main diagonal is always chosen; the others and the columns are drawn.
+    The main diagonal is always included.
     """
     for name, value in (("num_vertical", num_vertical), ("num_slash", num_slash)):
         if not 0 <= value <= seq_len:
             raise ValueError(f"{name} = {value} must be between 0 and seq_len = {seq_len}")
-    if num_heads * num_vertical * (num_slash + 1) > MOST_KEPT:
+    if num_heads * num_vertical * (num_slash + 1) > MAX_SLICES:
         raise ValueError(
-            f"num_vertical * num_slash = {num_vertical * num_slash} for {num_heads} heads is more "
-            f"than {MOST_KEPT} crossings"
+            f"num_vertical * num_slash = {num_vertical * num_slash} with {num_heads} heads is more "
+            f"than {MAX_SLICES} crossings"
         )
     masks = []
     for head in range(num_heads):
-        chance = np.random.default_rng([seed, head])
-        columns = _runs(np.sort(chance.choice(seq_len, num_vertical, replace=False)))
-        diagonals = np.unique(np.append(chance.choice(seq_len, num_slash, replace=False), 0))
+        rng = np.random.default_rng([seed, head])
+        columns = _runs(np.sort(rng.choice(seq_len, num_vertical, replace=False)))
+        diagonals = np.unique(np.append(rng.choice(seq_len, num_slash, replace=False), 0))
         slashes = _runs(diagonals)
         bands = np.array(
             [(0, seq_len, 0, seq_len, 1 - end, -begin) for begin, end in slashes], dtype=np.int64
         )
-        # Columns are cut by the diagonals: what is left lies between two of them.
+        # The diagonals cut the columns: their slices lie between two runs of diagonals.
         gaps = [(a, b) for (_, a), (b, _) in zip(slashes, [*slashes[1:], (WIDE, 0)], strict=True)]
-        rest = [(0, seq_len, k0, k1, 1 - end, -begin) for k0, k1 in columns for begin, end in gaps]
-        rows = np.concatenate([bands, np.array(rest, dtype=np.int64).reshape(-1, 6)])
-        masks.append(AttnMask.from_slices(seq_len, seq_len, rows))
+        pieces = [
+            (0, seq_len, k0, k1, 1 - end, -begin) for k0, k1 in columns for begin, end in gaps
+        ]
+        slices = np.concatenate([bands, np.array(pieces, dtype=np.int64).reshape(-1, 6)])
+        masks.append(AttnMask.from_slices(seq_len, seq_len, slices))
     return HeadMasks(tuple(masks))
 
 
@@ -116,58 +121,67 @@ def dilated(
     ratio: int = 4,
     causal: bool = True,
 ) -> DilatedMask:
-    """LongNet: branch b lets every ratio**b-th token see the like in segment * ratio**b tokens.
+    """LongNet: branch b has every ratio**b-th token of segments of segment * ratio**b tokens.
 
-    Heads begin at different tokens.  A pair that several branches see counts as often.
+    The tokens of a branch attend to each other inside their segment.  Heads start at different
+    tokens.  A pair in several branches counts several times.
     """
     for name, value in (("segment", segment), ("branches", branches), ("ratio", ratio)):
         if value < 1:
             raise ValueError(f"{name} = {value} must be at least 1")
     if branches > 32 or segment * ratio ** (branches - 1) >= WIDE:
         raise ValueError(f"branches = {branches} with ratio = {ratio} reach past any sequence")
-    steps = [ratio**b for b in range(branches)]
-    return DilatedMask(seq_len, num_heads, tuple((segment * step, step) for step in steps), causal)
+    dilations = [ratio**branch for branch in range(branches)]
+    lengths = tuple((segment * dilation, dilation) for dilation in dilations)
+    return DilatedMask(seq_len, num_heads, lengths, causal)
 
 
-def _check(seq_len: int, num_heads: int, block_size: int, keep: float) -> None:
+def _check_blocks(seq_len: int, num_heads: int, block_size: int, keep: float) -> None:
+    """Raise ``ValueError`` for invalid parameters or too many blocks."""
     if block_size < 1:
         raise ValueError(f"block_size = {block_size} must be at least 1")
     if not 0 < keep <= 1:
-        raise ValueError(f"keep = {keep} is a share of the blocks: above 0 and at most 1")
+        raise ValueError(f"keep = {keep} is a share of the blocks: it must be in (0, 1]")
     blocks = -(-seq_len // block_size)
-    if num_heads * blocks * max(1, keep * blocks) > MOST_KEPT:
+    if num_heads * blocks * max(1, keep * blocks) > MAX_SLICES:
         raise ValueError(
             f"block_size = {block_size} at {seq_len} tokens and {num_heads} heads keeps more than "
-            f"{MOST_KEPT} blocks; make blocks larger"
+            f"{MAX_SLICES} blocks; increase block_size"
         )
 
 
-def _heads(
-    seq_len: int, num_heads: int, keep: float, causal: bool, seed: int, edges_of: object
+def _build_heads(
+    seq_len: int,
+    num_heads: int,
+    keep: float,
+    causal: bool,
+    seed: int,
+    block_edges: Callable[[np.random.Generator], IntArray],
 ) -> HeadMasks:
-    assert callable(edges_of)
+    """Block-sparse masks of all heads; ``block_edges`` returns the partition of a head."""
     masks = []
     for head in range(num_heads):
-        chance = np.random.default_rng([seed, head])
-        edges = edges_of(chance)
-        masks.append(_kept(seq_len, edges, chance.random((len(edges) - 1,) * 2), keep, causal))
+        rng = np.random.default_rng([seed, head])
+        edges = block_edges(rng)
+        scores = rng.random((len(edges) - 1,) * 2)
+        masks.append(_keep_highest(seq_len, edges, scores, keep, causal))
     return HeadMasks(tuple(masks))
 
 
-def _kept(
+def _keep_highest(
     seq_len: int, edges: IntArray, scores: np.typing.NDArray[np.float64], keep: float, causal: bool
 ) -> AttnMask:
-    """The blocks of one head with the highest scores of their block row."""
+    """The mask of one head: in each block row, the blocks with the highest scores."""
     count = len(edges) - 1
-    there = np.arange(1, count + 1) if causal else np.full(count, count)  # blocks to choose from
+    available = np.arange(1, count + 1) if causal else np.full(count, count)
     if causal:
         scores = np.where(np.tri(count, dtype=bool), scores, -1.0)
         np.fill_diagonal(scores, 2.0)
-    wanted = np.maximum(np.floor(keep * there + 0.5), 1).astype(np.int64)
+    budget = np.maximum(np.floor(keep * available + 0.5), 1).astype(np.int64)
     rank = np.argsort(np.argsort(-scores, axis=1, kind="stable"), axis=1, kind="stable")
-    kept = np.pad(rank < wanted[:, None], ((0, 0), (1, 1)))
+    kept = np.pad(rank < budget[:, None], ((0, 0), (1, 1)))
     row, begin = np.nonzero(kept[:, 1:] & ~kept[:, :-1])
-    _, end = np.nonzero(kept[:, :-1] & ~kept[:, 1:])  # neighbours are one slice
+    _, end = np.nonzero(kept[:, :-1] & ~kept[:, 1:])  # one slice per run of blocks
     hi = 0 if causal else WIDE
     limits = np.broadcast_to([[-WIDE, hi]], (len(row), 2))
     slices = np.column_stack([edges[row], edges[row + 1], edges[begin], edges[end], limits])
@@ -175,7 +189,7 @@ def _kept(
 
 
 def _runs(values: IntArray) -> list[tuple[int, int]]:
-    """Begin and end of the runs of consecutive integers in sorted ones."""
+    """``(begin, end)`` of each run of consecutive integers in sorted values."""
     if not len(values):
         return []
     breaks = np.flatnonzero(np.diff(values) > 1)

@@ -1,13 +1,14 @@
-"""The named mask patterns: each is one function that returns an ``AttnMask``.
+"""Mask patterns: functions that return an ``AttnMask``.
 
-To add one, write a function of ``seq_len`` (tokens) and keyword parameters with defaults, give it a
-docstring whose first line says when query i sees key j, and put ``@pattern`` above it.  A pattern
-that takes ``**documents: Unpack[Documents]`` gets the parameters of ``documents.lengths``: one of
-``doc_lens``, ``corpus`` (with ``seed``) or ``file`` (with ``column``), corpus ``pile`` by default.
+To add one, write a function of ``seq_len`` (tokens) and keyword parameters with defaults, with a
+docstring whose first line says when query i sees key j, and decorate it with ``@pattern``.  A
+pattern that takes ``**documents: Unpack[Documents]`` has the parameters of ``documents.lengths``:
+one of ``doc_lens``, ``corpus`` (with ``seed``) or ``file`` (with ``column``); by default corpus
+``pile``.
 
-Throughout, i is a query, j a key, N = ``seq_len``, T(x) = x(x+1)/2, and l the documents' lengths.
-Parameters that reach past the sequence are clamped to it where that changes nothing (a window, a
-prefix, a block); others are refused with a ``ValueError`` that says what is allowed.
+Notation: i is a query, j a key, N = ``seq_len``, T(x) = x(x+1)/2, and l the document lengths.
+Parameters that exceed the sequence are clamped if that does not change the mask (window, prefix,
+block size); other invalid values raise a ``ValueError`` that says what is allowed.
 """
 
 from __future__ import annotations
@@ -33,20 +34,21 @@ from cpbench.masks.head_masks import Mask
 
 Build = TypeVar("Build", bound=Callable[..., Mask])
 
-MOST_BLOCKS = 1 << 22  # a slice each: some hundred MB
-WIDE = 1 << 40  # an offset that limits nothing; slices are made tight when the mask is built
+MAX_BLOCKS = 1 << 22  # one slice each: some hundred MB
+WIDE = 1 << 40  # an offset without effect; slices are made tight when the mask is built
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """What is known of a pattern without building it.
+    """The declaration of a mask pattern.
 
     Attributes:
-        name: the function's name.
+        name: name of the function.
         summary: first line of its docstring.
-        params: parameter names and defaults; ``None`` means that it follows from the others.
+        params: names and defaults of its parameters; None if the default depends on others.
         build: the function.
-        per_head: whether it takes ``num_heads`` too and returns a mask for each.
+        per_head: whether it takes ``num_heads``, too, and returns a mask that differs between
+            heads.
     """
 
     name: str
@@ -57,11 +59,11 @@ class Pattern:
 
     @classmethod
     def of(cls, function: Callable[..., Mask]) -> Pattern:
-        """What a pattern function declares through its signature and docstring.
+        """The declaration in the signature and docstring of a pattern function.
 
         Raises:
-            RegistrationError: unless it is ``f(seq_len, *, key=default, …)`` with a docstring, or
-                ``f(seq_len, num_heads, *, …)``.
+            RegistrationError: unless it is ``f(seq_len, *, key=default, …)`` or
+                ``f(seq_len, num_heads, *, …)``, with a docstring.
         """
         name = getattr(function, "__name__", repr(function))
         summary = (inspect.getdoc(function) or "").partition("\n")[0]
@@ -75,14 +77,14 @@ class Pattern:
             )
         params: dict[str, Any] = {}
         per_head = len(signature) > 1 and signature[1].name == "num_heads"
-        for item in signature[2 if per_head else 1 :]:
-            if item.kind is item.VAR_KEYWORD:
+        for param in signature[2 if per_head else 1 :]:
+            if param.kind is param.VAR_KEYWORD:
                 params |= _DOCUMENT_PARAMS
-            elif item.kind is item.KEYWORD_ONLY and item.default is not item.empty:
-                params[item.name] = item.default
+            elif param.kind is param.KEYWORD_ONLY and param.default is not param.empty:
+                params[param.name] = param.default
             else:
                 raise RegistrationError(
-                    f"mask pattern {name!r}: {item.name!r} must be a keyword with a default"
+                    f"mask pattern {name!r}: {param.name!r} must be a keyword with a default"
                 )
         return cls(name, summary, params, function, per_head)
 
@@ -97,10 +99,10 @@ PATTERNS: dict[str, Pattern] = {}
 
 
 def pattern(function: Build) -> Build:
-    """Register a pattern under its function's name, and return the function unchanged.
+    """Register a pattern function under its name, and return it unchanged.
 
     Raises:
-        RegistrationError: for a name that is taken, or a function that is not of the right form.
+        RegistrationError: if the name is taken or the function is not a pattern.
     """
     info = Pattern.of(function)
     if info.name in PATTERNS:
@@ -116,9 +118,9 @@ def pattern(function: Build) -> Build:
 def full(seq_len: int, *, seq_q: int | None = None) -> AttnMask:
     """Every query sees every key.
 
-    ``seq_q`` queries (``seq_len`` unless given) by ``seq_len`` keys; area seq_q · N.
+    ``seq_q`` queries (by default ``seq_len``) by ``seq_len`` keys; area seq_q · N.
     """
-    rows = seq_len if seq_q is None else _count("seq_q", seq_q, low=1)
+    rows = seq_len if seq_q is None else _checked_int("seq_q", seq_q, low=1)
     return AttnMask.from_slices(rows, seq_len, [(0, rows, 0, seq_len, -WIDE, WIDE)])
 
 
@@ -126,12 +128,13 @@ def full(seq_len: int, *, seq_q: int | None = None) -> AttnMask:
 def causal(seq_len: int, *, seq_q: int | None = None, offset: int | None = None) -> AttnMask:
     """j <= i + offset.
 
-    ``seq_q`` queries (``seq_len`` unless given) by ``seq_len`` keys.  ``offset`` is ``seq_len -
-    seq_q`` unless given: bottom-right aligned, the last query sees the last key; 0 is top-left
-    aligned.  A negative offset leaves the first queries without keys.  Area T(N) when square.
+    ``seq_q`` queries (by default ``seq_len``) by ``seq_len`` keys.  ``offset`` is ``seq_len -
+    seq_q`` by default, which is bottom-right alignment: the last query sees the last key.  0 is
+    top-left alignment.  With a negative offset, the first queries see no keys.  Area T(N) if
+    square.
     """
-    rows = seq_len if seq_q is None else _count("seq_q", seq_q, low=1)
-    shift = seq_len - rows if offset is None else _count("offset", offset, low=None)
+    rows = seq_len if seq_q is None else _checked_int("seq_q", seq_q, low=1)
+    shift = seq_len - rows if offset is None else _checked_int("offset", offset, low=None)
     return AttnMask.from_slices(rows, seq_len, [(0, rows, 0, seq_len, -WIDE, shift)])
 
 
@@ -141,7 +144,7 @@ def sliding_window(seq_len: int, *, window: int = 1024) -> AttnMask:
 
     Area (2w+1)N - w(w+1) for w < N.  Source: Longformer (arXiv:2004.05150).
     """
-    w = _count("window", window, low=0)
+    w = _checked_int("window", window, low=0)
     return AttnMask.from_slices(seq_len, seq_len, [(0, seq_len, 0, seq_len, -w, w)])
 
 
@@ -149,10 +152,10 @@ def sliding_window(seq_len: int, *, window: int = 1024) -> AttnMask:
 def sliding_window_causal(seq_len: int, *, window: int = 1024) -> AttnMask:
     """0 <= i - j <= window: up to window + 1 keys.
 
-    Area (w+1)N - w(w+1)/2 for w < N.  Source: Mistral 7B (arXiv:2310.06825), which counts the
-    query's own key as part of the window; here it comes on top.
+    Area (w+1)N - w(w+1)/2 for w < N.  Source: Mistral 7B (arXiv:2310.06825), where the window
+    includes the query's own key; here it does not.
     """
-    w = _count("window", window, low=0)
+    w = _checked_int("window", window, low=0)
     return AttnMask.from_slices(seq_len, seq_len, [(0, seq_len, 0, seq_len, -w, 0)])
 
 
@@ -162,7 +165,7 @@ def prefix_lm_causal(seq_len: int, *, prefix_len: int = 1024) -> AttnMask:
 
     Area p² + (N-p)(N+p+1)/2, with p clamped to N.  Source: T5 (arXiv:1910.10683).
     """
-    p = min(_count("prefix_len", prefix_len, low=1), seq_len)
+    p = min(_checked_int("prefix_len", prefix_len, low=1), seq_len)
     slices = [(0, p, 0, p, -WIDE, WIDE), (p, seq_len, 0, seq_len, -WIDE, 0)]
     return AttnMask.from_slices(seq_len, seq_len, slices)
 
@@ -174,8 +177,8 @@ def global_sliding_window(seq_len: int, *, num_global: int = 64, window: int = 1
     Area N² - r² + (2w+1)r - w(w+1) with r = N - g, for w < r.  Source: Longformer
     (arXiv:2004.05150), BigBird (arXiv:2007.14062).
     """
-    g = _count("num_global", num_global, low=0, high=seq_len)
-    w = _count("window", window, low=0)
+    g = _checked_int("num_global", num_global, low=0, high=seq_len)
+    w = _checked_int("window", window, low=0)
     slices = [
         (0, g, 0, seq_len, -WIDE, WIDE),
         (g, seq_len, 0, g, -WIDE, WIDE),
@@ -191,8 +194,8 @@ def streaming(seq_len: int, *, num_sinks: int = 4, window: int = 1024) -> AttnMa
     Area (w+1)N - w(w+1)/2 + s(N-w-1) - s(s-1)/2 for s <= N - w.  Source: StreamingLLM
     (arXiv:2309.17453); also called Λ-shaped (LM-Infinite) and A-shape (MInference).
     """
-    s = _count("num_sinks", num_sinks, low=0, high=seq_len)
-    w = _count("window", window, low=0)
+    s = _checked_int("num_sinks", num_sinks, low=0, high=seq_len)
+    w = _checked_int("window", window, low=0)
     slices = [(0, seq_len, 0, s, -WIDE, 0), (0, seq_len, s, seq_len, -w, 0)]
     return AttnMask.from_slices(seq_len, seq_len, slices)
 
@@ -206,7 +209,7 @@ def full_document(seq_len: int, **documents: Unpack[Documents]) -> AttnMask:
 
     Area Σ l².  Source: packed pre-training, e.g. Krell et al. (arXiv:2107.02027).
     """
-    return _squares(seq_len, lengths(seq_len, **documents), hi=WIDE)
+    return _block_diagonal(seq_len, lengths(seq_len, **documents), hi=WIDE)
 
 
 @pattern
@@ -215,7 +218,7 @@ def causal_document(seq_len: int, **documents: Unpack[Documents]) -> AttnMask:
 
     Area Σ T(l).  Source: Llama 3 (arXiv:2407.21783), section 3.2.
     """
-    return _squares(seq_len, lengths(seq_len, **documents), hi=0)
+    return _block_diagonal(seq_len, lengths(seq_len, **documents), hi=0)
 
 
 @pattern
@@ -226,7 +229,7 @@ def full_document_long(
 
     Area Σ l²; lengths from ``documents.long_mixture``.
     """
-    return _squares(seq_len, long_mixture(seq_len, corpus, seed), hi=WIDE)
+    return _block_diagonal(seq_len, long_mixture(seq_len, corpus, seed), hi=WIDE)
 
 
 @pattern
@@ -237,7 +240,7 @@ def causal_document_long(
 
     Area Σ T(l); lengths from ``documents.long_mixture``.
     """
-    return _squares(seq_len, long_mixture(seq_len, corpus, seed), hi=0)
+    return _block_diagonal(seq_len, long_mixture(seq_len, corpus, seed), hi=0)
 
 
 @pattern
@@ -248,17 +251,17 @@ def prefix_lm_document(
 
     Area Σ p² + (l-p)(l+p+1)/2, with p clamped to each l.  Source: T5 (arXiv:1910.10683), packed.
     """
-    wanted = _count("prefix_len", prefix_len, low=1)
+    length = _checked_int("prefix_len", prefix_len, low=1)
     lens = lengths(seq_len, **documents)
     first, end = starts(lens), np.cumsum(lens)
-    prefix_end = first + np.minimum(lens, wanted)
+    prefix_end = first + np.minimum(lens, length)
     return AttnMask.from_slices(
         seq_len,
         seq_len,
         np.concatenate(
             [
-                _rows(first, prefix_end, first, prefix_end, hi=WIDE),
-                _rows(prefix_end, end, first, end, hi=0),
+                _slices_up_to(first, prefix_end, first, prefix_end, hi=WIDE),
+                _slices_up_to(prefix_end, end, first, end, hi=0),
             ]
         ),
     )
@@ -268,7 +271,7 @@ def prefix_lm_document(
 def share_question(seq_len: int, **documents: Unpack[Documents]) -> AttnMask:
     """j <= i, and same document or j in the first document (at least 2 documents).
 
-    One question, the first document, is shared by several answers.  Area
+    Several answers share one question, the first document.  Area
     T(l₁+l₂) + (N-l₁-l₂) · l₁ + Σ_{m>=3} T(l_m).  Source: reward models and DPO with a shared
     prompt, as in FlashMask (arXiv:2410.01359).
     """
@@ -278,12 +281,15 @@ def share_question(seq_len: int, **documents: Unpack[Documents]) -> AttnMask:
             "share_question needs at least 2 documents, not 1: give doc_lens, or another corpus, "
             "seed or file"
         )
-    question, pair = int(lens[0]), int(lens[0] + lens[1])
+    question_end, first_answer_end = int(lens[0]), int(lens[0] + lens[1])
     first, end = starts(lens)[2:], np.cumsum(lens)[2:]
     slices = np.concatenate(
         [
-            [(0, pair, 0, pair, -WIDE, 0), (pair, seq_len, 0, question, -WIDE, WIDE)],
-            _rows(first, end, first, end, hi=0),
+            [
+                (0, first_answer_end, 0, first_answer_end, -WIDE, 0),
+                (first_answer_end, seq_len, 0, question_end, -WIDE, WIDE),
+            ],
+            _slices_up_to(first, end, first, end, hi=0),
         ]
     )
     return AttnMask.from_slices(seq_len, seq_len, slices)
@@ -293,7 +299,7 @@ def share_question(seq_len: int, **documents: Unpack[Documents]) -> AttnMask:
 def causal_blockwise(seq_len: int, **documents: Unpack[Documents]) -> AttnMask:
     """Same document and j <= i, but the last document sees all before it.
 
-    Demonstrations that do not see each other, then a test example.  Area
+    Demonstrations that do not see each other, followed by a test example.  Area
     Σ_{m<D} T(l_m) + l_D(2N-l_D+1)/2.  Source: block attention for in-context learning, as in
     FlashMask (arXiv:2410.01359).
     """
@@ -301,7 +307,7 @@ def causal_blockwise(seq_len: int, **documents: Unpack[Documents]) -> AttnMask:
     first, end = starts(lens), np.cumsum(lens)
     visible_from = first.copy()
     visible_from[-1] = 0
-    slices = _rows(first, end, visible_from, end, hi=0)
+    slices = _slices_up_to(first, end, visible_from, end, hi=0)
     return AttnMask.from_slices(seq_len, seq_len, slices)
 
 
@@ -314,37 +320,38 @@ def block_causal_document(
     Area Σ b² · m(m+1)/2 + r · l with l = m · b + r.  Source: autoregressive video generation,
     MAGI-1 (arXiv:2505.13211).
     """
-    b = min(_count("block_size", block_size, low=1), seq_len)
+    b = min(_checked_int("block_size", block_size, low=1), seq_len)
     lens = lengths(seq_len, **documents)
     blocks = -(-lens // b)
-    if blocks.sum() > MOST_BLOCKS:
+    if blocks.sum() > MAX_BLOCKS:
         raise ValueError(
             f"block_size {b} cuts {seq_len} tokens into {blocks.sum()} blocks; "
-            f"at most {MOST_BLOCKS} are allowed"
+            f"at most {MAX_BLOCKS} are allowed"
         )
     number = np.arange(int(blocks.sum())) - np.repeat(starts(blocks), blocks)
     first, end = np.repeat(starts(lens), blocks), np.repeat(np.cumsum(lens), blocks)
     block = first + number * b
     block_end = np.minimum(block + b, end)
-    slices = _rows(block, block_end, first, block_end, hi=WIDE)
+    slices = _slices_up_to(block, block_end, first, block_end, hi=WIDE)
     return AttnMask.from_slices(seq_len, seq_len, slices)
 
 
 # --- helpers ----------------------------------------------------------------------------------
 
 
-def _squares(seq_len: int, lens: IntArray, hi: int) -> AttnMask:
+def _block_diagonal(seq_len: int, lens: IntArray, hi: int) -> AttnMask:
+    """Same document and j - i <= hi."""
     first, end = starts(lens), np.cumsum(lens)
-    return AttnMask.from_slices(seq_len, seq_len, _rows(first, end, first, end, hi))
+    return AttnMask.from_slices(seq_len, seq_len, _slices_up_to(first, end, first, end, hi))
 
 
-def _rows(q0: IntArray, q1: IntArray, k0: IntArray, k1: IntArray, hi: int) -> IntArray:
-    """``(n, 6)`` slices without a lower offset."""
+def _slices_up_to(q0: IntArray, q1: IntArray, k0: IntArray, k1: IntArray, hi: int) -> IntArray:
+    """``(n, 6)`` slices with the upper offset ``hi`` and no lower one."""
     return np.column_stack([q0, q1, k0, k1, np.full_like(q0, -WIDE), np.full_like(q0, hi)])
 
 
-def _count(name: str, value: object, *, low: int | None, high: int | None = None) -> int:
-    """An integer parameter, checked; wide values are clamped to what limits nothing."""
+def _checked_int(name: str, value: object, *, low: int | None, high: int | None = None) -> int:
+    """Check an integer parameter; values beyond ``WIDE`` are clamped to it."""
     is_int = isinstance(value, int | np.integer) and not isinstance(value, bool)
     number = int(value) if is_int else 0  # type: ignore[call-overload]
     if not is_int or (low is not None and number < low) or (high is not None and number > high):

@@ -1,4 +1,4 @@
-"""A picture of a mask: how much of each cell of a coarse grid is visible, exactly."""
+"""Pictures of masks: the exact visible share of each cell of a coarse grid."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from cpbench.core.spec import format_size
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.tiling import tiles
 
-MAX_CELLS = 512
-SMALL_CELLS = 64
+MAX_CELLS = 512  # along a side of a picture
+THUMBNAIL_CELLS = 64
 SHADES = ["#cfe3f5", "#4a90c8", "#0b3c6f"]
 
 
 def draw(mask: AttnMask, path: str | Path, title: str = "") -> None:
-    """Write a PNG of ``mask`` with keys to the right and queries downward.
+    """Write a PNG of a mask, with keys to the right and queries downward.
 
-    A cell stands for a square of tokens, at most 512 x 512 cells, so a million tokens draw as fast
-    as a thousand.  White cells have no visible pair; the shade of the others is the exact share of
-    their pairs that is visible.
+    A cell is a square of tokens, and there are at most 512 x 512 cells, so a million tokens are
+    drawn as fast as a thousand.  White cells have no visible pair; the shade of the others is
+    their exact share of visible pairs.
 
     Args:
-        mask: any mask that has at least one query and one key.
-        path: where to write; the folder must exist.
-        title: first line above the picture; area and density follow below it.
+        mask: any mask with at least one query and one key.
+        path: file to write; its folder must exist.
+        title: first line above the picture; area and density are the second.
 
     Raises:
         ValueError: for a mask without queries or keys.
-        OSError: when ``path`` cannot be written.
+        OSError: if ``path`` cannot be written.
     """
-    # Figure and canvas directly: pyplot would keep global state and may look for a display.
+    # Figure and canvas without pyplot, which keeps global state and may look for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import LinearSegmentedColormap, PowerNorm
     from matplotlib.figure import Figure
 
     share, cell = _shares(mask, MAX_CELLS)
-    # Square tokens, unless that would make the picture a thread.
+    # Square tokens, unless the picture would be too narrow.
     aspect = min(max(mask.seq_q / mask.seq_k, 0.2), 3.0)
     figure = Figure(figsize=(6.0, 4.6 * aspect + 1.0), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
@@ -62,7 +62,7 @@ def draw(mask: AttnMask, path: str | Path, title: str = "") -> None:
         axis.set_ticks(ticks, [format_size(tick) for tick in ticks])
     summary = f"{mask.area:,} visible pairs, density {mask.density:.3%}"
     figure.suptitle("\n".join(filter(None, [title, summary])), fontsize=10)
-    if cell > 1:  # else there is nothing between white and full
+    if cell > 1:  # otherwise cells are either white or full
         bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02, ticks=[0, 0.1, 0.25, 0.5, 1])
         bar.ax.set_yticklabels(["0", "10 %", "25 %", "50 %", "100 %"])
         bar.set_label(f"visible share\nof {cell:,} x {cell:,} tokens", fontsize=8)
@@ -70,7 +70,7 @@ def draw(mask: AttnMask, path: str | Path, title: str = "") -> None:
 
 
 def thumbnail(mask: AttnMask) -> bytes:
-    """A small PNG of ``mask`` alone, without axes: a pixel a cell, hidden ones transparent.
+    """A small PNG of a mask without axes: one pixel per cell, transparent without visible pairs.
 
     Raises:
         ValueError: for a mask without queries or keys.
@@ -80,7 +80,7 @@ def thumbnail(mask: AttnMask) -> bytes:
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.image import imsave
 
-    share, _ = _shares(mask, SMALL_CELLS)
+    share, _ = _shares(mask, THUMBNAIL_CELLS)
     pixels = LinearSegmentedColormap.from_list("mask", SHADES)(np.sqrt(share))
     pixels[..., 3] = share > 0
     file = io.BytesIO()
@@ -89,7 +89,11 @@ def thumbnail(mask: AttnMask) -> bytes:
 
 
 def _shares(mask: AttnMask, cells: int) -> tuple[np.ndarray, int]:
-    """The visible share of each cell of a grid of at most so many a side, and a cell's tokens."""
+    """The visible share of each cell of a grid, at most ``cells`` along a side.
+
+    Returns:
+        ``(rows, columns)`` shares, and the tokens along a side of a cell.
+    """
     if mask.seq_q < 1 or mask.seq_k < 1:
         raise ValueError(f"a mask of {mask.seq_q} x {mask.seq_k} tokens has nothing to draw")
     cell = -(-max(mask.seq_q, mask.seq_k) // cells)
@@ -100,6 +104,6 @@ def _shares(mask: AttnMask, cells: int) -> tuple[np.ndarray, int]:
 
 
 def _ticks(extent: int) -> list[int]:
-    """Three to five ticks, at multiples of a power of two of tokens."""
+    """Three to five ticks, at multiples of a power of two."""
     step = 1 << ((extent - 1) // 4).bit_length()
     return list(range(0, extent + 1, step))

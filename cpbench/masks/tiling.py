@@ -1,8 +1,8 @@
-"""Which tiles of a mask a blocked kernel visits, and how much of each is visible.
+"""Tilings of a mask: the tiles that a blocked kernel visits, and the visible area of each.
 
-The tiling is kept as runs: neighbouring tiles of one row of tiles with the same visible area.  A
-million causal tokens are 33 million tiles of 128 x 128 but 16 thousand runs, and everything here
-takes time and memory in the number of runs until a list of single tiles is asked for.
+Tilings are stored as runs of neighbouring tiles in a row of tiles with the same visible area.  A
+million causal tokens are 33 million tiles of 128 x 128 but 16 thousand runs.  Time and memory are
+proportional to the number of runs, except for lists of single tiles.
 """
 
 from __future__ import annotations
@@ -13,7 +13,19 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from cpbench.masks.attn_mask import HI, K0, K1, LO, Q0, Q1, AttnMask, BoolArray, IntArray, areas
+from cpbench.masks.attn_mask import (
+    HI,
+    K0,
+    K1,
+    LO,
+    Q0,
+    Q1,
+    AttnMask,
+    BoolArray,
+    IntArray,
+    areas,
+    ragged_indices,
+)
 
 Int32Array = npt.NDArray[np.int32]
 
@@ -22,17 +34,17 @@ Int32Array = npt.NDArray[np.int32]
 class TileGrid:
     """The visited tiles of a mask, sorted by row of tiles, then by column.
 
-    Tile (r, c) holds queries ``[r * block_q, (r + 1) * block_q)`` and keys ``[c * block_k,
-    (c + 1) * block_k)``, as far as the mask goes.  A tile is visited when it holds a visible pair.
+    Tile (r, c) has queries ``[r * block_q, (r + 1) * block_q)`` and keys ``[c * block_k,
+    (c + 1) * block_k)``, clipped to the mask.  A tile is visited if it has a visible pair.
 
     Attributes:
-        seq_q, seq_k: the mask's extents, tokens.
-        block_q, block_k: a tile's extents, tokens.
+        seq_q, seq_k: extents of the mask, tokens.
+        block_q, block_k: extents of a tile, tokens.
         run_rows: ``(n,)`` row of each run.
         run_cols: ``(n,)`` its first column.
         run_lens: ``(n,)`` its number of tiles.
-        run_areas: ``(n,)`` visible pairs in *each* of its tiles, exactly.
-        run_full: ``(n,)`` whether its tiles, clipped to the mask's extents, are entirely visible.
+        run_areas: ``(n,)`` exact number of visible pairs in *each* of its tiles.
+        run_full: ``(n,)`` whether its tiles, clipped to the mask, are entirely visible.
     """
 
     seq_q: int
@@ -83,30 +95,30 @@ class TileGrid:
 
     @functools.cached_property
     def full(self) -> BoolArray:
-        """``(tiles,)`` whether each tile, clipped to the mask's extents, is entirely visible."""
+        """``(tiles,)`` whether each tile, clipped to the mask, is entirely visible."""
         return np.repeat(self.run_full, self.run_lens)
 
     @property
     def executed_area(self) -> int:
-        """Pairs that a kernel computes that visits whole tiles, also past the mask's edge."""
+        """Pairs that a kernel of whole tiles computes, including those outside the mask."""
         return len(self) * self.block_q * self.block_k
 
     def to_dense(self) -> IntArray:
-        """``(num_rows, num_cols)`` visible pairs of every tile: for pictures and tests."""
+        """``(num_rows, num_cols)`` visible pairs of every tile, for pictures and tests."""
         dense = np.zeros((self.num_rows, self.num_cols), dtype=np.int64)
         dense[self.rows, self.cols] = self.areas
         return dense
 
 
 def tiles(mask: AttnMask, block_q: int, block_k: int) -> TileGrid:
-    """The tiling of a mask into ``block_q x block_k`` tiles.
+    """Divide a mask into tiles of ``block_q`` queries by ``block_k`` keys.
 
-    Each slice is cut into rows of tiles; of each such strip, the tiles that its band crosses
-    entirely have one known area and become one run, and only the few at its two ends are measured.
-    Strips that share tiles are then added up, as changes of the area along the row.
+    Each slice is cut into strips, one per row of tiles.  The tiles of a strip that are entirely
+    visible become one run, and only the few at its two ends are measured.  Strips that share tiles
+    are added up, as changes of the area along the row.
 
     Raises:
-        ValueError: unless both blocks are at least 1.
+        ValueError: if ``block_q`` or ``block_k`` is below 1.
     """
     if block_q < 1 or block_k < 1:
         raise ValueError(f"tile extents must be at least 1, not {block_q} x {block_k}")
@@ -114,38 +126,37 @@ def tiles(mask: AttnMask, block_q: int, block_k: int) -> TileGrid:
     cut, row = strips(mask.slices, block_q)
 
     q0, q1, k0, k1, lo, hi = cut.T
-    first, end = k0 // block_k, -(-k1 // block_k)  # columns the strip touches
+    first, end = k0 // block_k, -(-k1 // block_k)  # columns of the strip
     # Columns in which every row of the strip sees every key.  The last column of the mask may be
-    # narrower than the others: it is measured.
-    solid = np.maximum(-(-np.maximum(k0, q1 - 1 + lo) // block_k), first)
-    solid_end = np.minimum(np.minimum(k1, q0 + hi + 1), mask.seq_k) // block_k
-    solid_end = np.maximum(np.minimum(solid_end, end), solid)
+    # narrower than the others, so it is measured.
+    full = np.maximum(-(-np.maximum(k0, q1 - 1 + lo) // block_k), first)
+    full_end = np.minimum(np.minimum(k1, q0 + hi + 1), mask.seq_k) // block_k
+    full_end = np.maximum(np.minimum(full_end, end), full)
 
-    ends = (end - first) - (solid_end - solid)
-    strip = np.repeat(np.arange(len(cut)), ends)
-    number = np.arange(len(strip)) - np.repeat(np.cumsum(ends) - ends, ends)
-    before = (solid - first)[strip]
-    col = np.where(number < before, first[strip] + number, solid_end[strip] + number - before)
-    part = cut[strip]
-    part[:, K0] = np.maximum(part[:, K0], col * block_k)
-    part[:, K1] = np.minimum(part[:, K1], (col + 1) * block_k)
-    area = areas(part)
+    partial = (end - first) - (full_end - full)
+    strip, number = ragged_indices(partial)
+    before = (full - first)[strip]
+    col = np.where(number < before, first[strip] + number, full_end[strip] + number - before)
+    tile = cut[strip]
+    tile[:, K0] = np.maximum(tile[:, K0], col * block_k)
+    tile[:, K1] = np.minimum(tile[:, K1], (col + 1) * block_k)
+    area = areas(tile)
 
     base = row * num_cols
-    solid_area = (q1 - q0) * block_k
-    edge = np.arange(num_rows, dtype=np.int64) * num_cols
-    # A run may not cross into another row, nor into a narrower last column.
-    edges = np.concatenate([edge, edge + max(num_cols - 1, 0), [num_rows * num_cols]])
-    where = np.concatenate(
-        [base[strip] + col, base[strip] + col + 1, base + solid, base + solid_end, edges]
+    full_area = (q1 - q0) * block_k
+    row_starts = np.arange(num_rows, dtype=np.int64) * num_cols
+    # A run must not extend into another row or into a narrower last column.
+    breaks = np.concatenate([row_starts, row_starts + max(num_cols - 1, 0), [num_rows * num_cols]])
+    position = np.concatenate(
+        [base[strip] + col, base[strip] + col + 1, base + full, base + full_end, breaks]
     )
-    change = np.concatenate([area, -area, solid_area, -solid_area, np.zeros_like(edges)])
-    order = np.argsort(where, kind="stable")
-    where, change = where[order], change[order]
-    new = np.flatnonzero(np.diff(where, prepend=-1))
-    start = where[new]
-    level = np.cumsum(np.add.reduceat(change, new)) if len(new) else change
-    visited = np.flatnonzero(level[:-1] > 0)
+    change = np.concatenate([area, -area, full_area, -full_area, np.zeros_like(breaks)])
+    order = np.argsort(position, kind="stable")
+    position, change = position[order], change[order]
+    new = np.flatnonzero(np.diff(position, prepend=-1))
+    start = position[new]
+    tile_area = np.cumsum(np.add.reduceat(change, new)) if len(new) else change
+    visited = np.flatnonzero(tile_area[:-1] > 0)
 
     run_rows, run_cols = np.divmod(start[visited], max(num_cols, 1))
     height = np.minimum((run_rows + 1) * block_q, mask.seq_q) - run_rows * block_q
@@ -158,13 +169,17 @@ def tiles(mask: AttnMask, block_q: int, block_k: int) -> TileGrid:
         run_rows=run_rows,
         run_cols=run_cols,
         run_lens=(start[1:] - start[:-1])[visited],
-        run_areas=level[visited],
-        run_full=level[visited] == height * width,
+        run_areas=tile_area[visited],
+        run_full=tile_area[visited] == height * width,
     )
 
 
 def strips(slices: IntArray, block_q: int) -> tuple[IntArray, IntArray]:
-    """Slices cut at every row of tiles, tight in their keys, and the row of each."""
+    """Cut slices at every row of tiles.
+
+    Returns:
+        ``(m, 6)`` slices with tight key ranges, and ``(m,)``, the row of each.
+    """
     first = slices[:, Q0] // block_q
     count = -(-slices[:, Q1] // block_q) - first
     source = np.repeat(np.arange(len(slices)), count)

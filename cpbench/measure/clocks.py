@@ -1,7 +1,7 @@
-"""How far the clocks of ranks are apart.
+"""Clock offsets between ranks.
 
-Processes of one machine read one monotonic clock.  Of other machines, rank 0 asks for the time and
-takes the answer of the quickest of many questions to be from the middle of its way there and back.
+Processes on one machine share a monotonic clock.  For ranks on other machines, rank 0 requests the
+time repeatedly and assumes that the reply with the shortest round trip was taken halfway through.
 
 Source: Cristian, "Probabilistic clock synchronization" (1989).
 """
@@ -18,46 +18,47 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from cpbench.parallel.comm import Control
 
-QUESTIONS = 20
-BOOT = Path("/proc/sys/kernel/random/boot_id")
+ROUND_TRIPS = 20
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True)
 class Offset:
-    """Seconds to add to a rank's ``time.perf_counter`` for rank 0's, and how sure that is."""
+    """Seconds to add to a rank's ``time.perf_counter`` to get rank 0's, plus or minus
+    ``uncertainty`` seconds."""
 
     seconds: float
-    within: float
+    uncertainty: float
 
 
 def offsets(control: Control) -> list[Offset]:
-    """Of every rank, on every rank; collective."""
-    machines = control.gather(_machine())
-    found = [Offset(0.0, 0.0)]
+    """The offset of every rank, returned on every rank; collective."""
+    domains = control.all_gather(_clock_domain())
+    estimates = [Offset(0.0, 0.0)]
     for rank in range(1, control.size):
-        same = machines[rank] == machines[0]
-        found.append(Offset(0.0, 0.0) if same else _asked(control, rank))
-    return list(control.gather(found)[0])
+        same_clock = domains[rank] == domains[0]
+        estimates.append(Offset(0.0, 0.0) if same_clock else _estimate_offset(control, rank))
+    return list(control.all_gather(estimates)[0])
 
 
-def _machine() -> str:
-    """The same for processes that read the same clock."""
+def _clock_domain() -> str:
+    """An identifier that is equal for processes that read the same clock."""
     with suppress(OSError):
-        return BOOT.read_text().strip() + str(Path("/proc/self/ns/time").readlink())
+        return BOOT_ID.read_text().strip() + str(Path("/proc/self/ns/time").readlink())
     return socket.gethostname()
 
 
-def _asked(control: Control, rank: int) -> Offset:
-    """What rank 0 finds out; nothing of worth on others."""
+def _estimate_offset(control: Control, rank: int) -> Offset:
+    """The offset of ``rank`` as estimated by rank 0; meaningful on rank 0 only."""
     best = Offset(0.0, float("inf"))
-    for _ in range(QUESTIONS):
+    for _ in range(ROUND_TRIPS):
         if control.rank == 0:
-            asked = time.perf_counter()
-            there = control.ask(rank)
-            answered = time.perf_counter()
-            within = (answered - asked) / 2
-            if within < best.within:
-                best = Offset(asked + within - there, within)
+            sent = time.perf_counter()
+            remote = control.request_value(rank)
+            received = time.perf_counter()
+            half_trip = (received - sent) / 2
+            if half_trip < best.uncertainty:
+                best = Offset(sent + half_trip - remote, half_trip)
         elif control.rank == rank:
-            control.answer(time.perf_counter)
+            control.reply_value(time.perf_counter)
     return best

@@ -1,6 +1,6 @@
-"""What differs between CPUs and CUDA devices: clocks, synchronisation, memory, cache.
+"""CPU and CUDA devices: timing, synchronisation, peak memory, cache flushing, environment flags.
 
-All CUDA calls of the harness are in :class:`Cuda`, against documented API of torch and NVML.
+All CUDA calls of the measuring code are in :class:`Cuda`, through documented torch and NVML APIs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cpbench.core.environment import usable_cores
 if TYPE_CHECKING:
     import torch
 
-_CPU_FLUSH_BYTES = 64 << 20  # above the last-level cache share of most cores
+_CPU_FLUSH_BYTES = 64 << 20  # more than the last-level cache share of most cores
 
 
 class Device(Protocol):
@@ -26,38 +26,38 @@ class Device(Protocol):
     backend: str
 
     def time_us(self, work: Callable[[], Any]) -> float:
-        """Microseconds that ``work`` takes on the device, from an idle start."""
+        """Microseconds that ``work`` takes on the device, which is idle at the start."""
         ...
 
     def pace_us(self) -> float | None:
-        """Microseconds of a fixed piece of work: how fast the machine is at the moment.  None but
-        for processor time, which a neighbour on the same core stretches too."""
+        """Microseconds of a fixed reference computation, as a measure of the current machine speed.
+        None unless times are CPU times, which other processes on the same core inflate too."""
         ...
 
     def flush_cache(self) -> None:
-        """Evict what earlier iterations left in the last-level cache."""
+        """Evict the data of earlier iterations from the last-level cache."""
         ...
 
     def peak_bytes(self, work: Callable[[], Any]) -> dict[str, int]:
-        """Bytes that ``work`` holds at most beyond what was held before (``peak``), and where the
-        device knows it the allocator's ``reserved`` and the whole ``device``'s use."""
+        """Peak bytes that ``work`` allocates beyond those allocated before (``peak``); on devices
+        that report them, also the allocator's ``reserved`` bytes and the whole ``device``'s use."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """The device for the environment record."""
+        """Properties of the device for the environment record."""
         ...
 
-    def gpu(self) -> str | None:
-        """What NVML calls the rank's GPU (its UUID); None for a processor."""
+    def gpu_uuid(self) -> str | None:
+        """The UUID of the rank's GPU as NVML has it; None on a CPU."""
         ...
 
-    def flags(self, ranks_here: int) -> list[str]:
-        """Caveats of this moment: a contended processor, a throttled clock."""
+    def flags(self, local_world_size: int) -> list[str]:
+        """Record flags that apply now, such as ``contended`` or ``throttled``."""
         ...
 
 
 class Cpu:
-    """The processor; one rank has ``threads`` of its threads."""
+    """The CPU, of which one rank uses ``threads`` threads."""
 
     type = "cpu"
     backend = "gloo"
@@ -67,78 +67,79 @@ class Cpu:
 
         torch.set_num_threads(threads)
         self.threads, self.clock = threads, clock
-        self._canary = torch.ones(192, 192)
-        self._flush: torch.Tensor | None = None
-        self._wall = self._used = 0.0
+        self._reference_matrix = torch.ones(192, 192)
+        self._flush_buffer: torch.Tensor | None = None
+        self._wall_s = self._cpu_s = 0.0  # of the work timed since the last call of flags
 
     def time_us(self, work: Callable[[], Any]) -> float:
-        used, start = time.process_time(), time.perf_counter()
+        cpu_start, wall_start = time.process_time(), time.perf_counter()
         work()
-        wall, used = time.perf_counter() - start, time.process_time() - used
-        self._wall += wall
-        self._used += used
-        return (used if self.clock == "cpu" else wall) * 1e6
+        wall_s, cpu_s = time.perf_counter() - wall_start, time.process_time() - cpu_start
+        self._wall_s += wall_s
+        self._cpu_s += cpu_s
+        return (cpu_s if self.clock == "cpu" else wall_s) * 1e6
 
     def pace_us(self) -> float | None:
         if self.clock != "cpu":
             return None
-        self._fixed_work()  # what ran before may have left caches cold and vector units asleep
-        begun = time.process_time()
-        self._fixed_work()
-        return (time.process_time() - begun) * 1e6
+        self._run_reference_work()  # warms up caches and vector units
+        start = time.process_time()
+        self._run_reference_work()
+        return (time.process_time() - start) * 1e6
 
-    def _fixed_work(self) -> None:
+    def _run_reference_work(self) -> None:
         for _ in range(4):
-            self._canary.mm(self._canary)
+            self._reference_matrix.mm(self._reference_matrix)
 
     def flush_cache(self) -> None:
         import torch
 
-        if self._flush is None:
-            self._flush = torch.zeros(_CPU_FLUSH_BYTES // 8, dtype=torch.int64)
-        self._flush.add_(1)
+        if self._flush_buffer is None:
+            self._flush_buffer = torch.zeros(_CPU_FLUSH_BYTES // 8, dtype=torch.int64)
+        self._flush_buffer.add_(1)
 
     def peak_bytes(self, work: Callable[[], Any]) -> dict[str, int]:
-        """From the profiler's allocation events, which see every allocation of torch."""
+        """The peak according to torch's profiler, whose events cover every allocation by torch."""
         from torch.profiler import ProfilerActivity, profile
 
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-            kept = work()
-        assert seen.profiler is not None
-        assert seen.profiler.kineto_results is not None
-        events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
-        del kept
-        now = peak = 0
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            results = work()
+        assert profiled.profiler is not None
+        assert profiled.profiler.kineto_results is not None
+        events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+        del results
+        allocated = peak = 0
         for event in sorted(events, key=lambda e: e.start_ns()):
-            now += event.nbytes()
-            peak = max(peak, now)
+            allocated += event.nbytes()
+            peak = max(peak, allocated)
         return {"peak": peak}
 
     def describe(self) -> dict[str, Any]:
         return {"type": "cpu", "threads": self.threads}
 
-    def gpu(self) -> str | None:
+    def gpu_uuid(self) -> str | None:
         return None
 
-    def flags(self, ranks_here: int) -> list[str]:
-        found = []
-        if ranks_here * self.threads > usable_cores():
-            found.append("oversubscribed")
-        # Alone, one thread has nobody to wait for: its own work shows whether the core was shared.
-        shared = self._wall / self._used if ranks_here == self.threads == 1 and self._used else 1.0
-        self._wall = self._used = 0.0
-        if max(shared, self._canary_ratio()) > 1.15:
-            found.append("contended")
-        return found
+    def flags(self, local_world_size: int) -> list[str]:
+        flags = []
+        if local_world_size * self.threads > usable_cores():
+            flags.append("oversubscribed")
+        # A single rank with one thread waits for nobody: its own times show a shared core.
+        single = local_world_size == self.threads == 1
+        timed_ratio = self._wall_s / self._cpu_s if single and self._cpu_s else 1.0
+        self._wall_s = self._cpu_s = 0.0
+        if max(timed_ratio, self._reference_ratio()) > 1.15:
+            flags.append("contended")
+        return flags
 
-    def _canary_ratio(self) -> float:
-        """Wall time over processor time of a fixed piece of work: 1 on a core of one's own."""
+    def _reference_ratio(self) -> float:
+        """Wall time over CPU time of the reference computation: 1 on an otherwise idle core."""
         ratios = []
         for _ in range(9):
-            wall, used = time.perf_counter(), time.thread_time()
-            self._fixed_work()
-            wall, used = time.perf_counter() - wall, time.thread_time() - used
-            ratios.append(wall / used if used else 1.0)
+            wall_start, cpu_start = time.perf_counter(), time.thread_time()
+            self._run_reference_work()
+            wall_s, cpu_s = time.perf_counter() - wall_start, time.thread_time() - cpu_start
+            ratios.append(wall_s / cpu_s if cpu_s else 1.0)
         return statistics.median(ratios)
 
 
@@ -153,8 +154,10 @@ class Cuda:
 
         torch.cuda.set_device(index)
         self.index = index
-        size = 2 * torch.cuda.get_device_properties(index).L2_cache_size
-        self._flush = torch.zeros(max(size, 1 << 20), dtype=torch.uint8, device="cuda")
+        flush_bytes = 2 * torch.cuda.get_device_properties(index).L2_cache_size
+        self._flush_buffer = torch.zeros(
+            max(flush_bytes, 1 << 20), dtype=torch.uint8, device="cuda"
+        )
 
     def time_us(self, work: Callable[[], Any]) -> float:
         import torch
@@ -171,18 +174,18 @@ class Cuda:
         return None
 
     def flush_cache(self) -> None:
-        self._flush.zero_()
+        self._flush_buffer.zero_()
 
     def peak_bytes(self, work: Callable[[], Any]) -> dict[str, int]:
         import torch
 
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # what the checks have cached is not the method's
+        torch.cuda.empty_cache()  # drop what the checks left in the allocator's cache
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        kept = work()
+        results = work()
         torch.cuda.synchronize()
-        del kept
+        del results
         free, total = torch.cuda.mem_get_info()
         return {
             "peak": torch.cuda.max_memory_allocated() - before,
@@ -194,7 +197,7 @@ class Cuda:
         import torch
 
         properties = torch.cuda.get_device_properties(self.index)
-        about = {
+        facts = {
             "type": "cuda",
             "name": properties.name,
             "capability": f"{properties.major}.{properties.minor}",
@@ -202,36 +205,36 @@ class Cuda:
             "multiprocessors": properties.multi_processor_count,
             "cuda": torch.version.cuda,
         }
-        about["uuid"] = self.gpu()
-        with suppress(OSError), _nvml(self.index) as (nvml, handle):
-            about["driver"] = nvml.nvmlSystemGetDriverVersion()
-            about["power_limit_mw"] = nvml.nvmlDeviceGetEnforcedPowerLimit(handle)
-        return about
+        facts["uuid"] = self.gpu_uuid()
+        with suppress(OSError), _NvmlSession(self.index) as (nvml, handle):
+            facts["driver"] = nvml.nvmlSystemGetDriverVersion()
+            facts["power_limit_mw"] = nvml.nvmlDeviceGetEnforcedPowerLimit(handle)
+        return facts
 
-    def gpu(self) -> str | None:
+    def gpu_uuid(self) -> str | None:
         import torch
 
         return f"GPU-{torch.cuda.get_device_properties(self.index).uuid}"
 
-    def flags(self, ranks_here: int) -> list[str]:
-        with suppress(OSError), _nvml(self.index) as (nvml, handle):
+    def flags(self, local_world_size: int) -> list[str]:
+        with suppress(OSError), _NvmlSession(self.index) as (nvml, handle):
             reasons = nvml.nvmlDeviceGetCurrentClocksEventReasons(handle)
-            held_down = (
+            slowdown = (
                 nvml.nvmlClocksEventReasonSwThermalSlowdown
                 | nvml.nvmlClocksThrottleReasonHwSlowdown
                 | nvml.nvmlClocksThrottleReasonHwThermalSlowdown
                 | nvml.nvmlClocksThrottleReasonHwPowerBrakeSlowdown
             )
-            found = ["throttled"] if reasons & held_down else []
+            flags = ["throttled"] if reasons & slowdown else []
             if reasons & nvml.nvmlClocksThrottleReasonSwPowerCap:
-                found.append("power-capped")
-            others = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
-            return found + (["contended"] if len(others) > 1 else [])
+                flags.append("power-capped")
+            processes = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
+            return flags + (["contended"] if len(processes) > 1 else [])
         return ["nvml-missing"]
 
 
-class _nvml:
-    """NVML opened for one device, and closed again; what it cannot do is an ``OSError``."""
+class _NvmlSession:
+    """A context manager that opens NVML for one device; NVML errors become ``OSError``."""
 
     def __init__(self, index: int) -> None:
         self._index = index
@@ -254,29 +257,31 @@ class _nvml:
             raise OSError(f"NVML: {error}") from error
 
 
-def shortage(kind: str, ranks_here: int) -> str | None:
-    """Why this machine cannot give each of its ranks a device, or None.  All ranks agree."""
+def device_shortage(kind: str, local_world_size: int) -> str | None:
+    """Why this machine has too few devices for its ranks, or None; the same on all its ranks."""
     if kind != "cuda":
         return None
     import torch
 
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if found >= ranks_here:
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if available >= local_world_size:
         return None
-    return f"{ranks_here} CUDA devices are needed here, one for each rank; torch sees {found}"
+    return (
+        f"this machine needs {local_world_size} CUDA devices, one per rank; torch sees {available}"
+    )
 
 
 def open_device(kind: str, local_rank: int, threads: int, clock: str = "wall") -> Device:
-    """The device of a rank; :func:`shortage` says beforehand whether there are enough.
+    """Open the device of a rank; :func:`device_shortage` checks beforehand that there are enough.
 
     Args:
-        threads, clock: of a CPU, see ``cpbench.core.settings``.
+        threads, clock: for a CPU, see ``cpbench.core.settings``.
 
     Raises:
-        ValueError: for a kind that there is not.
+        ValueError: for an unknown kind of device.
     """
     if kind == "cuda":
         return Cuda(local_rank)
     if kind == "cpu":
         return Cpu(threads, clock)
-    raise ValueError(f"no device {kind!r}; there are: cpu, cuda")
+    raise ValueError(f"unknown device {kind!r}; available: cpu, cuda")

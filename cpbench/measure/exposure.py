@@ -1,23 +1,21 @@
-"""How much of a strategy's communication is exposed: its run, beside the same run without
-communication, and communication alone.
+"""Exposed communication of a strategy.
 
-Without communication, a strategy computes what it always does, on buffers that hold a constant;
-alone, it sends what it always sends while its operator computes nothing.  The three take turns, so
-that what drifts meanwhile meets all of them.  Exposed is the time that the run takes longer than
-without communication; hidden, the part of communication alone that does not show in it.  Waiting
-for ranks that have more work is no communication: the figure of a phase is the slowest rank's in
-all three.
+Three variants are timed in alternation, so that drift affects all of them: the whole run; the run
+without communication (the strategy computes as usual, on buffers that hold a constant); and
+communication alone (it sends as usual while the operator computes nothing).  Exposed communication
+is the time of the whole run minus that without communication; hidden, the share of communication
+alone that does not add to the whole run.  Waiting for ranks with more work does not count as
+communication: in all three variants the time of a phase is the slowest rank's.
 """
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cpbench.measure.timing import Timing, Workload, iterate
-from cpbench.parallel.comm import Done, Grouped
+from cpbench.parallel.comm import CompletedHandle, GroupedComm
 from cpbench.parallel.trace import TracedOperator
 
 if TYPE_CHECKING:
@@ -26,41 +24,36 @@ if TYPE_CHECKING:
     from cpbench.api import Attention
     from cpbench.core.settings import MeasureSettings
     from cpbench.measure.device import Device
-    from cpbench.parallel.comm import Comm, Control, Handle
+    from cpbench.parallel.comm import Comm, Control, Handle, Messages
 
 ROUNDS = 7
-FILL = 0.125
+FILL_VALUE = 0.125
 Times = dict[str, list[float]]  # microseconds by phase and round
 
 
-class SilentComm(Grouped):
-    """:class:`~cpbench.parallel.comm.Comm` that moves nothing: what should arrive is a constant,
-    since memory that nobody wrote would be read, or computed with, at another speed."""
+class NullComm(GroupedComm):
+    """A :class:`~cpbench.parallel.comm.Comm` that transfers nothing.  Receive buffers are filled
+    with a constant, since unwritten memory may be read, or computed with, at another speed."""
 
-    def exchange(
-        self,
-        sends: Sequence[tuple[torch.Tensor, int]],
-        recvs: Sequence[tuple[torch.Tensor, int]],
-        what: str = "",
-    ) -> Handle:
+    def exchange(self, sends: Messages, recvs: Messages, what: str = "") -> Handle:
         for tensor, _ in recvs:
-            tensor.fill_(FILL)
-        return Done()
+            tensor.fill_(FILL_VALUE)
+        return CompletedHandle()
 
     def all_to_all(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
-        out.fill_(FILL)
-        return Done()
+        out.fill_(FILL_VALUE)
+        return CompletedHandle()
 
     def all_gather(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
-        out.fill_(FILL)
-        return Done()
+        out.fill_(FILL_VALUE)
+        return CompletedHandle()
 
     def reduce_scatter(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
-        out.fill_(FILL)
-        return Done()
+        out.fill_(FILL_VALUE)
+        return CompletedHandle()
 
     def all_reduce(self, x: torch.Tensor, largest: bool = False) -> Handle:
-        return Done()
+        return CompletedHandle()
 
 
 def measure_exposure(
@@ -71,24 +64,24 @@ def measure_exposure(
     control: Control,
     settings: MeasureSettings,
 ) -> dict[str, Times]:
-    """``whole``, ``compute`` and ``transfer`` of this rank; collective over all ranks."""
-    silent = SilentComm(comm.rank, comm.size)
-    idle = copy.copy(work)
-    idle.op = TracedOperator(work.op.info, work.op.device)
-    idle.plan = work.strategy.prepare(idle.op, work.world, work.rank)
-    ways: dict[str, tuple[Workload, Comm]] = {
+    """Times of the variants ``whole``, ``compute`` and ``transfer`` on this rank; collective."""
+    null_comm = NullComm(comm.rank, comm.size)
+    transfer_only = copy.copy(work)
+    transfer_only.op = TracedOperator(work.op.info, work.op.device)
+    transfer_only.plan = work.strategy.prepare(transfer_only.op, work.world, work.rank)
+    variants: dict[str, tuple[Workload, Comm]] = {
         "whole": (Workload(work, inputs, comm), comm),
-        "compute": (Workload(work, inputs, silent), silent),
-        "transfer": (Workload(idle, inputs, comm), comm),
+        "compute": (Workload(work, inputs, null_comm), null_comm),
+        "transfer": (Workload(transfer_only, inputs, comm), comm),
     }
-    found: dict[str, Timing] = {}
+    timings: dict[str, Timing] = {}
     started = time.monotonic()
     for number in range(1 + ROUNDS):
-        if number <= 1:  # the first round warms up, and is all there is where it takes too long
-            found = {name: Timing.of(workload) for name, (workload, _) in ways.items()}
-        for name, (workload, sends) in ways.items():
-            iterate(workload, device, sends, control, found[name])
+        if number <= 1:  # round 0 is warmup; its times are kept only if it uses up the time limit
+            timings = {name: Timing.empty(workload) for name, (workload, _) in variants.items()}
+        for name, (workload, variant_comm) in variants.items():
+            iterate(workload, device, variant_comm, control, timings[name])
             workload.release()
-        if not control.decide(time.monotonic() - started < settings.max_seconds):
+        if not control.broadcast(time.monotonic() - started < settings.max_seconds):
             break
-    return {name: timing.times_us for name, timing in found.items()}
+    return {name: timing.times_us for name, timing in timings.items()}

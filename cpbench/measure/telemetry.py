@@ -1,9 +1,9 @@
-"""Power, energy, clocks, temperature and memory of GPUs beside a measurement, through NVML.
+"""Power, energy, clocks, temperature and memory of GPUs during a measurement, through NVML.
 
-One process a node samples all of its GPUs into a file on that node (``python -m
-cpbench.measure.telemetry FILE SECONDS``): what is measured shares no interpreter with it.  Each
-rank reads what was sampled of its GPU while it measured.  Where there is no NVML, that is said and
-nothing else.
+One process per node samples all of its GPUs into a file on that node (``python -m
+cpbench.measure.telemetry FILE SECONDS``), so that sampling shares no interpreter with the measured
+code.  Each rank reads the samples of its GPU that were taken while it measured.  Where NVML is not
+available, the file holds the reason.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from cpbench.results.store import Tail
 if TYPE_CHECKING:
     from cpbench.parallel.comm import Control
 
-# NVML's clock event (throttle) reasons that hold a clock down, by bit (nvml.h).
-REASONS = {
+# NVML's clock event (throttle) reasons, by bit (nvml.h).
+THROTTLE_REASONS = {
     0x4: "power cap",
     0x8: "hardware slowdown",
     0x20: "thermal (software)",
@@ -37,19 +37,19 @@ REASONS = {
     0x2: "application clocks",
     0x10: "sync boost",
 }
-STOP_S = 2.0
+STOP_TIMEOUT_S = 2.0
 
 
-def reasons(bits: int) -> list[str]:
-    """Names of what holds a clock down."""
-    return sorted(name for bit, name in REASONS.items() if bits & bit)
+def throttle_reasons(bits: int) -> list[str]:
+    """Names of the throttle reasons that are set in ``bits``."""
+    return sorted(name for bit, name in THROTTLE_REASONS.items() if bits & bit)
 
 
 class Nvml:
     """NVML through nvidia-ml-py.
 
     Raises:
-        OSError: when it is not there, in a few words.
+        OSError: when NVML is not available, with the reason.
     """
 
     def __init__(self) -> None:
@@ -62,7 +62,9 @@ class Nvml:
             pynvml.nvmlInit()
             count = pynvml.nvmlDeviceGetCount()
             handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(count)]
-            self.handles = {_text(pynvml.nvmlDeviceGetUUID(handle)): handle for handle in handles}
+            self.handles = {
+                _decoded(pynvml.nvmlDeviceGetUUID(handle)): handle for handle in handles
+            }
         except pynvml.NVMLError as error:
             raise OSError(f"not available: {error}") from error
 
@@ -70,9 +72,9 @@ class Nvml:
         self._nvml.nvmlShutdown()
 
     def sample(self, uuid: str) -> dict[str, Any]:
-        """What a GPU says of itself now; what it does not support is left out."""
+        """Current readings of a GPU, without those that it does not support."""
         nvml, handle = self._nvml, self.handles[uuid]
-        ask: dict[str, Callable[[], Any]] = {
+        queries: dict[str, Callable[[], Any]] = {
             "power_mw": lambda: nvml.nvmlDeviceGetPowerUsage(handle),
             "energy_mj": lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle),
             "sm_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
@@ -80,26 +82,26 @@ class Nvml:
             "temperature_c": lambda: nvml.nvmlDeviceGetTemperature(
                 handle, nvml.NVML_TEMPERATURE_GPU
             ),
-            "reasons": lambda: _reasons(nvml, handle),
+            "reasons": lambda: _throttle_bits(nvml, handle),
             "memory_bytes": lambda: nvml.nvmlDeviceGetMemoryInfo(handle).used,
         }
-        found: dict[str, Any] = {"uuid": uuid, "time": time.time()}
-        for name, question in ask.items():
+        readings: dict[str, Any] = {"uuid": uuid, "time": time.time()}
+        for name, query in queries.items():
             with suppress(nvml.NVMLError):
-                found[name] = int(question())
-        return found
+                readings[name] = int(query())
+        return readings
 
     def topology(self) -> dict[str, Any]:
-        """GPUs of this machine and how each pair is joined: ``{"gpus": [...], "links": [[...]]}``,
-        with NVML's common ancestors, and ``"nvlink"`` where memory is reached over that."""
+        """GPUs of this machine and the link of each pair: ``{"gpus": [...], "links": [[...]]}``.
+        A link is ``"nvlink"`` where P2P goes over NVLink, else NVML's common ancestor."""
         nvml, gpus, handles = self._nvml, [], list(self.handles.values())
         for uuid, handle in self.handles.items():
-            about = {"uuid": uuid}
+            facts = {"uuid": uuid}
             with suppress(nvml.NVMLError):
-                about["name"] = _text(nvml.nvmlDeviceGetName(handle))
+                facts["name"] = _decoded(nvml.nvmlDeviceGetName(handle))
             with suppress(nvml.NVMLError):
-                about["bus"] = _text(nvml.nvmlDeviceGetPciInfo(handle).busId)
-            gpus.append(about)
+                facts["bus"] = _decoded(nvml.nvmlDeviceGetPciInfo(handle).busId)
+            gpus.append(facts)
         return {"gpus": gpus, "links": [[self._link(a, b) for b in handles] for a in handles]}
 
     def _link(self, a: Any, b: Any) -> str:
@@ -111,15 +113,15 @@ class Nvml:
                 return "nvlink"
         with suppress(nvml.NVMLError):
             level = nvml.nvmlDeviceGetTopologyCommonAncestor(a, b)
-            return _ANCESTORS.get(int(level), str(level))
+            return _COMMON_ANCESTORS.get(int(level), str(level))
         return "unknown"
 
 
-_ANCESTORS = {0: "internal", 10: "switch", 20: "switches", 30: "host bridge", 40: "numa node",
-              50: "system"}  # fmt: skip
+_COMMON_ANCESTORS = {0: "internal", 10: "switch", 20: "switches", 30: "host bridge",
+                     40: "numa node", 50: "system"}  # fmt: skip
 
 
-def _reasons(nvml: Any, handle: Any) -> int:
+def _throttle_bits(nvml: Any, handle: Any) -> int:
     for name in (
         "nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons"
     ):  # fmt: skip
@@ -128,86 +130,88 @@ def _reasons(nvml: Any, handle: Any) -> int:
     raise nvml.NVMLError(nvml.NVML_ERROR_NOT_SUPPORTED)
 
 
-def _text(value: Any) -> str:
+def _decoded(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
 class Telemetry:
-    """The samples of a rank's GPU; collective to make, since ranks of a node share a sampler.
+    """The samples of a rank's GPU.  The constructor is collective: ranks of a node share a sampler.
 
     Args:
         uuid: of this rank's GPU.
-        seconds: between samples.
-        host: of this rank, and ``first`` whether it is the first rank there.
+        seconds: interval between samples.
+        host: name of this rank's machine.
+        starts_sampler: whether this rank starts the sampler of its machine; one rank there does.
     """
 
-    def __init__(self, uuid: str, seconds: float, control: Control, host: str, first: bool) -> None:
+    def __init__(
+        self, uuid: str, seconds: float, control: Control, host: str, starts_sampler: bool
+    ) -> None:
         self._uuid, self._process = uuid, None
         path = None
-        if first:
+        if starts_sampler:
             handle, path = tempfile.mkstemp(prefix="cpbench-telemetry-", suffix=".jsonl")
             os.close(handle)
             self._process = subprocess.Popen(
                 (sys.executable, "-m", "cpbench.measure.telemetry", path, str(seconds)),
                 stdin=subprocess.DEVNULL,
             )
-        self._made = path
-        known = dict(pair for pair in control.gather((host, path)) if pair[1] is not None)
-        self._tail = Tail(Path(known[host]))
+        self._own_path = path
+        paths = {name: path for name, path in control.all_gather((host, path)) if path is not None}
+        self._tail = Tail(Path(paths[host]))
         self._samples: list[dict[str, Any]] = []
 
-    def between(self, begun: float, ended: float) -> dict[str, Any]:
-        """What was sampled from one time to another (seconds since the epoch), summed up by
-        :func:`summary`."""
+    def between(self, start: float, end: float) -> dict[str, Any]:
+        """:func:`summarize` the samples between two times (seconds since the epoch)."""
         self._samples += self._tail.read()
         missing = [sample["missing"] for sample in self._samples if "missing" in sample]
         if missing:
             return {"missing": missing[0]}
-        mine = [sample for sample in self._samples if sample.get("uuid") == self._uuid]
-        self._samples = [sample for sample in mine if sample["time"] > begun]
-        return summary([sample for sample in mine if begun <= sample["time"] <= ended])
+        own_samples = [sample for sample in self._samples if sample.get("uuid") == self._uuid]
+        self._samples = [sample for sample in own_samples if sample["time"] > start]
+        return summarize([sample for sample in own_samples if start <= sample["time"] <= end])
 
     def close(self) -> None:
-        """End the sampler."""
+        """Stop the sampler and delete its file, on the rank that started it."""
         if self._process is not None:
             self._process.terminate()
             with suppress(subprocess.TimeoutExpired):
-                self._process.wait(STOP_S)
-        if self._made is not None:
-            Path(self._made).unlink(missing_ok=True)
+                self._process.wait(STOP_TIMEOUT_S)
+        if self._own_path is not None:
+            Path(self._own_path).unlink(missing_ok=True)
 
 
-def summary(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Figures of a stretch of samples of one GPU: watts, joules, MHz, degrees, bytes."""
+def summarize(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Summary of consecutive samples of one GPU: watts, joules, MHz, degrees Celsius, bytes."""
     if not samples:
-        return {"missing": "no sample fell into the measurement"}
+        return {"missing": "no sample was taken during the measurement"}
 
-    def of(name: str) -> list[int]:
+    def readings(name: str) -> list[int]:
         return [sample[name] for sample in samples if name in sample]
 
-    found: dict[str, Any] = {"samples": len(samples)}
+    figures: dict[str, Any] = {"samples": len(samples)}
     for name, key, scale in (
         ("power_w", "power_mw", 1e-3), ("sm_mhz", "sm_mhz", 1), ("memory_mhz", "memory_mhz", 1)
     ):  # fmt: skip
-        if scaled := [value * scale for value in of(key)]:
-            found[name] = {
+        if scaled := [value * scale for value in readings(key)]:
+            figures[name] = {
                 "min": min(scaled), "median": statistics.median(scaled), "max": max(scaled)
             }  # fmt: skip
-    if len(energy := of("energy_mj")) > 1:
-        found["energy_j"] = (energy[-1] - energy[0]) * 1e-3
-        found["energy_seconds"] = samples[-1]["time"] - samples[0]["time"]
+    if len(energy := readings("energy_mj")) > 1:
+        figures["energy_j"] = (energy[-1] - energy[0]) * 1e-3
+        figures["energy_seconds"] = samples[-1]["time"] - samples[0]["time"]
     for name in ("temperature_c", "memory_bytes"):
-        if values := of(name):
-            found[name] = max(values)
+        if values := readings(name):
+            figures[name] = max(values)
     bits = 0
-    for value in of("reasons"):
+    for value in readings("reasons"):
         bits |= value
-    found["held_down_by"] = reasons(bits)
-    return found
+    figures["held_down_by"] = throttle_reasons(bits)
+    return figures
 
 
 def main(argv: list[str]) -> int:
-    """Sample all GPUs into a file until told to stop."""
+    """Sample all GPUs into the file ``argv[0]`` every ``argv[1]`` seconds, until terminated."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     path, seconds = argv[0], float(argv[1])

@@ -1,13 +1,13 @@
-"""What every rank does when: one pass of a case with its operator and communicator watched.
+"""Timelines of all ranks: one traced pass of a case with its operator and communicator wrapped.
 
-A rank's own thread computes (the operator's calls), waits (for something that was sent) or does
-something else (packs, merges, posts): these add up to the phase.  Transfers are what is under way
-meanwhile, from the call that posts them until they have arrived: over torch's process groups on
-processors a thread of its own waits for each, on GPUs an event on a stream of its own.  Over MPI,
-where only waiting tells, they seem to last until they have been waited for.
+A rank's thread computes (operator calls), waits (for a transfer) or does something else (packs,
+merges, posts); these add up to the phase.  A transfer lasts from the call that posts it until its
+data has arrived: with torch's process groups, a thread waits for each transfer on CPUs, and an
+event on a stream of its own follows it on GPUs.  Over MPI, whose completion is only seen by
+waiting, a transfer lasts until it has been waited for.
 
-Marks are host seconds on processors and events on GPUs, read when the pass is over.  Ranks of other
-machines are put on rank 0's clock (``cpbench.measure.clocks``).
+Time marks are host seconds on CPUs and events on GPUs, read after the pass.  Times of ranks on
+other machines are converted to rank 0's clock (``cpbench.measure.clocks``).
 """
 
 from __future__ import annotations
@@ -23,53 +23,54 @@ from typing import TYPE_CHECKING, Any
 from cpbench.measure import clocks
 from cpbench.measure.timeline_slices import (
     COMPUTE,
+    NVTX_RANGE,
     PHASE,
-    RANGE,
     TRANSFER,
     WAITING,
-    Rank,
-    Slice,
+    RankTimeline,
+    TimelineSlice,
 )
 from cpbench.measure.timing import Workload
 from cpbench.parallel.bound_operator import BoundOperator
-from cpbench.parallel.comm import Comm, Done, Handle, TorchComm, Works
+from cpbench.parallel.comm import Comm, CompletedHandle, Handle, TorchComm, TorchHandle
 
 if TYPE_CHECKING:
     import torch
 
     from cpbench.api import Attention
+    from cpbench.core.operator import QKV, BackwardInputs, Gradients, OutLse
     from cpbench.measure.device import Device
     from cpbench.parallel.bound_operator import Planned
-    from cpbench.parallel.comm import Control
+    from cpbench.parallel.comm import Control, Messages
 
-PASSES = 3  # of which the middle one is told
+PASSES = 3  # traced; the one with the median time is kept
 
 
 class _HostClock:
-    """Marks of a processor."""
+    """Time marks of a CPU: host seconds."""
 
-    within = 0.0
+    uncertainty = 0.0
 
     def mark(self) -> Any:
         return time.perf_counter()
 
-    def seconds(self, mark: Any) -> float:
+    def host_seconds(self, mark: Any) -> float:
         return float(mark)
 
-    def cpu(self) -> float | None:
+    def thread_cpu_s(self) -> float | None:
         return time.thread_time()
 
     @contextmanager
-    def named(self, name: str) -> Iterator[None]:
+    def nvtx_range(self, name: str) -> Iterator[None]:
         yield
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         pass
 
 
 class _CudaClock:
-    """Marks of a CUDA stream: events, told in host seconds by one that was recorded on an idle
-    device between two looks at the host's clock.  Ranges are named for NVTX too."""
+    """Time marks of a CUDA stream: events.  They are converted to host seconds by a first event,
+    which is recorded on an idle device between two readings of the host's clock."""
 
     def __init__(self) -> None:
         import torch
@@ -79,119 +80,121 @@ class _CudaClock:
         before = time.perf_counter()
         self._zero = self.mark()
         self._zero.synchronize()
-        self.within = (time.perf_counter() - before) / 2
-        self._host = before + self.within
+        self.uncertainty = (time.perf_counter() - before) / 2
+        self._zero_s = before + self.uncertainty
 
     def mark(self) -> Any:
         event = self._cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def seconds(self, mark: Any) -> float:
-        return self._host + float(self._zero.elapsed_time(mark)) / 1e3
+    def host_seconds(self, mark: Any) -> float:
+        return self._zero_s + float(self._zero.elapsed_time(mark)) / 1e3
 
-    def cpu(self) -> float | None:
+    def thread_cpu_s(self) -> float | None:
         return None
 
     @contextmanager
-    def named(self, name: str) -> Iterator[None]:
+    def nvtx_range(self, name: str) -> Iterator[None]:
         self._cuda.nvtx.range_push(name)
         try:
             yield
         finally:
             self._cuda.nvtx.range_pop()
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         self._cuda.synchronize()
 
 
 class Recorder:
-    """Slices of one rank, their ends still marks of its device."""
+    """Records the slices of one rank, with time marks of its device as start and end."""
 
     def __init__(self, device_type: str) -> None:
         self.clock: Any = _CudaClock() if device_type == "cuda" else _HostClock()
-        self._slices: list[Slice] = []
+        self._slices: list[TimelineSlice] = []
 
     def clear(self) -> None:
-        """Forget what has been noted."""
+        """Discard all slices."""
         self._slices.clear()
 
     @contextmanager
-    def slice(self, row: str, name: str, **about: Any) -> Iterator[None]:
-        """What is done inside, in the rank's own thread."""
+    def slice(self, row: str, name: str, **details: Any) -> Iterator[None]:
+        """A context whose body, run by the rank's own thread, is recorded as a slice."""
         clock = self.clock
-        with clock.named(name):
-            start, used = clock.mark(), clock.cpu()
+        with clock.nvtx_range(name):
+            start, cpu_start = clock.mark(), clock.thread_cpu_s()
             yield
-            spent = clock.cpu() - used if used is not None else None
-            self.add(row, name, start, clock.mark(), spent, about)
+            cpu_s = clock.thread_cpu_s() - cpu_start if cpu_start is not None else None
+            self.add(row, name, start, clock.mark(), cpu_s, details)
 
     def add(
-        self, row: str, name: str, start: Any, end: Any, cpu_s: float | None, about: dict[str, Any]
-    ) -> None:
-        self._slices.append(Slice(row, name, start, end, cpu_s, about))
+        self, row: str, name: str, start: Any, end: Any, cpu_s: float | None,
+        details: dict[str, Any],
+    ) -> None:  # fmt: skip
+        self._slices.append(TimelineSlice(row, name, start, end, cpu_s, details))
 
-    def slices(self) -> list[Slice]:
-        """In host seconds, by start."""
-        self.clock.settle()
-        for one in self._slices:
-            one.start, one.end = self.clock.seconds(one.start), self.clock.seconds(one.end)
-        return sorted(self._slices, key=lambda one: (one.start, -one.end))
+    def slices(self) -> list[TimelineSlice]:
+        """The slices in host seconds, sorted by start."""
+        self.clock.synchronize()
+        for item in self._slices:
+            item.start = self.clock.host_seconds(item.start)
+            item.end = self.clock.host_seconds(item.end)
+        return sorted(self._slices, key=lambda item: (item.start, -item.end))
 
 
-class _WatchedHandle:
-    """A handle whose transfer is noted when it has ended, and whose ``wait`` is waiting.
+class _RecordingHandle:
+    """A handle that records its transfer, and each ``wait`` as waiting.
 
     Args:
         post: posts the transfer.
-        held: tensors that must live until ``wait``: once it has waited for a transfer on another
-            stream, torch holds them no longer.
-        threads: whether a thread may wait for it.
+        tensors: kept alive until ``wait``, since torch drops its references once a transfer has
+            been waited for on another stream.
+        use_thread: whether to wait for the transfer in a thread.
     """
 
     def __init__(
         self,
         post: Callable[[], Handle],
-        held: Sequence[torch.Tensor],
+        tensors: Sequence[torch.Tensor],
         recorder: Recorder,
         name: str,
-        about: dict[str, Any],
-        threads: bool,
+        details: dict[str, Any],
+        use_thread: bool,
     ) -> None:
-        self._recorder, self._name, self._about = recorder, name, about
-        self._start, self._noted = recorder.clock.mark(), False
-        self._held = list(held)
+        self._recorder, self._name, self._details = recorder, name, details
+        self._start, self._recorded = recorder.clock.mark(), False
+        self._tensors = list(tensors)
         self._handle = handle = post()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        if threads:
-            self._thread = threading.Thread(target=self._finish, daemon=True)
+        if use_thread:
+            self._thread = threading.Thread(target=self._wait_in_thread, daemon=True)
             self._thread.start()
-        elif isinstance(recorder.clock, _CudaClock) and isinstance(handle, Works):
-            self._follow_on_stream(handle)
+        elif isinstance(recorder.clock, _CudaClock) and isinstance(handle, TorchHandle):
+            self._record_on_own_stream(handle)
 
-    def _finish(self) -> None:
+    def _wait_in_thread(self) -> None:
         try:
             self._handle.wait()
         except BaseException as error:
             self._error = error
-        self._note()
+        self._record_transfer()
 
-    def _follow_on_stream(self, works: Works) -> None:
-        """An event that follows the transfer alone, not the stream that computes."""
+    def _record_on_own_stream(self, works: TorchHandle) -> None:
+        """Record the end by an event that waits for the transfer but not for the compute stream."""
         import torch
 
         with torch.cuda.stream(torch.cuda.Stream()):
-            works.arrive()
-            self._note()
+            works.wait_transfers()
+            self._record_transfer()
 
-    def _note(self) -> None:
+    def _record_transfer(self) -> None:
         end = self._recorder.clock.mark()
-        self._recorder.add(TRANSFER, self._name, self._start, end, None, self._about)
-        self._noted = True
+        self._recorder.add(TRANSFER, self._name, self._start, end, None, self._details)
+        self._recorded = True
 
     def wait(self) -> None:
-        with self._recorder.slice(WAITING, f"wait for {self._name}", **self._about):
+        with self._recorder.slice(WAITING, f"wait for {self._name}", **self._details):
             if self._thread is not None:
                 self._thread.join()
                 self._thread = None
@@ -199,37 +202,32 @@ class _WatchedHandle:
                     raise self._error
             else:
                 self._handle.wait()
-        if not self._noted:
-            self._note()
-        self._held.clear()
+        if not self._recorded:
+            self._record_transfer()
+        self._tensors.clear()
 
 
-class WatchedComm:
-    """A :class:`~cpbench.parallel.comm.Comm` whose transfers and waits are noted."""
+class RecordingComm:
+    """A :class:`~cpbench.parallel.comm.Comm` that records its transfers and waits."""
 
     def __init__(self, comm: Comm, recorder: Recorder, members: Sequence[int] = ()) -> None:
         self._comm, self._recorder = comm, recorder
-        self._members = members or range(comm.size)  # ranks of the whole job
+        self._members = members or range(comm.size)  # global ranks
         self.rank, self.size = comm.rank, comm.size
         self.traffic, self.pause_s = comm.traffic, 0.0
-        self._threads = isinstance(comm, TorchComm) and isinstance(recorder.clock, _HostClock)
+        self._use_threads = isinstance(comm, TorchComm) and isinstance(recorder.clock, _HostClock)
 
     def sub(self, ranks: Sequence[int]) -> Comm:
         members = [self._members[rank] for rank in ranks]
-        return WatchedComm(self._comm.sub(ranks), self._recorder, members)
+        return RecordingComm(self._comm.sub(ranks), self._recorder, members)
 
-    def exchange(
-        self,
-        sends: Sequence[tuple[torch.Tensor, int]],
-        recvs: Sequence[tuple[torch.Tensor, int]],
-        what: str = "",
-    ) -> Handle:
+    def exchange(self, sends: Messages, recvs: Messages, what: str = "") -> Handle:
         if not sends and not recvs:
-            return Done()
-        about = {"sends": self._by_peer(sends), "receives": self._by_peer(recvs)}
-        held = [tensor for tensor, _ in (*sends, *recvs)]
+            return CompletedHandle()
+        details = {"sends": self._bytes_by_peer(sends), "receives": self._bytes_by_peer(recvs)}
+        tensors = [tensor for tensor, _ in (*sends, *recvs)]
         post = self._comm.exchange
-        return self._watched(what or "exchange", about, held, lambda: post(sends, recvs, what))
+        return self._record(what or "exchange", details, tensors, lambda: post(sends, recvs, what))
 
     def all_to_all(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
         return self._collective("all-to-all", (x, out), lambda: self._comm.all_to_all(out, x))
@@ -247,92 +245,91 @@ class WatchedComm:
     def _collective(
         self, name: str, tensors: Sequence[torch.Tensor], post: Callable[[], Handle]
     ) -> Handle:
-        about = {"bytes": tensors[0].nbytes, "ranks": list(self._members)}
-        return self._watched(name, about, tensors, post)
+        details = {"bytes": tensors[0].nbytes, "ranks": list(self._members)}
+        return self._record(name, details, tensors, post)
 
-    def _watched(
+    def _record(
         self,
         name: str,
-        about: dict[str, Any],
-        held: Sequence[torch.Tensor],
+        details: dict[str, Any],
+        tensors: Sequence[torch.Tensor],
         post: Callable[[], Handle],
     ) -> Handle:
-        return _WatchedHandle(post, held, self._recorder, name, about, self._threads)
+        return _RecordingHandle(post, tensors, self._recorder, name, details, self._use_threads)
 
-    def _by_peer(self, messages: Sequence[tuple[torch.Tensor, int]]) -> dict[str, int]:
-        """Bytes by rank of the whole job."""
-        found: dict[str, int] = {}
+    def _bytes_by_peer(self, messages: Sequence[tuple[torch.Tensor, int]]) -> dict[str, int]:
+        """Bytes by global rank of the peer."""
+        nbytes: dict[str, int] = {}
         for tensor, peer in messages:
-            name = str(self._members[peer])
-            found[name] = found.get(name, 0) + tensor.nbytes
-        return found
+            rank = str(self._members[peer])
+            nbytes[rank] = nbytes.get(rank, 0) + tensor.nbytes
+        return nbytes
 
 
-class WatchedOperator(BoundOperator):
-    """An operator whose calls are noted."""
+class RecordingOperator(BoundOperator):
+    """An operator that records its calls."""
 
     def __init__(self, op: BoundOperator, recorder: Recorder) -> None:
         super().__init__(op.info, op.impl, op.device)
         self._recorder = recorder
 
-    def forward_cropped(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Planned
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        with self._recorder.slice(COMPUTE, "attention", pairs=plan.area * q.shape[2]):
-            return super().forward_cropped(q, k, v, plan)
+    def forward_cropped(self, qkv: QKV, plan: Planned) -> OutLse:
+        with self._recorder.slice(COMPUTE, "attention", pairs=plan.area * qkv.q.shape[2]):
+            return super().forward_cropped(qkv, plan)
 
-    def backward_cropped(self, *given: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        pairs = given[-1].area * given[1].shape[2]
-        with self._recorder.slice(COMPUTE, "attention backward", pairs=pairs):
-            return super().backward_cropped(*given)
+    def backward_cropped(self, x: BackwardInputs, plan: Planned) -> Gradients:
+        with self._recorder.slice(COMPUTE, "attention backward", pairs=plan.area * x.q.shape[2]):
+            return super().backward_cropped(x, plan)
 
 
-def watch(
+def record_timelines(
     work: Attention,
     inputs: dict[str, torch.Tensor],
     device: Device,
     comm: Comm,
     control: Control,
-) -> list[Rank]:
-    """What all ranks did in the pass that took the middle time, on every rank; collective."""
-    passes: list[tuple[float, list[Slice], float]] = []
-    _pass(work, inputs, device, comm, control)  # the first one is slower
+) -> list[RankTimeline]:
+    """The timelines of all ranks in the traced pass of median time, on every rank; collective."""
+    passes: list[tuple[float, list[TimelineSlice], float]] = []
+    _trace_pass(work, inputs, device, comm, control)  # warmup
     for _ in range(PASSES):
-        slices, within = _pass(work, inputs, device, comm, control)
-        took = sum(one.end - one.start for one in slices if one.row == PHASE)
-        passes.append((control.slowest(took), slices, within))
-    passes.sort(key=lambda one: one[0])
-    _, slices, within = passes[PASSES // 2]
-    about = device.describe()
-    named = str(about.get("name") or about["type"])
-    ranks: list[Rank] = control.gather(Rank(platform.node(), named, slices, within))
+        slices, uncertainty = _trace_pass(work, inputs, device, comm, control)
+        seconds = sum(item.seconds for item in slices if item.row == PHASE)
+        passes.append((control.max(seconds), slices, uncertainty))
+    passes.sort(key=lambda traced: traced[0])
+    _, slices, uncertainty = passes[PASSES // 2]
+    facts = device.describe()
+    device_name = str(facts.get("name") or facts["type"])
+    own = RankTimeline(platform.node(), device_name, slices, uncertainty)
+    ranks: list[RankTimeline] = control.all_gather(own)
     for rank, offset in zip(ranks, clocks.offsets(control), strict=True):
-        rank.within += offset.within
-        for one in rank.slices:
-            one.start, one.end = one.start + offset.seconds, one.end + offset.seconds
+        rank.uncertainty += offset.uncertainty
+        for item in rank.slices:
+            item.start, item.end = item.start + offset.seconds, item.end + offset.seconds
     return ranks
 
 
-def _pass(
+def _trace_pass(
     work: Attention,
     inputs: dict[str, torch.Tensor],
     device: Device,
     comm: Comm,
     control: Control,
-) -> tuple[list[Slice], float]:
-    """What this rank did, and by how many seconds its device's clock may be off the host's."""
+) -> tuple[list[TimelineSlice], float]:
+    """The slices of this rank in one pass, and the uncertainty in seconds of its device's clock
+    against the host's."""
     recorder = Recorder(device.type)
-    watched = copy.copy(work)
-    watched.op = WatchedOperator(work.op, recorder)
-    workload = Workload(watched, inputs, WatchedComm(comm, recorder))
-    workload.ready()
-    recorder.clock.settle()
+    recorded = copy.copy(work)
+    recorded.op = RecordingOperator(work.op, recorder)
+    workload = Workload(recorded, inputs, RecordingComm(comm, recorder))
+    workload.reset()
+    recorder.clock.synchronize()
     recorder.clear()
-    with recorder.clock.named(RANGE):
+    with recorder.clock.nvtx_range(NVTX_RANGE):
         for phase in workload.phases:
             device.flush_cache()
-            recorder.clock.settle()
+            recorder.clock.synchronize()
             control.barrier()
             with recorder.slice(PHASE, phase):
-                workload.call(phase)
-    return recorder.slices(), recorder.clock.within
+                workload.run_phase(phase)
+    return recorder.slices(), recorder.clock.uncertainty

@@ -1,4 +1,4 @@
-"""What ranks did when: its sums, its stragglers, and the file that Perfetto shows.
+"""Timelines of ranks: time per activity, stragglers, and the trace file for Perfetto.
 
 Source of the format: "Trace Event Format", as Chrome and https://ui.perfetto.dev read it.
 """
@@ -11,22 +11,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 COMPUTE, WAITING, TRANSFER, PHASE, OTHER = "compute", "waiting", "transfer", "phase", "other"
-RANGE = "cpbench"  # the NVTX range around what is watched, for profilers
-EVEN = 0.05  # of a phase: whoever is late by less is not told of
-FASTER = 1.1  # more work or a slower pace than the median rank by so much explains lateness
-STARVED = 0.85  # of its time that a thread has a processor
+NVTX_RANGE = "cpbench"  # around the traced passes, for profilers
+MIN_DELAY = 0.05  # share of a phase; smaller delays are not reported
+MIN_RATIO = 1.1  # of pairs, or of time per pair, to the median rank that explains a delay
+MIN_CPU_SHARE = 0.85  # of a thread's compute time that it ran on a core; below it is starved
 
 
 @dataclass
-class Slice:
-    """Something that took a while on one rank.
+class TimelineSlice:
+    """One activity of one rank, from start to end.
 
     Attributes:
         row: ``compute``, ``waiting``, ``transfer`` or ``phase``.
-        name: for people.
+        name: shown to people.
         start, end: seconds, on one clock for all ranks.
-        cpu_s: processor seconds of the thread meanwhile; None where that says nothing.
-        about: what more is known: pairs, bytes, peers.
+        cpu_s: CPU seconds of the thread meanwhile; None where that says nothing.
+        details: pairs, bytes, peers.
     """
 
     row: str
@@ -34,7 +34,7 @@ class Slice:
     start: float
     end: float
     cpu_s: float | None = None
-    about: dict[str, Any] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
@@ -42,51 +42,52 @@ class Slice:
 
 
 @dataclass
-class Rank:
-    """One rank's slices, in order of their start, and where it is.
+class RankTimeline:
+    """The slices of one rank in order of their start, with its host and device.
 
     Attributes:
-        within: seconds by which its clock may be off rank 0's.
+        uncertainty: seconds by which its clock may differ from rank 0's.
     """
 
     host: str
     device: str
-    slices: list[Slice]
-    within: float = 0.0
+    slices: list[TimelineSlice]
+    uncertainty: float = 0.0
 
-    def of_phase(self, phase: str) -> tuple[Slice, list[Slice]]:
-        """The phase itself, and what its thread did meanwhile; what was none of it is ``other``."""
+    def thread_slices(self, phase: str) -> tuple[TimelineSlice, list[TimelineSlice]]:
+        """The slice of a phase and those of its thread, with gaps filled by ``other``."""
         (whole,) = (s for s in self.slices if s.row == PHASE and s.name == phase)
-        own = [
+        recorded = [
             s for s in self.slices
             if s.row in (COMPUTE, WAITING) and whole.start <= s.start < whole.end
         ]  # fmt: skip
-        found, at = list[Slice](), whole.start
-        for one in [*own, Slice(OTHER, "", whole.end, whole.end)]:
-            if one.start > at:
-                found.append(Slice(OTHER, "pack, merge, post", at, one.start))
-            if one.row != OTHER:
-                found.append(one)
-            at = max(at, one.end)
-        return whole, found
+        filled, reached = list[TimelineSlice](), whole.start
+        for item in recorded:
+            if item.start > reached:
+                filled.append(TimelineSlice(OTHER, "pack, merge, post", reached, item.start))
+            filled.append(item)
+            reached = max(reached, item.end)
+        if whole.end > reached:
+            filled.append(TimelineSlice(OTHER, "pack, merge, post", reached, whole.end))
+        return whole, filled
 
-    def transfers(self, phase: str) -> list[Slice]:
-        """What was under way in a phase."""
-        whole, _ = self.of_phase(phase)
+    def transfers(self, phase: str) -> list[TimelineSlice]:
+        """The transfers posted in a phase."""
+        whole, _ = self.thread_slices(phase)
         return [s for s in self.slices if s.row == TRANSFER and whole.start <= s.start < whole.end]
 
 
 @dataclass(frozen=True)
-class Sums:
-    """Seconds of one rank in one phase, and what explains them.
+class PhaseTimes:
+    """Seconds of one rank in one phase by activity, and what explains them.
 
     Attributes:
-        whole: the phase; ``compute``, ``other`` and ``waiting`` add up to it.
-        transfer: during which something was under way.
-        pairs: visible pairs that were computed, each once for every query head.
-        processor: share of ``compute`` during which the thread had a processor; None where that
+        whole: the phase, which is the sum of ``compute``, ``other`` and ``waiting``.
+        transfer: time with at least one transfer in flight.
+        pairs: visible pairs that were computed, each once per query head.
+        cpu_share: share of ``compute`` during which the thread ran on a core; None where that
             says nothing.
-        end: when it was through.
+        end: time at which the phase ended.
     """
 
     whole: float
@@ -95,7 +96,7 @@ class Sums:
     waiting: float
     transfer: float
     pairs: int
-    processor: float | None
+    cpu_share: float | None
     end: float
 
     @property
@@ -103,116 +104,120 @@ class Sums:
         return self.compute + self.other
 
 
-def phases(ranks: Sequence[Rank]) -> list[str]:
-    """In order."""
-    return [one.name for one in ranks[0].slices if one.row == PHASE]
+def phases(ranks: Sequence[RankTimeline]) -> list[str]:
+    """Names of the traced phases, in order."""
+    return [item.name for item in ranks[0].slices if item.row == PHASE]
 
 
-def sums(ranks: Sequence[Rank], phase: str) -> list[Sums]:
-    """Of every rank."""
-    found = []
+def phase_times(ranks: Sequence[RankTimeline], phase: str) -> list[PhaseTimes]:
+    """The time per activity of every rank in a phase."""
+    times = []
     for rank in ranks:
-        whole, own = rank.of_phase(phase)
-        spent = {row: sum(s.seconds for s in own if s.row == row)
-                 for row in (COMPUTE, OTHER, WAITING)}  # fmt: skip
-        computing = [s for s in own if s.row == COMPUTE]
-        used = [s.cpu_s for s in computing if s.cpu_s is not None]
-        share = sum(used) / spent[COMPUTE] if used and spent[COMPUTE] else None
-        found.append(
-            Sums(
-                whole.seconds, spent[COMPUTE], spent[OTHER], spent[WAITING],
-                _covered(rank.transfers(phase)), sum(s.about["pairs"] for s in computing),
-                share, whole.end,
+        whole, thread = rank.thread_slices(phase)
+        seconds = {row: sum(s.seconds for s in thread if s.row == row)
+                   for row in (COMPUTE, OTHER, WAITING)}  # fmt: skip
+        computing = [s for s in thread if s.row == COMPUTE]
+        cpu_s = [s.cpu_s for s in computing if s.cpu_s is not None]
+        cpu_share = sum(cpu_s) / seconds[COMPUTE] if cpu_s and seconds[COMPUTE] else None
+        times.append(
+            PhaseTimes(
+                whole.seconds, seconds[COMPUTE], seconds[OTHER], seconds[WAITING],
+                _covered_seconds(rank.transfers(phase)),
+                sum(s.details["pairs"] for s in computing), cpu_share, whole.end,
             )
         )  # fmt: skip
-    return found
+    return times
 
 
-def stragglers(ranks: Sequence[Rank]) -> list[str]:
-    """A line for each phase: who is late, by how much and why; or that nobody is."""
-    return [_straggler(ranks, phase) for phase in phases(ranks)]
+def straggler_lines(ranks: Sequence[RankTimeline]) -> list[str]:
+    """A line per phase: the straggler, by how much it is late and why; or that there is none."""
+    return [_straggler_line(ranks, phase) for phase in phases(ranks)]
 
 
-def _straggler(ranks: Sequence[Rank], phase: str) -> str:
-    """Ranks that send to each other end together, however late one of them is with its own work: so
-    who is busy longest counts, unless somebody ends later because it waits."""
-    found = sums(ranks, phase)
-    whole = max(one.whole for one in found)
-    slowest = max(range(len(found)), key=lambda r: found[r].busy)
-    last = max(range(len(found)), key=lambda r: found[r].end)
-    waits = found[last].waiting - _of_others(found, last, lambda one: one.waiting)
-    late = found[last].end - _of_others(found, last, lambda one: one.end)
-    over = found[slowest].busy - _of_others(found, slowest, lambda one: one.busy)
-    if late > EVEN * whole and waits > late / 2:
+def _straggler_line(ranks: Sequence[RankTimeline], phase: str) -> str:
+    """Ranks that exchange data end together even when one has more to compute, so the straggler is
+    the rank that is busy longest, unless some rank ends later because it waits."""
+    times = phase_times(ranks, phase)
+    whole = max(rank.whole for rank in times)
+    busiest = max(range(len(times)), key=lambda r: times[r].busy)
+    last = max(range(len(times)), key=lambda r: times[r].end)
+    extra_wait = times[last].waiting - _median_of_others(times, last, lambda t: t.waiting)
+    delay = times[last].end - _median_of_others(times, last, lambda t: t.end)
+    extra_busy = times[busiest].busy - _median_of_others(times, busiest, lambda t: t.busy)
+    if delay > MIN_DELAY * whole and extra_wait > delay / 2:
         return (
-            f"{phase}: {_who(ranks, last)} is through {_ms(late)} after the others, of "
-            f"{_ms(whole)}: it waits {_ms(waits)} longer, mostly "
+            f"{phase}: {_rank_label(ranks, last)} ends {_in_ms(delay)} after the others, of "
+            f"{_in_ms(whole)}: it waits {_in_ms(extra_wait)} longer, mostly "
             f"{_longest_wait(ranks[last], phase)}"
         )
-    if over <= EVEN * whole:
-        return f"{phase}: no rank is late; waiting takes up to {_ms(max(s.waiting for s in found))}"
+    if extra_busy <= MIN_DELAY * whole:
+        longest_wait = max(rank.waiting for rank in times)
+        return f"{phase}: no straggler; ranks wait up to {_in_ms(longest_wait)}"
     return (
-        f"{phase}: {_who(ranks, slowest)} is busy {_ms(over)} longer than the others, of "
-        f"{_ms(whole)}: {_why(found, slowest)}"
+        f"{phase}: {_rank_label(ranks, busiest)} is busy {_in_ms(extra_busy)} longer than the "
+        f"others, of {_in_ms(whole)}: {_delay_cause(times, busiest)}"
     )
 
 
-def _of_others(found: Sequence[Sums], rank: int, figure: Callable[[Sums], float]) -> float:
-    """The median over all ranks but one; that one's own where there is no other."""
-    others = [figure(one) for other, one in enumerate(found) if other != rank]
-    return statistics.median(others) if others else figure(found[rank])
+def _median_of_others(
+    times: Sequence[PhaseTimes], rank: int, figure: Callable[[PhaseTimes], float]
+) -> float:
+    """The median of a figure over all other ranks; the rank's own where there is no other."""
+    others = [figure(peer) for number, peer in enumerate(times) if number != rank]
+    return statistics.median(others) if others else figure(times[rank])
 
 
-def _why(found: Sequence[Sums], rank: int) -> str:
-    one = found[rank]
-    pairs = _of_others(found, rank, lambda other: other.pairs)
-    others_pace = _of_others(found, rank, lambda s: s.compute / s.pairs if s.pairs else 0.0)
-    pace = one.compute / one.pairs / others_pace if one.pairs and others_pace else 1.0
-    reasons = []
-    if one.pairs > FASTER * pairs:
-        times = f"{one.pairs / pairs:.2f}x the pairs" if pairs else "all of the pairs"
-        reasons.append(f"it computes {times}")
-    if pace > FASTER:
-        starved = one.processor is not None and one.processor < STARVED
-        share = f", with a processor for {one.processor:.0%} of the time" if starved else ""
-        reasons.append(f"it is {'starved' if starved else 'slow'}: {pace:.2f}x the time a pair"
-                       f"{share}")  # fmt: skip
-    others = _of_others(found, rank, lambda s: s.other)
-    if not reasons and one.other > others:
-        reasons.append(f"it packs and merges {_ms(one.other - others)} longer")
-    return "; ".join(reasons) or "it computes, a little longer than the others everywhere"
+def _delay_cause(times: Sequence[PhaseTimes], rank: int) -> str:
+    """Why a rank is busy longer than the others."""
+    own = times[rank]
+    pairs = _median_of_others(times, rank, lambda t: t.pairs)
+    per_pair = _median_of_others(times, rank, lambda t: t.compute / t.pairs if t.pairs else 0.0)
+    slowdown = own.compute / own.pairs / per_pair if own.pairs and per_pair else 1.0
+    causes = []
+    if own.pairs > MIN_RATIO * pairs:
+        ratio = f"{own.pairs / pairs:.2f}x the pairs" if pairs else "all of the pairs"
+        causes.append(f"it computes {ratio}")
+    if slowdown > MIN_RATIO:
+        starved = own.cpu_share is not None and own.cpu_share < MIN_CPU_SHARE
+        share = f", on a core for {own.cpu_share:.0%} of the time" if starved else ""
+        causes.append(f"it is {'starved' if starved else 'slow'}: {slowdown:.2f}x the time per "
+                      f"pair{share}")  # fmt: skip
+    others = _median_of_others(times, rank, lambda t: t.other)
+    if not causes and own.other > others:
+        causes.append(f"it packs and merges {_in_ms(own.other - others)} longer")
+    return "; ".join(causes) or "it computes slightly longer throughout"
 
 
-def _longest_wait(rank: Rank, phase: str) -> str:
-    waits = [s for s in rank.of_phase(phase)[1] if s.row == WAITING]
+def _longest_wait(rank: RankTimeline, phase: str) -> str:
+    waits = [s for s in rank.thread_slices(phase)[1] if s.row == WAITING]
     longest = max(waits, key=lambda s: s.seconds, default=None)
     if longest is None:
-        return "for nothing in particular"
-    peers = ", ".join(longest.about.get("receives", ()))
-    return longest.name.removeprefix("wait ") + (f" of rank {peers}" if peers else "")
+        return "for no single transfer"
+    peers = ", ".join(longest.details.get("receives", ()))
+    return longest.name.removeprefix("wait ") + (f" from rank {peers}" if peers else "")
 
 
-def _who(ranks: Sequence[Rank], rank: int) -> str:
+def _rank_label(ranks: Sequence[RankTimeline], rank: int) -> str:
     return f"rank {rank} ({ranks[rank].host}, {ranks[rank].device})"
 
 
-def _ms(seconds: float) -> str:
+def _in_ms(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms"
 
 
-def _covered(slices: Iterable[Slice]) -> float:
-    """Seconds in which at least one of them was under way."""
-    total, until = 0.0, float("-inf")
-    for one in sorted(slices, key=lambda s: s.start):
-        total += max(one.end - max(one.start, until), 0.0)
-        until = max(until, one.end)
+def _covered_seconds(slices: Iterable[TimelineSlice]) -> float:
+    """Seconds covered by at least one of the slices."""
+    total, reached = 0.0, float("-inf")
+    for item in sorted(slices, key=lambda s: s.start):
+        total += max(item.end - max(item.start, reached), 0.0)
+        reached = max(reached, item.end)
     return total
 
 
-def chrome_trace(ranks: Sequence[Rank], about: dict[str, Any]) -> dict[str, Any]:
-    """The trace as Perfetto takes it: a process for each rank, with rows for phases, its thread
-    and transfers; transfers that overlap lie in rows of their own."""
-    zero = min(one.start for rank in ranks for one in rank.slices)
+def chrome_trace(ranks: Sequence[RankTimeline], metadata: dict[str, Any]) -> dict[str, Any]:
+    """The trace in Perfetto's format: a process per rank, with rows for phases, its thread and
+    transfers; overlapping transfers get rows of their own."""
+    zero = min(item.start for rank in ranks for item in rank.slices)
     events: list[dict[str, Any]] = []
     for number, rank in enumerate(ranks):
         rows = {"phase": 0, "compute": 1, "waiting": 2}
@@ -220,14 +225,15 @@ def chrome_trace(ranks: Sequence[Rank], about: dict[str, Any]) -> dict[str, Any]
         for phase in phases(ranks):
             shown += [
                 (rows["waiting" if s.row == WAITING else "compute"], s)
-                for s in rank.of_phase(phase)[1]
+                for s in rank.thread_slices(phase)[1]
             ]
-        lanes: list[float] = []
-        for one in (s for s in rank.slices if s.row == TRANSFER):
-            lane = next((i for i, end in enumerate(lanes) if end <= one.start), len(lanes))
-            lanes[lane : lane + 1] = [one.end]
-            rows[f"transfer {lane + 1}" if lane else "transfer"] = 3 + lane
-            shown.append((3 + lane, one))
+        row_ends: list[float] = []  # of the last transfer in each transfer row
+        for item in (s for s in rank.slices if s.row == TRANSFER):
+            free = (i for i, end in enumerate(row_ends) if end <= item.start)
+            index = next(free, len(row_ends))
+            row_ends[index : index + 1] = [item.end]
+            rows[f"transfer {index + 1}" if index else "transfer"] = 3 + index
+            shown.append((3 + index, item))
         names = [("process_name", 0, {"name": f"rank {number}: {rank.host}, {rank.device}"}),
                  ("process_sort_index", 0, {"sort_index": number})]  # fmt: skip
         for name, row in rows.items():
@@ -237,12 +243,12 @@ def chrome_trace(ranks: Sequence[Rank], about: dict[str, Any]) -> dict[str, Any]
                    for name, row, args in names]  # fmt: skip
         events += [
             {
-                "ph": "X", "pid": number, "tid": row, "name": one.name, "cat": one.row,
-                "ts": round((one.start - zero) * 1e6, 3), "dur": round(one.seconds * 1e6, 3),
-                "args": one.about,
+                "ph": "X", "pid": number, "tid": row, "name": item.name, "cat": item.row,
+                "ts": round((item.start - zero) * 1e6, 3), "dur": round(item.seconds * 1e6, 3),
+                "args": item.details,
             }
-            for row, one in shown
+            for row, item in shown
         ]  # fmt: skip
-    clocks = [round(rank.within * 1e6, 3) for rank in ranks]
-    told = {**about, "stragglers": stragglers(ranks), "clocks within us": clocks}
-    return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": told}
+    uncertainty_us = [round(rank.uncertainty * 1e6, 3) for rank in ranks]
+    facts = {**metadata, "stragglers": straggler_lines(ranks), "clocks within us": uncertainty_us}
+    return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": facts}

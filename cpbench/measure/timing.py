@@ -1,24 +1,26 @@
 """Time and memory of one prepared computation on every rank.
 
-Each phase starts from a barrier and a flushed cache; the figure of an iteration is the slowest
-rank's time in each phase, added up.  Iterations go on until the 95 % interval of the median is
-narrow enough, within a floor and a ceiling; rank 0 decides and tells the others.  Memory is taken
-in a pass of its own, since looking costs time.
+Each phase starts from a barrier and a flushed cache; the time of an iteration is the sum over its
+phases of the slowest rank's time.  Iterations stop when the 95 % confidence interval of the median
+is narrow enough, within a minimum and a maximum; rank 0 decides for all.  Memory is measured in a
+separate pass, since profiling it takes time.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from cpbench.core.operator import QKV
 from cpbench.core.settings import MeasureSettings
 from cpbench.parallel.comm import Traffic
 from cpbench.parallel.memory_trace import peak_bytes
 from cpbench.results.record import relative_half_width
-from cpbench.selectors.common.base import Selecting
+from cpbench.selectors.common.base import Selector
 
 if TYPE_CHECKING:
     import torch
@@ -30,21 +32,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Timing:
-    """What one rank saw: microseconds by phase and iteration, what it sent by phase, and the pace
-    of the machine around each iteration where the device tells it."""
+    """Measurements of one rank: microseconds by phase and iteration, traffic by phase, and the time
+    of the reference computation around each iteration where the device has one."""
 
     times_us: dict[str, list[float]]
     traffic: dict[str, Traffic]
     pace_us: list[float] = field(default_factory=list)
 
     @classmethod
-    def of(cls, workload: Workload) -> Timing:
-        """Of nothing yet."""
+    def empty(cls, workload: Workload) -> Timing:
+        """A timing of no iterations."""
         return cls({phase: [] for phase in workload.phases}, {})
 
 
 class Workload:
-    """The phases of one rank's computation, ready to be called again and again."""
+    """The phases of one rank's computation, which can be called repeatedly."""
 
     def __init__(self, work: Attention, inputs: dict[str, torch.Tensor], comm: Comm) -> None:
         self._work, self._inputs, self._comm = work, inputs, comm
@@ -53,165 +55,169 @@ class Workload:
         self.phases = {"fwd": ("fwd",), "bwd": ("bwd",), "fwd_bwd": ("fwd", "bwd")}[direction]
         self.results: dict[str, torch.Tensor] = {}
 
-    def call(self, phase: str) -> Any:
-        """Run one phase; ``results`` holds what it returned."""
+    def run_phase(self, phase: str) -> Any:
+        """Run one phase and keep what it returns in ``results``."""
         if phase == "fwd":
-            x = self._inputs
-            out, _, self._saved = self._work.forward(
-                x["q"], x["k"], x["v"], self._comm, need_lse=False
-            )
+            qkv = QKV.of(self._inputs)
+            out, _, self._saved = self._work.forward(qkv, self._comm, need_lse=False)
             self.results["out"] = out
         else:
             grads = self._work.backward(self._inputs["dout"], self._saved, self._comm)
             self.results.update(zip(("dq", "dk", "dv"), grads, strict=True))
 
-    def whole(self) -> dict[str, torch.Tensor]:
-        """All phases, results held: what memory is measured of."""
+    def run_all(self) -> dict[str, torch.Tensor]:
+        """Run all phases; returns the results."""
         for phase in self.phases:
-            self.call(phase)
+            self.run_phase(phase)
         return self.results
 
-    def selecting(self) -> dict[str, Callable[[], None]]:
-        """The steps of a forward pass of an operator that chooses, to be called in this order."""
+    def selection_steps(self) -> dict[str, Callable[[], None]]:
+        """The steps of a forward pass of a selector, to be called in this order."""
         selector, plan = self._work.op.impl, self._work.plan.plan
-        assert isinstance(selector, Selecting)
-        q, k, v = (self._inputs[name] for name in ("q", "k", "v"))
-        held: dict[str, Any] = {}
+        assert isinstance(selector, Selector)
+        qkv = QKV.of(self._inputs)
+        intermediate: dict[str, Any] = {}
 
         def select() -> None:
-            held.clear()
-            held["branches"] = selector.select(q, k, plan)
+            intermediate.clear()
+            intermediate["branches"] = selector.select(qkv.q, qkv.k, plan)
 
-        def arrange() -> None:
-            held["arranged"] = selector.arrange(held["branches"], plan)
+        def prepare() -> None:
+            branches = intermediate["branches"]
+            intermediate["prepared"] = selector.prepare_branches(branches, plan)
 
         def compute() -> None:
-            held["out"] = selector.compute(q, k, v, held["arranged"])
+            intermediate["out"] = selector.compute(qkv, intermediate["prepared"])
 
-        return {"select": select, "plan": arrange, "kernel": compute}
+        return {"select": select, "plan": prepare, "kernel": compute}
 
-    def ready(self) -> None:
-        """As before a first call: nothing of earlier ones is held, except, where the backward pass
-        alone is asked for, the forward result that it starts from."""
+    def reset(self) -> None:
+        """Drop the results of earlier calls.  Where only the backward pass is timed, the forward
+        result that it starts from is kept, or computed."""
         self.results = {}
         if self.phases != ("bwd",):
             self._saved = None
         elif self._saved is None:
-            self.call("fwd")
+            self.run_phase("fwd")
             self.results = {}
 
     def release(self) -> None:
-        """Hold nothing."""
+        """Drop all results."""
         self.results, self._saved = {}, None
 
     def predicted_bytes(self) -> dict[str, int]:
-        """What this rank sends by phase, according to its trace; empty where there is none."""
+        """Bytes that this rank sends by phase, according to its trace; empty without a trace."""
         trace = self._work.trace
         return {p: sum(trace.phases[p].bytes_to) for p in self.phases} if trace else {}
 
     def predicted_peak(self) -> dict[str, int]:
-        """Bytes that the strategy's own code needs beside the inputs, by the memory trace."""
+        """Peak bytes of the strategy's own code beyond the inputs, by the memory trace."""
         work = self._work
         if work.trace is None:
             return {}
         return {"predicted": peak_bytes(work.strategy, work.op.info, work.world, work.rank)}
 
     def held_bytes(self) -> dict[str, int]:
-        """What the operator and strategy hold beside inputs and results: their plan, and the
-        forward result that a backward pass alone starts from."""
+        """Bytes that operator and strategy hold beyond inputs and results: their plan, and the
+        forward result where only the backward pass is timed."""
         saved = () if self.phases != ("bwd",) else self._saved
-        known = {x.untyped_storage().data_ptr() for x in self._inputs.values()}
+        input_storages = {x.untyped_storage().data_ptr() for x in self._inputs.values()}
         return {
-            "plan": tensor_bytes(self._work.plan, set(known)),
-            "saved": tensor_bytes(saved, set(known)),
+            "plan": tensor_bytes(self._work.plan, set(input_storages)),
+            "saved": tensor_bytes(saved, set(input_storages)),
         }
 
 
 def measure_first_call(workload: Workload, device: Device, control: Control) -> float:
-    """Microseconds of the very first pass at the measured size, compilation included."""
-    workload.ready()
+    """Microseconds of the first pass at the measured size, including compilation."""
+    workload.reset()
     control.barrier()
-    return device.time_us(workload.whole)
+    return device.time_us(workload.run_all)
 
 
 def measure_time(
     workload: Workload, device: Device, comm: Comm, control: Control, settings: MeasureSettings
 ) -> Timing:
     """Timed iterations on this rank; collective over all ranks."""
-    timing = Timing.of(workload)
+    timing = Timing.empty(workload)
     for _ in range(settings.warmup):
-        iterate(workload, device, comm, control, Timing.of(workload))
-    slowest: list[float] = []
+        iterate(workload, device, comm, control, Timing.empty(workload))
+    slowest_us: list[float] = []
     started = time.monotonic()
-    going, paces = True, [device.pace_us()]
-    while going:
-        slowest.append(iterate(workload, device, comm, control, timing))
-        paces.append(device.pace_us())
-        going = control.decide(_go_on(slowest, time.monotonic() - started, settings))
-    known = [pace for pace in paces if pace is not None]
-    timing.pace_us.extend((a + b) / 2 for a, b in itertools.pairwise(known))
+    more, paces_us = True, [device.pace_us()]
+    while more:
+        slowest_us.append(iterate(workload, device, comm, control, timing))
+        paces_us.append(device.pace_us())
+        more = control.broadcast(needs_more(slowest_us, time.monotonic() - started, settings))
+    measured_us = [pace_us for pace_us in paces_us if pace_us is not None]
+    timing.pace_us.extend((before + after) / 2 for before, after in itertools.pairwise(measured_us))
     return timing
 
 
 def iterate(
     workload: Workload, device: Device, comm: Comm, control: Control, timing: Timing
 ) -> float:
-    """One iteration: every phase from a flushed cache and a barrier.  Returns the microseconds of
-    the slowest rank in each phase, added up."""
-    workload.ready()
-    total = 0.0
+    """Run one iteration, each phase after a cache flush and a barrier, and append it to ``timing``.
+    Returns the sum over phases of the slowest rank's microseconds."""
+    workload.reset()
+    total_us = 0.0
     for phase in workload.phases:
         device.flush_cache()
         comm.traffic.clear()
         control.barrier()
-        took_us = device.time_us(lambda phase=phase: workload.call(phase))  # type: ignore[misc]
-        timing.times_us[phase].append(took_us)
+        phase_us = device.time_us(functools.partial(workload.run_phase, phase))
+        timing.times_us[phase].append(phase_us)
         timing.traffic[phase] = comm.traffic.snapshot()
-        total += control.slowest(took_us)
-    return total
+        total_us += control.max(phase_us)
+    return total_us
 
 
-def measure_parts(
+def measure_selection_steps(
     workload: Workload, device: Device, comm: Comm, control: Control, settings: MeasureSettings
 ) -> dict[str, list[float]]:
-    """Microseconds of choosing, of planning what was chosen and of the kernel, of each iteration,
-    for an operator that chooses; as many iterations as ``settings`` ask for at least."""
-    steps = workload.selecting()
-    found: dict[str, list[float]] = {name: [] for name in steps}
-    begun = time.monotonic()
+    """Microseconds per iteration of a selector's steps on this rank: selection, planning and
+    kernel.  Runs ``settings.min_iterations``, fewer where they take over ``max_seconds``."""
+    steps = workload.selection_steps()
+    times_us: dict[str, list[float]] = {name: [] for name in steps}
+    started = time.monotonic()
     for number in range(settings.warmup + settings.min_iterations):
-        workload.ready()
+        workload.reset()
         for name, step in steps.items():
             device.flush_cache()
             control.barrier()
-            took_us = device.time_us(step)
+            step_us = device.time_us(step)
             if number >= settings.warmup:
-                found[name].append(took_us)
-        late = time.monotonic() - begun > settings.max_seconds and number >= settings.warmup
-        if control.decide(late):
+                times_us[name].append(step_us)
+        out_of_time = time.monotonic() - started > settings.max_seconds
+        if control.broadcast(out_of_time and number >= settings.warmup):
             break
     workload.release()
-    return found
+    return times_us
 
 
 def measure_memory(
     workload: Workload, device: Device, comm: Comm, control: Control
 ) -> dict[str, int]:
-    """Peak bytes of one pass over all phases on this rank, on top of what is held before it.
+    """Peak bytes of one pass over all phases on this rank, beyond those allocated before it, and
+    the bytes held by the plan.
 
-    The pass is unhurried: Gloo's threads let go of a buffer a moment after its transfer has ended,
-    and if they were the last to hold it, the profiler would not see it freed.
+    The pass pauses after each wait: Gloo's threads release a buffer shortly after its transfer has
+    ended, and if they held the last reference, the profiler would not see it freed.
     """
-    workload.ready()
+    workload.reset()
     control.barrier()
     comm.pause_s = 0.002
-    peak = device.peak_bytes(workload.whole)
+    peak = device.peak_bytes(workload.run_all)
     comm.pause_s = 0.0
     return {**peak, **workload.held_bytes()}
 
 
 def tensor_bytes(value: Any, seen: set[int]) -> int:
-    """Bytes of the tensors in a plan or other nest of objects, each storage once."""
+    """Bytes of the tensors in a nested object, such as a plan; each storage counts once.
+
+    Args:
+        seen: data pointers of storages not to be counted; those found are added.
+    """
     import torch
 
     if isinstance(value, torch.Tensor):
@@ -227,7 +233,8 @@ def tensor_bytes(value: Any, seen: set[int]) -> int:
     return tensor_bytes(vars(value), seen) if hasattr(value, "__dict__") else 0
 
 
-def _go_on(samples: list[float], seconds: float, settings: MeasureSettings) -> bool:
+def needs_more(samples: list[float], seconds: float, settings: MeasureSettings) -> bool:
+    """Whether to run another iteration after these, which have taken ``seconds``."""
     if len(samples) < settings.min_iterations:
         return True
     if len(samples) >= settings.max_iterations or seconds > settings.max_seconds:

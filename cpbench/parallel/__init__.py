@@ -1,1 +1,1 @@
-"""Ranks, layouts, communication, and the contract of context-parallel strategies."""
+"""Layouts, meshes, communication, traces, and the contract of context-parallel strategies."""

@@ -1,15 +1,16 @@
-"""Communication between ranks: what strategies may ask for, and torch.distributed doing it.
+"""Communication between ranks: the operations that strategies use, over torch.distributed.
 
-Bytes are counted here, from the tensors that cross the transport boundary, independently of any
-plan.  Attribution to (sender, receiver), one message each unless said otherwise:
+Bytes are counted here, from the tensors passed to the transport, independently of any plan.
+Attribution to (sender, receiver), one message each unless noted otherwise:
 
 - exchange: every tensor to its receiver, unless that is the sender itself;
-- all_to_all: each chunk to its rank;  all_gather: the own shard to every other rank;
+- all_to_all: each chunk to its rank;  all_gather: the local shard to every other rank;
 - reduce_scatter: each chunk to its rank;
-- all_reduce: as reduce-scatter and all-gather, two messages of 1/P of the tensor to every other.
+- all_reduce: a reduce-scatter and an all-gather, two messages of 1/P of the tensor to every other
+  rank.
 
-What a transport does underneath (rings, trees) may move the same bytes by other routes; per rank
-and in sum it cannot do with fewer.
+The algorithm of a transport (ring, tree) may send the same bytes over other routes, but not fewer,
+neither per rank nor in total.
 """
 
 from __future__ import annotations
@@ -24,60 +25,62 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 if TYPE_CHECKING:
     import torch
 
+    Messages = Sequence[tuple[torch.Tensor, int]]  # tensors, each with its peer rank
+
 
 class Handle(Protocol):
-    """Something under way; buffers may be read and reused after ``wait``."""
+    """A pending operation; its buffers may be read and reused after ``wait``."""
 
     def wait(self) -> None: ...
 
 
 class Traffic:
-    """What one rank has sent to other ranks.
+    """Counters of the bytes and messages that one rank has sent to other ranks.
 
     Attributes:
-        bytes_to: by receiver, ``[P]``.
-        messages: how many.
-        largest: bytes of the largest.
+        bytes_to: bytes by receiver, ``[P]``.
+        messages: number of messages.
+        largest_message: bytes of the largest message.
     """
 
     def __init__(self, size: int) -> None:
         self.bytes_to = [0] * size
-        self.messages = self.largest = 0
+        self.messages = self.largest_message = 0
 
     def add(self, receiver: int, nbytes: int, messages: int = 1) -> None:
-        """Note messages of ``nbytes`` each."""
+        """Count messages of ``nbytes`` each."""
         self.bytes_to[receiver] += nbytes * messages
         self.messages += messages
-        self.largest = max(self.largest, nbytes)
+        self.largest_message = max(self.largest_message, nbytes)
 
     def clear(self) -> None:
-        """Begin anew."""
+        """Reset the counters."""
         self.bytes_to = [0] * len(self.bytes_to)
-        self.messages = self.largest = 0
+        self.messages = self.largest_message = 0
 
     def snapshot(self) -> Traffic:
-        """What has been noted so far; later messages do not change it."""
-        found = copy.copy(self)
-        found.bytes_to = list(self.bytes_to)
-        return found
+        """A copy of the counters; later messages do not change it."""
+        snapshot = copy.copy(self)
+        snapshot.bytes_to = list(self.bytes_to)
+        return snapshot
 
     @property
     def bytes_sent(self) -> int:
         return sum(self.bytes_to)
 
-    def across(self, sender: int, ranks_per_node: int) -> int:
-        """Bytes to ranks of other nodes."""
-        node = sender // ranks_per_node * ranks_per_node
-        return self.bytes_sent - sum(self.bytes_to[node : node + ranks_per_node])
+    def bytes_across_nodes(self, sender: int, ranks_per_node: int) -> int:
+        """Bytes sent to ranks of other nodes."""
+        first = sender // ranks_per_node * ranks_per_node
+        return self.bytes_sent - sum(self.bytes_to[first : first + ranks_per_node])
 
 
 class Comm(Protocol):
-    """The operations of a strategy.  Tensors are contiguous; each returns a handle to wait on.
+    """The operations that a strategy uses.  Tensors are contiguous; each returns a handle.
 
     Attributes:
-        rank, size: in this communicator.
-        traffic: of the whole job's rank, shared by its sub-communicators.
-        pause_s: slept after each wait; see cpbench.measure.timing.measure_memory.
+        rank, size: of this communicator.
+        traffic: counters of this rank, shared with its sub-communicators.
+        pause_s: sleep after each wait; see cpbench.measure.timing.measure_memory.
     """
 
     rank: int
@@ -86,83 +89,78 @@ class Comm(Protocol):
     pause_s: float
 
     def sub(self, ranks: Sequence[int]) -> Comm:
-        """The communicator of some ranks, of which this must be one, numbered in this order.
+        """The communicator of a subset of ranks, including this one, numbered in the order given.
 
-        Its members ask for the same communicators in the same order; nothing is sent before the
-        first collective.
+        All members must create the same communicators in the same order; nothing is sent before
+        the first collective.
         """
         ...
 
-    def exchange(
-        self,
-        sends: Sequence[tuple[torch.Tensor, int]],
-        recvs: Sequence[tuple[torch.Tensor, int]],
-        what: str = "",
-    ) -> Handle:
-        """Send tensors to ranks and receive into tensors from ranks, all at once.
+    def exchange(self, sends: Messages, recvs: Messages, what: str = "") -> Handle:
+        """Post a batch of P2P sends and receives.
 
-        Between two ranks, messages match in the order in which they are given.  ``what`` says in
-        a word what is sent (``"keys"``): ranks agree on the words before anything is sent, so that
-        messages of one size that would swap places are found.
+        Messages between two ranks match in the order in which they are posted.  ``what`` names the
+        content (``"keys"``): ranks compare the names before anything is sent, which detects
+        messages of equal size in the wrong order.
         """
         ...
 
     def all_to_all(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
-        """Chunk ``r`` of x along its first axis (length P) goes to rank r."""
+        """Send chunk ``r`` of x along its first axis (length P) to rank r."""
         ...
 
     def all_gather(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
-        """``out[r]`` becomes x of rank r."""
+        """Set ``out[r]`` to x of rank r."""
         ...
 
     def reduce_scatter(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
-        """out becomes the sum over ranks of their ``x[rank]``."""
+        """Set out to the sum over ranks of their ``x[rank]``."""
         ...
 
     def all_reduce(self, x: torch.Tensor, largest: bool = False) -> Handle:
-        """x becomes the sum over ranks of x, or the elementwise largest."""
+        """Replace x by its sum over ranks, or by its elementwise maximum."""
         ...
 
 
-class Done:
-    """A handle on nothing left to do."""
+class CompletedHandle:
+    """The handle of an operation that has already completed."""
 
     def wait(self) -> None:
         pass
 
 
-class Works:
-    """torch.distributed's works, and what is left to do when they have ended."""
+class TorchHandle:
+    """A handle on works of torch.distributed, with an optional callback after the last one."""
 
     def __init__(
-        self, comm: TorchComm, works: Sequence[Any], then: Callable[[], Any] | None = None
+        self, comm: TorchComm, works: Sequence[Any], on_complete: Callable[[], Any] | None = None
     ) -> None:
-        self._works, self._then, self._pause_s = works, then, comm.pause_s
+        self._works, self._on_complete, self._pause_s = works, on_complete, comm.pause_s
 
-    def arrive(self) -> None:
-        """Wait for the transfers alone; ``wait`` is still to come."""
+    def wait_transfers(self) -> None:
+        """Wait for the transfers only; ``wait`` must still be called."""
         for work in self._works:
             work.wait()
 
     def wait(self) -> None:
-        self.arrive()
+        self.wait_transfers()
         if self._pause_s and self._works:
             time.sleep(self._pause_s)
-        if self._then is not None:
-            self._then()
-        self._works, self._then = (), None
+        if self._on_complete is not None:
+            self._on_complete()
+        self._works, self._on_complete = (), None
 
 
-class Grouped:
-    """What communicators share: members of a root one, and sub-communicators made once.
+class GroupedComm:
+    """Base of communicators: a root communicator and its cached sub-communicators.
 
     Args:
-        rank, size: of the root.
+        rank, size: of the root communicator.
     """
 
     def __init__(self: Self, rank: int, size: int) -> None:
         self._root: Self = self
-        self._members = tuple(range(size))  # ranks of the root, in the order of this one
+        self._members = tuple(range(size))  # root ranks, in the order of this communicator
         self._subs: dict[tuple[int, ...], Self] = {self._members: self}
         self.rank, self.size = rank, size
         self.traffic, self._pause_s = Traffic(size), 0.0
@@ -179,70 +177,70 @@ class Grouped:
         """See :meth:`Comm.sub`."""
         members = tuple(self._members[rank] for rank in ranks)
         if members not in self._root._subs:
-            made = copy.copy(self._root)  # traffic and all else is the root's
-            made._members, made.size = members, len(members)
-            made.rank = members.index(self._root.rank)
-            made._begin()
-            self._root._subs[members] = made
+            sub = copy.copy(self._root)  # shares traffic and all else with the root
+            sub._members, sub.size = members, len(members)
+            sub.rank = members.index(self._root.rank)
+            sub._init_sub()
+            self._root._subs[members] = sub
         return self._root._subs[members]
 
-    def _begin(self) -> None:
-        """What a sub-communicator has of its own."""
+    def _init_sub(self) -> None:
+        """Initialise the state that a sub-communicator does not share with the root."""
 
-    def _note(self, nbytes: int, messages: int) -> None:
-        """A collective in which so much goes to each other member."""
+    def _copy_self_messages(self, sends: Messages, recvs: Messages) -> None:
+        """Copy the messages of an exchange that this rank sends to itself."""
+        sources = (tensor for tensor, peer in sends if peer == self.rank)
+        targets = (tensor for tensor, peer in recvs if peer == self.rank)
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)
+
+    def _count_collective(self, nbytes: int, messages: int) -> None:
+        """Count a collective that sends ``messages`` of ``nbytes`` to each other member."""
         for member in self._members:
             if member != self._root.rank:
                 self.traffic.add(member, nbytes, messages)
 
 
-class TorchComm(Grouped):
+class TorchComm(GroupedComm):
     """:class:`Comm` over a torch.distributed group (Gloo for CPU tensors, NCCL for CUDA ones).
 
     Args:
-        group: a process group; the default one unless given.
+        group: a process group; the default group unless given.
 
     Attributes:
-        group: that of the members, None for the default one or one that nothing has needed yet.
+        group: the process group of the members; None for the default group, or for a
+            sub-communicator before its first collective.
     """
 
     def __init__(self, group: Any = None) -> None:
         import torch.distributed as dist
 
         super().__init__(dist.get_rank(group), dist.get_world_size(group))
-        self._dist, self._world, self.group = dist, group, group
+        self._dist, self._root_group, self.group = dist, group, group
         if "nccl" in dist.get_backend(group):
-            # NCCL wants every rank in a group's first operation, which a ring's first exchange,
-            # with its skipped steps, is not; and no communicator is made in a timed window.
+            # NCCL requires every rank in the first operation of a group, and a ring that skips
+            # steps does not provide that; nor is a communicator created in a timed window.
             import torch
 
             dist.all_reduce(torch.zeros(1, device="cuda"), group=group)
 
-    def _begin(self) -> None:
+    def _init_sub(self) -> None:
         self.group = None
 
     def _collective(self, nbytes: int, messages: int = 1) -> Any:
-        """The process group, made when first needed; notes what goes to each other rank."""
+        """Return the process group, created at its first collective, and count the bytes sent."""
         if self.group is None and self is not self._root:
             assert list(self._members) == sorted(self._members), "process groups sort their ranks"
-            world = self._dist.get_process_group_ranks(self._world)
-            ranks = [world[member] for member in self._members]
+            global_ranks = self._dist.get_process_group_ranks(self._root_group)
+            ranks = [global_ranks[member] for member in self._members]
             self.group = self._dist.new_group(ranks, use_local_synchronization=True)
-        self._note(nbytes, messages)
+        self._count_collective(nbytes, messages)
         return self.group
 
-    def exchange(
-        self,
-        sends: Sequence[tuple[torch.Tensor, int]],
-        recvs: Sequence[tuple[torch.Tensor, int]],
-        what: str = "",
-    ) -> Handle:
-        dist, group = self._dist, self._world
-        own = [tensor for tensor, peer in sends if peer == self.rank]
-        into = [tensor for tensor, peer in recvs if peer == self.rank]
-        for target, source in zip(into, own, strict=True):  # Gloo cannot send to itself
-            target.copy_(source)
-        # Receives first: over Gloo, being ready to receive would queue behind one's own data.
+    def exchange(self, sends: Messages, recvs: Messages, what: str = "") -> Handle:
+        dist, group = self._dist, self._root_group
+        self._copy_self_messages(sends, recvs)  # Gloo cannot send to itself
+        # Receives first: over Gloo, the notice of a posted receive queues behind data being sent.
         ops = []
         for tensor, peer in recvs:
             if peer != self.rank:
@@ -253,50 +251,50 @@ class TorchComm(Grouped):
                 receiver = self._members[peer]
                 self.traffic.add(receiver, _nbytes(tensor))
                 ops.append(dist.P2POp(dist.isend, tensor, group=group, group_peer=receiver))
-        return Works(self, dist.batch_isend_irecv(ops) if ops else [])
+        return TorchHandle(self, dist.batch_isend_irecv(ops) if ops else [])
 
     def all_to_all(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
         assert len(x) == len(out) == self.size
         if self.size == 1:
-            return Works(self, [], lambda: out.copy_(x))
+            return TorchHandle(self, [], lambda: out.copy_(x))
         group = self._collective(_nbytes(x[0]))
-        return Works(self, [self._dist.all_to_all_single(out, x, group=group, async_op=True)])
+        return TorchHandle(self, [self._dist.all_to_all_single(out, x, group=group, async_op=True)])
 
     def all_gather(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
         assert len(out) == self.size
         if self.size == 1:
-            return Works(self, [], lambda: out[0].copy_(x))
+            return TorchHandle(self, [], lambda: out[0].copy_(x))
         group = self._collective(_nbytes(x))
         gather = getattr(self._dist, "all_gather_single", self._dist.all_gather_into_tensor)
-        return Works(self, [gather(out.flatten(0, 1), x, group=group, async_op=True)])
+        return TorchHandle(self, [gather(out.flatten(0, 1), x, group=group, async_op=True)])
 
     def reduce_scatter(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
         import torch
 
         assert len(x) == self.size
         if self.size == 1:
-            return Works(self, [], lambda: out.copy_(x[0]))
+            return TorchHandle(self, [], lambda: out.copy_(x[0]))
         group = self._collective(_nbytes(out))
         if x.device.type == "cpu":
-            # Gloo's own is an all-reduce: twice the bytes, and sums in an order of its own.
-            parts = torch.empty_like(x)
-            work = self._dist.all_to_all_single(parts, x, group=group, async_op=True)
-            return Works(self, [work], lambda: torch.sum(parts, 0, out=out))
+            # Gloo's reduce-scatter is an all-reduce: twice the bytes, another order of summation.
+            received = torch.empty_like(x)
+            work = self._dist.all_to_all_single(received, x, group=group, async_op=True)
+            return TorchHandle(self, [work], lambda: torch.sum(received, 0, out=out))
         scatter = getattr(self._dist, "reduce_scatter_single", self._dist.reduce_scatter_tensor)
-        return Works(self, [scatter(out, x.flatten(0, 1), group=group, async_op=True)])
+        return TorchHandle(self, [scatter(out, x.flatten(0, 1), group=group, async_op=True)])
 
     def all_reduce(self, x: torch.Tensor, largest: bool = False) -> Handle:
         if self.size == 1:
-            return Done()
+            return CompletedHandle()
         group = self._collective(-(-_nbytes(x) // self.size), 2)
-        kind = self._dist.ReduceOp.MAX if largest else self._dist.ReduceOp.SUM
-        return Works(self, [self._dist.all_reduce(x, kind, group=group, async_op=True)])
+        op = self._dist.ReduceOp.MAX if largest else self._dist.ReduceOp.SUM
+        return TorchHandle(self, [self._dist.all_reduce(x, op, group=group, async_op=True)])
 
 
 class Control:
-    """Small messages between ranks beside the measured ones: agreement, barriers, results.
+    """Control messages between ranks, apart from the measured ones: agreement, barriers, results.
 
-    Runs on its own Gloo group, so it never disturbs (or waits for) the transport under test.
+    Uses a Gloo group of its own, so it neither disturbs nor waits for the transport under test.
     """
 
     def __init__(self, group: Any = None, timeout_s: float = 1800.0) -> None:
@@ -312,33 +310,33 @@ class Control:
         self.rank, self.size = dist.get_rank(self._group), dist.get_world_size(self._group)
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank has reached this call."""
         self._dist.barrier(group=self._group)
 
-    def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks, in order, on every rank."""
+    def all_gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, in rank order, on every rank."""
         values: list[Any] = [None] * self.size
         self._dist.all_gather_object(values, value, group=self._group)
         return values
 
-    def slowest(self, seconds: float) -> float:
-        """The largest of the ranks' figures, on every rank (one small all-reduce)."""
+    def max(self, value: float) -> float:
+        """The maximum over ranks, on every rank (one small all-reduce)."""
         import torch
 
-        cell = torch.tensor([seconds], dtype=torch.float64)
+        cell = torch.tensor([value], dtype=torch.float64)
         self._dist.all_reduce(cell, op=self._dist.ReduceOp.MAX, group=self._group)
         return float(cell.item())
 
-    def decide(self, choice: bool) -> bool:
-        """Rank 0's choice, on every rank."""
+    def broadcast(self, flag: bool) -> bool:
+        """The flag of rank 0, on every rank."""
         import torch
 
-        cell = torch.tensor([int(choice)])
+        cell = torch.tensor([int(flag)])
         self._dist.broadcast(cell, group=self._group, group_src=0)
         return bool(cell.item())
 
-    def ask(self, rank: int) -> float:
-        """The number that another rank gives in :meth:`answer`, asked for by rank 0."""
+    def request_value(self, rank: int) -> float:
+        """On rank 0: the value that ``rank`` computes in :meth:`reply_value`."""
         import torch
 
         cell = torch.zeros(1, dtype=torch.float64)
@@ -346,23 +344,22 @@ class Control:
         self._dist.recv(cell, group=self._group, group_src=rank)
         return float(cell.item())
 
-    def answer(self, number: Callable[[], float]) -> None:
-        """Give rank 0 a number when it asks."""
+    def reply_value(self, compute: Callable[[], float]) -> None:
+        """Wait for a request of rank 0 and send it a value computed at that moment."""
         import torch
 
         cell = torch.zeros(1, dtype=torch.float64)
         self._dist.recv(cell, group=self._group, group_src=0)
-        cell[0] = number()
+        cell[0] = compute()
         self._dist.send(cell, group=self._group, group_dst=0)
 
     def ranks_per_node(self) -> int:
-        """Ranks that share a machine, where they are numbered machine by machine and as many on
-        each; else 1."""
-        hosts = self.gather(socket.gethostname())
-        each = hosts.count(hosts[0])
-        runs = [hosts[i : i + each] for i in range(0, len(hosts), each)]
-        even = all(len(run) == each and len(set(run)) == 1 for run in runs)
-        return each if even and len(set(hosts)) == len(runs) else 1
+        """Ranks per node where ranks are numbered node by node, equally many on each; else 1."""
+        hosts = self.all_gather(socket.gethostname())
+        per_node = hosts.count(hosts[0])
+        nodes = [hosts[i : i + per_node] for i in range(0, len(hosts), per_node)]
+        even = all(len(node) == per_node and len(set(node)) == 1 for node in nodes)
+        return per_node if even and len(set(hosts)) == len(nodes) else 1
 
 
 def _nbytes(tensor: torch.Tensor) -> int:

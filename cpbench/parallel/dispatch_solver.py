@@ -1,14 +1,13 @@
-"""The solver behind the layout ``dispatch``: tokens dealt so that every rank has the same number of
-them and nearly the same visible area, and few keys must travel.
+"""The solver of the layout ``dispatch``: equal token counts and nearly equal areas per rank, with
+few keys to send.
 
-Blocks of the mask that hang together (documents) fall into atoms, which fit on a rank, by tokens
-and by area, and stay whole, and long ones.  Tokens of a long block that see more keys than the
-average token are heavy, the others light.  Rank by rank, the end of the heaviest long block is
-dealt, as much as balances with light tokens beside it: first those of the same block, from its
-beginning (what a rank has fetched for the end serves them for nothing), then whole atoms.  As heavy
-tokens lie above the average and light ones below, a share that balances exists for every rank, down
-to one token; and as the heaviest go with the lightest, no block is spread over more ranks than it
-need be.
+Connected blocks of the mask (documents) are short, if they fit on a rank by tokens and by area, or
+long; short blocks are kept whole where possible.  Tokens of a long block that see more keys than
+the average token are heavy, the others light.  Rank by rank, the solver assigns tokens from the end
+of the heaviest long block, balanced by light tokens: first those at the beginning of the same block
+(whose keys the rank receives anyway), then whole short blocks.  As heavy tokens lie above the
+average and light tokens below, a balanced assignment exists for every rank, up to one token; and as
+the heaviest tokens are paired with the lightest, no block is spread over more ranks than necessary.
 """
 
 from __future__ import annotations
@@ -23,28 +22,28 @@ import numpy as np
 
 from cpbench.masks.attn_mask import AttnMask, BoolArray, IntArray
 
-CHUNKS = 64  # of a rank's tokens: how finely heavy and light ones are told apart
-EVEN = 0.01  # of the mean area above it: no more tokens are swapped
-LOOK = 32  # atoms that are tried for one that fits
+CHUNKS_PER_RANK = 64  # granularity of the split into heavy and light tokens
+IMBALANCE_TOLERANCE = 0.01  # relative to the mean area; below it no more tokens are swapped
+SEARCH_WIDTH = 32  # short blocks that are tried to find one that fits
 
 
-def deal(mask: AttnMask, ranks: int) -> IntArray:
-    """``(n, 3)`` segments (rank, start, length), each rank ``ceil(S / P)`` tokens, in order.
+def assign_tokens(mask: AttnMask, ranks: int) -> IntArray:
+    """Assign tokens to ranks: ``(n, 3)`` segments (rank, start, length), sorted.
 
-    Positions from S on are padding.
+    Every rank gets ``ceil(S / P)`` tokens; positions from S on are padding.
     """
-    return _Dealer(mask, ranks).segments()
+    return _Solver(mask, ranks).segments()
 
 
-class Row(NamedTuple):
-    """Neighbouring tokens."""
+class TokenRun(NamedTuple):
+    """A run of consecutive tokens."""
 
     start: int
     length: int
 
 
-class _Atom(NamedTuple):
-    """A short block, or several tiny ones that are neighbours."""
+class _ShortBlock(NamedTuple):
+    """A block that fits on a rank, or several adjacent tiny ones."""
 
     tokens: int
     area: int
@@ -55,8 +54,8 @@ class _Atom(NamedTuple):
         return self.area / self.tokens
 
 
-class _Stock:
-    """Some tokens of one block, dealt from either end.
+class _TokenPool:
+    """Unassigned tokens of one block, taken from either end.
 
     Args:
         cumulative: visible pairs before each token of the sequence.
@@ -64,259 +63,273 @@ class _Stock:
     """
 
     def __init__(self, cumulative: IntArray, runs: list[tuple[int, int]]) -> None:
-        self._before, self._runs = cumulative, deque(runs)
+        self._cumulative, self._runs = cumulative, deque(runs)
         self.count = sum(end - start for start, end in runs)
 
     def area(self, count: int, high: bool = False) -> int:
-        """Of so many from one end; of all if there are fewer."""
+        """The area of ``count`` tokens from one end, or of all if there are fewer."""
         total = 0
         for start, end in reversed(self._runs) if high else self._runs:
             n = min(count, end - start)
             first = end - n if high else start
-            total += int(self._before[first + n] - self._before[first])
+            total += int(self._cumulative[first + n] - self._cumulative[first])
             count -= n
             if not count:
                 break
         return total
 
-    def take(self, count: int, high: bool = False) -> list[Row]:
-        """So many from one end."""
-        taken = []
+    def take(self, count: int, high: bool = False) -> list[TokenRun]:
+        """Remove ``count`` tokens from one end."""
+        runs = []
         self.count -= count
         while count:
             start, end = self._runs.pop() if high else self._runs.popleft()
             n = min(count, end - start)
             count -= n
-            taken.append(Row(end - n if high else start, n))
+            runs.append(TokenRun(end - n if high else start, n))
             if n < end - start and high:
                 self._runs.append((start, end - n))
             elif n < end - start:
                 self._runs.appendleft((start + n, end))
-        return taken
+        return runs
 
 
-class _Share:
-    """What one rank gets, and how many tokens and how much area it still wants."""
+class _RankShare:
+    """The tokens assigned to one rank, and the tokens and area that it still needs."""
 
     def __init__(self, tokens: int, area: float) -> None:
-        self.tokens, self.area, self.rows = tokens, area, list[Row]()
+        self.tokens, self.area, self.runs = tokens, area, list[TokenRun]()
 
-    def add(self, stock: _Stock, count: int, high: bool = False) -> None:
-        self.area -= stock.area(count, high)
+    def add(self, pool: _TokenPool, count: int, high: bool = False) -> None:
+        self.area -= pool.area(count, high)
         self.tokens -= count
-        self.rows += stock.take(count, high)
+        self.runs += pool.take(count, high)
 
-    def add_whole(self, atom: _Atom) -> None:
-        self.area -= atom.area
-        self.tokens -= atom.tokens
-        self.rows.append(Row(atom.start, atom.tokens))
+    def add_block(self, block: _ShortBlock) -> None:
+        self.area -= block.area
+        self.tokens -= block.tokens
+        self.runs.append(TokenRun(block.start, block.tokens))
 
-    def room(self, heavy: _Stock, count: int, area: int) -> bool:
-        """Whether, after so many light tokens, heavy ones can still make up the area."""
-        left = self.tokens - count
-        return left >= 0 and heavy.area(left, high=True) >= self.area - area
+    def can_complete(self, heavy: _TokenPool, count: int, area: int) -> bool:
+        """Whether heavy tokens can supply the remaining area after ``count`` light tokens."""
+        remaining = self.tokens - count
+        return remaining >= 0 and heavy.area(remaining, high=True) >= self.area - area
 
-    def lighten(self, heavy: _Stock, stock: _Stock) -> bool:
-        """Add light tokens as long as there is room; whether all were."""
-        count = min(stock.count, self.tokens)
-        self.add(stock, _most(count, lambda n: self.room(heavy, n, stock.area(n))))
-        return not stock.count
+    def add_light(self, heavy: _TokenPool, pool: _TokenPool) -> bool:
+        """Add light tokens while heavy ones can complete the rank; return whether all fit."""
+        count = min(pool.count, self.tokens)
+        count = _largest_feasible(count, lambda n: self.can_complete(heavy, n, pool.area(n)))
+        self.add(pool, count)
+        return not pool.count
 
 
-class _Dealer:
+class _Solver:
+    """The state of one assignment: the tokens that are still unassigned."""
+
     def __init__(self, mask: AttnMask, ranks: int) -> None:
-        self.ranks, self.each = ranks, -(-mask.seq_q // ranks)
-        seen = np.zeros(ranks * self.each, np.int64)
-        seen[: mask.seq_q] = mask.row_counts()
-        self.before = np.concatenate([[0], np.cumsum(seen)])
-        starts = np.append(mask.diagonal_blocks(), len(seen))  # padding joins the last block
-        long = np.diff(starts) > self.each
-        long |= np.diff(self.before[starts]) * ranks > self.before[-1]
-        step = max(self.each // CHUNKS, 1)
-        # Long blocks, and what is left of others: heavy and light tokens, or light ones alone.
-        self.heavy, self.light = deque[tuple[_Stock, _Stock]](), deque[_Stock]()
+        self.ranks, self.local_len = ranks, -(-mask.seq_q // ranks)
+        row_areas = np.zeros(ranks * self.local_len, np.int64)
+        row_areas[: mask.seq_q] = mask.row_counts()
+        self.cumulative = np.concatenate([[0], np.cumsum(row_areas)])
+        starts = np.append(mask.diagonal_blocks(), len(row_areas))  # padding joins the last block
+        long = np.diff(starts) > self.local_len
+        long |= np.diff(self.cumulative[starts]) * ranks > self.cumulative[-1]
+        step = max(self.local_len // CHUNKS_PER_RANK, 1)
+        # Long blocks with heavy and light tokens; pools of light tokens only.
+        self.heavy, self.light = deque[tuple[_TokenPool, _TokenPool]](), deque[_TokenPool]()
         for start, end in zip(starts[:-1][long].tolist(), starts[1:][long].tolist(), strict=True):
-            heavy, light = self._halves(start, end, step)
+            heavy, light = self._split_heavy_light(start, end, step)
             if heavy.count:
                 self.heavy.append((heavy, light))
             else:
                 self.light.append(light)
         densest = sorted(self.heavy, key=lambda pair: pair[0].area(step, high=True), reverse=True)
         self.heavy = deque(densest)
-        self.atoms = deque(self._atoms(starts, long, step))
-        self.by_density = list[_Atom]()  # the atoms, once there are no heavy tokens
+        self.short_blocks = deque(self._short_blocks(starts, long, step))
+        self.by_density = list[_ShortBlock]()  # short blocks, once there are no heavy tokens
 
-    def _halves(self, start: int, end: int, step: int) -> tuple[_Stock, _Stock]:
-        """The heavy and the light tokens of a block, told apart in chunks of ``step``."""
-        cuts = np.append(np.arange(start, end, step), end)
-        mean = float(self.before[-1]) / (len(self.before) - 1)
-        heavy = np.diff(self.before[cuts]) > mean * np.diff(cuts)
-        turns = np.flatnonzero(np.diff(heavy)) + 1
-        bounds = cuts[np.concatenate([[0], turns, [len(heavy)]])].tolist()
+    def _split_heavy_light(self, start: int, end: int, step: int) -> tuple[_TokenPool, _TokenPool]:
+        """The heavy and the light tokens of a block, classified in chunks of ``step``."""
+        edges = np.append(np.arange(start, end, step), end)
+        mean = float(self.cumulative[-1]) / (len(self.cumulative) - 1)
+        heavy = np.diff(self.cumulative[edges]) > mean * np.diff(edges)
+        changes = np.flatnonzero(np.diff(heavy)) + 1
+        bounds = edges[np.concatenate([[0], changes, [len(heavy)]])].tolist()
         runs = list(itertools.pairwise(bounds))
         first = 0 if heavy[0] else 1
-        return _Stock(self.before, runs[first::2]), _Stock(self.before, runs[1 - first :: 2])
+        heavy_runs, light_runs = runs[first::2], runs[1 - first :: 2]
+        return _TokenPool(self.cumulative, heavy_runs), _TokenPool(self.cumulative, light_runs)
 
-    def _atoms(self, starts: IntArray, long: BoolArray, step: int) -> list[_Atom]:
-        """The short blocks, in order; tiny neighbours that begin in one chunk stay together."""
+    def _short_blocks(self, starts: IntArray, long: BoolArray, step: int) -> list[_ShortBlock]:
+        """The short blocks, in order; adjacent tiny ones that begin in one chunk are merged."""
         tiny = np.diff(starts) < step
         follows = tiny[1:] & tiny[:-1] & (np.diff(starts[:-1] // step) == 0)
         first = np.flatnonzero(np.append(True, ~follows))
         begin, end = starts[first], np.append(starts[first[1:]], starts[-1])
         begin, end = begin[~long[first]], end[~long[first]]
-        area = self.before[end] - self.before[begin]
-        rows = zip((end - begin).tolist(), area.tolist(), begin.tolist(), strict=True)
-        return [_Atom(*row) for row in rows]
+        area = self.cumulative[end] - self.cumulative[begin]
+        fields = zip((end - begin).tolist(), area.tolist(), begin.tolist(), strict=True)
+        return [_ShortBlock(*block_fields) for block_fields in fields]
 
     def segments(self) -> IntArray:
-        left, given = int(self.before[-1]), list[list[Row]]()
+        """Assign all tokens."""
+        remaining_area, assigned = int(self.cumulative[-1]), list[list[TokenRun]]()
         for rank in range(self.ranks):
-            share = _Share(self.each, left / (self.ranks - rank))
+            share = _RankShare(self.local_len, remaining_area / (self.ranks - rank))
             while share.tokens and self.heavy:
                 self._add_heavy(share)
             while share.tokens:
-                self._add_any(share)
-            given.append(share.rows)
-            left -= self._area(*share.rows)
-        self._even_out(given)
-        rows = [(rank, *row) for rank, some in enumerate(given) for row in _joined(some)]
+                self._add_light_or_short(share)
+            assigned.append(share.runs)
+            remaining_area -= self._area_of(*share.runs)
+        self._rebalance(assigned)
+        rows = [(rank, *run) for rank, runs in enumerate(assigned) for run in _merge_adjacent(runs)]
         return np.array(rows, dtype=np.int64).reshape(-1, 3)
 
-    def _add_heavy(self, share: _Share) -> None:
-        """The end of the heaviest block, after the light tokens that balance it; or all that is
-        left of the block's heavy tokens, if that is too little."""
-        heavy, own = self.heavy[0]
+    def _add_heavy(self, share: _RankShare) -> None:
+        """Add the end of the heaviest block, after the light tokens that balance it; or all its
+        remaining heavy tokens, if their area is too small."""
+        heavy, own_light = self.heavy[0]
         if heavy.count < share.tokens:
-            beside = self._lightest([own, *self.light], share.tokens - heavy.count)
-            if heavy.area(heavy.count) + beside < share.area:
+            light_count = share.tokens - heavy.count
+            light_area = self._estimate_light_area([own_light, *self.light], light_count)
+            if heavy.area(heavy.count) + light_area < share.area:
                 share.add(heavy, heavy.count, high=True)
         if heavy.count:
-            if all(share.lighten(heavy, stock) for stock in (own, *self.light)):
-                self._add_atoms(share, heavy)
+            if all(share.add_light(heavy, pool) for pool in (own_light, *self.light)):
+                self._add_short_blocks(share, heavy)
             share.add(heavy, min(share.tokens, heavy.count), high=True)
         if not heavy.count:
             self.heavy.popleft()
-            self.light.appendleft(own)
-        self._tidy()
+            self.light.appendleft(own_light)
+        self._drop_empty_pools()
 
-    def _add_atoms(self, share: _Share, heavy: _Stock) -> None:
-        """Whole atoms, in the order of the sequence, as long as there is room, and then part of
-        one; where none are left, light tokens of the blocks whose turn has not come."""
-        atoms = self.atoms
-        if not atoms:
-            all(share.lighten(heavy, stock) for stock in self._waiting())
+    def _add_short_blocks(self, share: _RankShare, heavy: _TokenPool) -> None:
+        """Add whole short blocks in sequence order while heavy tokens can complete the rank, then a
+        part of one; where none are left, light tokens of later long blocks."""
+        short_blocks = self.short_blocks
+        if not short_blocks:
+            all(share.add_light(heavy, pool) for pool in self._light_of_later_blocks())
             return
-        skipped = list[_Atom]()
-        while atoms and len(skipped) < LOOK:
-            atom = atoms.popleft()
-            if atom.area <= share.area and share.room(heavy, atom.tokens, atom.area):
-                share.add_whole(atom)
+        skipped = list[_ShortBlock]()
+        while short_blocks and len(skipped) < SEARCH_WIDTH:
+            block = short_blocks.popleft()
+            if block.area <= share.area and share.can_complete(heavy, block.tokens, block.area):
+                share.add_block(block)
             else:
-                skipped.append(atom)
+                skipped.append(block)
         if skipped:
             skipped.sort()
-            cut = self._opened(skipped.pop(0))
-            share.lighten(heavy, cut)
-            self.light.append(cut)
-        atoms.extendleft(sorted(skipped, key=lambda atom: -atom.start))
+            split_block = self._to_pool(skipped.pop(0))
+            share.add_light(heavy, split_block)
+            self.light.append(split_block)
+        short_blocks.extendleft(sorted(skipped, key=lambda block: -block.start))
 
-    def _add_any(self, share: _Share) -> None:
-        """Where no heavy tokens are left: what has been cut already, or the atom nearest to the
-        density that is wanted."""
-        self._tidy()
+    def _add_light_or_short(self, share: _RankShare) -> None:
+        """Add the rest of a split block, or else the short block whose density is nearest to what
+        the rank needs."""
+        self._drop_empty_pools()
         if self.light:
             share.add(self.light[0], min(share.tokens, self.light[0].count))
             return
-        if self.atoms:
-            self.by_density = sorted(self.atoms, key=lambda atom: atom.density)
-            self.atoms.clear()
-        atoms, want = self.by_density, share.area / share.tokens
-        at = bisect.bisect(atoms, want, key=lambda atom: atom.density)
-        near = range(max(at - LOOK, 0), min(at + LOOK, len(atoms)))
-        fits = [i for i in near if atoms[i].tokens <= share.tokens]
-        atom = atoms.pop(min(fits or near, key=lambda i: abs(atoms[i].density - want)))
-        if fits:
-            share.add_whole(atom)
+        if self.short_blocks:
+            self.by_density = sorted(self.short_blocks, key=lambda block: block.density)
+            self.short_blocks.clear()
+        blocks, density = self.by_density, share.area / share.tokens
+        position = bisect.bisect(blocks, density, key=lambda block: block.density)
+        near = range(max(position - SEARCH_WIDTH, 0), min(position + SEARCH_WIDTH, len(blocks)))
+        fitting = [i for i in near if blocks[i].tokens <= share.tokens]
+        block = blocks.pop(min(fitting or near, key=lambda i: abs(blocks[i].density - density)))
+        if fitting:
+            share.add_block(block)
         else:
-            self.light.append(self._opened(atom))
+            self.light.append(self._to_pool(block))
 
-    def _opened(self, atom: _Atom) -> _Stock:
-        return _Stock(self.before, [(atom.start, atom.start + atom.tokens)])
+    def _to_pool(self, block: _ShortBlock) -> _TokenPool:
+        return _TokenPool(self.cumulative, [(block.start, block.start + block.tokens)])
 
-    def _tidy(self) -> None:
+    def _drop_empty_pools(self) -> None:
         while self.light and not self.light[0].count:
             self.light.popleft()
 
-    def _waiting(self) -> list[_Stock]:
-        """The light tokens of long blocks whose turn has not come, sparsest first."""
+    def _light_of_later_blocks(self) -> list[_TokenPool]:
+        """The light tokens of later long blocks, sparsest first."""
         later = itertools.islice(self.heavy, 1, None)
         return sorted((light for _, light in later), key=lambda light: light.area(1))
 
-    def _lightest(self, stocks: list[_Stock], count: int) -> float:
-        """About the area of the next so many light tokens."""
+    def _estimate_light_area(self, pools: list[_TokenPool], count: int) -> float:
+        """Estimate the area of the next ``count`` light tokens."""
         total = 0.0
-        for stock in stocks:
-            n = min(stock.count, count)
-            total, count = total + stock.area(n), count - n
+        for pool in pools:
+            n = min(pool.count, count)
+            total, count = total + pool.area(n), count - n
             if not count:
                 return total
-        if self.atoms:
-            return total + count * self.atoms[0].density
-        return total + sum(light.area(count) for light in self._waiting()[:1])
+        if self.short_blocks:
+            return total + count * self.short_blocks[0].density
+        return total + sum(light.area(count) for light in self._light_of_later_blocks()[:1])
 
-    def _area(self, *rows: Row) -> int:
-        return sum(int(self.before[start + n] - self.before[start]) for start, n in rows)
+    def _area_of(self, *runs: TokenRun) -> int:
+        return sum(int(self.cumulative[start + n] - self.cumulative[start]) for start, n in runs)
 
-    def _even_out(self, given: list[list[Row]]) -> None:
+    def _rebalance(self, assigned: list[list[TokenRun]]) -> None:
         """Swap dense tokens of the rank with the most area for sparse ones of the rank with the
-        least, as long as that helps: the last ranks get what is left, which may not balance."""
-        areas = np.array([self._area(*rows) for rows in given], dtype=np.float64)
+        least, while that helps: the last ranks get the remaining tokens, which may not balance."""
+        areas = np.array([self._area_of(*runs) for runs in assigned], dtype=np.float64)
         mean = float(areas.mean())
         for _ in range(2 * self.ranks):
             most, least = int(areas.argmax()), int(areas.argmin())
-            if areas[most] <= mean * (1 + EVEN):
+            if areas[most] <= mean * (1 + IMBALANCE_TOLERANCE):
                 return
-            dense = max(given[most], key=lambda row: self._area(Row(row.start + row.length - 1, 1)))
-            sparse = min(given[least], key=lambda row: self._area(Row(row.start, 1)))
-            count = self._swap(dense, sparse, min(areas[most] - mean, mean - areas[least]))
+            dense = max(assigned[most], key=self._last_token_area)
+            sparse = min(assigned[least], key=lambda run: self._area_of(TokenRun(run.start, 1)))
+            count = self._swap_count(dense, sparse, min(areas[most] - mean, mean - areas[least]))
             if not count:
                 return
-            cut = dense.start + dense.length - count
-            up, down = Row(cut, count), Row(sparse.start, count)
-            kept = Row(dense.start, dense.length - count)
-            stays = Row(sparse.start + count, sparse.length - count)
-            for rank, old, new in ((most, dense, (kept, down)), (least, sparse, (stays, up))):
-                given[rank].remove(old)
-                given[rank] += [row for row in new if row.length]
-                areas[rank] = self._area(*given[rank])
+            dense_end = TokenRun(dense.start + dense.length - count, count)
+            sparse_begin = TokenRun(sparse.start, count)
+            dense_rest = TokenRun(dense.start, dense.length - count)
+            sparse_rest = TokenRun(sparse.start + count, sparse.length - count)
+            for rank, old, new in (
+                (most, dense, (dense_rest, sparse_begin)),
+                (least, sparse, (sparse_rest, dense_end)),
+            ):
+                assigned[rank].remove(old)
+                assigned[rank] += [run for run in new if run.length]
+                areas[rank] = self._area_of(*assigned[rank])
 
-    def _swap(self, dense: Row, sparse: Row, want: float) -> int:
-        """How many tokens at the end of one row and the beginning of another to swap for a gain of
-        up to an area; only as long as each one gains."""
+    def _last_token_area(self, run: TokenRun) -> int:
+        return self._area_of(TokenRun(run.start + run.length - 1, 1))
+
+    def _swap_count(self, dense: TokenRun, sparse: TokenRun, max_gain: float) -> int:
+        """The number of tokens to swap between the end of ``dense`` and the beginning of
+        ``sparse``: as many as gain area, up to a total of ``max_gain``."""
         end = dense.start + dense.length
 
         def gains(n: int) -> bool:
-            return self._area(Row(end - n, 1)) > self._area(Row(sparse.start + n - 1, 1))
+            sparse_token = TokenRun(sparse.start + n - 1, 1)
+            return self._area_of(TokenRun(end - n, 1)) > self._area_of(sparse_token)
 
         def fits(n: int) -> bool:
-            return self._area(Row(end - n, n)) - self._area(Row(sparse.start, n)) <= want
+            dense_area = self._area_of(TokenRun(end - n, n))
+            return dense_area - self._area_of(TokenRun(sparse.start, n)) <= max_gain
 
-        return _most(_most(min(dense.length, sparse.length), gains), fits)
+        return _largest_feasible(_largest_feasible(min(dense.length, sparse.length), gains), fits)
 
 
-def _joined(rows: list[Row]) -> list[Row]:
-    """In order, neighbours as one."""
-    found = list[Row]()
-    for row in sorted(rows):
-        if found and found[-1].start + found[-1].length == row.start:
-            found[-1] = Row(found[-1].start, found[-1].length + row.length)
+def _merge_adjacent(runs: list[TokenRun]) -> list[TokenRun]:
+    """The runs in order, adjacent ones merged."""
+    merged = list[TokenRun]()
+    for run in sorted(runs):
+        if merged and merged[-1].start + merged[-1].length == run.start:
+            merged[-1] = TokenRun(merged[-1].start, merged[-1].length + run.length)
         else:
-            found.append(row)
-    return found
+            merged.append(run)
+    return merged
 
 
-def _most(count: int, fits: Callable[[int], bool]) -> int:
-    """The largest n up to ``count`` that fits, where n fits only if smaller ones do; else 0."""
+def _largest_feasible(count: int, fits: Callable[[int], bool]) -> int:
+    """The largest n up to ``count`` that fits, or 0; n fits only if all smaller ones do."""
     low, high = 0, count
     while low < high:
         middle = (low + high + 1) // 2

@@ -1,6 +1,6 @@
-"""Which keys each rank needs of each other, exactly: what a group-cast sends.
+"""The keys that each rank requires from every other rank: the transfers of a group-cast.
 
-A key is needed where some query of the rank sees it, and sent once however many do.
+A rank requires the keys that at least one of its queries sees; each is sent to it once.
 """
 
 from __future__ import annotations
@@ -10,23 +10,23 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from cpbench.masks.attn_mask import AttnMask, IntArray, cut_axis, expand
+from cpbench.masks.attn_mask import AttnMask, IntArray, cut_axis, ragged_indices
 from cpbench.parallel.layout import Layout
 
 if TYPE_CHECKING:
     from cpbench.parallel.world import World
 
-MERGE_PAIRS = 64  # merging a query's partial results costs as much as this many visible keys
+MERGE_COST_PAIRS = 64  # cost of merging a query's partial results, in visible keys
 
 
-class Parcels(NamedTuple):
-    """Runs of keys that go from rank to rank; arrays ``(n,)``.
+class KeyTransfers(NamedTuple):
+    """Runs of keys to send between ranks; arrays ``(n,)``.
 
     Attributes:
-        stage: 0, 1, … in which it is sent.
+        stage: the stage (0, 1, …) in which a run is sent.
         receiver, owner: ranks.
-        start, length: of the run, in tokens of the sequence.
-        local: its place among the owner's tokens.
+        start, length: the run, in tokens of the sequence.
+        local: its offset among the owner's local tokens.
     """
 
     stage: IntArray
@@ -36,43 +36,43 @@ class Parcels(NamedTuple):
     length: IntArray
     local: IntArray
 
-    def of(self, chosen: IntArray) -> Parcels:
-        """Some of them, in the order given."""
-        return Parcels(*(column[chosen] for column in self))
+    def select(self, index: IntArray) -> KeyTransfers:
+        """The transfers at ``index``, in that order."""
+        return KeyTransfers(*(column[index] for column in self))
 
 
-def needed(mask: AttnMask, queries: Layout, keys: Layout) -> Parcels:
-    """The keys that each rank needs and does not hold, in one stage.
+def required_transfers(mask: AttnMask, queries: Layout, keys: Layout) -> KeyTransfers:
+    """The keys that each rank requires and does not hold, in one stage.
 
     Args:
-        queries, keys: of step 1.
+        queries, keys: layouts of step 1.
     """
     assert queries.step == keys.step == 1
     cut, _, part = cut_axis(mask.slices, queries.segments[:, 1:], axis=0)
-    apart = np.int64(keys.padded_len + 1)  # an axis on which every rank sees keys of its own
-    shift = queries.segments[part, 0] * apart
-    seen = _union(cut[:, 2] + shift, cut[:, 3] + shift)
-    receiver = seen[:, 0] // apart
-    start, end = seen[:, 0] - receiver * apart, seen[:, 1] - receiver * apart
+    span = np.int64(keys.padded_len + 1)  # keys of rank r at offset r * span: one axis for all
+    shift = queries.segments[part, 0] * span
+    seen = _merge_intervals(cut[:, 2] + shift, cut[:, 3] + shift)
+    receiver = seen[:, 0] // span
+    start, end = seen[:, 0] - receiver * span, seen[:, 1] - receiver * span
     held = keys.segments
     local = np.cumsum(held[:, 2]) - held[:, 2] - held[:, 0] * keys.local_len
     order = np.argsort(held[:, 1], kind="stable")
     held, local = held[order], local[order]
     first = np.searchsorted(held[:, 1] + held[:, 2], start, side="right")
     last = np.searchsorted(held[:, 1], end, side="left")
-    source, nth = expand(last - first)
+    source, nth = ragged_indices(last - first)
     run = first[source] + nth
     begin = np.maximum(start[source], held[run, 1])
     length = np.minimum(end[source], held[run, 1] + held[run, 2]) - begin
-    found = Parcels(
+    transfers = KeyTransfers(
         np.zeros_like(begin), receiver[source], held[run, 0], begin, length,
         local[run] + begin - held[run, 1],
     )  # fmt: skip
-    return found.of(np.flatnonzero(found.receiver != found.owner))
+    return transfers.select(np.flatnonzero(transfers.receiver != transfers.owner))
 
 
-def _union(start: IntArray, end: IntArray) -> IntArray:
-    """``(m, 2)`` disjoint intervals, in order, that cover the same as some intervals."""
+def _merge_intervals(start: IntArray, end: IntArray) -> IntArray:
+    """The union of intervals as ``(m, 2)`` disjoint ones, in order."""
     if not len(start):
         return np.zeros((0, 2), dtype=np.int64)
     order = np.argsort(start, kind="stable")
@@ -81,72 +81,73 @@ def _union(start: IntArray, end: IntArray) -> IntArray:
     return np.column_stack([start[first], end[np.append(first[1:], len(end)) - 1]])
 
 
-def in_stages(parcels: Parcels, stages: int, size: int) -> Parcels:
-    """The same in stages that bring each receiver equally many keys; sorted by stage, receiver,
+def split_into_stages(transfers: KeyTransfers, stages: int, size: int) -> KeyTransfers:
+    """Split transfers into stages with equally many keys per receiver; sorted by stage, receiver,
     owner and start.
 
-    A receiver starts with the keys of the rank before it and goes on downward, as a ring does, so
-    that not all ask the same owner at once.
+    As in a ring, a receiver starts with the keys of the rank before it and continues downward, so
+    that not all ranks receive from the same owner at once.
     """
-    far = (parcels.receiver - parcels.owner) % size
-    parcels = parcels.of(np.lexsort((parcels.start, far, parcels.receiver)))
-    total = np.bincount(parcels.receiver, weights=parcels.length, minlength=size).astype(np.int64)
-    each = np.maximum(-(-total // stages), 1)[parcels.receiver]
-    before = np.cumsum(parcels.length) - parcels.length
-    before -= (np.cumsum(total) - total)[parcels.receiver]
-    source, nth = expand((before + parcels.length - 1) // each - before // each + 1)
-    cut = parcels.of(source)
-    each, before = each[source], before[source]
-    stage = before // each + nth
-    skipped = np.maximum(stage * each - before, 0)
-    length = np.minimum((stage + 1) * each, before + cut.length) - before - skipped
-    cut = Parcels(stage, cut.receiver, cut.owner, cut.start + skipped, length, cut.local + skipped)
-    return cut.of(np.lexsort((cut.start, cut.owner, cut.receiver, cut.stage)))
+    distance = (transfers.receiver - transfers.owner) % size
+    transfers = transfers.select(np.lexsort((transfers.start, distance, transfers.receiver)))
+    total = np.bincount(transfers.receiver, weights=transfers.length, minlength=size)
+    total = total.astype(np.int64)
+    per_stage = np.maximum(-(-total // stages), 1)[transfers.receiver]
+    before = np.cumsum(transfers.length) - transfers.length
+    before -= (np.cumsum(total) - total)[transfers.receiver]
+    last_stage = (before + transfers.length - 1) // per_stage
+    source, nth = ragged_indices(last_stage - before // per_stage + 1)
+    cut = transfers.select(source)
+    per_stage, before = per_stage[source], before[source]
+    stage = before // per_stage + nth
+    skipped = np.maximum(stage * per_stage - before, 0)
+    length = np.minimum((stage + 1) * per_stage, before + cut.length) - before - skipped
+    cut = cut._replace(
+        stage=stage, start=cut.start + skipped, length=length, local=cut.local + skipped
+    )
+    return cut.select(np.lexsort((cut.start, cut.owner, cut.receiver, cut.stage)))
 
 
-def best_stages(local_area: IntArray, area: IntArray, keys: IntArray, tokens: int) -> int:
-    """The number of stages for which a step is shortest if the transfer of the rank that needs the
-    most keys takes as long as the mean rank computes: where their number matters most.
+def best_stage_count(local_area: IntArray, area: IntArray, keys: IntArray, tokens: int) -> int:
+    """The number of stages with the shortest step, if the rank that requires the most keys receives
+    for as long as the mean rank computes: the case in which the number matters most.
 
-    The keys of one stage travel while those before are computed, the first while the local part
-    is; every stage after that costs a merge.
+    The keys of a stage are sent while the previous stage is computed, those of the first stage
+    while the local keys are; every stage costs a merge.
 
     Args:
-        local_area, area: ``(P,)`` visible pairs of own keys, and of all keys.
-        keys: ``(P,)`` that must come.
-        tokens: queries of a rank.
+        local_area, area: ``(P,)`` visible pairs of the local keys, and of all keys.
+        keys: ``(P,)`` number of keys that a rank receives.
+        tokens: queries per rank.
     """
     if not keys.any():
         return 1
     transfer = area.mean() / keys.max() * keys
-    merge = MERGE_PAIRS * tokens
-    best, number = np.inf, 1
+    merge = MERGE_COST_PAIRS * tokens
+    best_time, best_count = np.inf, 1
     for stages in sorted({round(1.25**i) for i in range(24)}):
-        coming, computing = transfer / stages, (area - local_area) / stages + merge
-        step = np.maximum(local_area, coming) + computing
-        step = (step + (stages - 1) * np.maximum(computing, coming)).max()
-        if step < best:
-            best, number = step, stages
-    return number
+        receiving, computing = transfer / stages, (area - local_area) / stages + merge
+        rank_times = np.maximum(local_area, receiving) + computing
+        rank_times += (stages - 1) * np.maximum(computing, receiving)
+        if rank_times.max() < best_time:
+            best_time, best_count = rank_times.max(), stages
+    return best_count
 
 
-def least_keys(mask: AttnMask, ranks: int, balance: float = 1.0) -> int:
-    """A lower bound on the keys that all ranks together must be sent, however tokens are dealt, if
-    no rank is to have more than ``balance`` times the mean area.
+def min_keys_sent(mask: AttnMask, ranks: int, max_imbalance: float = 1.0) -> int:
+    """A lower bound on the total number of keys sent, over all assignments of tokens whose load
+    imbalance (max/mean area) is at most ``max_imbalance``.
 
-    The queries that see one key need at least so many ranks that all of them, and the lightest
-    other tokens that fill those ranks up, stay below ``balance`` times the mean area; one of the
+    The queries that see a key occupy at least as many ranks as keep them, with the lightest other
+    tokens that fill up those ranks, within ``max_imbalance`` times the mean area; one of these
     ranks may hold the key.  O(S log P), and O(keys) for every slice.
-
-    Args:
-        balance: largest area of a rank over the mean area.
     """
-    each = -(-mask.seq_q // ranks)
-    seen = np.zeros(ranks * each, dtype=np.int64)
-    seen[: mask.seq_q] = mask.row_counts()
-    total = np.concatenate([[0], np.cumsum(seen)])
-    lightest = np.concatenate([[0], np.cumsum(np.sort(seen))])
-    most = balance * float(total[-1]) / ranks
+    local_len = -(-mask.seq_q // ranks)
+    row_areas = np.zeros(ranks * local_len, dtype=np.int64)
+    row_areas[: mask.seq_q] = mask.row_counts()
+    total = np.concatenate([[0], np.cumsum(row_areas)])
+    lightest = np.concatenate([[0], np.cumsum(np.sort(row_areas))])
+    max_area = max_imbalance * float(total[-1]) / ranks
     if not total[-1]:
         return 0
     count, area = np.zeros(mask.seq_k, np.int64), np.zeros(mask.seq_k, np.int64)
@@ -155,24 +156,24 @@ def least_keys(mask: AttnMask, ranks: int, balance: float = 1.0) -> int:
         first, last = np.maximum(q0, key - hi), np.minimum(q1, key - lo + 1)
         count[k0:k1] += last - first
         area[k0:k1] += total[last] - total[first]
-    low = np.maximum(-(-count // each), np.ceil(area / most - 1e-9).astype(np.int64))
+    low = np.maximum(-(-count // local_len), np.ceil(area / max_area - 1e-9).astype(np.int64))
     high = np.full_like(low, ranks)
-    while (open_ := low < high).any():
+    while (searching := low < high).any():  # bisection over the number of ranks, for every key
         middle = (low + high) // 2
-        others = np.maximum(middle * each - count, 0)
-        enough = area + lightest[others] <= middle * most * (1 + 1e-12)
-        high = np.where(open_ & enough, middle, high)
-        low = np.where(open_ & ~enough, middle + 1, low)
+        others = np.maximum(middle * local_len - count, 0)
+        enough = area + lightest[others] <= middle * max_area * (1 + 1e-12)
+        high = np.where(searching & enough, middle, high)
+        low = np.where(searching & ~enough, middle + 1, low)
     return int(np.maximum(low - 1, 0).sum())
 
 
-@functools.lru_cache(maxsize=8)  # every rank of a trace asks for the same
-def group_cast(world: World, stages: int) -> Parcels:
-    """What every rank sends to every other in a world, in so many stages; 0 for the best number."""
-    found = needed(world.shared_mask, world.queries, world.keys)
+@functools.lru_cache(maxsize=8)  # shared by all ranks of a trace
+def group_cast_transfers(world: World, stages: int) -> KeyTransfers:
+    """All transfers between the ranks of a world, in so many stages; 0 chooses the number."""
+    transfers = required_transfers(world.shared_mask, world.queries, world.keys)
     if not stages:
-        keys = np.bincount(found.receiver, weights=found.length, minlength=world.size)
-        areas = world.areas
-        own = np.diagonal(areas)
-        stages = best_stages(own, areas.sum(1), keys.astype(np.int64), world.queries.local_len)
-    return in_stages(found, stages, world.size)
+        keys = np.bincount(transfers.receiver, weights=transfers.length, minlength=world.size)
+        local_area, area = np.diagonal(world.areas), world.areas.sum(1)
+        tokens = world.queries.local_len
+        stages = best_stage_count(local_area, area, keys.astype(np.int64), tokens)
+    return split_into_stages(transfers, stages, world.size)

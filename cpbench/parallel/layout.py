@@ -1,12 +1,12 @@
-"""Which rank owns which tokens.
+"""Layouts: the assignment of tokens to ranks.
 
-A layout deals the tokens of one sequence to ranks as lists of segments ``start, start + step, …``.
-Every rank holds ``local_len`` tokens; when they do not divide, the sequence is padded at its end
-with tokens that are in no slice of any mask, so they see nothing and nobody sees them.
+A layout assigns the tokens of one sequence to ranks, as lists of segments ``start, start + step,
+…``.  Every rank holds ``local_len`` tokens; if they do not divide, the sequence is padded at its
+end with tokens that are in no slice of any mask: they see nothing and are not seen.
 
-Adding a layout is one function that returns segments, registered with ``@_layout``.  What lies
-between the queries of some ranks and the keys of others is cut out of a mask by
-:func:`local_mask`; how much that is, for all pairs of ranks at once, by :func:`area_matrix`.
+A new layout is one function that returns segments, registered with ``@_register``.
+:func:`local_mask` cuts the mask between the queries of some ranks and the keys of others out of a
+mask; :func:`area_matrix` computes the visible areas of all pairs of ranks at once.
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ import numpy as np
 from cpbench.core.registry import check_params
 from cpbench.core.spec import Spec
 from cpbench.masks.attn_mask import AttnMask, IntArray, areas, cut_axis, shifted
-from cpbench.parallel.dispatch_solver import deal
+from cpbench.parallel.dispatch_solver import assign_tokens
 
 if TYPE_CHECKING:
     import torch
 
 Segments = IntArray  # (n, 3) rows (rank, start, length), in local order within each rank
-_Deal = Callable[[int, int, AttnMask | None], tuple[Segments, int]]  # segments and their step
-_LAYOUTS: dict[str, _Deal] = {}
-MOST_PIECES = 1 << 25  # between pairs of ranks: beyond, areas take minutes and gigabytes
+_Assign = Callable[
+    [int, int, AttnMask | None], tuple[Segments, int]
+]  # returns segments and their step
+_LAYOUTS: dict[str, _Assign] = {}
+MAX_SEGMENT_PAIRS = 1 << 25  # more take minutes and gigabytes to compute areas for
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +39,8 @@ class Layout:
 
     Attributes:
         name: registered name.
-        seq_len: real tokens.
-        world_size: P, ranks.
+        seq_len: tokens without padding.
+        world_size: number of ranks, P.
         step: distance between the tokens of a segment (1, or P for striped).
         segments: ``(n, 3)`` int64 rows (rank, start, length), sorted by rank; the local tokens of
             a rank are its segments one after another, and together they cover ``P * local_len``
@@ -62,28 +64,28 @@ class Layout:
         return self.local_len * self.world_size
 
     def ranges(self, rank: int) -> IntArray:
-        """``(n, 2)`` rows (start, length) of one rank's segments."""
+        """The segments of one rank: ``(n, 2)`` rows (start, length)."""
         first, last = np.searchsorted(self.segments[:, 0], [rank, rank + 1])
         return self.segments[first:last, 1:]
 
     def positions(self, rank: int) -> IntArray:
-        """``(local_len,)`` global position of each local token, for RoPE, labels and inputs.
+        """The global position of each local token, ``(local_len,)``, for RoPE, labels and inputs.
 
         Positions from ``seq_len`` on are padding.
         """
-        parts = [start + self.step * np.arange(n) for start, n in self.ranges(rank)]
-        return np.concatenate(parts).astype(np.int64)
+        segments = [start + self.step * np.arange(n) for start, n in self.ranges(rank)]
+        return np.concatenate(segments).astype(np.int64)
 
     def merged(self, groups: Sequence[Sequence[int]]) -> Layout:
-        """Groups of ranks as one rank each, in this order, tokens in the order of the members.
+        """Merge each group of ranks into one rank, in the order of groups and members.
 
         Args:
-            groups: all ranks, each once, in groups of one size.
+            groups: equally large groups that together hold every rank once.
         """
         order = np.concatenate([np.asarray(group) for group in groups])
-        place = np.argsort(order)[self.segments[:, 0]]
-        segments = self.segments[np.argsort(place, kind="stable")].copy()
-        segments[:, 0] = np.sort(place) // (self.world_size // len(groups))
+        position = np.argsort(order)[self.segments[:, 0]]
+        segments = self.segments[np.argsort(position, kind="stable")].copy()
+        segments[:, 0] = np.sort(position) // (self.world_size // len(groups))
         return Layout(self.name, self.seq_len, len(groups), self.step, segments)
 
     def shard(self, x: torch.Tensor, rank: int, dim: int = 1) -> torch.Tensor:
@@ -112,60 +114,61 @@ class Layout:
 def local_mask(
     mask: AttnMask, queries: Layout, q_ranks: Sequence[int], keys: Layout, k_ranks: Sequence[int]
 ) -> AttnMask:
-    """The mask between the queries of some ranks and the keys of some, each concatenated.
+    """The mask between the concatenated queries of ``q_ranks`` and keys of ``k_ranks``.
 
     Args:
-        queries, keys: of ``mask.seq_q`` and ``mask.seq_k`` tokens; of one name.
+        queries, keys: layouts of one name, of ``mask.seq_q`` and ``mask.seq_k`` tokens.
     """
     q_ranges = np.concatenate([queries.ranges(rank) for rank in q_ranks])
     k_ranges = np.concatenate([keys.ranges(rank) for rank in k_ranks])
     if queries.step == 1:
         return mask.restrict(q_ranges, k_ranges).simplify()
-    fitted = AttnMask(queries.padded_len, keys.padded_len, mask.slices)
-    parts = [fitted.stride(queries.step, int(q), k_ranges[:, 0]) for q in q_ranges[:, 0]]
-    if len(parts) == 1:
-        return parts[0].simplify()
-    each = int(q_ranges[0, 1])
-    shift = np.repeat(np.arange(len(parts)) * each, [len(part.slices) for part in parts])
-    slices = np.concatenate([part.slices for part in parts])
-    moved = shifted(slices, shift, np.zeros_like(shift))
-    return AttnMask.from_slices(each * len(parts), parts[0].seq_k, moved).simplify()
+    padded_mask = AttnMask(queries.padded_len, keys.padded_len, mask.slices)
+    submasks = [padded_mask.stride(queries.step, int(q), k_ranges[:, 0]) for q in q_ranges[:, 0]]
+    if len(submasks) == 1:
+        return submasks[0].simplify()
+    local_len = int(q_ranges[0, 1])
+    counts = [len(submask.slices) for submask in submasks]
+    shift = np.repeat(np.arange(len(submasks)) * local_len, counts)
+    slices = np.concatenate([submask.slices for submask in submasks])
+    slices = shifted(slices, shift, np.zeros_like(shift))
+    return AttnMask.from_slices(local_len * len(submasks), submasks[0].seq_k, slices).simplify()
 
 
 def area_matrix(mask: AttnMask, queries: Layout, keys: Layout) -> IntArray:
-    """``(P, P)`` visible pairs between the queries of rank r (row) and the keys of rank s.
+    """Visible pairs between the queries of rank r (row) and the keys of rank s, ``(P, P)``.
 
     O(slices that the segments cut out); for striped layouts O(tokens), from per-row counts.
     """
     p = keys.world_size
     if keys.step > 1:
-        return _striped_areas(mask, p)
+        return _striped_area_matrix(mask, p)
     cut, _, part_q = cut_axis(mask.slices, queries.segments[:, 1:], axis=0)
     cut, source, part_k = cut_axis(cut, keys.segments[:, 1:], axis=1)
     pair = queries.segments[:, 0][part_q[source]] * p + keys.segments[:, 0][part_k]
-    found = np.bincount(pair, weights=areas(cut).astype(np.float64), minlength=p * p)
-    return _exact(found).reshape(p, p)
+    sums = np.bincount(pair, weights=areas(cut).astype(np.float64), minlength=p * p)
+    return _to_int(sums).reshape(p, p)
 
 
 def names() -> list[str]:
-    """The registered layouts."""
+    """The names of the registered layouts."""
     return sorted(_LAYOUTS)
 
 
 def summary(name: str) -> str:
-    """One line on a layout, for people."""
+    """A one-line description of a layout."""
     return (_LAYOUTS[name].__doc__ or "").splitlines()[0]
 
 
 def build(spec: Spec | str, seq_len: int, world_size: int, mask: AttnMask | None = None) -> Layout:
-    """A layout by name.
+    """Build a layout by name.
 
     Args:
-        mask: of ``seq_len`` keys; for layouts that follow it (``zigzag_document``, ``dispatch``).
+        mask: of ``seq_len`` keys; required by ``zigzag_document`` and ``dispatch``.
 
     Raises:
-        ValueError: for an unknown name or parameter, listing what there is, or a layout that
-            follows a mask without one.
+        ValueError: for an unknown name or parameter, listing the available ones, or for a missing
+            mask.
     """
     spec = Spec.parse(spec)
     if spec.name not in _LAYOUTS:
@@ -175,22 +178,22 @@ def build(spec: Spec | str, seq_len: int, world_size: int, mask: AttnMask | None
     return Layout(spec.name, seq_len, world_size, step, segments)
 
 
-def _layout(function: _Deal) -> _Deal:
+def _register(function: _Assign) -> _Assign:
     _LAYOUTS[function.__name__] = function
     return function
 
 
-@_layout
+@_register
 def contiguous(seq_len: int, world_size: int, mask: AttnMask | None) -> tuple[Segments, int]:
-    """Rank r holds one run of S/P tokens."""
+    """One run of S/P consecutive tokens per rank."""
     local = -(-seq_len // world_size)
     rank = np.arange(world_size)
     return np.column_stack([rank, rank * local, np.full(world_size, local)]), 1
 
 
-@_layout
+@_register
 def zigzag(seq_len: int, world_size: int, mask: AttnMask | None) -> tuple[Segments, int]:
-    """Of 2P chunks, rank r holds chunk r and chunk 2P-1-r, which balances causal masks.
+    """Chunks r and 2P-1-r of 2P on rank r: balances causal masks.
 
     Source: Llama 3 (arXiv 2407.21783) and ring-flash-attention's zigzag ring.
     """
@@ -200,28 +203,29 @@ def zigzag(seq_len: int, world_size: int, mask: AttnMask | None) -> tuple[Segmen
     return np.column_stack([rank, index.reshape(-1) * chunk, np.full(2 * world_size, chunk)]), 1
 
 
-@_layout
+@_register
 def zigzag_document(seq_len: int, world_size: int, mask: AttnMask | None) -> tuple[Segments, int]:
-    """Zigzag inside every document of the mask, which balances causal documents.
+    """Zigzag inside every document of the mask: balances causal documents.
 
-    Documents are the diagonal blocks of the mask.  Their lengths need not divide: the tokens left
-    over go to the chunks in turn, from document to document.
+    Documents are the diagonal blocks of the mask.  Their lengths need not divide: remaining tokens
+    go to the chunks in turn, from document to document.
 
-    Source: ring-flash-attention's zigzag for packed sequences, which wants multiples of 2P.
+    Source: ring-flash-attention's zigzag for packed sequences, which requires multiples of 2P.
     """
     if mask is None:
-        raise ValueError("layout zigzag_document follows the documents of a mask: give the mask")
+        raise ValueError("layout zigzag_document depends on the documents of a mask: pass the mask")
     chunks = 2 * world_size
     starts = mask.diagonal_blocks()
     lengths = np.diff(np.append(starts, seq_len))
-    pieces = int((np.minimum(lengths, chunks) ** 2).sum())
-    if pieces > MOST_PIECES:
+    segment_pairs = int((np.minimum(lengths, chunks) ** 2).sum())
+    if segment_pairs > MAX_SEGMENT_PAIRS:
         raise ValueError(
-            f"layout zigzag_document would cut {len(lengths)} documents into {pieces} pieces "
-            f"between {world_size} ranks, more than {MOST_PIECES}; use zigzag or fewer ranks"
+            f"layout zigzag_document would cut {len(lengths)} documents into {segment_pairs} pairs "
+            f"of segments on {world_size} ranks, more than {MAX_SEGMENT_PAIRS}; "
+            "use zigzag or fewer ranks"
         )
     base, extra = np.divmod(lengths, chunks)
-    first = (np.cumsum(extra) - extra) % chunks  # the chunk that gets the first token left over
+    first = (np.cumsum(extra) - extra) % chunks  # the chunk that gets the first remaining token
     turn = (np.arange(chunks)[None, :] - first[:, None]) % chunks
     count = base[:, None] + (turn < extra[:, None])
     begin = starts[:, None] + np.cumsum(count, axis=1) - count
@@ -238,22 +242,22 @@ def zigzag_document(seq_len: int, world_size: int, mask: AttnMask | None) -> tup
     return segments[np.lexsort((segments[:, 1], segments[:, 0]))], 1
 
 
-@_layout
+@_register
 def dispatch(seq_len: int, world_size: int, mask: AttnMask | None) -> tuple[Segments, int]:
-    """Tokens dealt so that all ranks have nearly the same area of any mask, and little must move.
+    """Nearly equal visible area per rank for any mask, at low communication volume.
 
-    Tokens that are not those of the mask, such as a few queries on their own, are dealt in runs.
+    Tokens that are not those of the mask, such as a few queries, are assigned in contiguous runs.
     """
     if mask is None:
-        raise ValueError("layout dispatch balances the work of a mask: give the mask")
+        raise ValueError("layout dispatch depends on the areas of a mask: pass the mask")
     if (mask.seq_q, mask.seq_k) != (seq_len, seq_len):
         mask = AttnMask.from_slices(seq_len, seq_len, [])
-    return deal(mask, world_size), 1
+    return assign_tokens(mask, world_size), 1
 
 
-@_layout
+@_register
 def striped(seq_len: int, world_size: int, mask: AttnMask | None) -> tuple[Segments, int]:
-    """Token t is on rank t mod P.
+    """Token t on rank t mod P.
 
     Source: Striped Attention (arXiv 2311.09431).
     """
@@ -262,9 +266,12 @@ def striped(seq_len: int, world_size: int, mask: AttnMask | None) -> tuple[Segme
     return np.column_stack([rank, rank, np.full(world_size, local)]), world_size
 
 
-def _striped_areas(mask: AttnMask, p: int) -> IntArray:
-    """Areas under striping: a row that sees keys [a, b) gives every rank (b - a) // P of them and
-    one more to the ranks in a cyclic range, which enters as a difference array."""
+def _striped_area_matrix(mask: AttnMask, p: int) -> IntArray:
+    """The area matrix of striped layouts, from the intervals of keys that each query sees.
+
+    Of an interval [a, b) every rank holds (b - a) // P keys, and the ranks of a cyclic range hold
+    one more, which is accumulated in a difference array.
+    """
     total = np.zeros((p, p), dtype=np.int64)
     edge = np.zeros((p, p + 1), dtype=np.int64)
     q0, q1, k0, k1, lo, hi = mask.slices.T
@@ -287,6 +294,7 @@ def _striped_areas(mask: AttnMask, p: int) -> IntArray:
     return total + np.cumsum(edge, axis=1)[:, :p]
 
 
-def _exact(sums: np.typing.NDArray[Any]) -> IntArray:
+def _to_int(sums: np.typing.NDArray[Any]) -> IntArray:
+    """Convert float64 sums of integers, which are exact below 2**53."""
     assert sums.max(initial=0) < 2**53, "areas no longer fit a float64 exactly"
     return sums.astype(np.int64)

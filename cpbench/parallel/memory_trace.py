@@ -1,7 +1,7 @@
-"""How much memory a strategy itself needs: its code run on tensors without data, live bytes.
+"""The peak memory of a strategy: live bytes while its code runs on tensors without data.
 
-What an operator allocates for its own purposes is left out; its results, the float32 sums around
-it and everything a strategy sends, receives or keeps are in.
+Excludes the temporaries of the operator; includes its results, their float32 sums and all that the
+strategy sends, receives or saves.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cpbench.parallel.bound_operator import BoundOperator, ForwardParts
+from cpbench.parallel.bound_operator import BackwardAccumulator, BoundOperator, ForwardAccumulator
 from cpbench.parallel.trace import TraceComm, TracedOperator, empty_inputs
 
 if TYPE_CHECKING:
@@ -22,23 +22,24 @@ if TYPE_CHECKING:
     from cpbench.parallel.world import World
 
 
-class _Live(TorchDispatchMode):
-    """The most bytes of storages that were alive at once, those of ``held`` left out."""
+class _PeakTracker(TorchDispatchMode):
+    """Tracks the peak bytes of live storages, apart from those of ``excluded``."""
 
-    def __init__(self, held: Any) -> None:
+    def __init__(self, excluded: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
-        self._held = {x.untyped_storage()._cdata for x in tree_leaves(held) if _is_tensor(x)}
+        tensors = [x for x in tree_leaves(excluded) if _is_tensor(x)]
+        self._excluded = {x.untyped_storage()._cdata for x in tensors}
         self._storages: dict[int, tuple[Any, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        if args and found is args[0]:  # in place
-            return found
-        for x in tree_leaves(found):
-            if _is_tensor(x) and x.untyped_storage()._cdata not in self._held:
+        result = func(*args, **(kwargs or {}))
+        if args and result is args[0]:  # in place
+            return result
+        for x in tree_leaves(result):
+            if _is_tensor(x) and x.untyped_storage()._cdata not in self._excluded:
                 self._add(x.untyped_storage())
-        return found
+        return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         self._storages = {k: v for k, v in self._storages.items() if not v[0].expired()}
@@ -50,45 +51,43 @@ def _is_tensor(x: object) -> TypeGuard[torch.Tensor]:
     return isinstance(x, torch.Tensor)
 
 
-class _ForwardParts(ForwardParts):
-    """As its base, which merges in float32, without the arithmetic: on tensors without data that
-    takes a millisecond each time."""
+class _ForwardAccumulator(ForwardAccumulator):
+    """An accumulator with float32 buffers but no arithmetic, which takes a millisecond per merge on
+    tensors without data."""
 
-    def add_result(self, out: torch.Tensor, lse: torch.Tensor | None) -> None:
+    def add_partial(self, out: torch.Tensor, lse: torch.Tensor | None) -> None:
         if self._out is None:
             self._out, self._lse = out, lse
         else:
-            self._out, part = self._out.float(), out.float()
-            del part
+            self._out, partial = self._out.float(), out.float()
+            del partial
 
 
-class _Whole(TracedOperator):
-    """Computes nothing, but its partial results are kept as real ones are."""
+class _AccumulatingOperator(TracedOperator):
+    """An operator that computes nothing but accumulates partial results as a real one does."""
 
-    def forward_parts(self, q: torch.Tensor) -> ForwardParts:
-        return _ForwardParts(self, q)
-
-    backward_parts = BoundOperator.backward_parts
-    lent_parts = BoundOperator.lent_parts
-    add_up = BoundOperator.add_up
+    forward_accumulator_type = _ForwardAccumulator
+    backward_accumulator_type = BackwardAccumulator
+    output_with_delta = staticmethod(BoundOperator.output_with_delta)
+    sum_float32 = BoundOperator.sum_float32
 
 
 def peak_bytes(strategy: Strategy, operator: OperatorInfo, world: World, rank: int) -> int:
-    """The most bytes that a pass over the phases of the problem holds at once on one rank, on top
-    of its inputs (for ``bwd`` alone, of the forward pass too)."""
-    op, comm = _Whole(operator), TraceComm(rank, world.size)
+    """The peak bytes of the phases of the problem on one rank, in addition to its inputs (and, for
+    ``bwd`` alone, to what the forward pass saved)."""
+    op, comm = _AccumulatingOperator(operator), TraceComm(rank, world.size)
     plan = strategy.prepare(op, world, rank)
-    q, k, v, dout = empty_inputs(world)
-    live = _Live((q, k, v, dout))
+    qkv, dout = empty_inputs(world)
+    tracker = _PeakTracker((qkv, dout))
     if world.problem.direction == "bwd":
-        _, _, saved = strategy.forward(q, k, v, plan, op, comm, need_lse=False)
-        live = _Live((q, k, v, dout, saved))
-        with live:
+        _, _, saved = strategy.forward(qkv, plan, op, comm, need_lse=False)
+        tracker = _PeakTracker((qkv, dout, saved))
+        with tracker:
             strategy.backward(dout, saved, plan, op, comm)
-        return live.peak
-    with live:
-        kept = strategy.forward(q, k, v, plan, op, comm, need_lse=False)
+        return tracker.peak
+    with tracker:
+        forward_result = strategy.forward(qkv, plan, op, comm, need_lse=False)
         if world.problem.backward:
-            strategy.backward(dout, kept[2], plan, op, comm)
-    del kept
-    return live.peak
+            strategy.backward(dout, forward_result[2], plan, op, comm)
+    del forward_result
+    return tracker.peak

@@ -1,7 +1,7 @@
-"""Ranks as a mesh of named axes, and which of them share a node.
+"""Meshes of ranks with named axes, and their placement on nodes.
 
-Ranks are numbered node by node.  The last axis of a mesh varies fastest, so it is the one whose
-groups are neighbours: inside a node as far as they fit.
+Ranks are numbered node by node.  The last axis of a mesh varies fastest, so its groups consist of
+neighbouring ranks: inside a node as far as they fit.
 """
 
 from __future__ import annotations
@@ -17,42 +17,43 @@ from cpbench.masks.attn_mask import IntArray
 
 @dataclass(frozen=True)
 class Mesh:
-    """Named axes, outermost first, one of which may be moved innermost.
+    """A mesh of ranks with named axes, outermost first, one of which may be placed innermost.
 
     Attributes:
-        names, sizes: of the axes, in the order that counts ranks of the strategy; the sizes
-            multiply to the number of ranks.
-        inside: the axis whose groups are neighbours; "" for the last one.
+        names, sizes: of the axes, in the strategy's logical order; the product of the sizes is the
+            number of ranks.
+        innermost: the axis whose groups consist of neighbouring ranks; "" for the last axis.
     """
 
     names: tuple[str, ...]
     sizes: tuple[int, ...]
-    inside: str = ""
+    innermost: str = ""
 
     @classmethod
-    def of(cls, axes: dict[str, int], inside: str = "") -> Mesh:
+    def of(cls, axes: dict[str, int], innermost: str = "") -> Mesh:
         """A mesh of ``axes``.
 
         Raises:
-            ValueError: when ``inside`` is no axis.
+            ValueError: if ``innermost`` is not an axis.
         """
-        if inside and inside not in axes:
-            raise ValueError(f"no mesh axis {inside!r}; there are: {', '.join(axes)}")
-        return cls(tuple(axes), tuple(axes.values()), inside)
+        if innermost and innermost not in axes:
+            raise ValueError(f"no mesh axis {innermost!r}; there are: {', '.join(axes)}")
+        return cls(tuple(axes), tuple(axes.values()), innermost)
 
     def groups(self, *axes: str) -> tuple[tuple[int, ...], ...]:
-        """The ranks that differ only along ``axes``, the last of which varies fastest.
+        """Groups of the ranks that differ only along ``axes``, the last of which varies fastest.
 
-        Groups come in the order of the other axes, the last of which varies fastest.
+        The groups are ordered by the other axes, the last of which varies fastest.
         """
         return _groups(self, axes)
 
     def group(self, rank: int, *axes: str) -> tuple[int, ...]:
         """The group of one rank along ``axes``."""
-        return self.groups(*axes)[_places(self, axes)[rank]]
+        return self.groups(*axes)[_group_indices(self, axes)[rank]]
 
-    def _along(self, axes: tuple[str, ...]) -> IntArray:
-        physical = sorted(range(len(self.names)), key=lambda i: self.names[i] == self.inside)
+    def _ranks_along(self, axes: tuple[str, ...]) -> IntArray:
+        """The groups along ``axes`` as rows of a table of ranks."""
+        physical = sorted(range(len(self.names)), key=lambda i: self.names[i] == self.innermost)
         ranks = np.arange(math.prod(self.sizes)).reshape([self.sizes[i] for i in physical])
         ranks = ranks.transpose(np.argsort(physical))
         others = [i for i, name in enumerate(self.names) if name not in axes]
@@ -64,13 +65,13 @@ class Mesh:
 
 @functools.lru_cache(maxsize=16)
 def _groups(mesh: Mesh, axes: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(group) for group in mesh._along(axes).tolist())
+    return tuple(tuple(group) for group in mesh._ranks_along(axes).tolist())
 
 
 @functools.lru_cache(maxsize=16)
-def _places(mesh: Mesh, axes: tuple[str, ...]) -> dict[int, int]:
-    """Which group each rank is in."""
-    return {rank: i for i, group in enumerate(_groups(mesh, axes)) for rank in group}
+def _group_indices(mesh: Mesh, axes: tuple[str, ...]) -> dict[int, int]:
+    """The index of each rank's group along ``axes``."""
+    return {rank: index for index, group in enumerate(_groups(mesh, axes)) for rank in group}
 
 
 def largest_divisor(number: int, limit: int) -> int:

@@ -1,11 +1,12 @@
-"""The very code of a strategy, run on tensors without data: who would send what to whom.
+"""Traces of a strategy: its own code, run on tensors without data, records what it would send.
 
-:class:`TraceComm` moves nothing: it notes the bytes of every operation for one rank, from the
-definition of the operation, and folds every message into a number that adds up to zero over all
-ranks exactly when each message sent is expected, and each collective is entered, by all that it
-concerns, in the same order and size.  So ranks can agree on a schedule before the first send.
+:class:`TraceComm` transfers nothing.  It counts the bytes of every operation of one rank, from the
+definition of the operation, and folds every message into a checksum.  The checksums of all ranks
+sum to zero exactly when every message sent is expected by its receiver, and every collective is
+entered by all its members, in the same order and with the same size.  So ranks can compare their
+communication schedules before the first send.
 
-:class:`TracedOperator` computes nothing: it counts the visible pairs that it would compute.
+:class:`TracedOperator` computes nothing: it counts the visible pairs of its calls.
 """
 
 from __future__ import annotations
@@ -16,189 +17,139 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cpbench.parallel.bound_operator import BackwardParts, BoundOperator, ForwardParts
-from cpbench.parallel.comm import Done, Grouped, Handle
+from cpbench.core.operator import QKV
+from cpbench.parallel.bound_operator import BackwardAccumulator, BoundOperator, ForwardAccumulator
+from cpbench.parallel.comm import CompletedHandle, GroupedComm, Handle
 
 if TYPE_CHECKING:
     import torch
 
+    from cpbench.core.operator import BackwardInputs, Gradients, OutLse
     from cpbench.core.registry import OperatorInfo
+    from cpbench.parallel.comm import Messages
     from cpbench.parallel.strategy import Strategy
-    from cpbench.parallel.world import Part, Piece, World
+    from cpbench.parallel.world import KeySubset, Subproblem, World
 
 MODULUS = 1 << 61
-_DONE = Done()
+_DONE = CompletedHandle()
 
 
 @dataclass
 class PhaseTrace:
-    """What one rank would do in one phase.
+    """The communication and work of one rank in one phase.
 
     Attributes:
-        bytes_to: sent, by receiver ``[P]``.
-        messages, largest: how many, and bytes of the largest.
-        pairs: visible pairs that it computes, each counted once a query head.
+        bytes_to: bytes sent, by receiver ``[P]``.
+        messages: number of messages; largest_message: bytes of the largest.
+        pairs: computed visible pairs, counted once per query head.
     """
 
     bytes_to: list[int]
     messages: int
-    largest: int
+    largest_message: int
     pairs: int
 
 
 @dataclass
 class RankTrace:
-    """What one rank would do.
+    """The communication and work of one rank.
 
     Attributes:
         phases: by name, ``fwd`` and ``bwd``.
-        balance: its share of a number that is 0 modulo ``MODULUS`` in the sum over all ranks.
-        log: every message and collective, for people; empty unless asked for.
+        checksum: of its messages; the sum over all ranks is 0 modulo ``MODULUS`` if they match.
+        log: every message and collective, for diagnosis; empty unless requested.
     """
 
     phases: dict[str, PhaseTrace]
-    balance: int
+    checksum: int
     log: list[tuple[object, ...]]
 
 
-class TraceComm(Grouped):
+class TraceComm(GroupedComm):
     """:class:`~cpbench.parallel.comm.Comm` for one rank on meta tensors."""
 
     def __init__(self, rank: int, size: int, log: bool = False) -> None:
         self.log: list[tuple[object, ...]] | None = [] if log else None
         super().__init__(rank, size)
-        self.balance = 0
-        self._sent: dict[int, int] = {}
-        self._received: dict[int, int] = {}
-        self._entered = 0
+        self.checksum = 0
+        self._sent_count: dict[int, int] = {}
+        self._recv_count: dict[int, int] = {}
+        self._collectives = 0
 
-    def _begin(self) -> None:
-        self._entered = 0
+    def _init_sub(self) -> None:
+        self._collectives = 0
 
-    def exchange(
-        self,
-        sends: Sequence[tuple[torch.Tensor, int]],
-        recvs: Sequence[tuple[torch.Tensor, int]],
-        what: str = "",
-    ) -> Handle:
-        root, members, me = self._root, self._members, self.rank
-        here, balance, traffic = root.rank, root.balance, root.traffic
-        word = _number(what)
+    def exchange(self, sends: Messages, recvs: Messages, what: str = "") -> Handle:
+        root, members, member_rank = self._root, self._members, self.rank
+        own_rank, checksum, traffic = root.rank, root.checksum, root.traffic
+        content = _content_hash(what)
         for tensor, peer in sends:
-            if peer != me:
-                to, nbytes = members[peer], tensor.nbytes
-                number = root._sent[to] = root._sent.get(to, 0) + 1
-                balance += hash((here, to, number, nbytes, word))  # of integers: alike everywhere
-                traffic.bytes_to[to] += nbytes
+            if peer != member_rank:
+                receiver, nbytes = members[peer], tensor.nbytes
+                number = root._sent_count[receiver] = root._sent_count.get(receiver, 0) + 1
+                # Hashes of integers are the same in every process.
+                checksum += hash((own_rank, receiver, number, nbytes, content))
+                traffic.bytes_to[receiver] += nbytes
                 traffic.messages += 1
-                if nbytes > traffic.largest:
-                    traffic.largest = nbytes
+                if nbytes > traffic.largest_message:
+                    traffic.largest_message = nbytes
                 if root.log is not None:
-                    root.log.append(("message", here, to, number, nbytes, what, "sent"))
+                    root.log.append(("message", own_rank, receiver, number, nbytes, what, "sent"))
         for tensor, peer in recvs:
-            if peer != me:
+            if peer != member_rank:
                 sender, nbytes = members[peer], tensor.nbytes
-                number = root._received[sender] = root._received.get(sender, 0) + 1
-                balance -= hash((sender, here, number, nbytes, word))
+                number = root._recv_count[sender] = root._recv_count.get(sender, 0) + 1
+                checksum -= hash((sender, own_rank, number, nbytes, content))
                 if root.log is not None:
-                    root.log.append(("message", sender, here, number, nbytes, what, "expected"))
-        root.balance = balance
+                    entry = ("message", sender, own_rank, number, nbytes, what, "expected")
+                    root.log.append(entry)
+        root.checksum = checksum
         return _DONE
 
     def all_to_all(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
         assert out.shape == x.shape
-        return self._enter(1, x.nbytes // self.size)
+        return self._record_collective(1, x.nbytes // self.size)
 
     def all_gather(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
         assert out.shape == (self.size, *x.shape)
-        return self._enter(2, x.nbytes)
+        return self._record_collective(2, x.nbytes)
 
     def reduce_scatter(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
         assert x.shape == (self.size, *out.shape)
-        return self._enter(3, out.nbytes)
+        return self._record_collective(3, out.nbytes)
 
     def all_reduce(self, x: torch.Tensor, largest: bool = False) -> Handle:
-        nbytes = x.nbytes
-        return self._enter(5 if largest else 4, (nbytes + self.size - 1) // self.size, 2)
+        shard_bytes = (x.nbytes + self.size - 1) // self.size
+        return self._record_collective(5 if largest else 4, shard_bytes, 2)
 
-    def _enter(self, kind: int, nbytes: int, messages: int = 1) -> Handle:
-        """A collective in which ``nbytes`` go from each rank to each other, ``messages`` times."""
-        self._entered += 1
+    def _record_collective(self, kind: int, nbytes: int, messages: int = 1) -> Handle:
+        """Record a collective that sends ``messages`` of ``nbytes`` between each pair of ranks."""
+        self._collectives += 1
         if self._root.log is not None:
-            self._root.log.append(("collective", self._members, self._entered, kind, nbytes))
-        mixed = hash((kind, self._members, self._entered, nbytes))
-        self._root.balance += mixed * (self.size - 1 if self.rank == 0 else -1)
-        for place, member in enumerate(self._members):
-            if place != self.rank:
+            self._root.log.append(("collective", self._members, self._collectives, kind, nbytes))
+        value = hash((kind, self._members, self._collectives, nbytes))
+        self._root.checksum += value * (self.size - 1 if self.rank == 0 else -1)
+        for member_rank, member in enumerate(self._members):
+            if member_rank != self.rank:
                 self.traffic.add(member, nbytes, messages)
         return _DONE
 
 
-class TracedOperator(BoundOperator):
-    """An operator that only knows how many visible pairs each of its calls would compute."""
-
-    def __init__(self, info: OperatorInfo, device: str = "meta") -> None:
-        super().__init__(info, None, device)  # type: ignore[arg-type]
-
-    def prepare(self, part: Part | Piece) -> Any:
-        return part.area
-
-    def add_up(self, total: torch.Tensor | None, found: Sequence[torch.Tensor]) -> torch.Tensor:
-        import torch
-
-        if total is None:
-            shape = (len(found), *found[0].shape)
-            total = torch.empty(shape, dtype=torch.float32, device=self.device)
-        return total
-
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Any
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        self.pairs += plan * q.shape[2]
-        return q.new_empty(q.shape), _lse(q)
-
-    def backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor | None,
-        plan: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        self.pairs += plan * q.shape[2]
-        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-    def forward_parts(self, q: torch.Tensor) -> ForwardParts:
-        return _ForwardParts(self, q)
-
-    def backward_parts(
-        self, dout: torch.Tensor, q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None
-    ) -> BackwardParts:
-        return _BackwardParts(self, dout, q, out, lse)
-
-    def lent_parts(
-        self, dout: torch.Tensor, q: torch.Tensor, delta: torch.Tensor, lse: torch.Tensor
-    ) -> BackwardParts:
-        return _BackwardParts(self, dout, q, dout, lse)
-
-
-class _ForwardParts(ForwardParts):
-    """As its base, but merging costs nothing."""
+class _ForwardAccumulator(ForwardAccumulator):
+    """Counts visible pairs and merges nothing."""
 
     def add(self, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor, plan: Any) -> None:
         self._op.pairs += plan * self._q.shape[2]
 
-    def add_result(self, out: torch.Tensor, lse: torch.Tensor | None) -> None:
+    def add_partial(self, out: torch.Tensor, lse: torch.Tensor | None) -> None:
         pass
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return self._q.new_empty(self._q.shape), _lse(self._q)
+        return self._q.new_empty(self._q.shape), _empty_lse(self._q)
 
 
-class _BackwardParts(BackwardParts):
-    """As its base, but merging costs nothing."""
+class _BackwardAccumulator(BackwardAccumulator):
+    """Counts visible pairs and merges nothing."""
 
     def add(
         self, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor, plan: Any
@@ -206,14 +157,50 @@ class _BackwardParts(BackwardParts):
         self._op.pairs += plan * self._q.shape[2]
         return k_BTGD, v_BTGD
 
-    def add_result(self, dq: torch.Tensor) -> None:
+    def add_partial(self, dq: torch.Tensor) -> None:
         pass
 
     def finish(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         return self._q.new_empty(self._q.shape, dtype=dtype)
 
 
-def _lse(q: torch.Tensor) -> torch.Tensor:
+class TracedOperator(BoundOperator):
+    """An operator that counts the visible pairs of its calls and computes nothing."""
+
+    forward_accumulator_type: type[ForwardAccumulator] = _ForwardAccumulator
+    backward_accumulator_type: type[BackwardAccumulator] = _BackwardAccumulator
+
+    def __init__(self, info: OperatorInfo, device: str = "meta") -> None:
+        super().__init__(info, None, device)  # type: ignore[arg-type]
+
+    def prepare(self, subproblem: Subproblem | KeySubset) -> Any:
+        return subproblem.area
+
+    def sum_float32(
+        self, total: torch.Tensor | None, gradients: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        import torch
+
+        if total is None:
+            shape = (len(gradients), *gradients[0].shape)
+            total = torch.empty(shape, dtype=torch.float32, device=self.device)
+        return total
+
+    def forward(self, qkv: QKV, plan: Any) -> OutLse:
+        q = qkv.q
+        self.pairs += plan * q.shape[2]
+        return q.new_empty(q.shape), _empty_lse(q)
+
+    def backward(self, x: BackwardInputs, plan: Any) -> Gradients:
+        self.pairs += plan * x.q.shape[2]
+        return x.q.new_empty(x.q.shape), x.k.new_empty(x.k.shape), x.v.new_empty(x.v.shape)
+
+    @staticmethod
+    def output_with_delta(dout_BSHD: torch.Tensor, delta_BSH: torch.Tensor) -> torch.Tensor:
+        return dout_BSHD
+
+
+def _empty_lse(q: torch.Tensor) -> torch.Tensor:
     import torch
 
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
@@ -222,66 +209,69 @@ def _lse(q: torch.Tensor) -> torch.Tensor:
 def trace_rank(
     strategy: Strategy, operator: OperatorInfo, world: World, rank: int, log: bool = False
 ) -> RankTrace:
-    """What one rank would send and compute in the phases of the problem's direction.
+    """Trace one rank in the phases of the problem's direction.
 
-    The log-sum-exp is not asked for, as in timed runs.
+    The log-sum-exp is not requested, as in timed runs.
     """
     op, comm = TracedOperator(operator), TraceComm(rank, world.size, log)
     plan = strategy.prepare(op, world, rank)
-    q, k, v, dout = empty_inputs(world)
-    _, _, saved = strategy.forward(q, k, v, plan, op, comm, need_lse=False)
-    phases = {"fwd": _phase(op, comm)}
+    qkv, dout = empty_inputs(world)
+    _, _, saved = strategy.forward(qkv, plan, op, comm, need_lse=False)
+    phases = {"fwd": _take_phase(op, comm)}
     if world.problem.backward:
         strategy.backward(dout, saved, plan, op, comm)
-        phases["bwd"] = _phase(op, comm)
-    return RankTrace(phases, comm.balance, comm.log or [])
+        phases["bwd"] = _take_phase(op, comm)
+    return RankTrace(phases, comm.checksum, comm.log or [])
 
 
-def empty_inputs(world: World) -> list[torch.Tensor]:
+def empty_inputs(world: World) -> tuple[QKV, torch.Tensor]:
     """q, k, v and dout of one rank, without data."""
     import torch
 
     problem = world.problem
     dtype = getattr(torch, problem.dtype)
-    of_queries = (world.queries.local_len, problem.heads_q)
-    of_keys = (world.keys.local_len, problem.heads_kv)
-    return [
+    q_shape = (world.queries.local_len, problem.heads_q)
+    kv_shape = (world.keys.local_len, problem.heads_kv)
+    q, k, v, dout = (
         torch.empty((problem.batch, *shape, problem.head_dim), dtype=dtype, device="meta")
-        for shape in (of_queries, of_keys, of_keys, of_queries)
-    ]
+        for shape in (q_shape, kv_shape, kv_shape, q_shape)
+    )
+    return QKV(q, k, v), dout
 
 
 @functools.cache
-def _number(word: str) -> int:
-    """The same in every process, which ``hash`` of a text is not."""
-    return zlib.crc32(word.encode())
+def _content_hash(what: str) -> int:
+    """A hash that is the same in every process, unlike ``hash`` of a string."""
+    return zlib.crc32(what.encode())
 
 
-def _phase(op: TracedOperator, comm: TraceComm) -> PhaseTrace:
-    """What has been noted since the last time."""
+def _take_phase(op: TracedOperator, comm: TraceComm) -> PhaseTrace:
+    """The counts since the last call; resets the counters."""
     traffic = comm.traffic
-    found = PhaseTrace(traffic.bytes_to, traffic.messages, traffic.largest, op.pairs)
+    phase = PhaseTrace(traffic.bytes_to, traffic.messages, traffic.largest_message, op.pairs)
     traffic.clear()
     op.pairs = 0
-    return found
+    return phase
 
 
-def mismatch(logs: Sequence[Sequence[tuple[object, ...]]]) -> str:
-    """The first message that is sent and not expected (or the other way), or collective that not
-    all its ranks enter alike, in words."""
-    ways: dict[tuple[object, ...], set[object]] = {}
+def describe_mismatch(logs: Sequence[Sequence[tuple[object, ...]]]) -> str:
+    """Describe the first message that is sent but not expected, or expected but not sent; else a
+    collective that its members enter differently."""
+    sides: dict[tuple[object, ...], set[object]] = {}
     for log in logs:
         for kind, sender, receiver, number, *rest in log:
             if kind == "message":
-                *content, way = rest
-                ways.setdefault((sender, receiver, number, *content), set()).add(way)
-    for (sender, receiver, number, nbytes, what), found in ways.items():
-        if len(found) == 1:
-            other = "does not expect it so" if "sent" in found else "does not send it so"
-            who = receiver if "sent" in found else sender
+                *content, side = rest
+                sides.setdefault((sender, receiver, number, *content), set()).add(side)
+    for (sender, receiver, number, nbytes, what), message_sides in sides.items():
+        if len(message_sides) == 1:
+            if "sent" in message_sides:
+                problem = f"rank {receiver} does not expect this message"
+            else:
+                problem = f"rank {sender} does not send this message"
+            content_text = f" of {what}" if what else ""
             return (
                 f"message {number} from rank {sender} to rank {receiver}, {nbytes} bytes"
-                f"{f' of {what}' if what else ''}: "
-                f"rank {who} {other}"
+                f"{content_text}: {problem}"
             )
-    return "a collective that not all of its ranks enter alike"
+    return "a collective that its ranks enter in different order or with different sizes"

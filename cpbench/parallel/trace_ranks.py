@@ -1,8 +1,7 @@
-"""Trace some ranks of a case: ``python -m cpbench.parallel.trace_ranks``, a subprocess.
+"""Trace a subset of the ranks of a case: ``python -m cpbench.parallel.trace_ranks``, a subprocess.
 
-Started by ``cpbench.tools.traffic``.
-
-Takes a JSON request on stdin and prints a JSON answer: what each rank of its share would do.
+Started by ``cpbench.tools.traffic``.  Reads a JSON request from stdin and prints a JSON reply: the
+communication, work and memory of the requested ranks.
 """
 
 from __future__ import annotations
@@ -19,18 +18,20 @@ from cpbench.parallel.trace import RankTrace, trace_rank
 from cpbench.parallel.world import World
 
 
-def answer(case: Case, ranks: Sequence[int], for_buffers: Sequence[int]) -> dict[str, Any]:
-    """Rows by rank, and the memory that the strategy needs on some ranks.
+def trace_case(case: Case, ranks: Sequence[int], memory_ranks: Sequence[int]) -> dict[str, Any]:
+    """Trace ``ranks`` of a case, and the peak memory of the strategy on ``memory_ranks``.
 
     Raises:
-        ValueError: when the strategy refuses the case.
+        ValueError: if the strategy cannot run this case.
     """
     from cpbench.parallel.memory_trace import peak_bytes
 
     world = World.of_case(case, case.world_size)
     info, operator = strategy_info(case.strategy.name), operator_info(case.operator.name)
     if not info.traced:
-        raise ValueError(f"{info.name} does its own sending: only a run can count its bytes")
+        raise ValueError(
+            f"{info.name} sends through a library: its bytes are only counted in a run"
+        )
     strategy = implementation(info, case.strategy.kwargs)
     reason = declared_refusal(info, world) or strategy.unsupported(world)
     if reason is not None:
@@ -40,35 +41,35 @@ def answer(case: Case, ranks: Sequence[int], for_buffers: Sequence[int]) -> dict
         "area": world.mask.area,
         "local_tokens": world.keys.local_len,
         "ranks": {
-            rank: {phase: _row(found, phase, rank, world) for phase in phases}
-            for rank, found in ((r, trace_rank(strategy, operator, world, r)) for r in ranks)
+            rank: {phase: _phase_row(trace, phase, rank, world) for phase in phases}
+            for rank, trace in ((r, trace_rank(strategy, operator, world, r)) for r in ranks)
         },
-        "buffers": {rank: peak_bytes(strategy, operator, world, rank) for rank in for_buffers},
+        "buffers": {rank: peak_bytes(strategy, operator, world, rank) for rank in memory_ranks},
     }
 
 
-def _row(found: RankTrace, phase: str, rank: int, world: World) -> dict[str, int]:
-    seen = found.phases[phase]
-    node = rank // world.ranks_per_node * world.ranks_per_node
-    same = sum(seen.bytes_to[node : node + world.ranks_per_node])
+def _phase_row(trace: RankTrace, phase: str, rank: int, world: World) -> dict[str, int]:
+    phase_trace = trace.phases[phase]
+    first = rank // world.ranks_per_node * world.ranks_per_node
+    same_node = sum(phase_trace.bytes_to[first : first + world.ranks_per_node])
     return {
-        "same_node": same,
-        "across_nodes": sum(seen.bytes_to) - same,
-        "messages": seen.messages,
-        "largest": seen.largest,
-        "pairs": seen.pairs,
+        "same_node": same_node,
+        "across_nodes": sum(phase_trace.bytes_to) - same_node,
+        "messages": phase_trace.messages,
+        "largest": phase_trace.largest_message,
+        "pairs": phase_trace.pairs,
     }
 
 
 def main() -> int:
-    """One request from stdin; a refusal is one line and exit code 2."""
+    """Handle one request from stdin; a refusal is one line on stderr and exit code 2."""
     request = json.load(sys.stdin)
     try:
-        found = answer(Case.from_json(request["case"]), request["ranks"], request["buffers"])
+        reply = trace_case(Case.from_json(request["case"]), request["ranks"], request["buffers"])
     except ValueError as refusal:
         print(refusal, file=sys.stderr)
         return 2
-    print(json.dumps(found))
+    print(json.dumps(reply))
     return 0
 
 

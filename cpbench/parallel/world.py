@@ -1,8 +1,8 @@
-"""What all ranks know of one computation: the problem, the mask, who owns which tokens, the nodes.
+"""The global view of one computation: problem, mask, layouts and nodes, the same on all ranks.
 
-Strategies plan from a :class:`World`: which parts of the mask lie between which ranks, how large
-they are, and how ranks form a mesh.  Masks of parts are cut out only when somebody reads them, so
-that a schedule alone (``cpbench.parallel.trace``) costs nothing but areas.
+Strategies plan from a :class:`World`: the subproblems between ranks, their areas, and the mesh of
+ranks.  The mask of a subproblem is cut out only when it is read, so a schedule alone
+(``cpbench.parallel.trace``) needs the areas only.
 """
 
 from __future__ import annotations
@@ -26,15 +26,14 @@ from cpbench.parallel.mesh import Mesh
 
 @dataclass(frozen=True, eq=False)
 class World:
-    """One computation as all ranks see it.
+    """One computation, as all ranks see it.
 
     Attributes:
-        problem: the whole of it.
-        mask: ``seq_q x seq_k``, global; of one rank alone where it differs from head to head.
-        queries, keys: which rank owns which queries and keys (one layout, unless they differ).
-        ranks_per_node: ranks that share a node; ranks are numbered node by node.
-        placement: the mesh axis whose groups are to be neighbours, or "" for the strategy's own
-            choice.
+        problem: the global problem.
+        mask: ``seq_q x seq_k``, global; a mask per query head runs on one rank only.
+        queries, keys: layouts of queries and keys (the same unless their lengths differ).
+        ranks_per_node: ranks per node; ranks are numbered node by node.
+        placement: the mesh axis to place inside nodes; "" for the default of the strategy.
     """
 
     problem: Problem
@@ -53,115 +52,117 @@ class World:
         ranks_per_node: int = 0,
         placement: str = "",
     ) -> World:
-        """Queries dealt as ``layout`` deals the keys; ``ranks_per_node`` 0 is all on one node."""
+        """Assign queries by the layout of the keys; ``ranks_per_node`` 0 is one node for all."""
         nodes, queries = ranks_per_node or layout.world_size, layout
         if mask.seq_q != layout.seq_len:
-            together = AttnMask.from_slices(1, 1, [])  # a few queries have no documents
-            queries = layouts.build(layout.name, mask.seq_q, layout.world_size, together)
+            no_documents = AttnMask.from_slices(1, 1, [])  # a few queries have none
+            queries = layouts.build(layout.name, mask.seq_q, layout.world_size, no_documents)
         return cls(problem, mask, queries, layout, nodes, placement)
 
     @classmethod
     def of_case(cls, case: Case, ranks_per_node: int) -> World:
-        """The world of a row of a sweep.
+        """The world of a case of a sweep.
 
         Args:
-            ranks_per_node: where the case leaves it to the launcher.
+            ranks_per_node: used if the case does not set it.
 
         Raises:
-            ValueError: for a layout that does not fit.
+            ValueError: if the layout or the number of queries does not fit.
         """
         mask = masks.build_heads(case.mask, case.seq_len, case.num_heads_q)
         shared = mask if isinstance(mask, AttnMask) else None
         layout = layouts.build(case.layout, case.seq_len, case.world_size, shared)
         if case.queries:
             if isinstance(mask, DilatedMask):
-                raise ValueError(f"queries = {case.queries}: {case.mask.name} is of all queries")
+                raise ValueError(
+                    f"queries = {case.queries}: mask {case.mask.name} requires all queries"
+                )
             mask = mask.crop(case.seq_len - case.queries, case.seq_len, 0, case.seq_len)
         nodes = case.ranks_per_node or ranks_per_node
         return cls.of(case.problem, mask, layout, nodes, case.placement)
 
     @property
     def size(self) -> int:
-        """P, ranks."""
+        """The number of ranks, P."""
         return self.keys.world_size
 
     @property
     def shared_mask(self) -> AttnMask:
-        """The mask that all heads share: what a strategy of several ranks works on."""
+        """The mask of all heads, where they share one, as strategies of several ranks require."""
         assert isinstance(self.mask, AttnMask)
         return self.mask
 
     @functools.cached_property
     def areas(self) -> IntArray:
-        """``(P, P)`` visible pairs between the queries of rank r (row) and the keys of rank s."""
+        """Visible pairs between the queries of rank r (row) and the keys of rank s, ``(P, P)``."""
         if per_head(self.mask):
             return np.full((self.size, self.size), math.ceil(self.mask.area / self.size**2))
         return area_matrix(self.shared_mask, self.queries, self.keys)
 
-    def part(self, q_ranks: Sequence[int], k_ranks: Sequence[int]) -> Part:
-        """The work between the queries of some ranks and the keys of some, both concatenated in
-        the order given; its area is 0 where the mask is empty there."""
+    def subproblem(self, q_ranks: Sequence[int], k_ranks: Sequence[int]) -> Subproblem:
+        """Attention of the queries of ``q_ranks`` to the keys of ``k_ranks``, each concatenated in
+        the order given; its area is 0 if nothing is visible."""
         if len(q_ranks) == len(k_ranks) == 1:
             area = int(self.areas[q_ranks[0], k_ranks[0]])
         else:
             area = int(self.areas[np.ix_(list(q_ranks), list(k_ranks))].sum())
-        return Part(self, tuple(q_ranks), tuple(k_ranks), area)
+        return Subproblem(self, tuple(q_ranks), tuple(k_ranks), area)
 
-    def piece(self, rank: int, keys: IntArray) -> Piece:
-        """The work between the queries of one rank and some runs of keys, rows (start, length), one
-        after another; for layouts of step 1."""
+    def key_subset(self, rank: int, keys: IntArray) -> KeySubset:
+        """Attention of the queries of one rank to concatenated runs of keys, rows (start, length);
+        for layouts of step 1."""
         queries = self.queries.ranges(rank)
-        return Piece(self, self.shared_mask.restrict(queries, keys).simplify())
+        return KeySubset(self, self.shared_mask.restrict(queries, keys).simplify())
 
     def mesh(self, **axes: int) -> Mesh:
         """The ranks as a mesh of ``axes``, outermost first; ``placement`` moves one innermost.
 
         Raises:
-            ValueError: when ``placement`` is no axis.
+            ValueError: if ``placement`` is not an axis.
         """
         mesh = Mesh.of(axes, self.placement)
-        assert np.prod(mesh.sizes) == self.size, f"{axes} are not {self.size} ranks"
+        assert np.prod(mesh.sizes) == self.size, f"{axes} does not have {self.size} ranks"
         return mesh
 
     def with_heads(self, heads_q: int, heads_kv: int) -> World:
-        """The same for some of the heads."""
+        """The same computation with another number of heads."""
         problem = replace(self.problem, scale=self.problem.softmax_scale)
         world = replace(self, problem=replace(problem, heads_q=heads_q, heads_kv=heads_kv))
         world.__dict__["areas"] = self.areas
         return world
 
     def merged(self, groups: tuple[tuple[int, ...], ...], heads_q: int, heads_kv: int) -> World:
-        """Groups of ranks as one rank each, in this order: as after an exchange of tokens for
-        heads inside the groups, which leaves each member with some heads of all their tokens.
+        """Merge each group of ranks into one rank, in this order: the world after an all-to-all
+        inside the groups that leaves every member a subset of heads of all their tokens.
 
         Args:
-            groups: all ranks, each once, in groups of one size.
+            groups: equally large groups that together hold every rank once.
             heads_q, heads_kv: heads of the new problem.
         """
-        return _merged(self, groups, heads_q, heads_kv)
+        return _merge_groups(self, groups, heads_q, heads_kv)
 
 
-@functools.lru_cache(maxsize=8)  # every rank of a trace asks for the same
-def _merged(
+@functools.lru_cache(maxsize=8)  # shared by all ranks of a trace
+def _merge_groups(
     world: World, groups: tuple[tuple[int, ...], ...], heads_q: int, heads_kv: int
 ) -> World:
     queries = world.queries.merged(groups)
     keys = queries if world.keys is world.queries else world.keys.merged(groups)
-    whole = replace(world.with_heads(heads_q, heads_kv), queries=queries, keys=keys, placement="")
+    merged = replace(world.with_heads(heads_q, heads_kv), queries=queries, keys=keys, placement="")
     order = np.concatenate([np.asarray(group) for group in groups])
-    n, each = len(groups), world.size // len(groups)
-    blocks = world.areas[np.ix_(order, order)].reshape(n, each, n, each)
-    whole.__dict__["areas"] = blocks.sum((1, 3))  # what the cached property would find
-    return whole
+    n, group_size = len(groups), world.size // len(groups)
+    blocks = world.areas[np.ix_(order, order)].reshape(n, group_size, n, group_size)
+    merged.__dict__["areas"] = blocks.sum((1, 3))  # the value of the cached property
+    return merged
 
 
 @dataclass(frozen=True)
-class Part:
-    """The work between the queries of some ranks and the keys of some.
+class Subproblem:
+    """Attention of the queries of some ranks to the keys of some ranks.
 
     Attributes:
-        world: that it is a part of.
-        q_ranks, k_ranks: whose queries and whose keys, concatenated in this order.
+        world: the world that it belongs to.
+        q_ranks, k_ranks: owners of the queries and of the keys, concatenated in this order.
         area: visible pairs.
     """
 
@@ -172,16 +173,16 @@ class Part:
 
     @property
     def mask(self) -> Mask:
-        """The mask in local coordinates, cut out anew."""
+        """The mask in local coordinates, cut out on every access."""
         world = self.world
         if per_head(world.mask):
-            assert world.size == 1, "strategies of several ranks refuse a mask for each head"
+            assert world.size == 1, "strategies of several ranks refuse a mask per head"
             return world.mask
         return local_mask(world.shared_mask, world.queries, self.q_ranks, world.keys, self.k_ranks)
 
     @property
     def problem(self) -> Problem:
-        """What an operator computes here."""
+        """The problem that the operator computes."""
         world = self.world
         return local_problem(
             world.problem,
@@ -193,11 +194,11 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """The work between the queries of one rank and some keys.
+class KeySubset:
+    """Attention of the queries of one rank to a subset of keys.
 
     Attributes:
-        world: that it is a part of.
+        world: the world that it belongs to.
         mask: in local coordinates.
     """
 
@@ -211,6 +212,6 @@ class Piece:
 
     @property
     def problem(self) -> Problem:
-        """What an operator computes here."""
+        """The problem that the operator computes."""
         whole = self.world.problem
         return local_problem(whole, self.mask.seq_q, self.mask.seq_k, whole.heads_q, whole.heads_kv)

@@ -1,4 +1,4 @@
-"""What is kept of one case: a :class:`Record`, one JSON object on one line.
+"""The record of one case: a :class:`Record`, one JSON object on one line.
 
 There are no sentinel numbers: what was not measured is absent or null, and ``status`` says why.
 """
@@ -15,26 +15,26 @@ from cpbench.core.problem import Case
 
 SCHEMA = 2
 STATUSES = ("ok", "unsupported", "oom", "wrong", "crash", "timeout")
-FEWEST_ROUNDS = 3  # of the exposure, for a spread to be known
-TELLING = 0.25  # of communication's time: noise above it and nobody can tell what is hidden
-APPROXIMATE = "approximate"  # flag of what an operator that chooses computed
+MIN_ROUNDS_FOR_SPREAD = 3  # of the exposure measurement
+MAX_RELATIVE_SPREAD = 0.25  # of the communication time: above it, overlap cannot be told from noise
+APPROXIMATE = "approximate"  # flag of results computed by a selector
 FAILURES = ("wrong", "crash", "timeout")
 
 
 class SchemaError(ValueError):
-    """A record of a version that is not known here."""
+    """A record of an unknown schema version."""
 
 
 @dataclass(frozen=True)
 class Exposure:
-    """Medians over rounds, in microseconds of the slowest rank.
+    """Exposed communication: medians over rounds, in microseconds of the slowest rank.
 
     Attributes:
-        whole_us, compute_us, transfer_us: a run, the same without communication, communication
-            alone.
-        exposed_us: how much longer a run takes than without; noise may make it negative.
-        spread_us: half the width of its 95 % interval (of few rounds, of all of them); None for one
-            or two.
+        whole_us, compute_us, transfer_us: the complete pass, the pass without communication, and
+            communication alone.
+        exposed_us: complete pass minus compute; noise may make it negative.
+        spread_us: half-width of its 95 % confidence interval (half the range, below six rounds);
+            None below three rounds.
     """
 
     whole_us: float
@@ -45,19 +45,19 @@ class Exposure:
 
     @property
     def exposed(self) -> float:
-        """Share of the run's time that communication adds."""
+        """Exposed communication as a fraction of the complete pass."""
         return self.exposed_us / self.whole_us
 
     @property
     def spread(self) -> float | None:
-        """Half the width of the interval of :attr:`exposed`."""
+        """Half-width of the confidence interval of :attr:`exposed`."""
         return None if self.spread_us is None else self.spread_us / self.whole_us
 
     @property
     def hidden(self) -> float | None:
-        """Share of communication that does not show in the run's time; None where noise hides what
-        communication does."""
-        if self.spread_us is None or self.spread_us > TELLING * self.transfer_us:
+        """Overlapped communication as a fraction of all communication; None where the spread is too
+        large to tell."""
+        if self.spread_us is None or self.spread_us > MAX_RELATIVE_SPREAD * self.transfer_us:
             return None
         return 1 - self.exposed_us / self.transfer_us if self.transfer_us else None
 
@@ -67,46 +67,49 @@ class Record:
     """One attempt at one case.
 
     Attributes:
-        case: what was asked for.
+        case: the case.
         status: one of ``STATUSES``; ``reason`` says why when it is not ok.
-        errors: largest error of each tensor over ranks and checks, see ``cpbench.verify.check``:
+        errors: largest error of each tensor over ranks, by check, see ``cpbench.verify.check``:
             ``{"small"|"sampled": {"out": {"rel_l2": …, "max_rms": …}, …}}``.
         times_us: microseconds by phase (``fwd``, ``bwd``) as ``[rank][iteration]``.
-        parts_us: of operators that choose: microseconds of choosing (``select``), of the kernel's
-            plan for what was chosen (``plan``) and of the kernel (``kernel``), as ``times_us`` but
-            in iterations of their own; ``fwd`` of ``times_us`` is all three, in one call.
-        quality: of operators that choose: what the choice is worth, see ``cpbench.verify.quality``.
-        pace_us: ``[rank][iteration]``: processor time of a fixed piece of work around each
-            iteration, where processor time was measured; comparisons divide by it.
-        exposure_us: rounds that alternate between the run as it is (``whole``), without
+        parts_us: of selectors: microseconds of the selection (``select``), of the kernel's plan for
+            it (``plan``) and of the kernel (``kernel``), as ``times_us`` but in iterations of their
+            own; ``fwd`` of ``times_us`` is all three, in one call.
+        quality: of selectors: quality of the selection, see ``cpbench.verify.quality``.
+        pace_us: ``[rank][iteration]``: CPU time of a fixed piece of work around each iteration,
+            where CPU time was measured; comparisons divide by it.
+        exposure_us: rounds that alternate between the complete pass (``whole``), the pass without
             communication (``compute``) and communication alone (``transfer``): by these, then as
             ``times_us``; empty for one rank and where a library does the sending.
-        turns: iterations of each turn, in order, where contenders were measured in turn.
-        mask_us, plan_us, first_call_us: building the mask, planning (dealing tokens included), and
-            the first call at size (with compilation), slowest rank.
-        flops: by phase, from ``area``, all ranks together; choosing is not counted.
-        area: visible pairs of the mask per head (on average, where heads differ); of operators that
-            choose, the pairs they chose.
-        balance: visible pairs that each rank computed in one pass over all phases, each counted
-            once for every query head; None for operators that choose.
+        turns: iterations of each turn, in order, of an interleaved measurement.
+        mask_us, plan_us, first_call_us: building the mask, planning (with the assignment of tokens
+            to ranks), and the first call at full size (with compilation), slowest rank.
+        flops: by phase, from ``area``, all ranks together; the selection is not counted.
+        area: visible pairs of the mask per head (mean over heads); of selectors, those selected.
+        balance: visible pairs that each rank computed in one pass over all phases, counted once per
+            query head; None for selectors.
         memory_bytes: by kind, ``[rank]``: ``inputs``; ``plan`` and ``saved`` (held before a pass);
             ``peak`` (on top of those, during one); ``predicted`` (a peak without the operator's
-            own temporaries, see ``cpbench.parallel.memory_trace``); on GPUs ``reserved`` and ``device``.
+            own temporaries, see ``cpbench.parallel.memory_trace``); on GPUs ``reserved`` and
+            ``device``.
         bytes_sent: by phase, ``[rank]``, counted at the transport.
-        bytes_across: of these, those to ranks of other nodes.
-        messages: by phase, ``[rank]``; ``largest_message``: bytes of the largest, of any rank.
-        predicted_bytes: by phase, ``[rank]``, sent according to the trace of the plan (see
+        bytes_across: of ``bytes_sent``, those to ranks of other nodes.
+        messages: by phase, ``[rank]``.
+        largest_message: by phase, bytes of the largest message of any rank.
+        predicted_bytes: by phase, ``[rank]``: bytes sent according to the trace of the plan (see
             ``cpbench.parallel.trace``); empty where a library does the sending.
         ranks_per_node: ranks that share a node, for ``bytes_across`` and the strategy's mesh.
-        telemetry: ``[rank]``: what the rank's GPU said of itself while it was timed, see
-            ``cpbench.measure.telemetry.summary``; ``{"missing": why}`` where there is nothing, empty on
-            CPUs.
-        conditions: device, threads, and what was asked to be checked and timed.
+        telemetry: ``[rank]``: power, clocks and temperature of the rank's GPU during timing, see
+            ``cpbench.measure.telemetry.summarize``; ``{"missing": why}`` where it is not available,
+            empty on CPUs.
+        conditions: device, threads, and whether checks and timing were requested.
         flags: caveats, such as ``contended`` or ``oversubscribed``.
         environment: id of an environment record in the same run directory.
-        started: seconds since the epoch; ``seconds``: how long the whole case took.
-        writer: which worker gang or parent wrote this.
-        log: file under the run directory with what the failing rank printed.
+        started: seconds since the epoch.
+        seconds: duration of the whole case.
+        writer: name of the worker gang, or the parent, that wrote the record.
+        log: file under the run directory with the output of the rank that failed.
+        schema: version of this format.
     """
 
     case: Case
@@ -144,7 +147,7 @@ class Record:
 
     @property
     def iterations(self) -> int:
-        """How many were timed."""
+        """Number of timed iterations."""
         return max((len(ranks[0]) for ranks in self.times_us.values() if ranks), default=0)
 
     @property
@@ -159,7 +162,7 @@ class Record:
 
     @property
     def paced(self) -> float | None:
-        """Median over iterations of the time over the pace; None where no pace was measured."""
+        """Median over iterations of time divided by pace; None where no pace was measured."""
         if not self.pace_us:
             return None
         pairs = zip(self.samples_us, slowest_us({"pace": self.pace_us}, ("pace",)), strict=True)
@@ -167,22 +170,22 @@ class Record:
 
     @property
     def exposure(self) -> Exposure | None:
-        """Medians over rounds of the slowest rank's times; None where they were not measured."""
+        """Exposed communication; None where it was not measured."""
         if not self.exposure_us:
             return None
         whole, compute, transfer = (
-            slowest_us(self.exposure_us[way], tuple(self.exposure_us[way]))
-            for way in ("whole", "compute", "transfer")
+            slowest_us(self.exposure_us[variant], tuple(self.exposure_us[variant]))
+            for variant in ("whole", "compute", "transfer")
         )
-        longer = [a - b for a, b in zip(whole, compute, strict=True)]
-        low, high = median_interval(longer) or (min(longer), max(longer))
-        spread = (high - low) / 2 if len(longer) >= FEWEST_ROUNDS else None
-        middle = statistics.median
-        return Exposure(middle(whole), middle(compute), middle(transfer), middle(longer), spread)
+        exposed = [total - alone for total, alone in zip(whole, compute, strict=True)]
+        low, high = median_interval(exposed) or (min(exposed), max(exposed))
+        spread = (high - low) / 2 if len(exposed) >= MIN_ROUNDS_FOR_SPREAD else None
+        median = statistics.median
+        return Exposure(median(whole), median(compute), median(transfer), median(exposed), spread)
 
     @property
     def noise(self) -> float | None:
-        """Half-width of the 95 % interval of the median, relative to it."""
+        """Half-width of the 95 % confidence interval of the median, relative to the median."""
         return relative_half_width(self.samples_us)
 
     @property
@@ -195,21 +198,21 @@ class Record:
 
     @property
     def peak_bytes(self) -> int | None:
-        """What the rank with the most holds beside its inputs: plan, saved and peak."""
-        held = self.memory_bytes
-        if "peak" not in held:
+        """Peak memory beside the inputs (plan, saved and peak together), max over ranks."""
+        memory = self.memory_bytes
+        if "peak" not in memory:
             return None
-        kinds = [held[kind] for kind in ("plan", "saved", "peak") if kind in held]
+        kinds = [memory[kind] for kind in ("plan", "saved", "peak") if kind in memory]
         return max(map(sum, zip(*kinds, strict=True)))
 
     @property
     def worst_error(self) -> float | None:
         """Largest relative L2 error of any tensor in any check (null in JSON is infinite)."""
-        found = [e["rel_l2"] for tensors in self.errors.values() for e in tensors.values()]
-        return max((math.inf if error is None else error for error in found), default=None)
+        errors = [error["rel_l2"] for tensors in self.errors.values() for error in tensors.values()]
+        return max((math.inf if error is None else error for error in errors), default=None)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, keys in order; :meth:`from_json` reads them back."""
+        """A table of plain values, which :meth:`from_json` reads back."""
         table = asdict(self)
         table["case"] = self.case.to_json()
         return {"kind": "case", "id": self.case.id, **table}
@@ -219,15 +222,15 @@ class Record:
         """Read back :meth:`to_json`, of this version or an earlier one.
 
         Raises:
-            SchemaError: for a version that is not known.
-            AttributeError, KeyError, TypeError, ValueError: for what is no record.
+            SchemaError: for an unknown version.
+            AttributeError, KeyError, TypeError, ValueError: for a table that is not a record.
         """
         values = {key: value for key, value in table.items() if key in _FIELDS}
         version = table.get("schema")
         if version not in (1, SCHEMA):
-            raise SchemaError(f"schema {version!r} is not known here (1 to {SCHEMA} are)")
+            raise SchemaError(f"unknown schema {version!r}; this cpbench reads 1 to {SCHEMA}")
         if version == 1:
-            _from_version_1(values)
+            _upgrade_from_1(values)
         values["case"] = Case.from_json(values["case"], table.get("id"))
         if values["status"] not in STATUSES:
             raise ValueError(f"unknown status {values['status']!r}")
@@ -238,8 +241,8 @@ class Record:
 _FIELDS = frozenset(item.name for item in fields(Record))
 
 
-def _from_version_1(values: dict[str, Any]) -> None:
-    """Version 1 knew no other clocks than these."""
+def _upgrade_from_1(values: dict[str, Any]) -> None:
+    """Add what schema 2 has: the clock, of which schema 1 had one for each device."""
     conditions = dict(values.get("conditions", {}))
     if conditions:
         conditions["clock"] = "events" if conditions.get("device") == "cuda" else "wall"
@@ -249,18 +252,20 @@ def _from_version_1(values: dict[str, Any]) -> None:
 def slowest_us(
     times_us: Mapping[str, Sequence[Sequence[float]]], phases: Sequence[str]
 ) -> list[float]:
-    """Per iteration, the slowest rank's time in each of ``phases``, added up (every phase starts
-    at a barrier, so ranks do not make up in one for another)."""
-    slowest = [_slowest(times_us[phase]) for phase in phases]
+    """Per iteration, the slowest rank's time in each of ``phases``, summed over phases.
+
+    Every phase starts at a barrier, so a rank cannot make up in one phase for another.
+    """
+    slowest = [_max_over_ranks(times_us[phase]) for phase in phases]
     if len(slowest) == 1:
         return slowest[0]
-    return [sum(parts) for parts in zip(*slowest, strict=True)]
+    return [sum(phase_times) for phase_times in zip(*slowest, strict=True)]
 
 
-def _slowest(ranks: Sequence[Sequence[float]]) -> list[float]:
-    if len(ranks) == 1:
-        return list(ranks[0])
-    return list(map(max, zip(*ranks, strict=True)))
+def _max_over_ranks(times: Sequence[Sequence[float]]) -> list[float]:
+    if len(times) == 1:
+        return list(times[0])
+    return list(map(max, zip(*times, strict=True)))
 
 
 def median_interval(samples: Sequence[float]) -> tuple[float, float] | None:
@@ -269,17 +274,17 @@ def median_interval(samples: Sequence[float]) -> tuple[float, float] | None:
     Distribution-free, from order statistics (binomial, normal approximation); None below six
     samples, where no pair of order statistics covers 95 %.
     """
-    n = len(samples)
-    if n < 6:
+    count = len(samples)
+    if count < 6:
         return None
     ordered = sorted(samples)
-    spread = 1.96 * math.sqrt(n) / 2
-    low, high = math.floor(n / 2 - spread), math.ceil(n / 2 + spread)
-    return ordered[max(low, 0)], ordered[min(high, n - 1)]
+    half_width = 1.96 * math.sqrt(count) / 2
+    low, high = math.floor(count / 2 - half_width), math.ceil(count / 2 + half_width)
+    return ordered[max(low, 0)], ordered[min(high, count - 1)]
 
 
 def relative_half_width(samples: Sequence[float]) -> float | None:
-    """Half the width of :func:`median_interval` relative to the median; None where it is None."""
+    """Half-width of :func:`median_interval`, relative to the median; None where that is None."""
     interval = median_interval(samples)
-    middle = statistics.median(samples) if samples else 0.0
-    return (interval[1] - interval[0]) / 2 / middle if interval and middle else None
+    median = statistics.median(samples) if samples else 0.0
+    return (interval[1] - interval[0]) / 2 / median if interval and median else None

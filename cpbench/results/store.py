@@ -1,17 +1,17 @@
-"""A run directory: job files, journals, records.
+"""Files of a run directory: records, jobs and journals.
 
 ::
 
-    sweep.json                    what was asked for
-    records/WRITER.jsonl          one file per writer, environments and cases, one JSON a line
-    jobs/WRITER/job.json          what a gang was told to do
-    jobs/WRITER/rankN.jsonl       what each of its ranks noted while at it
-    jobs/WRITER/rankN.log         what it printed
-    traces/CASE.json              what ranks did when, where a run was traced
+    sweep.json                    the sweep that was requested
+    records/WRITER.jsonl          environments and records of cases, one JSON object per line
+    jobs/WRITER/job.json          the job of a gang of workers
+    jobs/WRITER/rankN.jsonl       journal of a rank: events while it works
+    jobs/WRITER/rankN.log         output of a rank
+    traces/CASE.json              timeline of a traced case
 
-Files are only ever appended to, each by one process; records of all files are merged on reading,
-the newest of a case wins, and earlier ones that went as well are further launches of it.  A torn
-last line (a full disk, a killed writer) is skipped.
+Record files and journals are only appended to, each by one process.  Reading merges the records of
+all files: the newest of a case wins, and earlier ones that also succeeded are further launches of
+it.  A torn line (a full disk, a killed writer) is skipped.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ from typing import Any, Self
 import orjson
 
 from cpbench.core.problem import Case
-from cpbench.results.record import Record, SchemaError
 from cpbench.core.settings import MeasureSettings
+from cpbench.results.record import Record, SchemaError
 
-EXIT_STORE = 74  # of a rank that could not write
+EXIT_STORE = 74  # exit code of a rank that could not write
 PROBE_BYTES = 64 << 10
 
 
 class StoreError(OSError):
-    """Results could not be written; what was written before is intact."""
+    """Results could not be written; earlier ones are intact."""
 
 
-class Lines:
-    """Appends JSON lines to one file; a line is there whole or not at all.
+class JsonLinesWriter:
+    """Appends JSON lines to one file; each line is written whole or not at all.
 
     Args:
-        path: created with its folders.
-        sync: whether a line must survive a power failure.
+        path: of the file; it and its folders are created.
+        sync: whether to fsync after every line, so that it survives a power failure.
 
     Raises:
-        StoreError: when the disk is full or gone.
+        StoreError: when the file cannot be created.
     """
 
     def __init__(self, path: Path, sync: bool) -> None:
@@ -56,13 +56,13 @@ class Lines:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         except OSError as error:
-            raise self._failure(error) from error
+            raise self._store_error(error) from error
 
     def append(self, table: dict[str, Any]) -> None:
         """Write one line.
 
         Raises:
-            StoreError: when that fails; the file is as it was before.
+            StoreError: when that fails; the file is then unchanged.
         """
         line = (json.dumps(table, separators=(",", ":"), allow_nan=False) + "\n").encode()
         size = os.fstat(self._file).st_size
@@ -75,7 +75,7 @@ class Lines:
         except OSError as error:
             with suppress(OSError):
                 os.ftruncate(self._file, size)
-            raise self._failure(error) from error
+            raise self._store_error(error) from error
 
     def close(self) -> None:
         os.close(self._file)
@@ -86,53 +86,56 @@ class Lines:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _failure(self, error: OSError) -> StoreError:
+    def _store_error(self, error: OSError) -> StoreError:
         return StoreError(f"cannot write results to {self._path}: {error.strerror}")
 
 
-class RecordWriter(Lines):
-    """Records of one writer."""
+class RecordWriter(JsonLinesWriter):
+    """Appends the records of one writer, each synced to disk."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, sync=True)
 
 
-class Journal(Lines):
-    """What one rank notes for its parent: small lines, never synced."""
+class Journal(JsonLinesWriter):
+    """Appends the events of one rank, which its parent reads; not synced."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, sync=False)
 
     def note(self, event: str, **details: Any) -> None:
+        """Append an event with the current time."""
         self.append({"event": event, "time": time.time(), **details})
 
 
 class Tail:
-    """Reads a file that another process is appending lines to, each line once."""
+    """Reads JSON lines that another process appends to a file, each line once."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._offset = 0
 
     def read(self) -> list[dict[str, Any]]:
-        """The objects of the lines that have been finished since the last call.
+        """The objects of the lines completed since the last call.
 
-        A line without its end is left for later; one that is no JSON object is passed over.
+        An incomplete line is left for a later call; one that is not a JSON object is skipped.
         """
         try:
             with open(self._path, "rb") as file:
                 file.seek(self._offset)
-                fresh = file.read()
+                appended = file.read()
         except FileNotFoundError:
             return []
-        whole = fresh[: fresh.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        return [table for line in whole.splitlines() if (table := _object(line)) is not None]
+        complete = appended[: appended.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        return [
+            table for line in complete.splitlines() if (table := _parse_object(line)) is not None
+        ]
 
 
 @dataclass(frozen=True)
 class Job:
-    """What one gang is told: its cases, how to measure them, where to write."""
+    """The job of one gang: its cases, how to measure them and where to write the records."""
 
     cases: list[Case]
     settings: MeasureSettings
@@ -162,7 +165,7 @@ class Job:
         }
         path = self.folder / "job.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(table))
+        write_atomically(path, json.dumps(table))
         return path
 
     @classmethod
@@ -179,14 +182,15 @@ class Job:
 
 @dataclass
 class Run:
-    """All that a run directory holds.
+    """The contents of a run directory.
 
     Attributes:
-        records: the newest of each case, by its id.
-        launches: of a case whose newest record is ok and timed, that one and all like it under the
-            same conditions, oldest first: a process (or gang) each.
-        environments: by id.
-        warnings: what is damaged and left out.
+        records: the newest record of each case, by the id of the case.
+        launches: by the id of the case, where its newest record is ok and timed: that record and
+            the earlier ones like it, under the same conditions, oldest first.  Each is of another
+            process (or gang).
+        environments: by their ids.
+        warnings: damaged lines and files, which are left out.
     """
 
     records: dict[str, Record] = field(default_factory=dict)
@@ -196,8 +200,8 @@ class Run:
 
 
 def read_run(out: Path) -> Run:
-    """Every record of a run directory, damage reported as warnings."""
-    run, found = Run(), dict[str, list[Record]]()
+    """Read a run directory; damaged lines become warnings."""
+    run, records_by_case = Run(), dict[str, list[Record]]()
     for path in sorted((out / "records").glob("*.jsonl")):
         for number, table in read_lines(path, run.warnings):
             if table.get("kind") == "environment" and isinstance(table.get("id"), str):
@@ -206,35 +210,37 @@ def read_run(out: Path) -> Run:
             try:
                 record = Record.from_json(table)
             except (AttributeError, KeyError, TypeError, ValueError) as error:
-                why = str(error) if isinstance(error, SchemaError) else (
+                reason = str(error) if isinstance(error, SchemaError) else (
                     f"not a record ({type(error).__name__}: {error})"
                 )  # fmt: skip
-                run.warnings.append(f"{path.name}:{number}: {why}")
+                run.warnings.append(f"{path.name}:{number}: {reason}")
                 continue
-            found.setdefault(record.case.id, []).append(record)
-    for key, records in found.items():
+            records_by_case.setdefault(record.case.id, []).append(record)
+    for case_id, records in records_by_case.items():
         records.sort(key=lambda record: record.started)
-        run.records[key], run.launches[key] = records[-1], _launches(records)
+        run.records[case_id], run.launches[case_id] = records[-1], _launches(records)
     return run
 
 
 def _launches(records: list[Record]) -> list[Record]:
-    """Those that were timed under the conditions of the last one, one of each writer; none if that
-    one failed."""
-    last = records[-1]
-    fine = {
+    """The records timed under the conditions of the newest, one per writer; none if that one
+    failed."""
+    newest = records[-1]
+    launches = {
         record.writer: record
         for record in records
-        if record.status == last.status == "ok"
+        if record.status == newest.status == "ok"
         and record.times_us
-        and record.conditions == last.conditions
+        and record.conditions == newest.conditions
     }
-    return list(fine.values())
+    return list(launches.values())
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Replace a file in one step; when that fails the old one stays, and nothing else.  A pipe or
-    device is written to."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file and rename it into place; when that fails, the old file is kept.
+
+    A pipe or device is written to directly.
+    """
     data = content.encode() if isinstance(content, str) else content
     if path.exists() and not path.is_file():
         path.write_bytes(data)
@@ -249,12 +255,12 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def trace_path(out: Path, case: str) -> Path:
-    """Where the timeline of a case lies."""
+    """File with the timeline of a case (its id)."""
     return out / "traces" / f"{case}.json"
 
 
 def write_trace(out: Path, case: str, trace: dict[str, Any]) -> None:
-    """Write the timeline of a case.
+    """Write the timeline of a case (its id).
 
     Raises:
         StoreError: when that fails.
@@ -262,16 +268,16 @@ def write_trace(out: Path, case: str, trace: dict[str, Any]) -> None:
     path = trace_path(out, case)
     try:
         path.parent.mkdir(exist_ok=True)
-        write_whole(path, json.dumps(trace, separators=(",", ":"), allow_nan=False))
+        write_atomically(path, json.dumps(trace, separators=(",", ":"), allow_nan=False))
     except OSError as error:
         raise StoreError(f"cannot write results to {path}: {error.strerror}") from error
 
 
 def check_writable(folder: Path) -> None:
-    """Prove that there is room for a record or two.
+    """Check that a folder can be written to, by writing ``PROBE_BYTES`` to it.
 
     Raises:
-        StoreError: when there is not.
+        StoreError: when it cannot.
     """
     probe = folder / f".probe.{os.getpid()}"
     try:
@@ -283,11 +289,11 @@ def check_writable(folder: Path) -> None:
 
 
 def read_lines(path: Path, warnings: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Numbered JSON objects of a file; lines that are none are left out with a warning."""
+    """JSON objects of a file with their line numbers; other lines are left out with a warning."""
     try:
         with open(path, "rb") as lines:
             for number, line in enumerate(lines, start=1):
-                table = _object(line)
+                table = _parse_object(line)
                 if table is None:
                     warnings.append(f"{path.name}:{number}: torn or damaged line left out")
                 else:
@@ -296,8 +302,8 @@ def read_lines(path: Path, warnings: list[str]) -> Iterator[tuple[int, dict[str,
         warnings.append(f"{path.name}: cannot be read ({error.strerror})")
 
 
-def _object(line: bytes) -> dict[str, Any] | None:
-    """The JSON object on a line, if it is one."""
+def _parse_object(line: bytes) -> dict[str, Any] | None:
+    """The JSON object on a line; None for anything else."""
     try:
         table = orjson.loads(line)
     except ValueError:

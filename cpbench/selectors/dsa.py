@@ -1,9 +1,9 @@
-"""Selector `dsa`: single keys by a lightning indexer, shared by all heads.
+"""Selector `dsa`: top-k single keys per query by a lightning indexer, shared by all heads.
 
 Source: DeepSeek-V3.2-Exp (inference/model.py, Indexer): I[t, s] = sum over index heads of
-w[t, h] relu(q[t, h] k[s]), and the top-k keys of each query.  Its index queries, keys and weights
-are learned; here they are the queries and keys themselves, or a random projection of them, with
-equal weights.
+w[t, h] relu(q[t, h] k[s]), and the top-k keys of each query.  The original learns index queries,
+index keys and weights; this one uses the queries and keys themselves, or a random projection of
+them, with equal weights.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cpbench.core.registry import OperatorInfo
-from cpbench.selectors.common.base import Branch, Plan, Selecting
-from cpbench.selectors.common.ranking import at_least, products, spans, working
-from cpbench.selectors.common.selection import Tokens, visible
+from cpbench.selectors.common.base import Branch, Plan, Selector
+from cpbench.selectors.common.ranking import check_minimum, qk_scores, row_chunks, upcast
+from cpbench.selectors.common.selection import Tokens, dense_mask_rows
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 OPERATORS = (
     OperatorInfo(
         name="dsa",
-        summary="every query its top-k single keys by a lightning indexer, alike for all heads",
+        summary="top-k single keys per query by a lightning indexer, shared by all heads",
         source="DeepSeek-V3.2-Exp",
         load="cpbench.selectors.dsa:Dsa",
         params=("top_k", "index_dim", "kernel"),
@@ -32,46 +32,48 @@ OPERATORS = (
 )
 
 
-class Dsa(Selecting):
-    """No key is always taken, not even the query's own.
+class Dsa(Selector):
+    """Top-k keys per query; no key is forced, not even the query's own.
 
     Args:
-        top_k: keys of each query.
-        index_dim: lanes that a seeded random orthonormal projection leaves to the index; 0 is all.
-        kernel: see :class:`Selecting`.
+        top_k: keys per query.
+        index_dim: dimension of the index, reached by a seeded random orthonormal projection;
+            0 uses the whole head dimension.
+        kernel: see :class:`Selector`.
     """
 
     name = "dsa"
-    forms = ("tokens",)
+    branch_kinds = ("tokens",)
 
     def __init__(self, top_k: int = 2048, index_dim: int = 0, kernel: str = "") -> None:
         super().__init__(kernel)
-        at_least(self.name, 1, top_k=top_k)
-        at_least(self.name, 0, index_dim=index_dim)
+        check_minimum(self.name, 1, top_k=top_k)
+        check_minimum(self.name, 0, index_dim=index_dim)
         self.top_k, self.index_dim = top_k, index_dim
 
     def select(self, q: torch.Tensor, k: torch.Tensor, plan: Plan) -> tuple[Branch, ...]:
         import torch
 
-        index_q, index_k = self._projected(working(q)), self._projected(working(k))
+        index_q, index_k = self._project(upcast(q)), self._project(upcast(k))
         b, s, h, _ = q.shape
         t = k.shape[1]
-        most = min(self.top_k, t)
-        found = torch.empty((b, 1, s, most), dtype=torch.int32, device=q.device)
-        for begin, end in spans(s, b * h * t, q.device):
-            scores = products(index_q[:, begin:end], index_k).relu_().sum(1)
-            seen = visible(plan.mask, begin, end, q.device)
-            best = scores.masked_fill_(~seen, -torch.inf).topk(most, dim=-1)
-            found[:, 0, begin:end] = best.indices.masked_fill_(best.values == -torch.inf, -1)
-        return (Branch(seen=Tokens(plan.mask, found, h)),)
+        max_keys = min(self.top_k, t)
+        index = torch.empty((b, 1, s, max_keys), dtype=torch.int32, device=q.device)
+        for begin, end in row_chunks(s, b * h * t, q.device):
+            scores = qk_scores(index_q[:, begin:end], index_k).relu_().sum(1)
+            visible = dense_mask_rows(plan.mask, begin, end, q.device)
+            top = scores.masked_fill_(~visible, -torch.inf).topk(max_keys, dim=-1)
+            index[:, 0, begin:end] = top.indices.masked_fill_(top.values == -torch.inf, -1)
+        return (Branch(mask=Tokens(plan.mask, index, h)),)
 
-    def _projected(self, x: torch.Tensor) -> torch.Tensor:
+    def _project(self, x: torch.Tensor) -> torch.Tensor:
+        """Project the head dimension to ``index_dim`` dimensions."""
         import torch
 
         if not 0 < self.index_dim < x.shape[3]:
             return x
-        chance = torch.Generator().manual_seed(0)
-        square = torch.randn(x.shape[3], x.shape[3], generator=chance, dtype=torch.float64)
-        lanes = torch.linalg.qr(square).Q[:, : self.index_dim]
-        projected: torch.Tensor = x @ lanes.to(x)
+        generator = torch.Generator().manual_seed(0)
+        square = torch.randn(x.shape[3], x.shape[3], generator=generator, dtype=torch.float64)
+        basis = torch.linalg.qr(square).Q[:, : self.index_dim]
+        projected: torch.Tensor = x @ basis.to(x)
         return projected

@@ -1,8 +1,9 @@
-"""Selector `flexprefill`: for each head, whether pooled blocks tell enough, or lines must.
+"""Selector `flexprefill`: per head, columns and diagonals of blocks, or blocks by pooled attention.
 
 Source: FlexPrefill, arXiv 2502.20766, and its code (get_active_blocks).  The last block of queries
-is the judge: where the attention that mean keys predict for its mean query is close (square root of
-the Jensen-Shannon divergence below tau) to what it truly gives each block, the head is query-aware.
+decides: if the pooled attention of its mean query over mean keys is close to its true attention
+summed over blocks (square root of the Jensen-Shannon divergence below tau), the head is query-aware
+and also takes blocks by pooled attention.
 """
 
 from __future__ import annotations
@@ -10,10 +11,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cpbench.core.registry import OperatorInfo
-from cpbench.selectors.common.base import Branch, Plan, Selecting
-from cpbench.selectors.common.ranking import at_least, block_means, highest, in_blocks, products
+from cpbench.selectors.common.base import Branch, Plan, Selector
+from cpbench.selectors.common.ranking import (
+    block_means,
+    check_minimum,
+    qk_scores,
+    split_into_blocks,
+    top_k_mask,
+)
 from cpbench.selectors.common.selection import Blocks, Grid
-from cpbench.selectors.minference import by_distance, last_probs
+from cpbench.selectors.minference import last_query_probs, sum_by_distance
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +28,7 @@ if TYPE_CHECKING:
 OPERATORS = (
     OperatorInfo(
         name="flexprefill",
-        summary="per head, blocks by pooled attention or columns and diagonals of blocks",
+        summary="per head, columns and diagonals of blocks, or blocks by pooled attention",
         source="FlexPrefill, arXiv 2502.20766",
         load="cpbench.selectors.flexprefill:FlexPrefill",
         masks=("causal",),
@@ -34,18 +41,18 @@ OPERATORS = (
 )
 
 
-class FlexPrefill(Selecting):
-    """Columns and diagonals of blocks for every head: the fewest tokens that hold gamma of the last
-    queries' attention, or ``min_budget`` of them in heads that are query-aware.  Those also take,
-    over all their rows together, the blocks with the highest pooled attention, up to gamma of it.
-    (The original computes sequences of a block or two in full.)
+class FlexPrefill(Selector):
+    """Columns and diagonals of blocks for every head: the fewest tokens that hold a share gamma of
+    the last queries' attention, or ``min_budget`` of them in query-aware heads.  Query-aware heads
+    also take the blocks with the highest pooled attention, over all rows together, up to a share
+    gamma of it.  (The original computes sequences of one or two blocks in full.)
 
     Args:
-        block_size: tokens of a block, of queries and keys.
+        block_size: tokens per block, of queries and keys.
         gamma: share of the attention to cover.
-        tau: largest distance at which a head is query-aware; 0 is never.
-        min_budget: least tokens of columns, and of diagonals.
-        kernel: see :class:`Selecting`.
+        tau: distance below which a head is query-aware; 0 is never.
+        min_budget: minimum tokens of columns, and of diagonals.
+        kernel: see :class:`Selector`.
     """
 
     name = "flexprefill"
@@ -59,7 +66,7 @@ class FlexPrefill(Selecting):
         kernel: str = "",
     ) -> None:
         super().__init__(kernel)
-        at_least(self.name, 1, block_size=block_size, min_budget=min_budget)
+        check_minimum(self.name, 1, block_size=block_size, min_budget=min_budget)
         for key, value in (("gamma", gamma), ("tau", tau)):
             if not 0 <= value <= 1:
                 raise ValueError(f"flexprefill: {key} = {value} must be from 0 to 1")
@@ -69,57 +76,60 @@ class FlexPrefill(Selecting):
         import torch
 
         block, n, scale = self.block_size, k.shape[1], plan.problem.softmax_scale
-        cells = plan.cells(block, block)
+        grid = plan.grid(block, block)
         last = min(block, n)
-        probs = last_probs(q, k, last, scale)
-        columns, diagonals = probs.mean(2), by_distance(probs) / last
-        of_columns, of_diagonals = (in_blocks(x, block, 2).sum(3) for x in (columns, diagonals))
+        probs = last_query_probs(q, k, last, scale)
+        key_mass, distance_mass = probs.mean(2), sum_by_distance(probs) / last
+        column_mass, diagonal_mass = (
+            split_into_blocks(mass, block, 2).sum(3) for mass in (key_mass, distance_mass)
+        )
 
-        keys = block_means(k, block)
-        judge = block_means(q[:, -last:], last)
-        pooled = torch.softmax(products(judge, keys)[:, :, 0] * scale, -1)
-        aware = _divergence(pooled, of_columns).sqrt() < self.tau  # [B, H]
+        mean_k = block_means(k, block)
+        last_mean_q = block_means(q[:, -last:], last)
+        pooled_probs = torch.softmax(qk_scores(last_mean_q, mean_k)[:, :, 0] * scale, -1)
+        distance = _js_divergence(pooled_probs, column_mass).sqrt()
+        query_aware = distance < self.tau  # [B, H]
 
-        least = min(-(-self.min_budget // block), of_columns.shape[2])
+        min_count = min(-(-self.min_budget // block), column_mass.shape[2])
         counts = []
-        for mass in (columns, diagonals):
-            wanted = _cover(mass, self.gamma) // block + 1
-            wanted = wanted.clamp(min=least, max=of_columns.shape[2])
-            counts.append(torch.where(aware, least, wanted))
-        of_columns[..., 0], of_diagonals[..., 0] = torch.inf, torch.inf
-        lines = highest(of_columns, counts[0])[:, :, None]
-        offset = torch.arange(len(cells.areas), device=q.device)
-        away = (offset[:, None] - offset).clamp(min=0)
-        kept = lines | highest(of_diagonals, counts[1])[:, :, away]
-        if bool(aware.any()):
-            scores = products(block_means(q, block), keys) * scale
-            kept |= _by_pooled(scores, cells, self.gamma) & aware[:, :, None, None]
-        return (Branch(seen=Blocks(cells, kept & cells.allowed)),)
+        for mass in (key_mass, distance_mass):
+            count = _top_p_count(mass, self.gamma) // block + 1
+            count = count.clamp(min=min_count, max=column_mass.shape[2])
+            counts.append(torch.where(query_aware, min_count, count))
+        column_mass[..., 0], diagonal_mass[..., 0] = torch.inf, torch.inf
+        columns = top_k_mask(column_mass, counts[0])[:, :, None]
+        position = torch.arange(len(grid.areas), device=q.device)
+        block_distance = (position[:, None] - position).clamp(min=0)
+        kept = columns | top_k_mask(diagonal_mass, counts[1])[:, :, block_distance]
+        if bool(query_aware.any()):
+            scores = qk_scores(block_means(q, block), mean_k) * scale
+            kept |= _top_pooled_blocks(scores, grid, self.gamma) & query_aware[:, :, None, None]
+        return (Branch(mask=Blocks(grid, kept & grid.allowed)),)
 
 
-def _divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """Jensen-Shannon, natural logarithm; 0 log 0 is 0."""
+def _js_divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """Jensen-Shannon divergence along the last axis, natural logarithm; 0 log 0 is 0."""
     import torch
 
     mean = (p + q) / 2
     first, second = (torch.special.xlogy(x, x) - torch.special.xlogy(x, mean) for x in (p, q))
-    found: torch.Tensor = (first + second).sum(-1) / 2
-    return found.clamp(min=0)
+    divergence: torch.Tensor = (first + second).sum(-1) / 2
+    return divergence.clamp(min=0)
 
 
-def _cover(mass: torch.Tensor, share: float) -> torch.Tensor:
-    """``[B, H]``: how many of the largest hold more than a share."""
-    ordered = mass.sort(dim=-1, descending=True).values.cumsum(-1)
-    return (ordered <= share).sum(-1) + 1
+def _top_p_count(mass: torch.Tensor, share: float) -> torch.Tensor:
+    """``[B, H]``: how many of the largest values sum to more than a share."""
+    cumulative = mass.sort(dim=-1, descending=True).values.cumsum(-1)
+    return (cumulative <= share).sum(-1) + 1
 
 
-def _by_pooled(scores: torch.Tensor, cells: Grid, share: float) -> torch.Tensor:
-    """Over all rows of a head together, the blocks of highest pooled attention."""
+def _top_pooled_blocks(scores: torch.Tensor, grid: Grid, share: float) -> torch.Tensor:
+    """The blocks with the highest pooled attention, ranked over all rows of a head together."""
     import torch
 
-    probs = torch.softmax(scores.masked_fill(~cells.allowed, -torch.inf), -1)
+    probs = torch.softmax(scores.masked_fill(~grid.allowed, -torch.inf), -1)
     flat = probs.flatten(2)
-    ordered = flat.sort(dim=-1, descending=True, stable=True)
-    taken = ordered.values.cumsum(-1) <= share * len(cells.areas)
-    found = torch.zeros_like(flat, dtype=torch.bool).scatter_(2, ordered.indices, taken)
-    return found.view(probs.shape)
+    ranked = flat.sort(dim=-1, descending=True, stable=True)
+    in_top = ranked.values.cumsum(-1) <= share * len(grid.areas)
+    kept = torch.zeros_like(flat, dtype=torch.bool).scatter_(2, ranked.indices, in_top)
+    return kept.view(probs.shape)

@@ -1,10 +1,10 @@
-"""Selector `nsa`: compressed keys, the blocks that they point to, and a window, added up by gates.
+"""Selector `nsa`: gated sum of attention to compressed keys, to selected blocks and to a window.
 
 Source: Native Sparse Attention, arXiv 2502.11089: means of ``compress`` keys every ``stride`` are
-attended to once for their own sake; the probabilities they get, added up over a group of query
-heads and spread over the blocks they overlap, choose the blocks.  The paper learns how to compress
-and how to gate; here keys are averaged and gates are constants, so the output error says little,
-but the mass that its blocks and window recover says what they are worth.
+attended to as a branch of their own; their probabilities, summed over a group of query heads and
+distributed over the blocks that they overlap, select the blocks.  The paper learns compression and
+gates; here keys are averaged and gates are constants, so the output error says little, but the
+attention recall of its blocks and window is meaningful.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import numpy as np
 from cpbench.core.registry import OperatorInfo
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.patterns import WIDE, causal, sliding_window_causal
-from cpbench.selectors.common.base import Branch, Plan, Selecting
+from cpbench.selectors.common.base import Branch, Plan, Selector
+from cpbench.selectors.common.block_budget import block_budget
 from cpbench.selectors.common.pooling import Pool
 from cpbench.selectors.common.ranking import (
-    at_least,
-    counts,
-    first,
-    products,
-    spans,
-    top_of_rows,
-    working,
+    check_minimum,
+    first_blocks,
+    qk_scores,
+    row_chunks,
+    top_blocks_in_chunks,
+    upcast,
 )
 from cpbench.selectors.common.selection import Blocks
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 OPERATORS = (
     OperatorInfo(
         name="nsa",
-        summary="compressed keys, top-n blocks shared by a group of heads, and a window",
+        summary="compressed keys, top-k blocks per query shared by a group of heads, and a window",
         source="Native Sparse Attention, arXiv 2502.11089",
         load="cpbench.selectors.nsa:Nsa",
         masks=("causal",),
@@ -57,23 +57,25 @@ OPERATORS = (
         selects=True,
     ),
 )
-THIRD = 1 / 3
+DEFAULT_GATE = 1 / 3
 
 
-class Nsa(Selecting):
-    """Every query its own blocks; the first and its own two last ones always, and counted.
+class Nsa(Selector):
+    """Blocks per query, of which the first one and the last two are forced, and counted.
 
     Args:
-        block_size: keys of a block that is chosen.
-        top_k: blocks of each query.
-        compress: keys of a mean; ``stride``: tokens from one to the next, which divides both.
-        window: keys that the window holds, the query's own among them.
-        gate_compressed, gate_chosen, gate_window: what each attention is multiplied by.
-        kernel: see :class:`Selecting`.
+        block_size: keys per selected block.
+        top_k: blocks per query.
+        compress: keys per mean.
+        stride: tokens from one mean to the next; divides ``compress`` and ``block_size``.
+        window: keys in the window, including the query's own.
+        gate_compressed, gate_chosen, gate_window: factors of compressed, selected and window
+            attention.
+        kernel: see :class:`Selector`.
     """
 
     name = "nsa"
-    forms = ("rows", "mask")
+    branch_kinds = ("rows", "mask")
 
     def __init__(
         self,
@@ -82,15 +84,15 @@ class Nsa(Selecting):
         compress: int = 32,
         stride: int = 16,
         window: int = 512,
-        gate_compressed: float = THIRD,
-        gate_chosen: float = THIRD,
-        gate_window: float = THIRD,
+        gate_compressed: float = DEFAULT_GATE,
+        gate_chosen: float = DEFAULT_GATE,
+        gate_window: float = DEFAULT_GATE,
         kernel: str = "",
     ) -> None:
         super().__init__(kernel)
-        at_least(self.name, 1, block_size=block_size, compress=compress, stride=stride)
-        at_least(self.name, 1, window=window)
-        at_least(self.name, 3, top_k=top_k)
+        check_minimum(self.name, 1, block_size=block_size, compress=compress, stride=stride)
+        check_minimum(self.name, 1, window=window)
+        check_minimum(self.name, 3, top_k=top_k)
         if block_size % stride or compress % stride:
             raise ValueError(
                 f"nsa: stride = {stride} must divide block_size = {block_size} and "
@@ -102,65 +104,68 @@ class Nsa(Selecting):
 
     def select(self, q: torch.Tensor, k: torch.Tensor, plan: Plan) -> tuple[Branch, ...]:
         n, pool = plan.mask.seq_k, self.pool
-        cells = plan.cells(1, self.block_size)
-        by_compressed, by_blocks, by_window = self.gates
+        grid = plan.grid(1, self.block_size)
+        gate_compressed, gate_blocks, gate_window = self.gates
         window = sliding_window_causal(n, window=self.window - 1) if self.window < n else causal(n)
-        found = [
-            Branch(seen=Blocks(cells, self._kept(q, k, plan)), gate=by_blocks),
-            Branch(seen=window, gate=by_window),
+        branches = [
+            Branch(mask=Blocks(grid, self._select_blocks(q, k, plan)), gate=gate_blocks),
+            Branch(mask=window, gate=gate_window),
         ]
-        if pool.count(n):
-            seen = past_windows(n, pool)
-            found.append(Branch(seen=seen, gate=by_compressed, pool_k=pool))
-        return tuple(found)
+        if pool.num_windows(n):
+            mask = past_window_mask(n, pool)
+            branches.append(Branch(mask=mask, gate=gate_compressed, pool_k=pool))
+        return tuple(branches)
 
-    def _kept(self, q: torch.Tensor, k: torch.Tensor, plan: Plan) -> torch.Tensor:
-        """``[B, H, S, Y]``, alike for the query heads of a key/value head."""
+    def _select_blocks(self, q: torch.Tensor, k: torch.Tensor, plan: Plan) -> torch.Tensor:
+        """The selected blocks ``[B, H, S, Y]``, equal for the query heads of a key/value head."""
         import torch
 
-        groups, each = k.shape[2], plan.problem.group
-        cells = plan.cells(1, self.block_size)
-        means = working(self.pool.mean(k))
+        groups, group_size = k.shape[2], plan.problem.group
+        grid = plan.grid(1, self.block_size)
+        means = upcast(self.pool.mean(k))
         n = means.shape[1]
-        share = torch.as_tensor(overlaps(k.shape[1], self.pool, self.block_size), device=q.device)
-        share = share.to(means.dtype)
-        ends = torch.arange(n, device=q.device) * self.pool.stride + self.pool.size - 1
+        overlap = torch.as_tensor(
+            window_block_overlap(k.shape[1], self.pool, self.block_size), device=q.device
+        ).to(means.dtype)
+        window_ends = torch.arange(n, device=q.device) * self.pool.stride + self.pool.size - 1
 
-        def scores(begin: int, end: int) -> torch.Tensor:
-            if not n:  # too short for a window
-                return means.new_zeros((len(q), groups, end - begin, share.shape[1]))
-            parts = []
-            for a, b in spans(end - begin, len(q) * q.shape[2] * n, q.device):
+        def score_rows(begin: int, end: int) -> torch.Tensor:
+            if not n:  # the sequence is shorter than a window
+                return means.new_zeros((len(q), groups, end - begin, overlap.shape[1]))
+            chunks = []
+            for a, b in row_chunks(end - begin, len(q) * q.shape[2] * n, q.device):
                 rows = slice(begin + a, begin + b)
-                logits = products(working(q[:, rows]), means).mul_(plan.problem.softmax_scale)
+                scores = qk_scores(upcast(q[:, rows]), means).mul_(plan.problem.softmax_scale)
                 row = torch.arange(rows.start, rows.stop, device=q.device)[:, None]
-                probs = torch.softmax(logits.masked_fill_(ends > row, -torch.inf), -1)
-                parts.append(probs.nan_to_num_(0.0).unflatten(1, (groups, each)).sum(2) @ share)
-            return torch.cat(parts, 2)
+                probs = torch.softmax(scores.masked_fill_(window_ends > row, -torch.inf), -1)
+                group_probs = probs.nan_to_num_(0.0).unflatten(1, (groups, group_size)).sum(2)
+                chunks.append(group_probs @ overlap)
+            return torch.cat(chunks, 2)
 
-        local = cells.own | torch.nn.functional.pad(cells.own, (0, 1))[:, 1:]  # and the one before
-        wanted = counts(cells.visible, self.top_k, 0.0)
-        always = first(cells) | local
-        kept = top_of_rows(scores, (len(q), groups), wanted, cells, always)
-        return kept.repeat_interleave(each, 1)
+        previous = torch.nn.functional.pad(grid.diagonal, (0, 1))[:, 1:]
+        forced = first_blocks(grid) | grid.diagonal | previous
+        counts = block_budget(grid, self.top_k, 0.0)
+        kept = top_blocks_in_chunks(score_rows, (len(q), groups), counts, grid, forced)
+        return kept.repeat_interleave(group_size, 1)
 
 
-def overlaps(tokens: int, pool: Pool, block: int) -> np.typing.NDArray[np.float64]:
-    """``[windows, Y]``: how much of each block each window covers, in strides."""
-    begin = np.arange(pool.count(tokens))[:, None] * pool.stride
+def window_block_overlap(tokens: int, pool: Pool, block: int) -> np.typing.NDArray[np.float64]:
+    """``[windows, Y]``: overlap of each window with each block, in strides."""
+    begin = np.arange(pool.num_windows(tokens))[:, None] * pool.stride
     block_begin = np.arange(0, tokens, block)
     shared = np.minimum(begin + pool.size, block_begin + block) - np.maximum(begin, block_begin)
-    found: np.typing.NDArray[np.float64] = np.maximum(shared, 0) / pool.stride
-    return found
+    overlap: np.typing.NDArray[np.float64] = np.maximum(shared, 0) / pool.stride
+    return overlap
 
 
-def past_windows(tokens: int, pool: Pool) -> AttnMask:
-    """Every query sees the windows that end before or at it: steps of ``stride`` queries."""
-    count = pool.count(tokens)
-    number = np.arange(count)
-    begin = number * pool.stride + pool.size - 1
+def past_window_mask(tokens: int, pool: Pool) -> AttnMask:
+    """Mask of queries by windows: each query sees the windows that end at or before it.  It has
+    steps of ``stride`` queries."""
+    count = pool.num_windows(tokens)
+    window = np.arange(count)
+    begin = window * pool.stride + pool.size - 1
     end = np.minimum(begin + pool.stride, tokens)
     end[-1] = tokens
     wide = np.full(count, WIDE)
-    rows = np.column_stack([begin, end, np.zeros(count, np.int64), number + 1, -wide, wide])
+    rows = np.column_stack([begin, end, np.zeros(count, np.int64), window + 1, -wide, wide])
     return AttnMask.from_slices(tokens, count, rows)

@@ -1,7 +1,7 @@
-"""Selector `oracle`: the blocks that hold the most attention, which only full attention tells.
+"""Selector `oracle`: the blocks with the most attention mass, from full attention.
 
-Nothing that keeps as many blocks of the same size recovers more: it is what others are held
-against, not a method.  It computes all scores, so it saves no time.
+No selector that keeps as many blocks of the same size has a higher attention recall: it is the
+upper bound that others are compared with.  It computes all scores, so it saves no time.
 """
 
 from __future__ import annotations
@@ -9,17 +9,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cpbench.core.registry import OperatorInfo
-from cpbench.selectors.common.base import Branch, Plan, Selecting
+from cpbench.selectors.common.base import Branch, Plan
+from cpbench.selectors.common.block_budget import BlockBudgetSelector
 from cpbench.selectors.common.ranking import (
-    at_least,
     block_sums,
-    budget,
-    counts,
     probabilities,
-    spans,
-    top,
+    row_chunks,
+    top_blocks,
 )
-from cpbench.selectors.common.selection import Blocks, Grid, visible
+from cpbench.selectors.common.selection import Blocks, Grid, dense_mask_rows
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +25,7 @@ if TYPE_CHECKING:
 OPERATORS = (
     OperatorInfo(
         name="oracle",
-        summary="blocks with the most true attention mass: the bound for every selector",
+        summary="blocks with the most true attention mass: the upper bound of selectors",
         source="attention mass of blocks, from the definition",
         load="cpbench.selectors.oracle:Oracle",
         params=("block_size", "top_k", "keep", "kernel"),
@@ -39,14 +37,14 @@ OPERATORS = (
 )
 
 
-class Oracle(Selecting):
-    """Each block of queries keeps the blocks of keys with the largest sums of probabilities.
+class Oracle(BlockBudgetSelector):
+    """For each block of queries, the blocks of keys with the largest sums of probabilities.
 
     Args:
-        block_size: tokens of a block, of queries and keys.
-        keep: share of the visible blocks of each row to keep; 0 keeps ``top_k``.
-        top_k: blocks to keep, where ``keep`` is 0.
-        kernel: see :class:`Selecting`.
+        block_size: tokens per block, of queries and keys.
+        keep: share of the visible blocks of each row to keep; 0 uses ``top_k``.
+        top_k: blocks per row, if ``keep`` is 0.
+        kernel: see :class:`Selector`.
     """
 
     name = "oracle"
@@ -54,26 +52,23 @@ class Oracle(Selecting):
     def __init__(
         self, block_size: int = 64, top_k: int = 16, keep: float = 0.1, kernel: str = ""
     ) -> None:
-        super().__init__(kernel)
-        at_least(self.name, 1, block_size=block_size)
-        budget(self.name, top_k, keep)
-        self.block_size, self.top_k, self.keep = block_size, top_k, keep
+        super().__init__(block_size, top_k, keep, kernel)
 
     def select(self, q: torch.Tensor, k: torch.Tensor, plan: Plan) -> tuple[Branch, ...]:
-        cells = plan.cells(self.block_size, self.block_size)
-        mass = block_mass(q, k, cells, plan.problem.softmax_scale)
-        kept = top(mass, counts(cells.visible, self.top_k, self.keep), cells)
-        return (Branch(seen=Blocks(cells, kept)),)
+        grid = plan.grid(self.block_size, self.block_size)
+        mass = block_mass(q, k, grid, plan.problem.softmax_scale)
+        kept = top_blocks(mass, self.budget(grid), grid)
+        return (Branch(mask=Blocks(grid, kept)),)
 
 
-def block_mass(q: torch.Tensor, k: torch.Tensor, cells: Grid, scale: float) -> torch.Tensor:
-    """``[B, H, X, Y]``: probabilities of full attention within the mask, summed over blocks."""
+def block_mass(q: torch.Tensor, k: torch.Tensor, grid: Grid, scale: float) -> torch.Tensor:
+    """Probabilities of full attention within the mask, summed over blocks, ``[B, H, X, Y]``."""
     import torch
 
-    mask, (b, s, h, _), t = cells.mask, q.shape, k.shape[1]
-    found = []
-    for begin, end in spans(s, b * h * t, q.device, cells.block_q):
-        seen = visible(mask, begin, end, q.device)
-        probs = probabilities(q[:, begin:end], k, seen, scale)
-        found.append(block_sums(probs, cells.block_q, cells.block_k))
-    return torch.cat(found, 2)
+    mask, (b, s, h, _), t = grid.mask, q.shape, k.shape[1]
+    chunks = []
+    for begin, end in row_chunks(s, b * h * t, q.device, grid.block_q):
+        visible = dense_mask_rows(mask, begin, end, q.device)
+        probs = probabilities(q[:, begin:end], k, visible, scale)
+        chunks.append(block_sums(probs, grid.block_q, grid.block_k))
+    return torch.cat(chunks, 2)

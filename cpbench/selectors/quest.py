@@ -1,7 +1,7 @@
-"""Selector `quest`: pages ranked by a bound on what any of their keys can score.
+"""Selector `quest`: top-k pages by an upper bound on the scores of their keys.
 
-Source: Quest, arXiv 2406.10774: with M and m the largest and least key of a page, channel by
-channel, no key of it scores more than the sum over channels of max(q M, q m).
+Source: Quest, arXiv 2406.10774: with M and m the channel-wise maximum and minimum of the keys of a
+page, no key of it scores more than the sum over channels of max(q M, q m).
 """
 
 from __future__ import annotations
@@ -9,16 +9,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cpbench.core.registry import OperatorInfo
-from cpbench.selectors.common.base import Branch, Plan, Selecting
+from cpbench.selectors.common.base import Branch, Plan
+from cpbench.selectors.common.block_budget import BlockBudgetSelector
 from cpbench.selectors.common.ranking import (
-    at_least,
-    budget,
-    counts,
-    products,
-    spans,
-    top,
-    top_of_rows,
-    working,
+    check_minimum,
+    qk_scores,
+    row_chunks,
+    top_blocks,
+    top_blocks_in_chunks,
+    upcast,
 )
 from cpbench.selectors.common.selection import Blocks
 
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 OPERATORS = (
     OperatorInfo(
         name="quest",
-        summary="pages by the bound on their keys' scores, the queries' own page always",
+        summary="top-k pages by an upper bound on their keys' scores, and the queries' own page",
         source="Quest, arXiv 2406.10774",
         load="cpbench.selectors.quest:Quest",
         params=("block_size", "block_q", "top_k", "keep", "kernel"),
@@ -40,17 +39,17 @@ OPERATORS = (
 )
 
 
-class Quest(Selecting):
-    """Of a block of queries a page counts what it counts to the query that wants it most.
+class Quest(BlockBudgetSelector):
+    """Top-k pages per block of queries; the bound of a block is the maximum over its queries.
 
-    Quest is a method for decoding: ``block_q`` 1 is the method itself, for every query.
+    Quest is a method for decoding: ``block_q=1`` is the original method, for every query.
 
     Args:
-        block_size: keys of a page.
+        block_size: keys per page.
         block_q: queries that share their pages.
-        keep: share of the visible pages to keep; 0 keeps ``top_k``.
-        top_k: pages to keep, where ``keep`` is 0.
-        kernel: see :class:`Selecting`.
+        keep: share of the visible pages to keep; 0 uses ``top_k``.
+        top_k: pages per row, if ``keep`` is 0.
+        kernel: see :class:`Selector`.
     """
 
     name = "quest"
@@ -63,37 +62,39 @@ class Quest(Selecting):
         keep: float = 0.1,
         kernel: str = "",
     ) -> None:
-        super().__init__(kernel)
-        at_least(self.name, 1, block_size=block_size, block_q=block_q)
-        budget(self.name, top_k, keep)
-        self.block_size, self.block_q, self.top_k, self.keep = block_size, block_q, top_k, keep
-        self.forms = ("rows" if block_q == 1 else "blocks",)
+        super().__init__(block_size, top_k, keep, kernel)
+        check_minimum(self.name, 1, block_q=block_q)
+        self.block_q = block_q
+        self.branch_kinds = ("rows" if block_q == 1 else "blocks",)
 
     def select(self, q: torch.Tensor, k: torch.Tensor, plan: Plan) -> tuple[Branch, ...]:
         import torch
 
-        cells = plan.cells(self.block_q, self.block_size)
-        pages = working(k)
+        grid = plan.grid(self.block_q, self.block_size)
+        pages = upcast(k)
         missing = -k.shape[1] % self.block_size
-        if missing:  # the last key once more: it changes neither bound
+        if missing:  # repeat the last key, which changes neither maximum nor minimum
             pages = torch.cat([pages, pages[:, -1:].expand(-1, missing, -1, -1)], 1)
         pages = pages.unflatten(1, (-1, self.block_size))
-        high, low = pages.amax(2), pages.amin(2)
-        wanted = counts(cells.visible, self.top_k, self.keep)
+        page_max, page_min = pages.amax(2), pages.amin(2)
+        counts = self.budget(grid)
 
         def bounds(begin: int, end: int) -> torch.Tensor:
-            some = working(q[:, begin:end])
-            return products(some.clamp(min=0), high).add_(products(some.clamp(max=0), low))
+            rows = upcast(q[:, begin:end])
+            positive = qk_scores(rows.clamp(min=0), page_max)
+            return positive.add_(qk_scores(rows.clamp(max=0), page_min))
 
         if self.block_q == 1:
             shape = (len(q), q.shape[2])
-            kept = top_of_rows(bounds, shape, wanted, cells, always=cells.own)
-            return (Branch(seen=Blocks(cells, kept)),)
-        found = []
-        width = len(q) * q.shape[2] * high.shape[1]
-        for begin, end in spans(q.shape[1], width, q.device, self.block_q):
-            short = -(end - begin) % self.block_q
-            bound = torch.nn.functional.pad(bounds(begin, end), (0, 0, 0, short), value=-torch.inf)
-            found.append(bound.unflatten(2, (-1, self.block_q)).amax(3))
-        kept = top(torch.cat(found, 2), wanted, cells, always=cells.own)
-        return (Branch(seen=Blocks(cells, kept)),)
+            kept = top_blocks_in_chunks(bounds, shape, counts, grid, forced=grid.diagonal)
+            return (Branch(mask=Blocks(grid, kept)),)
+        chunks = []
+        width = len(q) * q.shape[2] * page_max.shape[1]
+        for begin, end in row_chunks(q.shape[1], width, q.device, self.block_q):
+            missing = -(end - begin) % self.block_q
+            bound = torch.nn.functional.pad(
+                bounds(begin, end), (0, 0, 0, missing), value=-torch.inf
+            )
+            chunks.append(bound.unflatten(2, (-1, self.block_q)).amax(3))
+        kept = top_blocks(torch.cat(chunks, 2), counts, grid, forced=grid.diagonal)
+        return (Branch(mask=Blocks(grid, kept)),)

@@ -1,9 +1,9 @@
-"""Selector `vsa`: attention between means of blocks, and the blocks that it favours.
+"""Selector `vsa`: coarse attention between block means, plus attention to the top-k blocks.
 
-Source: Video Sparse Attention, arXiv 2505.13389 (video_sparse_attn): means of blocks attend to
-means of blocks, which gives a coarse output to every token of a block; the top-k blocks by the same
-scores are attended to in full.  Its blocks are cubes of a video; here they are runs of tokens, as
-after its reordering.  Its gate is learned, here a constant.
+Source: Video Sparse Attention, arXiv 2505.13389 (video_sparse_attn): block means attend to block
+means, which gives every token of a block the same coarse output; the top-k blocks by the same
+scores are attended to in full.  The original blocks are cubes of a video; these are ranges of
+tokens, as after its reordering.  The original learns the gate, here a constant.
 """
 
 from __future__ import annotations
@@ -12,15 +12,13 @@ from typing import TYPE_CHECKING
 
 from cpbench.core.registry import OperatorInfo
 from cpbench.masks.patterns import full
-from cpbench.selectors.common.base import Branch, Plan, Selecting
+from cpbench.selectors.common.base import Branch, Plan
+from cpbench.selectors.common.block_budget import BlockBudgetSelector
 from cpbench.selectors.common.pooling import Pool
 from cpbench.selectors.common.ranking import (
-    at_least,
     block_means,
-    budget,
-    counts,
-    products,
-    top,
+    qk_scores,
+    top_blocks,
 )
 from cpbench.selectors.common.selection import Blocks
 
@@ -30,7 +28,7 @@ if TYPE_CHECKING:
 OPERATORS = (
     OperatorInfo(
         name="vsa",
-        summary="means of blocks as a coarse output, and the top-k blocks by their scores",
+        summary="coarse attention between block means, and the top-k blocks by its scores",
         source="Video Sparse Attention, arXiv 2505.13389",
         load="cpbench.selectors.vsa:Vsa",
         masks=("full",),
@@ -45,19 +43,19 @@ OPERATORS = (
 )
 
 
-class Vsa(Selecting):
-    """For full masks: the mean of a block knows the future of its first token.
+class Vsa(BlockBudgetSelector):
+    """For full masks only: the mean of a block includes later tokens than its first.
 
     Args:
-        block_size: tokens of a block, of queries and keys.
-        keep: share of the blocks to keep; 0 keeps ``top_k``.
-        top_k: blocks to keep, where ``keep`` is 0.
-        gate: of the coarse output; 0 leaves it out.
-        kernel: see :class:`Selecting`.
+        block_size: tokens per block, of queries and keys.
+        keep: share of the blocks to keep; 0 uses ``top_k``.
+        top_k: blocks per row, if ``keep`` is 0.
+        gate: factor of the coarse output; 0 omits it.
+        kernel: see :class:`Selector`.
     """
 
     name = "vsa"
-    forms = ("blocks", "mask")
+    branch_kinds = ("blocks", "mask")
 
     def __init__(
         self,
@@ -67,19 +65,19 @@ class Vsa(Selecting):
         gate: float = 1.0,
         kernel: str = "",
     ) -> None:
-        super().__init__(kernel)
-        at_least(self.name, 1, block_size=block_size)
-        budget(self.name, top_k, keep)
-        self.block_size, self.top_k, self.keep, self.gate = block_size, top_k, keep, float(gate)
+        super().__init__(block_size, top_k, keep, kernel)
+        self.gate = float(gate)
 
     def select(self, q: torch.Tensor, k: torch.Tensor, plan: Plan) -> tuple[Branch, ...]:
         block = self.block_size
-        cells = plan.cells(block, block)
-        scores = products(block_means(q, block), block_means(k, block))
-        kept = top(scores, counts(cells.visible, self.top_k, self.keep), cells)
-        found = [Branch(seen=Blocks(cells, kept))]
+        grid = plan.grid(block, block)
+        scores = qk_scores(block_means(q, block), block_means(k, block))
+        kept = top_blocks(scores, self.budget(grid), grid)
+        branches = [Branch(mask=Blocks(grid, kept))]
         if self.gate:
             pool = Pool(block, block, partial=True)
-            seen = full(pool.count(plan.mask.seq_k), seq_q=pool.count(plan.mask.seq_q))
-            found.append(Branch(seen=seen, gate=self.gate, pool_q=pool, pool_k=pool))
-        return tuple(found)
+            coarse = full(
+                pool.num_windows(plan.mask.seq_k), seq_q=pool.num_windows(plan.mask.seq_q)
+            )
+            branches.append(Branch(mask=coarse, gate=self.gate, pool_q=pool, pool_k=pool))
+        return tuple(branches)

@@ -1,9 +1,9 @@
-"""Selector `xattention`: blocks by sums over antidiagonals, as many as hold a share of the mass.
+"""Selector `xattention`: blocks by antidiagonal scores, up to a share of the estimated mass.
 
 Source: XAttention, arXiv 2503.16428 (its xattn_estimate and find_blocks_chunked).  With stride s,
-groups of s queries meet groups of s keys in one score, the sum of the products along the
+a group of s queries and a group of s keys have one score, the sum of the products along the
 antidiagonal of their s x s square; softmax over a row of groups; sums over blocks; then the fewest
-blocks that hold the wanted share, the first and the diagonal one always among them.
+blocks that hold the share (top-p), with the first and the diagonal block forced.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cpbench.core.registry import OperatorInfo
-from cpbench.selectors.common.base import Branch, Plan, Selecting
+from cpbench.selectors.common.base import Branch, Plan, Selector
 from cpbench.selectors.common.ranking import (
-    at_least,
     block_sums,
-    covering,
-    first,
+    check_minimum,
+    first_blocks,
     probabilities,
-    spans,
-    working,
+    row_chunks,
+    top_p_blocks,
+    upcast,
 )
 from cpbench.selectors.common.selection import Blocks
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 OPERATORS = (
     OperatorInfo(
         name="xattention",
-        summary="blocks by antidiagonal sums, up to a share of the mass",
+        summary="blocks by antidiagonal scores, up to a share of the estimated mass (top-p)",
         source="XAttention, arXiv 2503.16428",
         load="cpbench.selectors.xattention:XAttention",
         params=("block_size", "stride", "threshold", "kernel"),
@@ -41,14 +41,15 @@ OPERATORS = (
 )
 
 
-class XAttention(Selecting):
-    """Groups with nothing to see in them have no score; the diagonal one is scored whole.
+class XAttention(Selector):
+    """Top-p blocks by antidiagonal scores.  Pairs of groups without a visible pair have no score;
+    those cut by the mask, such as the diagonal one, are scored whole.
 
     Args:
-        block_size: tokens of a block, of queries and keys.
+        block_size: tokens per block, of queries and keys.
         stride: s, which divides ``block_size``.
         threshold: share of the estimated mass that the kept blocks of a row hold.
-        kernel: see :class:`Selecting`.
+        kernel: see :class:`Selector`.
     """
 
     name = "xattention"
@@ -57,7 +58,7 @@ class XAttention(Selecting):
         self, block_size: int = 128, stride: int = 8, threshold: float = 0.9, kernel: str = ""
     ) -> None:
         super().__init__(kernel)
-        at_least(self.name, 1, block_size=block_size, stride=stride)
+        check_minimum(self.name, 1, block_size=block_size, stride=stride)
         if block_size % stride:
             raise ValueError(f"xattention: stride = {stride} must divide block_size = {block_size}")
         if not 0 <= threshold <= 1:
@@ -67,30 +68,30 @@ class XAttention(Selecting):
     def select(self, q: torch.Tensor, k: torch.Tensor, plan: Plan) -> tuple[Branch, ...]:
         import torch
 
-        cells = plan.cells(self.block_size, self.block_size)
-        seen = plan.cells(self.stride, self.stride).allowed
-        # Queries of a group in reverse beside keys in order: their products lie across.
-        groups_q = self._grouped(q.flip(1), turned=True).flip(1)
-        groups_k = self._grouped(k, turned=False)
+        grid = plan.grid(self.block_size, self.block_size)
+        group_allowed = plan.grid(self.stride, self.stride).allowed
+        # Reversed queries of a group times keys in order are the products on the antidiagonal.
+        groups_q = self._group_tokens(q.flip(1), reverse=True).flip(1)
+        groups_k = self._group_tokens(k, reverse=False)
         scale = plan.problem.softmax_scale / self.stride
-        per = self.block_size // self.stride
-        found = []
+        groups_per_block = self.block_size // self.stride
+        chunks = []
         width = len(q) * q.shape[2] * groups_k.shape[1]
-        for begin, end in spans(groups_q.shape[1], width, q.device, per):
-            probs = probabilities(groups_q[:, begin:end], groups_k, seen[begin:end], scale)
-            found.append(block_sums(probs, per, per))
-        always = None if plan.mask.kind == "full" else first(cells) | cells.own
-        kept = covering(torch.cat(found, 2), self.threshold, cells, always)
-        return (Branch(seen=Blocks(cells, kept)),)
+        for begin, end in row_chunks(groups_q.shape[1], width, q.device, groups_per_block):
+            probs = probabilities(groups_q[:, begin:end], groups_k, group_allowed[begin:end], scale)
+            chunks.append(block_sums(probs, groups_per_block, groups_per_block))
+        forced = None if plan.mask.kind == "full" else first_blocks(grid) | grid.diagonal
+        kept = top_p_blocks(torch.cat(chunks, 2), self.threshold, grid, forced)
+        return (Branch(mask=Blocks(grid, kept)),)
 
-    def _grouped(self, x_BTHD: torch.Tensor, turned: bool) -> torch.Tensor:
-        """``[B, groups, H, s * D]``; a short last group (or, with its order turned, first one) is
-        filled with zeros."""
+    def _group_tokens(self, x_BTHD: torch.Tensor, reverse: bool) -> torch.Tensor:
+        """Concatenate groups of ``stride`` tokens, ``[B, groups, H, s * D]``; the last group (the
+        first one if tokens are in reverse order) is padded with zeros."""
         import torch
 
         missing = -x_BTHD.shape[1] % self.stride
         if missing:
-            sides = (missing, 0) if turned else (0, missing)
-            x_BTHD = torch.nn.functional.pad(x_BTHD, (0, 0, 0, 0, *sides))
-        groups: torch.Tensor = working(x_BTHD).unflatten(1, (-1, self.stride))
+            padding = (missing, 0) if reverse else (0, missing)
+            x_BTHD = torch.nn.functional.pad(x_BTHD, (0, 0, 0, 0, *padding))
+        groups: torch.Tensor = upcast(x_BTHD).unflatten(1, (-1, self.stride))
         return groups.transpose(2, 3).flatten(3)

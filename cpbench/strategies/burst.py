@@ -1,7 +1,7 @@
-"""BurstAttention: the forward pass is a ring; in the backward pass the queries travel.
+"""BurstAttention: a ring of keys in the forward pass, a ring of queries in the backward pass.
 
-The queries' side (q, dout, and per query delta and the log-sum-exp) goes round with dq following
-it, while keys, values and their gradients stay at home.  That sends less than dK and dV would with
+In the backward pass q, dout and the delta and log-sum-exp of every query rotate, followed by dq,
+while keys, values and their gradients stay on their rank.  That sends less than a ring of keys with
 as many key/value heads as query heads, and more under GQA.
 
 Source: BurstAttention (arXiv 2403.09347), backward communication optimisation.
@@ -15,19 +15,20 @@ from typing import TYPE_CHECKING, Any
 from cpbench.core.registry import StrategyInfo
 from cpbench.parallel.bound_operator import row_delta
 from cpbench.strategies.common import gradient_dtype
-from cpbench.strategies.common.rotation import Following, Step, steps, travel
+from cpbench.strategies.common.rotation import GradientRotation, Step, rotate_blocks, rotation_steps
 from cpbench.strategies.ring import Ring
 
 if TYPE_CHECKING:
     import torch
 
+    from cpbench.core.operator import Gradients
     from cpbench.parallel.bound_operator import BoundOperator
     from cpbench.parallel.comm import Comm
     from cpbench.parallel.world import World
 
 STRATEGY = StrategyInfo(
     name="burst",
-    summary="ring forward; backward sends queries round and keeps keys at home: for MHA",
+    summary="ring of keys in forward, ring of queries in backward: less traffic for MHA",
     source="BurstAttention, arXiv 2403.09347",
     load="cpbench.strategies.burst:Burst",
     merges=True,
@@ -38,24 +39,24 @@ STRATEGY = StrategyInfo(
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps of one rank with travelling keys (forward) and queries (backward)."""
+    """The ring steps of one rank: rotating keys (forward) and rotating queries (backward)."""
 
     steps: tuple[Step, ...]
-    back: tuple[Step, ...]
+    backward_steps: tuple[Step, ...]
 
 
 class Burst(Ring):
-    """The strategy; parameters as for :class:`Ring`, ``grad_dtype`` being that of dQ."""
+    """The strategy; parameters as for :class:`Ring`, ``grad_dtype`` applies to dQ."""
 
     def prepare(self, op: BoundOperator, world: World, rank: int) -> Plan:  # type: ignore[override]
         forward = super().prepare(op, world, rank).steps
-        back = steps(
+        backward_steps = rotation_steps(
             world.areas.T > 0,
             rank,
             self.window or world.size,
-            lambda source: op.prepare(world.part([source], [rank])),
+            lambda source: op.prepare(world.subproblem([source], [rank])),
         )
-        return Plan(forward, back if world.problem.backward else ())
+        return Plan(forward, backward_steps if world.problem.backward else ())
 
     def backward(
         self,
@@ -64,19 +65,25 @@ class Burst(Ring):
         plan: Plan,  # type: ignore[override]
         op: BoundOperator,
         comm: Comm,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> Gradients:
         import torch
 
         q, k, v, out, lse = saved
-        grads = Following((1, *q.shape), gradient_dtype.dtype(self.grad_dtype), op, comm)
-        own = None
+        dq_rotation = GradientRotation(
+            (1, *q.shape), gradient_dtype.torch_dtype(self.grad_dtype), op, comm
+        )
+        dk_dv = None
         block = (q, dout, row_delta(dout, out), lse)
-        for step, (q_s, dout_s, delta_s, lse_s) in travel(plan.back, block, comm, "queries"):
-            found = None
+        rotation = rotate_blocks(plan.backward_steps, block, comm, "queries")
+        for step, (q_s, dout_s, delta_s, lse_s) in rotation:
+            gradients = None
             if step.computes:
-                parts = op.lent_parts(dout_s, q_s, delta_s, lse_s)
-                own = op.add_up(own, parts.add(k, v, step.plan))
-                found = [parts.finish(torch.float32)]
-            grads.add(step, found)
-        dk, dv = own.to(k.dtype) if own is not None else (torch.zeros_like(k), torch.zeros_like(v))
-        return grads.finish()[0].to(q.dtype), dk, dv
+                accumulator = op.backward_accumulator_from_delta(dout_s, q_s, delta_s, lse_s)
+                dk_dv = op.sum_float32(dk_dv, accumulator.add(k, v, step.plan))
+                gradients = [accumulator.finish(torch.float32)]
+            dq_rotation.add(step, gradients)
+        dq = dq_rotation.finish()[0].to(q.dtype)
+        if dk_dv is None:
+            return dq, torch.zeros_like(k), torch.zeros_like(v)
+        dk, dv = dk_dv.to(k.dtype)
+        return dq, dk, dv

@@ -1,10 +1,10 @@
-"""Dispatch: every rank is sent the keys that its queries see, and no others.
+"""Dispatch: every rank receives only the keys that its queries see.
 
-A group-cast brings them, in stages: those of the next stage travel while the ones before are
-computed, the first while a rank attends to its own keys.  In the backward pass keys come again the
-same way, and a group-reduce takes their gradients home, stage by stage, where they add up.  The
-plan alone says who sends what; with the layout ``dispatch`` it is also made so that all ranks have
-the same work and little need travel.
+A group-cast sends them in stages: those of the next stage are in transfer while the previous stage
+is computed, the first while a rank attends to its local keys.  In the backward pass the keys are
+sent again, and a group-reduce returns their gradients stage by stage to their owners, which add
+them up.  The plan fixes all messages; the layout ``dispatch`` also balances the work of the ranks
+and keeps the traffic low.
 
 Source: MagiAttention's group collectives and multi-stage overlap (https://github.com/SandAI-org/
 MagiAttention); the solver is our own (``cpbench.parallel.dispatch_solver``).
@@ -12,29 +12,31 @@ MagiAttention); the solver is our own (``cpbench.parallel.dispatch_solver``).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cpbench.core.registry import StrategyInfo
-from cpbench.parallel.comm import Done
-from cpbench.parallel.kv_requirements import Parcels, group_cast
+from cpbench.parallel.comm import CompletedHandle
+from cpbench.parallel.kv_requirements import KeyTransfers, group_cast_transfers
 from cpbench.strategies.common import gradient_dtype
-from cpbench.strategies.common.collectives import tokens_first
-from cpbench.strategies.common.return_results import Returns
+from cpbench.strategies.common.collectives import to_token_major
+from cpbench.strategies.common.return_results import ResultExchange
 
 if TYPE_CHECKING:
     import torch
 
+    from cpbench.core.operator import QKV, Gradients
     from cpbench.parallel.bound_operator import BoundOperator
     from cpbench.parallel.comm import Comm, Handle
+    from cpbench.parallel.strategy import Forward
     from cpbench.parallel.world import World
 
 STRATEGY = StrategyInfo(
     name="dispatch",
-    summary="send each rank the keys its queries see, and no others, in overlapped stages",
+    summary="send each rank only the keys that its queries see, in overlapped stages",
     source="MagiAttention's group collectives",
     load="cpbench.strategies.dispatch:Dispatch",
     layouts=("contiguous", "zigzag", "zigzag_document", "dispatch"),
@@ -44,18 +46,18 @@ STRATEGY = StrategyInfo(
 )
 
 
-Runs = tuple[tuple[int, int], ...]  # (start, length) of own tokens
+Runs = tuple[tuple[int, int], ...]  # (start, length) of local tokens
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What one rank gets and sends in one stage.
+    """The messages and the computation of one rank in one stage.
 
     Attributes:
-        sends: by receiver, the own tokens that it needs.
-        receives: rows (owner, first, length): where the tokens of each owner are laid out.
-        tokens: how many come.
-        plan: of the operator, for all that comes; None where nothing does.
+        sends: by receiver, the local tokens that it requires.
+        receives: rows (owner, first, length): position of each owner's tokens in the buffer.
+        tokens: number of tokens received.
+        plan: of the operator, for all received keys; None if there are none.
     """
 
     sends: tuple[tuple[int, Runs], ...] = ()
@@ -68,151 +70,149 @@ class Dispatch:
     """The strategy.
 
     Args:
-        stages: in which keys are sent; 0 for the number that the plan does best with.
-        grad_dtype: in which dK and dV go home.
+        stages: number of stages in which keys are sent; 0 chooses the best for the plan.
+        grad_dtype: in which dK and dV are sent.
     """
 
     def __init__(self, stages: int = 0, grad_dtype: str = "float32") -> None:
         if stages < 0:
             raise ValueError(f"dispatch: stages = {stages} must be 1 or more, or 0 to choose")
-        self.stages, self.grad_dtype = stages, gradient_dtype.checked("dispatch", grad_dtype)
+        self.stages, self.grad_dtype = stages, gradient_dtype.validate("dispatch", grad_dtype)
 
     def unsupported(self, world: World) -> str | None:
         return gradient_dtype.refusal("dispatch", self.grad_dtype, world.problem)
 
     def prepare(self, op: BoundOperator, world: World, rank: int) -> tuple[Stage, ...]:
-        """The first stage is that of the own keys."""
-        own = world.part([rank], [rank])
+        """Plan the stages; the first one computes with the local keys."""
+        local = world.subproblem([rank], [rank])
         if world.size == 1:
-            return (Stage(plan=op.prepare(own)),)
-        parcels = group_cast(world, self.stages)
-        count = int(parcels.stage.max(initial=-1)) + 1
-        mine = parcels.of(np.flatnonzero((parcels.receiver == rank) | (parcels.owner == rank)))
+            return (Stage(plan=op.prepare(local)),)
+        transfers = group_cast_transfers(world, self.stages)
+        count = int(transfers.stage.max(initial=-1)) + 1
+        concerned = (transfers.receiver == rank) | (transfers.owner == rank)
+        transfers = transfers.select(np.flatnonzero(concerned))
+        by_stage = [
+            transfers.select(np.flatnonzero(transfers.stage == stage)) for stage in range(count)
+        ]
         return (
-            Stage(plan=op.prepare(own) if own.area else None),
-            *(
-                _stage(op, world, rank, mine.of(np.flatnonzero(mine.stage == number)))
-                for number in range(count)
-            ),
+            Stage(plan=op.prepare(local) if local.area else None),
+            *(_plan_stage(op, world, rank, stage_transfers) for stage_transfers in by_stage),
         )
 
     def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        plan: tuple[Stage, ...],
-        op: BoundOperator,
-        comm: Comm,
-        need_lse: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
-        parts = op.forward_parts(q)
-        for stage, k_s, v_s in _cast(plan, k, v, comm):
+        self, qkv: QKV, plan: tuple[Stage, ...], op: BoundOperator, comm: Comm, need_lse: bool
+    ) -> Forward:
+        q, k, v = qkv
+        accumulator = op.forward_accumulator(q)
+        for stage, k_s, v_s in _group_cast(plan, k, v, comm):
             if stage.plan is not None:
-                parts.add(k_s, v_s, stage.plan)
-        out, lse = parts.finish()
+                accumulator.add(k_s, v_s, stage.plan)
+        out, lse = accumulator.finish()
         return out, lse, (q, k, v, out, lse)
 
     def backward(
         self, dout: torch.Tensor, saved: Any, plan: tuple[Stage, ...], op: BoundOperator, comm: Comm
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> Gradients:
         import torch
 
         q, k, v, out, lse = saved
-        travels = gradient_dtype.dtype(self.grad_dtype)
-        parts = op.backward_parts(dout, q, out, lse)
-        returns = Returns(comm)
-        for stage, k_s, v_s in _cast(plan, k, v, comm):
-            found = parts.add(k_s, v_s, stage.plan) if stage.plan is not None else ()
+        send_dtype = gradient_dtype.torch_dtype(self.grad_dtype)
+        accumulator = op.backward_accumulator(dout, q, out, lse)
+        results = ResultExchange(comm)
+        for stage, k_s, v_s in _group_cast(plan, k, v, comm):
+            gradients: Sequence[torch.Tensor] = ()
+            if stage.plan is not None:
+                gradients = accumulator.add(k_s, v_s, stage.plan)
             if stage is plan[0]:
-                own = op.add_up(None, found or (torch.zeros_like(k), torch.zeros_like(v)))
+                gradients = gradients or (torch.zeros_like(k), torch.zeros_like(v))
+                dk_dv = op.sum_float32(None, gradients)
                 continue
-            grads = [tokens_first(x.to(travels)) for x in found]
+            gradients = [to_token_major(x.to(send_dtype)) for x in gradients]
             for owner, first, n in stage.receives:
-                returns.send([x.narrow(0, first, n) for x in grads], owner)
+                results.send([x.narrow(0, first, n) for x in gradients], owner)
             for receiver, runs in stage.sends:
-                returns.expect(
-                    _buffers(k, sum(n for _, n in runs), travels), receiver, _adding(own, runs)
-                )
-            returns.post()
-        returns.settle()
-        dk, dv = own.to(k.dtype)
-        return parts.finish(), dk, dv
+                buffers = _kv_buffers(k, sum(n for _, n in runs), send_dtype)
+                results.receive(buffers, receiver, _gradient_adder(dk_dv, runs))
+            results.post()
+        results.wait()
+        dk, dv = dk_dv.to(k.dtype)
+        return accumulator.finish(), dk, dv
 
 
-def _stage(op: BoundOperator, world: World, rank: int, parcels: Parcels) -> Stage:
-    """Of the parcels of one stage that concern a rank."""
-    going = parcels.of(np.flatnonzero(parcels.owner == rank))
+def _plan_stage(op: BoundOperator, world: World, rank: int, transfers: KeyTransfers) -> Stage:
+    """Plan one stage of a rank from the transfers that it takes part in."""
+    sent = transfers.select(np.flatnonzero(transfers.owner == rank))
     sends: dict[int, list[tuple[int, int]]] = {}
     for receiver, start, n in zip(
-        going.receiver.tolist(), going.local.tolist(), going.length.tolist(), strict=True
+        sent.receiver.tolist(), sent.local.tolist(), sent.length.tolist(), strict=True
     ):
         sends.setdefault(receiver, []).append((start, n))
-    coming = parcels.of(np.flatnonzero(parcels.receiver == rank))
-    counts = np.bincount(coming.owner, weights=coming.length, minlength=world.size).astype(int)
+    received = transfers.select(np.flatnonzero(transfers.receiver == rank))
+    counts = np.bincount(received.owner, weights=received.length, minlength=world.size).astype(int)
     first = np.cumsum(counts) - counts
     owners = np.flatnonzero(counts)
-    keys = np.column_stack([coming.start, coming.length])
+    keys = np.column_stack([received.start, received.length])
     return Stage(
         sends=tuple((receiver, tuple(runs)) for receiver, runs in sends.items()),
         receives=tuple(
             zip(owners.tolist(), first[owners].tolist(), counts[owners].tolist(), strict=True)
         ),
         tokens=int(counts.sum()),
-        plan=op.prepare(world.piece(rank, keys)) if len(keys) else None,
+        plan=op.prepare(world.key_subset(rank, keys)) if len(keys) else None,
     )
 
 
-def _cast(
+def _group_cast(
     plan: tuple[Stage, ...], k: torch.Tensor, v: torch.Tensor, comm: Comm
 ) -> Iterator[tuple[Stage, torch.Tensor, torch.Tensor]]:
-    """Each stage with its keys and values, ``[B, tokens, G, D]``, while the next are on their way;
-    the first are the own ones."""
-    mine = [tokens_first(x) for x in (k, v)] if len(plan) > 1 else []
-    here: tuple[torch.Tensor, torch.Tensor] = (k, v)
+    """Iterate over stages with their keys and values, ``[B, tokens, G, D]``, first the local ones,
+    while those of the next stage are in transfer."""
+    local = [to_token_major(x) for x in (k, v)] if len(plan) > 1 else []
+    current: tuple[torch.Tensor, torch.Tensor] = (k, v)
     for i, stage in enumerate(plan):
-        coming = list[Any]()
-        handle: Handle = Done()
+        received = list[Any]()
+        handle: Handle = CompletedHandle()
         if i + 1 < len(plan):
-            following = plan[i + 1]
-            coming = _buffers(k, following.tokens, k.dtype)
+            next_stage = plan[i + 1]
+            received = _kv_buffers(k, next_stage.tokens, k.dtype)
             handle = comm.exchange(
-                [(_taken(x, runs), to) for to, runs in following.sends for x in mine],
+                [(_select_runs(x, runs), peer) for peer, runs in next_stage.sends for x in local],
                 [
                     (x.narrow(0, first, n), owner)
-                    for owner, first, n in following.receives
-                    for x in coming
+                    for owner, first, n in next_stage.receives
+                    for x in received
                 ],
                 "keys",
             )
-        yield stage, *here
+        yield stage, *current
         handle.wait()
-        if coming:
-            here = (coming[0].transpose(0, 1), coming[1].transpose(0, 1))
+        if received:
+            current = (received[0].transpose(0, 1), received[1].transpose(0, 1))
 
 
-def _buffers(like: torch.Tensor, tokens: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Two of ``[tokens, B, G, D]``, for keys and values."""
+def _kv_buffers(like: torch.Tensor, tokens: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Make buffers ``[tokens, B, G, D]`` for keys and values."""
     b, _, g, d = like.shape
     return [like.new_empty((tokens, b, g, d), dtype=dtype) for _ in range(2)]
 
 
-def _taken(x: torch.Tensor, runs: Runs) -> torch.Tensor:
-    """Some tokens of ``[L, …]``; a copy unless they are one run."""
+def _select_runs(x: torch.Tensor, runs: Runs) -> torch.Tensor:
+    """Select runs of tokens of ``[L, …]``; a copy unless it is one run."""
     import torch
 
-    parts = [x.narrow(0, start, n) for start, n in runs]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    slices = [x.narrow(0, start, n) for start, n in runs]
+    return slices[0] if len(slices) == 1 else torch.cat(slices)
 
 
-def _adding(total: torch.Tensor, runs: Runs) -> Any:
-    """Adds dK and dV that came home, each ``[tokens, B, G, D]``, to ``[2, B, L, G, D]``."""
+def _gradient_adder(total: torch.Tensor, runs: Runs) -> Any:
+    """A function that adds returned dK and dV, ``[tokens, B, G, D]``, to ``[2, B, L, G, D]``."""
 
-    def add(*found: torch.Tensor) -> None:
-        for into, x in zip(total, found, strict=True):
-            at = 0
+    def add(*gradients: torch.Tensor) -> None:
+        for local_sum, gradient in zip(total, gradients, strict=True):
+            offset = 0
             for start, n in runs:
-                into.narrow(1, start, n).add_(x.narrow(0, at, n).transpose(0, 1))
-                at += n
+                run = gradient.narrow(0, offset, n).transpose(0, 1)
+                local_sum.narrow(1, start, n).add_(run)
+                offset += n
 
     return add

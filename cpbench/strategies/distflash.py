@@ -1,11 +1,11 @@
-"""DistFlashAttention: keys go straight to who needs them, and idle ranks help busy ones.
+"""DistFlashAttention: P2P sends of keys to the ranks that need them; idle ranks help busy ones.
 
-At step t, rank r gets something from rank r - t: its keys, to attend to them, or, where r has less
-to do, its queries, to attend with them to its own keys and send back the result.  So contiguous
-causal, where the last rank has P times the work of the first, is balanced in about half the
-steps.  Masks that the layout balances need no help.
+At step t, rank r receives from rank r - t its keys, to attend to them, or, if r has less work, its
+queries, to compute their attention to the keys of r and return the result.  This balances a causal
+mask with contiguous layout, where the last rank has P times the work of the first, in about half
+the steps.  Masks that the layout balances need no helpers.
 
-Source: DistFlashAttn / LightSeq (arXiv 2310.03294); whom to help is decided here by area.
+Source: DistFlashAttn / LightSeq (arXiv 2310.03294); helpers are chosen here by area.
 """
 
 from __future__ import annotations
@@ -17,23 +17,26 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cpbench.core.operator import QKV
 from cpbench.core.registry import StrategyInfo
 from cpbench.masks.attn_mask import BoolArray
 from cpbench.parallel.bound_operator import row_delta
-from cpbench.parallel.comm import Done
+from cpbench.parallel.comm import CompletedHandle
 from cpbench.strategies.common import gradient_dtype
-from cpbench.strategies.common.return_results import Returns
+from cpbench.strategies.common.return_results import ResultExchange
 
 if TYPE_CHECKING:
     import torch
 
+    from cpbench.core.operator import Gradients
     from cpbench.parallel.bound_operator import BoundOperator
     from cpbench.parallel.comm import Comm
+    from cpbench.parallel.strategy import Forward
     from cpbench.parallel.world import World
 
 STRATEGY = StrategyInfo(
     name="distflash",
-    summary="keys sent straight to who needs them; idle ranks compute for busy ones",
+    summary="P2P sends of keys to the ranks that need them; idle ranks help busy ones",
     source="DistFlashAttn, arXiv 2310.03294",
     load="cpbench.strategies.distflash:DistFlash",
     merges=True,
@@ -44,28 +47,28 @@ STRATEGY = StrategyInfo(
 
 @dataclass(frozen=True)
 class Step:
-    """What one rank does at a step with ``source`` (before it) and ``target`` (after it).
+    """One step of a rank, receiving from ``source`` and sending to ``target``.
 
     Attributes:
-        attend: plan for our queries and the keys of ``source``; None if they do not come.
-        help: plan for the queries of ``source`` and our keys; None if they do not come.
-        keys_out: whether our keys go to ``target``.
-        queries_out: whether our queries do, and a result comes back.
+        attend_plan: for local queries and the keys of ``source``; None if these are not sent.
+        help_plan: for the queries of ``source`` and local keys; None if those are not sent.
+        sends_keys: whether local keys are sent to ``target``.
+        sends_queries: whether local queries are sent to ``target``, which returns a result.
     """
 
     source: int
     target: int
-    attend: Any
-    help: Any
-    keys_out: bool
-    queries_out: bool
+    attend_plan: Any
+    help_plan: Any
+    sends_keys: bool
+    sends_queries: bool
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan for the own keys (None where the mask is empty), and the steps."""
+    """The plan for the local keys (None if the mask is empty there), and the steps."""
 
-    own: Any
+    local: Any
     steps: tuple[Step, ...]
 
 
@@ -73,142 +76,141 @@ class DistFlash:
     """The strategy.
 
     Args:
-        grad_dtype: in which gradients of what was lent travel back.
+        grad_dtype: in which gradients are returned to their owners.
     """
 
     def __init__(self, grad_dtype: str = "float32") -> None:
-        self.grad_dtype = gradient_dtype.checked("distflash", grad_dtype)
+        self.grad_dtype = gradient_dtype.validate("distflash", grad_dtype)
 
     def unsupported(self, world: World) -> str | None:
         return gradient_dtype.refusal("distflash", self.grad_dtype, world.problem)
 
     def prepare(self, op: BoundOperator, world: World, rank: int) -> Plan:
-        size, (by_owner, by_helper, last) = world.size, _shared(world)
+        size, (by_owner, by_helper, last) = world.size, _schedule(world)
         steps = []
         for t in range(1, last + 1):
             source, target = (rank - t) % size, (rank + t) % size
-            attend, lend = by_owner[rank, source], by_helper[source, rank]
+            attends, helps = by_owner[rank, source], by_helper[source, rank]
             steps.append(
                 Step(
                     source=source,
                     target=target,
-                    attend=op.prepare(world.part([rank], [source])) if attend else None,
-                    help=op.prepare(world.part([source], [rank])) if lend else None,
-                    keys_out=bool(by_owner[target, rank]),
-                    queries_out=bool(by_helper[rank, target]),
+                    attend_plan=op.prepare(world.subproblem([rank], [source])) if attends else None,
+                    help_plan=op.prepare(world.subproblem([source], [rank])) if helps else None,
+                    sends_keys=bool(by_owner[target, rank]),
+                    sends_queries=bool(by_helper[rank, target]),
                 )
             )
-        own = op.prepare(world.part([rank], [rank])) if world.areas[rank, rank] else None
-        return Plan(own, tuple(steps))
+        local = op.prepare(world.subproblem([rank], [rank])) if world.areas[rank, rank] else None
+        return Plan(local, tuple(steps))
 
     def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        plan: Plan,
-        op: BoundOperator,
-        comm: Comm,
-        need_lse: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
-        import torch
+        self, qkv: QKV, plan: Plan, op: BoundOperator, comm: Comm, need_lse: bool
+    ) -> Forward:
 
-        parts = op.forward_parts(q)
-        returns = Returns(comm)
-        for step, kv, queries in _visits(plan, (q,), (k, v), comm):
+        q, k, v = qkv
+        accumulator = op.forward_accumulator(q)
+        results = ResultExchange(comm)
+        for step, kv, queries in _overlapped_steps(plan, (q,), (k, v), comm):
             if step is None:
-                if plan.own is not None:
-                    parts.add(k, v, plan.own)
+                if plan.local is not None:
+                    accumulator.add(k, v, plan.local)
                 continue
-            if step.attend is not None:
-                parts.add(kv[0], kv[1], step.attend)
-            if step.help is not None:
-                out, lse = op.forward(queries[0], k, v, step.help)
-                returns.send([out, lse], step.source)
-            if step.queries_out:
-                shape = (q.shape[0], q.shape[2], q.shape[1])
-                buffers = [q.new_empty(q.shape), q.new_empty(shape, dtype=torch.float32)]
-                returns.expect(buffers, step.target, parts.add_result)
-            returns.post()
-        returns.settle()
-        out, lse = parts.finish()
+            if step.attend_plan is not None:
+                accumulator.add(kv[0], kv[1], step.attend_plan)
+            if step.help_plan is not None:
+                out, lse = op.forward(QKV(queries[0], k, v), step.help_plan)
+                results.send([out, lse], step.source)
+            if step.sends_queries:
+                results.receive_partial(q, step.target, accumulator)
+            results.post()
+        results.wait()
+        out, lse = accumulator.finish()
         return out, lse, (q, k, v, out, lse)
 
     def backward(
         self, dout: torch.Tensor, saved: Any, plan: Plan, op: BoundOperator, comm: Comm
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> Gradients:
         import torch
 
         q, k, v, out, lse = saved
-        travels = gradient_dtype.dtype(self.grad_dtype)
-        parts = op.backward_parts(dout, q, out, lse)
-        own: torch.Tensor | None = None  # dK and dV of our keys, float32
+        send_dtype = gradient_dtype.torch_dtype(self.grad_dtype)
+        accumulator = op.backward_accumulator(dout, q, out, lse)
+        dk_dv: torch.Tensor | None = None  # of the local keys, float32
 
-        def add(found: Sequence[torch.Tensor] | torch.Tensor) -> None:
-            nonlocal own
-            own = op.add_up(own, tuple(found))
+        def add(gradients: Sequence[torch.Tensor] | torch.Tensor) -> None:
+            nonlocal dk_dv
+            dk_dv = op.sum_float32(dk_dv, tuple(gradients))
 
-        returns = Returns(comm)
-        lend = (q, dout, row_delta(dout, out), lse)
-        for step, kv, queries in _visits(plan, lend, (k, v), comm):
+        results = ResultExchange(comm)
+        local_queries = (q, dout, row_delta(dout, out), lse)
+        for step, kv, queries in _overlapped_steps(plan, local_queries, (k, v), comm):
             if step is None:
-                if plan.own is not None:
-                    add(parts.add(k, v, plan.own))
+                if plan.local is not None:
+                    add(accumulator.add(k, v, plan.local))
                 continue
-            if step.attend is not None:
-                grads = op.add_up(None, parts.add(kv[0], kv[1], step.attend))
-                returns.send([grads.to(travels)], step.source)
-            if step.keys_out:
-                returns.expect([k.new_empty((2, *k.shape), dtype=travels)], step.target, add)
-            if step.help is not None:
+            if step.attend_plan is not None:
+                grads = op.sum_float32(None, accumulator.add(kv[0], kv[1], step.attend_plan))
+                results.send([grads.to(send_dtype)], step.source)
+            if step.sends_keys:
+                results.receive([k.new_empty((2, *k.shape), dtype=send_dtype)], step.target, add)
+            if step.help_plan is not None:
                 q_s, dout_s, delta_s, lse_s = queries
-                theirs = op.lent_parts(dout_s, q_s, delta_s, lse_s)
-                add(theirs.add(k, v, step.help))
-                returns.send([theirs.finish(travels)], step.source)
-            if step.queries_out:
-                returns.expect([q.new_empty(q.shape, dtype=travels)], step.target, parts.add_result)
-            returns.post()
-        returns.settle()
-        dk, dv = own.to(k.dtype) if own is not None else (torch.zeros_like(k), torch.zeros_like(v))
-        return parts.finish(), dk, dv
+                helper = op.backward_accumulator_from_delta(dout_s, q_s, delta_s, lse_s)
+                add(helper.add(k, v, step.help_plan))
+                results.send([helper.finish(send_dtype)], step.source)
+            if step.sends_queries:
+                results.receive(
+                    [q.new_empty(q.shape, dtype=send_dtype)], step.target, accumulator.add_partial
+                )
+            results.post()
+        results.wait()
+        dq = accumulator.finish()
+        if dk_dv is None:
+            return dq, torch.zeros_like(k), torch.zeros_like(v)
+        dk, dv = dk_dv.to(k.dtype)
+        return dq, dk, dv
 
 
-def _visits(plan: Plan, queries: tuple[Any, ...], keys: tuple[Any, ...], comm: Comm) -> Any:
-    """First Nones, for the own work; then each step, the keys and the queries that came for it.
-    The next step's are on their way meanwhile; what is handed out serves for two steps."""
+def _overlapped_steps(
+    plan: Plan, queries: tuple[Any, ...], keys: tuple[Any, ...], comm: Comm
+) -> Any:
+    """Iterate over the steps with their received keys and queries, first a None for local work,
+    while those of the next step are in transfer; buffers are reused after two steps."""
     buffers: list[dict[bool, tuple[Any, ...]]] = [{}, {}]
 
     def buffer(turn: int, like: tuple[Any, ...]) -> tuple[Any, ...]:
-        kept = buffers[turn % 2]
-        if (like is keys) not in kept:
-            kept[like is keys] = tuple(x.new_empty(x.shape) for x in like)
-        return kept[like is keys]
+        turn_buffers = buffers[turn % 2]
+        if (like is keys) not in turn_buffers:
+            turn_buffers[like is keys] = tuple(x.new_empty(x.shape) for x in like)
+        return turn_buffers[like is keys]
 
     def post(turn: int) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
         step = plan.steps[turn]
-        kv = buffer(turn, keys) if step.attend is not None else ()
-        lent = buffer(turn, queries) if step.help is not None else ()
-        sends = [(x, step.target) for x in keys if step.keys_out]
-        sends += [(x, step.target) for x in queries if step.queries_out]
-        recvs = [(x, step.source) for x in (*kv, *lent)]
-        return comm.exchange(sends, recvs, "keys and queries"), kv, lent
+        kv = buffer(turn, keys) if step.attend_plan is not None else ()
+        peer_queries = buffer(turn, queries) if step.help_plan is not None else ()
+        sends = [(x, step.target) for x in keys if step.sends_keys]
+        sends += [(x, step.target) for x in queries if step.sends_queries]
+        recvs = [(x, step.source) for x in (*kv, *peer_queries)]
+        return comm.exchange(sends, recvs, "keys and queries"), kv, peer_queries
 
-    coming = post(0) if plan.steps else (Done(), (), ())
+    pending = post(0) if plan.steps else (CompletedHandle(), (), ())
     yield None, (), ()
     for turn, step in enumerate(plan.steps):
-        handle, kv, lent = coming
+        handle, kv, peer_queries = pending
         handle.wait()
         if turn + 1 < len(plan.steps):
-            coming = post(turn + 1)
-        yield step, kv, lent
+            pending = post(turn + 1)
+        yield step, kv, peer_queries
 
 
 @lru_cache(maxsize=4)
-def _shared(world: World) -> tuple[BoolArray, BoolArray, int]:
-    """Which pairs (queries of the row, keys of the column) of different ranks are computed where
-    the queries are, which where the keys are, and the last step at which anything is sent.
+def _schedule(world: World) -> tuple[BoolArray, BoolArray, int]:
+    """The pairs of ranks (queries of the row, keys of the column) that the owner of the queries
+    computes, those that the owner of the keys computes, and the last step that sends anything.
 
-    Pairs more than half way round go to the keys' rank as long as that evens out the areas.
+    Pairs more than half the ring apart are moved to the owner of the keys while that reduces the
+    load imbalance.
     """
     areas, size = world.areas, world.size
     load = areas.sum(1)

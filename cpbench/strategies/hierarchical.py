@@ -1,12 +1,12 @@
-"""Hierarchical: heads are exchanged inside a node, keys go from node to node, one copy of each.
+"""Hierarchical: all-to-all of heads inside a node, a ring of keys across nodes, one copy of each.
 
-As USP with a node's ranks for the Ulysses groups, but where key/value heads are fewer than those
-ranks, and so replicated, each replica carries only its slice of the tokens across the slow link,
-and the replicas gather the slices inside the node.  Their gradients are summed inside the node
-before they go back, again one copy.
+As USP with the ranks of a node as Ulysses groups; but if key/value heads are fewer than those ranks
+and therefore replicated, each replica sends only its slice of the tokens across nodes, and the
+replicas all-gather the slices inside the node.  Their gradients are summed inside the node before
+they are returned, again as one copy.
 
-Source: 2D attention with KV replication (LoongTrain, arXiv 2406.18485), the replicas' common part
-kept off the slow link as in hierarchical collectives.
+Source: 2D attention with KV replication (LoongTrain, arXiv 2406.18485), with redundant data kept
+off the slow link as in hierarchical collectives.
 """
 
 from __future__ import annotations
@@ -16,19 +16,21 @@ from typing import TYPE_CHECKING, Any
 
 from cpbench.core.registry import StrategyInfo
 from cpbench.strategies.common import gradient_dtype, head_exchange
-from cpbench.strategies.common.collectives import gather, reduce
-from cpbench.strategies.common.rotation import Following, Step, steps, travel
+from cpbench.strategies.common.collectives import all_gather_tokens, reduce_scatter_tokens
+from cpbench.strategies.common.rotation import GradientRotation, Step, rotate_blocks, rotation_steps
 
 if TYPE_CHECKING:
     import torch
 
+    from cpbench.core.operator import QKV, Gradients
     from cpbench.parallel.bound_operator import BoundOperator
     from cpbench.parallel.comm import Comm
+    from cpbench.parallel.strategy import Forward
     from cpbench.parallel.world import World
 
 STRATEGY = StrategyInfo(
     name="hierarchical",
-    summary="all-to-all inside a node, a ring of nodes; one copy of the keys crosses",
+    summary="all-to-all inside a node, a ring across nodes that sends one copy of the keys",
     source="LoongTrain, arXiv 2406.18485",
     load="cpbench.strategies.hierarchical:Hierarchical",
     merges=True,
@@ -40,7 +42,7 @@ STRATEGY = StrategyInfo(
 
 @dataclass(frozen=True)
 class Plan:
-    """The groups of one rank, the replicas of its heads in its node, and the steps of its ring."""
+    """The groups of one rank, the replicas of its heads in its node, and its ring steps."""
 
     node: tuple[int, ...]
     across: tuple[int, ...]
@@ -53,20 +55,16 @@ class Hierarchical:
     """The strategy.
 
     Args:
-        local: ranks that exchange heads; 0 for those of a node.
-        grad_dtype: in which dK and dV travel between nodes.
+        local: ranks that exchange heads; 0 for all ranks of a node.
+        grad_dtype: in which dK and dV are sent between nodes.
     """
 
     def __init__(self, local: int = 0, grad_dtype: str = "float32") -> None:
         if local < 0:
             raise ValueError(
-                f"hierarchical: local = {local} must be a number of ranks, or 0 for a node's"
+                f"hierarchical: local = {local} must be a number of ranks, or 0 for all of a node"
             )
-        if grad_dtype not in ("float32", "bfloat16"):
-            raise ValueError(
-                f"hierarchical: grad_dtype = {grad_dtype!r} is not float32 or bfloat16"
-            )
-        self.local, self.grad_dtype = local, gradient_dtype.checked("hierarchical", grad_dtype)
+        self.local, self.grad_dtype = local, gradient_dtype.validate("hierarchical", grad_dtype)
 
     def unsupported(self, world: World) -> str | None:
         size = self.local or world.ranks_per_node
@@ -78,91 +76,86 @@ class Hierarchical:
     def prepare(self, op: BoundOperator, world: World, rank: int) -> Plan:
         size = self.local or world.ranks_per_node
         mesh = world.mesh(nodes=world.size // size, local=size)
-        inner = head_exchange.exchanged(world, mesh.groups("local"))
+        inner = head_exchange.world_after_exchange(world, mesh.groups("local"))
         node, across = mesh.group(rank, "local"), mesh.group(rank, "nodes")
         copies = max(size // world.problem.heads_kv, 1)
         first = node.index(rank) // copies * copies
-        me = across.index(rank)
+        ring_rank = across.index(rank)
         return Plan(
             node=node,
             across=across,
             replicas=node[first : first + copies],
-            steps=steps(
+            steps=rotation_steps(
                 inner.areas > 0,
-                me,
+                ring_rank,
                 inner.size,
-                lambda source: op.prepare(inner.part([me], [source])),
+                lambda source: op.prepare(inner.subproblem([ring_rank], [source])),
             ),
             heads_kv=world.problem.heads_kv,
         )
 
     def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        plan: Plan,
-        op: BoundOperator,
-        comm: Comm,
-        need_lse: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
+        self, qkv: QKV, plan: Plan, op: BoundOperator, comm: Comm, need_lse: bool
+    ) -> Forward:
         node = comm.sub(plan.node)
-        q_all, k_all, v_all = head_exchange.qkv_to_heads(q, k, v, node).wait()
-        parts = op.forward_parts(q_all)
-        for step, keys, values in self._rounds(k_all, v_all, plan, comm):
-            parts.add(keys, values, step.plan)
-        out_all, lse_all = parts.finish()
-        (out,) = head_exchange.to_tokens([out_all], node).wait()
-        lse = (
-            head_exchange.lse_to_tokens(lse_all, node) if need_lse and lse_all is not None else None
-        )
+        q_all, k_all, v_all = head_exchange.qkv_to_heads(qkv, node).wait()
+        accumulator = op.forward_accumulator(q_all)
+        for step, keys, values in self._ring_steps(k_all, v_all, plan, comm):
+            accumulator.add(keys, values, step.plan)
+        out_all, lse_all = accumulator.finish()
+        out, lse = head_exchange.result_to_tokens(out_all, lse_all, need_lse, node)
         return out, lse, (q_all, k_all, v_all, out_all, lse_all)
 
     def backward(
         self, dout: torch.Tensor, saved: Any, plan: Plan, op: BoundOperator, comm: Comm
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> Gradients:
         import torch
 
         q_all, k_all, v_all, out_all, lse_all = saved
-        node, across, replicas = (comm.sub(g) for g in (plan.node, plan.across, plan.replicas))
-        (dout_all,) = head_exchange.to_heads([dout], node).wait()
-        parts = op.backward_parts(dout_all, q_all, out_all, lse_all)
-        batch, tokens, local_heads, dim = k_all.shape
-        thin = (2, tokens // replicas.size, batch, local_heads, dim)
-        grads = Following(thin, gradient_dtype.dtype(self.grad_dtype), op, across)
-        own = torch.zeros((2, tokens, *thin[2:]), dtype=torch.float32, device=k_all.device)
-        for step, keys, values in self._rounds(k_all, v_all, plan, comm, idle=True):
-            found: Any = None
-            if step.computes:
-                dk_dv = [x.transpose(0, 1) for x in parts.add(keys, values, step.plan)]
-                if step.source == across.rank:
-                    own = op.add_up(None, dk_dv)
-                else:
-                    found = reduce([x.float().contiguous() for x in dk_dv], replicas).wait()
-            grads.add(step, found)
-        mine = own.unflatten(1, (replicas.size, -1))[:, replicas.rank]
-        mine += grads.finish()
-        local = [parts.finish(), *(x.transpose(0, 1).to(k_all.dtype) for x in own)]
-        dq, dk, dv = head_exchange.to_tokens(local, node).wait()
-        return (
-            dq,
-            head_exchange.sum_replicas(dk, plan.heads_kv),
-            head_exchange.sum_replicas(dv, plan.heads_kv),
+        node, across, replicas = (
+            comm.sub(ranks) for ranks in (plan.node, plan.across, plan.replicas)
         )
+        (dout_all,) = head_exchange.tokens_to_heads([dout], node).wait()
+        accumulator = op.backward_accumulator(dout_all, q_all, out_all, lse_all)
+        batch, tokens, local_heads, dim = k_all.shape
+        slice_shape = (2, tokens // replicas.size, batch, local_heads, dim)
+        gradient_rotation = GradientRotation(
+            slice_shape, gradient_dtype.torch_dtype(self.grad_dtype), op, across
+        )
+        local_dk_dv = torch.zeros(
+            (2, tokens, *slice_shape[2:]), dtype=torch.float32, device=k_all.device
+        )
+        for step, keys, values in self._ring_steps(k_all, v_all, plan, comm, idle=True):
+            gradients: Any = None
+            if step.computes:
+                dk_dv = [x.transpose(0, 1) for x in accumulator.add(keys, values, step.plan)]
+                if step.source == across.rank:
+                    local_dk_dv = op.sum_float32(None, dk_dv)
+                else:
+                    sums = [x.float().contiguous() for x in dk_dv]
+                    gradients = reduce_scatter_tokens(sums, replicas).wait()
+            gradient_rotation.add(step, gradients)
+        own_slice = local_dk_dv.unflatten(1, (replicas.size, -1))[:, replicas.rank]
+        own_slice += gradient_rotation.finish()
+        dk, dv = (x.transpose(0, 1).to(k_all.dtype) for x in local_dk_dv)
+        gradients_by_head = (accumulator.finish(), dk, dv)
+        return head_exchange.gradients_to_tokens(gradients_by_head, plan.heads_kv, node)
 
-    def _rounds(
+    def _ring_steps(
         self, k: torch.Tensor, v: torch.Tensor, plan: Plan, comm: Comm, idle: bool = False
     ) -> Any:
-        """Each step of the ring of nodes with the keys and values of its node, ``[B, T, g, D]``;
-        steps that compute nothing only where asked for."""
+        """Iterate over the steps of the ring of nodes with their keys and values, ``[B, T, g, D]``;
+        ``idle`` includes steps without computation."""
         across, replicas = comm.sub(plan.across), comm.sub(plan.replicas)
-        thin = tuple(
+        kv_slice = tuple(
             x.transpose(0, 1).unflatten(0, (replicas.size, -1))[replicas.rank].contiguous()
             for x in (k, v)
         )
-        for step, block in travel(plan.steps, thin, across):
+        for step, block in rotate_blocks(plan.steps, kv_slice, across):
             keys, values = k, v
             if step.computes and step.source != across.rank:
-                keys, values = (x.transpose(0, 1) for x in gather(block, replicas).wait())
+                keys, values = (
+                    x.transpose(0, 1) for x in all_gather_tokens(block, replicas).wait()
+                )
             if step.computes or idle:
                 yield step, keys, values

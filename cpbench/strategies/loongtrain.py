@@ -1,8 +1,8 @@
-"""LoongTrain: head parallelism and a double ring over the ranks that share heads.
+"""LoongTrain: head parallelism, and a double ring over the ranks that hold the same heads.
 
-The ranks form a mesh, ``outer`` x ``inner`` x ``ulysses``: the ring is cut into windows of
-``inner`` ranks, and each hop between windows overlaps a whole turn inside one.  Head-first
-placement (the default) makes the Ulysses groups neighbours; context-first is
+The ranks form a mesh, ``outer`` x ``inner`` x ``ulysses``: the ring is divided into windows of
+``inner`` ranks, and each send between windows overlaps a whole round inside one.  Head-first
+placement (the default) puts the Ulysses groups inside nodes; context-first is
 ``placement = "inner"``.
 
 Source: LoongTrain (arXiv 2406.18485).
@@ -39,7 +39,7 @@ class LoongTrain(Usp):
     Args:
         ulysses, grad_dtype: as for :class:`Usp`.
         window: ranks of an inner ring; 0 for as many as share a node, or about the square root of
-            the ring where the placement leaves none on one node.
+            the ring size if the placement leaves no ring neighbours on one node.
     """
 
     name = "loongtrain"
@@ -63,11 +63,11 @@ class LoongTrain(Usp):
     def mesh(self, world: World) -> Mesh:
         size = head_exchange.group_size(world, self.ulysses)
         ring = world.size // size
-        window = self.window or _window(world, ring, size)
+        window = self.window or _default_window(world, ring, size)
         return world.mesh(outer=ring // window, inner=window, ulysses=size)
 
 
-def _window(world: World, ring: int, size: int) -> int:
+def _default_window(world: World, ring: int, size: int) -> int:
     neighbours = (
         world.ranks_per_node if world.placement == "inner" else world.ranks_per_node // size
     )

@@ -1,9 +1,9 @@
-"""Ring attention: keys and values travel from rank to rank while queries stay.
+"""Ring attention: keys and values are sent from rank to rank while queries stay.
 
-Keys go only as far as some rank needs them (contiguous causal: no rank before their owner does),
-and two receive buffers serve any number of ranks.  In the backward pass the gradient of a rank's
-keys follows them one step behind, each rank adding its part, and goes home in one hop.  With a
-``window`` it is LoongTrain's double ring.
+Keys are sent only as far as some rank needs them (contiguous causal: no rank before their owner
+does), with two receive buffers for any number of ranks.  In the backward pass the gradient of a
+rank's keys follows them one step behind, each rank adding its part, and returns to the owner in one
+hop.  With a ``window`` it is LoongTrain's double ring.
 
 Source: Ring Attention (arXiv 2310.01889); layouts make it zigzag or striped (arXiv 2311.09431).
 """
@@ -15,18 +15,20 @@ from typing import TYPE_CHECKING, Any
 
 from cpbench.core.registry import StrategyInfo
 from cpbench.strategies.common import gradient_dtype
-from cpbench.strategies.common.rotation import Following, Step, steps, travel
+from cpbench.strategies.common.rotation import GradientRotation, Step, rotate_blocks, rotation_steps
 
 if TYPE_CHECKING:
     import torch
 
+    from cpbench.core.operator import QKV, Gradients
     from cpbench.parallel.bound_operator import BoundOperator
     from cpbench.parallel.comm import Comm
+    from cpbench.parallel.strategy import Forward
     from cpbench.parallel.world import World
 
 STRATEGY = StrategyInfo(
     name="ring",
-    summary="keys travel round a ring, overlapped; steps that the mask leaves empty are skipped",
+    summary="ring of keys, overlapped with compute; steps without visible pairs are skipped",
     source="Ring Attention, arXiv 2310.01889",
     load="cpbench.strategies.ring:Ring",
     merges=True,
@@ -37,7 +39,7 @@ STRATEGY = StrategyInfo(
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps of one rank."""
+    """The ring steps of one rank."""
 
     steps: tuple[Step, ...]
 
@@ -46,14 +48,14 @@ class Ring:
     """The strategy.
 
     Args:
-        grad_dtype: in which dK and dV travel; sums on a rank are float32.
-        window: ranks of an inner ring; 0 for one ring of all.
+        grad_dtype: in which dK and dV are sent; sums on a rank are float32.
+        window: ranks of an inner ring; 0 for a single ring.
     """
 
     def __init__(self, grad_dtype: str = "float32", window: int = 0) -> None:
         if window < 0:
             raise ValueError(f"ring: window = {window} must be a number of ranks, or 0 for all")
-        self.grad_dtype, self.window = gradient_dtype.checked("ring", grad_dtype), window
+        self.grad_dtype, self.window = gradient_dtype.validate("ring", grad_dtype), window
 
     def unsupported(self, world: World) -> str | None:
         if self.window and world.size % self.window:
@@ -62,38 +64,35 @@ class Ring:
 
     def prepare(self, op: BoundOperator, world: World, rank: int) -> Plan:
         return Plan(
-            steps(
+            rotation_steps(
                 world.areas > 0,
                 rank,
                 self.window or world.size,
-                lambda source: op.prepare(world.part([rank], [source])),
+                lambda source: op.prepare(world.subproblem([rank], [source])),
             )
         )
 
     def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        plan: Plan,
-        op: BoundOperator,
-        comm: Comm,
-        need_lse: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
-        parts = op.forward_parts(q)
-        for step, (k_s, v_s) in travel(plan.steps, (k, v), comm):
+        self, qkv: QKV, plan: Plan, op: BoundOperator, comm: Comm, need_lse: bool
+    ) -> Forward:
+        q, k, v = qkv
+        accumulator = op.forward_accumulator(q)
+        for step, (k_s, v_s) in rotate_blocks(plan.steps, (k, v), comm):
             if step.computes:
-                parts.add(k_s, v_s, step.plan)
-        out, lse = parts.finish()
+                accumulator.add(k_s, v_s, step.plan)
+        out, lse = accumulator.finish()
         return out, lse, (q, k, v, out, lse)
 
     def backward(
         self, dout: torch.Tensor, saved: Any, plan: Plan, op: BoundOperator, comm: Comm
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> Gradients:
         q, k, v, out, lse = saved
-        parts = op.backward_parts(dout, q, out, lse)
-        grads = Following((2, *k.shape), gradient_dtype.dtype(self.grad_dtype), op, comm)
-        for step, (k_s, v_s) in travel(plan.steps, (k, v), comm):
-            grads.add(step, parts.add(k_s, v_s, step.plan) if step.computes else None)
-        dk, dv = grads.finish()
-        return parts.finish(), dk.to(k.dtype), dv.to(v.dtype)
+        accumulator = op.backward_accumulator(dout, q, out, lse)
+        gradients = GradientRotation(
+            (2, *k.shape), gradient_dtype.torch_dtype(self.grad_dtype), op, comm
+        )
+        for step, (k_s, v_s) in rotate_blocks(plan.steps, (k, v), comm):
+            dk_dv = accumulator.add(k_s, v_s, step.plan) if step.computes else None
+            gradients.add(step, dk_dv)
+        dk, dv = gradients.finish()
+        return accumulator.finish(), dk.to(k.dtype), dv.to(v.dtype)

@@ -1,12 +1,12 @@
-"""A ring whose backward pass turns round, so that its last transfer is hidden too.
+"""A ring whose backward pass reverses direction, so that its last transfer is overlapped too.
 
-The forward pass is that of ``ring``.  The block that came last is kept, and the backward pass
-begins with it: blocks go the other way, gradients behind them, and the own block comes last,
-computed while its gradient comes home.  A plain ring ends with that hop, under nothing; it also
-sends one block more.  The price is one block of keys and values held between the passes.  Where
-some rank does not need some block, blocks do not travel all the way, and it is a plain ring.
+The forward pass is that of ``ring``.  The block received last is saved, and the backward pass
+begins with it: blocks rotate in the other direction, followed by their gradients, and the local
+block is computed last, while its gradient returns.  A plain ring ends with that hop exposed, and
+sends one more block.  The cost is one block of keys and values held between the passes.  If some
+rank does not need some block, blocks do not rotate all the way, and a plain ring is used.
 
-Source: ours, on Ring Attention (arXiv 2310.01889).
+Source: our own, based on Ring Attention (arXiv 2310.01889).
 """
 
 from __future__ import annotations
@@ -15,22 +15,24 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cpbench.core.registry import StrategyInfo
-from cpbench.parallel.comm import Done
+from cpbench.parallel.comm import CompletedHandle
 from cpbench.strategies import ring
 from cpbench.strategies.common import gradient_dtype
-from cpbench.strategies.common.rotation import travel
+from cpbench.strategies.common.rotation import rotate_blocks
 
 if TYPE_CHECKING:
     import torch
 
-    from cpbench.parallel.bound_operator import BackwardParts, BoundOperator
+    from cpbench.core.operator import QKV, Gradients
+    from cpbench.parallel.bound_operator import BackwardAccumulator, BoundOperator
     from cpbench.parallel.comm import Comm, Handle
+    from cpbench.parallel.strategy import Forward
     from cpbench.parallel.world import World
 
 STRATEGY = StrategyInfo(
     name="ring_reverse",
-    summary="a ring that turns round for the backward pass: no transfer is left uncovered",
-    source="cpbench, on Ring Attention, arXiv 2310.01889",
+    summary="a ring that reverses direction in the backward pass: no exposed last transfer",
+    source="cpbench, based on Ring Attention, arXiv 2310.01889",
     load="cpbench.strategies.ring_reverse:RingReverse",
     merges=True,
     params=("grad_dtype",),
@@ -41,7 +43,7 @@ Block = tuple["torch.Tensor", "torch.Tensor"]
 
 @dataclass(frozen=True)
 class Plan(ring.Plan):
-    """Also the operator's plans by owner of the block, where every rank needs every block."""
+    """Adds the operator's plans by owner of the block, if every rank needs every block."""
 
     by_owner: dict[int, Any] | None = None
 
@@ -54,80 +56,75 @@ class RingReverse(ring.Ring):
 
     def prepare(self, op: BoundOperator, world: World, rank: int) -> Plan:
         steps = super().prepare(op, world, rank).steps
-        whole = world.size > 1 and bool((world.areas > 0).all())
-        return Plan(steps, {step.source: step.plan for step in steps} if whole else None)
+        all_needed = world.size > 1 and bool((world.areas > 0).all())
+        return Plan(steps, {step.source: step.plan for step in steps} if all_needed else None)
 
     def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        plan: ring.Plan,
-        op: BoundOperator,
-        comm: Comm,
-        need_lse: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
+        self, qkv: QKV, plan: ring.Plan, op: BoundOperator, comm: Comm, need_lse: bool
+    ) -> Forward:
+        q, k, v = qkv
         assert isinstance(plan, Plan)
         if plan.by_owner is None:
-            return super().forward(q, k, v, plan, op, comm, need_lse)
-        parts, last = op.forward_parts(q), (k, v)
-        for step, (k_s, v_s) in travel(plan.steps, (k, v), comm):
-            parts.add(k_s, v_s, step.plan)
+            return super().forward(qkv, plan, op, comm, need_lse)
+        accumulator, last = op.forward_accumulator(q), (k, v)
+        for step, (k_s, v_s) in rotate_blocks(plan.steps, (k, v), comm):
+            accumulator.add(k_s, v_s, step.plan)
             last = k_s, v_s
-        out, lse = parts.finish()
+        out, lse = accumulator.finish()
         return out, lse, (q, k, v, out, lse, last)
 
     def backward(
         self, dout: torch.Tensor, saved: Any, plan: ring.Plan, op: BoundOperator, comm: Comm
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> Gradients:
         assert isinstance(plan, Plan)
         if plan.by_owner is None:
             return super().backward(dout, saved, plan, op, comm)
         q, k, v, out, lse, last = saved
-        parts = op.backward_parts(dout, q, out, lse)
-        coming_home = self._others(parts, last, plan.by_owner, op, comm)
-        own = op.add_up(None, parts.add(k, v, plan.by_owner[comm.rank]))
-        handle, grad = coming_home
+        accumulator = op.backward_accumulator(dout, q, out, lse)
+        handle, received = self._reverse_ring(accumulator, last, plan.by_owner, op, comm)
+        local = op.sum_float32(None, accumulator.add(k, v, plan.by_owner[comm.rank]))
         handle.wait()
-        dk, dv = own.add_(grad).to(k.dtype)
-        return parts.finish(), dk, dv
+        dk, dv = local.add_(received).to(k.dtype)
+        return accumulator.finish(), dk, dv
 
-    def _others(
+    def _reverse_ring(
         self,
-        parts: BackwardParts,
+        accumulator: BackwardAccumulator,
         last: Block,
         plans: dict[int, Any],
         op: BoundOperator,
         comm: Comm,
     ) -> tuple[Handle, torch.Tensor]:
-        """Work through the blocks of all others, each from the next rank and on to the one before;
-        what the others found for the own block is on its way."""
+        """Compute with the blocks of all other ranks, each received from the next rank and sent to
+        the previous one; return the pending gradient of the local block."""
         import torch
 
-        travels = gradient_dtype.dtype(self.grad_dtype)
-        after, before = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
-        here, free = last, list[Block]()
-        arriving: torch.Tensor | None = None
-        following: Handle = Done()
+        send_dtype = gradient_dtype.torch_dtype(self.grad_dtype)
+        next_rank, previous_rank = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+        current, free = last, list[Block]()
+        incoming: torch.Tensor | None = None
+        gradient_handle: Handle = CompletedHandle()
         for turn in range(1, comm.size):
-            coming = here
-            moving: Handle = Done()
+            next_block = current
+            handle: Handle = CompletedHandle()
             if turn < comm.size - 1:
-                coming = (
-                    free.pop() if free else (torch.empty_like(last[0]), torch.empty_like(last[1]))
-                )
-                sends, recvs = [(x, before) for x in here], [(x, after) for x in coming]
-                moving = comm.exchange(sends, recvs, "keys")
-            k_s, v_s = here
-            found = parts.add(k_s, v_s, plans[(comm.rank + turn) % comm.size])
-            following.wait()
-            grad = op.add_up(None if arriving is None else arriving.float(), found)
-            arriving = grad.new_empty(grad.shape, dtype=travels)
-            sent = [(grad.to(travels), before)]
-            following = comm.exchange(sent, [(arriving, after)], "gradients")
-            moving.wait()
-            if here is not last:  # which another backward pass may start from
-                free.append(here)
-            here = coming
-        assert arriving is not None
-        return following, arriving
+                if free:
+                    next_block = free.pop()
+                else:
+                    next_block = torch.empty_like(last[0]), torch.empty_like(last[1])
+                sends = [(x, previous_rank) for x in current]
+                recvs = [(x, next_rank) for x in next_block]
+                handle = comm.exchange(sends, recvs, "keys")
+            k_s, v_s = current
+            dk_dv = accumulator.add(k_s, v_s, plans[(comm.rank + turn) % comm.size])
+            gradient_handle.wait()
+            grad = op.sum_float32(None if incoming is None else incoming.float(), dk_dv)
+            incoming = grad.new_empty(grad.shape, dtype=send_dtype)
+            sends = [(grad.to(send_dtype), previous_rank)]
+            gradient_handle = comm.exchange(sends, [(incoming, next_rank)], "gradients")
+            handle.wait()
+            if current is not last:  # saved, as the backward pass may be repeated
+                free.append(current)
+            current = next_block
+        assert incoming is not None
+        return gradient_handle, incoming

@@ -1,10 +1,10 @@
 """Tile: rank (u, w) computes the queries of its row against the keys of its column.
 
-The ranks form a mesh, ``keys`` x ``queries``: a rank works on the queries of the ``rows`` ranks of
-its queries group and the keys of the P / ``rows`` ranks of its keys group.  The keys stay once
-they have come; queries come one rank after another and their results go back at once.  What moves
-grows with the square root of the ranks.  One row is the all-to-all form of a ring; P rows send
-queries alone, as TokenRing does.
+The ranks form a mesh, ``keys`` x ``queries``: a rank computes the queries of the ``rows`` ranks of
+its queries group against the keys of the P / ``rows`` ranks of its keys group.  Received keys are
+kept; queries are received from one rank after another, and their results returned immediately.
+Traffic grows with the square root of the number of ranks.  One row is the all-to-all form of a
+ring; P rows send queries only, as TokenRing does.
 
 Source: Mesh-Attention (arXiv 2512.20968); TokenRing (arXiv 2412.20501).
 """
@@ -17,22 +17,24 @@ from typing import TYPE_CHECKING, Any
 
 from cpbench.core.registry import StrategyInfo
 from cpbench.parallel.bound_operator import row_delta
-from cpbench.parallel.comm import Done
+from cpbench.parallel.comm import CompletedHandle
 from cpbench.parallel.mesh import Mesh
 from cpbench.strategies.common import gradient_dtype
-from cpbench.strategies.common.return_results import Returns
+from cpbench.strategies.common.return_results import ResultExchange
 
 if TYPE_CHECKING:
     import torch
 
+    from cpbench.core.operator import QKV, Gradients
     from cpbench.core.problem import Problem
     from cpbench.parallel.bound_operator import BoundOperator
     from cpbench.parallel.comm import Comm
+    from cpbench.parallel.strategy import Forward
     from cpbench.parallel.world import World
 
 STRATEGY = StrategyInfo(
     name="tile",
-    summary="a tile of query rows by key columns for each rank: volume grows with the root of P",
+    summary="a tile of query rows by key columns per rank: traffic grows with the root of P",
     source="Mesh-Attention, arXiv 2512.20968",
     load="cpbench.strategies.tile:Tile",
     merges=True,
@@ -44,8 +46,8 @@ STRATEGY = StrategyInfo(
 
 @dataclass(frozen=True)
 class Column:
-    """The keys of one rank of the keys group: whether ours go to ``target``, and whether those of
-    ``source`` come."""
+    """A column of the tile: local keys are sent to ``target`` if ``sends``, the keys of ``source``
+    received if ``receives``."""
 
     source: int
     target: int
@@ -55,12 +57,12 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """The queries of one rank of the queries group.
+    """A row of the tile: the queries of one rank of the queries group.
 
     Attributes:
-        source, target: whose queries come, and to whom ours go, at this turn.
+        source: owner of the queries of this row; target: receiver of the local ones.
         plans: of the operator, for the keys of every column; None where the mask is empty.
-        sends: whether our queries are needed by ``target``.
+        sends: whether ``target`` needs the local queries.
     """
 
     source: int
@@ -75,7 +77,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """Own queries are the first row, own keys the first column."""
+    """Rows and columns of one rank: the first ones are its local queries and keys."""
 
     rows: tuple[Row, ...]
     columns: tuple[Column, ...]
@@ -85,14 +87,14 @@ class Tile:
     """The strategy.
 
     Args:
-        rows: ranks whose queries a rank works on; 0 for what sends the least.
-        grad_dtype: in which dQ, dK and dV travel back.
+        rows: ranks whose queries a rank computes; 0 for the least traffic.
+        grad_dtype: in which dQ, dK and dV are sent.
     """
 
     def __init__(self, rows: int = 0, grad_dtype: str = "float32") -> None:
         if rows < 0:
             raise ValueError(f"tile: rows = {rows} must be a number of ranks, or 0 to choose")
-        self.rows, self.grad_dtype = rows, gradient_dtype.checked("tile", grad_dtype)
+        self.rows, self.grad_dtype = rows, gradient_dtype.validate("tile", grad_dtype)
 
     def unsupported(self, world: World) -> str | None:
         if self.rows and world.size % self.rows:
@@ -100,124 +102,121 @@ class Tile:
         return gradient_dtype.refusal("tile", self.grad_dtype, world.problem)
 
     def prepare(self, op: BoundOperator, world: World, rank: int) -> Plan:
-        rows = self.rows or least_traffic(world.problem, world.keys.local_len, world.size)
+        rows = self.rows or rows_with_least_traffic(world.problem, world.keys.local_len, world.size)
         mesh = world.mesh(keys=world.size // rows, queries=rows)
-        in_row, in_column = _others(mesh, rank, "queries"), _others(mesh, rank, "keys")
-        mine = [source for source, _ in in_column]
+        row_peers = _ring_peers(mesh, rank, "queries")
+        column_peers = _ring_peers(mesh, rank, "keys")
+        column_ranks = [source for source, _ in column_peers]
 
         def needed(queries: list[int], keys: list[int]) -> bool:
-            return bool(world.part(queries, keys).area)
+            return bool(world.subproblem(queries, keys).area)
 
         def plan(queries: int, keys: int) -> Any:
-            part = world.part([queries], [keys])
-            return op.prepare(part) if part.area else None
+            subproblem = world.subproblem([queries], [keys])
+            return op.prepare(subproblem) if subproblem.area else None
 
         return Plan(
             rows=tuple(
                 Row(
                     source=source,
                     target=target,
-                    plans=tuple(plan(source, keys) for keys in mine),
+                    plans=tuple(plan(source, keys) for keys in column_ranks),
                     sends=needed([rank], list(mesh.group(target, "keys"))),
                 )
-                for source, target in in_row
+                for source, target in row_peers
             ),
             columns=tuple(
                 Column(
                     source=source,
                     target=target,
                     sends=needed(list(mesh.group(target, "queries")), [rank]),
-                    receives=needed([queries for queries, _ in in_row], [source]),
+                    receives=needed([queries for queries, _ in row_peers], [source]),
                 )
-                for source, target in in_column
+                for source, target in column_peers
             ),
         )
 
     def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        plan: Plan,
-        op: BoundOperator,
-        comm: Comm,
-        need_lse: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
-        import torch
-
-        columns = _Columns(k, v, plan, comm)
-        returns = Returns(comm)
-        own = op.forward_parts(q)
-        for row, (q_s,) in _visits(plan, (q,), comm):
-            parts = own if row is plan.rows[0] else op.forward_parts(q_s)
+        self, qkv: QKV, plan: Plan, op: BoundOperator, comm: Comm, need_lse: bool
+    ) -> Forward:
+        q, k, v = qkv
+        columns = _ColumnKeys(k, v, plan, comm)
+        results = ResultExchange(comm)
+        own = op.forward_accumulator(q)
+        for row, (q_s,) in _overlapped_rows(plan, (q,), comm):
+            accumulator = own if row is plan.rows[0] else op.forward_accumulator(q_s)
             for i, tile in enumerate(row.plans):
                 if tile is not None:
                     k_s, v_s = columns[i]
-                    parts.add(k_s, v_s, tile)
+                    accumulator.add(k_s, v_s, tile)
             if row is plan.rows[0]:
                 continue
             if row.receives:
-                returns.send(list(parts.finish()), row.source)
+                results.send(list(accumulator.finish()), row.source)
             if row.sends:
-                shape = (q.shape[0], q.shape[2], q.shape[1])
-                buffers = [q.new_empty(q.shape), q.new_empty(shape, dtype=torch.float32)]
-                returns.expect(buffers, row.target, own.add_result)
-            returns.post()
+                results.receive_partial(q, row.target, own)
+            results.post()
         columns.finish()
-        returns.settle()
+        results.wait()
         out, lse = own.finish()
         return out, lse, (q, k, v, out, lse)
 
     def backward(
         self, dout: torch.Tensor, saved: Any, plan: Plan, op: BoundOperator, comm: Comm
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> Gradients:
         import torch
 
         q, k, v, out, lse = saved
-        travels = gradient_dtype.dtype(self.grad_dtype)
-        columns = _Columns(k, v, plan, comm)
-        grads: dict[int, torch.Tensor] = {}  # dK and dV of each column, float32
-        returns = Returns(comm)
-        own = op.backward_parts(dout, q, out, lse)
-        for row, (q_s, dout_s, delta_s, lse_s) in _visits(
+        send_dtype = gradient_dtype.torch_dtype(self.grad_dtype)
+        columns = _ColumnKeys(k, v, plan, comm)
+        column_grads: dict[int, torch.Tensor] = {}  # dK and dV of each column, float32
+        results = ResultExchange(comm)
+        own = op.backward_accumulator(dout, q, out, lse)
+        for row, (q_s, dout_s, delta_s, lse_s) in _overlapped_rows(
             plan, (q, dout, row_delta(dout, out), lse), comm
         ):
-            parts = own
+            accumulator = own
             if row is not plan.rows[0]:
-                parts = op.lent_parts(dout_s, q_s, delta_s, lse_s)
+                accumulator = op.backward_accumulator_from_delta(dout_s, q_s, delta_s, lse_s)
             for i, tile in enumerate(row.plans):
                 if tile is not None:
                     k_s, v_s = columns[i]
-                    grads[i] = op.add_up(grads.get(i), parts.add(k_s, v_s, tile))
+                    dk_dv = accumulator.add(k_s, v_s, tile)
+                    column_grads[i] = op.sum_float32(column_grads.get(i), dk_dv)
             if row is plan.rows[0]:
                 continue
             if row.receives:
-                returns.send([parts.finish(travels)], row.source)
+                results.send([accumulator.finish(send_dtype)], row.source)
             if row.sends:
-                returns.expect([q.new_empty(q.shape, dtype=travels)], row.target, own.add_result)
-            returns.post()
+                results.receive(
+                    [q.new_empty(q.shape, dtype=send_dtype)], row.target, own.add_partial
+                )
+            results.post()
         columns.finish()
 
-        def add(found: torch.Tensor) -> None:
-            grads[0] = op.add_up(grads.get(0), found.unbind())
+        def add(dk_dv: torch.Tensor) -> None:
+            column_grads[0] = op.sum_float32(column_grads.get(0), dk_dv.unbind())
 
         for i, column in list(enumerate(plan.columns))[1:]:
             if column.receives:
-                returns.send([grads[i].to(travels)], column.source)
+                results.send([column_grads[i].to(send_dtype)], column.source)
             if column.sends:
-                returns.expect([k.new_empty((2, *k.shape), dtype=travels)], column.target, add)
-            returns.post()
-        returns.settle()
-        dk, dv = grads[0].to(k.dtype) if 0 in grads else (torch.zeros_like(k), torch.zeros_like(v))
-        return own.finish(), dk, dv
+                results.receive([k.new_empty((2, *k.shape), dtype=send_dtype)], column.target, add)
+            results.post()
+        results.wait()
+        dq = own.finish()
+        if 0 not in column_grads:
+            return dq, torch.zeros_like(k), torch.zeros_like(v)
+        dk, dv = column_grads[0].to(k.dtype)
+        return dq, dk, dv
 
 
-class _Columns:
-    """The keys of every column, all asked for at once and waited for when first used."""
+class _ColumnKeys:
+    """The keys of all columns: received concurrently, each waited for at its first use."""
 
     def __init__(self, k: torch.Tensor, v: torch.Tensor, plan: Plan, comm: Comm) -> None:
         self._kv: list[Any] = [(k, v)]
-        self._handles: list[Any] = [Done()]
+        self._handles: list[Any] = [CompletedHandle()]
         for column in plan.columns[1:]:
             kv = (k.new_empty(k.shape), v.new_empty(v.shape)) if column.receives else ()
             sends = [(x, column.target) for x in (k, v) if column.sends]
@@ -226,43 +225,44 @@ class _Columns:
 
     def __getitem__(self, i: int) -> Any:
         self._handles[i].wait()
-        self._handles[i] = Done()
+        self._handles[i] = CompletedHandle()
         return self._kv[i]
 
     def finish(self) -> None:
-        """Wait for those that nobody asked for: our own may still be on their way."""
+        """Wait for the remaining transfers: local keys may still be in transfer."""
         for handle in self._handles:
             handle.wait()
 
 
-def _visits(plan: Plan, queries: tuple[Any, ...], comm: Comm) -> Iterator[tuple[Row, Any]]:
-    """Each row and its queries; the next row's are on their way meanwhile, in two buffers."""
+def _overlapped_rows(plan: Plan, queries: tuple[Any, ...], comm: Comm) -> Iterator[tuple[Row, Any]]:
+    """Iterate over rows with their queries, while those of the next row are in transfer; uses two
+    buffers."""
     buffers: list[tuple[Any, ...]] = []
-    here, coming, handle = queries, queries, Done()
+    current, next_queries, handle = queries, queries, CompletedHandle()
     for turn, row in enumerate(plan.rows):
         handle.wait()
-        here = coming
+        current = next_queries
         if turn + 1 < len(plan.rows):
-            following = plan.rows[turn + 1]
+            next_row = plan.rows[turn + 1]
             if len(buffers) < 2:
                 buffers.append(tuple(x.new_empty(x.shape) for x in queries))
-            coming = buffers[turn % 2]
-            sends = [(x, following.target) for x in queries if following.sends]
-            recvs = [(x, following.source) for x in coming if following.receives]
+            next_queries = buffers[turn % 2]
+            sends = [(x, next_row.target) for x in queries if next_row.sends]
+            recvs = [(x, next_row.source) for x in next_queries if next_row.receives]
             handle = comm.exchange(sends, recvs, "queries")  # type: ignore[assignment]
-        yield row, here
+        yield row, current
 
 
-def least_traffic(problem: Problem, tokens: int, size: int) -> int:
-    """The number of rows that sends the least in the forward pass."""
+def rows_with_least_traffic(problem: Problem, tokens: int, size: int) -> int:
+    """The number of rows with the least traffic in the forward pass."""
     lse = 4 * problem.batch * tokens * problem.heads_q
     q, kv = 2 * problem.q_bytes(tokens) + lse, problem.kv_bytes(tokens)
     divisors = [d for d in range(1, size + 1) if size % d == 0]
     return min(divisors, key=lambda rows: (rows - 1) * q + (size // rows - 1) * kv)
 
 
-def _others(mesh: Mesh, rank: int, axis: str) -> list[tuple[int, int]]:
-    """From whom something comes and to whom it goes, turn by turn; the rank itself at turn 0."""
+def _ring_peers(mesh: Mesh, rank: int, axis: str) -> list[tuple[int, int]]:
+    """The (source, target) ranks of every turn along ``axis``; at turn 0 the rank itself."""
     group = mesh.group(rank, axis)
-    me, size = group.index(rank), len(group)
-    return [(group[(me - t) % size], group[(me + t) % size]) for t in range(size)]
+    position, size = group.index(rank), len(group)
+    return [(group[(position - t) % size], group[(position + t) % size]) for t in range(size)]

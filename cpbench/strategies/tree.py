@@ -1,8 +1,8 @@
-"""Tree attention: keys stay at home, every rank attends to its own keys with all queries.
+"""Tree attention: keys stay on their rank, which computes all queries against them.
 
-The partial results meet in an all-reduce of the largest log-sum-exp and one reduction of
-numerator and denominator, whose depth is logarithmic in the ranks.  What moves grows with the
-queries and not with the keys: for few queries on long keys (decoding, chunks of a prefill).
+Partial results are combined by an all-reduce of the maximum log-sum-exp and a reduction of
+numerator and denominator, of depth logarithmic in the number of ranks.  Traffic grows with the
+queries and not with the keys: for few queries on long keys (decoding, chunked prefill).
 
 Source: Tree Attention (arXiv 2408.04093).
 """
@@ -11,20 +11,27 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from cpbench.core.operator import QKV
 from cpbench.core.registry import StrategyInfo
 from cpbench.parallel.bound_operator import row_delta
-from cpbench.strategies.common.collectives import gather, reduce, tokens_first
+from cpbench.strategies.common.collectives import (
+    all_gather_tokens,
+    reduce_scatter_tokens,
+    to_token_major,
+)
 
 if TYPE_CHECKING:
     import torch
 
+    from cpbench.core.operator import Gradients
     from cpbench.parallel.bound_operator import BoundOperator
     from cpbench.parallel.comm import Comm
+    from cpbench.parallel.strategy import Forward
     from cpbench.parallel.world import World
 
 STRATEGY = StrategyInfo(
     name="tree",
-    summary="all queries to all ranks, keys stay; results reduced: for few queries, long keys",
+    summary="all-gather of queries, keys stay, results are reduced: for few queries on long keys",
     source="Tree Attention, arXiv 2408.04093",
     load="cpbench.strategies.tree:Tree",
     merges=True,
@@ -32,53 +39,54 @@ STRATEGY = StrategyInfo(
 
 
 class Tree:
+    """The strategy."""
+
     def unsupported(self, world: World) -> str | None:
         return None
 
     def prepare(self, op: BoundOperator, world: World, rank: int) -> Any:
-        return op.prepare(world.part(range(world.size), [rank]))
+        return op.prepare(world.subproblem(range(world.size), [rank]))
 
     def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        plan: Any,
-        op: BoundOperator,
-        comm: Comm,
-        need_lse: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
+        self, qkv: QKV, plan: Any, op: BoundOperator, comm: Comm, need_lse: bool
+    ) -> Forward:
         import torch
 
-        (q_all,) = gather([tokens_first(q)], comm).wait()
-        part_BSHD, part_lse = op.forward(q_all.transpose(0, 1), k, v, plan)
-        assert part_lse is not None
-        lse_SBH = part_lse.permute(2, 0, 1).contiguous()
+        q, k, v = qkv
+        (q_all,) = all_gather_tokens([to_token_major(q)], comm).wait()
+        partial_BSHD, partial_lse = op.forward(QKV(q_all.transpose(0, 1), k, v), plan)
+        assert partial_lse is not None
+        lse_SBH = partial_lse.permute(2, 0, 1).contiguous()
         largest = lse_SBH.clone()
         comm.all_reduce(largest, largest=True).wait()
-        weight = torch.exp(lse_SBH - largest).nan_to_num_(0.0)  # 0 where nobody sees anything
+        weight = torch.exp(lse_SBH - largest).nan_to_num_(0.0)  # 0 where nothing is visible
         sums = torch.cat(
-            [part_BSHD.transpose(0, 1) * weight.unsqueeze(-1), weight.unsqueeze(-1)], -1
+            [partial_BSHD.transpose(0, 1) * weight.unsqueeze(-1), weight.unsqueeze(-1)], -1
         )
-        (mine,) = reduce([sums], comm).wait()  # numerator and denominator, [L, B, H, D + 1]
-        denominator = mine[..., -1:]
-        out = (mine[..., :-1] / denominator).masked_fill_(denominator == 0, 0.0)
-        here = largest.unflatten(0, (comm.size, -1))[comm.rank]
-        lse = (here + denominator.squeeze(-1).log()).permute(1, 2, 0).contiguous()
+        # Numerator and denominator, [L, B, H, D + 1].
+        (local,) = reduce_scatter_tokens([sums], comm).wait()
+        denominator = local[..., -1:]
+        out = (local[..., :-1] / denominator).masked_fill_(denominator == 0, 0.0)
+        local_largest = largest.unflatten(0, (comm.size, -1))[comm.rank]
+        lse = (local_largest + denominator.squeeze(-1).log()).permute(1, 2, 0).contiguous()
         out = out.transpose(0, 1).to(q.dtype).contiguous()
         return out, lse, (q, k, v, out, lse)
 
     def backward(
         self, dout: torch.Tensor, saved: Any, plan: Any, op: BoundOperator, comm: Comm
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        q, k, v, out, lse = saved
+    ) -> Gradients:
         import torch
 
-        per_row = [row_delta(dout, out), lse.transpose(1, 2)]
-        wire = [tokens_first(x) for x in (q, dout, *per_row)]
-        q_all, dout_all, delta_all, lse_all = (x.transpose(0, 1) for x in gather(wire, comm).wait())
+        q, k, v, out, lse = saved
+        per_query = [row_delta(dout, out), lse.transpose(1, 2)]
+        local = [to_token_major(x) for x in (q, dout, *per_query)]
+        q_all, dout_all, delta_all, lse_all = (
+            x.transpose(0, 1) for x in all_gather_tokens(local, comm).wait()
+        )
         lse_BHS = lse_all.transpose(1, 2).contiguous()
-        parts = op.lent_parts(dout_all, q_all, delta_all, lse_BHS)
-        dk, dv = parts.add(k, v, plan)
-        (dq,) = reduce([tokens_first(parts.finish(torch.float32))], comm).wait()
+        accumulator = op.backward_accumulator_from_delta(dout_all, q_all, delta_all, lse_BHS)
+        dk, dv = accumulator.add(k, v, plan)
+        (dq,) = reduce_scatter_tokens(
+            [to_token_major(accumulator.finish(torch.float32))], comm
+        ).wait()
         return dq.transpose(0, 1).to(q.dtype), dk, dv

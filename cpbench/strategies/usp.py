@@ -1,7 +1,7 @@
 """USP: Ulysses inside groups of ranks, a ring across them.
 
-The ranks form a mesh, ``ring`` x ``ulysses``.  By default the Ulysses groups are neighbours, so
-that the all-to-all stays inside a node and only keys cross: ``placement`` turns that round.
+The ranks form a mesh, ``ring`` x ``ulysses``.  By default the Ulysses groups are neighbours, so the
+all-to-all stays inside a node and only keys cross nodes; ``placement = "ring"`` is the reverse.
 
 Source: USP (arXiv 2405.07719).
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cpbench.core.operator import QKV
 from cpbench.core.registry import StrategyInfo
 from cpbench.parallel.mesh import Mesh
 from cpbench.strategies.common import gradient_dtype, head_exchange
@@ -19,8 +20,10 @@ from cpbench.strategies.ring import Ring
 if TYPE_CHECKING:
     import torch
 
+    from cpbench.core.operator import Gradients
     from cpbench.parallel.bound_operator import BoundOperator
     from cpbench.parallel.comm import Comm
+    from cpbench.parallel.strategy import Forward
     from cpbench.parallel.world import World
 
 STRATEGY = StrategyInfo(
@@ -50,7 +53,7 @@ class Usp:
 
     Args:
         ulysses: ranks that exchange heads; 0 for as many of a node's as the heads allow.
-        grad_dtype: in which dK and dV travel round the ring.
+        grad_dtype: in which dK and dV are sent in the ring.
     """
 
     name = "usp"
@@ -70,14 +73,14 @@ class Usp:
         return reason or gradient_dtype.refusal(self.name, self.ring.grad_dtype, world.problem)
 
     def mesh(self, world: World) -> Mesh:
-        """The ranks as a mesh; the axes before ``ulysses`` make up the ring, the last of them its
+        """The mesh of the ranks: the axes before ``ulysses`` form the ring, the last of them its
         windows."""
         size = head_exchange.group_size(world, self.ulysses)
         return world.mesh(ring=world.size // size, ulysses=size)
 
     def prepare(self, op: BoundOperator, world: World, rank: int) -> Plan:
         mesh = self.mesh(world)
-        inner = head_exchange.exchanged(world, mesh.groups("ulysses"))
+        inner = head_exchange.world_after_exchange(world, mesh.groups("ulysses"))
         ring_group = mesh.group(rank, *mesh.names[:-1])
         ring = Ring(window=mesh.sizes[-2])
         return Plan(
@@ -88,41 +91,18 @@ class Usp:
         )
 
     def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        plan: Plan,
-        op: BoundOperator,
-        comm: Comm,
-        need_lse: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
-        group = comm.sub(plan.heads_group)
-        q_all, k_all, v_all = (
-            x.contiguous() for x in head_exchange.qkv_to_heads(q, k, v, group).wait()
-        )
-        ring = comm.sub(plan.ring_group)
-        out_all, lse_all, saved = self.ring.forward(
-            q_all, k_all, v_all, plan.ring, op, ring, need_lse
-        )
-        (out,) = head_exchange.to_tokens([out_all], group).wait()
-        lse = (
-            head_exchange.lse_to_tokens(lse_all, group)
-            if need_lse and lse_all is not None
-            else None
-        )
-        return out, lse, saved
+        self, qkv: QKV, plan: Plan, op: BoundOperator, comm: Comm, need_lse: bool
+    ) -> Forward:
+        group, ring = comm.sub(plan.heads_group), comm.sub(plan.ring_group)
+        qkv_all = QKV(*(x.contiguous() for x in head_exchange.qkv_to_heads(qkv, group).wait()))
+        out_all, lse_all, saved = self.ring.forward(qkv_all, plan.ring, op, ring, need_lse)
+        return *head_exchange.result_to_tokens(out_all, lse_all, need_lse, group), saved
 
     def backward(
         self, dout: torch.Tensor, saved: Any, plan: Plan, op: BoundOperator, comm: Comm
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> Gradients:
         group = comm.sub(plan.heads_group)
-        (dout_all,) = head_exchange.to_heads([dout], group).wait()
+        (dout_all,) = head_exchange.tokens_to_heads([dout], group).wait()
         ring = comm.sub(plan.ring_group)
         grads = self.ring.backward(dout_all, saved, plan.ring, op, ring)
-        dq, dk, dv = head_exchange.to_tokens(list(grads), group).wait()
-        return (
-            dq,
-            head_exchange.sum_replicas(dk, plan.heads_kv),
-            head_exchange.sum_replicas(dv, plan.heads_kv),
-        )
+        return head_exchange.gradients_to_tokens(grads, plan.heads_kv, group)

@@ -1,1 +1,1 @@
-"""Sweep files, the cases they expand to, and running them."""
+"""Sweep files, their expansion to cases, and running them."""

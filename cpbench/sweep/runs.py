@@ -1,4 +1,4 @@
-"""One run of a sweep: what is left to do, progress, the exit code."""
+"""Running a sweep: the remaining cases, their order, the exit code."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from cpbench.core import registry
-from cpbench.core.environment import machine_bytes
+from cpbench.core.environment import machine_memory_bytes
 from cpbench.core.problem import Case
 from cpbench.core.settings import MeasureSettings
 from cpbench.launchers import profilers, supervisor
-from cpbench.launchers.failure_cause import Rank
-from cpbench.launchers.join import OVER
-from cpbench.launchers.protocol import Command, Place
+from cpbench.launchers.failure_cause import RankState
+from cpbench.launchers.join import GANG_ENDED_FILE
+from cpbench.launchers.protocol import Command, GangSpec, Place
 from cpbench.launchers.registry import LAUNCHERS
 from cpbench.results import active
 from cpbench.results.record import FAILURES, STATUSES, Record
@@ -33,33 +32,33 @@ from cpbench.results.store import (
     check_writable,
     read_run,
     trace_path,
-    write_whole,
+    write_atomically,
 )
 from cpbench.sweep import estimate, progress
 
-DEATHS = 3  # of a run in one and the same case: then the case is given up
+MAX_KILLED_RUNS = 3  # runs that were killed during the same case, which is then given up
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A run as the user asked for it.
+    """The run that a user requested.
 
     Attributes:
         name: of the sweep.
-        cases: all of them.
+        cases: all cases of the sweep.
         out: run directory.
-        launcher, device, settings: as for ``supervise.Plan``.
+        launcher, device, settings: as for ``cpbench.launchers.supervisor.Plan``.
         retry: statuses whose cases are run again.
         strict: whether oom counts as a failure.
-        since: seconds since the epoch; a record of ``retry`` that is newer counts.
-        place: where the ranks of a world size run.
-        capacity: bytes of memory that each rank has, where a profile says so.
-        profiler: ``"nsys"`` or ``"ncu"``, that the ranks of the one case run under; "" for none.
-            Such a run has a directory of its own: its times are not those of the case.
+        since: seconds since the epoch; cases with a newer record are not run again for ``retry``.
+        place: launch configuration of the ranks of a world size.
+        capacity: bytes of memory per rank, if a site profile gives it.
+        profiler: ``"nsys"`` or ``"ncu"``, to run the ranks of a single case under; "" for none.
+            Such a run has a directory of its own, since profiling changes the times.
 
     Raises:
-        ValueError: when the directory holds results of another device, number of threads, transport
-            or clock; when processor time is asked for where it means nothing.
+        ValueError: when the run directory holds results of another device, number of threads,
+            transport or clock, or when CPU time is requested where it is meaningless.
     """
 
     name: str
@@ -75,37 +74,36 @@ class Request:
     capacity: int | None = None
     profiler: str = ""
 
-    def room(self, case: Case) -> tuple[int | None, str]:
-        """Bytes that each rank of a case has, None where that is not known, and who says so."""
+    def memory_per_rank(self, case: Case) -> tuple[int | None, str]:
+        """Bytes of memory per rank (None if unknown), and where the number comes from."""
         if self.capacity is not None:
             return self.capacity, "gpu_memory of the profile"
         if self.device == "cpu" and self.launcher in ("local", "torchrun"):
-            here = -(-case.world_size // self.place(case.world_size).nodes)
-            return machine_bytes() // here, f"memory of this machine for {here} ranks"
+            local_ranks = -(-case.world_size // self.place(case.world_size).nodes)
+            return machine_memory_bytes() // local_ranks, "memory of this machine per rank"
         return None, ""
 
     def __post_init__(self) -> None:
-        wanted = self.settings.conditions(self.device)
-        several = any(case.world_size > 1 for case in self.cases)
-        if self.settings.clock == "cpu" and (self.device != "cpu" or several):
+        conditions = self.settings.conditions(self.device)
+        multi_rank = any(case.world_size > 1 for case in self.cases)
+        if self.settings.clock == "cpu" and (self.device != "cpu" or multi_rank):
             raise ValueError(
-                'measure.clock = "cpu" is for one rank on a CPU: ranks that wait use no '
-                "processor time"
+                'measure.clock = "cpu" is for one rank on a CPU: ranks that wait use no CPU time'
             )
         if self.profiler:
             if len(self.cases) != 1:
                 raise ValueError(
-                    f"--profiler {self.profiler} is for one case; these are {len(self.cases)}: "
-                    "choose one with --where"
+                    f"--profiler {self.profiler} is for one case, not {len(self.cases)}: "
+                    "select one with --where"
                 )
-            self._profiled()  # or say why not
+            self._profiler_wrapper()  # raises if the profiler cannot be used
         for record in read_run(self.out).records.values():
             for key in ("device", "threads", "transport", "clock"):
-                default = wanted.get(key, "torch")
-                there = record.conditions.get(key, default if key != "transport" else "torch")
-                if there != default:
+                requested = conditions.get(key, "torch")
+                recorded = record.conditions.get(key, "torch" if key == "transport" else requested)
+                if recorded != requested:
                     raise ValueError(
-                        f"{self.out} holds results of {key} {there}, not {default}: "
+                        f"{self.out} holds results of {key} {recorded}, not {requested}: "
                         "choose another --out"
                     )
 
@@ -113,217 +111,232 @@ class Request:
     def plan(self) -> supervisor.Plan:
         plan = supervisor.Plan(self.out, self.launcher, self.device, self.settings, self.place)
         if self.profiler:
-            plan = replace(plan, wrapped=self._profiled(), exit_s=profilers.REPORT_S)
+            plan = replace(
+                plan,
+                wrap_command=self._profiler_wrapper(),
+                exit_timeout_s=profilers.REPORT_TIMEOUT_S,
+            )
         return plan
 
-    def _profiled(self) -> Callable[[Command], Command]:
-        return profilers.wrapper(self.profiler, self.device, self.cases[0].world_size)
+    def _profiler_wrapper(self) -> Callable[[Command], Command]:
+        return profilers.profiler_wrapper(self.profiler, self.device, self.cases[0].world_size)
 
 
-def serves(record: Record, request: Request) -> bool:
-    """Whether a record answers what a request asks: checked and timed where that is wanted."""
-    wanted = request.settings.conditions(request.device)
+def satisfies(record: Record, request: Request) -> bool:
+    """Whether a record was checked and timed, as far as the request wants that."""
+    conditions = request.settings.conditions(request.device)
     return record.status != "ok" or all(
-        record.conditions.get(key, False) or not wanted[key] for key in ("checked", "timed")
+        record.conditions.get(key, False) or not conditions[key] for key in ("checked", "timed")
     )
 
 
-def statuses(text: str) -> frozenset[str]:
+def parse_statuses(text: str) -> frozenset[str]:
     """``"oom,timeout"`` as a set.
 
     Raises:
-        ValueError: for a status that there is not.
+        ValueError: for an unknown status.
     """
-    wanted = frozenset(part.strip() for part in text.split(",") if part.strip())
-    for status in sorted(wanted):
+    statuses = frozenset(part.strip() for part in text.split(",") if part.strip())
+    for status in sorted(statuses):
         if status not in STATUSES:
             raise ValueError(f"no status {status!r}; there are: {', '.join(STATUSES)}")
-    return wanted
+    return statuses
 
 
-def remaining(request: Request, run: Run | None = None) -> list[Case]:
-    """The cases without a record, with one that does not serve or is to be tried again, or with
-    fewer launches than are asked for."""
+def remaining_cases(request: Request, run: Run | None = None) -> list[Case]:
+    """The cases still to run: those without a record, those whose record does not satisfy the
+    request or is to be retried, and those with too few launches or without a timeline."""
     run = run or read_run(request.out)
-    done = run.records
+    records = run.records
     return [
         case
         for case in request.cases
-        if case.id not in done
-        or (done[case.id].status in request.retry and done[case.id].started < request.since)
-        or not serves(done[case.id], request)
-        or _short(request, run, case)
-        or _untraced(request, done[case.id])
+        if case.id not in records
+        or (records[case.id].status in request.retry and records[case.id].started < request.since)
+        or not satisfies(records[case.id], request)
+        or _needs_launches(request, run, case)
+        or _needs_timeline(request, records[case.id])
     ]
 
 
-def _short(request: Request, run: Run, case: Case) -> bool:
-    """Whether a case that went well was measured by fewer processes than are asked for."""
+def _needs_launches(request: Request, run: Run, case: Case) -> bool:
+    """Whether a successful case was measured by fewer processes than requested."""
     settings, record = request.settings, run.records.get(case.id)
-    fine = settings.time and record is not None and record.status == "ok"
-    return fine and len(run.launches[case.id]) < settings.launches
+    timed = settings.time and record is not None and record.status == "ok"
+    return timed and len(run.launches[case.id]) < settings.launches
 
 
-def _untraced(request: Request, record: Record) -> bool:
-    """Whether a case that went well lacks a timeline that is asked for."""
-    asked = request.settings.trace and request.settings.time and record.status == "ok"
-    if not asked or trace_path(request.out, record.case.id).exists():
+def _needs_timeline(request: Request, record: Record) -> bool:
+    """Whether a successful case lacks a requested timeline."""
+    tracing = request.settings.trace and request.settings.time and record.status == "ok"
+    if not tracing or trace_path(request.out, record.case.id).exists():
         return False
     return registry.strategy_info(record.case.strategy.name).traced
 
 
-def timelines(request: Request) -> list[str]:
-    """Lines on the timelines of a request's cases: where they lie, and who was late."""
+def describe_timelines(request: Request) -> list[str]:
+    """Lines that name the timeline file of each case, and its stragglers."""
     lines = []
     for case in request.cases if request.settings.trace else ():
         path = trace_path(request.out, case.id)
         if path.exists():
-            told = json.loads(path.read_text())["otherData"]
-            lines += [f"{case.label}: {path}", *(f"  {line}" for line in told["stragglers"])]
+            stragglers = json.loads(path.read_text())["otherData"]["stragglers"]
+            lines += [f"{case.label}: {path}", *(f"  {line}" for line in stragglers)]
         elif not registry.strategy_info(case.strategy.name).traced:
-            lines.append(f"{case.label}: no timeline, for the library does its own sending")
+            lines.append(f"{case.label}: no timeline, since the library communicates by itself")
     return lines
 
 
 def results(request: Request) -> Run:
-    """The records of the request's cases that are there."""
+    """The run directory, with the records of the request's cases only."""
     run = read_run(request.out)
-    wanted = {case.id for case in request.cases}
-    run.records = {key: record for key, record in run.records.items() if key in wanted}
+    case_ids = {case.id for case in request.cases}
+    run.records = {key: record for key, record in run.records.items() if key in case_ids}
     return run
 
 
 def execute(request: Request, quiet: bool = False) -> int:
-    """Run what is left; the exit code of the whole request.
+    """Run the remaining cases; the exit code of the whole request.
 
     Raises:
-        StoreError, LaunchError, KeyboardInterrupt: as ``supervise.run``.
-        ValueError: when another process is at it.
+        StoreError, LaunchError, KeyboardInterrupt: as ``supervisor.run``.
+        ValueError: when another process is running some of the cases.
     """
     before = read_run(request.out)
-    todo = remaining(request, before)
+    todo = remaining_cases(request, before)
     for warning in before.warnings:
         print(f"cpbench: {request.out / 'records'}/{warning}", file=sys.stderr)
     if todo:
-        note_down(request)
-    kept = len(request.cases) - len(todo)
-    if kept and not quiet:
+        write_sweep_json(request)
+    recorded = len(request.cases) - len(todo)
+    if recorded and not quiet:
         print(
-            f"{kept} of {len(request.cases)} cases are recorded in {request.out} already",
+            f"{recorded} of {len(request.cases)} cases are recorded in {request.out} already",
             file=sys.stderr,
         )
-    others = request.place(todo[0].world_size).nodes - 1 if todo else 0
-    if others and request.launcher == "torchrun" and not quiet:
+    other_nodes = request.place(todo[0].world_size).nodes - 1 if todo else 0
+    if other_nodes and request.launcher == "torchrun" and not quiet:
         print(
-            f"other machines that are to join: {others}; on each: "
+            f"waiting for {other_nodes} other machines to join; on each, run: "
             f"cpbench join {shlex.quote(str(request.out))}", file=sys.stderr,
         )  # fmt: skip
-    with active.here(request.out, [case.id for case in todo]) if todo else nullcontext():
-        work(request, todo, quiet)
+    if todo:
+        with active.registered_as_active(request.out, [case.id for case in todo]):
+            run_cases(request, todo, quiet)
+    else:
+        run_cases(request, todo, quiet)
     return exit_code(request)
 
 
-def note_down(request: Request) -> None:
-    """Write ``sweep.json``: what was asked for.
+def write_sweep_json(request: Request) -> None:
+    """Write ``sweep.json``, the sweep that was requested.
 
     Raises:
-        StoreError: when that cannot be written, or a record could not.
+        StoreError: when the run directory cannot be written.
     """
     try:
         request.out.mkdir(parents=True, exist_ok=True)
-        write_whole(request.out / "sweep.json", json.dumps(_told(request), indent=1))
+        write_atomically(request.out / "sweep.json", json.dumps(_sweep_table(request), indent=1))
     except OSError as error:
         raise StoreError(f"cannot write results to {request.out}: {error.strerror}") from error
     check_writable(request.out)
 
 
-def work(request: Request, todo: Sequence[Case], quiet: bool) -> None:
-    """Run cases, in an order that shows much early, telling of each as it ends; all of them once,
-    then those again that are to be launched several times.
+def run_cases(request: Request, todo: Sequence[Case], quiet: bool) -> None:
+    """Run cases and show the progress: all of them once, then again those that need more launches.
 
     Raises:
-        StoreError, LaunchError, KeyboardInterrupt, TimeUp: as ``supervise.run``.
+        StoreError, LaunchError, KeyboardInterrupt, TimeUp: as ``supervisor.run``.
     """
-    todo = ordered(request, feasible(request, todo))
+    todo = order_cases(request, feasible_cases(request, todo))
     for _ in range(request.settings.launches):
-        with progress.progress(len(todo), quiet) as lines:
-            supervisor.run(todo, request.plan, starting=lines.starting, finished=lines.finished)
-        there = read_run(request.out)
-        todo = [case for case in todo if _short(request, there, case)]
+        with progress.progress_display(len(todo), quiet) as display:
+            supervisor.run(
+                todo,
+                request.plan,
+                case_started=display.case_started,
+                case_finished=display.case_finished,
+            )
+        run = read_run(request.out)
+        todo = [case for case in todo if _needs_launches(request, run, case)]
 
 
 def estimator(request: Request) -> estimate.Estimator:
-    """Estimates from the records that are in the run directory."""
+    """An estimator that uses the records of the run directory."""
     return estimate.Estimator(request.device, request.settings, [request.out])
 
 
-def ordered(request: Request, cases: Sequence[Case]) -> list[Case]:
-    """In an order that shows much early, see ``cpbench.sweep.estimate.ordered``; those that were
-    under way when a run died without a word come last."""
-    suspects = under_way_at_death(request.out)
-    made = estimate.ordered(cases, estimator(request), request.settings.interleave > 1)
-    return sorted(made, key=lambda case: case.id in suspects)
+def order_cases(request: Request, cases: Sequence[Case]) -> list[Case]:
+    """Cases in the order of ``cpbench.sweep.estimate.order_cases``, but last those during which a
+    run was killed before."""
+    suspects = count_killed_runs(request.out)
+    ordered = estimate.order_cases(cases, estimator(request), request.settings.interleave > 1)
+    return sorted(ordered, key=lambda case: case.id in suspects)
 
 
-def under_way_at_death(out: Path) -> Counter[str]:
-    """How often each case was under way when whoever watched it was killed, or its machine went
-    down: such a gang's folder lacks the note that it is over."""
-    found: Counter[str] = Counter()
+def count_killed_runs(out: Path) -> Counter[str]:
+    """How many runs were killed during each case, by its id: the supervisor was killed or its
+    machine went down, so that the folder of the gang lacks the file that marks its end."""
+    counts: Counter[str] = Counter()
     for journal in sorted((out / "jobs").glob("*/rank0.jsonl")):
-        if not (journal.parent / OVER).exists():
-            rank = Rank(0, journal)
-            rank.catch_up()
+        if not (journal.parent / GANG_ENDED_FILE).exists():
+            rank = RankState(0, journal)
+            rank.read_journal()
             if rank.case is not None:
-                found[rank.case] += 1
-    return found
+                counts[rank.case] += 1
+    return counts
 
 
-def feasible(request: Request, cases: Sequence[Case]) -> list[Case]:
-    """The cases that may fit; the others get a record that says why they are not run."""
-    known, deaths = estimator(request), under_way_at_death(request.out)
-    left, writer = [], f"planner-{time.strftime('%Y%m%dT%H%M%S')}-{secrets.token_hex(3)}"
-    told: list[Record] = []
+def feasible_cases(request: Request, cases: Sequence[Case]) -> list[Case]:
+    """The cases that may succeed; the others get a record that says why they are not run."""
+    estimates, killed_runs = estimator(request), count_killed_runs(request.out)
+    feasible, writer = [], f"planner-{time.strftime('%Y%m%dT%H%M%S')}-{secrets.token_hex(3)}"
+    skipped: list[Record] = []
     for case in cases:
-        reason, status = estimate.too_large(case, *request.room(case)), "oom"
+        reason, status = estimate.oom_reason(case, *request.memory_per_rank(case)), "oom"
         if reason is None:
-            reason, status = known.hopeless(case), "timeout"
-        if reason is None and deaths[case.id] >= DEATHS:
-            reason, status = f"under way when its run died, {deaths[case.id]} times", "crash"
+            reason, status = estimates.timeout_reason(case), "timeout"
+        if reason is None and killed_runs[case.id] >= MAX_KILLED_RUNS:
+            reason = f"not run: {killed_runs[case.id]} runs were killed during this case"
+            status = "crash"
         if reason is None:
-            left.append(case)
+            feasible.append(case)
             continue
         conditions = request.settings.conditions(request.device)
-        told.append(
+        skipped.append(
             Record(
                 case=case, status=status, reason=reason, conditions=conditions, writer=writer,
                 started=time.time(), flags=["not-run"],
             )
         )  # fmt: skip
-    if told:
+    if skipped:
         with RecordWriter(request.out / "records" / f"{writer}.jsonl") as records:
-            for record in told:
+            for record in skipped:
                 records.append(record.to_json())
-        print(f"{len(told)} cases cannot fit and are not run; the report says why", file=sys.stderr)
-    return left
+        print(
+            f"{len(skipped)} cases cannot succeed and are not run; the report says why",
+            file=sys.stderr,
+        )
+    return feasible
 
 
 def exit_code(request: Request) -> int:
     """1 when some case of a request failed, else 0."""
-    found = Counter(record.status for record in results(request).records.values())
-    bad = (*FAILURES, "oom") if request.strict else FAILURES
-    return 1 if any(found[status] for status in bad) else 0
+    counts = Counter(record.status for record in results(request).records.values())
+    failures = (*FAILURES, "oom") if request.strict else FAILURES
+    return 1 if any(counts[status] for status in failures) else 0
 
 
-def show_plan(request: Request, as_json: bool) -> int:
-    """Print the cases that are left and the worker commands, without starting anything."""
-    todo = ordered(request, remaining(request))
+def print_plan(request: Request, as_json: bool) -> int:
+    """Print the remaining cases and the worker commands, without starting anything."""
+    todo = order_cases(request, remaining_cases(request))
     gangs: list[dict[str, Any]] = []
-    for group in supervisor.gangs(todo):
+    for group in supervisor.group_by_world_size(todo):
         size = group[0].world_size
         job = request.plan.job(group, f"{request.launcher}-p{size}-STAMP")
         path, place = job.folder.resolve() / "job.json", request.plan.place(size)
-        commands = LAUNCHERS[request.launcher].commands(path, size, place)
-        commands = [request.plan.wrapped(command) for command in commands]
+        commands = LAUNCHERS[request.launcher].commands(GangSpec(path, size, place))
+        commands = [request.plan.wrap_command(command) for command in commands]
         gangs.append(
             {
                 "world_size": size,
@@ -348,15 +361,16 @@ def show_plan(request: Request, as_json: bool) -> int:
             env = " ".join(f"{key}={shlex.quote(value)}" for key, value in command["env"].items())
             print(f"  {env} {shlex.join(command['argv'])}")
     print(f"\n{len(todo)} of {len(request.cases)} cases to run into {request.out}")
-    known = estimator(request)
-    hours = sum(known.seconds(case) for case in todo) / 3600
-    ranks = sum(known.seconds(case) * case.world_size for case in todo) / 3600
+    estimates = estimator(request)
+    hours = sum(estimates.seconds(case) for case in todo) / 3600
+    rank_hours = sum(estimates.seconds(case) * case.world_size for case in todo) / 3600
     unit = "GPU-hours" if request.device == "cuda" else "rank-hours"
-    print(f"about {hours:.2f} hours, {ranks:.2f} {unit}: {known.words(todo)}")
+    print(f"about {hours:.2f} hours, {rank_hours:.2f} {unit}: {estimates.describe_sources(todo)}")
     return 0
 
 
-def _told(request: Request) -> dict[str, Any]:
+def _sweep_table(request: Request) -> dict[str, Any]:
+    """The contents of ``sweep.json``."""
     return {
         "name": request.name,
         "launcher": request.launcher,

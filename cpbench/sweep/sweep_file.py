@@ -1,13 +1,13 @@
-"""A sweep: a TOML file whose values may be lists, expanded to cases.
+"""Sweep files: TOML tables whose values may be lists, expanded to cases.
 
 ::
 
-    [sweep]                       # the product of all lists is taken
+    [sweep]                       # the Cartesian product of all lists
     operator = ["bands", "sdpa.cpu_flash"]
     mask = ["causal", {name = "causal_document", corpus = "pile", seed = [0, 1, 2]}]
     seq_len = ["4k", "16k"]
 
-    [[include]]                   # one more product; its keys replace those of [sweep]
+    [[include]]                   # another product; its keys replace those of [sweep]
     strategy = ["ring", "ulysses"]
     world_size = [2, 4]
 
@@ -18,7 +18,7 @@
     [measure]                     # see cpbench.core.settings.MeasureSettings
     precision = 0.02
 
-Everything is checked here, before anything starts; each error is one line.
+All values are checked here, before anything starts; each error is one line.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from cpbench.core.registry import (
 from cpbench.core.settings import MeasureSettings
 from cpbench.core.spec import Spec, Value, format_size, parse_size
 from cpbench.parallel import layout
-from cpbench.sweep.content_hash import with_content
+from cpbench.sweep.content_hash import with_content_hashes
 
 SPEC_KEYS = ("operator", "strategy", "layout", "mask", "inputs")
 INT_KEYS = (
@@ -62,13 +62,13 @@ INT_KEYS = (
 )
 CHOICES = {"dtype": DTYPES, "direction": DIRECTIONS}
 KEYS = (*SPEC_KEYS, *INT_KEYS, *CHOICES, "placement")
-FROM_ZERO = ("seed", "ranks_per_node", "queries")
+ZERO_ALLOWED = ("seed", "ranks_per_node", "queries")
 PACKAGED = resources.files("cpbench.sweep") / "packaged"
 TABLES = ("sweep", "include", "exclude", "measure", "description")
 
-# Slips of the keyboard, not problems: beyond these, planning alone would eat the machine.
+# Above these limits, which only typing errors exceed, planning alone would exhaust the machine.
 MAX_CASES = 100_000
-LARGEST = {
+MAX_VALUES = {
     "batch": 1 << 16,
     "seq_len": 1 << 26,
     "queries": 1 << 26,
@@ -82,7 +82,7 @@ LARGEST = {
 
 
 class SweepError(ValueError):
-    """A sweep that cannot be run as written; one line that says what is allowed."""
+    """A sweep that cannot be run as written; the message is one line and says what is allowed."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ class Sweep:
 
     Attributes:
         name: of the file, for people.
-        cases: without repeats, in the order written.
-        settings: how they are measured.
+        cases: without duplicates, in the order written.
+        settings: how the cases are measured.
     """
 
     name: str
@@ -100,32 +100,32 @@ class Sweep:
     settings: MeasureSettings
 
 
-def packaged() -> dict[str, str]:
-    """The sweeps that come with cpbench: name and description."""
-    found = {}
-    for file in sorted(PACKAGED.iterdir(), key=lambda f: f.name):
+def packaged_sweeps() -> dict[str, str]:
+    """Descriptions of the sweeps that come with cpbench, by name."""
+    descriptions = {}
+    for file in sorted(PACKAGED.iterdir(), key=lambda file: file.name):
         if file.name.endswith(".toml"):
             table = tomllib.loads(file.read_text())
-            found[file.name.removesuffix(".toml")] = str(table.get("description", ""))
-    return found
+            descriptions[file.name.removesuffix(".toml")] = str(table.get("description", ""))
+    return descriptions
 
 
 def load(name: str) -> Sweep:
-    """A sweep from a file, or a packaged one by name.
+    """Load a sweep from a file, or a packaged one by name.
 
     Raises:
-        SweepError: in one line.
+        SweepError: when it cannot be read or is not valid.
     """
     path = Path(name)
     try:
         if path.suffix == ".toml" or path.is_file():
             text, title = path.read_text(encoding="utf-8"), path.stem
-        elif name in packaged():
+        elif name in packaged_sweeps():
             text = PACKAGED.joinpath(f"{name}.toml").read_text()
             title = name
         else:
             raise SweepError(
-                f"no sweep {name!r}: neither a file nor one of {', '.join(packaged())}"
+                f"no sweep {name!r}: neither a file nor one of {', '.join(packaged_sweeps())}"
             )
         table = tomllib.loads(text)
     except OSError as error:
@@ -134,7 +134,7 @@ def load(name: str) -> Sweep:
         raise SweepError(f"cannot read {name}: it is not UTF-8 text") from None
     except RecursionError:
         raise SweepError(f"{name} is nested too deeply") from None
-    except ValueError as error:  # TOMLDecodeError, or a number of thousands of digits
+    except ValueError as error:  # TOMLDecodeError, or an integer of too many digits
         raise SweepError(f"{name} is not TOML: {' '.join(str(error).split())}") from None
     try:
         return expand(table, title)
@@ -143,118 +143,120 @@ def load(name: str) -> Sweep:
 
 
 def expand(table: Mapping[str, Any], name: str) -> Sweep:
-    """A sweep from its parsed tables.
+    """Expand the parsed tables of a sweep file.
 
     Raises:
-        ValueError: in one line.
+        ValueError: for what is not valid, in one line.
     """
     for key in table:
         if key not in TABLES:
             raise ValueError(f"no table {key!r}; there are: {', '.join(TABLES)}")
     if not isinstance(table.get("description", ""), str):
         raise ValueError(f"description = {table['description']!r} is not a string")
-    base = _table("sweep", table.get("sweep", {}))
-    includes = _tables("include", table.get("include", []))
-    excludes = _tables("exclude", table.get("exclude", []))
-    settings = MeasureSettings.from_table(_table("measure", table.get("measure", {})))
+    base = _checked_table("sweep", table.get("sweep", {}))
+    includes = _checked_tables("include", table.get("include", []))
+    excludes = _checked_tables("exclude", table.get("exclude", []))
+    settings = MeasureSettings.from_table(_checked_table("measure", table.get("measure", {})))
     if not base and not includes:
         raise ValueError("there is neither a [sweep] nor an [[include]] table: nothing to run")
-    products = [product(base)] if base else []
-    products += [product({**base, **extra}) for extra in includes]
-    dropped = [{key: _values(key, value) for key, value in rule.items()} for rule in excludes]
-    made = list(itertools.chain.from_iterable(products))
-    for rule, written in zip(dropped, excludes, strict=True):
-        if not any(_matches(case, rule) for case in made):
+    tables = [base] if base else []
+    tables += [{**base, **include} for include in includes]
+    all_cases = list(itertools.chain.from_iterable(map(expand_table, tables)))
+    rules = [{key: _parse_values(key, value) for key, value in rule.items()} for rule in excludes]
+    for rule, written in zip(rules, excludes, strict=True):
+        if not any(_matches(case, rule) for case in all_cases):
             raise ValueError(f"[[exclude]] {written!r} matches no case")
     cases: dict[str, Case] = {}
-    for case in made:
-        if not any(_matches(case, rule) for rule in dropped):
+    for case in all_cases:
+        if not any(_matches(case, rule) for rule in rules):
             cases.setdefault(case.id, case)
     if not cases:
         raise ValueError("every case is excluded: nothing to run")
     return Sweep(name, tuple(cases.values()), settings)
 
 
-def product(table: Mapping[str, Any]) -> list[Case]:
-    """Every case of one table of lists, checked without torch.
+def expand_table(table: Mapping[str, Any]) -> list[Case]:
+    """The Cartesian product of one table of lists as cases, checked without torch.
 
     Raises:
         ValueError: for what no machine could run, in one line.
     """
     for key in SPEC_KEYS:
-        if key not in table:  # the default must be there too
+        if key not in table:  # the default must be valid too
             _CHECKS[key](getattr(Case(), key))
     keys = [key for key in KEYS if key in table]
-    columns = [_values(key, table[key]) for key in keys]
+    columns = [_parse_values(key, table[key]) for key in keys]
     size = math.prod(map(len, columns))
     if size > MAX_CASES:
         raise ValueError(f"the lists multiply to {size} cases; at most {MAX_CASES} are allowed")
-    cases = [_case(dict(zip(keys, row, strict=True))) for row in itertools.product(*columns)]
-    for mask, seq_len in {(str(c.mask), c.seq_len): (c.mask, c.seq_len) for c in cases}.values():
-        _check_mask(mask, seq_len)
-    return with_content(cases)
+    cases = [_build_case(dict(zip(keys, row, strict=True))) for row in itertools.product(*columns)]
+    distinct_masks = {(str(case.mask), case.seq_len): case for case in cases}
+    for case in distinct_masks.values():
+        _check_mask(case.mask, case.seq_len)
+    return with_content_hashes(cases)
 
 
-def number(key: str, item: Any) -> int:
-    """The value of one of ``INT_KEYS``: an integer, or a text such as ``"64k"``.
+def parse_integer(key: str, item: Any) -> int:
+    """The value of one of ``INT_KEYS``, given as an integer or a text such as ``"64k"``.
 
     Raises:
-        ValueError: for anything else, or one out of bounds.
+        ValueError: for anything else, or a value out of bounds.
     """
     if isinstance(item, bool) or not isinstance(item, int | str):
         raise ValueError(f"{key} = {item!r} is not an integer")
     try:
-        found = parse_size(item)
+        value = parse_size(item)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from None
-    if found < (0 if key in FROM_ZERO else 1):
+    if value < (0 if key in ZERO_ALLOWED else 1):
         raise ValueError(
-            f"{key} = {found} must be {'0 or more' if key in FROM_ZERO else 'positive'}"
+            f"{key} = {value} must be {'0 or more' if key in ZERO_ALLOWED else 'positive'}"
         )
-    if found > LARGEST[key]:
-        raise ValueError(f"{key} = {item} is too large: at most {format_size(LARGEST[key])}")
-    return found
+    if value > MAX_VALUES[key]:
+        raise ValueError(f"{key} = {item} is too large: at most {format_size(MAX_VALUES[key])}")
+    return value
 
 
-def select(cases: Iterable[Case], conditions: Sequence[str]) -> list[Case]:
-    """The cases that meet every ``key=value`` (a spec matches by its text or its name).
+def select_cases(cases: Iterable[Case], conditions: Sequence[str]) -> list[Case]:
+    """The cases that match every ``key=value`` (a spec matches by its text or its name).
 
     Raises:
-        ValueError: for a condition that is not of that form, an unknown key, or no case left.
+        ValueError: for a condition that is not of that form, for an unknown key, or when no case
+            matches.
     """
-    kept = list(cases)
+    selected = list(cases)
     for condition in conditions:
         key, equals, value = (part.strip() for part in condition.partition("="))
         if not equals:
             raise ValueError(f"{condition!r} is not of the form key=value; keys: {', '.join(KEYS)}")
-        _known_key(key)
-        wanted = {key: _values(key, split_list(value))}
-        there = dict.fromkeys(str(getattr(case, key)) for case in kept)
-        kept = [case for case in kept if _matches(case, wanted)]
-        if not kept:
-            raise ValueError(f"no case has {condition}; {key} is one of: {', '.join(there)}")
-    return kept
+        _check_key(key)
+        rule = {key: _parse_values(key, split_list(value))}
+        values = dict.fromkeys(str(getattr(case, key)) for case in selected)
+        selected = [case for case in selected if _matches(case, rule)]
+        if not selected:
+            raise ValueError(f"no case has {condition}; {key} is one of: {', '.join(values)}")
+    return selected
 
 
 def split_list(text: str) -> list[str]:
-    """``"a,b:x=1,y=2,c"`` as ``["a", "b:x=1,y=2", "c"]``: a comma before ``key=`` or inside
+    """Split ``"a,b:x=1,y=2,c"`` into ``["a", "b:x=1,y=2", "c"]``: a comma before ``key=`` or inside
     brackets belongs to the item."""
-    pieces = re.split(r",(?![^\[]*\])(?!\s*\w+=)", text)
-    return [piece.strip() for piece in pieces]
+    items = re.split(r",(?![^\[]*\])(?!\s*\w+=)", text)
+    return [item.strip() for item in items]
 
 
-def _values(key: str, value: Any) -> list[Any]:
+def _parse_values(key: str, value: Any) -> list[Any]:
     """The list of values of one key, each converted and checked."""
-    _known_key(key)
+    _check_key(key)
     items = value if isinstance(value, list) else [value]
     if not items:
         raise ValueError(f"{key} = [] is an empty list; give at least one value")
     if key in SPEC_KEYS:
-        return [spec for item in items for spec in _specs(key, item)]
-    return [_scalar(key, item) for item in items]
+        return [spec for item in items for spec in _parse_specs(key, item)]
+    return [_parse_scalar(key, item) for item in items]
 
 
-def _scalar(key: str, item: Any) -> Any:
+def _parse_scalar(key: str, item: Any) -> Any:
     if key in CHOICES:
         if item not in CHOICES[key]:
             raise ValueError(f"{key} = {item!r} is not one of {', '.join(CHOICES[key])}")
@@ -263,12 +265,12 @@ def _scalar(key: str, item: Any) -> Any:
         if not isinstance(item, str):
             raise ValueError(f"placement = {item!r} is not the name of a mesh axis")
         return item
-    return number(key, item)
+    return parse_integer(key, item)
 
 
-def _specs(key: str, item: Any) -> list[Spec]:
-    """The specs of one item; a list as a parameter's value is a product too (draws of a seed),
-    except where the parameter is itself a list."""
+def _parse_specs(key: str, item: Any) -> list[Spec]:
+    """The specs of one item; a parameter with a list of values (such as mask seeds) is another axis
+    of the product, except where the parameter is itself a list."""
     try:
         spec = inputs.parse(item) if key == "inputs" else Spec.parse(item)
     except ValueError as error:
@@ -276,10 +278,10 @@ def _specs(key: str, item: Any) -> list[Spec]:
     _CHECKS[key](spec)
     columns: list[list[tuple[str, Value]]] = []
     for name, value in spec.params:
-        draws = value if isinstance(value, tuple) and name != "doc_lens" else (value,)
-        if not draws:
+        values = value if isinstance(value, tuple) and name != "doc_lens" else (value,)
+        if not values:
             raise ValueError(f"{key} {spec.name}: {name} = [] is an empty list; give a value")
-        columns.append([(name, one) for one in draws])
+        columns.append([(name, value) for value in values])
     return [Spec(spec.name, params) for params in itertools.product(*columns)]
 
 
@@ -302,11 +304,12 @@ _CHECKS: dict[str, Callable[[Spec], object]] = {
     "strategy": _check_strategy,
     "layout": lambda spec: layout.build(spec, 1, 1, masks.build("causal", 1)),
     "mask": masks.pattern_info,
-    "inputs": inputs.kind_of,
+    "inputs": inputs.input_kind,
 }
 
 
-def _case(values: dict[str, Any]) -> Case:
+def _build_case(values: dict[str, Any]) -> Case:
+    """A case from checked values, its keys checked against each other."""
     if "num_heads_q" in values:
         values.setdefault("num_heads_kv", values["num_heads_q"])
     case = Case(**values)
@@ -325,9 +328,9 @@ def _case(values: dict[str, Any]) -> Case:
             f"({case.ranks_per_node})"
         )
     if operator_info(case.operator.name).selects:
-        _made_operator(case.operator)
+        _check_selector(case.operator)
     inputs.check_case(case)
-    axes = _made(case.strategy).axes
+    axes = _checked_strategy(case.strategy).axes
     if case.placement and case.placement not in axes:
         takes = f"takes {', '.join(axes)}" if axes else "has no mesh"
         raise ValueError(f"placement = {case.placement!r}: {case.strategy.name} {takes}")
@@ -335,50 +338,51 @@ def _case(values: dict[str, Any]) -> Case:
 
 
 @functools.lru_cache(maxsize=256)
-def _made(spec: Spec) -> StrategyInfo:
-    """The declaration of a strategy, whose parameters it has looked at itself."""
+def _checked_strategy(spec: Spec) -> StrategyInfo:
+    """The declaration of a strategy, after its implementation has checked the parameters."""
     info = strategy_info(spec.name)
     implementation(info, spec.kwargs)
     return info
 
 
 @functools.lru_cache(maxsize=256)
-def _made_operator(spec: Spec) -> None:
-    """Raise for a parameter of a selector that it does not like; its kind loads no torch."""
+def _check_selector(spec: Spec) -> None:
+    """Raise for parameters that a selector refuses; its implementation loads no torch."""
     implementation(operator_info(spec.name), spec.kwargs)
     if kernel := spec.kwargs.get("kernel"):
         operator_info(str(kernel))
 
 
 def _matches(case: Case, rule: Mapping[str, Sequence[Any]]) -> bool:
+    """Whether each key of a case has one of the values that a rule lists for it."""
     for key, allowed in rule.items():
         value = getattr(case, key)
-        bare = Spec(value.name) if isinstance(value, Spec) else value
-        if value not in allowed and bare not in allowed:
+        name_only = Spec(value.name) if isinstance(value, Spec) else value
+        if value not in allowed and name_only not in allowed:
             return False
     return True
 
 
-def _known_key(key: str) -> None:
+def _check_key(key: str) -> None:
     if key not in KEYS:
         raise ValueError(f"no key {key!r}; there are: {', '.join(KEYS)}")
 
 
-def _table(name: str, value: Any) -> dict[str, Any]:
+def _checked_table(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{name} is not a table: write [{name}]")
     if name != "measure":
         for key in value:
-            _known_key(key)
+            _check_key(key)
     return value
 
 
-def _tables(name: str, value: Any) -> list[dict[str, Any]]:
+def _checked_tables(name: str, value: Any) -> list[dict[str, Any]]:
     if not isinstance(value, list):
         raise ValueError(f"{name} is not a list of tables: write [[{name}]]")
     if {} in value:  # an exclude without a key would match every case
         raise ValueError(f"an [[{name}]] is empty; it takes {', '.join(KEYS)}")
-    return [_table(name, item) for item in value]
+    return [_checked_table(name, item) for item in value]
 
 
 assert set(KEYS) | {"content"} == {item.name for item in fields(Case)}

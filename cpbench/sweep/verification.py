@@ -1,4 +1,4 @@
-"""``cpbench verify``: a sweep that checks and does not measure, and its summary."""
+"""``cpbench verify``: a sweep that checks correctness without timing, and its summary."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cpbench.results.store import Run
 from cpbench.sweep import sweep_file
 from cpbench.sweep.runs import Request
 
-SEQ_LEN = 293  # prime: nothing divides it
+SEQ_LEN = 293  # prime: no block size divides it
 DOCUMENTS = "doc_lens=[1,60,100,7,125]"
 MASKS = (
     "full",
@@ -57,7 +57,7 @@ WORLD_SIZES = (2, 3, 4)
 STRATEGY_HEADS = ((24, 6), (24, 2))
 
 
-def request(
+def build_request(
     *,
     operators: str | None,
     strategies: str | None,
@@ -69,17 +69,23 @@ def request(
     out: Path | None,
     timeout_s: float,
 ) -> Request:
-    """The run that verifies what was asked for, all of it unless told otherwise.
+    """The run that verifies the given operators and strategies; those not given default to all.
+
+    Args:
+        operators, strategies, world_sizes, dtypes: comma-separated lists; None for the default.
+        masks: comma-separated lists; none for ``MASKS`` and the masks of single operators.
+        out: run directory; None for a temporary one.
 
     Raises:
         ValueError: for a name that is not registered, or a value that is not allowed.
     """
     settings = MeasureSettings(time=False, memory=False, quality=False, timeout_s=timeout_s)
-    chosen = sweep_file.split_list(operators) if operators else _all_operators()
-    ours = sorted(name for name, info in registry.strategies().items() if info.traced)
-    spread = sweep_file.split_list(strategies) if strategies else ours  # libraries when named
+    operator_specs = sweep_file.split_list(operators) if operators else _all_operators()
+    traced = sorted(name for name, info in registry.strategies().items() if info.traced)
+    # Strategies that wrap a library are verified only when named.
+    strategy_specs = sweep_file.split_list(strategies) if strategies else traced
     shapes: dict[str, Any] = {
-        "mask": [one for text in masks for one in sweep_file.split_list(text)]
+        "mask": [mask for text in masks for mask in sweep_file.split_list(text)]
         if masks
         else list(MASKS),
         "dtype": sweep_file.split_list(dtypes) if dtypes else ["float32", "bfloat16"],
@@ -87,34 +93,32 @@ def request(
     }
     sizes = sweep_file.split_list(world_sizes) if world_sizes else [str(n) for n in WORLD_SIZES]
     tables: list[dict[str, Any]] = []
-    if not strategies or "single" in spread:
-        for q, kv, dim in ((4, 2, 64), (3, 1, 128)):
+    if not strategies or "single" in strategy_specs:
+        for num_heads_q, num_heads_kv, head_dim in ((4, 2, 64), (3, 1, 128)):
             tables.append(
                 {
                     **shapes,
-                    "operator": chosen,
-                    "num_heads_q": q,
-                    "num_heads_kv": kv,
-                    "head_dim": dim,
+                    "operator": operator_specs,
+                    "num_heads_q": num_heads_q,
+                    "num_heads_kv": num_heads_kv,
+                    "head_dim": head_dim,
                     "direction": ["fwd", "fwd_bwd"],
                 }
             )
         if not masks:
-            each = {"num_heads_q": 4, "num_heads_kv": 2, "operator": chosen}
-            tables.append({**shapes, **each, "mask": [*HEAD_MASKS, *DILATED_MASKS]})
-        # One size that the sampled check sees too.
-        longer = {**shapes, "seq_len": LONG_SEQ_LEN, "mask": list(LONG_MASKS)}
-        if not masks:
-            tables.append({**longer, "operator": chosen, "num_heads_q": 4, "num_heads_kv": 2})
-    several = [Spec.parse(text) for text in spread if Spec.parse(text).name != "single"]
-    if several and (strategies or not operators):
-        base = {**shapes, "operator": chosen if operators else "bands", "head_dim": 16}
+            heads = {"num_heads_q": 4, "num_heads_kv": 2, "operator": operator_specs}
+            tables.append({**shapes, **heads, "mask": [*HEAD_MASKS, *DILATED_MASKS]})
+            # Long enough for the sampled check to run too.
+            tables.append({**shapes, **heads, "seq_len": LONG_SEQ_LEN, "mask": list(LONG_MASKS)})
+    parallel = [spec for spec in map(Spec.parse, strategy_specs) if spec.name != "single"]
+    if parallel and (strategies or not operators):
+        base = {**shapes, "operator": operator_specs if operators else "bands", "head_dim": 16}
         sizes = sizes if world_sizes else ["1", *sizes]
-        for spec in several:
-            tables += _spread(spec, base, sizes, some=not masks)
+        for spec in parallel:
+            tables += _strategy_tables(spec, base, sizes, few_masks=not masks)
     cases: dict[str, Case] = {}
     for table in tables:
-        for case in sweep_file.product(table):
+        for case in sweep_file.expand_table(table):
             cases.setdefault(case.id, case)
     if not cases:
         raise ValueError("nothing to verify: --strategy names no strategy")
@@ -129,114 +133,127 @@ def request(
 
 
 def _all_operators() -> list[str]:
-    """Every registered operator, and its variants."""
-    found = []
+    """Every registered operator and its variants."""
+    specs = []
     for name, info in sorted(registry.operators().items()):
-        found += [name, *(f"{name}:{text}" for text in info.variants)]
-    return found
+        specs += [name, *(f"{name}:{variant}" for variant in info.variants)]
+    return specs
 
 
-def _spread(spec: Spec, base: dict[str, Any], sizes: list[str], some: bool) -> list[dict[str, Any]]:
-    """Tables of one strategy: on all its layouts; its variants and placements (of a spec without
-    parameters) on the first and last layout, and with a few of the masks if ``some``."""
+def _strategy_tables(
+    spec: Spec, base: dict[str, Any], sizes: list[str], few_masks: bool
+) -> list[dict[str, Any]]:
+    """Tables of one strategy on all its layouts, and of its variants and placements on the first
+    and the last layout.
+
+    Args:
+        spec: with parameters, its variants are left out.
+        base: values that all tables share.
+        sizes: world sizes.
+        few_masks: whether variants and placements are verified on ``FEW_MASKS`` only.
+    """
     info = registry.strategy_info(spec.name)
-    few = {"mask": list(FEW_MASKS)} if some else {}
-    ends = list(dict.fromkeys([info.layouts[0], info.layouts[-1]]))
-    variants = [] if spec.params else [f"{spec.name}:{text}" for text in info.variants]
+    mask_subset = {"mask": list(FEW_MASKS)} if few_masks else {}
+    two_layouts = list(dict.fromkeys([info.layouts[0], info.layouts[-1]]))
+    variants = [] if spec.params else [f"{spec.name}:{variant}" for variant in info.variants]
     tables: list[dict[str, Any]] = []
-    for heads in STRATEGY_HEADS:
-        shared = {**base, "num_heads_q": heads[0], "num_heads_kv": heads[1]}
+    for num_heads_q, num_heads_kv in STRATEGY_HEADS:
+        shared = {**base, "num_heads_q": num_heads_q, "num_heads_kv": num_heads_kv}
         tables.append(
             {**shared, "strategy": str(spec), "layout": list(info.layouts), "world_size": sizes}
         )
         if variants:
             tables.append(
-                {**shared, **few, "strategy": variants, "layout": ends, "world_size": sizes}
+                {
+                    **shared,
+                    **mask_subset,
+                    "strategy": variants,
+                    "layout": two_layouts,
+                    "world_size": sizes,
+                }
             )
-        for size in (int(n) for n in sizes if n.isdigit()):
+        for size in (int(text) for text in sizes if text.isdigit()):
             if info.axes and size % 2 == 0 and size > 2:  # two nodes, another axis inside them
-                placed = {"placement": list(info.axes[:-1]), "ranks_per_node": size // 2}
-                names = [str(spec), *variants[-1:]]
                 tables.append(
                     {
                         **shared,
-                        **few,
-                        **placed,
-                        "strategy": names,
-                        "layout": ends,
+                        **mask_subset,
+                        "placement": list(info.axes[:-1]),
+                        "ranks_per_node": size // 2,
+                        "strategy": [str(spec), *variants[-1:]],
+                        "layout": two_layouts,
                         "world_size": size,
                     }
                 )
     return tables
 
 
-def summary(records: Iterable[Record]) -> list[dict[str, Any]]:
-    """One row for each way of computing and dtype: counts, and the largest error per tensor."""
+def summary_rows(records: Iterable[Record]) -> list[dict[str, Any]]:
+    """One row per method and dtype: counts of statuses, and the largest error of each tensor."""
     groups: dict[tuple[str, ...], list[Record]] = {}
     for record in records:
         case = record.case
-        spread = "" if case.strategy.name == "single" else f"{case.strategy}/{case.layout}"
-        spread += f" {case.placement} inside" if case.placement else ""
-        groups.setdefault((str(case.operator), spread, case.dtype), []).append(record)
+        strategy = "" if case.strategy.name == "single" else f"{case.strategy}/{case.layout}"
+        strategy += f" {case.placement} inside" if case.placement else ""
+        groups.setdefault((str(case.operator), strategy, case.dtype), []).append(record)
     rows = []
-    for (operator, spread, dtype), members in sorted(groups.items()):
-        counts = Counter(record.status for record in members)
-        worst = {name: _worst(members, name) for name in ("out", "lse", "dq", "dk", "dv")}
+    for (operator, strategy, dtype), group in sorted(groups.items()):
+        counts = Counter(record.status for record in group)
+        max_errors = {name: _max_error(group, name) for name in ("out", "lse", "dq", "dk", "dv")}
         failed = sum(counts[status] for status in (*FAILURES, "oom"))
-        ranks = sorted({record.case.world_size for record in members})
+        world_sizes = sorted({record.case.world_size for record in group})
         rows.append(
             {
                 "operator": operator,
-                "strategy/layout": spread,
-                "ranks": " ".join(map(str, ranks)),
+                "strategy/layout": strategy,
+                "ranks": " ".join(map(str, world_sizes)),
                 "dtype": dtype,
                 "ok": counts["ok"],
                 "refused": counts["unsupported"],
                 "failed": failed,
-                **{name: "" if error is None else f"{error:.1e}" for name, error in worst.items()},
-                "why": next(
-                    (
-                        f"{r.status}: {r.reason}"
-                        for r in members
-                        if r.status not in ("ok", "unsupported")
-                    ),
-                    next(
-                        (
-                            r.reason
-                            for r in members
-                            if r.status == "unsupported" and counts["ok"] == 0
-                        ),
-                        "",
-                    ),
-                ),
+                **{
+                    name: "" if error is None else f"{error:.1e}"
+                    for name, error in max_errors.items()
+                },
+                "why": _first_reason(group),
             }
         )
     return rows
 
 
-def conclusion(run: Run, asked: Request) -> str:
-    """The closing lines, to paste into an issue."""
+def _first_reason(records: Sequence[Record]) -> str:
+    """The first reason of a failure; without one, and if no record is ok, of a refusal."""
+    for record in records:
+        if record.status not in ("ok", "unsupported"):
+            return f"{record.status}: {record.reason}"
+    refused = [record.reason or "" for record in records if record.status == "unsupported"]
+    return refused[0] if refused and len(refused) == len(records) else ""
+
+
+def summary_footer(run: Run, request: Request) -> str:
+    """Counts and environment below the summary, to paste into an issue."""
     counts = Counter(record.status for record in run.records.values())
     lines = [
-        f"\n{len(run.records)} of {len(asked.cases)} cases: "
-        + ", ".join(f"{n} {status}" for status, n in counts.most_common())
+        f"\n{len(run.records)} of {len(request.cases)} cases: "
+        + ", ".join(f"{count} {status}" for status, count in counts.most_common())
     ]
     for environment in run.environments.values():
         device = environment.get("device", {})
         packages = environment.get("packages", {})
-        about = ", ".join(f"{key} {value}" for key, value in packages.items())
+        versions = ", ".join(f"{name} {version}" for name, version in packages.items())
         name = device.get("name") or environment.get("processor")
-        lines.append(f"{name}: {about}; cpbench {environment.get('commit') or ''}".rstrip())
+        lines.append(f"{name}: {versions}; cpbench {environment.get('commit') or ''}".rstrip())
         break
-    lines.append(f"records: {asked.out}")
+    lines.append(f"records: {request.out}")
     return "\n".join(lines)
 
 
-def _worst(records: Iterable[Record], tensor: str) -> float | None:
-    found = [
+def _max_error(records: Iterable[Record], tensor: str) -> float | None:
+    """Largest relative L2 error of a tensor; None where it was not checked."""
+    errors = [
         errors[tensor]["rel_l2"]
         for record in records
         for errors in record.errors.values()
         if tensor in errors
     ]
-    return max((float("inf") if error is None else error for error in found), default=None)
+    return max((float("inf") if error is None else error for error in errors), default=None)

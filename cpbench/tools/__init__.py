@@ -1,1 +1,1 @@
-"""The commands that run no sweep: listing, traffic, links, compile, tune, doctor, status."""
+"""Implementations of list, traffic, links, compile, tune, doctor and status."""

@@ -1,10 +1,10 @@
-"""Compile Triton kernels for GPUs that are not here, and read what the compiler says of them.
+"""Compile Triton kernels ahead of time, for any GPU, and report the compiler's resource usage.
 
-``python -m cpbench.tools.aot``, started by ``cpbench.tools.compilation``: a JSON request on stdin,
-one JSON row a kernel on stdout.  That a kernel "compiles" proves little: one that needs more tensor
-memory than there is becomes an empty kernel that traps, and shared memory is not checked at all.
-So each row is judged: is the matrix instruction there, do shared and tensor memory fit, are
-registers spilled?
+``python -m cpbench.tools.aot``, started by ``cpbench.tools.compilation``: reads a list of requests
+as JSON from stdin and prints one JSON row per kernel.  That a kernel compiles proves little: one
+that needs more tensor memory than the GPU has becomes an empty kernel that traps, and the limit of
+shared memory is not checked at all.  So each row has a verdict: is there a matrix instruction, do
+shared and tensor memory fit, are registers spilled?
 
 Limits: CUDA programming guide, tables of compute capabilities; AMD CDNA3 and CDNA4 ISA guides.
 """
@@ -32,13 +32,13 @@ TENSOR_COLUMNS = 512
 
 @dataclass(frozen=True)
 class Chip:
-    """What a kernel may use.
+    """Resource limits of a GPU.
 
     Attributes:
-        instructions: names by which matrix instructions appear in assembly, best first.
-        block_shared, processor_shared: bytes of a block, and of a processor.
-        warps, blocks: that a processor holds.
-        registers: of a processor.
+        instructions: names of matrix instructions in assembly, best first.
+        block_shared, processor_shared: bytes of shared memory per block, and per multiprocessor.
+        warps, blocks: resident at most on a multiprocessor.
+        registers: of a multiprocessor, 32 bits each.
     """
 
     instructions: tuple[str, ...]
@@ -62,27 +62,27 @@ CHIPS = {
     "hip:gfx950": Chip(_MFMA, 160 * KIB, 160 * KIB, 32, 16, 65536 * 2),
 }
 
-# Chips that are compiled for as what they are, and judged as a relative.
-RELATED = {
+# Targets that have the limits of another one.
+SAME_LIMITS_AS = {
     "cuda:87": "cuda:80", "cuda:101": "cuda:100", "cuda:103": "cuda:100", "cuda:110": "cuda:100",
     "cuda:121": "cuda:120",
 }  # fmt: skip
 
 
 def compile_launch(launch: Launch, target: str) -> dict[str, Any]:
-    """What the compiler makes of a kernel: a row of ``cpbench compile``.
+    """Compile a kernel for a target and return its row of ``cpbench compile``.
 
-    ``verdict`` is ``ok``, ``spills``, or ``broken: …`` with what makes the kernel useless.
+    ``verdict`` is ``ok``, ``spills``, or ``broken: …`` with the reason.
 
     Raises:
-        ValueError: for a target whose limits are not known here.
+        ValueError: for a target that is not in ``CHIPS`` or ``SAME_LIMITS_AS``.
     """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    if RELATED.get(target, target) not in CHIPS:
-        raise ValueError(f"{target} is none of {', '.join((*CHIPS, *RELATED))}")
+    if SAME_LIMITS_AS.get(target, target) not in CHIPS:
+        raise ValueError(f"{target} is not one of {', '.join((*CHIPS, *SAME_LIMITS_AS))}")
     module, _, attribute = launch.function.partition(":")
     function = getattr(importlib.import_module(module), attribute)
     names = function.arg_names
@@ -97,24 +97,24 @@ def compile_launch(launch: Launch, target: str) -> dict[str, Any]:
         "warps": launch.num_warps, "stages": launch.num_stages,
     }  # fmt: skip
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    begun = time.perf_counter()
+    start = time.perf_counter()
     try:
         source = ASTSource(function, signature, constexprs=constants, attrs=aligned)
-        made = triton.compile(source, target=gpu, options=options)
-    except Exception as error:  # whatever the compiler's many parts raise
-        words = f"{type(error).__name__}: {error}".splitlines()[0]
-        return {**row, "verdict": f"broken: does not compile: {words[:200]}"}
-    row["compile_s"] = round(time.perf_counter() - begun, 2)
-    row["shared_bytes"] = made.metadata.shared
-    row["tensor_columns"] = getattr(made.metadata, "tmem_size", None) or 0
+        compiled = triton.compile(source, target=gpu, options=options)
+    except Exception as error:  # compiler passes raise many types
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        return {**row, "verdict": f"broken: does not compile: {reason[:200]}"}
+    row["compile_s"] = round(time.perf_counter() - start, 2)
+    row["shared_bytes"] = compiled.metadata.shared
+    row["tensor_columns"] = getattr(compiled.metadata, "tmem_size", None) or 0
     if cuda:
-        row |= _ptxas(made.asm["ptx"], int(number))
-        text = made.asm["ptx"]
+        assembly = compiled.asm["ptx"]
+        row |= _ptxas_usage(assembly, int(number))
     else:
-        text = made.asm["amdgcn"]
-        row |= _amd(text)
-    chip = CHIPS[RELATED.get(target, target)]
-    row["matrix_instruction"] = next((i for i in chip.instructions if i in text), "")
+        assembly = compiled.asm["amdgcn"]
+        row |= _amdgcn_usage(assembly)
+    chip = CHIPS[SAME_LIMITS_AS.get(target, target)]
+    row["matrix_instruction"] = next((i for i in chip.instructions if i in assembly), "")
     row["blocks_per_processor"] = _blocks(row, chip, cuda)
     row["occupancy"] = round(row["blocks_per_processor"] * launch.num_warps / chip.warps, 3)
     row["verdict"] = _verdict(row, chip, launch.multiplies)
@@ -122,41 +122,41 @@ def compile_launch(launch: Launch, target: str) -> dict[str, Any]:
 
 
 def _verdict(row: dict[str, Any], chip: Chip, multiplies: bool) -> str:
+    """The verdict on a compiled kernel; ``multiplies``: it has matrix products."""
     if multiplies and not row["matrix_instruction"]:
-        return "broken: no matrix instruction in it"
+        return "broken: no matrix instruction"
     if row["shared_bytes"] > chip.block_shared:
-        return (
-            f"broken: {row['shared_bytes']:,} bytes of shared memory, {chip.block_shared:,} exist"
-        )
+        nbytes, limit = row["shared_bytes"], chip.block_shared
+        return f"broken: needs {nbytes:,} bytes of shared memory, limit {limit:,}"
     if row["tensor_columns"] > TENSOR_COLUMNS:
         columns = row["tensor_columns"]
-        return f"broken: {columns} columns of tensor memory, {TENSOR_COLUMNS} exist"
+        return f"broken: needs {columns} columns of tensor memory, limit {TENSOR_COLUMNS}"
     return "spills" if row["spill_bytes"] else "ok"
 
 
 def _blocks(row: dict[str, Any], chip: Chip, cuda: bool) -> int:
-    """Blocks that fit a processor at once: registers come in units of 256 a warp."""
+    """Resident blocks per multiprocessor; a warp is given registers in units of 256."""
     registers, shared, warps = row["registers"], row["shared_bytes"], row["warps"]
-    of_warp = -(-registers * (32 if cuda else 64) // 256) * 256
-    by_registers = chip.registers // max(of_warp * warps, 1)
+    per_warp = -(-registers * (32 if cuda else 64) // 256) * 256
+    by_registers = chip.registers // max(per_warp * warps, 1)
     by_shared = chip.processor_shared // max(shared + (KIB if cuda else 0), 1)
     return int(min(by_registers, by_shared, chip.warps // warps, chip.blocks))
 
 
-def _ptxas(ptx: str, capability: int) -> dict[str, int]:
-    """Registers and spills, from the assembler that comes with Triton."""
+def _ptxas_usage(ptx: str, capability: int) -> dict[str, int]:
+    """Registers per thread and spilled bytes, from the log of Triton's own ptxas."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
         suffix = "a" if capability >= 90 else ""
-        done = subprocess.run(
+        result = subprocess.run(
             [_assembler(capability), "-v", f"--gpu-name=sm_{capability}{suffix}", source,
              "-o", f"{folder}/kernel.cubin"],
             capture_output=True, text=True, check=True,
         )  # fmt: skip
-    said = done.stderr + done.stdout
-    registers = re.search(r"Used (\d+) registers", said)
-    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    log = result.stderr + result.stdout
+    registers = re.search(r"Used (\d+) registers", log)
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     assert registers is not None
     assert spills is not None
     return {"registers": int(registers[1]), "spill_bytes": int(spills[1]) + int(spills[2])}
@@ -164,39 +164,45 @@ def _ptxas(ptx: str, capability: int) -> dict[str, int]:
 
 @functools.cache
 def _assembler(capability: int) -> str:
+    """Path of the ptxas in Triton that knows a compute capability."""
     import triton.backends.nvidia as nvidia
 
     name = "ptxas-blackwell" if capability >= 100 else "ptxas"
     return str(Path(nvidia.__path__[0]) / "bin" / name)
 
 
-def _amd(text: str) -> dict[str, int]:
-    def figure(name: str) -> int:
-        found = re.search(rf"\.{name}:\s+(\d+)", text)
-        return int(found[1]) if found else 0
+def _amdgcn_usage(assembly: str) -> dict[str, int]:
+    """Registers per thread and spilled bytes, from the metadata in AMD assembly."""
+
+    def metadata(name: str) -> int:
+        match = re.search(rf"\.{name}:\s+(\d+)", assembly)
+        return int(match[1]) if match else 0
 
     return {
-        "registers": figure("vgpr_count") + figure("agpr_count"),
-        "spill_bytes": 4 * figure("vgpr_spill_count"),
+        "registers": metadata("vgpr_count") + metadata("agpr_count"),
+        "spill_bytes": 4 * metadata("vgpr_spill_count"),
     }
 
 
-def launches(operator: str, target: str, dtype: str, head_dim: int, **config: int) -> list[Launch]:
-    """What an operator launches for a target; one by one in the order of its kernels."""
+def kernel_launches(
+    operator: str, target: str, dtype: str, head_dim: int, **config: int
+) -> list[Launch]:
+    """The launches of an operator on a target, in the order of its kernels."""
     info = operator_info(operator)
     module, _, attribute = info.compiles.partition(":")
-    found: list[Launch] = getattr(importlib.import_module(module), attribute)(
+    launches: list[Launch] = getattr(importlib.import_module(module), attribute)(
         target, dtype, head_dim, **config
     )
-    return found
+    return launches
 
 
 def main() -> int:
-    """Rows for the requests on stdin, one JSON line each as soon as it is known."""
-    for wanted in json.load(sys.stdin):
-        about = {key: wanted[key] for key in ("operator", "dtype", "head_dim")}
-        for launch in launches(target=wanted["target"], **about, **wanted.get("config", {})):
-            print(json.dumps({**about, **compile_launch(launch, wanted["target"])}), flush=True)
+    """Read requests from stdin and print each row as a line of JSON when it is ready."""
+    for request in json.load(sys.stdin):
+        target = request["target"]
+        key = {name: request[name] for name in ("operator", "dtype", "head_dim")}
+        for launch in kernel_launches(target=target, **key, **request.get("config", {})):
+            print(json.dumps({**key, **compile_launch(launch, target)}), flush=True)
     return 0
 
 

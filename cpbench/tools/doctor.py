@@ -27,10 +27,10 @@ print(json.dumps({
 """
 
 
-def examine() -> list[dict[str, Any]]:
-    """Rows (what, verdict, detail); verdict is ok, missing (something will be refused) or broken.
+def check_environment() -> list[dict[str, Any]]:
+    """Rows (what, verdict, detail) with verdict ok, missing (some cases are refused) or broken.
 
-    torch is looked at in a process of its own: here it stays unloaded.
+    torch is probed in a subprocess; this process does not load it.
     """
     rows = [
         _row("python", "ok", sys.version.split()[0]),
@@ -39,49 +39,50 @@ def examine() -> list[dict[str, Any]]:
     ]
     probe = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True)
     if probe.returncode:
-        last = (probe.stderr.strip().splitlines() or ["no output"])[-1]
-        rows.append(_row("torch", "broken", last))
+        last_line = (probe.stderr.strip().splitlines() or ["no output"])[-1]
+        rows.append(_row("torch", "broken", last_line))
     else:
-        found = json.loads(probe.stdout.strip().splitlines()[-1])
-        rows.append(_row("torch", "ok", found["torch"]))
-        rows.append(_row("gloo", "ok" if found["gloo"] else "broken", "CPU communication"))
+        torch_info = json.loads(probe.stdout.strip().splitlines()[-1])
+        rows.append(_row("torch", "ok", torch_info["torch"]))
+        rows.append(_row("gloo", "ok" if torch_info["gloo"] else "broken", "CPU communication"))
         rows.append(
             _row(
                 "CUDA devices",
-                "ok" if found["cuda"] else "missing",
-                ", ".join(found["cuda"]) or "none: CUDA operators are refused",
+                "ok" if torch_info["cuda"] else "missing",
+                ", ".join(torch_info["cuda"]) or "none: CUDA operators are not available",
             )
         )
-        rows.append(_row("nccl", "ok" if found["nccl"] else "missing", "GPU communication"))
+        rows.append(_row("nccl", "ok" if torch_info["nccl"] else "missing", "GPU communication"))
     rows.append(
         _row(
             "C++ compiler",
             "ok" if shutil.which("g++") else "missing",
-            shutil.which("g++") or "flex on CPUs is refused",
+            shutil.which("g++") or "flex is not available on CPUs",
         )
     )
     for module, use in (
         ("pynvml", "GPU clocks and throttling"),
-        ("triton", "GPU kernels"),
-        ("mpi4py", "MPI launching"),
+        ("triton", "Triton kernels"),
+        ("mpi4py", "MPI launcher and transport"),
         ("pyarrow", "document lengths from parquet"),
     ):
-        there = importlib.util.find_spec(module) is not None
-        rows.append(_row(module, "ok" if there else "missing", use))
+        installed = importlib.util.find_spec(module) is not None
+        rows.append(_row(module, "ok" if installed else "missing", use))
     rows.append(_row("shared memory", *_shared_memory()))
-    for name, known in (
+    for name, entries in (
         ("operators", registry.operators),
         ("strategies", registry.strategies),
         ("masks", masks.describe),
     ):
         try:
-            rows.append(_row(name, "ok", " ".join(sorted(known()))))
+            rows.append(_row(name, "ok", " ".join(sorted(entries()))))
         except registry.RegistrationError as error:
             rows.append(_row(name, "broken", str(error)))
     return rows
 
 
 def _shared_memory() -> tuple[str, str]:
+    """Verdict and detail on the free space in /dev/shm."""
     path = Path("/dev/shm")
     if not path.is_dir():
         return "missing", "no /dev/shm"

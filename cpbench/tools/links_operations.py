@@ -1,7 +1,7 @@
-"""Operations on data that the receiver knows: what ``cpbench links`` times, and checks.
+"""Operations that ``cpbench links`` times, on data that the receiver can check.
 
-Values are small whole numbers in float32, so that sums are exact in any order and any flipped bit
-shows.
+Values are small integers in float32, so that sums are exact in any order and any flipped bit is
+detected.
 """
 
 from __future__ import annotations
@@ -14,157 +14,163 @@ if TYPE_CHECKING:
 
     from cpbench.parallel.comm import Comm
 
-WIDTH = 4  # bytes of an element
-PERIOD = 4093  # values are 1 to this: sums over 4,000 ranks stay below 2**24
+ITEMSIZE = 4  # bytes of an element
+PERIOD = 4093  # values are 1 to PERIOD: sums over 4,000 ranks stay below 2**24
 
 
 class LinkError(RuntimeError):
-    """What keeps links from being measured, in words for the user."""
+    """Links cannot be measured, or wrong data was received; the message is for the user."""
 
 
-def elements(operation: str, nbytes: int, ranks: int) -> int:
-    """Elements of a message (point-to-point) or of each rank's part, one at least."""
-    return max(1, nbytes // WIDTH // (1 if operation == "p2p" else ranks))
+def element_count(operation: str, nbytes: int, ranks: int) -> int:
+    """Elements of a message (point-to-point) or of each rank's chunk (collectives), at least 1."""
+    return max(1, nbytes // ITEMSIZE // (1 if operation == "p2p" else ranks))
 
 
 def actual_bytes(operation: str, nbytes: int, ranks: int) -> int:
-    """The size that a wanted one becomes, in whole elements for every rank."""
-    each = elements(operation, nbytes, ranks) * WIDTH
-    return each if operation == "p2p" else each * ranks
+    """``nbytes`` rounded down to whole elements for every rank, at least one each."""
+    chunk_bytes = element_count(operation, nbytes, ranks) * ITEMSIZE
+    return chunk_bytes if operation == "p2p" else chunk_bytes * ranks
 
 
-def pattern(seeds: Sequence[int], length: int, device: str) -> torch.Tensor:
-    """The sum over seeds of values 1 to ``PERIOD`` in turn, the first of which depends on the
-    seed."""
+def seeded_values(seeds: Sequence[int], length: int, device: str) -> torch.Tensor:
+    """``[length]`` float32, the sum over seeds of the cycle 1 to ``PERIOD``.
+
+    The seed determines where a cycle starts.
+    """
     import torch
 
-    turn = torch.arange(PERIOD, device=device)
-    one = torch.zeros(PERIOD, device=device)
+    index = torch.arange(PERIOD, device=device)
+    cycle = torch.zeros(PERIOD, device=device)
     for seed in seeds:
-        one += (turn + seed * 977) % PERIOD + 1
-    return one.repeat(-(-length // PERIOD))[:length]
+        cycle += (index + seed * 977) % PERIOD + 1
+    return cycle.repeat(-(-length // PERIOD))[:length]
 
 
-class Work:
-    """One operation of one rank in a group.
+class LinkOperation:
+    """One rank's part of an operation in a group of ranks.
 
     Attributes:
-        share: of the time taken that counts: half for who starts a ping-pong, none for the other.
-        x, out, want: what is sent, where something arrives, and what should.
+        time_share: share of the elapsed time that counts: a half for the rank that starts a
+            ping-pong, none for the other.
+        x, out, expected: the data to send, the receive buffer, and what it should hold afterwards.
     """
 
-    share = 1.0
+    time_share = 1.0
     x: torch.Tensor
     out: torch.Tensor
-    want: torch.Tensor
+    expected: torch.Tensor
 
     def __init__(self, comm: Comm, group: tuple[int, ...], length: int, device: str) -> None:
         self.comm, self.group, self.size = comm.sub(group), group, len(group)
-        self.me, self.length, self.device = self.comm.rank, length, device
+        self.rank, self.length, self.device = self.comm.rank, length, device
         self.prepare()
 
     def prepare(self) -> None:
+        """Create the tensors."""
         raise NotImplementedError
 
     def reset(self, repeats: int) -> None:
-        """Before a sample of so many repetitions."""
+        """Reset the tensors before a sample of ``repeats`` repetitions."""
         self.out.zero_()
 
-    def once(self, turn: int) -> None:
-        """The repetition of a number."""
+    def run(self, repeat: int) -> None:
+        """Run repetition number ``repeat`` of a sample."""
         raise NotImplementedError
 
-    def of(self, *seeds: int) -> torch.Tensor:
-        return pattern(seeds, self.length, self.device)
+    def values(self, *seeds: int) -> torch.Tensor:
+        """See :func:`seeded_values`."""
+        return seeded_values(seeds, self.length, self.device)
 
-    def parts(self) -> torch.Tensor:
-        """What this rank has for each member."""
+    def send_chunks(self) -> torch.Tensor:
+        """``[size, length]``: the chunk that this rank has for each member of the group."""
         import torch
 
-        return torch.stack([self.of(self.me * self.size + to) for to in range(self.size)])
+        return torch.stack([self.values(self.rank * self.size + to) for to in range(self.size)])
 
-    def senders(self) -> list[int]:
-        """The seeds of what the members have for this rank."""
-        return [sender * self.size + self.me for sender in range(self.size)]
+    def received_seeds(self) -> list[int]:
+        """The seeds of the chunks that the members have for this rank."""
+        return [sender * self.size + self.rank for sender in range(self.size)]
 
-    def check(self, what: str) -> None:
-        """Raise where something else has arrived than was sent."""
+    def check(self, label: str) -> None:
+        """Raise :class:`LinkError` if the received data is wrong; ``label`` names the operation."""
         import torch
 
-        if not torch.equal(self.out, self.want):
-            where = int((self.out != self.want).flatten().nonzero()[0])
-            found, want = (float(x.flatten()[where]) for x in (self.out, self.want))
+        if not torch.equal(self.out, self.expected):
+            index = int((self.out != self.expected).flatten().nonzero()[0])
+            actual, expected = (float(x.flatten()[index]) for x in (self.out, self.expected))
             raise LinkError(
-                f"{what}, ranks {named(self.group)}: rank {self.group[self.me]} received wrong "
-                f"data: element {where} is {found:g}, not {want:g}"
+                f"{label}, ranks {format_ranks(self.group)}: rank {self.group[self.rank]} received "
+                f"wrong data: element {index} is {actual:g}, not {expected:g}"
             )
 
 
-class _PingPong(Work):
+class _PingPong(LinkOperation):
     def prepare(self) -> None:
-        self.share = 0.0 if self.me else 0.5
-        self.x, self.want = self.of(self.me), self.of(1 - self.me)
+        self.time_share = 0.0 if self.rank else 0.5
+        self.x, self.expected = self.values(self.rank), self.values(1 - self.rank)
         self.out = self.x.new_empty(self.x.shape)
 
-    def once(self, turn: int) -> None:
-        other = 1 - self.me
-        ways: list[Any] = [([(self.x, other)], []), ([], [(self.out, other)])]
-        for sends, recvs in ways[:: -1 if self.me else 1]:
+    def run(self, repeat: int) -> None:
+        peer = 1 - self.rank
+        steps: list[Any] = [([(self.x, peer)], []), ([], [(self.out, peer)])]
+        for sends, recvs in steps[:: -1 if self.rank else 1]:
             self.comm.exchange(sends, recvs).wait()
 
 
-class _AllToAll(Work):
+class _AllToAll(LinkOperation):
     def prepare(self) -> None:
         import torch
 
-        self.x, self.want = self.parts(), torch.stack([self.of(seed) for seed in self.senders()])
+        self.x = self.send_chunks()
+        self.expected = torch.stack([self.values(seed) for seed in self.received_seeds()])
         self.out = self.x.new_empty(self.x.shape)
 
-    def once(self, turn: int) -> None:
+    def run(self, repeat: int) -> None:
         self.comm.all_to_all(self.out, self.x).wait()
 
 
-class _AllGather(Work):
+class _AllGather(LinkOperation):
     def prepare(self) -> None:
         import torch
 
-        self.x = self.of(self.me)
-        self.want = torch.stack([self.of(sender) for sender in range(self.size)])
-        self.out = self.x.new_empty(self.want.shape)
+        self.x = self.values(self.rank)
+        self.expected = torch.stack([self.values(sender) for sender in range(self.size)])
+        self.out = self.x.new_empty(self.expected.shape)
 
-    def once(self, turn: int) -> None:
+    def run(self, repeat: int) -> None:
         self.comm.all_gather(self.out, self.x).wait()
 
 
-class _ReduceScatter(Work):
+class _ReduceScatter(LinkOperation):
     def prepare(self) -> None:
-        self.x, self.want = self.parts(), self.of(*self.senders())
+        self.x, self.expected = self.send_chunks(), self.values(*self.received_seeds())
         self.out = self.x.new_empty(self.length)
 
-    def once(self, turn: int) -> None:
+    def run(self, repeat: int) -> None:
         self.comm.reduce_scatter(self.out, self.x).wait()
 
 
-class _AllReduce(Work):
-    """In place: every repetition has a tensor of its own."""
+class _AllReduce(LinkOperation):
+    """In place, so every repetition has its own tensor."""
 
     def prepare(self) -> None:
         self.length *= self.size
-        self.x, self.want = self.of(self.me), self.of(*range(self.size))
-        self.turns: list[torch.Tensor] = []
+        self.x, self.expected = self.values(self.rank), self.values(*range(self.size))
+        self.buffers: list[torch.Tensor] = []
 
     def reset(self, repeats: int) -> None:
-        while len(self.turns) < repeats:
-            self.turns.append(self.x.new_empty(self.x.shape))
-        for turn in self.turns[:repeats]:
-            turn.copy_(self.x)
-        self.out = self.turns[repeats - 1]
+        while len(self.buffers) < repeats:
+            self.buffers.append(self.x.new_empty(self.x.shape))
+        for buffer in self.buffers[:repeats]:
+            buffer.copy_(self.x)
+        self.out = self.buffers[repeats - 1]
 
-    def once(self, turn: int) -> None:
-        self.comm.all_reduce(self.turns[turn]).wait()
+    def run(self, repeat: int) -> None:
+        self.comm.all_reduce(self.buffers[repeat]).wait()
 
 
-WORKS: dict[str, type[Work]] = {
+OPERATIONS: dict[str, type[LinkOperation]] = {
     "p2p": _PingPong,
     "all_to_all": _AllToAll,
     "all_gather": _AllGather,
@@ -173,8 +179,8 @@ WORKS: dict[str, type[Work]] = {
 }
 
 
-def named(ranks: Sequence[int]) -> str:
-    """``0-3`` for neighbours, ``0,4,8`` for others."""
+def format_ranks(ranks: Sequence[int]) -> str:
+    """``0-3`` for consecutive ranks, ``0,4,8`` for others."""
     if list(ranks) == list(range(ranks[0], ranks[-1] + 1)):
         return f"{ranks[0]}-{ranks[-1]}"
     return ",".join(map(str, ranks[:4])) + (f",…,{ranks[-1]}" if len(ranks) > 4 else "")

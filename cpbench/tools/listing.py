@@ -1,7 +1,8 @@
-"""What ``cpbench list`` shows, read from declarations alone."""
+"""Rows of ``cpbench list``, read from declarations; no operator or strategy is loaded."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cpbench import inputs, masks
@@ -11,9 +12,24 @@ from cpbench.core.problem import DTYPES, Problem
 from cpbench.parallel import layout
 from cpbench.sweep import sweep_file
 
+# Headings of printed tables whose keys in JSON differ.
+HEADINGS = {
+    "here": "available",
+    "stable": "determ.",
+    "of all heads alike": "shared masks",
+    "of each head": "per-head masks",
+    "of selectors": "selections",
+    "": "note",
+}
+
 
 def rows(kind: str, device: str) -> list[dict[str, Any]]:
-    """One row for each registered thing of a kind (operators, strategies, layouts, …)."""
+    """The rows of a listing, one for each registered entry.
+
+    Args:
+        kind: operators, strategies, layouts, masks, inputs or sweeps.
+        device: ``"cpu"`` or ``"cuda"``.
+    """
     return {
         "operators": _operators,
         "strategies": _strategies,
@@ -24,15 +40,32 @@ def rows(kind: str, device: str) -> list[dict[str, Any]]:
     }[kind](device)
 
 
+def table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a listing for a terminal.
+
+    Why an operator or strategy is not available is moved to the line below it, its summary.
+    """
+    shown = []
+    for row in rows:
+        cells = dict(row)
+        if "here" in row:
+            verdict, _, reason = row["here"].partition(": ")
+            cells["here"] = verdict.removesuffix(", never run")
+            if reason:
+                cells["summary"] = f"{row['summary']}; not available: {reason}"
+        shown.append({HEADINGS.get(key, key): value for key, value in cells.items()})
+    return shown
+
+
 def _operators(device: str) -> list[dict[str, Any]]:
     return [
         {
             "operator": info.name,
-            "here": _here(info, device),
-            "masks": _masks_of(info),
-            "dtypes": _dtypes_of(info),
+            "here": _operator_availability(info, device),
+            "masks": _mask_names(info),
+            "dtypes": _dtype_names(info),
             "dim": info.max_head_dim,
-            "backward": [d for d in info.devices if d in info.backward_on] or ["no"],
+            "backward": [name for name in info.devices if name in info.backward_on] or ["no"],
             "merges": _merges(info, device),
             "stable": "yes" if info.deterministic else "no",
             "summary": _summary(info),
@@ -42,32 +75,34 @@ def _operators(device: str) -> list[dict[str, Any]]:
 
 
 def _summary(info: registry.OperatorInfo) -> str:
-    """With what was never run, and how to get what is not there."""
-    told = [f"never run; written against {info.unproven}"] if info.unproven else []
+    """The summary of an operator, with a note if it was never run or is not installed."""
+    notes = [f"never run; written against {info.unproven}"] if info.unproven else []
     if info.install and registry.missing_package(info):
-        told.append(info.install)
-    return f"{info.summary} ({'; '.join(told)})" if told else info.summary
+        notes.append(info.install)
+    return f"{info.summary} ({'; '.join(notes)})" if notes else info.summary
 
 
-def _dtypes_of(info: registry.OperatorInfo) -> list[str]:
-    kinds = set(info.dtypes)
-    if kinds >= set(DTYPES):
-        return ["any", "f64"] if "float64" in kinds else ["any"]
-    return ["half"] if kinds == {"bfloat16", "float16"} else list(info.dtypes)
+def _dtype_names(info: registry.OperatorInfo) -> list[str]:
+    """The dtypes of an operator, abbreviated: ``any``, ``half`` or single ones."""
+    dtypes = set(info.dtypes)
+    if dtypes >= set(DTYPES):
+        return ["any", "f64"] if "float64" in dtypes else ["any"]
+    return ["half"] if dtypes == {"bfloat16", "float16"} else list(info.dtypes)
 
 
-def _masks_of(info: registry.OperatorInfo) -> list[str]:
+def _mask_names(info: registry.OperatorInfo) -> list[str]:
+    """The kinds of masks of an operator, abbreviated: ``any`` or single ones, then ``heads``."""
     kinds = set(info.masks)
     shared = [kind for kind in info.masks if kind not in ("empty", "heads")]
-    named = ["any"] if kinds >= set(registry.ANY_MASK) else shared
-    return named + (["heads"] if "heads" in kinds else [])
+    names = ["any"] if kinds >= set(registry.ANY_MASK) else shared
+    return names + (["heads"] if "heads" in kinds else [])
 
 
-def _here(info: registry.OperatorInfo, device: str) -> str:
-    """``yes``, ``forward only`` (``never run``, where it never was), or why not."""
+def _operator_availability(info: registry.OperatorInfo, device: str) -> str:
+    """``yes``, ``forward only`` (either with ``, never run``), or ``no: `` with the reason."""
     if device in info.devices and (missing := registry.missing_package(info)):
         return f"no: needs {missing}"
-    for direction, answer in (("fwd_bwd", "yes"), ("fwd", "forward only")):
+    for direction, verdict in (("fwd_bwd", "yes"), ("fwd", "forward only")):
         dtype = next((name for name in DTYPES if name in info.dtypes), info.dtypes[0])
         problem = Problem(
             batch=1,
@@ -81,11 +116,12 @@ def _here(info: registry.OperatorInfo, device: str) -> str:
         )
         reason = declared_refusal(info, problem, device)
         if reason is None:
-            return f"{answer}, never run" if info.unproven else answer
+            return f"{verdict}, never run" if info.unproven else verdict
     return f"no: {(reason or '').removeprefix(f'{info.name} ')}"
 
 
 def _merges(info: registry.OperatorInfo, device: str) -> str:
+    """Whether partial results of an operator can be merged: ``yes``, ``forward`` or ``no``."""
     if info.selects or not info.mergeable or device not in info.lse_on:
         return "no"
     return "yes" if info.external_lse else "forward"
@@ -99,7 +135,7 @@ def _strategies(device: str) -> list[dict[str, Any]]:
             "parameters": list(info.params),
             "placements": list(info.axes),
             "operators": "merging" if info.merges else "any",
-            "here": _here_or_missing(info),
+            "here": _strategy_availability(info),
             "summary": info.summary,
             "source": info.source,
         }
@@ -107,9 +143,15 @@ def _strategies(device: str) -> list[dict[str, Any]]:
     ]
 
 
-def _here_or_missing(info: registry.StrategyInfo) -> str:
+def _strategy_availability(info: registry.StrategyInfo) -> str:
+    """``yes``, or ``no: `` with the missing package."""
     missing = registry.missing_package(info)
     return f"no: needs {missing}" if missing else "yes"
+
+
+def _parameters(params: Mapping[str, Any]) -> list[str]:
+    """Parameters with their defaults, where they have one."""
+    return [key if value is None else f"{key}={value}" for key, value in params.items()]
 
 
 def _layouts(device: str) -> list[dict[str, Any]]:
@@ -120,9 +162,7 @@ def _masks(device: str) -> list[dict[str, Any]]:
     return [
         {
             "mask": name,
-            "parameters": [
-                key if value is None else f"{key}={value}" for key, value in info.params.items()
-            ],
+            "parameters": _parameters(info.params),
             "summary": info.summary,
         }
         for name, info in masks.describe().items()
@@ -133,9 +173,7 @@ def _inputs(device: str) -> list[dict[str, Any]]:
     return [
         {
             "inputs": name,
-            "parameters": [
-                key if value is None else f"{key}={value}" for key, value in kind.params.items()
-            ],
+            "parameters": _parameters(kind.params),
             "summary": kind.summary,
         }
         for name, kind in inputs.KINDS.items()
@@ -145,5 +183,5 @@ def _inputs(device: str) -> list[dict[str, Any]]:
 def _sweeps(device: str) -> list[dict[str, Any]]:
     return [
         {"sweep": name, "cases": len(sweep_file.load(name).cases), "description": text}
-        for name, text in sweep_file.packaged().items()
+        for name, text in sweep_file.packaged_sweeps().items()
     ]

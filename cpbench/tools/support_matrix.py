@@ -1,8 +1,8 @@
-"""The support matrix: which operator takes which mask, forward and backward, on which device.
+"""Support matrix: the masks that each operator supports on a device, forward and backward.
 
-It is read from declarations (and, for adapters, from what their library's form can say), at a small
-size, and needs neither torch nor any library: what an operator refuses at a size, or for want of a
-package, is another matter.
+It is derived from declarations (and, for adapters, from the mask formats of their library) at a
+small size, and needs neither torch nor any library.  Refusals that depend on the size or on a
+missing package are not included.
 """
 
 from __future__ import annotations
@@ -19,24 +19,28 @@ from cpbench.core.spec import Spec
 from cpbench.kernels.libraries.adapter import Adapter
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.head_masks import Mask, SlicedMask
-from cpbench.parallel.bound_operator import native_part
+from cpbench.parallel.bound_operator import native_rectangle
 from cpbench.selectors.common.selection import SELECTIONS
 from cpbench.sweep.verification import DILATED_MASKS, HEAD_MASKS, MASKS, SEQ_LEN
 
 HEADS = 4
-TOKENS = 320  # a multiple of usual blocks: the last document of verification is longer here
+TOKENS = 320  # a multiple of usual block sizes
 
 
-def _here(texts: Iterable[str]) -> tuple[str, ...]:
-    return tuple(text.replace("125]", f"{125 + TOKENS - SEQ_LEN}]") for text in texts)
+def _resized(mask_texts: Iterable[str]) -> tuple[str, ...]:
+    """Masks of ``cpbench verify`` at ``TOKENS`` tokens: their last document is made longer."""
+    return tuple(text.replace("125]", f"{125 + TOKENS - SEQ_LEN}]") for text in mask_texts)
 
 
-SHARED, BY_HEAD = _here(MASKS), _here((*HEAD_MASKS, *DILATED_MASKS))
+SHARED, BY_HEAD = _resized(MASKS), _resized((*HEAD_MASKS, *DILATED_MASKS))
 
 
 def rows(device: str) -> list[dict[str, Any]]:
-    """For each operator of a device the masks that it takes, in words, and those that it has a
-    backward pass for."""
+    """One row per operator of a device: the masks that it supports, forward and backward.
+
+    Args:
+        device: ``"cpu"`` or ``"cuda"``.
+    """
     return [
         _row(info, device)
         for _, info in sorted(registry.operators().items())
@@ -45,29 +49,35 @@ def rows(device: str) -> list[dict[str, Any]]:
 
 
 def _row(info: OperatorInfo, device: str) -> dict[str, Any]:
-    taken = {
+    supported = {
         direction: [
             text for text in (*SHARED, *BY_HEAD) if refusal(info, text, direction, device) is None
         ]
         for direction in ("fwd", "fwd_bwd")
     }
     backward = device in info.backward_on
-    if backward and taken["fwd"] != taken["fwd_bwd"]:
-        backward_words = ", ".join(_names(SHARED, taken["fwd_bwd"])) or "no"
+    if backward and supported["fwd"] != supported["fwd_bwd"]:
+        backward_cell = ", ".join(_fully_supported(SHARED, supported["fwd_bwd"])) or "no"
     else:
-        backward_words = "yes" if backward else "no"
+        backward_cell = "yes" if backward else "no"
     return {
         "operator": info.name,
-        "of all heads alike": _words(SHARED, taken["fwd"]),
-        "of each head": _words(BY_HEAD, taken["fwd"]),
+        "of all heads alike": _supported_names(SHARED, supported["fwd"]),
+        "of each head": _supported_names(BY_HEAD, supported["fwd"]),
         "of selectors": ", ".join(kind for kind in SELECTIONS if kind in info.masks) or "-",
-        "backward": backward_words,
+        "backward": backward_cell,
         "": "never run" if info.unproven else "",
     }
 
 
 def refusal(info: OperatorInfo, mask: str, direction: str, device: str) -> str | None:
-    """Why a mask (by its text, at ``TOKENS`` tokens) is not taken; None if it is."""
+    """Why an operator refuses a mask at ``TOKENS`` tokens, or None if it supports it.
+
+    Args:
+        mask: such as ``"sliding_window:window=40"``.
+        direction: ``"fwd"`` or ``"fwd_bwd"``.
+        device: ``"cpu"`` or ``"cuda"``.
+    """
     dtype = next((name for name in DTYPES if name in info.dtypes), info.dtypes[0])
     problem = Problem(
         batch=1, seq_q=TOKENS, seq_k=TOKENS, heads_q=HEADS, heads_kv=HEADS, head_dim=64,
@@ -78,7 +88,7 @@ def refusal(info: OperatorInfo, mask: str, direction: str, device: str) -> str |
         return reason
     built: Mask = masks.build_heads(mask, TOKENS, HEADS)
     if isinstance(built, AttnMask) and not info.selects:
-        _, built = native_part(built)
+        _, built = native_rectangle(built)
     if built.kind not in info.masks:
         return f"{info.name} takes {', '.join(info.masks)} masks"
     if info.unproven:
@@ -88,19 +98,23 @@ def refusal(info: OperatorInfo, mask: str, direction: str, device: str) -> str |
     return None
 
 
-def _names(texts: Iterable[str], taken: Iterable[str]) -> list[str]:
-    """Patterns of which all variants are taken."""
-    there, names = set(taken), dict.fromkeys(Spec.parse(text).name for text in texts)
-    lacking = {Spec.parse(text).name for text in texts if text not in there}
-    return [name for name in names if name not in lacking]
+def _fully_supported(mask_texts: Iterable[str], supported_texts: Iterable[str]) -> list[str]:
+    """Names of the patterns of which every variant is supported."""
+    supported = set(supported_texts)
+    names = dict.fromkeys(Spec.parse(text).name for text in mask_texts)
+    refused = {Spec.parse(text).name for text in mask_texts if text not in supported}
+    return [name for name in names if name not in refused]
 
 
-def _words(texts: tuple[str, ...], taken: Iterable[str]) -> str:
-    everything = list(dict.fromkeys(Spec.parse(text).name for text in texts))
-    yes = _names(texts, taken)
-    no = [name for name in everything if name not in yes]
-    if not no:
+def _supported_names(mask_texts: tuple[str, ...], supported_texts: Iterable[str]) -> str:
+    """``any``, ``-`` for none, or the shorter list of supported or unsupported patterns."""
+    names = list(dict.fromkeys(Spec.parse(text).name for text in mask_texts))
+    supported = _fully_supported(mask_texts, supported_texts)
+    refused = [name for name in names if name not in supported]
+    if not refused:
         return "any"
-    if not yes:
+    if not supported:
         return "-"
-    return f"all but {', '.join(no)}" if len(no) < len(yes) else ", ".join(yes)
+    if len(refused) < len(supported):
+        return f"all but {', '.join(refused)}"
+    return ", ".join(supported)

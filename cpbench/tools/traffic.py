@@ -1,7 +1,7 @@
-"""``cpbench traffic``: what every rank of a case would send, compute and hold, without running it.
+"""``cpbench traffic``: the communication, work and memory of every rank of a case, predicted.
 
-The strategy's own code runs on tensors without data (``cpbench.parallel.trace``), a share of the
-ranks in each of a few processes, since this one loads no torch.
+The strategy's own code runs on tensors without data (``cpbench.parallel.trace``), in a few
+subprocesses with a share of the ranks each, since this one loads no torch.
 """
 
 from __future__ import annotations
@@ -11,18 +11,21 @@ from typing import Any
 
 from cpbench.core.environment import usable_cores
 from cpbench.core.problem import Case
-from cpbench.core.subprocess_call import answer, asked
+from cpbench.core.subprocess_call import read_reply, subprocesses
 
 
-def forecast(case: Case) -> dict[str, Any]:
-    """What ``cpbench traffic --json`` prints; bytes and pairs are lists by rank.
+def predict_traffic(case: Case) -> dict[str, Any]:
+    """The communication volume, work and buffers of a case: what ``cpbench traffic --json`` prints.
+
+    Values named ``…_per_rank`` are lists with one entry per rank: bytes, messages, or the area of
+    the computed (query, key) pairs per head.
 
     Raises:
-        Refused: when the strategy cannot do this case; with the reason, in one line.
+        RequestRefused: if the strategy cannot run this case; the reason in one line.
     """
     size = case.world_size
     shares = min(usable_cores(), 1 + size // 32)
-    sampled = sorted({0, size - 1})  # whose memory is traced: that takes longer than all bytes
+    sampled = sorted({0, size - 1})  # ranks whose memory is traced, which is slow
     requests = [
         {
             "case": case.to_json(),
@@ -31,12 +34,14 @@ def forecast(case: Case) -> dict[str, Any]:
         }
         for share in range(shares)
     ]
-    with asked("cpbench.parallel.trace_ranks", requests) as processes:
-        return _told(case, [json.loads(answer(process, "tracing")) for process in processes])
+    with subprocesses("cpbench.parallel.trace_ranks", requests) as processes:
+        replies = [json.loads(read_reply(process, "tracing")) for process in processes]
+    return _summarise(case, replies)
 
 
-def _told(case: Case, answers: list[dict[str, Any]]) -> dict[str, Any]:
-    rows = {int(rank): row for answer in answers for rank, row in answer["ranks"].items()}
+def _summarise(case: Case, replies: list[dict[str, Any]]) -> dict[str, Any]:
+    """Combine the traces of all ranks, in subprocess replies of some ranks each."""
+    rows = {int(rank): row for reply in replies for rank, row in reply["ranks"].items()}
     ranks = [rows[rank] for rank in range(case.world_size)]
     phases = {
         phase: {
@@ -58,7 +63,7 @@ def _told(case: Case, answers: list[dict[str, Any]]) -> dict[str, Any]:
         key: [sum(values) for values in zip(*(p[key] for p in phases.values()), strict=True)]
         for key in per_rank
     }
-    buffers = {rank: n for answer in answers for rank, n in answer["buffers"].items()}
+    buffers = {rank: n for reply in replies for rank, n in reply["buffers"].items()}
     first = next(iter(phases.values()))["area_per_rank"]
     return {
         "strategy": str(case.strategy),
@@ -73,8 +78,8 @@ def _told(case: Case, answers: list[dict[str, Any]]) -> dict[str, Any]:
             )
         },
         "gpus_per_node": case.ranks_per_node,
-        "local_tokens": answers[0]["local_tokens"],
-        "area": answers[0]["area"],
+        "local_tokens": replies[0]["local_tokens"],
+        "area": replies[0]["area"],
         **summed,
         "bytes_by_link": {
             "same_node": sum(summed["bytes_same_node_per_rank"]),
@@ -88,20 +93,19 @@ def _told(case: Case, answers: list[dict[str, Any]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def table(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """For people: a row for each phase, then one for all of them; sums over ranks, and the rank
-    with the most."""
-    phases = dict(found["phases"])
+def table(prediction: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows for a terminal: one per phase and one for all, with the total and maximum over ranks."""
+    phases = dict(prediction["phases"])
     if len(phases) > 1:
-        phases["all"] = found
+        phases["all"] = prediction
     return [
         {
             "phase": name,
-            "MB sent": f"{sum(phase['bytes_sent_per_rank']) / 1e6:,.2f}",
-            "most of a rank": f"{max(phase['bytes_sent_per_rank']) / 1e6:,.2f}",
+            "total MB": f"{sum(phase['bytes_sent_per_rank']) / 1e6:,.2f}",
+            "max MB per rank": f"{max(phase['bytes_sent_per_rank']) / 1e6:,.2f}",
             "MB across nodes": f"{sum(phase['bytes_across_nodes_per_rank']) / 1e6:,.2f}",
             "messages": f"{sum(phase['messages_per_rank']):,}",
-            "largest MB": f"{phase['largest_message_bytes'] / 1e6:,.2f}",
+            "max message MB": f"{phase['largest_message_bytes'] / 1e6:,.2f}",
         }
         for name, phase in phases.items()
     ]

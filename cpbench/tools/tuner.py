@@ -1,10 +1,10 @@
-"""Measure which configuration of each Triton kernel is fastest on the GPU that is here.
+"""Autotuner of the Triton kernels: find the fastest configuration of each on this GPU.
 
-``python -m cpbench.tools.tuner``, started by ``cpbench tune``: a JSON request on stdin, a JSON line
-for every configuration on stdout.  Only configurations that the compiler finds sound are measured
-(``cpbench.tools.aot``: matrix instruction there, memory enough, at most ``MOST_SPILLED`` bytes
-spilled); the others of the operator's kernels stay as they are meanwhile.  Each is held against the
-result of the table's configuration before its time counts.
+``python -m cpbench.tools.tuner``, started by ``cpbench tune``: reads a JSON request from stdin and
+prints one JSON line per configuration.  Kernels are tuned one by one, with the others in their
+shipped configuration.  Only configurations that compile well are measured (``cpbench.tools.aot``:
+a matrix instruction, enough memory, at most ``MAX_SPILLED_BYTES``), and only if their results agree
+with those of the shipped configuration.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from cpbench import masks
+from cpbench.core.operator import QKV, BackwardInputs
 from cpbench.core.problem import DTYPE_BYTES, Problem
 from cpbench.core.registry import implementation, operator_info
 from cpbench.inputs import Recipe
@@ -26,11 +27,11 @@ from cpbench.kernels.triton import configs as triton_configs
 from cpbench.kernels.triton.launch import gpu_of, target_of
 from cpbench.masks.head_masks import per_head as per_head_of
 from cpbench.measure.device import Device, open_device
-from cpbench.results.store import write_whole
-from cpbench.tools.aot import compile_launch, launches
+from cpbench.results.store import write_atomically
+from cpbench.tools.aot import compile_launch, kernel_launches
 from cpbench.verify.check import TOLERANCE, make_inputs
 
-MOST_SPILLED = 64  # bytes: a few spills outside the inner loop cost nothing
+MAX_SPILLED_BYTES = 64  # a few spills outside the inner loop cost nothing
 REPEATS = 15
 GRID = {
     "rows": (64, 128),
@@ -45,147 +46,159 @@ SMALL_GRID = {**GRID, "rows": (32, 64), "cols": (32,), "num_warps": (4,), "num_s
 def tune(
     operator: str, mask: str, problem: Problem, device: Device, grid: dict[str, tuple[int, ...]]
 ) -> Iterator[dict[str, Any]]:
-    """A row for every configuration; afterwards the fastest of each kernel are in the file.
+    """Measure every configuration and save the fastest of each kernel.
 
     Args:
         operator: one that compiles ahead of time.
-        mask: that is measured.
-        problem: its dtype and head_dim are the class that is tuned.
+        mask: to measure on.
+        problem: to measure; the result is used for its dtype and head_dim.
         grid: values of each field of a configuration.
 
+    Yields:
+        A row per configuration, and one per kernel with the fastest (``chosen``).
+
     Raises:
-        ValueError: for a mask or file that cannot be read.
+        ValueError: for a mask that the operator does not take, or a damaged file of results.
     """
     info = operator_info(operator)
     target, gpu = target_of(device.type), gpu_of(device.type)
     per_head = "heads" in info.masks
     built = masks.build_heads(mask, problem.seq_k, problem.heads_q)
-    if (reason := _unfit(operator, info.masks, built)) is not None:
+    if (reason := _mask_refusal(operator, info.masks, built)) is not None:
         raise ValueError(reason)
-    bench = _Bench(implementation(info, {}), built, problem, device)
-    item = DTYPE_BYTES[problem.dtype]
-    base = triton_configs.choose(target, problem.head_dim, item, per_head)
-    best = dict(base)
-    bench.reference(base)
+    benchmark = _ConfigBenchmark(implementation(info, {}), built, problem, device)
+    itemsize = DTYPE_BYTES[problem.dtype]
+    shipped = triton_configs.choose(target, problem.head_dim, itemsize, per_head)
+    best = dict(shipped)
+    benchmark.set_reference(shipped)
     for kernel in triton_configs.KERNELS:
-        found: list[tuple[float, Any]] = []
+        timings: list[tuple[float, Any]] = []
         for values in itertools.product(*grid.values()):
             config = triton_configs.Config(**dict(zip(grid, values, strict=True)))
             if config.descriptors and target.startswith("cuda") and int(target[5:]) < 90:
                 continue
             row: dict[str, Any] = {"kernel": kernel, "config": str(config)}
-            reason = _refused(operator, target, problem, kernel, config)
+            reason = _compile_refusal(operator, target, problem, kernel, config)
             if reason is None:
-                row |= bench.measured({**base, kernel: config}, kernel)
+                row |= benchmark.measure({**shipped, kernel: config}, kernel)
                 if "us" in row:
-                    found.append((float(row["us"]), config))
+                    timings.append((float(row["us"]), config))
             yield row if reason is None else {**row, "skipped": reason}
-        if found:
-            best[kernel] = min(found, key=lambda pair: pair[0])[1]
-        yield {"kernel": kernel, "chosen": str(best[kernel]), "table": str(base[kernel])}
-        _keep(triton_configs.problem_class(gpu, problem.head_dim, item, per_head), best)
+        if timings:
+            best[kernel] = min(timings, key=lambda timing: timing[0])[1]
+        yield {"kernel": kernel, "chosen": str(best[kernel]), "table": str(shipped[kernel])}
+        _save(triton_configs.problem_class(gpu, problem.head_dim, itemsize, per_head), best)
 
 
-def _keep(key: str, best: dict[str, Any]) -> None:
-    """Put what was found so far into the file, beside what is there of other problem classes."""
+def _save(key: str, best: dict[str, Any]) -> None:
+    """Save the configurations of a problem class to the file; those of others are kept."""
     path = triton_configs.cache_file()
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another tuner may be at another class
-        everything = triton_configs.tuned() | {key: best}
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another tuner may write another class
+        tuned = triton_configs.tuned() | {key: best}
         table = {
             key: {name: dataclasses.asdict(config) for name, config in kernels.items()}
-            for key, kernels in everything.items()
+            for key, kernels in tuned.items()
         }
-        write_whole(path, json.dumps(table, indent=1) + "\n")
+        write_atomically(path, json.dumps(table, indent=1) + "\n")
 
 
-def _unfit(operator: str, kinds: tuple[str, ...], mask: Any) -> str | None:
-    """Why an operator cannot take a mask, or None."""
-    heads = per_head_of(mask) is not None
-    if heads == ("heads" in kinds):
+def _mask_refusal(operator: str, kinds: tuple[str, ...], mask: Any) -> str | None:
+    """Why an operator does not take a mask, or None if it does."""
+    per_head = per_head_of(mask) is not None
+    if per_head == ("heads" in kinds):
         return None
-    takes = "a mask that differs from head to head" if "heads" in kinds else "one for all heads"
-    return f"{operator} takes {takes}: give another --mask"
+    takes = "per-head masks" if "heads" in kinds else "masks shared by all heads"
+    return f"{operator} takes {takes}; give another --mask"
 
 
-def _refused(operator: str, target: str, problem: Problem, kernel: str, config: Any) -> str | None:
-    """What the compiler has against a configuration, or None."""
+def _compile_refusal(
+    operator: str, target: str, problem: Problem, kernel: str, config: Any
+) -> str | None:
+    """Why a configuration does not compile well, or None if it does."""
     if target == "interpreter":
         return None
-    told = launches(operator, target, problem.dtype, problem.head_dim, **dataclasses.asdict(config))
-    row = compile_launch(next(x for x in told if x.kernel == kernel), target)
+    fields = dataclasses.asdict(config)
+    launches = kernel_launches(operator, target, problem.dtype, problem.head_dim, **fields)
+    row = compile_launch(next(launch for launch in launches if launch.kernel == kernel), target)
     if row["verdict"].startswith("broken"):
         return str(row["verdict"])
     spilled = row["spill_bytes"]
-    return f"{spilled} bytes spilled" if spilled > MOST_SPILLED else None
+    return f"{spilled} bytes spilled" if spilled > MAX_SPILLED_BYTES else None
 
 
-class _Bench:
-    """One problem on one device, with whatever configurations."""
+class _ConfigBenchmark:
+    """A benchmark of kernel configurations on one problem and device."""
 
     def __init__(self, operator: Any, mask: Any, problem: Problem, device: Device) -> None:
         import numpy as np
 
         self._op, self._mask, self._problem, self._device = operator, mask, problem, device
         queries, keys = np.arange(problem.seq_q), np.arange(problem.seq_k)
-        self._inputs = make_inputs(problem, queries, keys, Recipe(), device.type)
-        self._want: dict[str, Any] = {}
+        inputs = make_inputs(problem, queries, keys, Recipe(), device.type)
+        self._qkv, self._dout = QKV.of(inputs), inputs["dout"]
+        self._expected: dict[str, Any] = {}
 
-    def reference(self, configs: dict[str, Any]) -> None:
-        """What other configurations are held against."""
-        self._want = self._results(configs)
+    def set_reference(self, configs: dict[str, Any]) -> None:
+        """Compute the results to compare other configurations with."""
+        self._expected = self._results(configs)
 
-    def measured(self, configs: dict[str, Any], kernel: str) -> dict[str, Any]:
-        """``us``, the median time of the pass that the kernel is in; or ``failed``, and why."""
-        x = self._inputs
+    def measure(self, configs: dict[str, Any], kernel: str) -> dict[str, Any]:
+        """``us``, the median time of the pass with this kernel, or ``failed`` with the reason."""
         try:
             plan = self._plan(configs)
-            found = self._results(configs)
-            for tensor in found.values():
-                tensor.sum().item()  # what fails on the device is told here
-        except Exception as error:  # whatever a kernel that cannot be launched raises
+            results = self._results(configs)
+            for tensor in results.values():
+                tensor.sum().item()  # errors on the device are raised here
+        except Exception as error:  # failed launches raise many types
             return {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
         limit = TOLERANCE[self._problem.dtype][0]
-        for name, want in self._want.items():
-            told = want.isfinite()  # lse of rows that see nothing is -inf
-            if not found[name].isfinite().equal(told):
-                return {"failed": f"{name} is finite elsewhere than by the table's configuration"}
-            off = float((found[name] - want)[told].double().norm() / want[told].double().norm())
-            if not off <= limit:
-                return {"failed": f"{name} differs by {off:.2g} from the table's configuration"}
-        out, lse = found["out"], found["lse"]
+        for name, expected in self._expected.items():
+            finite = expected.isfinite()  # lse of rows without visible keys is -inf
+            if not results[name].isfinite().equal(finite):
+                return {"failed": f"{name} is not finite in the same places"}
+            difference = (results[name] - expected)[finite].double().norm()
+            relative = float(difference / expected[finite].double().norm())
+            if not relative <= limit:
+                return {
+                    "failed": f"{name} differs by {relative:.2g} from the shipped configuration"
+                }
+        backward_inputs = self._backward_inputs(results["out"], results["lse"])
 
         def forward() -> None:
-            self._op.forward(x["q"], x["k"], x["v"], plan)
+            self._op.forward(self._qkv, plan)
 
         def backward() -> None:
-            self._op.backward(x["dout"], x["q"], x["k"], x["v"], out, lse, plan)
+            self._op.backward(backward_inputs, plan)
 
-        run = forward if kernel == "forward" else backward
+        timed_pass = forward if kernel == "forward" else backward
         times = []
         for _ in range(REPEATS):
             self._device.flush_cache()
-            times.append(self._device.time_us(run))
+            times.append(self._device.time_us(timed_pass))
         return {"us": statistics.median(times)}
+
+    def _backward_inputs(self, out: Any, lse: Any) -> BackwardInputs:
+        return BackwardInputs(self._dout, *self._qkv, out, lse)
 
     def _plan(self, configs: dict[str, Any]) -> Any:
         return self._op.prepare_with(self._mask, self._problem, self._device.type, configs)
 
     def _results(self, configs: dict[str, Any]) -> dict[str, Any]:
-        x, plan = self._inputs, self._plan(configs)
-        out, lse = self._op.forward(x["q"], x["k"], x["v"], plan)
-        grads = self._op.backward(x["dout"], x["q"], x["k"], x["v"], out, lse, plan)
+        plan = self._plan(configs)
+        out, lse = self._op.forward(self._qkv, plan)
+        grads = self._op.backward(self._backward_inputs(out, lse), plan)
         return {"out": out, "lse": lse, **dict(zip(("dq", "dk", "dv"), grads, strict=True))}
 
 
 def main() -> int:
-    """One request from stdin; a refusal is one line and exit code 2."""
-    wanted = json.load(sys.stdin)
-    problem = Problem(**wanted["problem"])
+    """Serve one request from stdin; a refused one is a line on stderr and exit code 2."""
+    request = json.load(sys.stdin)
+    problem = Problem(**request["problem"])
     try:
-        device = open_device(wanted["device"], 0, 1)
-        for row in tune(wanted["operator"], wanted["mask"], problem, device, GRID):
+        device = open_device(request["device"], 0, 1)
+        for row in tune(request["operator"], request["mask"], problem, device, GRID):
             print(json.dumps(row), flush=True)
     except ValueError as refusal:
         print(refusal, file=sys.stderr)

@@ -1,1 +1,1 @@
-"""The check of every result against float64, at a small size and at the measured one."""
+"""Checks of results against float64, and the quality of selections."""

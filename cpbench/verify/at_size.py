@@ -1,4 +1,4 @@
-"""The sampled half of ``check``: single rows and columns recomputed at the measured size."""
+"""The sampled check: single rows and columns recomputed in float64 at the measured size."""
 
 from __future__ import annotations
 
@@ -11,8 +11,15 @@ from cpbench.core.problem import Problem
 from cpbench.inputs import Recipe
 from cpbench.masks.attn_mask import AttnMask, IntArray
 from cpbench.masks.dilated_mask import DilatedMask
-from cpbench.masks.head_masks import Mask, distinct
-from cpbench.verify.check import Errors, Rank, Tensors, TensorSums, combine, index_of
+from cpbench.masks.head_masks import Mask, distinct_masks
+from cpbench.verify.check import (
+    Errors,
+    RankContext,
+    TensorErrorSums,
+    Tensors,
+    as_index,
+    combined_errors,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -20,62 +27,71 @@ if TYPE_CHECKING:
     from cpbench.api import Attention
 
 SAMPLED_LINES = 64
-TILES = (64, 128, 256)  # extents of tiles whose last, partial one is always looked at
+TILES = (64, 128, 256)  # tile sizes whose last, partial tile is always sampled
+QUERY_CHUNK = 1 << 14  # queries of a column that are recomputed at a time
 Floats = np.typing.NDArray[np.float64]
 
 
-def sampled(work: Attention, inputs: Tensors, found: Tensors, recipe: Recipe, rank: Rank) -> Errors:
+def check_sampled(
+    work: Attention, inputs: Tensors, results: Tensors, recipe: Recipe, context: RankContext
+) -> Errors:
     """Errors of sampled rows and columns at the measured size.
 
-    Every rank recomputes lines of its own tokens, each of another batch and key/value head in
-    turn, from regenerated global inputs.  Columns need the lse and delta of every query: those are
-    the operator's own, gathered, and are themselves checked by the rows.
+    Every rank recomputes rows and columns of its own tokens from regenerated global inputs, cycling
+    through batches and key/value heads.  Columns need the lse and delta of every query: the
+    operator's own are gathered, which the rows check.
 
     Args:
-        inputs: of this rank, as :func:`make_inputs` made them.
-        found: what :func:`run` returned for them.
+        inputs: of this rank, from ``check.rank_inputs``.
+        results: what ``check.run_pass`` returned for them.
     """
     import torch
 
     problem, world, seed = work.problem, work.world, recipe.seed
-    source = _Source(problem, work.mask, recipe, rank.device)
+    reference = _ReferenceLines(problem, work.mask, recipe, context.device)
     queries, keys = (x.positions(work.rank) for x in (world.queries, world.keys))
-    rows = sampled_lines(work.mask, queries, seed)
-    columns = sampled_lines(work.mask.transpose(), keys, seed)
-    whole = _everyones_lse(work, inputs, found, rank) if "dq" in found and "lse" in found else None
-    pairs = [(b, g) for b in range(problem.batch) for g in range(problem.heads_kv)]
-    got: dict[str, list[torch.Tensor]] = {}
-    want: dict[str, list[torch.Tensor]] = {}
+    rows = sample_lines(work.mask, queries, seed)
+    columns = sample_lines(work.mask.transpose(), keys, seed)
+    has_columns = "dq" in results and "lse" in results
+    statistics = _gather_lse_and_delta(work, inputs, results, context) if has_columns else None
+    heads_kv = [(b, g) for b in range(problem.batch) for g in range(problem.heads_kv)]
+    actual: dict[str, list[torch.Tensor]] = {}
+    expected: dict[str, list[torch.Tensor]] = {}
 
-    def hold(name: str, mine: torch.Tensor, right: torch.Tensor) -> None:
-        got.setdefault(name, []).append(mine)
-        want.setdefault(name, []).append(right)
+    def append(name: str, value: torch.Tensor, reference_value: torch.Tensor) -> None:
+        actual.setdefault(name, []).append(value)
+        expected.setdefault(name, []).append(reference_value)
 
-    for number, (b, g) in enumerate(pairs):
+    for number, (b, g) in enumerate(heads_kv):
+        reference.clear_cache()
         heads = slice(g * problem.group, (g + 1) * problem.group)
-        for i in _turns(len(rows), number, len(pairs), work, seed):
-            right = source.row(b, g, int(queries[rows[i]]))
-            for name in [name for name in right if name in found]:
-                value = found[name][b]
-                mine = value[:, rows[i]] if name == "lse" else value[rows[i]]
-                hold(name, mine[heads], right[name])
-        for i in _turns(len(columns) if whole else 0, number, len(pairs), work, seed):
-            assert whole is not None
-            right = source.column(b, g, int(keys[columns[i]]), whole[0][b], whole[1][b])
-            for name in right:
-                hold(name, found[name][b][columns[i], g], right[name])
-        source.forget()
-    sums = {name: TensorSums.of(torch.cat(got[name]), torch.cat(want[name])) for name in got}
-    return combine(rank.gather(sums))
+        for i in _lines_of_head(len(rows), number, len(heads_kv), work, seed):
+            row = reference.row(b, g, int(queries[rows[i]]))
+            for name in [name for name in row if name in results]:
+                value = results[name][b]
+                value = value[:, rows[i]] if name == "lse" else value[rows[i]]
+                append(name, value[heads], row[name])
+        if statistics is None:
+            continue
+        lse_HS, delta_HS = (x[b] for x in statistics)
+        for i in _lines_of_head(len(columns), number, len(heads_kv), work, seed):
+            column = reference.column(b, g, int(keys[columns[i]]), lse_HS, delta_HS)
+            for name in column:
+                append(name, results[name][b][columns[i], g], column[name])
+    sums = {
+        name: TensorErrorSums.between(torch.cat(actual[name]), torch.cat(expected[name]))
+        for name in actual
+    }
+    return combined_errors(context.gather(sums))
 
 
-def _turns(count: int, number: int, pairs: int, work: Attention, seed: int) -> IntArray:
-    """Which of a rank's lines are looked at in a batch and head: each in one of them."""
+def _lines_of_head(count: int, number: int, num_heads: int, work: Attention, seed: int) -> IntArray:
+    """Which of a rank's sampled lines are checked in one batch and head; each line in one head."""
     turn = np.arange(count) * work.world.size + work.rank + seed
-    return np.flatnonzero(turn % pairs == number)
+    return np.flatnonzero(turn % num_heads == number)
 
 
-def sampled_lines(mask: Mask, positions: IntArray, seed: int) -> IntArray:
+def sample_lines(mask: Mask, positions: IntArray, seed: int) -> IntArray:
     """Local indices of the sampled queries of a rank: those at edges, and others at random."""
     n = mask.seq_q
     columns = [0, 1, 2, 3] if mask.seq_q == mask.seq_k else [0, 1]
@@ -85,29 +101,29 @@ def sampled_lines(mask: Mask, positions: IntArray, seed: int) -> IntArray:
     edges = np.concatenate([[0, n - 1], corners, *([n // t * t, n // t * t - 1] for t in TILES)])
     real = np.flatnonzero(positions < n)
     at_edges = real[np.isin(positions[real], edges)]
-    both_ends = real[[0, -1]] if len(real) else real
+    ends = real[[0, -1]] if len(real) else real
     count = min(len(real), max(8, SAMPLED_LINES * len(positions) // max(n, 1)))
-    chance = np.random.default_rng([seed, int(positions[0])])
-    spread = chance.choice(real, size=count, replace=False)
-    return np.unique(np.concatenate([at_edges, both_ends, spread])).astype(np.int64)
+    rng = np.random.default_rng([seed, int(positions[0])])
+    at_random = rng.choice(real, size=count, replace=False)
+    return np.unique(np.concatenate([at_edges, ends, at_random])).astype(np.int64)
 
 
-def _everyones_lse(
-    work: Attention, inputs: Tensors, found: Tensors, rank: Rank
+def _gather_lse_and_delta(
+    work: Attention, inputs: Tensors, results: Tensors, context: RankContext
 ) -> tuple[Floats, Floats]:
-    """lse and delta of all queries, ``[B, H, S]`` each, in global order."""
-    delta = (inputs["dout"].double() * found["out"].double()).sum(-1).transpose(1, 2)
-    mine = (found["lse"].double().cpu().numpy(), delta.cpu().numpy())
-    parts = rank.control.gather(mine) if rank.control else [mine]
+    """lse and delta of all queries, ``[B, H, S]`` each, in global order; collective."""
+    delta = (inputs["dout"].double() * results["out"].double()).sum(-1).transpose(1, 2)
+    own = (results["lse"].double().cpu().numpy(), delta.cpu().numpy())
+    shards = context.control.all_gather(own) if context.control else [own]
     layout = work.world.queries
-    whole = np.empty((2, *mine[0].shape[:2], layout.padded_len))
-    for other, part in enumerate(parts):
-        whole[..., layout.positions(other)] = part
-    return whole[0], whole[1]
+    gathered = np.empty((2, *own[0].shape[:2], layout.padded_len))
+    for rank, shard in enumerate(shards):
+        gathered[..., layout.positions(rank)] = shard
+    return gathered[0], gathered[1]
 
 
-class _Source:
-    """Single rows and columns of the problem in float64, from inputs made anew.
+class _ReferenceLines:
+    """Single rows and columns of the problem in float64, from regenerated inputs.
 
     Legend: R query heads of a group, T visible keys (or queries, for a column), D head dim.
     """
@@ -115,46 +131,48 @@ class _Source:
     def __init__(self, problem: Problem, mask: Mask, recipe: Recipe, device: str) -> None:
         self._problem, self._recipe, self._device = problem, recipe, device
         self._mask, self._transposed = mask, mask.transpose()
-        self._alike = problem.group if isinstance(mask, AttnMask) else 1  # heads of one mask
-        self._keys: dict[str, torch.Tensor] = {}
+        # Adjacent query heads that share a mask.
+        self._heads_per_mask = problem.group if isinstance(mask, AttnMask) else 1
+        self._kv_cache: dict[str, torch.Tensor] = {}
 
-    def forget(self) -> None:
-        """Drop the keys and values of the present batch and head."""
-        self._keys.clear()
+    def clear_cache(self) -> None:
+        """Drop the keys and values of the last batch and head; call before another one."""
+        self._kv_cache.clear()
 
     def row(self, b: int, g: int, line: int) -> Tensors:
         """out and dq ``[R, D]`` and lse ``[R]`` of one query."""
         import torch
 
-        parts = [self._part_of_row(b, heads, line) for heads in self._heads(g)]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        rows = [self._row_of_heads(b, heads, line) for heads in self._head_ranges(g)]
+        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
-    def _heads(self, g: int) -> list[range]:
-        """The query heads of a group, together where they share a mask."""
+    def _head_ranges(self, g: int) -> list[range]:
+        """The query heads of a group, in ranges that share a mask."""
         first, end = g * self._problem.group, (g + 1) * self._problem.group
-        return [range(h, h + self._alike) for h in range(first, end, self._alike)]
+        step = self._heads_per_mask
+        return [range(h, h + step) for h in range(first, end, step)]
 
-    def _part_of_row(self, b: int, heads: range, line: int) -> Tensors:
+    def _row_of_heads(self, b: int, heads: range, line: int) -> Tensors:
         import torch
 
         g = heads[0] // self._problem.group
-        seen = self._visible(self._mask, heads, line)
+        visible = self._visible(self._mask, heads, line)
         for name in ("k", "v"):
-            if name not in self._keys:
+            if name not in self._kv_cache:
                 tokens = np.arange(self._mask.seq_k)
-                self._keys[name] = self._make(name, b, [g], tokens)[:, 0]
-        k_TD, v_TD = (self._keys[name][seen].double() for name in ("k", "v"))
-        q_RD = self._of_queries("q", b, heads, np.array([line]))[:, 0]
+                self._kv_cache[name] = self._make_input(name, b, [g], tokens)[:, 0]
+        k_TD, v_TD = (self._kv_cache[name][visible].double() for name in ("k", "v"))
+        q_RD = self._query_input("q", b, heads, np.array([line]))[:, 0]
         scale = self._problem.softmax_scale
         scores_RT = (q_RD @ k_TD.T) * scale
         lse_R = torch.logsumexp(scores_RT, -1)
         probs_RT = torch.exp(scores_RT - lse_R[:, None])
-        found = {"out": probs_RT @ v_TD, "lse": lse_R}
+        row = {"out": probs_RT @ v_TD, "lse": lse_R}
         if self._problem.backward:
-            dout_RD = self._of_queries("dout", b, heads, np.array([line]))[:, 0]
-            delta_R1 = (dout_RD * found["out"]).sum(-1, keepdim=True)
-            found["dq"] = (probs_RT * (dout_RD @ v_TD.T - delta_R1) * scale) @ k_TD
-        return found
+            dout_RD = self._query_input("dout", b, heads, np.array([line]))[:, 0]
+            delta_R1 = (dout_RD * row["out"]).sum(-1, keepdim=True)
+            row["dq"] = (probs_RT * (dout_RD @ v_TD.T - delta_R1) * scale) @ k_TD
+        return row
 
     def column(
         self,
@@ -167,13 +185,14 @@ class _Source:
         """dk and dv ``[D]`` of one key, given the lse and delta of all queries."""
         import torch
 
-        k_D, v_D = (self._keys[name][line].double() for name in ("k", "v"))
+        k_D, v_D = (self._kv_cache[name][line].double() for name in ("k", "v"))
         dk_D, dv_D = torch.zeros_like(k_D), torch.zeros_like(v_D)
-        for heads, part in self._seers(g, line):
-            q_RTD, dout_RTD = (self._of_queries(name, b, heads, part) for name in ("q", "dout"))
-            these = slice(heads.start, heads.stop)
+        for heads, queries in self._visible_queries(g, line):
+            q_RTD, dout_RTD = (self._query_input(name, b, heads, queries) for name in ("q", "dout"))
+            head_slice = slice(heads.start, heads.stop)
             lse_RT, delta_RT = (
-                torch.as_tensor(x[these, part], device=self._device) for x in (lse_HS, delta_HS)
+                torch.as_tensor(x[head_slice, queries], device=self._device)
+                for x in (lse_HS, delta_HS)
             )
             scale = self._problem.softmax_scale
             probs_RT = torch.exp((q_RTD @ k_D) * scale - lse_RT)
@@ -182,35 +201,37 @@ class _Source:
             dk_D += torch.einsum("rt,rtd->d", dscores_RT, q_RTD)
         return {"dk": dk_D, "dv": dv_D}
 
-    def _seers(self, g: int, line: int) -> Iterator[tuple[range, IntArray]]:
-        """The queries that see one key, by heads that share a mask, some at a time."""
-        for heads in self._heads(g):
-            seen = self._visible(self._transposed, heads, line).cpu().numpy()
-            for start in range(0, len(seen), 1 << 14):
-                yield heads, seen[start : start + (1 << 14)]
+    def _visible_queries(self, g: int, line: int) -> Iterator[tuple[range, IntArray]]:
+        """The queries that see one key, by heads that share a mask, in chunks."""
+        for heads in self._head_ranges(g):
+            queries = self._visible(self._transposed, heads, line).cpu().numpy()
+            for start in range(0, len(queries), QUERY_CHUNK):
+                yield heads, queries[start : start + QUERY_CHUNK]
 
-    def _of_queries(self, name: str, b: int, heads: range, tokens: IntArray) -> torch.Tensor:
-        """``[R, tokens, D]`` float64 of some query heads."""
-        return self._make(name, b, heads, tokens).double().transpose(0, 1)
+    def _query_input(self, name: str, b: int, heads: range, tokens: IntArray) -> torch.Tensor:
+        """q or dout of some query heads, ``[R, tokens, D]`` float64."""
+        return self._make_input(name, b, heads, tokens).double().transpose(0, 1)
 
-    def _make(self, name: str, b: int, heads: list[int] | range, tokens: IntArray) -> torch.Tensor:
-        device = self._device
-        given = (name, self._problem, tokens)
-        return self._recipe.make(*given, batches=[b], heads=heads, device=device)[0]
+    def _make_input(
+        self, name: str, b: int, heads: list[int] | range, tokens: IntArray
+    ) -> torch.Tensor:
+        return self._recipe.make(
+            name, self._problem, tokens, batches=[b], heads=heads, device=self._device
+        )[0]
 
-    def _visible(self, of: Mask, heads: range, line: int) -> torch.Tensor:
-        """Indices of the keys that one query sees in heads that share a mask, repeated where it
-        sees them several times."""
-        if isinstance(of, DilatedMask):
-            return index_of(of.seen(heads[0], line), self._device)
-        masks = distinct(of)
-        return index_of(keys_seen(masks[heads[0] % len(masks)], line), self._device)
+    def _visible(self, mask: Mask, heads: range, line: int) -> torch.Tensor:
+        """Indices of the keys that one query sees in heads that share a mask; a key that is
+        visible several times is repeated."""
+        if isinstance(mask, DilatedMask):
+            return as_index(mask.visible_keys(heads[0], line), self._device)
+        masks = distinct_masks(mask)
+        return as_index(visible_keys(masks[heads[0] % len(masks)], line), self._device)
 
 
-def keys_seen(mask: AttnMask, line: int) -> IntArray:
-    """Indices of the keys that one query sees."""
-    here = mask.slices[(mask.slices[:, 0] <= line) & (line < mask.slices[:, 1])]
-    _, _, k0, k1, lo, hi = here.T
+def visible_keys(mask: AttnMask, line: int) -> IntArray:
+    """Indices of the keys that one query sees; a key that is visible several times is repeated."""
+    slices = mask.slices[(mask.slices[:, 0] <= line) & (line < mask.slices[:, 1])]
+    _, _, k0, k1, lo, hi = slices.T
     start, end = np.maximum(k0, line + lo), np.minimum(k1, line + hi + 1)
-    parts = [np.arange(a, b) for a, b in zip(start, end, strict=True)]
-    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+    ranges = [np.arange(a, b) for a, b in zip(start, end, strict=True)]
+    return np.concatenate(ranges) if ranges else np.zeros(0, np.int64)

@@ -1,9 +1,8 @@
-"""The checks of operators that choose what to attend to: is what they computed right, given what
-they chose?
+"""The small and sampled checks of selectors: are the results right, given the selection?
 
-Both checks take the choice from the operator itself; whether it is the right one is what the tests
-of selectors ask, and what it is worth ``cpbench.verify.quality`` tells.  Means of keys (or queries)
-are made anew in float64.
+Both checks take the selection from the operator itself.  Whether it is the right one is tested by
+the tests of selectors; how much attention it recalls is measured in ``cpbench.verify.quality``.
+Means of keys (or queries) are recomputed in float64.
 
 Legend: B batch, S queries, T keys, H query heads, G key/value heads, D head dim.
 """
@@ -14,11 +13,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cpbench.core.operator import QKV, BackwardInputs
 from cpbench.masks.attn_mask import AttnMask, IntArray
-from cpbench.selectors.common.base import Branch, Choice, Selecting
+from cpbench.selectors.common.base import Branch, SelectionResult, Selector
 from cpbench.selectors.common.pooling import Pool
-from cpbench.verify.at_size import keys_seen, sampled_lines
-from cpbench.verify.check import Errors, Rank, Tensors, TensorSums, combine, run
+from cpbench.verify.at_size import sample_lines, visible_keys
+from cpbench.verify.check import (
+    Errors,
+    RankContext,
+    TensorErrorSums,
+    Tensors,
+    combined_errors,
+    run_pass,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -26,31 +33,31 @@ if TYPE_CHECKING:
     from cpbench.api import Attention
 
 
-def run_and_tell(work: Attention, inputs: Tensors) -> tuple[Tensors, Choice]:
-    """One pass as :func:`check.run`, and what was chosen in it."""
+def run_pass_with_selection(work: Attention, inputs: Tensors) -> tuple[Tensors, SelectionResult]:
+    """Run one pass as :func:`check.run_pass`; also returns its selection."""
     selector = work.op.impl
-    assert isinstance(selector, Selecting)
-    selector.remember = True
-    found = run(work, inputs, None)
-    selector.remember = False
-    return found, selector.choice(found["out"])
+    assert isinstance(selector, Selector)
+    selector.keep_selection = True
+    results = run_pass(work, inputs, None)
+    selector.keep_selection = False
+    return results, selector.selection_of(results["out"])
 
 
-def small(work: Attention, inputs: Tensors, rank: Rank) -> Errors:
+def check_small(work: Attention, inputs: Tensors, context: RankContext) -> Errors:
     """Errors of every output and gradient of a small problem."""
-    found, choice = run_and_tell(work, inputs)
-    want = reference(choice.branches, inputs, work.problem.softmax_scale)
+    results, selection = run_pass_with_selection(work, inputs)
+    expected = reference_results(selection.branches, inputs, work.problem.softmax_scale)
     sums = {}
-    for name, value in found.items():
+    for name, value in results.items():
         heads_first = value if name == "lse" else value.transpose(1, 2)
         groups = heads_first.shape[0] * heads_first.shape[1]
-        sums[name] = TensorSums.of(heads_first, want[name], groups)
-    return combine(rank.gather(sums))
+        sums[name] = TensorErrorSums.between(heads_first, expected[name], groups)
+    return combined_errors(context.gather(sums))
 
 
-def reference(branches: tuple[Branch, ...], x: Tensors, scale: float) -> Tensors:
-    """float64 out, gradients where there is a dout, and lse where there is one softmax, ``[B,
-    heads, S, …]``."""
+def reference_results(branches: tuple[Branch, ...], x: Tensors, scale: float) -> Tensors:
+    """Results in float64, ``[B, heads, S, …]``: out, gradients if there is a dout, and lse if there
+    is a single branch."""
     from cpbench.kernels.reference import backward64, forward64
 
     tokens = {name: x[name].shape[1] for name in ("q", "k", "v")}
@@ -58,71 +65,81 @@ def reference(branches: tuple[Branch, ...], x: Tensors, scale: float) -> Tensors
     lse = None
     for branch in branches:
         pools = {"q": branch.pool_q, "k": branch.pool_k, "v": branch.pool_k}
-        q, k, v = (pools[name].mean(x[name].double()) for name in ("q", "k", "v"))
-        out, lse = forward64(q, k, v, branch.seen, scale)
-        parts = {"out": branch.pool_q.spread(out, tokens["q"]) * branch.gate}
+        qkv = QKV(*(pools[name].mean(x[name].double()) for name in ("q", "k", "v")))
+        out, lse = forward64(qkv, branch.mask, scale)
+        partial = {"out": branch.pool_q.unpool(out, tokens["q"]) * branch.gate}
         if "dout" in x:
-            dout = branch.pool_q.gathered(x["dout"].double()) * branch.gate
-            grads = backward64(dout, q, k, v, out, lse, branch.seen, scale)
+            dout = branch.pool_q.unpool_backward(x["dout"].double()) * branch.gate
+            grads = backward64(BackwardInputs(dout, *qkv, out, lse), branch.mask, scale)
             for name, grad in zip(("q", "k", "v"), grads, strict=True):
-                parts[f"d{name}"] = pools[name].backward(grad, tokens[name])
-        for name, part in parts.items():
-            total[name] = total[name] + part if name in total else part
-    found = {name: value.transpose(1, 2) for name, value in total.items()}
+                partial[f"d{name}"] = pools[name].mean_backward(grad, tokens[name])
+        for name, value in partial.items():
+            total[name] = total[name] + value if name in total else value
+    results = {name: value.transpose(1, 2) for name, value in total.items()}
     if len(branches) == 1 and lse is not None:
-        found["lse"] = lse
-    return found
+        results["lse"] = lse
+    return results
 
 
-LINES = 48  # sampled rows, and columns
+MAX_LINES = 48  # sampled rows; the same of columns
 
 
-def sampled(
-    work: Attention, inputs: Tensors, found: Tensors, choice: Choice, seed: int, rank: Rank
+def check_sampled(
+    work: Attention,
+    inputs: Tensors,
+    results: Tensors,
+    selection: SelectionResult,
+    seed: int,
+    context: RankContext,
 ) -> Errors:
-    """Errors of sampled rows and columns at the measured size, each in another head in turn; of a
-    kernel that returns no lse, of rows alone."""
+    """Errors of sampled rows and columns at the measured size, cycling through heads; of rows only
+    for a kernel that returns no lse."""
     import torch
 
     problem, mask = work.problem, work.mask
-    source = _Source(work, inputs, choice)
-    pairs = [(b, h) for b in range(problem.batch) for h in range(problem.heads_q)]
-    got: dict[str, list[torch.Tensor]] = {}
-    want: dict[str, list[torch.Tensor]] = {}
+    reference = _ReferenceLines(work, inputs, selection)
+    heads = [(b, h) for b in range(problem.batch) for h in range(problem.heads_q)]
+    actual: dict[str, list[torch.Tensor]] = {}
+    expected: dict[str, list[torch.Tensor]] = {}
 
-    def hold(name: str, mine: torch.Tensor, right: torch.Tensor) -> None:
-        got.setdefault(name, []).append(mine.flatten())
-        want.setdefault(name, []).append(right.flatten())
+    def append(name: str, value: torch.Tensor, reference_value: torch.Tensor) -> None:
+        actual.setdefault(name, []).append(value.flatten())
+        expected.setdefault(name, []).append(reference_value.flatten())
 
-    for turn, line in enumerate(_some(sampled_lines(mask, np.arange(mask.seq_q), seed))):
-        b, h = pairs[(turn + seed) % len(pairs)]
-        right = source.row(b, h, int(line))
-        for name in right:
-            value = found[name][b, h, line] if name == "lse" else found[name][b, line, h]
-            hold(name, value, right[name])
-    if "dk" in found and all(result.lse is not None for result in choice.results):
-        turned = sampled_lines(mask.transpose(), np.arange(mask.seq_k), seed)
-        for turn, line in enumerate(_some(turned)):
-            b, h = pairs[(turn + seed) % len(pairs)]
+    rows = _spread_subset(sample_lines(mask, np.arange(mask.seq_q), seed))
+    for number, line in enumerate(rows):
+        b, h = heads[(number + seed) % len(heads)]
+        row = reference.row(b, h, int(line))
+        for name in row:
+            value = results[name][b, h, line] if name == "lse" else results[name][b, line, h]
+            append(name, value, row[name])
+    if "dk" in results and all(result.lse is not None for result in selection.results):
+        columns = _spread_subset(sample_lines(mask.transpose(), np.arange(mask.seq_k), seed))
+        for number, line in enumerate(columns):
+            b, h = heads[(number + seed) % len(heads)]
             g = h // problem.group
-            for name, right_D in source.column(b, g, int(line)).items():
-                hold(name, found[name][b, line, g], right_D)
-    sums = {name: TensorSums.of(torch.cat(got[name]), torch.cat(want[name])) for name in got}
-    return combine(rank.gather(sums))
+            for name, grad_D in reference.column(b, g, int(line)).items():
+                append(name, results[name][b, line, g], grad_D)
+    sums = {
+        name: TensorErrorSums.between(torch.cat(actual[name]), torch.cat(expected[name]))
+        for name in actual
+    }
+    return combined_errors(context.gather(sums))
 
 
-def _some(lines: IntArray) -> IntArray:
-    places = np.linspace(0, len(lines) - 1, min(LINES, len(lines))).astype(int)
-    few: IntArray = lines[np.unique(places)]
-    return few
+def _spread_subset(lines: IntArray) -> IntArray:
+    """At most ``MAX_LINES`` of the lines, evenly spread."""
+    indices = np.linspace(0, len(lines) - 1, min(MAX_LINES, len(lines))).astype(int)
+    subset: IntArray = lines[np.unique(indices)]
+    return subset
 
 
-class _Source:
-    """Rows and columns of what a choice stands for, in float64."""
+class _ReferenceLines:
+    """Rows and columns of the results for a selection, in float64."""
 
-    def __init__(self, work: Attention, inputs: Tensors, choice: Choice) -> None:
-        self._problem, self._inputs, self._choice = work.problem, inputs, choice
-        self._lse = choice.results[0].lse is not None and len(choice.branches) == 1
+    def __init__(self, work: Attention, inputs: Tensors, selection: SelectionResult) -> None:
+        self._problem, self._inputs, self._selection = work.problem, inputs, selection
+        self._has_lse = selection.results[0].lse is not None and len(selection.branches) == 1
 
     def row(self, b: int, h: int, line: int) -> Tensors:
         """out, dq ``[D]`` and lse of one query of a head."""
@@ -130,26 +147,26 @@ class _Source:
 
         x, g = self._inputs, h // self._problem.group
         scale = self._problem.softmax_scale
-        found: Tensors = {}
-        for branch in self._choice.branches:
-            of_row = _window(branch.pool_q, line, x["q"].shape[1])
-            seen = _keys(branch, b, h, line // branch.pool_q.stride, x["q"].device)
-            q_D = x["q"][b, of_row, h].double().mean(0)
-            k_nD, v_nD = (_means(x[name][b, :, g], branch.pool_k, seen) for name in "kv")
+        total: Tensors = {}
+        for branch in self._selection.branches:
+            window = _window_at(branch.pool_q, line, x["q"].shape[1])
+            visible = _visible_columns(branch, b, h, line // branch.pool_q.stride, x["q"].device)
+            q_D = x["q"][b, window, h].double().mean(0)
+            k_nD, v_nD = (_window_means(x[name][b, :, g], branch.pool_k, visible) for name in "kv")
             scores = (k_nD @ q_D) * scale
             lse = torch.logsumexp(scores, 0)
             probs = torch.exp(scores - lse)
-            parts = {"out": (probs @ v_nD) * branch.gate}
-            if self._lse:
-                found["lse"] = lse
+            partial = {"out": (probs @ v_nD) * branch.gate}
+            if self._has_lse:
+                total["lse"] = lse
             if "dout" in x:
-                dout_D = x["dout"][b, of_row, h].double().sum(0) * branch.gate
+                dout_D = x["dout"][b, window, h].double().sum(0) * branch.gate
                 delta = dout_D @ (probs @ v_nD)
                 dq_D = (probs * (v_nD @ dout_D - delta) * scale) @ k_nD
-                parts["dq"] = dq_D / (of_row.stop - of_row.start)
-            for name, part in parts.items():
-                found[name] = found[name] + part if name in found else part
-        return found
+                partial["dq"] = dq_D / (window.stop - window.start)
+            for name, value in partial.items():
+                total[name] = total[name] + value if name in total else value
+        return total
 
     def column(self, b: int, g: int, line: int) -> Tensors:
         """dk and dv ``[D]`` of one key."""
@@ -158,22 +175,25 @@ class _Source:
         x, group = self._inputs, self._problem.group
         scale, tokens = self._problem.softmax_scale, x["k"].shape[1]
         dk_D, dv_D = (torch.zeros_like(x["k"][b, line, g], dtype=torch.float64) for _ in "kv")
-        for one, result in zip(self._choice.arranged, self._choice.results, strict=True):
-            branch = one.branch
-            for window in _windows_of(branch.pool_k, line, tokens):
-                at = torch.tensor([window], device=x["k"].device)
-                k_D, v_D = (_means(x[name][b, :, g], branch.pool_k, at)[0] for name in "kv")
-                place = _window(branch.pool_k, window * branch.pool_k.stride, tokens)
-                share = 1 / (place.stop - place.start)
+        selected = zip(self._selection.prepared, self._selection.results, strict=True)
+        for prepared, result in selected:
+            branch = prepared.branch
+            for number in _windows_with(branch.pool_k, line, tokens):
+                index = torch.tensor([number], device=x["k"].device)
+                k_D, v_D = (
+                    _window_means(x[name][b, :, g], branch.pool_k, index)[0] for name in "kv"
+                )
+                window = _window_at(branch.pool_k, number * branch.pool_k.stride, tokens)
+                share = 1 / (window.stop - window.start)
                 for h in range(g * group, (g + 1) * group):
-                    rows = _queries(branch, b, h, window, x["q"].device)
+                    rows = _visible_rows(branch, b, h, number, x["q"].device)
                     # The operator's own out and lse, which the rows check.
-                    at_head = (0, b * self._problem.heads_q + h) if one.folded else (b, h)
+                    batch, head = (0, b * self._problem.heads_q + h) if prepared.folded else (b, h)
                     assert result.lse is not None
-                    lse_n = result.lse[at_head][rows].double()
-                    out_nD = result.out[at_head[0], rows, at_head[1]].double()
-                    q_nD = _means(x["q"][b, :, h], branch.pool_q, rows)
-                    dout_nD = _sums(x["dout"][b, :, h], branch.pool_q, rows) * branch.gate
+                    lse_n = result.lse[batch, head][rows].double()
+                    out_nD = result.out[batch, rows, head].double()
+                    q_nD = _window_means(x["q"][b, :, h], branch.pool_q, rows)
+                    dout_nD = _window_sums(x["dout"][b, :, h], branch.pool_q, rows) * branch.gate
                     probs = torch.exp((q_nD @ k_D) * scale - lse_n)
                     delta = (dout_nD * out_nD).sum(-1)
                     dv_D += share * (probs @ dout_nD)
@@ -181,50 +201,54 @@ class _Source:
         return {"dk": dk_D, "dv": dv_D}
 
 
-def _window(pool: Pool, token: int, tokens: int) -> slice:
-    """The tokens of the window that begins in the stride of a token."""
+def _window_at(pool: Pool, token: int, tokens: int) -> slice:
+    """The tokens of the window that starts in the stride of ``token``."""
     begin = token // pool.stride * pool.stride
     return slice(begin, min(begin + pool.size, tokens))
 
 
-def _windows_of(pool: Pool, token: int, tokens: int) -> range:
-    """The windows that hold a token."""
+def _windows_with(pool: Pool, token: int, tokens: int) -> range:
+    """The windows that contain ``token``."""
     last = token // pool.stride
     first = max(last - pool.size // pool.stride + 1, 0)
-    return range(first, min(last + 1, pool.count(tokens)))
+    return range(first, min(last + 1, pool.num_windows(tokens)))
 
 
-def _sums(x_TD: torch.Tensor, pool: Pool, windows: torch.Tensor) -> torch.Tensor:
+def _window_sums(x_TD: torch.Tensor, pool: Pool, windows: torch.Tensor) -> torch.Tensor:
     """``[n, D]`` float64 sums over windows."""
     import torch
 
     tokens = len(x_TD)
     if pool.size == 1:
         return x_TD[windows].double()
-    place = windows[:, None] * pool.stride + torch.arange(pool.size, device=windows.device)
-    there = place < tokens
-    return (x_TD[place.clamp(max=tokens - 1)].double() * there[..., None]).sum(1)
+    indices = windows[:, None] * pool.stride + torch.arange(pool.size, device=windows.device)
+    valid = indices < tokens
+    return (x_TD[indices.clamp(max=tokens - 1)].double() * valid[..., None]).sum(1)
 
 
-def _means(x_TD: torch.Tensor, pool: Pool, windows: torch.Tensor) -> torch.Tensor:
-    """``[n, D]`` float64."""
+def _window_means(x_TD: torch.Tensor, pool: Pool, windows: torch.Tensor) -> torch.Tensor:
+    """``[n, D]`` float64 means over windows."""
     lengths = (len(x_TD) - windows * pool.stride).clamp(max=pool.size)
-    return _sums(x_TD, pool, windows) / lengths[:, None]
+    return _window_sums(x_TD, pool, windows) / lengths[:, None]
 
 
-def _keys(branch: Branch, b: int, h: int, row: int, device: torch.device) -> torch.Tensor:
-    """What a row of a branch sees: keys, or windows of them."""
+def _visible_columns(
+    branch: Branch, b: int, h: int, row: int, device: torch.device
+) -> torch.Tensor:
+    """The columns (keys, or windows of keys) of a branch that one of its rows sees."""
     import torch
 
-    if isinstance(branch.seen, AttnMask):
-        return torch.as_tensor(keys_seen(branch.seen, row), device=device)
-    return branch.seen.seen(b, h, row)
+    if isinstance(branch.mask, AttnMask):
+        return torch.as_tensor(visible_keys(branch.mask, row), device=device)
+    return branch.mask.visible_keys(b, h, row)
 
 
-def _queries(branch: Branch, b: int, h: int, column: int, device: torch.device) -> torch.Tensor:
-    """The rows of a branch that see a column of it."""
+def _visible_rows(
+    branch: Branch, b: int, h: int, column: int, device: torch.device
+) -> torch.Tensor:
+    """The rows of a branch that see one of its columns."""
     import torch
 
-    if isinstance(branch.seen, AttnMask):
-        return torch.as_tensor(keys_seen(branch.seen.transpose(), column), device=device)
-    return branch.seen.seers(b, h, column)
+    if isinstance(branch.mask, AttnMask):
+        return torch.as_tensor(visible_keys(branch.mask.transpose(), column), device=device)
+    return branch.mask.visible_queries(b, h, column)

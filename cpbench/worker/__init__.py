@@ -1,1 +1,1 @@
-"""The process of one rank: rendezvous, then case by case: refuse, check, measure, record."""
+"""The process of one rank: rendezvous, then check, measure and record each case."""

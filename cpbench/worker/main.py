@@ -1,12 +1,12 @@
-"""One rank's process: takes a job file, works through its cases, rank 0 writes the records.
+"""The worker process of one rank: runs the cases of a job file; rank 0 writes the records.
 
-Started by a launcher; ``cpbench.worker.rendezvous`` says how ranks learn who they are.  Every rank
-notes in its own journal what it is doing, so that the parent knows what a dead or silent rank was
-at.
+A launcher starts it; ranks join as described in ``cpbench.worker.rendezvous``.  Every rank writes
+its current case and phase to its own journal, from which the parent knows the phase in which a
+rank died or hung.
 
-A refusal or a wrong result is agreed on by all ranks and becomes a record.  Anything else that
-goes wrong on a rank ends the rank: the parent reads its last words, ends the others, writes the
-record and starts a new gang for the cases that are left.
+All ranks agree on refusals and wrong results, which become records.  Any other error ends the
+rank: the parent reads the cause from its journal, ends the other ranks, writes the record and
+starts a new gang for the remaining cases.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpbench.core.environment import collect, environment_id, node_facts, usable_cores
+from cpbench.core.environment import collect_environment, environment_id, node_facts, usable_cores
 from cpbench.core.problem import Case
-from cpbench.measure import peaks
+from cpbench.measure.peaks import measure_peaks
 from cpbench.measure.timeline_slices import chrome_trace
 from cpbench.results.record import Record
 from cpbench.results.store import (
@@ -39,70 +39,70 @@ from cpbench.results.store import (
     write_trace,
 )
 from cpbench.worker import rendezvous
-from cpbench.worker.rendezvous import Seat
+from cpbench.worker.rendezvous import RankPlace
 
 if TYPE_CHECKING:
     from cpbench.measure.device import Device
     from cpbench.measure.telemetry import Telemetry
     from cpbench.parallel.comm import Control
-    from cpbench.worker.evaluate import Evaluation
+    from cpbench.worker.evaluate import Evaluator
 
-EXIT_FAILED = 70  # this rank failed on a case; its journal says how
-NAP_S = 50e-6  # between looks for MPI messages, where ranks share cores
-REASON_CHARS = 400  # the log has the whole of it
+EXIT_FAILED = 70  # this rank failed on a case; the cause is in its journal
+MPI_POLL_S = 50e-6  # interval of polling for MPI messages where there are more ranks than cores
+REASON_CHARS = 400  # the log has the full text
 
 
-class _Rank:
-    """One rank at work on the cases of a job."""
+class _Worker:
+    """One rank of the gang that runs the cases of a job."""
 
-    def __init__(self, job: Job, path: Path, journal: Journal, seat: Seat) -> None:
-        from cpbench.measure.device import open_device, shortage
+    def __init__(self, job: Job, path: Path, journal: Journal, place: RankPlace) -> None:
+        from cpbench.measure.device import device_shortage, open_device
 
-        self.job, self.path, self.journal, self.seat = job, path, journal, seat
-        local_size = seat.local_size
-        self.writer = RecordWriter(job.record_path) if seat.rank == 0 else None
+        self.job, self.path, self.journal, self.place = job, path, journal, place
+        local_world_size = place.local_world_size
+        self.writer = RecordWriter(job.record_path) if place.rank == 0 else None
         self.telemetry: Telemetry | None = None
-        self.evaluation: Evaluation | None = None
-        self.shortage = shortage(job.device, local_size)
+        self.evaluator: Evaluator | None = None
+        self.shortage = device_shortage(job.device, local_world_size)
         if self.shortage is None:
-            threads = job.settings.threads or max(1, usable_cores() // local_size)
+            threads = job.settings.threads or max(1, usable_cores() // local_world_size)
             self.device: Device = open_device(
-                job.device, seat.local_rank, threads, job.settings.clock
+                job.device, place.local_rank, threads, job.settings.clock
             )
 
     def run(self) -> None:
         try:
-            self._work()
+            self._run_cases()
         finally:
             if self.telemetry is not None:
                 self.telemetry.close()
 
-    def _work(self) -> None:
-        environment = collect()
-        record_of = self._refuse
+    def _run_cases(self) -> None:
+        environment = collect_environment()
+        evaluate = self._unsupported
         if self.shortage is None:
-            self.evaluation = evaluation = self._evaluation()
-            record_of = evaluation.record
+            self.evaluator = evaluator = self._make_evaluator()
+            evaluate = evaluator.evaluate
             environment["device"] = self.device.describe()
-            environment |= self._everywhere(evaluation.control)
+            environment |= self._gang_environment(evaluator.control)
             if self.job.settings.time:
                 dtypes = [case.dtype for case in self.job.cases]
-                environment["peaks"] = peaks.measure(self.device, evaluation.control, dtypes)
-            evaluation.telemetry = self.telemetry = self._telemetry(evaluation.control)
+                environment["peaks"] = measure_peaks(self.device, evaluator.control, dtypes)
+            evaluator.telemetry = self.telemetry = self._start_telemetry(evaluator.control)
         self.environment = environment_id(environment)
         if self.writer is not None:
             self.writer.append({"kind": "environment", "id": self.environment, **environment})
         turns = self.job.settings.interleave
-        for group in self._groups():
-            found: dict[str, Record] = {}
+        for group in self._interleaved_groups():
+            records: dict[str, Record] = {}
             for turn, case in itertools.product(range(turns), group):
                 self.journal.note("start", case=case.id)
                 started = time.time()
-                record = record_of(case, found.get(case.id))
+                record = evaluate(case, records.get(case.id))
                 record.started = record.started or started
                 record.seconds += time.time() - started
                 self._write_trace(record)
-                found[case.id] = record
+                records[case.id] = record
                 if turn < turns - 1:
                     self.journal.note("paused", case=case.id)
                     continue
@@ -115,112 +115,123 @@ class _Rank:
         self.journal.note("end")
 
     def _write_trace(self, record: Record) -> None:
-        """What ranks did when, where they were watched."""
-        timeline = self.evaluation.timeline if self.evaluation is not None else None
-        if timeline is not None and self.writer is not None:
-            about = {"case": record.case.id, "label": record.case.label,
-                     "measured ms": record.median_us and record.median_us / 1e3}  # fmt: skip
-            write_trace(self.job.out, record.case.id, chrome_trace(timeline, about))
+        """Write the timelines of the ranks, where they were traced; on rank 0."""
+        timelines = self.evaluator.timelines if self.evaluator is not None else None
+        if timelines is not None and self.writer is not None:
+            metadata = {"case": record.case.id, "label": record.case.label,
+                        "measured ms": record.median_us and record.median_us / 1e3}  # fmt: skip
+            write_trace(self.job.out, record.case.id, chrome_trace(timelines, metadata))
 
-    def _evaluation(self) -> Evaluation:
+    def _make_evaluator(self) -> Evaluator:
+        """Join the process group and make the evaluator; collective."""
         from cpbench.parallel.comm import Comm, Control, TorchComm
-        from cpbench.worker.evaluate import Evaluation
+        from cpbench.worker.evaluate import Evaluator
 
-        rendezvous.meet(self.device.backend, self.seat, self.path)
-        control = Control(timeout_s=rendezvous.PATIENCE_S)
+        rendezvous.join_process_group(self.device.backend, self.place, self.path)
+        control = Control(timeout_s=rendezvous.GROUP_TIMEOUT_S)
         settings, note = self.job.settings, self.journal.note
         comm: Comm = TorchComm()
         if settings.transport == "mpi":
             from cpbench.parallel.comm_mpi import MpiComm
 
-            comm = MpiComm(nap_s=NAP_S if self.seat.local_size > usable_cores() else 0.0)
-        return Evaluation(self.device, comm, control, settings, self.seat.local_size, note)
+            oversubscribed = self.place.local_world_size > usable_cores()
+            comm = MpiComm(poll_interval_s=MPI_POLL_S if oversubscribed else 0.0)
+        local_world_size = self.place.local_world_size
+        return Evaluator(self.device, comm, control, settings, local_world_size, note)
 
-    def _everywhere(self, control: Control) -> dict[str, Any]:
-        """Where each rank is, and what each machine is like, on every rank."""
-        first = self.seat.local_rank == 0
-        node = {**node_facts(), "gpus": _gpus()} if first else None
-        told = control.gather((platform.node(), self.seat.local_rank, self.device.gpu(), node))
+    def _gang_environment(self, control: Control) -> dict[str, Any]:
+        """The host and GPU of each rank and the facts of each node, on every rank; collective."""
+        first = self.place.local_rank == 0
+        node = {**node_facts(), "gpus": _gpu_topology()} if first else None
+        place = (platform.node(), self.place.local_rank, self.device.gpu_uuid())
+        gathered = control.all_gather((*place, node))
         ranks = [
-            {"host": host, "local_rank": local, **({"gpu": gpu} if gpu else {})}
-            for host, local, gpu, _ in told
+            {"host": host, "local_rank": local_rank, **({"gpu": gpu} if gpu else {})}
+            for host, local_rank, gpu, _ in gathered
         ]
-        return {"ranks": ranks, "nodes": [facts for *_, facts in told if facts is not None]}
+        return {"ranks": ranks, "nodes": [facts for *_, facts in gathered if facts is not None]}
 
-    def _telemetry(self, control: Control) -> Telemetry | None:
-        """A sampler of the ranks' GPUs, where there are any."""
+    def _start_telemetry(self, control: Control) -> Telemetry | None:
+        """A sampler of the ranks' GPUs, or None on CPUs or where it is switched off; collective."""
         from cpbench.measure.telemetry import Telemetry
 
-        uuid, seconds = self.device.gpu(), self.job.settings.telemetry_s
+        uuid, seconds = self.device.gpu_uuid(), self.job.settings.telemetry_s
         if uuid is None or not seconds:
             return None
-        first = self.seat.local_rank == 0
+        first = self.place.local_rank == 0
         return Telemetry(uuid, seconds, control, platform.node(), first)
 
-    def _groups(self) -> Iterator[list[Case]]:
-        """What is measured in turn: the cases of a problem, which lie together, or each alone."""
+    def _interleaved_groups(self) -> Iterator[list[Case]]:
+        """Groups of cases that are measured in turn: the adjacent cases of one problem, or single
+        cases without interleaving."""
         if self.job.settings.interleave == 1:
             yield from ([case] for case in self.job.cases)
         else:
             for _, group in itertools.groupby(self.job.cases, lambda case: case.problem_key):
                 yield list(group)
 
-    def _refuse(self, case: Case, before: Record | None) -> Record:
-        return before or Record(case=case, status="unsupported", reason=self.shortage)
+    def _unsupported(self, case: Case, previous: Record | None) -> Record:
+        """The record of a case on a machine with too few devices."""
+        return previous or Record(case=case, status="unsupported", reason=self.shortage)
 
 
-def _gpus() -> dict[str, Any] | str:
-    """The GPUs of this machine and how they are joined, or why that is not known."""
+def _gpu_topology() -> dict[str, Any] | str:
+    """The GPUs of this machine and their links, or why they are not known."""
     from cpbench.measure.telemetry import Nvml
 
     try:
         nvml = Nvml()
     except OSError as error:
         return str(error)
-    found = nvml.topology()
+    topology = nvml.topology()
     nvml.close()
-    return found
+    return topology
 
 
 def die_with_parent() -> None:
-    """Ask the kernel to end this process when its parent dies, so that none is left behind."""
-    with suppress(OSError, AttributeError):  # Linux only; elsewhere the parent's own care serves
+    """Ask the kernel to kill this process when its parent dies, so that no worker is left."""
+    with suppress(OSError, AttributeError):  # Linux only; elsewhere the parent ends its workers
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if _is_orphan():
-            print("cpbench.worker.main: whoever started this is gone", file=sys.stderr)
+        if _launcher_has_exited():
+            print(
+                "cpbench.worker.main: the process that started this rank has exited",
+                file=sys.stderr,
+            )
             os._exit(EXIT_FAILED)
 
 
-def _is_orphan() -> bool:
-    """Whether who started all this was gone before it could be asked for."""
-    wanted, pid = os.environ.get("CPBENCH_PARENT"), str(os.getpid())
-    while wanted is not None and pid != wanted:
+def _launcher_has_exited() -> bool:
+    """Whether the process CPBENCH_PARENT is no longer an ancestor: it may have exited before
+    :func:`die_with_parent` took effect."""
+    launcher, pid = os.environ.get("CPBENCH_PARENT"), str(os.getpid())
+    while launcher is not None and pid != launcher:
         if pid in ("0", "1"):
             return True
         pid = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
     return False
 
 
-def last_words(error: BaseException) -> tuple[str, str]:
-    """Status and reason of a failure, in one line."""
+def failure_status(error: BaseException) -> tuple[str, str]:
+    """Status (``store``, ``oom`` or ``crash``) and reason, one line, of a failure."""
     if isinstance(error, StoreError):
         return "store", str(error)
     lines = f"{type(error).__name__}: {error}".splitlines()
-    line = " ".join(next(part for part in lines if part.strip()).split())[:REASON_CHARS]
-    known = (
+    reason = " ".join(next(line for line in lines if line.strip()).split())[:REASON_CHARS]
+    oom_messages = (
         "out of memory",
         "can't allocate memory",
         "cannot allocate memory",
         "bad_alloc",
         "alloc_failed",
     )
-    if isinstance(error, MemoryError) or any(word in str(error).lower() for word in known):
-        return "oom", line
-    return "crash", line
+    text = str(error).lower()
+    if isinstance(error, MemoryError) or any(message in text for message in oom_messages):
+        return "oom", reason
+    return "crash", reason
 
 
 def main(argv: list[str]) -> int:
-    """Work through the job file named in ``argv``."""
+    """Run the job file named in ``argv``."""
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     faulthandler.enable()
@@ -228,21 +239,21 @@ def main(argv: list[str]) -> int:
     path = Path(argv[0])
     job = Job.load(path)
     try:
-        seat = rendezvous.seat()
+        place = rendezvous.rank_place()
     except ValueError as error:
         print(f"cpbench.worker.main: {error}", file=sys.stderr)
         return EXIT_FAILED
     try:
-        journal = Journal(job.journal_path(seat.rank))
+        journal = Journal(job.journal_path(place.rank))
         journal.note("boot", pid=os.getpid())
-        _Rank(job, path, journal, seat).run()
+        _Worker(job, path, journal, place).run()
     except BaseException as error:
-        # Other ranks may never answer: nothing from here on talks to them or must succeed.
+        # Other ranks may not respond: no communication from here on, and no step has to succeed.
         with suppress(OSError):
             traceback.print_exc()
             sys.stderr.flush()
         with suppress(OSError, NameError):
-            status, reason = last_words(error)
+            status, reason = failure_status(error)
             journal.note("failed", status=status, reason=reason)
         with suppress(OSError):
             sys.stdout.flush()

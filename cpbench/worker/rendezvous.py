@@ -1,9 +1,9 @@
-"""How the ranks of a gang learn who they are and meet: the first thing that each does.
+"""Rendezvous of the ranks of a gang: each finds its rank and joins the process group.
 
-CPBENCH_RANKS says who tells a rank its number: ``env`` (RANK, WORLD_SIZE and so on, as torchrun
-sets them), ``slurm`` (what srun sets for each task) or ``mpi`` (mpi4py).  They meet through
-the file CPBENCH_STORE where that is set, else at an address: MASTER_ADDR and MASTER_PORT, or one
-that rank 0 opens and tells the others, by MPI or in the file ``meeting`` beside the job file.
+CPBENCH_RANKS names the source of ranks: ``env`` (RANK, WORLD_SIZE and so on, as torchrun sets
+them), ``slurm`` (variables that srun sets per task) or ``mpi`` (mpi4py).  The process group uses
+the file CPBENCH_STORE where that is set, else an address: MASTER_ADDR and MASTER_PORT, or one that
+rank 0 opens and passes on by MPI or in the file ``meeting`` beside the job file.
 """
 
 from __future__ import annotations
@@ -21,117 +21,126 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
-PATIENCE_S = 12 * 3600.0  # far above any timeout of a case: the parent ends what hangs
-MEETING_S = 300.0  # for rank 0 to have opened an address
+GROUP_TIMEOUT_S = 12 * 3600.0  # far above any case's timeout: the parent ends gangs that hang
+ADDRESS_TIMEOUT_S = 300.0  # for rank 0 to publish its address
 
 
-class Seat(NamedTuple):
-    """A rank's place in its gang; ``local`` counts the ranks of this machine."""
+class RankPlace(NamedTuple):
+    """The position of a rank in its gang and on its machine."""
 
     rank: int
-    size: int
+    world_size: int
     local_rank: int
-    local_size: int
+    local_world_size: int
 
 
-def seat() -> Seat:
-    """This process's.
+def rank_place() -> RankPlace:
+    """The place of this process.
 
     Raises:
-        ValueError: when the environment does not say.
+        ValueError: when the environment does not define it.
     """
-    teller = os.environ.get("CPBENCH_RANKS", "env")
-    if teller == "mpi":
+    source = os.environ.get("CPBENCH_RANKS", "env")
+    if source == "mpi":
         from mpi4py import MPI
 
-        wanted = os.environ.get("CPBENCH_SIZE", "")
-        if wanted and int(wanted) != MPI.COMM_WORLD.Get_size():
+        expected_size = os.environ.get("CPBENCH_SIZE", "")
+        if expected_size and int(expected_size) != MPI.COMM_WORLD.Get_size():
             raise ValueError(
-                f"MPI counts {MPI.COMM_WORLD.Get_size()} ranks, not {wanted}: mpi4py has loaded "
-                f"{MPI.get_vendor()[0]}, which is not whose mpiexec started this; set "
-                "MPI4PY_LIBMPI to the right libmpi.so"
+                f"MPI has {MPI.COMM_WORLD.Get_size()} ranks instead of {expected_size}: mpi4py "
+                f"loaded {MPI.get_vendor()[0]}, but another MPI's mpiexec started this process; "
+                "set MPI4PY_LIBMPI to the libmpi.so of that MPI"
             )
-        here = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
-        return Seat(
-            MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size(), here.Get_rank(), here.Get_size()
+        node = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
+        return RankPlace(
+            MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size(), node.Get_rank(), node.Get_size()
         )
     try:
-        if teller == "slurm":
-            return slurm_seat(os.environ)
-        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        if source == "slurm":
+            return slurm_rank_place(os.environ)
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         local_rank = int(os.environ.get("LOCAL_RANK", rank))
-        return Seat(rank, size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        return RankPlace(rank, world_size, local_rank, local_world_size)
     except KeyError as error:
         raise ValueError(
-            f"{error.args[0]} is not set: a launcher starts this, see cpbench run"
+            f"{error.args[0]} is not set: start ranks by a launcher, see cpbench run"
         ) from None
 
 
-def slurm_seat(environ: Any) -> Seat:
-    """From the variables of a task of srun; SLURM_STEP_TASKS_PER_NODE is such as ``2(x3),1``."""
-    each: list[int] = []
+def slurm_rank_place(environ: Any) -> RankPlace:
+    """The place of a task of srun; SLURM_STEP_TASKS_PER_NODE has the form ``2(x3),1``."""
+    tasks_per_node: list[int] = []
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", environ["SLURM_STEP_TASKS_PER_NODE"]):
-        each += [int(count)] * int(times or 1)
-    return Seat(
+        tasks_per_node += [int(count)] * int(times or 1)
+    return RankPlace(
         int(environ["SLURM_PROCID"]), int(environ["SLURM_STEP_NUM_TASKS"]),
-        int(environ["SLURM_LOCALID"]), each[int(environ["SLURM_NODEID"])],
+        int(environ["SLURM_LOCALID"]), tasks_per_node[int(environ["SLURM_NODEID"])],
     )  # fmt: skip
 
 
-def meet(backend: str, here: Seat, job: Path) -> None:
-    """Form the process group of all ranks (``torch.distributed``)."""
+def join_process_group(backend: str, place: RankPlace, job: Path) -> None:
+    """Initialise ``torch.distributed`` over all ranks.
+
+    Args:
+        job: path of the job file.
+    """
     import torch.distributed as dist
 
-    patience = timedelta(seconds=PATIENCE_S)
     dist.init_process_group(
-        backend, store=_store(here, job), rank=here.rank, world_size=here.size, timeout=patience
-    )
+        backend, store=_open_store(place, job), rank=place.rank, world_size=place.world_size,
+        timeout=timedelta(seconds=GROUP_TIMEOUT_S),
+    )  # fmt: skip
 
 
-def _store(here: Seat, job: Path) -> Store | None:
+def _open_store(place: RankPlace, job: Path) -> Store | None:
     import torch.distributed as dist
 
     path = os.environ.get("CPBENCH_STORE")
     if path:
-        return dist.FileStore(path, here.size)  # type: ignore[attr-defined]
-    teller = os.environ.get("CPBENCH_RANKS", "env")
-    if teller == "env":
-        return None  # MASTER_ADDR and MASTER_PORT
-    address, opened = ("", 0), None
-    if here.rank == 0:
-        opened = dist.TCPStore(  # type: ignore[attr-defined]
+        return dist.FileStore(path, place.world_size)  # type: ignore[attr-defined]
+    source = os.environ.get("CPBENCH_RANKS", "env")
+    if source == "env":
+        return None  # torch takes MASTER_ADDR and MASTER_PORT
+    address, server = ("", 0), None
+    if place.rank == 0:
+        server = dist.TCPStore(  # type: ignore[attr-defined]
             "0.0.0.0", 0, is_master=True, wait_for_workers=False
         )
-        address = (own_address(os.environ.get("GLOO_SOCKET_IFNAME", "")), opened.port)
-    if teller == "mpi":
+        address = (own_address(os.environ.get("GLOO_SOCKET_IFNAME", "")), server.port)
+    if source == "mpi":
         from mpi4py import MPI
 
         address = MPI.COMM_WORLD.bcast(address)
     else:
-        address = _through_file(job.parent / "meeting", address)
-    return opened or dist.TCPStore(*address, is_master=False)  # type: ignore[attr-defined]
+        address = _share_address(job.parent / "meeting", address)
+    return server or dist.TCPStore(*address, is_master=False)  # type: ignore[attr-defined]
 
 
-def _through_file(path: Path, address: tuple[str, int]) -> tuple[str, int]:
-    """Rank 0's address, on every rank: rank 0 writes it, the others wait for it."""
+def _share_address(path: Path, address: tuple[str, int]) -> tuple[str, int]:
+    """Rank 0's address, on every rank: rank 0 writes it to a file, the others wait for that."""
     if address[0]:
         hidden = path.with_name(f".{path.name}")
         hidden.write_text(f"{address[0]} {address[1]}\n")
         hidden.replace(path)
         return address
-    deadline = time.monotonic() + MEETING_S
+    deadline = time.monotonic() + ADDRESS_TIMEOUT_S
     while time.monotonic() < deadline:
         with suppress(OSError):
-            list(path.parent.iterdir())  # makes network file systems look again
+            list(path.parent.iterdir())  # makes network file systems refresh the directory
             host, port = path.read_text().split()
             return host, int(port)
         time.sleep(0.05)
-    raise TimeoutError(f"rank 0 has not written {path} within {MEETING_S:.0f} s")
+    raise TimeoutError(f"rank 0 did not write {path} within {ADDRESS_TIMEOUT_S:.0f} s")
 
 
 def own_address(interface: str) -> str:
-    """An IPv4 address of this machine that others may reach: the interface's if one is named, else
-    the one of the default route, else the loopback's."""
+    """An IPv4 address of this machine for other machines to connect to: that of the interface if
+    one is named, else of the default route, else the loopback address.
+
+    Args:
+        interface: a name, or comma-separated names of which the first with an address is used.
+    """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for name in filter(None, interface.split(",")):
             with suppress(OSError):

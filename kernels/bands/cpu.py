@@ -1,12 +1,12 @@
-"""The `bands` operator on CPU: a few batched matrix products per tile, nothing else of any size.
+"""The `bands` operator on CPU: a few batched matrix products per tile.
 
 With P = exp(scores - lse), attention is matrix products of tiles (Dao et al. 2022,
 "FlashAttention", as plain GEMMs).  The forward pass keeps a running row maximum and sum over the
-keys of a tile; the backward pass needs neither, since lse is given.  Rows that see one square go
-to torch's fused CPU kernel instead.  Everything is computed in float32 (float64 for float64), where
-the inputs lie: only half-precision inputs are copied, a few heads at a time.
+keys of a tile; the backward pass needs neither, since lse is given.  Rows that see a single square
+go to torch's fused CPU kernel instead.  Everything is computed in float32 (float64 for float64)
+without copying the inputs; only half-precision inputs are converted, a few heads at a time.
 
-Legend: S queries, T keys, D head dim; g key/value heads worked on at once, R query heads of each,
+Legend: S queries, T keys, D head dim; g key/value heads of a head group, R query heads of each,
 h = g * R; n queries of a tile, m = R * n rows of it (head-major), w keys of a chunk of it.
 """
 
@@ -20,135 +20,129 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from cpbench.kernels.bands.plan import ABOVE, OUTSIDE, Fix, Layout, Span, Square, Tile
+from cpbench.kernels.bands.plan import ABOVE, OUTSIDE, HiddenRegion, Layout, Span, Square, Tile
 
 if TYPE_CHECKING:
     import torch
 
+    from cpbench.core.operator import QKV, BackwardInputs, Gradients
+
 LOG2E = math.log2(math.e)  # exp2 is about twice as fast as exp
-CHUNK = 1 << 17  # most scores of a head at once: 512 KiB, the size of an L2 cache
-SCORES = 1 << 19  # most scores of all heads at once, which sets g: fewer, larger calls
-LONG = 1 << 16  # elements of a square's queries from which heads go one by one: copies stay small
-FLOOR = -1e30  # row maximum of a row that sees nothing: finite, so that -inf - FLOOR is -inf
+MAX_HEAD_SCORES = 1 << 17  # scores of a head at once: 512 KiB, the size of an L2 cache
+MAX_SCORES = 1 << 19  # scores of a head group at once, which sets g: fewer, larger calls
+# Elements of a square's queries from which a head group is one key/value head: copies stay small.
+LONG_SQUARE_ELEMENTS = 1 << 16
+MIN_ROW_MAX = -1e30  # lower bound of row maxima: finite, so that -inf - MIN_ROW_MAX is -inf
 
 
-def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(qkv: QKV, layout: Layout, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over a layout; see ``cpbench.core.operator.Operator.forward``."""
     import torch
 
+    q, k, v = qkv
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    out_BSHD = _empty(q, layout.row_gaps)
+    out_BSHD = _empty_with_zeros(q, layout.row_gaps)
     lse_BHS = q.new_full((q.shape[0], q.shape[2], q.shape[1]), -math.inf, dtype=torch.float32)
-    work = _Workspace(q, k, layout)
-    for b, heads_q, heads_kv in work.parts():
-        (q_hSD,), (k_gTD, v_gTD) = work.read(b, heads_q, q), work.read(b, heads_kv, k, v)
+    workspace = _Workspace(q, k, layout)
+    for b, heads_q, heads_kv in workspace.head_groups():
+        (q_hSD,), (k_gTD, v_gTD) = workspace.read(b, heads_q, q), workspace.read(b, heads_kv, k, v)
         out_hSD, lse_hS1 = out_BSHD[b, :, heads_q].transpose(0, 1), lse_BHS[b, heads_q, :, None]
         for square in layout.squares:
             rows = slice(square.q0, square.q1)
-            (q_1hnD,), results = _fused(rows, q_hSD), []
-            for keys, causal in _calls(square):
-                results.append(flash(q_1hnD, *_fused(keys, k_gTD, v_gTD), 0.0, causal, scale=scale))
+            (q_1hnD,), results = _fused_inputs(rows, q_hSD), []
+            for keys, causal in _fused_calls(square):
+                results.append(flash(q_1hnD, *_fused_inputs(keys, k_gTD, v_gTD), 0.0, causal, scale=scale))
             o, lse = results[0]
             for o_more, lse_more in results[1:]:
-                # Weights that sum to 1 however large the lse are; no row is blind in either.
+                # The weights sum to 1 for any lse; every row sees something in both calls.
                 o = torch.lerp(o, o_more, torch.sigmoid(lse_more - lse).unsqueeze(-1))
                 lse = torch.logaddexp(lse, lse_more)
             out_hSD[:, rows], lse_hS1[:, rows, 0] = o[0], lse[0]
         for tile in layout.tiles:
-            q_gmD = work.fold(q_hSD, tile)
+            q_gmD = workspace.fold(q_hSD, tile)
             state: tuple[torch.Tensor, ...] = ()  # output, row sum and row maximum so far
-            for chunk in work.chunks(tile):
-                s_gmw = work.scores(len(q_gmD), tile, chunk)[0]
-                k_gwD, v_gwD = _gather(k_gTD, chunk), _gather(v_gTD, chunk)
+            for chunk in workspace.chunks(tile):
+                s_gmw = workspace.scores(len(q_gmD), tile, chunk)[0]
+                k_gwD, v_gwD = _gather_keys(k_gTD, chunk), _gather_keys(v_gTD, chunk)
                 s_gmw.baddbmm_(q_gmD, k_gwD.mT, beta=0, alpha=scale * LOG2E)
-                work.hide(s_gmw, tile, chunk)
-                max_gm1 = s_gmw.amax(-1, True).clamp_(min=FLOOR)
+                workspace.apply_mask(s_gmw, tile, chunk)
+                max_gm1 = s_gmw.amax(-1, True).clamp_(min=MIN_ROW_MAX)
                 if not state:
                     s_gmw.sub_(max_gm1).exp2_()
                     state = torch.bmm(s_gmw, v_gwD), s_gmw.sum(-1, True), max_gm1
                     continue
                 o_gmD, sum_gm1, old_max = state
                 torch.maximum(max_gm1, old_max, out=max_gm1)
-                shrink = old_max.sub_(max_gm1).exp2_()
+                rescale = old_max.sub_(max_gm1).exp2_()
                 s_gmw.sub_(max_gm1).exp2_()
-                o_gmD.mul_(shrink).baddbmm_(s_gmw, v_gwD)
-                sum_gm1.mul_(shrink).add_(s_gmw.sum(-1, True))
+                o_gmD.mul_(rescale).baddbmm_(s_gmw, v_gwD)
+                sum_gm1.mul_(rescale).add_(s_gmw.sum(-1, True))
                 state = o_gmD, sum_gm1, max_gm1
             o_gmD, sum_gm1, max_gm1 = state
-            work.unfold(sum_gm1.log2().add_(max_gm1).mul_(1 / LOG2E), lse_hS1, tile)
-            # The sum is at least 1 in a row that sees anything; 0 in the others.
-            work.unfold(o_gmD.div_(sum_gm1.clamp_(min=1.0)), out_hSD, tile)
+            workspace.unfold(sum_gm1.log2().add_(max_gm1).mul_(1 / LOG2E), lse_hS1, tile)
+            # The sum is at least 1 for rows that see something, and 0 for others.
+            workspace.unfold(o_gmD.div_(sum_gm1.clamp_(min=1.0)), out_hSD, tile)
     return out_BSHD, lse_BHS
 
 
-def backward(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    layout: Layout,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def backward(x: BackwardInputs, layout: Layout, scale: float) -> Gradients:
     """Gradients over a layout; see ``cpbench.core.operator.Operator.backward``."""
     import torch
 
+    dout, q, k, v, out, lse = x
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    shared = layout.key_gaps is None
-    dq = _empty(q, layout.row_gaps)
+    accumulate = layout.key_gaps is None
+    dq = _empty_with_zeros(q, layout.row_gaps)
     key_gaps = ((0, k.shape[1]),) if layout.key_gaps is None else layout.key_gaps
-    dk, dv = _empty(k, key_gaps), _empty(v, key_gaps)
-    work = _Workspace(q, k, layout)
+    dk, dv = _empty_with_zeros(k, key_gaps), _empty_with_zeros(v, key_gaps)
+    workspace = _Workspace(q, k, layout)
     # exp(scores - inf) is 0: rows that see nothing contribute nothing.
-    lse_BHS = lse.to(work.dtype).masked_fill(lse == -math.inf, math.inf)
-    for b, heads_q, heads_kv in work.parts():
-        q_hSD, do_hSD, out_hSD = work.read(b, heads_q, q, dout, out)
-        k_gTD, v_gTD = work.read(b, heads_kv, k, v)
-        # Still to be filled; the gradients themselves where they have the working dtype.
-        (dq_hSD,), (dk_gTD, dv_gTD) = work.read(b, heads_q, dq), work.read(b, heads_kv, dk, dv)
+    lse_BHS = lse.to(workspace.dtype).masked_fill(lse == -math.inf, math.inf)
+    for b, heads_q, heads_kv in workspace.head_groups():
+        q_hSD, do_hSD, out_hSD = workspace.read(b, heads_q, q, dout, out)
+        k_gTD, v_gTD = workspace.read(b, heads_kv, k, v)
+        # Buffers for the gradients: views of them if they have the working dtype.
+        (dq_hSD,), (dk_gTD, dv_gTD) = workspace.read(b, heads_q, dq), workspace.read(b, heads_kv, dk, dv)
         for square in layout.squares:
             rows = slice(square.q0, square.q1)
-            do_1hnD, q_1hnD, out_1hnD = _fused(rows, do_hSD, q_hSD, out_hSD)
+            do_1hnD, q_1hnD, out_1hnD = _fused_inputs(rows, do_hSD, q_hSD, out_hSD)
             lse_1hn = lse_BHS[b, heads_q, rows][None]
-            for keys, causal in _calls(square):
-                k_1gwD, v_1gwD = _fused(keys, k_gTD, v_gTD)
-                given = do_1hnD, q_1hnD, k_1gwD, v_1gwD, out_1hnD, lse_1hn
-                grads = flash(*given, 0.0, causal, scale=scale)
-                first = keys.stop == square.k1
-                for into, grad, fresh in (
-                    (dq_hSD[:, rows], grads[0][0], first),
-                    (dk_gTD[:, keys], grads[1][0], not shared),
-                    (dv_gTD[:, keys], grads[2][0], not shared),
+            for keys, causal in _fused_calls(square):
+                k_1gwD, v_1gwD = _fused_inputs(keys, k_gTD, v_gTD)
+                inputs = do_1hnD, q_1hnD, k_1gwD, v_1gwD, out_1hnD, lse_1hn
+                grads = flash(*inputs, 0.0, causal, scale=scale)
+                first_call = keys.stop == square.k1
+                for target, grad, overwrite in (
+                    (dq_hSD[:, rows], grads[0][0], first_call),
+                    (dk_gTD[:, keys], grads[1][0], not accumulate),
+                    (dv_gTD[:, keys], grads[2][0], not accumulate),
                 ):
-                    into.copy_(grad) if fresh else into.add_(grad)
+                    target.copy_(grad) if overwrite else target.add_(grad)
         lse_hS1 = lse_BHS[b, heads_q, :, None]
         for tile in layout.tiles:
-            q_gmD, do_gmD = work.fold(q_hSD, tile), work.fold(do_hSD, tile)
-            delta_gm1 = (do_gmD * work.fold(out_hSD, tile)).sum(-1, True)
-            lse_gm1 = work.fold(lse_hS1, tile)
+            q_gmD, do_gmD = workspace.fold(q_hSD, tile), workspace.fold(do_hSD, tile)
+            delta_gm1 = (do_gmD * workspace.fold(out_hSD, tile)).sum(-1, True)
+            lse_gm1 = workspace.fold(lse_hS1, tile)
             dq_gmD = torch.zeros_like(q_gmD)
-            for chunk in work.chunks(tile):
-                p_gmw, ds_gmw, pT_gwm, dsT_gwm = work.scores(len(q_gmD), tile, chunk)
-                k_gwD, v_gwD = _gather(k_gTD, chunk), _gather(v_gTD, chunk)
+            for chunk in workspace.chunks(tile):
+                p_gmw, ds_gmw, pT_gwm, dsT_gwm = workspace.scores(len(q_gmD), tile, chunk)
+                k_gwD, v_gwD = _gather_keys(k_gTD, chunk), _gather_keys(v_gTD, chunk)
                 torch.baddbmm(lse_gm1, q_gmD, k_gwD.mT, beta=-LOG2E, alpha=scale * LOG2E, out=p_gmw)
-                work.hide(p_gmw, tile, chunk)
+                workspace.apply_mask(p_gmw, tile, chunk)
                 p_gmw.exp2_()
                 _add_product(dv_gTD, chunk, pT_gwm, do_gmD, 1.0)
                 torch.baddbmm(delta_gm1, do_gmD, v_gwD.mT, beta=-1, out=ds_gmw)
                 ds_gmw.mul_(p_gmw)
                 _add_product(dk_gTD, chunk, dsT_gwm, q_gmD, scale)
                 dq_gmD.baddbmm_(ds_gmw, k_gwD, alpha=scale)
-            work.unfold(dq_gmD, dq_hSD, tile)
-        work.write(dq_hSD, dq[b, :, heads_q])
-        work.write(dk_gTD, dk[b, :, heads_kv])
-        work.write(dv_gTD, dv[b, :, heads_kv])
+            workspace.unfold(dq_gmD, dq_hSD, tile)
+        workspace.write(dq_hSD, dq[b, :, heads_q])
+        workspace.write(dk_gTD, dk[b, :, heads_kv])
+        workspace.write(dv_gTD, dv[b, :, heads_kv])
     return dq, dk, dv
 
 
-class Piece(NamedTuple):
+class KeyRange(NamedTuple):
     """Keys ``[key, key + width)`` of a span."""
 
     span: Span
@@ -156,60 +150,62 @@ class Piece(NamedTuple):
     width: int
 
 
-def _gather(x_gTD: torch.Tensor, chunk: Sequence[Piece]) -> torch.Tensor:
-    """The keys of a chunk, ``[g, w, D]``: a view of one piece, a copy of several.
+def _gather_keys(x_gTD: torch.Tensor, chunk: Sequence[KeyRange]) -> torch.Tensor:
+    """The keys of a chunk, ``[g, w, D]``: a view of a single range, a copy of several.
 
-    A copy costs less than what small matrix products lose against one large one.
+    One large matrix product is faster than several small ones, even with the copy.
     """
     import torch
 
-    parts = [x_gTD.narrow(1, piece.key, piece.width) for piece in chunk]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    ranges = [x_gTD.narrow(1, keys.key, keys.width) for keys in chunk]
+    return ranges[0] if len(ranges) == 1 else torch.cat(ranges, dim=1)
 
 
 def _add_product(
-    into_gTD: torch.Tensor,
-    chunk: Sequence[Piece],
+    x_gTD: torch.Tensor,
+    chunk: Sequence[KeyRange],
     a_gwm: torch.Tensor,
     b_gmD: torch.Tensor,
     scale: float,
 ) -> None:
-    """Add ``scale * a @ b`` to the keys of a chunk."""
+    """Add ``scale * a @ b`` to the keys of a chunk in place."""
     import torch
 
     if len(chunk) == 1:
-        into_gTD.narrow(1, chunk[0].key, chunk[0].width).baddbmm_(a_gwm, b_gmD, alpha=scale)
+        x_gTD.narrow(1, chunk[0].key, chunk[0].width).baddbmm_(a_gwm, b_gmD, alpha=scale)
         return
-    parts = torch.bmm(a_gwm, b_gmD).split([piece.width for piece in chunk], dim=1)
-    for piece, part in zip(chunk, parts, strict=True):
-        into_gTD.narrow(1, piece.key, piece.width).add_(part, alpha=scale)
+    products = torch.bmm(a_gwm, b_gmD).split([keys.width for keys in chunk], dim=1)
+    for keys, product in zip(chunk, products, strict=True):
+        x_gTD.narrow(1, keys.key, keys.width).add_(product, alpha=scale)
 
 
-def _calls(square: Square) -> Iterator[tuple[slice, bool]]:
-    """Keys of each call of the fused kernel that a square takes, and whether it is causal."""
+def _fused_calls(square: Square) -> Iterator[tuple[slice, bool]]:
+    """Keys of each call of the fused kernel for a square, and whether the call is causal."""
     yield slice(square.k0, square.k1), square.causal
-    if square.before < square.k0:
-        yield slice(square.before, square.k0), False
+    if square.prefix < square.k0:
+        yield slice(square.prefix, square.k0), False
 
 
-def _fused(tokens: slice, *of: torch.Tensor) -> list[torch.Tensor]:
-    """Some tokens of each ``[h, S, D]``, contiguous ``[1, h, n, D]``: strides cost the fused kernel
-    a tenth of its speed, and more of it in half precision."""
-    return [x[None, :, tokens].contiguous() for x in of]
+def _fused_inputs(tokens: slice, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    """A range of tokens of each ``[h, S, D]``, contiguous ``[1, h, n, D]``.
+
+    Strided inputs cost the fused kernel a tenth of its speed, more in half precision.
+    """
+    return [x[None, :, tokens].contiguous() for x in tensors]
 
 
-def _empty(like_BSHD: torch.Tensor, zero: Iterable[tuple[int, int]]) -> torch.Tensor:
-    """Contiguous uninitialised memory of that shape, zero in some ranges of tokens."""
+def _empty_with_zeros(like_BSHD: torch.Tensor, gaps: Iterable[tuple[int, int]]) -> torch.Tensor:
+    """Contiguous uninitialised memory of the same shape, zero in some ranges of tokens."""
     import torch
 
-    made = torch.empty_like(like_BSHD, memory_format=torch.contiguous_format)
-    for begin, end in zero:
-        made[:, begin:end] = 0
-    return made
+    empty = torch.empty_like(like_BSHD, memory_format=torch.contiguous_format)
+    for begin, end in gaps:
+        empty[:, begin:end] = 0
+    return empty
 
 
 class _Workspace:
-    """Scratch memory, hiding, and the way between ``[S, H, D]`` tensors and batches of rows."""
+    """Scratch memory, masking, and conversion between ``[S, H, D]`` tensors and rows of tiles."""
 
     def __init__(self, q: torch.Tensor, k: torch.Tensor, layout: Layout) -> None:
         import torch
@@ -217,111 +213,112 @@ class _Workspace:
         self.batch, self.heads_kv, self.group = q.shape[0], k.shape[2], q.shape[2] // k.shape[2]
         self.dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         rows = max((tile.q1 - tile.q0 for tile in layout.tiles), default=0)
-        cells = 1
+        max_scores = 1  # of one head
         for tile in layout.tiles:
             keys = sum(span.k1 - span.k0 for span in tile.spans)
             m = self.group * (tile.q1 - tile.q0)
-            cells = max(cells, m * min(keys, self.most_keys(m)))
-        parts = -(-self.heads_kv * cells // SCORES)
-        self.at_once = -(-self.heads_kv // parts)
+            max_scores = max(max_scores, m * min(keys, self.max_chunk_keys(m)))
+        num_groups = -(-self.heads_kv * max_scores // MAX_SCORES)
+        self.max_heads = -(-self.heads_kv // num_groups)
         longest = max((square.q1 - square.q0 for square in layout.squares), default=0)
-        if longest * q.shape[3] >= LONG:
-            self.at_once = 1
-        self.buffers = torch.empty((2, self.at_once * cells), dtype=self.dtype)
+        if longest * q.shape[3] >= LONG_SQUARE_ELEMENTS:
+            self.max_heads = 1
+        self.buffers = torch.empty((2, self.max_heads * max_scores), dtype=self.dtype)
         self.views: dict[tuple[int, int, int], tuple[torch.Tensor, ...]] = {}
         hidden = torch.full((rows, rows), -math.inf, dtype=self.dtype)
         self.above, self.below = hidden.triu(1), hidden.tril(-1)
 
     @staticmethod
-    def most_keys(rows: int) -> int:
-        """Keys of the largest chunk of a tile with so many rows."""
-        return max(1, CHUNK // rows)
+    def max_chunk_keys(rows: int) -> int:
+        """Maximum keys of a chunk of a tile with so many rows."""
+        return max(1, MAX_HEAD_SCORES // rows)
 
-    def chunks(self, tile: Tile) -> Iterator[list[Piece]]:
-        """The keys of a tile in chunks: wide spans in even pieces, narrow ones together."""
-        most = self.most_keys(self.group * (tile.q1 - tile.q0))
-        chunk: list[Piece] = []
-        free = most
+    def chunks(self, tile: Tile) -> Iterator[list[KeyRange]]:
+        """The keys of a tile in chunks: wide spans are split evenly, narrow ones combined."""
+        max_keys = self.max_chunk_keys(self.group * (tile.q1 - tile.q0))
+        chunk: list[KeyRange] = []
+        free = max_keys
         for span in tile.spans:
             width = span.k1 - span.k0
-            parts = -(-width // most)
-            ends = [span.k0 + width * i // parts for i in range(parts + 1)]
+            splits = -(-width // max_keys)
+            ends = [span.k0 + width * i // splits for i in range(splits + 1)]
             for begin, end in itertools.pairwise(ends):
                 if end - begin > free:
                     yield chunk
-                    chunk, free = [], most
-                chunk.append(Piece(span, begin, end - begin))
+                    chunk, free = [], max_keys
+                chunk.append(KeyRange(span, begin, end - begin))
                 free -= end - begin
         if chunk:
             yield chunk
 
-    def parts(self) -> Iterator[tuple[int, slice, slice]]:
-        """Batch index, query heads and key/value heads of what is worked on together."""
+    def head_groups(self) -> Iterator[tuple[int, slice, slice]]:
+        """Batch index, query heads and key/value heads of each group that is computed together."""
         for b in range(self.batch):
-            for g0 in range(0, self.heads_kv, self.at_once):
-                g1 = min(g0 + self.at_once, self.heads_kv)
+            for g0 in range(0, self.heads_kv, self.max_heads):
+                g1 = min(g0 + self.max_heads, self.heads_kv)
                 yield b, slice(g0 * self.group, g1 * self.group), slice(g0, g1)
 
     def read(self, b: int, heads: slice, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """``[heads, S, D]`` in the working dtype: views where the tensors have it."""
+        """``[heads, S, D]`` in the working dtype: views of tensors that have it."""
         return tuple(x[b, :, heads].to(self.dtype).transpose(0, 1) for x in tensors)
 
-    def write(self, x_hSD: torch.Tensor, to_ShD: torch.Tensor) -> None:
-        """Round what :meth:`read` had to copy."""
-        if x_hSD.dtype != to_ShD.dtype:
-            to_ShD.copy_(x_hSD.transpose(0, 1))
+    def write(self, x_hSD: torch.Tensor, target_ShD: torch.Tensor) -> None:
+        """Round to the target what :meth:`read` converted; views need no copy."""
+        if x_hSD.dtype != target_ShD.dtype:
+            target_ShD.copy_(x_hSD.transpose(0, 1))
 
     def fold(self, x_hSC: torch.Tensor, tile: Tile) -> torch.Tensor:
-        """``[g, m, C]``, the rows of a tile: a view unless heads are grouped."""
+        """The rows of a tile, ``[g, m, C]``: a view unless heads are grouped."""
         x = x_hSC.narrow(1, tile.q0, tile.q1 - tile.q0)
         return x if self.group == 1 else x.reshape(len(x) // self.group, -1, x.shape[-1])
 
-    def unfold(self, x_gmC: torch.Tensor, to_hSC: torch.Tensor, tile: Tile) -> None:
+    def unfold(self, x_gmC: torch.Tensor, target_hSC: torch.Tensor, tile: Tile) -> None:
         """The inverse of :meth:`fold`, into a tensor of any dtype."""
-        to = to_hSC.narrow(1, tile.q0, tile.q1 - tile.q0)
-        to.copy_(x_gmC if self.group == 1 else x_gmC.view(to.shape))
+        target = target_hSC.narrow(1, tile.q0, tile.q1 - tile.q0)
+        target.copy_(x_gmC if self.group == 1 else x_gmC.view(target.shape))
 
-    def scores(self, heads: int, tile: Tile, chunk: Sequence[Piece]) -> tuple[torch.Tensor, ...]:
+    def scores(self, heads: int, tile: Tile, chunk: Sequence[KeyRange]) -> tuple[torch.Tensor, ...]:
         """Two uninitialised ``[g, m, w]`` and their transposes, always in the same memory."""
-        keys = sum(piece.width for piece in chunk)
-        shape = (heads, (tile.q1 - tile.q0) * self.group, keys)
+        width = sum(keys.width for keys in chunk)
+        shape = (heads, (tile.q1 - tile.q0) * self.group, width)
         if shape not in self.views:
             pair = [x[: math.prod(shape)].view(shape) for x in self.buffers]
             self.views[shape] = (*pair, *(x.mT for x in pair))
         return self.views[shape]
 
-    def hide(self, s_gmw: torch.Tensor, tile: Tile, chunk: Sequence[Piece]) -> None:
-        """Set the scores of pairs that do not see each other to -inf."""
+    def apply_mask(self, s_gmw: torch.Tensor, tile: Tile, chunk: Sequence[KeyRange]) -> None:
+        """Set the scores of hidden pairs to -inf."""
         first = 0
-        for piece in chunk:
-            if piece.span.fixes:
-                self._hide(s_gmw.narrow(2, first, piece.width), tile, piece)
-            first += piece.width
+        for keys in chunk:
+            if keys.span.hidden:
+                self._apply_regions(s_gmw.narrow(2, first, keys.width), tile, keys)
+            first += keys.width
 
-    def _hide(self, s_gmw: torch.Tensor, tile: Tile, piece: Piece) -> None:
+    def _apply_regions(self, s_gmw: torch.Tensor, tile: Tile, keys: KeyRange) -> None:
         rows = tile.q1 - tile.q0
-        span, key, count = piece
-        for fix in span.fixes:
-            k0, k1 = max(fix.k0, key), min(fix.k1, key + count)
+        span, key, width = keys
+        for region in span.hidden:
+            k0, k1 = max(region.k0, key), min(region.k1, key + width)
             if k0 >= k1:
                 continue
-            if fix.kind == OUTSIDE:
-                hidden = s_gmw.new_tensor(_outside(tile, fix, k0, k1))
+            if region.kind == OUTSIDE:
+                bias = s_gmw.new_tensor(_outside_bias(tile, region, k0, k1))
             else:
                 # Column y of a triangle is key y + q0 + offset.
-                triangle, y = self.above if fix.kind == ABOVE else self.below, tile.q0 + fix.offset
-                hidden = triangle[:rows, k0 - y : k1 - y]
-            part = s_gmw if self.group == 1 else s_gmw.view(-1, rows, count)
-            part.narrow(2, k0 - key, k1 - k0).add_(hidden)
+                triangle = self.above if region.kind == ABOVE else self.below
+                y = tile.q0 + region.offset
+                bias = triangle[:rows, k0 - y : k1 - y]
+            scores = s_gmw if self.group == 1 else s_gmw.view(-1, rows, width)
+            scores.narrow(2, k0 - key, k1 - k0).add_(bias)
 
 
-def _outside(tile: Tile, fix: Fix, k0: int, k1: int) -> npt.NDArray[np.float32]:
-    """``[n, k1 - k0]``: 0 in the pieces of a fix, -inf elsewhere."""
-    hidden = np.full((tile.q1 - tile.q0, k1 - k0), -np.inf, dtype=np.float32)
-    for q0, q1, x0, x1, lo, hi in fix.pieces:
+def _outside_bias(tile: Tile, region: HiddenRegion, k0: int, k1: int) -> npt.NDArray[np.float32]:
+    """``[n, k1 - k0]``: 0 in the strips of a region, -inf elsewhere."""
+    bias = np.full((tile.q1 - tile.q0, k1 - k0), -np.inf, dtype=np.float32)
+    for q0, q1, x0, x1, lo, hi in region.strips:
         x0, x1 = max(x0, k0), min(x1, k1)
         if x0 < x1:
             offset = np.arange(x0, x1) - np.arange(q0, q1)[:, None]
-            view = hidden[q0 - tile.q0 : q1 - tile.q0, x0 - k0 : x1 - k0]
+            view = bias[q0 - tile.q0 : q1 - tile.q0, x0 - k0 : x1 - k0]
             view[(offset >= lo) & (offset <= hi)] = 0
-    return hidden
+    return bias

@@ -19,8 +19,7 @@ from cpbench.masks.attn_mask import Q0, Q1, AttnMask, canonical
 from cpbench.parallel.bound_operator import merge
 
 if TYPE_CHECKING:
-    import torch
-
+    from cpbench.core.operator import QKV, BackwardInputs, Gradients, OutLse
     from cpbench.core.problem import Problem
 
 
@@ -75,12 +74,11 @@ def calls(mask: AttnMask) -> tuple[Call, ...]:
     return tuple(found)
 
 
-def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: tuple[Call, ...], scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(qkv: QKV, plan: tuple[Call, ...], scale: float) -> OutLse:
     """Attention over all calls, merged by log-sum-exp in float32."""
     import torch
 
+    q, k, v = qkv
     B, S, H, _ = q.shape
     out_BSHD = torch.zeros_like(q, dtype=torch.float32, memory_format=torch.contiguous_format)
     lse_BHS = q.new_full((B, H, S), -torch.inf, dtype=torch.float32)
@@ -94,19 +92,11 @@ def forward(
     return out_BSHD.to(q.dtype), lse_BHS
 
 
-def backward(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    plan: tuple[Call, ...],
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def backward(x: BackwardInputs, plan: tuple[Call, ...], scale: float) -> Gradients:
     """Gradients of all calls, added in float32; out and lse are of the whole row."""
     import torch
 
+    dout, q, k, v, out, lse = x
     dq, dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v))
     # exp(scores - inf) is 0: rows that see nothing contribute nothing.
     lse_BHS = lse.masked_fill(lse == -torch.inf, torch.inf)

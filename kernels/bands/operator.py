@@ -10,17 +10,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cpbench.core.operator import QKV, BackwardInputs
 from cpbench.core.registry import ANY_MASK, OperatorInfo
 from cpbench.kernels.bands import cpu, cuda
 from cpbench.kernels.bands.plan import Layout, layout
 from cpbench.masks.attn_mask import AttnMask
-from cpbench.masks.head_masks import distinct
+from cpbench.masks.head_masks import distinct_masks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import torch
 
+    from cpbench.core.operator import Gradients, OutLse
     from cpbench.core.problem import Problem
     from cpbench.masks.head_masks import SlicedMask
 
@@ -63,50 +65,39 @@ class Bands:
             assert isinstance(mask, AttnMask)
             return Plan(problem.softmax_scale, calls=cuda.calls(mask))
         group = problem.group if isinstance(mask, AttnMask) else 1
-        layouts = tuple(layout(one, group, self.tile) for one in distinct(mask))
+        layouts = tuple(layout(one, group, self.tile) for one in distinct_masks(mask))
         return Plan(problem.softmax_scale, layouts)
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, qkv: QKV, plan: Plan) -> OutLse:
         import torch
 
+        q, k, v = qkv
         if not plan.layouts:
-            return cuda.forward(q, k, v, plan.calls, plan.scale)
+            return cuda.forward(qkv, plan.calls, plan.scale)
         if len(plan.layouts) == 1:
-            return cpu.forward(q, k, v, plan.layouts[0], plan.scale)
+            return cpu.forward(qkv, plan.layouts[0], plan.scale)
         out, lse = torch.empty_like(q), q.new_empty(_lse_shape(q), dtype=torch.float32)
         for one, (h, g) in zip(plan.layouts, _heads(q, k), strict=True):
-            found = cpu.forward(q[:, :, h], k[:, :, g], v[:, :, g], one, plan.scale)
-            out[:, :, h], lse[:, h] = found
+            of_head = QKV(q[:, :, h], k[:, :, g], v[:, :, g])
+            out[:, :, h], lse[:, h] = cpu.forward(of_head, one, plan.scale)
         return out, lse
 
-    def backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        plan: Plan,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(self, x: BackwardInputs, plan: Plan) -> Gradients:
         import torch
 
+        dout, q, k, v, out, lse = x
         if not plan.layouts:
-            return cuda.backward(dout, q, k, v, out, lse, plan.calls, plan.scale)
+            return cuda.backward(x, plan.calls, plan.scale)
         if len(plan.layouts) == 1:
-            return cpu.backward(dout, q, k, v, out, lse, plan.layouts[0], plan.scale)
+            return cpu.backward(x, plan.layouts[0], plan.scale)
         dq = torch.empty_like(q)
         # float32, as query heads of a group add to one key/value head.
-        dk, dv = (
-            torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k, v)
-        )
+        work = torch.promote_types(k.dtype, torch.float32)
+        dk, dv = torch.zeros_like(k, dtype=work), torch.zeros_like(v, dtype=work)
         for one, (h, g) in zip(plan.layouts, _heads(q, k), strict=True):
-            of_queries = (x[:, :, h] for x in (dout, q, out))
-            do_h, q_h, out_h = of_queries
-            given = do_h, q_h, k[:, :, g], v[:, :, g], out_h, lse[:, h]
-            dq[:, :, h], dk_h, dv_h = cpu.backward(*given, one, plan.scale)
+            dout_h, q_h, out_h = (of_queries[:, :, h] for of_queries in (dout, q, out))
+            of_head = BackwardInputs(dout_h, q_h, k[:, :, g], v[:, :, g], out_h, lse[:, h])
+            dq[:, :, h], dk_h, dv_h = cpu.backward(of_head, one, plan.scale)
             dk[:, :, g] += dk_h
             dv[:, :, g] += dv_h
         return dq, dk.to(k.dtype), dv.to(v.dtype)

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cpbench.core.operator import QKV, BackwardInputs, nothing_visible, zero_gradients
 from cpbench.masks.convert import Int32Array
 from cpbench.masks.convert_library import UNBOUNDED, Unconvertible, to_varlen
 
 if TYPE_CHECKING:
     import torch
 
+    from cpbench.core.operator import Gradients, OutLse
     from cpbench.core.problem import Problem
     from cpbench.masks.attn_mask import AttnMask
     from cpbench.masks.head_masks import SlicedMask
@@ -133,58 +135,34 @@ class Adapter(ABC):
         """
         return None
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Any
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, qkv: QKV, plan: Any) -> OutLse:
         import torch
 
         if plan.empty:
-            b, s, h, _ = q.shape
-            lse = torch.full((b, h, s), -torch.inf, dtype=torch.float32, device=q.device)
-            return torch.zeros_like(q), lse
+            return nothing_visible(qkv.q)
         with torch.no_grad():  # gradients come from ``backward`` alone
-            out, lse = self._forward(q, k, v, plan)
+            out, lse = self._forward(qkv, plan)
         if plan.blind is not None:
             lse = lse.masked_fill(plan.blind, -torch.inf)
         return _zeroed(out, plan.blind), lse
 
-    def backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        plan: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(self, x: BackwardInputs, plan: Any) -> Gradients:
         import torch
 
         if plan.empty:
-            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+            return zero_gradients(x.qkv)
         # exp(score - lse) must be 0, not NaN, on rows that see nothing.
-        lse = lse.masked_fill(lse == -torch.inf, torch.inf).contiguous()
+        lse = x.lse.masked_fill(x.lse == -torch.inf, torch.inf).contiguous()
         with torch.no_grad():
-            dq, dk, dv = self._backward(dout, q, k, v, out, lse, plan)
+            dq, dk, dv = self._backward(x._replace(lse=lse), plan)
         return _zeroed(dq, plan.blind), dk, dv
 
     @abstractmethod
-    def _forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _forward(self, qkv: QKV, plan: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """out ``[B, S, H, D]`` in the dtype of q and lse ``[B, H, S]``; rows that see nothing may
         hold anything."""
 
-    def _backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        plan: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _backward(self, x: BackwardInputs, plan: Any) -> Gradients:
         """dq, dk, dv; lse is inf where -inf came in."""
         raise NotImplementedError(f"{self.name} has no backward pass")
 
@@ -251,6 +229,41 @@ def _repeated(cu_seqlens: Int32Array, batch: int, device: str) -> torch.Tensor:
     starts = cu_seqlens[:-1] + cu_seqlens[-1] * np.arange(batch)[:, None]
     cu = np.append(starts, cu_seqlens[-1] * batch).astype(np.int32)
     return torch.as_tensor(cu, device=device)
+
+
+class PackedAdapter(Adapter):
+    """An adapter to a library with calls of fixed length and, for documents, of variable length.
+
+    A subclass makes the one call or the other, by ``plan.documents``, in ``call_forward`` and
+    ``call_backward``; of variable length, tensors are ``[N, H, D]`` and the lse ``[H, N]``.
+    """
+
+    def prepare(self, mask: AttnMask, problem: Problem, device: str) -> Packed:
+        return packed(mask, problem, device)
+
+    @abstractmethod
+    def call_forward(self, qkv: QKV, plan: Packed) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return out and lse."""
+
+    @abstractmethod
+    def call_backward(self, x: BackwardInputs, gradients: list[torch.Tensor], plan: Packed) -> None:
+        """Write dq, dk, dv into ``gradients``."""
+
+    def _forward(self, qkv: QKV, plan: Packed) -> tuple[torch.Tensor, torch.Tensor]:
+        if plan.documents == 1:
+            return self.call_forward(qkv, plan)
+        out, lse = self.call_forward(QKV(*map(flat, qkv)), plan)
+        batch = len(qkv.q)
+        return unflat(out, batch), unflat_lse(lse, batch)
+
+    def _backward(self, x: BackwardInputs, plan: Packed) -> Gradients:
+        gradients = dq, dk, dv = buffers(*x.qkv)
+        if plan.documents > 1:
+            dout, q, k, v, out = map(flat, x[:-1])
+            x = BackwardInputs(dout, q, k, v, out, flat_lse(x.lse))
+            gradients = [grad.flatten(0, 1) for grad in gradients]  # views
+        self.call_backward(x, gradients, plan)
+        return dq, dk, dv
 
 
 def flat(x_BSHD: torch.Tensor) -> torch.Tensor:

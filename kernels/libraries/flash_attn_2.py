@@ -17,21 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 from cpbench.core.registry import OperatorInfo
 from cpbench.kernels.libraries.adapter import (
-    Adapter,
     Limits,
     Packed,
-    buffers,
-    flat,
-    flat_lse,
-    packed,
-    unflat,
-    unflat_lse,
+    PackedAdapter,
 )
 from cpbench.masks.convert_library import UNBOUNDED, to_varlen
 
 if TYPE_CHECKING:
     import torch
 
+    from cpbench.core.operator import QKV, BackwardInputs
     from cpbench.core.problem import Problem
     from cpbench.masks.attn_mask import AttnMask
 
@@ -51,60 +46,41 @@ OPERATORS = (
 )
 
 
-class FlashAttn2(Adapter):
+class FlashAttn2(PackedAdapter):
     """The operator; see ``cpbench.core.operator.Operator`` for shapes."""
 
     name = "flash_attn.2"
     limits = Limits(least=(8, 0), multiple=8, head_dim=256)
 
     def refusal(self, problem: Problem, mask: AttnMask) -> str | None:
-        found = to_varlen(mask)
+        varlen = to_varlen(mask)
         # It takes a bound of as many tokens as there are keys for none, and none beside a bound
         # behind for that many: wrong where documents have more queries than keys.
-        lost = found.right >= found.max_k
-        invented = found.right == UNBOUNDED and 0 <= found.left < found.max_k < found.max_q - 1
+        lost = varlen.right >= varlen.max_k
+        invented = varlen.right == UNBOUNDED and 0 <= varlen.left < varlen.max_k < varlen.max_q - 1
         if lost or invented:
             return (
-                f"mistakes how far ahead this window reaches: it has {found.max_q} queries and "
-                f"only {found.max_k} keys"
+                f"mistakes how far ahead this window reaches: it has {varlen.max_q} queries and "
+                f"only {varlen.max_k} keys"
             )
         return None
 
-    def prepare(self, mask: AttnMask, problem: Problem, device: str) -> Packed:
-        return packed(mask, problem, device)
-
-    def _forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Packed
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def call_forward(self, qkv: QKV, plan: Packed) -> tuple[torch.Tensor, torch.Tensor]:
         api = importlib.import_module("flash_attn.flash_attn_interface")
         if plan.documents == 1:
-            out, lse, _, _ = api._flash_attn_forward(q, k, v, **_shared(plan), return_softmax=False)
-            return out, lse
-        out, lse, _, _ = api._flash_attn_varlen_forward(
-            flat(q), flat(k), flat(v), **_lengths(plan), **_shared(plan)
-        )
-        return unflat(out, len(q)), unflat_lse(lse, len(q))
+            result = api._flash_attn_forward(*qkv, **_shared(plan), return_softmax=False)
+        else:
+            result = api._flash_attn_varlen_forward(*qkv, **_lengths(plan), **_shared(plan))
+        out, lse, _, _ = result
+        return out, lse
 
-    def _backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        plan: Packed,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def call_backward(self, x: BackwardInputs, gradients: list[torch.Tensor], plan: Packed) -> None:
         api = importlib.import_module("flash_attn.flash_attn_interface")
         shared = {**_shared(plan), "deterministic": False}
-        dq, dk, dv = buffers(q, k, v)
         if plan.documents == 1:
-            api._flash_attn_backward(dout, q, k, v, out, lse, dq, dk, dv, **shared)
-            return dq, dk, dv
-        given = (flat(x) for x in (dout, q, k, v, out))
-        into = (x.flatten(0, 1) for x in (dq, dk, dv))  # views
-        api._flash_attn_varlen_backward(*given, flat_lse(lse), *into, **_lengths(plan), **shared)
-        return dq, dk, dv
+            api._flash_attn_backward(*x, *gradients, **shared)
+        else:
+            api._flash_attn_varlen_backward(*x, *gradients, **_lengths(plan), **shared)
 
 
 def _lengths(plan: Packed) -> dict[str, Any]:

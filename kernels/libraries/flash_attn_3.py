@@ -20,21 +20,16 @@ from typing import TYPE_CHECKING, Any
 
 from cpbench.core.registry import OperatorInfo
 from cpbench.kernels.libraries.adapter import (
-    Adapter,
     Limits,
     Packed,
-    buffers,
-    flat,
-    flat_lse,
-    packed,
-    unflat,
-    unflat_lse,
+    PackedAdapter,
 )
 from cpbench.masks.convert_library import to_varlen
 
 if TYPE_CHECKING:
     import torch
 
+    from cpbench.core.operator import QKV, BackwardInputs
     from cpbench.core.problem import Problem
     from cpbench.masks.attn_mask import AttnMask
 
@@ -54,7 +49,7 @@ OPERATORS = (
 )
 
 
-class FlashAttn3(Adapter):
+class FlashAttn3(PackedAdapter):
     """The operator; see ``cpbench.core.operator.Operator`` for shapes."""
 
     name = "flash_attn.3"
@@ -64,48 +59,27 @@ class FlashAttn3(Adapter):
         to_varlen(mask)
         return None
 
-    def prepare(self, mask: AttnMask, problem: Problem, device: str) -> Packed:
-        return packed(mask, problem, device)
-
-    def _forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Packed
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def call_forward(self, qkv: QKV, plan: Packed) -> tuple[torch.Tensor, torch.Tensor]:
         api = importlib.import_module("flash_attn_interface")
-        several = plan.documents > 1
-        given = {"q": q, "k": k, "v": v}
-        if several:
-            given = {name: flat(x) for name, x in given.items()}
-        out, lse, *_ = _call(api._flash_attn_forward, plan, "causal", given)
-        return (unflat(out, len(q)), unflat_lse(lse, len(q))) if several else (out, lse)
+        out, lse, *_ = _call(api._flash_attn_forward, plan, "causal", qkv._asdict())
+        return out, lse
 
-    def _backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        plan: Packed,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def call_backward(self, x: BackwardInputs, gradients: list[torch.Tensor], plan: Packed) -> None:
         api = importlib.import_module("flash_attn_interface")
-        dq, dk, dv = buffers(q, k, v)
-        given = {"dout": dout, "q": q, "k": k, "v": v, "out": out, "dq": dq, "dk": dk, "dv": dv}
-        if plan.documents > 1:  # of the buffers these are views
-            given, lse = {name: flat(x) for name, x in given.items()}, flat_lse(lse)
-        _call(api._flash_attn_backward, plan, "is_causal", {**given, "softmax_lse": lse})
-        return dq, dk, dv
+        tensors = {**x._asdict(), **dict(zip(("dq", "dk", "dv"), gradients, strict=True))}
+        tensors["softmax_lse"] = tensors.pop("lse")
+        _call(api._flash_attn_backward, plan, "is_causal", tensors)
 
 
 def _call(
-    function: Callable[..., Any], plan: Packed, causal: str, given: dict[str, torch.Tensor]
+    function: Callable[..., Any], plan: Packed, causal: str, tensors: dict[str, torch.Tensor]
 ) -> Any:
     """One of the pair, whichever of the two APIs it is of.
 
     Args:
         causal: what main's function calls the flag.
     """
-    arguments: dict[str, Any] = {**given, "softmax_scale": plan.scale}
+    arguments: dict[str, Any] = {**tensors, "softmax_scale": plan.scale}
     if plan.documents > 1:
         arguments |= {
             "cu_seqlens_q": plan.cu_q,

@@ -35,13 +35,14 @@ from cpbench.kernels.libraries.adapter import (
 from cpbench.kernels.libraries.flashinfer_partition import Partition, of_heads, rectangles
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.convert_library import Unconvertible, to_bsr, to_varlen
-from cpbench.masks.head_masks import HeadMasks, distinct
+from cpbench.masks.head_masks import HeadMasks, distinct_masks
 from cpbench.masks.tiling import tiles
 from cpbench.selectors.common.selection import Blocks
 
 if TYPE_CHECKING:
     import torch
 
+    from cpbench.core.operator import QKV
     from cpbench.core.problem import Problem
     from cpbench.masks.head_masks import SlicedMask
 
@@ -130,9 +131,8 @@ class Dense(_Prefill):
         )
         return Wrapped(**known, wrapper=wrapper)
 
-    def _forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Wrapped
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _forward(self, qkv: QKV, plan: Wrapped) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k, v = qkv
         out, lse_NH = plan.wrapper.run(flat(q), flat(k), flat(v), return_lse=True)
         return unflat(out, len(q)), unflat_lse(lse_NH.T, len(q)) * LN2
 
@@ -190,11 +190,10 @@ class BlockSparse(_Prefill):
         )
         return Wrapped(**known, wrapper=wrapper)
 
-    def _forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Wrapped
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _forward(self, qkv: QKV, plan: Wrapped) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
 
+        q, k, v = qkv
         each = [
             plan.wrapper.run(*(x[b].contiguous() for x in (q, k, v)), return_lse=True)
             for b in range(len(q))
@@ -214,7 +213,7 @@ class Variable(_Prefill):
 
     def refusal(self, problem: Problem, mask: SlicedMask) -> str | None:
         within = isinstance(mask, AttnMask)  # within which a selector is to choose
-        whole = mask.kind == "full" if within else rectangles(distinct(mask))
+        whole = mask.kind == "full" if within else rectangles(distinct_masks(mask))
         if not whole:
             return (
                 "computes blocks that are entirely visible, and this mask cuts some of them (a "
@@ -255,9 +254,8 @@ class Variable(_Prefill):
             repeat=problem.group // every,
         )
 
-    def _forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Wrapped
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _forward(self, qkv: QKV, plan: Wrapped) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k, v = qkv
         k, v = (x.repeat_interleave(plan.repeat, 2) for x in (k, v))
         given = (x.transpose(1, 2).flatten(0, 1).contiguous() for x in (q, k, v))  # [B * H, S, D]
         out, lse = plan.wrapper.run(*given, return_lse=True)
@@ -284,13 +282,13 @@ def _chosen(chosen: Blocks) -> Partition:
             "flashinfer.variable takes blocks alone; this selection has columns beside them"
         )
     kept = chosen.kept & chosen.grid.allowed
-    if bool((kept & ~chosen.grid.whole).any()):
+    if bool((kept & ~chosen.grid.full).any()):
         raise Unsupported(
             "flashinfer.variable computes blocks that are entirely visible, and the mask cuts some "
             "of those chosen (a causal one does)"
         )
     rows, cols = (
-        x.to(torch.int32).expand(chosen.heads, -1).contiguous() for x in chosen.grid.extents
+        x.to(torch.int32).expand(chosen.heads, -1).contiguous() for x in chosen.grid.block_lengths
     )
     return Partition(kept, rows, cols)
 

@@ -23,6 +23,7 @@ from cpbench.masks.convert_library import to_flashmask
 if TYPE_CHECKING:
     import torch
 
+    from cpbench.core.operator import QKV, BackwardInputs, Gradients
     from cpbench.core.problem import Problem
     from cpbench.masks.attn_mask import AttnMask
 
@@ -72,9 +73,8 @@ class FlashMask(Adapter):
             causal=found.causal,
         )
 
-    def _forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Columns
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _forward(self, qkv: QKV, plan: Columns) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k, v = qkv
         out, lse = _api().flashmask_attention(
             q,
             k,
@@ -86,16 +86,8 @@ class FlashMask(Adapter):
         )
         return out, lse
 
-    def _backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        plan: Columns,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _backward(self, x: BackwardInputs, plan: Columns) -> Gradients:
+        dout, q, k, v, out, lse = x
         dq, dk, dv = _api().flashmask_cuda.bwd(
             dout=dout.contiguous(),
             q=q,

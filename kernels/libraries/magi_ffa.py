@@ -27,6 +27,7 @@ from cpbench.masks.convert import to_typed_slices
 if TYPE_CHECKING:
     import torch
 
+    from cpbench.core.operator import QKV, BackwardInputs, Gradients
     from cpbench.core.problem import Problem
     from cpbench.masks.attn_mask import AttnMask
 
@@ -82,9 +83,8 @@ class MagiFfa(Adapter):
         )
         return Ranges(**about(mask, problem, device), q=ranges_q, k=ranges_k, types=types)
 
-    def _forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Ranges
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _forward(self, qkv: QKV, plan: Ranges) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k, v = qkv
         out, meta = _api().flex_flash_attn_func(
             flat(q),
             flat(k),
@@ -96,18 +96,10 @@ class MagiFfa(Adapter):
         )
         return unflat(out, len(q)), unflat(meta.lse, len(q)).transpose(1, 2)
 
-    def _backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        plan: Ranges,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _backward(self, x: BackwardInputs, plan: Ranges) -> Gradients:
         import torch
 
+        dout, q, k, v, out, lse = x
         grads = _api()._flex_flash_attn_backward(
             dout=flat(dout),
             q=flat(q),

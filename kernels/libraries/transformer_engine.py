@@ -24,6 +24,7 @@ from cpbench.masks.convert_library import to_varlen
 if TYPE_CHECKING:
     import torch
 
+    from cpbench.core.operator import QKV, BackwardInputs, Gradients
     from cpbench.core.problem import Problem
     from cpbench.masks.attn_mask import AttnMask
 
@@ -71,9 +72,8 @@ class TransformerEngine(Adapter):
     def prepare(self, mask: AttnMask, problem: Problem, device: str) -> Packed:
         return packed(mask, problem, device)
 
-    def _forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Packed
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _forward(self, qkv: QKV, plan: Packed) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k, v = qkv
         api = _api()
         B, S = q.shape[:2]
         several = plan.documents > 1
@@ -92,18 +92,10 @@ class TransformerEngine(Adapter):
             )
         return unflat(out, B), stats[..., 0].unflatten(0, (B, S)).transpose(1, 2)
 
-    def _backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        plan: Packed,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _backward(self, x: BackwardInputs, plan: Packed) -> Gradients:
         import torch
 
+        dout, q, k, v, out, lse = x
         api = _api()
         several = plan.documents > 1
         given = [flat(x) if several else x.contiguous() for x in (q, k, v, out, dout)]

@@ -26,13 +26,14 @@ from cpbench.core.operator import Unsupported
 from cpbench.core.registry import OperatorInfo
 from cpbench.kernels.libraries import adapter
 from cpbench.kernels.libraries.adapter import LN2, Adapter, Limits, Plan
-from cpbench.masks.head_masks import HeadMasks, distinct
+from cpbench.masks.head_masks import HeadMasks, distinct_masks
 from cpbench.masks.tiling import tiles
 from cpbench.selectors.common.selection import Blocks
 
 if TYPE_CHECKING:
     import torch
 
+    from cpbench.core.operator import QKV, BackwardInputs, Gradients
     from cpbench.core.problem import Problem
     from cpbench.masks.attn_mask import AttnMask
     from cpbench.masks.head_masks import SlicedMask
@@ -124,11 +125,10 @@ class VsaKernel(Adapter):
             sm90=self._backend == "sm90" or hopper,
         )
 
-    def _forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Lists
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _forward(self, qkv: QKV, plan: Lists) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
 
+        q, k, v = qkv
         api = _api()
         given = _padded(q, k, v, heads=q.shape[2])
         if plan.sm90:
@@ -144,18 +144,10 @@ class VsaKernel(Adapter):
         S = q.shape[1]
         return out[:, :, :S].transpose(1, 2), lse[..., :S]
 
-    def _backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        plan: Lists,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _backward(self, x: BackwardInputs, plan: Lists) -> Gradients:
         import torch
 
+        dout, q, k, v, out, lse = x
         api = _api()
         S, T, heads_kv = q.shape[1], k.shape[1], k.shape[2]
         # Queries that see nothing have a block of keys listed: nothing may come of it.
@@ -198,7 +190,7 @@ def _of(plan: Lists, b: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def _whole(mask: SlicedMask) -> bool:
     """Whether every block with anything to see is entirely visible."""
-    return all(bool(tiles(one, BLOCK, BLOCK).run_full.all()) for one in distinct(mask))
+    return all(bool(tiles(one, BLOCK, BLOCK).run_full.all()) for one in distinct_masks(mask))
 
 
 def _partial() -> str:

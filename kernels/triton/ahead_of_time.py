@@ -7,7 +7,7 @@ from typing import Any
 from cpbench.core.kernel_launch import Launch
 from cpbench.core.problem import DTYPE_BYTES
 from cpbench.kernels.triton import configs
-from cpbench.kernels.triton.configs import Config, lanes
+from cpbench.kernels.triton.configs import Config, padded_head_dim
 from cpbench.kernels.triton.launch import MERGED_ROWS, TERM_ROWS, kernels, precision
 from cpbench.kernels.triton.plan import Lists
 
@@ -46,8 +46,9 @@ def launches(
         precise = precision(dtype == "float32", target.startswith("cuda"))
         everything: dict[str, Any] = {
             "GROUP": 4, "PER_HEAD": per_head, "LISTED": per_head, "M": used.rows, "N": used.cols,
-            "D": lanes(head_dim), "LANES": head_dim, "PRECISION": precise, "ROWS": MERGED_ROWS,
-            "DESCRIPTORS": bool(used.descriptors), "STAGES": used.num_stages, "SPLIT": split,
+            "D": padded_head_dim(head_dim), "HEAD_DIM": head_dim, "PRECISION": precise,
+            "ROWS": MERGED_ROWS, "DESCRIPTORS": bool(used.descriptors), "STAGES": used.num_stages,
+            "SPLIT": split,
         }  # fmt: skip
         constants = {key: value for key, value in everything.items() if key in arguments}
         types = {}

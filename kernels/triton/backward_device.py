@@ -8,7 +8,7 @@ and lse may be those of a larger computation.
 
 Source: FlashAttention-2 (Dao 2023, arXiv 2307.08691).
 
-Legend: M rows and N columns of a tile of scores, D lanes of a head (padded).
+Legend: M rows and N columns of a tile of scores, D head dimension, padded to a power of two.
 """
 
 import triton
@@ -17,7 +17,9 @@ from cpbench.kernels.triton.tiles_device import (
     LOG2E,
     hide,
     item,
+    kv_sources,
     load_tile,
+    program,
     read,
     source_of,
     store,
@@ -28,7 +30,7 @@ from cpbench.kernels.triton.tiles_device import (
 @triton.jit
 def row_terms(
     Out, DOut, Lse, Delta, Lse2, o_b, o_s, o_h, do_b, do_s, do_h, batch_heads, heads, seq_q,
-    M: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr,
+    M: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """``Delta``, sum(dout * out), and ``Lse2``, the lse in base 2 with +inf for rows that see
     nothing, so that every exp2(score - lse) of theirs is 0."""
@@ -36,8 +38,10 @@ def row_terms(
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
     start = tl.program_id(0) // batch_heads * M
     rows = start + tl.arange(0, M)
-    o = load_tile(Out + b * o_b + h * o_h, o_s, start, seq_q, M, D, LANES, True).to(tl.float32)
-    do = load_tile(DOut + b * do_b + h * do_h, do_s, start, seq_q, M, D, LANES, True).to(tl.float32)
+    o = load_tile(Out + b * o_b + h * o_h, o_s, start, seq_q, M, D, HEAD_DIM, True).to(tl.float32)
+    do = load_tile(DOut + b * do_b + h * do_h, do_s, start, seq_q, M, D, HEAD_DIM, True).to(
+        tl.float32
+    )
     at = bh.to(tl.int64) * seq_q + rows
     lse = tl.load(Lse + at, mask=rows < seq_q, other=float("-inf"))
     tl.store(Delta + at, tl.sum(o * do, 1), mask=rows < seq_q)
@@ -48,11 +52,11 @@ def row_terms(
 @triton.jit
 def _add_dq(q, do, lse, delta, k_source, v_source, k_stride, v_stride, col, seq_k, dq, scale,
             rows, pieces, layers, first, last, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
-            LANES: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+            HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
             PARTIAL: tl.constexpr):  # fmt: skip
     start = col * N
-    k = read(k_source, k_stride, start, seq_k, N, D, LANES, PARTIAL, DESCRIPTORS)
-    v = read(v_source, v_stride, start, seq_k, N, D, LANES, PARTIAL, DESCRIPTORS)
+    k = read(k_source, k_stride, start, seq_k, N, D, HEAD_DIM, PARTIAL, DESCRIPTORS)
+    v = read(v_source, v_stride, start, seq_k, N, D, HEAD_DIM, PARTIAL, DESCRIPTORS)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     if PARTIAL:
         s = hide(s, rows, start, pieces, layers, first, last, M, N)
@@ -68,23 +72,20 @@ def backward_dq(
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, do_b, do_s, do_h, dq_b, dq_s, dq_h,
     batch_heads, heads, num_items, seq_q, seq_k, scale,
     GROUP: tl.constexpr, PER_HEAD: tl.constexpr, LISTED: tl.constexpr, SPLIT: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
     PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dq of one item; of a split row into its slot of ``Part``."""
-    pid = tl.program_id(0)
-    bh = pid % batch_heads
-    plan = bh if PER_HEAD else 0
-    number = tl.load(order + plan * num_items + pid // batch_heads)
-    row, run0, run1, part0, part1, slot = item(items, plan, num_items, number)
-    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
-    k_at, v_at = K + b * k_b + (h // GROUP) * k_h, V + b * v_b + (h // GROUP) * v_h
-    k_source = source_of(k_at, k_s, seq_k, N, D, LANES, DESCRIPTORS)
-    v_source = source_of(v_at, v_s, seq_k, N, D, LANES, DESCRIPTORS)
+    bh, b, h, row, run0, run1, part0, part1, slot = program(
+        items, order, num_items, batch_heads, heads, PER_HEAD
+    )
+    k_source, v_source = kv_sources(
+        K, V, b, h // GROUP, k_b, k_s, k_h, v_b, v_s, v_h, seq_k, N, D, HEAD_DIM, DESCRIPTORS
+    )
     start = row * M
     rows = start + tl.arange(0, M)
-    q = load_tile(Q + b * q_b + h * q_h, q_s, start, seq_q, M, D, LANES, True)
-    do = load_tile(DOut + b * do_b + h * do_h, do_s, start, seq_q, M, D, LANES, True)
+    q = load_tile(Q + b * q_b + h * q_h, q_s, start, seq_q, M, D, HEAD_DIM, True)
+    do = load_tile(DOut + b * do_b + h * do_h, do_s, start, seq_q, M, D, HEAD_DIM, True)
     at = bh.to(tl.int64) * seq_q + rows
     lse = tl.load(Lse2 + at, mask=rows < seq_q, other=float("inf"))
     delta = tl.load(Delta + at, mask=rows < seq_q, other=0.0)
@@ -95,7 +96,7 @@ def backward_dq(
             dq = _add_dq(
                 q, do, lse, delta, k_source, v_source, k_s, v_s, tl.load(runs + t), seq_k, dq,
                 scale2, rows, pieces, layers, 0, 0,
-                M, N, D, LANES, PRECISION, DESCRIPTORS, False,
+                M, N, D, HEAD_DIM, PRECISION, DESCRIPTORS, False,
             )  # fmt: skip
     else:
         for r in range(run0, run1):
@@ -104,26 +105,26 @@ def backward_dq(
             for col in tl.range(begin, end, num_stages=STAGES):
                 dq = _add_dq(
                     q, do, lse, delta, k_source, v_source, k_s, v_s, col, seq_k, dq, scale2,
-                    rows, pieces, layers, 0, 0, M, N, D, LANES, PRECISION, DESCRIPTORS, False,
+                    rows, pieces, layers, 0, 0, M, N, D, HEAD_DIM, PRECISION, DESCRIPTORS, False,
                 )  # fmt: skip
     for t in tl.range(part0, part1, num_stages=1, disable_licm=True):
         dq = _add_dq(
             q, do, lse, delta, k_source, v_source, k_s, v_s, tl.load(tiles + t), seq_k, dq, scale2,
             rows, pieces, layers, tl.load(tile_layers + 2 * t), tl.load(tile_layers + 2 * t + 1),
-            M, N, D, LANES, PRECISION, DESCRIPTORS, True,
+            M, N, D, HEAD_DIM, PRECISION, DESCRIPTORS, True,
         )  # fmt: skip
     dq = dq * scale
     if SPLIT and slot >= 0:
         there = (wide(slot) * batch_heads + bh) * M
-        store(Part + there * LANES, LANES, 0 * row, M, dq, M, D, LANES)
+        store(Part + there * HEAD_DIM, HEAD_DIM, 0 * row, M, dq, M, D, HEAD_DIM)
         return
-    store(DQ + b * dq_b + h * dq_h, dq_s, start, seq_q, dq, M, D, LANES)
+    store(DQ + b * dq_b + h * dq_h, dq_s, start, seq_q, dq, M, D, HEAD_DIM)
 
 
 @triton.jit
 def add_parts(
     Part, DQ, splits, dq_b, dq_s, dq_h, batch_heads, heads, seq_q,
-    M: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr,
+    M: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """dq of ``ROWS`` rows of a split row of tiles: the sum over its slots, in their order."""
     pid = tl.program_id(0)
@@ -134,22 +135,22 @@ def add_parts(
     acc = tl.zeros([ROWS, D], dtype=tl.float32)
     for slot in range(slot0, slot1):
         here = (wide(slot) * batch_heads + bh) * M + first
-        acc += load_tile(Part + here * LANES, LANES, 0 * row, ROWS, ROWS, D, LANES, False)
+        acc += load_tile(Part + here * HEAD_DIM, HEAD_DIM, 0 * row, ROWS, ROWS, D, HEAD_DIM, False)
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
     start = row * M + first
-    store(DQ + b * dq_b + h * dq_h, dq_s, start, seq_q, acc, ROWS, D, LANES)
+    store(DQ + b * dq_b + h * dq_h, dq_s, start, seq_q, acc, ROWS, D, HEAD_DIM)
 
 
 @triton.jit
 def _add_dkv(k, v, q_source, do_source, lse_base, delta_base, q_stride, do_stride, col, seq_q,
              dk, dv, scale, rows, pieces, layers, first, last, M: tl.constexpr, N: tl.constexpr,
-             D: tl.constexpr, LANES: tl.constexpr, PRECISION: tl.constexpr,
+             D: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
              DESCRIPTORS: tl.constexpr, PARTIAL: tl.constexpr):  # fmt: skip
     """Here rows of the tile are keys and columns queries."""
     start = col * N
     cols = start + tl.arange(0, N)
-    q = read(q_source, q_stride, start, seq_q, N, D, LANES, PARTIAL, DESCRIPTORS)
-    do = read(do_source, do_stride, start, seq_q, N, D, LANES, PARTIAL, DESCRIPTORS)
+    q = read(q_source, q_stride, start, seq_q, N, D, HEAD_DIM, PARTIAL, DESCRIPTORS)
+    do = read(do_source, do_stride, start, seq_q, N, D, HEAD_DIM, PARTIAL, DESCRIPTORS)
     if PARTIAL:
         lse = tl.load(lse_base + cols, mask=cols < seq_q, other=float("inf"))
         delta = tl.load(delta_base + cols, mask=cols < seq_q, other=0.0)
@@ -174,7 +175,7 @@ def backward_dkv(
     dv_b, dv_s, dv_h,
     batch_heads, heads, num_items, seq_q, seq_k, scale,
     GROUP: tl.constexpr, PER_HEAD: tl.constexpr, LISTED: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
     PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one tile of keys; ``batch_heads`` and ``heads`` count key/value heads, and the
@@ -185,8 +186,8 @@ def backward_dkv(
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
     start = number * M  # items are rows here: they are never split
     rows = start + tl.arange(0, M)
-    k = load_tile(K + b * k_b + h * k_h, k_s, start, seq_k, M, D, LANES, True)
-    v = load_tile(V + b * v_b + h * v_h, v_s, start, seq_k, M, D, LANES, True)
+    k = load_tile(K + b * k_b + h * k_h, k_s, start, seq_k, M, D, HEAD_DIM, True)
+    v = load_tile(V + b * v_b + h * v_h, v_s, start, seq_k, M, D, HEAD_DIM, True)
     dk = tl.zeros([M, D], dtype=tl.float32)
     dv = tl.zeros([M, D], dtype=tl.float32)
     scale2 = scale * LOG2E
@@ -200,14 +201,14 @@ def backward_dkv(
         if LISTED:
             q_at = Q + b * q_b + (h * GROUP + outer) * q_h
             do_at = DOut + b * do_b + (h * GROUP + outer) * do_h
-            q_source = source_of(q_at, q_s, seq_q, N, D, LANES, DESCRIPTORS)
-            do_source = source_of(do_at, do_s, seq_q, N, D, LANES, DESCRIPTORS)
+            q_source = source_of(q_at, q_s, seq_q, N, D, HEAD_DIM, DESCRIPTORS)
+            do_source = source_of(do_at, do_s, seq_q, N, D, HEAD_DIM, DESCRIPTORS)
             terms_at = wide(bh * GROUP + outer) * seq_q
             for t in tl.range(run0, run1, num_stages=STAGES):
                 dk, dv = _add_dkv(
                     k, v, q_source, do_source, Lse2 + terms_at, Delta + terms_at, q_s, do_s,
                     tl.load(runs + t), seq_q, dk, dv, scale2, rows, pieces, layers, 0, 0,
-                    M, N, D, LANES, PRECISION, DESCRIPTORS, False,
+                    M, N, D, HEAD_DIM, PRECISION, DESCRIPTORS, False,
                 )  # fmt: skip
         else:
             for x in range((run1 - run0) * INNER):
@@ -215,8 +216,8 @@ def backward_dkv(
                 r = run0 + x % (run1 - run0)
                 q_at = Q + b * q_b + (h * GROUP + g) * q_h
                 do_at = DOut + b * do_b + (h * GROUP + g) * do_h
-                q_source = source_of(q_at, q_s, seq_q, N, D, LANES, DESCRIPTORS)
-                do_source = source_of(do_at, do_s, seq_q, N, D, LANES, DESCRIPTORS)
+                q_source = source_of(q_at, q_s, seq_q, N, D, HEAD_DIM, DESCRIPTORS)
+                do_source = source_of(do_at, do_s, seq_q, N, D, HEAD_DIM, DESCRIPTORS)
                 terms_at = wide(bh * GROUP + g) * seq_q
                 begin = tl.load(runs + 2 * r)
                 end = tl.load(runs + 2 * r + 1)
@@ -224,7 +225,7 @@ def backward_dkv(
                     dk, dv = _add_dkv(
                         k, v, q_source, do_source, Lse2 + terms_at, Delta + terms_at, q_s, do_s,
                         col, seq_q, dk, dv, scale2, rows, pieces, layers, 0, 0,
-                        M, N, D, LANES, PRECISION, DESCRIPTORS, False,
+                        M, N, D, HEAD_DIM, PRECISION, DESCRIPTORS, False,
                     )  # fmt: skip
         for x in tl.range(0, (part1 - part0) * INNER, num_stages=1, disable_licm=True):
             g = outer + x // (part1 - part0)
@@ -235,7 +236,7 @@ def backward_dkv(
                 Lse2 + terms_at, Delta + terms_at, q_s, do_s, tl.load(tiles + t),
                 seq_q, dk, dv, scale2, rows, pieces, layers,
                 tl.load(tile_layers + 2 * t), tl.load(tile_layers + 2 * t + 1),
-                M, N, D, LANES, PRECISION, False, True,
+                M, N, D, HEAD_DIM, PRECISION, False, True,
             )  # fmt: skip
-    store(DK + b * dk_b + h * dk_h, dk_s, start, seq_k, dk * scale, M, D, LANES)
-    store(DV + b * dv_b + h * dv_h, dv_s, start, seq_k, dv, M, D, LANES)
+    store(DK + b * dk_b + h * dk_h, dk_s, start, seq_k, dk * scale, M, D, HEAD_DIM)
+    store(DV + b * dv_b + h * dv_h, dv_s, start, seq_k, dv, M, D, HEAD_DIM)

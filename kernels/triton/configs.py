@@ -42,9 +42,9 @@ class Config:
 
 INTERPRETED = Config(128, 64, 4, 1)
 
-# By lanes (head_dim padded to a power of two): forward, backward_dq, backward_dkv, for elements of
-# two bytes.  Up to 128 lanes none of them spills.  dK/dV at 256 lanes fits only in tiles too small
-# for Hopper's and Blackwell's own matrix instructions.  Warp specialization is not asked for:
+# By head_dim, padded to a power of two: forward, backward_dq, backward_dkv, for elements of
+# two bytes.  Up to head_dim 128 none of them spills.  dK/dV at head_dim 256 fits only in tiles too
+# small for Hopper's and Blackwell's own matrix instructions.  Warp specialization is not asked for:
 # Triton 3.7 fails to compile it, or ignores it, in loops over lists.
 _HALF: dict[str, dict[int, tuple[Config, Config, Config]]] = {
     "cuda:80": {
@@ -79,7 +79,7 @@ _HALF: dict[str, dict[int, tuple[Config, Config, Config]]] = {
 _FORWARD_PER_HEAD = {("cuda:80", 64): Config(128, 64, 8, 3), ("cuda:80", 128): Config(64, 64, 4, 3)}
 
 
-def lanes(head_dim: int) -> int:
+def padded_head_dim(head_dim: int) -> int:
     """``head_dim`` padded to a power of two, at least 16."""
     return max(16, 1 << (head_dim - 1).bit_length())
 
@@ -101,7 +101,7 @@ def choose(
     if target == "interpreter":
         found = dict.fromkeys(KERNELS, INTERPRETED)
     else:
-        key = (_known(target), max(lanes(head_dim), 64))
+        key = (_known(target), max(padded_head_dim(head_dim), 64))
         found = dict(zip(KERNELS, _HALF[key[0]][key[1]], strict=True))
         if per_head and key in _FORWARD_PER_HEAD:
             found["forward"] = _FORWARD_PER_HEAD[key]
@@ -120,7 +120,7 @@ def unserved(target: str, head_dim: int, item_bytes: int) -> str | None:
     if family == "hip" and number not in ("gfx942", "gfx950"):
         return f"is for gfx942 and gfx950, not {number}"
     small = family == "cuda" and _known(target) in ("cuda:80", "cuda:86")
-    if small and item_bytes > 2 and lanes(head_dim) > 128:
+    if small and item_bytes > 2 and padded_head_dim(head_dim) > 128:
         return f"takes float32 up to head_dim 128 on sm_{number}: its shared memory is too small"
     return None
 
@@ -128,7 +128,7 @@ def unserved(target: str, head_dim: int, item_bytes: int) -> str | None:
 def problem_class(gpu: str, head_dim: int, item_bytes: int, per_head: bool) -> str:
     """What is tuned together, as the key of the file."""
     lists = "lists of heads" if per_head else "one list"
-    return f"{gpu}, {lanes(head_dim)} lanes, {item_bytes} bytes, {lists}"
+    return f"{gpu}, head_dim {padded_head_dim(head_dim)}, {item_bytes} bytes, {lists}"
 
 
 def _smaller(config: Config) -> Config:

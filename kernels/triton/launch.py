@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cpbench.core.environment import interpreting
+from cpbench.core.operator import QKV, BackwardInputs
 from cpbench.core.problem import DTYPE_BYTES
 from cpbench.kernels.triton import configs as triton_configs
 from cpbench.kernels.triton import interpreter as triton_interpreter
-from cpbench.kernels.triton.configs import Config, lanes
+from cpbench.kernels.triton.configs import Config, padded_head_dim
 from cpbench.kernels.triton.plan import Visits, grouped_order, listed, visits
 from cpbench.masks.attn_mask import AttnMask
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from cpbench.core.operator import Gradients, OutLse
     from cpbench.core.problem import Problem
 
 
@@ -181,14 +183,9 @@ def kernels() -> tuple[Any, Any]:
     """The device code of the forward and the backward pass, imported when first needed."""
     if interpreting():
         triton_interpreter.mend()
-    from cpbench.kernels.triton import (
-        backward_device as triton_backward_device,
-    )
-    from cpbench.kernels.triton import (
-        forward_device as triton_forward_device,
-    )
+    from cpbench.kernels.triton import backward_device, forward_device
 
-    return triton_forward_device, triton_backward_device
+    return forward_device, backward_device
 
 
 def _strides(*of: torch.Tensor) -> list[int]:
@@ -197,7 +194,7 @@ def _strides(*of: torch.Tensor) -> list[int]:
 
 
 def _shape(x: torch.Tensor, config: Config) -> dict[str, int]:
-    return {"M": config.rows, "D": lanes(x.shape[3]), "LANES": x.shape[3]}
+    return {"M": config.rows, "D": padded_head_dim(x.shape[3]), "HEAD_DIM": x.shape[3]}
 
 
 def precision(float32: bool, cuda: bool) -> str:
@@ -237,7 +234,7 @@ def _scratch(size: int, align: int, stream: int | None) -> torch.Tensor:
 
 
 def _ready(*of: torch.Tensor) -> list[torch.Tensor]:
-    """As the kernels read them: lanes next to each other, and offsets within a tile in 32 bits."""
+    """As the kernels read them: the last axis contiguous, offsets within a tile in 32 bits."""
     return [
         x if x.stride(3) == 1 and x.stride(1) < LARGEST_STEP else x.contiguous() for x in of
     ]  # fmt: skip
@@ -250,104 +247,91 @@ def _on(x: torch.Tensor) -> Any:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def _launch(config: Config) -> dict[str, int]:
-    return {"num_warps": config.num_warps, "num_stages": config.num_stages}
+def _constants(
+    work: Pass, q: torch.Tensor, group: int, reads: tuple[torch.Tensor, ...]
+) -> dict[str, Any]:
+    """What a pass is compiled for, and how it is launched.
+
+    Args:
+        group: query heads to a key/value head.
+        reads: the tensors whose tiles it reads one after another.
+    """
+    config = work.config
+    return {
+        "GROUP": group, "PER_HEAD": work.per_head, "LISTED": work.listed, "N": config.cols,
+        "STAGES": config.num_stages, "PRECISION": _precision_of(q),
+        "DESCRIPTORS": _descriptors(config, *reads), "num_warps": config.num_warps,
+        "num_stages": config.num_stages, **_shape(q, config),
+    }  # fmt: skip
 
 
-def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
-) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(qkv: QKV, plan: Plan) -> OutLse:
     """out and lse; see ``cpbench.core.operator.Operator.forward``."""
-    with _on(q):
-        q, k, v = _ready(q, k, v)
-        return _forward(q, k, v, plan)
+    with _on(qkv.q):
+        return _forward(QKV(*_ready(*qkv)), plan)
 
 
-def _forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward(qkv: QKV, plan: Plan) -> OutLse:
     import torch
 
+    q, k, v = qkv
     (B, S, H, D), T, G = q.shape, k.shape[1], k.shape[2]
     out = q.new_empty((B, S, H, D))
     lse = q.new_empty((B, H, S), dtype=torch.float32)
-    here, config, on = plan.forward, plan.forward.config, kernels()[0]
-    part = q.new_empty((here.slots, B * H, config.rows, D), dtype=torch.float32)
+    work, rows, device = plan.forward, plan.forward.config.rows, kernels()[0]
+    part = q.new_empty((work.slots, B * H, rows, D), dtype=torch.float32)
     part_lse = part.new_empty(part.shape[:3])
-    on.forward[(here.num_items * B * H,)](
-        q, k, v, out, lse, part, part_lse, *here.tensors, *_strides(q, k, v, out),
-        B * H, H, here.num_items, S, T, plan.scale,
-        GROUP=H // G, PER_HEAD=here.per_head, LISTED=here.listed, SPLIT=here.slots > 0,
-        N=config.cols,
-        STAGES=config.num_stages, PRECISION=_precision_of(q),
-        DESCRIPTORS=_descriptors(config, k, v), **_shape(q, config), **_launch(config),
+    device.forward[(work.num_items * B * H,)](
+        q, k, v, out, lse, part, part_lse, *work.tensors, *_strides(q, k, v, out),
+        B * H, H, work.num_items, S, T, plan.scale,
+        SPLIT=work.slots > 0, **_constants(work, q, H // G, reads=(k, v)),
     )  # fmt: skip
-    if here.slots:
-        shape = {**_shape(q, config), "ROWS": MERGED_ROWS}
-        on.merge_parts[(len(here.splits) * B * H, config.rows // MERGED_ROWS)](
-            part, part_lse, out, lse, here.splits, *_strides(out), B * H, H, S, **shape
+    if work.slots:
+        shape = {**_shape(q, work.config), "ROWS": MERGED_ROWS}
+        device.merge_parts[(len(work.splits) * B * H, rows // MERGED_ROWS)](
+            part, part_lse, out, lse, work.splits, *_strides(out), B * H, H, S, **shape
         )
     return out, lse
 
 
-def backward(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    plan: Plan,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def backward(x: BackwardInputs, plan: Plan) -> Gradients:
     """dq, dk, dv; see ``cpbench.core.operator.Operator.backward``."""
-    with _on(q):
-        dout, q, k, v, out = _ready(dout, q, k, v, out)
-        return _backward(dout, q, k, v, out, lse, plan)
+    with _on(x.q):
+        dout, q, k, v, out = _ready(*x[:-1])
+        return _backward(BackwardInputs(dout, q, k, v, out, x.lse), plan)
 
 
-def _backward(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    plan: Plan,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _backward(x: BackwardInputs, plan: Plan) -> Gradients:
     import torch
 
+    dout, q, k, v, out, lse = x
     assert plan.dq is not None
     assert plan.dkv is not None
     (B, S, H, D), T, G = q.shape, k.shape[1], k.shape[2]
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     delta, lse2 = (q.new_empty((B, H, S), dtype=torch.float32) for _ in range(2))
-    on = kernels()[1]
-    on.row_terms[(-(-S // TERM_ROWS) * B * H,)](
+    device = kernels()[1]
+    device.row_terms[(-(-S // TERM_ROWS) * B * H,)](
         out, dout, lse.contiguous(), delta, lse2, *_strides(out, dout), B * H, H, S,
-        M=TERM_ROWS, D=lanes(D), LANES=D,
+        M=TERM_ROWS, D=padded_head_dim(D), HEAD_DIM=D,
     )  # fmt: skip
-    here, config = plan.dq, plan.dq.config
-    part = q.new_empty((here.slots, B * H, config.rows, D), dtype=torch.float32)
-    on.backward_dq[(here.num_items * B * H,)](
-        q, k, v, dout, lse2, delta, dq, part, *here.tensors, *_strides(q, k, v, dout, dq),
-        B * H, H, here.num_items, S, T, plan.scale,
-        GROUP=H // G, PER_HEAD=here.per_head, LISTED=here.listed, SPLIT=here.slots > 0,
-        N=config.cols,
-        STAGES=config.num_stages, PRECISION=_precision_of(q),
-        DESCRIPTORS=_descriptors(config, k, v), **_shape(q, config), **_launch(config),
+    work, rows = plan.dq, plan.dq.config.rows
+    part = q.new_empty((work.slots, B * H, rows, D), dtype=torch.float32)
+    device.backward_dq[(work.num_items * B * H,)](
+        q, k, v, dout, lse2, delta, dq, part, *work.tensors, *_strides(q, k, v, dout, dq),
+        B * H, H, work.num_items, S, T, plan.scale,
+        SPLIT=work.slots > 0, **_constants(work, q, H // G, reads=(k, v)),
     )  # fmt: skip
-    if here.slots:
-        shape = {**_shape(q, config), "ROWS": MERGED_ROWS}
-        on.add_parts[(len(here.splits) * B * H, config.rows // MERGED_ROWS)](
-            part, dq, here.splits, *_strides(dq), B * H, H, S, **shape
+    if work.slots:
+        shape = {**_shape(q, work.config), "ROWS": MERGED_ROWS}
+        device.add_parts[(len(work.splits) * B * H, rows // MERGED_ROWS)](
+            part, dq, work.splits, *_strides(dq), B * H, H, S, **shape
         )
-    here, config = plan.dkv, plan.dkv.config
-    on.backward_dkv[(here.num_items * B * G,)](
-        q, k, v, dout, lse2, delta, dk, dv, *here.tensors, *_strides(q, k, v, dout, dk, dv),
-        B * G, G, here.num_items, S, T, plan.scale,
-        GROUP=H // G, PER_HEAD=here.per_head, LISTED=here.listed, N=config.cols,
-        STAGES=config.num_stages, PRECISION=_precision_of(q),
-        DESCRIPTORS=_descriptors(config, q, dout), **_shape(q, config), **_launch(config),
+    work = plan.dkv
+    device.backward_dkv[(work.num_items * B * G,)](
+        q, k, v, dout, lse2, delta, dk, dv, *work.tensors, *_strides(q, k, v, dout, dk, dv),
+        B * G, G, work.num_items, S, T, plan.scale,
+        **_constants(work, q, H // G, reads=(q, dout)),
     )  # fmt: skip
     return dq, dk, dv
 

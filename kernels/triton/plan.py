@@ -24,7 +24,7 @@ from cpbench.masks.attn_mask import (
     AttnMask,
     IntArray,
     canonical_indexed,
-    expand,
+    ragged_indices,
 )
 from cpbench.masks.tiling import TileGrid, strips, tiles
 
@@ -120,7 +120,7 @@ def listed(visits: Visits) -> Visits:
     """The same with the tiles of runs one by one."""
     lists = visits.lists
     begin, end = lists.runs.T.astype(np.int64)
-    run, number = expand(end - begin)
+    run, number = ragged_indices(end - begin)
     first = _starts(end - begin)
     items = lists.items.copy()
     items[..., 1:3] = first[lists.items[..., 1:3]]
@@ -159,7 +159,7 @@ def _of_mask(mask: AttnMask, block_q: int, block_k: int) -> _Found:
     rows = grid.num_rows
 
     lens = grid.run_lens[~full]
-    run, number = expand(lens)
+    run, number = ragged_indices(lens)
     row, col = grid.run_rows[~full][run], grid.run_cols[~full][run] + number
     layers = _layers(*_pieces(mask, grid, row, col), len(row))
     runs = np.column_stack([grid.run_cols, grid.run_cols + grid.run_lens])[full]
@@ -186,7 +186,7 @@ def _pieces(
     place = row * width + col
     begin = np.searchsorted(place, strip_row * width + cut[:, K0] // grid.block_k)
     end = np.searchsorted(place, strip_row * width + -(-cut[:, K1] // grid.block_k))
-    strip, number = expand(end - begin)
+    strip, number = ragged_indices(end - begin)
     tile = number + begin[strip]
     ranges = np.column_stack([col[tile] * grid.block_k, (col[tile] + 1) * grid.block_k])
     inside = cut[strip]
@@ -225,7 +225,7 @@ def _layers(
     )
     first = np.searchsorted(cuts, tile * far + pieces[:, Q0])
     last = np.searchsorted(cuts, tile * far + pieces[:, Q1])
-    source, number = expand(np.where(some, last - first, 1))
+    source, number = ragged_indices(np.where(some, last - first, 1))
     parts, home = pieces[source], tile[source]
     strip = np.where(some[source], first[source] + number, -1)
     mine = np.flatnonzero(strip >= 0)
@@ -272,7 +272,7 @@ def _split(
     offset = total - total[run0[of_run]] if len(runs) else total
     first, last = offset // chunk[of_run], (offset + lens - 1) // chunk[of_run]
     pieces = last - first + 1
-    source, number = expand(pieces)
+    source, number = ragged_indices(pieces)
     number += first[source]
     bound = number * chunk[of_run[source]]
     begin = np.maximum(bound, offset[source])
@@ -281,7 +281,7 @@ def _split(
     cut = np.column_stack([base + begin, base + end])
 
     count = np.maximum(-(-work // chunk), 1)
-    item_row, part = expand(count)
+    item_row, part = ragged_indices(count)
     low, high = part * chunk[item_row], np.minimum((part + 1) * chunk[item_row], work[item_row])
     key = of_run[source] * (parts + 1) + number
     mine = item_row * (parts + 1) + part

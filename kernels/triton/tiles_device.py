@@ -10,9 +10,10 @@ slices ``(q0, q1, k0, k1, lo, hi)``: row i sees column j when some piece has ``q
 tiles are in no list.
 
 Offsets of tokens, heads and batches are int64: a million tokens of 128 heads are more elements than
-int32 counts.  Within a tile they are int32.  Rows are padded to powers of two lanes.
+int32 counts.  Within a tile they are int32.  The head dimension is padded to a power
+of two.
 
-Legend: M rows and N columns of a tile of scores, D lanes of a head (padded).
+Legend: M rows and N columns of a tile of scores, D head dimension, padded to a power of two.
 """
 
 import triton
@@ -27,7 +28,7 @@ PIECE = tl.constexpr(6)
 @triton.jit
 def item(items, plan, num_items, number):
     """The six fields of an item of a plan."""
-    at = items + (plan * num_items + number).to(tl.int64) * FIELDS
+    at = items + wide(plan * num_items + number) * FIELDS
     return (
         tl.load(at),
         tl.load(at + 1),
@@ -39,58 +40,80 @@ def item(items, plan, num_items, number):
 
 
 @triton.jit
+def program(items, order, num_items, batch_heads, heads, PER_HEAD: tl.constexpr):
+    """What one program works on: its batch and head (together, then as two), and the fields of its
+    item."""
+    bh = tl.program_id(0) % batch_heads
+    plan = bh if PER_HEAD else 0
+    number = tl.load(order + plan * num_items + tl.program_id(0) // batch_heads)
+    row, run0, run1, part0, part1, slot = item(items, plan, num_items, number)
+    return bh, wide(bh // heads), wide(bh % heads), row, run0, run1, part0, part1, slot
+
+
+@triton.jit
 def wide(x):
     """As int64; loop counters are plain integers in the interpreter."""
     return tl.full((), 0, dtype=tl.int64) + x
 
 
 @triton.jit
-def load_tile(base, stride, start, limit, N: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr,
+def load_tile(base, stride, start, limit, N: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
           CLIP: tl.constexpr):  # fmt: skip
     """Tokens ``[start, start + N)`` of one head, ``[N, D]``; 0 beyond the tokens if ``CLIP`` and
-    beyond the lanes."""
+    beyond the head dimension."""
     n = tl.arange(0, N)
     d = tl.arange(0, D)
     at = base + wide(start) * stride + (n[:, None] * stride + d[None, :])
     if CLIP:
-        if LANES == D:
+        if HEAD_DIM == D:
             return tl.load(at, mask=(start + n < limit)[:, None], other=0.0)
-        return tl.load(at, mask=(start + n < limit)[:, None] & (d < LANES)[None, :], other=0.0)
-    if LANES == D:
+        return tl.load(at, mask=(start + n < limit)[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+    if HEAD_DIM == D:
         return tl.load(at)
-    return tl.load(at, mask=(d < LANES)[None, :], other=0.0)
+    return tl.load(at, mask=(d < HEAD_DIM)[None, :], other=0.0)
 
 
 @triton.jit
-def source_of(base, stride, tokens, N: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr,
+def source_of(base, stride, tokens, N: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
             DESCRIPTORS: tl.constexpr):  # fmt: skip
     """One head's tokens, of which tiles of N are to be read: its address, or a tensor descriptor
     for the copy engine of Hopper and later."""
     if DESCRIPTORS:
         return tl.make_tensor_descriptor(
-            base, shape=[tokens, LANES], strides=[stride, 1], block_shape=[N, D]
+            base, shape=[tokens, HEAD_DIM], strides=[stride, 1], block_shape=[N, D]
         )
     else:  # noqa: RET505
         return base
 
 
 @triton.jit
-def read(source, stride, start, limit, N: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr,
+def kv_sources(
+    K, V, b, g, k_b, k_s, k_h, v_b, v_s, v_h, seq_k, N: tl.constexpr, D: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """Keys and values of a batch and key/value head, as :func:`source_of`."""
+    k = source_of(K + b * k_b + g * k_h, k_s, seq_k, N, D, HEAD_DIM, DESCRIPTORS)
+    v = source_of(V + b * v_b + g * v_h, v_s, seq_k, N, D, HEAD_DIM, DESCRIPTORS)
+    return k, v
+
+
+@triton.jit
+def read(source, stride, start, limit, N: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
           CLIP: tl.constexpr, DESCRIPTORS: tl.constexpr):  # fmt: skip
     """A tile of a :func:`source_of`; descriptors clip by themselves."""
     if DESCRIPTORS:
         return source.load([start, 0])
     else:  # noqa: RET505
-        return load_tile(source, stride, start, limit, N, D, LANES, CLIP)
+        return load_tile(source, stride, start, limit, N, D, HEAD_DIM, CLIP)
 
 
 @triton.jit
-def store(base, stride, start, limit, x, N: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr):
+def store(base, stride, start, limit, x, N: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr):
     """The inverse of :func:`load_tile`, clipped, in the dtype of the target."""
     n = tl.arange(0, N)
     d = tl.arange(0, D)
     at = base + wide(start) * stride + (n[:, None] * stride + d[None, :])
-    inside = (start + n < limit)[:, None] & (d < LANES)[None, :]
+    inside = (start + n < limit)[:, None] & (d < HEAD_DIM)[None, :]
     tl.store(at, x.to(base.dtype.element_ty), mask=inside)
 
 

@@ -1,1 +1,1 @@
-"""One run against another: statistics, verdicts, the gate for CI."""
+"""Comparison of runs: statistics, verdicts, and a gate for CI."""

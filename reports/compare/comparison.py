@@ -1,4 +1,4 @@
-"""Comparisons of one base with one or several new runs, and their rows for people."""
+"""Comparisons of a base run with one or several new runs, and their rows for people."""
 
 from __future__ import annotations
 
@@ -9,25 +9,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpbench.reports.compare.verdicts import NEITHER, cautions, commits, compare
-from cpbench.reports.labels import counted, number, significant
+from cpbench.reports.compare.verdicts import (
+    NEITHER,
+    compare,
+    comparison_caveats,
+    describe_commits,
+)
+from cpbench.reports.labels import format_number, pluralize, three_digits
 from cpbench.results.store import Run
 
 if TYPE_CHECKING:
     import pandas as pd
 
-ORDER = ("FAILS", "MISSING", "SLOWER", "FASTER", "UNCLEAR", "WORKS", "ADDED", "SAME", "NEITHER")
+BY_SEVERITY = (
+    "FAILS", "MISSING", "SLOWER", "FASTER", "UNCLEAR", "WORKS", "ADDED", "SAME", "NEITHER"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One comparison.
+    """Comparison of two runs.
 
     Attributes:
         base, new: names of the run directories.
-        floor: relative difference that does not matter.
-        table: of ``compare``.
-        notes: commits, and what weakens the verdicts.
+        floor: relative difference that is ignored.
+        table: of ``verdicts.compare``.
+        notes: commits and caveats.
     """
 
     base: str
@@ -39,51 +46,55 @@ class Comparison:
     @property
     def headline(self) -> str:
         counts = Counter(self.table["verdict"])
-        told = ", ".join(f"{counts[verdict]} {verdict}" for verdict in ORDER if counts[verdict])
+        verdicts = ", ".join(f"{counts[name]} {name}" for name in BY_SEVERITY if counts[name])
         new, base = Path(self.new), Path(self.base)
         names = (new.name, base.name) if new.name != base.name else (str(new), str(base))
-        return f"{' against '.join(names)}: {told}"
+        return f"{' against '.join(names)}: {verdicts}"
 
 
 def compare_runs(
     base: tuple[str, Run], news: Sequence[tuple[str, Run]], floor: float
 ) -> list[Comparison]:
-    """Each of some runs against a base; see ``cpbench.reports.compare.verdicts``."""
-    name, there = base
-    found = []
-    for other, here in news:
-        table = compare(there, here, floor)
-        notes = [f"{commits(there, here)}.", *cautions(table, there, here)]
-        found.append(Comparison(name, other, floor, table, notes))
-    return found
+    """Compare each new run with the base; see ``cpbench.reports.compare.verdicts``."""
+    base_name, base_run = base
+    comparisons = []
+    for new_name, new_run in news:
+        table = compare(base_run, new_run, floor)
+        notes = [
+            f"{describe_commits(base_run, new_run)}.",
+            *comparison_caveats(table, base_run, new_run),
+        ]
+        comparisons.append(Comparison(base_name, new_name, floor, table, notes))
+    return comparisons
 
 
-def display_rows(one: Comparison) -> list[dict[str, str]]:
-    """Rows for people: what calls for attention first."""
-    return [_told(row) for row in rows_by_urgency(one)]
+def display_rows(comparison: Comparison) -> list[dict[str, str]]:
+    """Rows for people, most severe verdicts first."""
+    return [_display_row(row) for row in rows_by_severity(comparison)]
 
 
-def rows_by_urgency(one: Comparison) -> list[dict[str, Any]]:
-    """Rows of the table without those timed in neither, what calls for attention first."""
+def rows_by_severity(comparison: Comparison) -> list[dict[str, Any]]:
+    """Rows of the table without those timed in neither run, most severe verdicts first."""
     rows: list[dict[str, Any]] = [
-        {str(key): value for key, value in row.items()} for row in one.table.to_dict("records")
+        {str(key): value for key, value in row.items()}
+        for row in comparison.table.to_dict("records")
     ]
-    rows.sort(key=lambda row: (ORDER.index(row["verdict"]), -abs(_log(row["ratio"]))))
+    rows.sort(key=lambda row: (BY_SEVERITY.index(row["verdict"]), -abs(_log(row["ratio"]))))
     return [row for row in rows if row["verdict"] != NEITHER]
 
 
-def explanations(one: Comparison) -> list[str]:
-    """What the columns and verdicts mean."""
-    neither = int((one.table["verdict"] == NEITHER).sum())
+def explanations(comparison: Comparison) -> list[str]:
+    """Explanations of the verdicts and columns."""
+    neither = int((comparison.table["verdict"] == NEITHER).sum())
     return [
-        f"SLOWER, FASTER: by more than {one.floor:.1%}, told from launches (rank test; of all such "
-        "verdicts at most 5 % are expected to be false). SAME: the interval lies within that. "
-        "change: time, with its 95 % interval.",
-        *([f"Left out: {counted(neither, 'case')} timed in neither."] if neither else []),
+        f"SLOWER, FASTER: by more than {comparison.floor:.1%}, significant over launches (rank "
+        "test, false discovery rate 5 %). SAME: the interval lies within that. change: change of "
+        "the time, with its 95 % interval.",
+        *([f"Left out: {pluralize(neither, 'case')} timed in neither run."] if neither else []),
     ]
 
 
-def _told(row: dict[str, Any]) -> dict[str, str]:
+def _display_row(row: dict[str, Any]) -> dict[str, str]:
     change, interval = "", ""
     if not math.isnan(row["ratio"]):
         change = f"{row['ratio'] - 1:+.1%}"
@@ -93,13 +104,13 @@ def _told(row: dict[str, Any]) -> dict[str, str]:
     return {
         "case": row["case"],
         "verdict": row["verdict"],
-        "base ms": significant(row["base_ms"]),
-        "new ms": significant(row["new_ms"]),
+        "base ms": three_digits(row["base_ms"]),
+        "new ms": three_digits(row["new_ms"]),
         "change": change,
         "interval": interval,
         "launches": f"{row['base_launches']}/{row['new_launches']}",
         "memory": "" if math.isnan(memory) or abs(memory - 1) < 5e-4
-        else number((memory - 1) * 100, "+.1f", "%"),
+        else format_number((memory - 1) * 100, "+.1f", "%"),
         "why": row["why"],
     }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Pass or fail for the continuous integration of those who write kernels."""
+"""A gate for continuous integration: pass or fail a run against a base."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
-from cpbench.reports.compare.statistics import FEWEST, SLOWER, UNCLEAR
+from cpbench.reports.compare.statistics import MIN_LAUNCHES, SLOWER, UNCLEAR
 from cpbench.reports.compare.verdicts import FAILS, MISSING, compare
-from cpbench.reports.labels import counted
+from cpbench.reports.labels import pluralize
 from cpbench.results.store import Run
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_FORBIDDEN = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # in XML 1.0
+_NOT_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # XML 1.0
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """What a gate says.
+class GateResult:
+    """Result of a gate.
 
     Attributes:
-        table: of :func:`compare`, with the slowdown that is allowed as its floor.
-        failures: case id to what is wrong with it, a kind and a sentence each.
-        unclear: case id to why nothing can be said of its time.
+        table: of :func:`compare`, with the allowed slowdown as its floor.
+        failures: by case id, kind and text of each failure.
+        unclear: by case id, why its time is unclear.
     """
 
     table: pd.DataFrame
@@ -37,97 +37,102 @@ class Judgement:
         return not self.failures
 
 
-def judge(
+def evaluate_gate(
     base: Run, new: Run, max_slowdown: float, max_memory: float, strict: bool = False
-) -> Judgement:
-    """Whether a new run is as good as the base.
+) -> GateResult:
+    """Check a new run against a base.
 
-    A case fails when it is slower by more than ``max_slowdown`` beyond what chance explains, when
-    its peak memory has grown by more than ``max_memory``, when it was ok and is not, or is missing.
+    A case fails when it is significantly slower by more than ``max_slowdown``, when its peak memory
+    grew by more than ``max_memory``, when it was ok and is not, or when it is missing.
 
     Args:
         max_slowdown, max_memory: 0.05 for 5 %.
-        strict: fail as well where the interval of the ratio reaches beyond ``max_slowdown``, or
+        strict: also fail where the interval of the ratio reaches beyond ``max_slowdown``, or
             launches are too few.
 
     Raises:
-        ValueError: when the runs cannot be compared at all: no common case, too few launches of
-            every one.
+        ValueError: when the runs cannot be compared at all: no common case, or too few launches in
+            every case.
     """
     table = compare(base, new, max_slowdown)
     both = table[table["base_ms"].notna() & table["new_ms"].notna()]
     if not (table["base_status"].notna() & table["new_status"].notna()).any():
         raise ValueError("the runs have no case in common: nothing can be compared")
     least = both[["base_launches", "new_launches"]].min(axis=1)
-    if len(both) and least.max() < FEWEST and not strict:
+    if len(both) and least.max() < MIN_LAUNCHES and not strict:
         raise ValueError(
-            f"no case has {FEWEST} launches on both sides (the most are {least.max()}), so nothing "
-            f"can be told; cpbench run SWEEP --launches {FEWEST}"
+            f"no case has {MIN_LAUNCHES} launches on both sides (at most {least.max()}): nothing "
+            f"can be compared; cpbench run SWEEP --launches {MIN_LAUNCHES}"
         )
     failures: dict[str, list[tuple[str, str]]] = {}
     unclear: dict[str, str] = {}
     for row in _rows(table):
-        wrong = []
+        case_failures = []
         if row["verdict"] in (FAILS, MISSING):
-            wrong.append(("status", str(row["why"])))
+            case_failures.append(("status", str(row["why"])))
         if row["verdict"] == SLOWER:
-            wrong.append(("slowdown", f"{_times(row)}; at most {max_slowdown:.1%} is allowed"))
+            text = f"{_times_text(row)}; at most {max_slowdown:.1%} is allowed"
+            case_failures.append(("slowdown", text))
         if row["verdict"] == UNCLEAR and (row["why"] or row["high"] > 1 + max_slowdown):
-            unclear[row["id"]] = str(row["why"] or _times(row))
+            unclear[row["id"]] = str(row["why"] or _times_text(row))
             if strict:
-                wrong.append(("unclear", f"{unclear[row['id']]}; --strict wants certainty"))
+                text = f"{unclear[row['id']]}; --strict fails unclear cases"
+                case_failures.append(("unclear", text))
         if row["memory_ratio"] > 1 + max_memory:
-            wrong.append(
+            case_failures.append(
                 ("memory", f"peak {row['base_peak_mb']:.1f} to {row['new_peak_mb']:.1f} MB, "
                  f"{row['memory_ratio'] - 1:+.1%}; at most {max_memory:.1%} is allowed")
             )  # fmt: skip
-        if wrong:
-            failures[row["id"]] = wrong
-    return Judgement(table, failures, unclear)
+        if case_failures:
+            failures[row["id"]] = case_failures
+    return GateResult(table, failures, unclear)
 
 
-def words(found: Judgement) -> list[str]:
-    """What a gate found, a line each."""
-    labels = dict(zip(found.table["id"], found.table["case"], strict=True))
+def result_lines(result: GateResult) -> list[str]:
+    """Failures, unclear cases and the verdict, a line each."""
+    labels = dict(zip(result.table["id"], result.table["case"], strict=True))
     lines = [
         f"FAIL {labels[key]}: {kind}: {text}"
-        for key, wrong in found.failures.items()
-        for kind, text in wrong
+        for key, case_failures in result.failures.items()
+        for kind, text in case_failures
     ]
-    for why in dict.fromkeys(found.unclear.values()):
-        alike = [key for key, other in found.unclear.items() if other == why]
-        one = labels[alike[0]] if len(alike) == 1 else counted(len(alike), "case")
-        lines.append(f"unclear: {one}: {why}")
-    verdict = "passed" if found.passed else "failed"
+    ids_by_reason: dict[str, list[str]] = {}
+    for key, reason in result.unclear.items():
+        ids_by_reason.setdefault(reason, []).append(key)
+    for reason, ids in ids_by_reason.items():
+        cases = labels[ids[0]] if len(ids) == 1 else pluralize(len(ids), "case")
+        lines.append(f"unclear: {cases}: {reason}")
+    verdict = "passed" if result.passed else "failed"
     lines.append(
-        f"gate {verdict}: {counted(len(found.table), 'case')}, {len(found.failures)} failed, "
-        f"{len(found.unclear)} unclear"
+        f"gate {verdict}: {pluralize(len(result.table), 'case')}, {len(result.failures)} failed, "
+        f"{len(result.unclear)} unclear"
     )
     return lines
 
 
-def junit(found: Judgement, cautions: list[str]) -> str:
-    """JUnit XML: a test case for each case, a failure for what is wrong, skipped for unclear."""
+def junit_xml(result: GateResult, caveats: list[str]) -> str:
+    """JUnit XML: a test case per case, with a failure, or skipped where unclear."""
     suite = ElementTree.Element(
-        "testsuite", name="cpbench gate", tests=str(len(found.table)),
-        failures=str(len(found.failures)), errors="0",
-        skipped=str(len(set(found.unclear) - set(found.failures))),
+        "testsuite", name="cpbench gate", tests=str(len(result.table)),
+        failures=str(len(result.failures)), errors="0",
+        skipped=str(len(set(result.unclear) - set(result.failures))),
     )  # fmt: skip
-    for row in _rows(found.table):
+    for row in _rows(result.table):
         seconds = row["new_ms"] / 1e3 if row["new_ms"] == row["new_ms"] else 0.0
         operator, _, rest = str(row["case"]).partition(" ")
         case = ElementTree.SubElement(
-            suite, "testcase", classname=_legal(f"cpbench.{operator.replace('.', '_')}"),
-            name=_legal(f"{rest} [{row['id']}]"), time=f"{seconds:.6f}",
+            suite, "testcase", classname=_xml_text(f"cpbench.{operator.replace('.', '_')}"),
+            name=_xml_text(f"{rest} [{row['id']}]"), time=f"{seconds:.6f}",
         )  # fmt: skip
-        wrong = found.failures.get(row["id"], [])
-        if wrong:  # readers take one failure a case
-            kinds, text = "+".join(kind for kind, _ in wrong), "; ".join(t for _, t in wrong)
-            ElementTree.SubElement(case, "failure", type=kinds, message=_legal(text))
-        elif row["id"] in found.unclear:
-            ElementTree.SubElement(case, "skipped", message=_legal(found.unclear[row["id"]]))
-    if cautions:
-        ElementTree.SubElement(suite, "system-out").text = _legal("\n".join(cautions))
+        failures = result.failures.get(row["id"], [])
+        if failures:  # readers of JUnit XML take one failure per case
+            kinds = "+".join(kind for kind, _ in failures)
+            message = _xml_text("; ".join(text for _, text in failures))
+            ElementTree.SubElement(case, "failure", type=kinds, message=message)
+        elif row["id"] in result.unclear:
+            ElementTree.SubElement(case, "skipped", message=_xml_text(result.unclear[row["id"]]))
+    if caveats:
+        ElementTree.SubElement(suite, "system-out").text = _xml_text("\n".join(caveats))
     suites = ElementTree.Element("testsuites")
     suites.append(suite)
     ElementTree.indent(suites)
@@ -138,12 +143,12 @@ def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
 
 
-def _times(row: dict[str, Any]) -> str:
+def _times_text(row: dict[str, Any]) -> str:
     return (
         f"{row['base_ms']:.3g} to {row['new_ms']:.3g} ms, {row['ratio'] - 1:+.1%} "
         f"({row['low'] - 1:+.1%} to {row['high'] - 1:+.1%})"
     )
 
 
-def _legal(text: str) -> str:
-    return _FORBIDDEN.sub("?", text)
+def _xml_text(text: str) -> str:
+    return _NOT_XML.sub("?", text)

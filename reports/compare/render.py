@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cpbench.reports.compare.comparison import Comparison, display_rows, explanations
-from cpbench.reports.compare.page import page
+from cpbench.reports.compare.page import render_page
 from cpbench.reports.compare.verdicts import COLUMNS
 from cpbench.reports.tables.markup import MARKUPS
 
@@ -16,23 +16,23 @@ if TYPE_CHECKING:
 
 
 def render(comparisons: Sequence[Comparison], form: str) -> str:
-    """Comparisons as ``table``, ``md``, ``latex``, ``html``, ``csv`` or ``json``."""
+    """Render comparisons as ``table``, ``md``, ``latex``, ``html``, ``csv`` or ``json``."""
     if form == "html":
-        return page(comparisons)
+        return render_page(comparisons)
     if form in ("csv", "json"):
         import pandas as pd
 
-        whole = pd.concat(
-            [one.table.assign(base=one.base, new=one.new) for one in comparisons], ignore_index=True
+        table = pd.concat(
+            [c.table.assign(base=c.base, new=c.new) for c in comparisons], ignore_index=True
         )[["base", "new", *COLUMNS]]
         if form == "csv":
-            return str(whole.to_csv(index=False))
-        known: pd.DataFrame = whole.astype(object).where(whole.notna(), None)
-        return json.dumps(known.to_dict("records"), indent=1) + "\n"
+            return str(table.to_csv(index=False))
+        nullable: pd.DataFrame = table.astype(object).where(table.notna(), None)
+        return json.dumps(nullable.to_dict("records"), indent=1) + "\n"
     markup, lines = MARKUPS[form], list[str]()
-    for one in comparisons:
-        lines += markup.title(one.headline)
-        rows = display_rows(one)
+    for comparison in comparisons:
+        lines += markup.title(comparison.headline)
+        rows = display_rows(comparison)
         lines += markup.table(rows) if rows else []
-        lines += [*markup.notes([*one.notes, *explanations(one)]), ""]
+        lines += [*markup.notes([*comparison.notes, *explanations(comparison)]), ""]
     return markup.document(lines[:-1])

@@ -1,11 +1,10 @@
-"""Whether one run is faster than another: the statistics of a comparison.
+"""Statistics of a comparison of two runs: test, effect size and verdict per case.
 
 The unit of evidence is a launch: iterations of one process share its memory layout, clocks and
-neighbours, and agree with each other better than with any other process.  Each launch counts once,
-with its median.  The test is Mann and Whitney's, exact for few launches, of a ratio beyond the
-floor (a minimum-effect test: the base is moved by the floor first), corrected for the number of
-cases by Benjamini and Hochberg.  The ratio is Hodges and Lehmann's estimate with the interval that
-belongs to that test.
+neighbours, and vary less than processes do.  Each launch counts once, with its median.  The test is
+the Mann-Whitney U test, exact for few launches, of a ratio beyond the floor (a minimum-effect test:
+the base is shifted by the floor first), corrected for the number of cases by Benjamini-Hochberg.
+The ratio is the Hodges-Lehmann estimate with the confidence interval that belongs to that test.
 """
 
 from __future__ import annotations
@@ -14,20 +13,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-FEWEST = 5  # launches of a side
-CHANCE = 0.05  # share of false discoveries; also one minus the level of intervals
+MIN_LAUNCHES = 5  # per side
+ALPHA = 0.05  # false discovery rate; also one minus the level of intervals
 SAME, FASTER, SLOWER, UNCLEAR = "SAME", "FASTER", "SLOWER", "UNCLEAR"
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """What launches of two sides say of their times.
+class RatioTest:
+    """Estimate and tests of the ratio of times of one case, new over base.
 
     Attributes:
-        ratio: new over base, Hodges and Lehmann's estimate.
-        low, high: the interval of the ratio, of level 95 % or the next that so few launches allow.
-        slower, faster: chance of such launches, or more extreme ones, if the new side were not
-            slower (faster) than the base by more than the floor.
+        ratio: Hodges-Lehmann estimate.
+        low, high: confidence interval of the ratio, at 95 % or the next level that the number of
+            launches allows.
+        slower, faster: p-values against the new side being slower (faster) by more than the floor.
     """
 
     ratio: float
@@ -37,12 +36,12 @@ class Evidence:
     faster: float
 
 
-def weigh(base: Sequence[float], new: Sequence[float], floor: float) -> Evidence:
-    """Evidence from the medians of launches.
+def compare_medians(base: Sequence[float], new: Sequence[float], floor: float) -> RatioTest:
+    """Test the medians of launches of two sides.
 
     Args:
         base, new: at least one positive time each.
-        floor: the relative difference that does not matter, 0.02 for 2 %.
+        floor: relative difference that is ignored, 0.02 for 2 %.
     """
     from scipy.stats import mannwhitneyu
 
@@ -50,75 +49,75 @@ def weigh(base: Sequence[float], new: Sequence[float], floor: float) -> Evidence
     shift = math.log1p(floor)
     method = "exact" if len(a) * len(b) <= 400 and len({*a, *b}) == len(a) + len(b) else "auto"
 
-    def chance(moved_by: float, alternative: str) -> float:
-        moved = [x + moved_by for x in a]
-        return float(mannwhitneyu(b, moved, alternative=alternative, method=method).pvalue)
+    def p_value(shift: float, alternative: str) -> float:
+        shifted = [x + shift for x in a]
+        return float(mannwhitneyu(b, shifted, alternative=alternative, method=method).pvalue)
 
-    pairs = sorted(y - x for x in a for y in b)
-    skip = _outside(len(a), len(b))
-    return Evidence(
-        ratio=math.exp(_median(pairs)),
-        low=math.exp(pairs[skip]),
-        high=math.exp(pairs[-1 - skip]),
-        slower=chance(shift, "greater"),
-        faster=chance(-shift, "less"),
+    differences = sorted(y - x for x in a for y in b)
+    trimmed = _trimmed_differences(len(a), len(b))
+    return RatioTest(
+        ratio=math.exp(_median(differences)),
+        low=math.exp(differences[trimmed]),
+        high=math.exp(differences[-1 - trimmed]),
+        slower=p_value(shift, "greater"),
+        faster=p_value(-shift, "less"),
     )
 
 
-def verdicts(found: Sequence[Evidence | None], floor: float) -> list[str]:
-    """A verdict for each case, corrected for how many there are; None is too little evidence.
+def decide_verdicts(tests: Sequence[RatioTest | None], floor: float) -> list[str]:
+    """A verdict for each case, corrected for the number of cases; None is too few launches.
 
-    SLOWER and FASTER: by more than the floor, with at most 5 % of such verdicts expected to be
-    false.  SAME: the interval of the ratio lies within the floor on both sides.  UNCLEAR: neither.
+    SLOWER and FASTER: by more than the floor, with a false discovery rate of 5 %.  SAME: the
+    interval of the ratio lies within the floor on both sides.  UNCLEAR: neither.
     """
     from scipy.stats import false_discovery_control
 
-    known = [evidence for evidence in found if evidence is not None]
-    tested = [p for evidence in known for p in (evidence.slower, evidence.faster)]
-    adjusted = iter(false_discovery_control(tested) if tested else ())
-    told = []
-    for evidence in found:
-        if evidence is None:
-            told.append(UNCLEAR)
+    p_values = [p for test in tests if test is not None for p in (test.slower, test.faster)]
+    adjusted = iter(false_discovery_control(p_values) if p_values else ())
+    verdicts = []
+    for test in tests:
+        if test is None:
+            verdicts.append(UNCLEAR)
             continue
         slower, faster = next(adjusted), next(adjusted)
-        if min(slower, faster) <= CHANCE:
-            told.append(SLOWER if slower < faster else FASTER)
+        if min(slower, faster) <= ALPHA:
+            verdicts.append(SLOWER if slower < faster else FASTER)
         else:
-            within = 1 / (1 + floor) <= evidence.low and evidence.high <= 1 + floor
-            told.append(SAME if within else UNCLEAR)
-    return told
+            within = 1 / (1 + floor) <= test.low and test.high <= 1 + floor
+            verdicts.append(SAME if within else UNCLEAR)
+    return verdicts
 
 
-def enough(cases: int) -> int:
-    """Launches of a side with which a single case among so many can be told at all: the least
-    chance that the test can give, twice (either direction) and corrected, is below 5 %."""
-    n = FEWEST
-    while 2 * cases / math.comb(2 * n, n) > CHANCE:
+def launches_needed(cases: int) -> int:
+    """Launches per side with which a single case among so many can be significant: the smallest
+    p-value of the test, doubled (two directions) and corrected, is below 5 %."""
+    n = MIN_LAUNCHES
+    while 2 * cases / math.comb(2 * n, n) > ALPHA:
         n += 1
     return n
 
 
-def _outside(m: int, n: int) -> int:
-    """How many of the ordered differences lie outside of the interval at either end: the largest
-    value of Mann and Whitney's statistic that is not exceeded with a chance of at most 2.5 %."""
+def _trimmed_differences(m: int, n: int) -> int:
+    """Number of ordered differences outside of the interval at either end: the largest u for which
+    the Mann-Whitney statistic U has P(U <= u) of at most 2.5 %."""
     total, below = math.comb(m + n, n), 0
-    for value, ways in enumerate(_ways(m, n)):
-        below += ways
-        if below / total > CHANCE / 2:
+    for value, count in enumerate(_statistic_counts(m, n)):
+        below += count
+        if below / total > ALPHA / 2:
             return max(value - 1, 0)
     raise AssertionError
 
 
-def _ways(m: int, n: int) -> list[int]:
-    """In how many ways the statistic takes each value: coefficients of the Gaussian binomial."""
-    ways = [1] + [0] * (m * n)
+def _statistic_counts(m: int, n: int) -> list[int]:
+    """Number of rankings for each value of the Mann-Whitney statistic: coefficients of the Gaussian
+    binomial."""
+    counts = [1] + [0] * (m * n)
     for i in range(1, n + 1):
         for value in range(m * n, m + i - 1, -1):
-            ways[value] -= ways[value - m - i]
+            counts[value] -= counts[value - m - i]
         for value in range(i, m * n + 1):
-            ways[value] += ways[value - i]
-    return ways
+            counts[value] += counts[value - i]
+    return counts
 
 
 def _median(ordered: Sequence[float]) -> float:

@@ -1,4 +1,4 @@
-"""Figures for papers: one kind of chart of a run, as SVG, PNG or PDF."""
+"""Figures for papers: a chart of one kind, as SVG, PNG or PDF."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from cpbench.core.spec import Spec, format_size
 from cpbench.reports.collection import Collection
-from cpbench.reports.columns import UNKNOWN
+from cpbench.reports.columns import UNKNOWN_MACHINE
 from cpbench.reports.figures import kinds, pareto
 from cpbench.reports.figures.sheet import SETTINGS, Sheet
-from cpbench.reports.figures.style import looks
-from cpbench.reports.labels import counted
-from cpbench.reports.tables.summary import competing, methods
-from cpbench.results.store import write_whole
-from cpbench.sweep.sweep_file import INT_KEYS, KEYS, SPEC_KEYS, number, split_list
+from cpbench.reports.figures.style import method_styles
+from cpbench.reports.labels import pluralize
+from cpbench.reports.tables.summary import comparable, method_names
+from cpbench.results.store import write_atomically
+from cpbench.sweep.sweep_file import INT_KEYS, KEYS, SPEC_KEYS, parse_integer, split_list
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".svg", ".png", ".pdf")
 DPI = 200
-LISTED = 20  # values, where a condition leaves nothing
-# What a problem is beside mask, tokens and ranks, and what it was measured with.
-PROBLEM = (
+MAX_LISTED = 20  # values in a message
+# What is the same throughout a chart: facts of the problem other than mask, tokens and ranks, and
+# how it was measured.
+CONSTANT_KEYS = (
     "direction", "dtype", "queries", "batch", "num_heads_q", "num_heads_kv", "head_dim",
     "ranks_per_node", "seed", "inputs", "machine", "clock",
 )  # fmt: skip
@@ -38,76 +39,79 @@ _METADATA: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Chart:
-    """One kind.
+class ChartKind:
+    """A kind of chart.
 
     Attributes:
-        usable: which rows show something.
-        lacking: what to say where none does.
+        usable: which rows can be shown.
+        empty_message: error when no row can.
         draw: draws rows (with a column ``method``) on a sheet.
-        one_problem, one_size: whether all rows must be of one problem, and on one number of ranks.
+        one_problem, one_world_size: whether all rows must have equal ``CONSTANT_KEYS``, and the
+            same number of ranks.
     """
 
     usable: Callable[[pd.DataFrame], pd.Series[bool]]
-    lacking: str
+    empty_message: str
     draw: Callable[[pd.DataFrame, Sheet], None]
     one_problem: bool = True
-    one_size: bool = True
+    one_world_size: bool = True
 
 
 def _timed(table: pd.DataFrame) -> pd.Series[bool]:
     return (table["status"] == "ok") & table["tflops_per_rank"].notna()
 
 
-def _known(table: pd.DataFrame, *columns: str) -> pd.Series[bool]:
+def _has_values(table: pd.DataFrame, *columns: str) -> pd.Series[bool]:
     return (table["status"] == "ok") & table[list(columns)].notna().all(axis=1)
 
 
 CHARTS = {
-    "throughput": Chart(
+    "throughput": ChartKind(
         _timed, "no case is ok and timed: there is no throughput", kinds.throughput
     ),
-    "memory": Chart(
+    "memory": ChartKind(
         lambda table: (table["status"] == "ok") & (table["peak_mb"] > 0)
         | (table["status"] == "oom"),
-        "no case has a peak memory or ran out of it", kinds.memory,
+        "no case has a peak memory or is out of memory", kinds.memory,
     ),
-    "scaling": Chart(
+    "scaling": ChartKind(
         lambda table: _timed(table) & (table["world_size"] > 1), kinds.NO_SCALING,
-        kinds.scaling, one_size=False,
+        kinds.scaling, one_world_size=False,
     ),
-    "heatmap": Chart(
-        competing, "no case competes: none was exact, timed and checked", kinds.heatmap,
-        one_size=False,
+    "heatmap": ChartKind(
+        comparable, "nothing to compare: no case was exact, timed and checked", kinds.heatmap,
+        one_world_size=False,
     ),
-    "pareto": Chart(
-        lambda table: _known(table, "time_ms", "peak_mb"),
+    "pareto": ChartKind(
+        lambda table: _has_values(table, "time_ms", "peak_mb"),
         "no case has both a time and a peak memory", pareto.pareto,
     ),
-    "quality": Chart(
-        pareto.recoverable, "no case is timed and checked", pareto.quality
+    "quality": ChartKind(
+        pareto.has_recall, "no case is timed and checked", pareto.quality
     ),
-    "roofline": Chart(
-        lambda table: _known(table, "tflops_per_rank", "intensity", "gemm_tflops", "copy_gb_s"),
+    "roofline": ChartKind(
+        lambda table: _has_values(
+            table, "tflops_per_rank", "intensity", "gemm_tflops", "copy_gb_s"
+        ),
         "no timed case has measured peaks (gemm_tflops and copy_gb_s of its machine)",
         kinds.roofline,
     ),
-    "timeline": Chart(
+    "timeline": ChartKind(
         lambda table: (table["started"] > 0) & (table["seconds"] > 0),
-        "no case says when it started and how long it took", kinds.timeline,
-        one_problem=False, one_size=False,
+        "no case has a start and a duration", kinds.timeline,
+        one_problem=False, one_world_size=False,
     ),
 }  # fmt: skip
 
 
 def draw(collection: Collection, kind: str, path: Path, where: Sequence[str]) -> None:
-    """Write a figure; where cases of several problems are left, of the one with the most cases,
-    and say on stderr which that is.
+    """Write a figure.  Where cases of several problems are left, those of the problem with the most
+    cases are drawn, and a line on stderr says which one.
 
     Args:
         kind: a key of ``CHARTS``.
         path: ends in one of ``SUFFIXES``.
-        where: conditions ``key=value[,value]``, see :func:`chosen`.
+        where: conditions ``key=value[,value]``, see :func:`filter_rows`.
 
     Raises:
         ValueError: in one line, for another suffix or kind, a condition that cannot be met, or
@@ -117,34 +121,34 @@ def draw(collection: Collection, kind: str, path: Path, where: Sequence[str]) ->
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"-o {path}: a figure is written as {', '.join(SUFFIXES)}")
     if kind not in CHARTS:
-        raise ValueError(f"no kind {kind!r} of figure; there are: {', '.join(CHARTS)}")
-    table = collection.table.assign(method=methods(collection.table))
-    found = looks(table["method"])
-    table = chosen(table, where)
+        raise ValueError(f"no kind {kind!r} of figure; kinds: {', '.join(CHARTS)}")
+    table = collection.table.assign(method=method_names(collection.table))
+    styles = method_styles(table["method"])
+    table = filter_rows(table, where)
     chart = CHARTS[kind]
     if chart.one_problem:
-        table = _one_problem(table, chart)
+        table = _select_problem(table, chart)
     else:
-        table = _each_launch(collection, table)
+        table = _expand_launches(collection, table)
         if not chart.usable(table).any():
-            raise ValueError(chart.lacking)
+            raise ValueError(chart.empty_message)
 
     import matplotlib
 
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # whatever the user's own settings are
         matplotlib.rcParams.update(SETTINGS)
-        sheet = Sheet(found)
+        sheet = Sheet(styles)
         chart.draw(table, sheet)
-        sheet.finish()
+        sheet.draw_legend()
         _save(sheet.figure, path)
 
 
-def chosen(table: pd.DataFrame, conditions: Sequence[str]) -> pd.DataFrame:
-    """The rows that meet every ``key=value[,value]``.
+def filter_rows(table: pd.DataFrame, conditions: Sequence[str]) -> pd.DataFrame:
+    """The rows that meet every condition ``key=value[,value]``.
 
     Keys are those of a sweep.  An operator, strategy, layout or mask matches by its text or by its
-    name before the colon, a mask without its seed too; a number may be written ``4k``.
+    name before the colon, a mask also without its seed; a number may be written ``4k``.
 
     Raises:
         ValueError: for a condition that is not of that form, an unknown key, or no row left.
@@ -154,29 +158,31 @@ def chosen(table: pd.DataFrame, conditions: Sequence[str]) -> pd.DataFrame:
         if not equals:
             raise ValueError(f"{condition!r} is not of the form key=value; keys: {', '.join(KEYS)}")
         if key not in KEYS:
-            raise ValueError(f"no key {key!r}; there are: {', '.join(KEYS)}")
-        wanted = {_wanted(key, item) for item in split_list(value)}
+            raise ValueError(f"no key {key!r}; keys: {', '.join(KEYS)}")
+        values = {_parse_value(key, item) for item in split_list(value)}
         cells = table[key].fillna("")
-        fits = {cell: not wanted.isdisjoint(_names(key, cell)) for cell in cells.unique()}
-        left = table[cells.map(fits)]
-        if left.empty:
-            there = _listed(key, table["mask_family"] if key == "mask" else cells)
-            raise ValueError(f"no case has {condition}; {key} is one of: {there}")
-        table = left
+        matches = {
+            cell: not values.isdisjoint(_matching_values(key, cell)) for cell in cells.unique()
+        }
+        filtered = table[cells.map(matches)]
+        if filtered.empty:
+            listed = _list_values(key, table["mask_family"] if key == "mask" else cells)
+            raise ValueError(f"no case has {condition}; {key} is one of: {listed}")
+        table = filtered
     return table
 
 
-def _wanted(key: str, item: str) -> object:
+def _parse_value(key: str, item: str) -> object:
     if key in INT_KEYS:
-        return number(key, item)
+        return parse_integer(key, item)
     try:
         return str(Spec.parse(item)) if key in SPEC_KEYS else item
     except ValueError:
-        return item  # as it may stand in a record of somebody's own
+        return item  # records of a user's own code may hold it
 
 
-def _names(key: str, cell: Any) -> set[object]:
-    """What a value answers to."""
+def _matching_values(key: str, cell: Any) -> set[object]:
+    """All values of a condition that a cell matches."""
     if key not in SPEC_KEYS:
         return {cell}
     try:
@@ -187,78 +193,80 @@ def _names(key: str, cell: Any) -> set[object]:
     return {cell, spec.name, *([str(Spec(spec.name, seedless))] if key == "mask" else [])}
 
 
-def _listed(key: str, cells: pd.Series[Any]) -> str:
+def _list_values(key: str, cells: pd.Series[Any]) -> str:
     values = sorted(cells.unique())
     sized = key in ("seq_len", "queries")
-    texts = [format_size(int(v)) if sized else str(v) or '""' for v in values[:LISTED]]
-    more = [f"and {len(values) - LISTED} more"] if len(values) > LISTED else []
+    texts = [format_size(int(v)) if sized else str(v) or '""' for v in values[:MAX_LISTED]]
+    more = [f"and {len(values) - MAX_LISTED} more"] if len(values) > MAX_LISTED else []
     return ", ".join([*texts, *more])
 
 
-def _one_problem(table: pd.DataFrame, chart: Chart) -> pd.DataFrame:
-    """The rows of the problem that has the most usable ones (ok, if some are), the newest of each
-    case; of those on the fewest ranks where the chart takes one number of ranks.
+def _select_problem(table: pd.DataFrame, chart: ChartKind) -> pd.DataFrame:
+    """The rows of the problem with the most usable ones (ok, if some are), the newest of each case;
+    of the fewest ranks where the chart takes one number of ranks.
 
-    A failure on a machine that nobody noted, or before a clock was read, is of every problem.  How
-    many ranks share a node does not matter to a single one.
+    A failure on an unknown machine, or before a clock was read, belongs to every problem.  Ranks
+    per node are ignored for a single rank.
 
     Raises:
-        ValueError: when none is usable.
+        ValueError: when no row is usable.
     """
-    several = table.loc[table["world_size"] > 1, "ranks_per_node"]
+    ranks_per_node = table.loc[table["world_size"] > 1, "ranks_per_node"]
     table = table.assign(clock=table["clock"].fillna(""))
-    if len(several):
-        nodes = table["ranks_per_node"].where(table["world_size"] > 1, several.mode().iloc[0])
+    if len(ranks_per_node):
+        most_frequent = ranks_per_node.mode().iloc[0]
+        nodes = table["ranks_per_node"].where(table["world_size"] > 1, most_frequent)
         table = table.assign(ranks_per_node=nodes)
     usable = table[chart.usable(table)]
     if usable.empty:
-        raise ValueError(chart.lacking)
+        raise ValueError(chart.empty_message)
     if (usable["status"] == "ok").any():
         usable = usable[usable["status"] == "ok"]
-    sizes = usable.groupby(list(PROBLEM), sort=True).size()
-    problem = dict(zip(PROBLEM, sizes.index[int(sizes.to_numpy().argmax())], strict=True))
-    told = [key for key in PROBLEM if usable[key].nunique() > 1]
+    sizes = usable.groupby(list(CONSTANT_KEYS), sort=True).size()
+    largest = sizes.index[int(sizes.to_numpy().argmax())]
+    problem = dict(zip(CONSTANT_KEYS, largest, strict=True))
+    varying = [key for key in CONSTANT_KEYS if usable[key].nunique() > 1]
     for key, value in problem.items():
-        unsaid = (table["status"] != "ok") & table[key].isin(["", UNKNOWN])
-        table = table[(table[key] == value) | unsaid]
-    if chart.one_size:
-        there = table.loc[chart.usable(table), "world_size"]
-        problem["world_size"] = there.min()
-        told += ["world_size"] if there.nunique() > 1 else []
-        table = table[table["world_size"] == there.min()]
-    whole = len(table)
-    # Of one case there may be several with other files behind its names.
+        unknown = (table["status"] != "ok") & table[key].isin(["", UNKNOWN_MACHINE])
+        table = table[(table[key] == value) | unknown]
+    if chart.one_world_size:
+        world_sizes = table.loc[chart.usable(table), "world_size"]
+        problem["world_size"] = world_sizes.min()
+        varying += ["world_size"] if world_sizes.nunique() > 1 else []
+        table = table[table["world_size"] == world_sizes.min()]
+    count = len(table)
+    # A case may be present several times, with different files behind its names.
     table = table.sort_values("started", kind="stable").drop_duplicates(
         ["method", "mask", "seq_len", "world_size"], keep="last"
     )
-    if told:
-        only = ", ".join(f"{key}={problem[key]}" for key in told)
-        hint = "; --where chooses" if not {*told}.isdisjoint(KEYS) else ""
-        print(f"cpbench: of several, this is drawn: {only}{hint}", file=sys.stderr)
-    if older := whole - len(table):
+    if varying:
+        values = ", ".join(f"{key}={problem[key]}" for key in varying)
+        hint = "; select another with --where" if not {*varying}.isdisjoint(KEYS) else ""
+        print(f"cpbench: several problems match; drawn: {values}{hint}", file=sys.stderr)
+    if older := count - len(table):
         print(
-            f"cpbench: {counted(older, 'older measurement')} of the same cases left out",
+            f"cpbench: {pluralize(older, 'older measurement')} of the same cases left out",
             file=sys.stderr,
         )
     return table.sort_index()
 
 
-def _each_launch(collection: Collection, table: pd.DataFrame) -> pd.DataFrame:
-    """A row for every launch of a case: when, for how long, by whom, with which caveats."""
+def _expand_launches(collection: Collection, table: pd.DataFrame) -> pd.DataFrame:
+    """A row for each launch of a case, with its start, duration, writer and flags."""
     import pandas as pd
 
     several = table[table["launches"].fillna(0) > 1]
     rows = [
-        {**row, "started": one.started, "seconds": one.seconds, "writer": one.writer,
-         "flags": " ".join(one.flags)}
+        {**row, "started": launch.started, "seconds": launch.seconds, "writer": launch.writer,
+         "flags": " ".join(launch.flags)}
         for row in several.to_dict("records")
-        for one in collection.runs[row["run"]].launches[row["id"]]
+        for launch in collection.runs[row["run"]].launches[row["id"]]
     ]  # fmt: skip
-    left = table.drop(index=several.index)
-    return pd.concat([left, pd.DataFrame(rows)], ignore_index=True) if rows else left
+    others = table.drop(index=several.index)
+    return pd.concat([others, pd.DataFrame(rows)], ignore_index=True) if rows else others
 
 
 def _save(figure: Figure, path: Path) -> None:
     form, content = path.suffix[1:].lower(), io.BytesIO()
     figure.savefig(content, format=form, dpi=DPI, metadata=_METADATA[form])
-    write_whole(path, content.getvalue())
+    write_atomically(path, content.getvalue())

@@ -1,7 +1,7 @@
-"""One look for every chart: colours that colour-blind people tell apart, and for black and white
-a marker and a dash for each.
+"""Styles of methods in charts: colours that are safe for colour-blind readers, and for black and
+white a marker and a dash for each.
 
-Colours: Paul Tol's "bright" scheme (https://personal.sron.nl/~pault/) and an orange, without the
+Colours: Paul Tol's "bright" scheme (https://personal.sron.nl/~pault/) with an orange instead of the
 grey.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#ee7733")
-# A marker and a dash as matplotlib and as Plotly call them.
+# Markers and dashes by their names in matplotlib and in Plotly.
 MARKERS = (
     ("o", "circle"), ("s", "square"), ("^", "triangle-up"), ("D", "diamond"),
     ("v", "triangle-down"), ("P", "cross"), ("X", "x"), ("<", "triangle-left"),
@@ -21,8 +21,9 @@ DASHES = (("-", "solid"), ("--", "dash"), (":", "dot"), ("-.", "dashdot"))
 
 
 @dataclass(frozen=True)
-class Look:
-    """Of one method."""
+class MethodStyle:
+    """Style of one method: matplotlib's ``marker`` and ``dash``, Plotly's ``symbol`` and
+    ``plotly_dash``."""
 
     colour: str
     marker: str
@@ -31,13 +32,13 @@ class Look:
     plotly_dash: str
 
 
-def looks(methods: Iterable[str]) -> dict[str, Look]:
-    """A look for each method, the same in every chart.  Operators of one rank come first: they meet
-    in other charts than strategies, so that neither takes colours from the other."""
-    found = {}
-    alone_first = sorted(set(methods), key=lambda name: (" " in name, name))
-    for i, name in enumerate(alone_first):
+def method_styles(methods: Iterable[str]) -> dict[str, MethodStyle]:
+    """A style for each method, the same in all charts.  Operators of one rank come first: they
+    appear in other charts than strategies do, so neither takes colours from the other."""
+    styles = {}
+    single_rank_first = sorted(set(methods), key=lambda name: (" " in name, name))
+    for i, name in enumerate(single_rank_first):
         marker, symbol = MARKERS[i % len(MARKERS)]
         dash, plotly_dash = DASHES[i // len(COLOURS) % len(DASHES)]
-        found[name] = Look(COLOURS[i % len(COLOURS)], marker, symbol, dash, plotly_dash)
-    return found
+        styles[name] = MethodStyle(COLOURS[i % len(COLOURS)], marker, symbol, dash, plotly_dash)
+    return styles

@@ -1,1 +1,1 @@
-"""A run as one self-contained HTML page."""
+"""Reports as one self-contained HTML page."""

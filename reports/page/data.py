@@ -1,4 +1,4 @@
-"""What the charts of a page are drawn from: the tidy table and raw samples, packed small."""
+"""Data of a page's charts: the tidy table and raw samples in a compact form."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from cpbench.core.spec import Spec
 from cpbench.reports.collection import Collection
-from cpbench.reports.figures.style import looks
-from cpbench.reports.labels import FACT_COLUMNS, sentence
-from cpbench.reports.tables.overview import facts_of
-from cpbench.reports.tables.summary import methods
+from cpbench.reports.figures.style import method_styles
+from cpbench.reports.labels import FACT_COLUMNS, describe
+from cpbench.reports.tables.overview import environment_facts
+from cpbench.reports.tables.summary import method_names
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,86 +31,89 @@ NUMBERS = (
     "exposed_ms", "exposed", "hidden", "worst_error", "started", "kept", "recovered",
     "best_recovered", "out_error", "select_ms", "arrange_ms", "kernel_ms",
 )  # fmt: skip
-_SHAPE = ("queries", "a node", "batch", "heads", "head_dim", "input seed", "inputs", "files")
-_PICTURE_TOKENS = 16384  # at most, where there are as few
+_SHAPE_FACTS = (
+    "queries", "ranks/node", "batch", "heads", "head_dim", "input seed", "inputs", "files"
+)  # fmt: skip
+_MAX_PICTURE_TOKENS = 16384  # unless all lengths are longer
 _DIGITS = 6
 
 
-def data(collection: Collection) -> dict[str, Any]:
-    """Columns, looks, pictures and environments, as plain values."""
+def chart_data(collection: Collection) -> dict[str, Any]:
+    """Columns, styles, mask pictures and environments, as plain values."""
     table = collection.table
-    named = table.assign(method=methods(table), shape=_shapes(table))
+    named = table.assign(method=method_names(table), shape=_shape_labels(table))
+    environments = collection.environments.items()
     return {
         "rows": len(named),
-        "texts": {column: _coded(named[column]) for column in TEXTS},
-        "numbers": {column: _rounded(named[column]) for column in NUMBERS},
-        "looks": {name: asdict(look) for name, look in looks(named["method"]).items()},
-        "masks": pictures(table),
-        "environments": {key: facts_of(told) for key, told in collection.environments.items()},
+        "texts": {column: _encode_texts(named[column]) for column in TEXTS},
+        "numbers": {column: _round_numbers(named[column]) for column in NUMBERS},
+        "styles": {name: asdict(style) for name, style in method_styles(named["method"]).items()},
+        "masks": mask_pictures(table),
+        "environments": {key: environment_facts(environment) for key, environment in environments},
     }
 
 
-def samples(collection: Collection) -> list[list[list[float]]]:
-    """By row of the table: microseconds of every iteration (slowest rank) of every launch."""
-    found = []
-    for run, key in zip(collection.table["run"], collection.table["id"], strict=True):
-        whole = collection.runs[run]
-        launches = whole.launches.get(key) or [whole.records[key]]
-        found.append([[round(us, 1) for us in one.samples_us] for one in launches])
-    return found
+def samples_by_row(collection: Collection) -> list[list[list[float]]]:
+    """By row of the table: microseconds (slowest rank) per launch and iteration."""
+    samples = []
+    for name, key in zip(collection.table["run"], collection.table["id"], strict=True):
+        run = collection.runs[name]
+        launches = run.launches.get(key) or [run.records[key]]
+        samples.append([[round(us, 1) for us in launch.samples_us] for launch in launches])
+    return samples
 
 
-def pictures(table: pd.DataFrame) -> dict[str, str]:
-    """By mask without seed: a small picture as a data URI, for masks that cpbench itself builds."""
+def mask_pictures(table: pd.DataFrame) -> dict[str, str]:
+    """By mask without seed: a thumbnail as a data URI, for masks that cpbench itself builds."""
     from cpbench import masks
     from cpbench.masks.dilated_mask import DilatedMask
-    from cpbench.masks.head_masks import distinct
+    from cpbench.masks.head_masks import distinct_masks
     from cpbench.masks.picture import thumbnail
 
-    found = {}
+    pictures = {}
     for family, group in table.groupby("mask_family", sort=True):
         try:
             spec = Spec.parse(str(group["mask"].iloc[0]))
             if ":" in spec.name or "file" in spec.kwargs:
-                continue  # somebody's file: a report runs and reads none
+                continue  # a user's file: a report neither runs nor reads it
             lengths = sorted({int(n) for n in group["seq_len"]})
-            tokens = max([n for n in lengths if n <= _PICTURE_TOKENS] or lengths[:1])
+            tokens = max([n for n in lengths if n <= _MAX_PICTURE_TOKENS] or lengths[:1])
             built = masks.build_heads(spec, tokens, int(group["num_heads_q"].iloc[0]))
             if not isinstance(built, DilatedMask):
-                png = thumbnail(distinct(built)[0])
-                found[str(family)] = "data:image/png;base64," + base64.b64encode(png).decode()
+                png = thumbnail(distinct_masks(built)[0])
+                pictures[str(family)] = "data:image/png;base64," + base64.b64encode(png).decode()
         except (ValueError, OSError):  # too short for this mask, or of another version
             continue
-    return found
+    return pictures
 
 
-def _shapes(table: pd.DataFrame) -> list[str]:
-    """What is computed apart from mask, length, ranks, direction and dtype, in words."""
-    columns = [name for fact in _SHAPE for name in FACT_COLUMNS.get(fact, (fact,))]
-    known: dict[tuple[Any, ...], str] = {}
-    found = []
+def _shape_labels(table: pd.DataFrame) -> list[str]:
+    """By row: facts of the problem apart from mask, length, ranks, direction and dtype."""
+    columns = [name for fact in _SHAPE_FACTS for name in FACT_COLUMNS.get(fact, (fact,))]
+    cache: dict[tuple[Any, ...], str] = {}
+    labels = []
     for values in zip(*(table[column] for column in columns), strict=True):
-        if values not in known:
-            known[values] = sentence(dict(zip(columns, values, strict=True)), _SHAPE)
-        found.append(known[values])
-    return found
+        if values not in cache:
+            cache[values] = describe(dict(zip(columns, values, strict=True)), _SHAPE_FACTS)
+        labels.append(cache[values])
+    return labels
 
 
-def _coded(values: pd.Series[Any]) -> dict[str, Any]:
-    """A column of texts as its different values and, by row, which; -1 is none."""
+def _encode_texts(values: pd.Series[Any]) -> dict[str, Any]:
+    """A column of texts as its distinct values and, by row, their index; -1 is none."""
     import pandas as pd
 
-    codes, different = pd.factorize(values)
-    return {"values": [str(value) for value in different], "codes": codes}
+    codes, distinct_values = pd.factorize(values)
+    return {"values": [str(value) for value in distinct_values], "codes": codes}
 
 
-def _rounded(values: pd.Series[Any]) -> Any:
-    """A column of numbers to six digits; nan for none."""
+def _round_numbers(values: pd.Series[Any]) -> Any:
+    """A column of numbers rounded to six significant digits; nan for none."""
     import numpy as np
 
-    found = values.astype("Float64").to_numpy(dtype=float, na_value=np.nan)
-    known = np.isfinite(found) & (found != 0)
-    scale = np.ones_like(found)
-    scale[known] = 10.0 ** (_DIGITS - 1 - np.floor(np.log10(np.abs(found[known]))))
+    numbers = values.astype("Float64").to_numpy(dtype=float, na_value=np.nan)
+    rounds = np.isfinite(numbers) & (numbers != 0)
+    scale = np.ones_like(numbers)
+    scale[rounds] = 10.0 ** (_DIGITS - 1 - np.floor(np.log10(np.abs(numbers[rounds]))))
     with np.errstate(invalid="ignore"):
-        return np.where(known, np.round(found * scale) / scale, found)
+        return np.where(rounds, np.round(numbers * scale) / scale, numbers)

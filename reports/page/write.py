@@ -1,6 +1,6 @@
-"""A run as one self-contained HTML page: answers at a glance, every point back to its samples.
+"""A report as one self-contained HTML page: tables and charts, down to the samples of each point.
 
-The page asks for nothing: libraries, data and pictures are in it (``assets``), and a content
+The page loads nothing: libraries, data and pictures are embedded (``assets``), and a content
 security policy forbids the rest.  Text from outside is escaped by the template engine; our own
 scripts set text, never markup.
 """
@@ -15,105 +15,106 @@ from typing import Any
 
 from cpbench import __version__
 from cpbench.reports.collection import Collection
-from cpbench.reports.figures.style import looks
-from cpbench.reports.labels import apart, significant
-from cpbench.reports.page import (
-    assets,
+from cpbench.reports.figures.style import method_styles
+from cpbench.reports.labels import group_by_problem, three_digits
+from cpbench.reports.page import assets
+from cpbench.reports.page.data import chart_data, samples_by_row
+from cpbench.reports.tables import overview
+from cpbench.reports.tables import rows as tables
+from cpbench.reports.tables.fastest_grids import fastest_grids, fastest_methods, verdict_text
+from cpbench.reports.tables.render import (
+    ReportContents,
+    caveat_notes,
+    check_notes,
+    seed_notes,
+    status_counts,
 )
-from cpbench.reports.page import (
-    data as page_data,
-)
-from cpbench.reports.tables import (
-    fastest_grids as best,
-)
-from cpbench.reports.tables import (
-    overview,
-)
-from cpbench.reports.tables import (
-    rows as tables,
-)
-from cpbench.reports.tables import (
-    selection as choices,
-)
-from cpbench.reports.tables.render import Contents, caveats, checks, counts, readings
-from cpbench.reports.tables.summary import methods
-from cpbench.results.store import write_whole
+from cpbench.reports.tables.selection import break_even_rows, recall_rows
+from cpbench.reports.tables.summary import method_names
+from cpbench.results.store import write_atomically
 
-INLINE = 400_000  # samples; more lie in files beside the page
-CHUNK = 500  # cases of such a file
-FAILURES = 200  # that are listed one by one
+MAX_INLINE_SAMPLES = 400_000  # more are written to files beside the page
+CHUNK_CASES = 500  # per file of samples
+MAX_FAILURES = 200  # that are listed one by one
 SCRIPTS = ("loader.js", "data.js", "charts.js", "details.js", "report.js")
 CHARTS = (
-    ("throughput", "Throughput by length", "From the mask's exact area; a cross is a failure."),
-    ("memory", "Memory by length", "Peak beside the inputs, of the rank with the most; a cross on "
-     "the limit is out of memory."),
-    ("strong", "Strong scaling", "The same problem on more ranks: rate of a rank over that of one "
+    ("throughput", "Throughput by length", "From the exact area of the mask; a cross is a "
+     "failure."),
+    ("memory", "Memory by length", "Peak excluding the inputs, max per rank; a cross on the limit "
+     "is out of memory."),
+    ("strong", "Strong scaling", "The same problem on more ranks: rate per rank over that of one "
      "rank with the same operator, or of the fewest ranks measured."),
-    ("weak", "Weak scaling", "As many tokens a rank on more ranks: rate of a rank, likewise."),
-    ("communication", "Communication", "Bytes by link class."),
-    ("exposure", "Exposed communication", "What communication adds to the slowest rank's time."),
-    ("balance", "Balance between ranks", "1 is even."),
-    ("pareto", "Time against memory", "On the dotted line nothing is both faster and smaller."),
-    ("quality", "Recovered attention against time", "Of operators that choose what to attend to, "
-     "and exact ones; on the dotted line nothing both is faster and recovers more."),
+    ("weak", "Weak scaling", "The same number of tokens per rank on more ranks: rate per rank, "
+     "relative to the same baseline."),
+    ("communication", "Communication", "Bytes sent inside a node and across nodes."),
+    ("exposure", "Exposed communication", "Time that communication adds on the slowest rank."),
+    ("imbalance", "Load imbalance", "Max/mean work per rank; 1 is even."),
+    ("pareto", "Time against memory", "Dotted: Pareto front; no method is both faster and "
+     "smaller."),
+    ("quality", "Attention recall against time", "Selectors and exact methods. Dotted: Pareto "
+     "front; no method is both faster and has a higher recall."),
     ("roofline", "Roofline", "Peaks are a large matrix product and a large copy, measured on the "
      "same ranks at once."),
 )  # fmt: skip
 SECTIONS = (
-    ("best", "Best choice"), ("choices", "Sparse choices"), ("charts", "Charts"),
-    ("support", "Support"), ("failures", "Failures"), ("correctness", "Correctness"),
-    ("noise", "Noise"), ("environment", "Where it ran"), ("cases", "All cases"),
+    ("fastest", "Fastest method per problem"), ("selection", "Sparse selection"),
+    ("charts", "Charts"), ("support", "Support"), ("failures", "Failures"),
+    ("correctness", "Correctness"), ("noise", "Noise"), ("environment", "Environment"),
+    ("cases", "All cases"),
 )  # fmt: skip
 
 
-def write(collection: Collection, path: Path) -> None:
+def write_page(collection: Collection, path: Path) -> None:
     """Write the page, and where there are many samples a folder of them beside it.
 
     Raises:
-        ValueError: when a library that it carries is not installed.
+        ValueError: when a library that is embedded is not installed.
         OSError: when a file cannot be written.
     """
-    samples = page_data.samples(collection)
-    inline = sum(len(one) for launches in samples for one in launches) <= INLINE
+    samples = samples_by_row(collection)
+    inline = sum(len(launch) for launches in samples for launch in launches) <= MAX_INLINE_SAMPLES
     folder = f"{path.stem}_samples"
     if not inline:
         (path.parent / folder).mkdir(exist_ok=True)
-        for number, start in enumerate(range(0, len(samples), CHUNK)):
-            text = json.dumps(assets.packed_json(samples[start : start + CHUNK]))
-            write_whole(
-                path.parent / folder / f"{number}.js", f"cpbenchSamples({number}, {text});\n"
+        for chunk, start in enumerate(range(0, len(samples), CHUNK_CASES)):
+            text = json.dumps(assets.pack_json(samples[start : start + CHUNK_CASES]))
+            write_atomically(
+                path.parent / folder / f"{chunk}.js", f"cpbenchSamples({chunk}, {text});\n"
             )
-    write_whole(path, _page(collection, samples if inline else None, "" if inline else folder))
+    write_atomically(
+        path, _render(collection, samples if inline else None, "" if inline else folder)
+    )
 
 
-def _page(collection: Collection, samples: Any, folder: str) -> str:
-    told, table = Contents.of(collection), collection.table
-    names = methods(table)
-    data = page_data.data(collection)
-    bests = best.winners(told.singles, told.families)
-    failed = tables.failures(table)
-    support = overview.support(table, names)
-    worth = apart(choices.worth(table, told.varying))
-    tables_js, tables_css = assets.data_tables()
-    source = assets.script(*SCRIPTS)
-    return filled(
+def _render(collection: Collection, samples: Any, folder: str) -> str:
+    contents, table = ReportContents.from_collection(collection), collection.table
+    facts, rate = contents.varying_facts, contents.rate
+    names = method_names(table)
+    data = chart_data(collection)
+    fastest = fastest_methods(contents.rankings, contents.seed_groups)
+    failed = tables.failed_cases(table)
+    support = overview.support_table(table, names)
+    recall = group_by_problem(recall_rows(table, facts))
+    tables_js, tables_css = assets.packed_data_tables()
+    source = assets.read_web(*SCRIPTS)
+    return render_template(
         "report.html.j2",
         title=collection.title,
-        counts=counts(table),
-        throughout=told.throughout,
-        when=_when(table["started"]),
+        counts=status_counts(table),
+        common_facts=contents.common_facts,
+        measured_at=_time_span(table["started"]),
         version=__version__,
         warnings=collection.warnings,
-        sections=[one for one in SECTIONS if one[0] != "choices" or worth],
-        worth=worth,
-        paid=apart(choices.overtakes(table, told.varying)),
+        sections=[section for section in SECTIONS if section[0] != "selection" or recall],
+        recall=recall,
+        break_even=group_by_problem(break_even_rows(table, facts)),
         charts=CHARTS,
-        score=told.score,
-        readings=readings(told.families),
-        grids=best.grids(bests, told.varying),
-        words=best.words,
-        ms=lambda one: f"{significant(one.ms)} ms, {told.rate(one.tflops)} {told.rate.unit}",
-        looks=looks(names),
+        summary=contents.summary,
+        seed_notes=seed_notes(contents.seed_groups),
+        grids=fastest_grids(fastest, facts),
+        verdict_text=verdict_text,
+        time_text=lambda cell: f"{three_digits(cell.ms)} ms, {rate(cell.tflops)} {rate.unit}",
+        styles=method_styles(names),
         masks=data["masks"]
         | {
             mask: data["masks"][family]
@@ -122,50 +123,50 @@ def _page(collection: Collection, samples: Any, folder: str) -> str:
         },
         support=support,
         support_masks=sorted({mask for row in support.values() for mask in row}),
-        refusals=tables.refusals(table),
-        failures=overview.failures(failed, FAILURES),
-        more_failures=max(0, len(failed) - FAILURES),
-        checks=checks(told.timed),
-        correctness=overview.correctness(table, names),
-        noise=overview.noise(told.timed),
-        caveats=caveats(told.timed, {}),
-        environments=overview.environments(collection),
+        unsupported=tables.unsupported_rows(table),
+        failures=overview.add_log_tails(failed, MAX_FAILURES),
+        more_failures=max(0, len(failed) - MAX_FAILURES),
+        checks=check_notes(contents.ok_rows),
+        correctness=overview.correctness_rows(table, names),
+        noise=overview.noise_rows(contents.ok_rows),
+        caveats=caveat_notes(contents.ok_rows, {}),
+        environments=overview.distinct_environments(collection),
         runs=list(collection.runs),
         tables_css=tables_css,
-        css=assets.script("page.css"),
+        css=assets.read_web("page.css"),
         script=source,
-        policy=assets.policy(source, beside=bool(folder)),
+        policy=assets.security_policy(source, external_samples=bool(folder)),
         blobs={
-            "plotly": assets.plotly(),
+            "plotly": assets.packed_plotly(),
             "datatables": tables_js,
-            "data": assets.packed_json(data),
+            "data": assets.pack_json(data),
         },
-        samples="" if samples is None else assets.packed_json(samples),
+        samples="" if samples is None else assets.pack_json(samples),
         folder=folder,
-        chunk=CHUNK,
+        chunk=CHUNK_CASES,
     )
 
 
-def filled(template: str, **values: Any) -> str:
-    """A template of ``web/``, everything escaped that is not marked as safe there."""
+def render_template(template: str, **values: Any) -> str:
+    """Render a template of ``web/``; all values are escaped that are not marked as safe there."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
         loader=FileSystemLoader(assets.WEB), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters["soft"] = _soft
+    environment.filters["breakable"] = _breakable
     return environment.get_template(template).render(**values)
 
 
-def _soft(text: str) -> Any:
-    """Text that may break after punctuation."""
+def _breakable(text: str) -> Any:
+    """Text with possible line breaks after punctuation."""
     from markupsafe import Markup, escape
 
     return Markup(re.sub(r"([:,_/=])", r"\1<wbr>", str(escape(text))))
 
 
-def _when(started: Any) -> str:
+def _time_span(started: Any) -> str:
     known = started[started > 0]
     if known.empty:
         return "at an unknown time"

@@ -1,4 +1,4 @@
-"""The best choice for every problem, as grids: masks by lengths, or lengths by ranks."""
+"""The fastest method per problem as grids: masks by lengths, or lengths by ranks."""
 
 from __future__ import annotations
 
@@ -7,139 +7,148 @@ from dataclasses import dataclass
 from typing import Any
 
 from cpbench.core.spec import format_size
-from cpbench.reports.labels import counted, sentence
-from cpbench.reports.tables.mask_seeds import Family
-from cpbench.reports.tables.summary import Answer, methods
+from cpbench.reports.labels import describe, pluralize
+from cpbench.reports.tables.mask_seeds import SeedGroup
+from cpbench.reports.tables.summary import MethodRanking, method_names
 
 _AXES = ("mask", "tokens", "ranks")
 
 
 @dataclass(frozen=True)
-class Best:
-    """Who won one problem.
+class FastestMethod:
+    """The fastest method for one problem.
 
     Attributes:
-        question: what was to be computed, see ``answer.QUESTION``; ``mask`` without a drawn seed.
-        method: the fastest in the median.
-        verdict: ``"won"``, ``"tie"``, ``"open"`` (too few draws to tell) or ``"alone"``.
-        lead: time of the runner-up over the winner's; None without one.
-        tied: methods that cannot be told apart from the fastest.
-        over: the runner-up.
+        problem: values of ``summary.PROBLEM_KEYS``; ``mask`` without its seed in a seed group.
+        method: the method with the lowest median time.
+        verdict: ``"won"``, ``"tie"``, ``"inconclusive"`` (too few mask seeds) or
+            ``"uncontested"``.
+        lead: time of the runner-up over that of the fastest; None when uncontested.
+        tied: methods that are not significantly slower.
+        runner_up: the second fastest method; "" when uncontested.
         ms, tflops: of the fastest.
-        draws: how many were compared; 0 where the problem was not drawn.
+        num_seeds: number of mask seeds compared; 0 outside of seed groups.
     """
 
-    question: dict[str, Any]
+    problem: dict[str, Any]
     method: str
     verdict: str
     lead: float | None
     tied: tuple[str, ...]
-    over: str
+    runner_up: str
     ms: float
     tflops: float
-    draws: int
+    num_seeds: int
 
 
 @dataclass(frozen=True)
-class Grid:
-    """A table of winners.
+class FastestGrid:
+    """A grid of the fastest methods.
 
     Attributes:
-        title: what its problems have in common.
-        rows, columns: headings.
+        title: facts that its problems have in common.
         corner: what rows and columns are.
-        cells: by row and column; None where nothing competed.
+        rows, columns: headings.
+        cells: by row and column; absent where nothing was compared.
     """
 
     title: str
     corner: str
     rows: list[str]
     columns: list[str]
-    cells: dict[tuple[str, str], Best]
+    cells: dict[tuple[str, str], FastestMethod]
 
 
-def winners(singles: Iterable[Answer], families: Iterable[Family]) -> list[Best]:
-    """The best of every problem that has a contest."""
-    found = [_of_answer(answer) for answer in singles]
-    return found + [_of_family(family) for family in families if family.compared]
+def fastest_methods(
+    rankings: Iterable[MethodRanking], seed_groups: Iterable[SeedGroup]
+) -> list[FastestMethod]:
+    """The fastest method of every problem with a comparable case."""
+    fastest = [_from_ranking(ranking) for ranking in rankings]
+    return fastest + [_from_seed_group(group) for group in seed_groups if group.compared]
 
 
-def grids(found: Sequence[Best], varying: Sequence[str]) -> list[Grid]:
-    """Winners on one rank by mask and length; on several, for each mask, by length and ranks.
+def fastest_grids(
+    fastest: Sequence[FastestMethod], varying_facts: Sequence[str]
+) -> list[FastestGrid]:
+    """Grids on one rank by mask and length; on several ranks, per mask, by length and ranks.
 
     Args:
-        varying: headings of facts that are not the same throughout.
+        varying_facts: headings of the facts that differ between problems.
     """
-    common = [fact for fact in varying if fact not in _AXES]
-    several = {_rest(best, common) for best in found if best.question["world_size"] > 1}
-    groups: dict[tuple[str, ...], list[Best]] = {}
-    for best in found:
-        rest, mask = _rest(best, common), str(best.question["mask"])
-        if best.question["world_size"] == 1:
-            groups.setdefault(("masks", "", rest), []).append(best)
-        if rest in several:  # one rank is the first column there
-            groups.setdefault(("ranks", mask, rest), []).append(best)
-    made = []
-    for (kind, mask, rest), bests in sorted(groups.items(), key=lambda item: item[0]):
-        if kind == "ranks" and all(best.question["world_size"] == 1 for best in bests):
-            continue
-        made.append(_masks_grid(rest, bests) if kind == "masks" else _ranks_grid(mask, rest, bests))
-    return made
+    extra_facts = [fact for fact in varying_facts if fact not in _AXES]
+    multi_rank = {_context(x, extra_facts) for x in fastest if x.problem["world_size"] > 1}
+    groups: dict[tuple[str, ...], list[FastestMethod]] = {}
+    for cell in fastest:
+        context, mask = _context(cell, extra_facts), str(cell.problem["mask"])
+        if cell.problem["world_size"] == 1:
+            groups.setdefault(("masks", "", context), []).append(cell)
+        if context in multi_rank:  # one rank is the first column there
+            groups.setdefault(("ranks", mask, context), []).append(cell)
+    grids = []
+    for (kind, mask, context), cells in sorted(groups.items(), key=lambda item: item[0]):
+        if kind == "masks":
+            grids.append(_masks_grid(context, cells))
+        elif any(cell.problem["world_size"] > 1 for cell in cells):
+            grids.append(_ranks_grid(mask, context, cells))
+    return grids
 
 
-def _masks_grid(rest: str, bests: Sequence[Best]) -> Grid:
-    lengths = sorted({best.question["seq_len"] for best in bests})
-    rows = sorted({str(best.question["mask"]) for best in bests})
-    cells = {(str(b.question["mask"]), format_size(b.question["seq_len"])): b for b in bests}
-    title = "One rank" + (f": {rest}" if rest else "")
-    return Grid(title, "mask \\ tokens", rows, [format_size(n) for n in lengths], cells)
+def _masks_grid(context: str, fastest: Sequence[FastestMethod]) -> FastestGrid:
+    lengths = sorted({x.problem["seq_len"] for x in fastest})
+    rows = sorted({str(x.problem["mask"]) for x in fastest})
+    cells = {(str(x.problem["mask"]), format_size(x.problem["seq_len"])): x for x in fastest}
+    title = "One rank" + (f": {context}" if context else "")
+    return FastestGrid(title, "mask \\ tokens", rows, [format_size(n) for n in lengths], cells)
 
 
-def _ranks_grid(mask: str, rest: str, bests: Sequence[Best]) -> Grid:
-    ranks = sorted({best.question["world_size"] for best in bests})
-    lengths = sorted({best.question["seq_len"] for best in bests})
-    cells = {(format_size(b.question["seq_len"]), str(b.question["world_size"])): b for b in bests}
-    title = mask + (f": {rest}" if rest else "")
-    return Grid(title, "tokens \\ ranks", [format_size(n) for n in lengths],
-                [str(n) for n in ranks], cells)  # fmt: skip
+def _ranks_grid(mask: str, context: str, fastest: Sequence[FastestMethod]) -> FastestGrid:
+    ranks = sorted({x.problem["world_size"] for x in fastest})
+    lengths = sorted({x.problem["seq_len"] for x in fastest})
+    cells = {(format_size(x.problem["seq_len"]), str(x.problem["world_size"])): x for x in fastest}
+    title = mask + (f": {context}" if context else "")
+    return FastestGrid(title, "tokens \\ ranks", [format_size(n) for n in lengths],
+                       [str(n) for n in ranks], cells)  # fmt: skip
 
 
-def _rest(best: Best, common: Sequence[str]) -> str:
-    return sentence(best.question, common)
+def _context(fastest: FastestMethod, extra_facts: Sequence[str]) -> str:
+    """Facts of the problem other than the axes, in words."""
+    return describe(fastest.problem, extra_facts)
 
 
-def _of_answer(answer: Answer) -> Best:
-    names, reach = methods(answer.ranking), answer.ranking["high_ms"].iat[0]
-    low = answer.ranking["low_ms"].tolist()
-    tied = [name for name, ms in zip(names[1:], low[1:], strict=True) if not ms > reach]
-    verdict = "alone" if answer.lead is None else "tie" if answer.tie else "won"
-    return Best(
-        question=answer.question, method=names[0], verdict=verdict, lead=answer.lead,
-        tied=tuple(tied) if verdict == "tie" else (), over=names[1] if len(names) > 1 else "",
-        ms=answer.ranking["time_ms"].tolist()[0],
-        tflops=answer.ranking["tflops_per_rank"].tolist()[0], draws=0,
+def _from_ranking(ranking: MethodRanking) -> FastestMethod:
+    names, upper = method_names(ranking.rows), ranking.rows["high_ms"].iat[0]
+    low = ranking.rows["low_ms"].tolist()
+    tied = [name for name, ms in zip(names[1:], low[1:], strict=True) if not ms > upper]
+    return FastestMethod(
+        problem=ranking.problem, method=names[0], verdict=ranking.verdict, lead=ranking.lead,
+        tied=tuple(tied) if ranking.verdict == "tie" else (),
+        runner_up=names[1] if len(names) > 1 else "",
+        ms=ranking.rows["time_ms"].tolist()[0],
+        tflops=ranking.rows["tflops_per_rank"].tolist()[0], num_seeds=0,
     )  # fmt: skip
 
 
-def _of_family(family: Family) -> Best:
-    first, *rivals = family.compared
-    unsure = [rival.method for rival in rivals if not rival.slower(first)]
-    return Best(
-        question=family.question, method=first.method, verdict=family.verdict,
-        lead=rivals[0].ratio(first) if rivals else None, tied=tuple(unsure),
-        over=rivals[0].method if rivals else "", ms=first.median("time_ms"),
-        tflops=first.median("tflops_per_rank"), draws=family.common,
+def _from_seed_group(group: SeedGroup) -> FastestMethod:
+    fastest, *others = group.compared
+    tied = [other.method for other in others if not other.is_slower_than(fastest)]
+    return FastestMethod(
+        problem=group.problem, method=fastest.method, verdict=group.verdict,
+        lead=others[0].time_ratio(fastest) if others else None, tied=tuple(tied),
+        runner_up=others[0].method if others else "", ms=fastest.median("time_ms"),
+        tflops=fastest.median("tflops_per_rank"), num_seeds=group.num_common_seeds,
     )  # fmt: skip
 
 
-def words(best: Best) -> str:
-    """What a cell says below the name of the winner."""
-    drawn = f", {counted(best.draws, 'draw')}" if best.draws else ""
-    if best.verdict == "won":
-        assert best.lead is not None
-        return f"{best.lead:.2f}x over {best.over}{drawn}"
-    if best.verdict == "tie":
-        return f"tie with {', '.join(best.tied)}{drawn}"
-    if best.verdict == "open":
-        return f"open against {', '.join(best.tied) or best.over}: {counted(best.draws, 'draw')}"
-    return f"no rival{drawn}"
+def verdict_text(fastest: FastestMethod) -> str:
+    """Text of a grid cell below the name of the method."""
+    seeds = pluralize(fastest.num_seeds, "mask seed")
+    suffix = f", {seeds}" if fastest.num_seeds else ""
+    if fastest.verdict == "won":
+        assert fastest.lead is not None
+        return f"{fastest.lead:.2f}x over {fastest.runner_up}{suffix}"
+    if fastest.verdict == "tie":
+        return f"tie with {', '.join(fastest.tied)}{suffix}"
+    if fastest.verdict == "inconclusive":
+        others = ", ".join(fastest.tied) or fastest.runner_up
+        return f"inconclusive against {others}: only {seeds}"
+    return f"uncontested{suffix}"

@@ -1,4 +1,4 @@
-"""What a report is written in: plain text for a terminal, Markdown, LaTeX."""
+"""Markup of text reports: plain text for a terminal, Markdown, LaTeX."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cpbench.reports.tables.terminal import plain_rows, row_lines
+from cpbench.reports.tables.terminal import row_lines, text_columns
 
-_LATEX = {
+_LATEX_ESCAPES = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "&": r"\&", "%": r"\%", "$": r"\$",
     "#": r"\#", "_": r"\_", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
     "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "±": r"$\pm$",
@@ -20,10 +20,10 @@ _LATEX = {
 
 @dataclass(frozen=True)
 class Markup:
-    """How one of the three writes things; this one is plain text."""
+    """Plain text, and the interface of the other markups."""
 
     def text(self, text: str) -> str:
-        """Text from anywhere, so that it stays as it is."""
+        """Escape text of any origin."""
         return text
 
     def title(self, text: str) -> list[str]:
@@ -33,7 +33,7 @@ class Markup:
         return [f"## {self.text(text)}", ""]
 
     def table(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Rows of equal keys; columns with nothing in them are left out."""
+        """A table of rows with equal keys; empty columns are left out."""
         return [*(line for row in row_lines(rows) for line in row), ""]
 
     def notes(self, notes: Sequence[str]) -> list[str]:
@@ -52,36 +52,36 @@ class Markdown(Markup):
         return re.sub(r"([\\|*`<>])", r"\\\1", text)
 
     def table(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-        return [self._tabulated(rows, "github"), ""]
+        return [self._tabulate(rows, "github"), ""]
 
     def notes(self, notes: Sequence[str]) -> list[str]:
         return [f"- {self.text(note)}" for note in notes]
 
     def failure(self, status: str, case: str, reason: str, log: str, more: str) -> list[str]:
-        where = f" (log: `{log}`{more})" if log else ""
-        return [f"- **{status}** {self.text(case)}: {self.text(reason)}{where}"]
+        location = f" (log: `{log}`{more})" if log else ""
+        return [f"- **{status}** {self.text(case)}: {self.text(reason)}{location}"]
 
-    def _tabulated(self, rows: Sequence[Mapping[str, Any]], form: str) -> str:
+    def _tabulate(self, rows: Sequence[Mapping[str, Any]], form: str) -> str:
         from tabulate import tabulate
 
-        columns, right = plain_rows(rows)
+        columns, numeric = text_columns(rows)
         return str(
             tabulate(
                 {self.text(k): [self.text(cell) for cell in cells] for k, cells in columns.items()},
                 headers="keys",
                 tablefmt=form,
                 disable_numparse=True,
-                colalign=["right" if right[key] else "left" for key in columns],
+                colalign=["right" if numeric[key] else "left" for key in columns],
             )
         )
 
 
 class Latex(Markdown):
-    """A document of its own: ``booktabs`` tables, scaled to the width of the page where wide."""
+    """A complete document with ``booktabs`` tables, scaled down to the page width where wide."""
 
     def text(self, text: str) -> str:
-        known = "".join(_LATEX.get(letter, letter) for letter in text)
-        return "".join(letter if letter.isascii() else "?" for letter in known)
+        escaped = "".join(_LATEX_ESCAPES.get(letter, letter) for letter in text)
+        return "".join(letter if letter.isascii() else "?" for letter in escaped)
 
     def title(self, text: str) -> list[str]:
         return [f"\\section*{{{self.text(text)}}}", ""]
@@ -90,10 +90,10 @@ class Latex(Markdown):
         return [f"\\subsection*{{{self.text(text)}}}", ""]
 
     def table(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-        inner = self._tabulated(rows, "latex_raw")
-        inner = re.sub(r"\\hline", r"\\midrule", inner)
-        inner = inner.replace("\\midrule", "\\toprule", 1)
-        head, _, tail = inner.rpartition("\\midrule")
+        tabular = self._tabulate(rows, "latex_raw")
+        tabular = re.sub(r"\\hline", r"\\midrule", tabular)
+        tabular = tabular.replace("\\midrule", "\\toprule", 1)
+        head, _, tail = tabular.rpartition("\\midrule")
         return ["{\\centering\\small", "\\adjustbox{max width=\\linewidth}{%",
                 f"{head}\\bottomrule{tail}}}\\par}}", ""]  # fmt: skip
 
@@ -103,8 +103,8 @@ class Latex(Markdown):
         return ["\\begin{itemize}", *(f"\\item {self.text(n)}" for n in notes), "\\end{itemize}"]
 
     def failure(self, status: str, case: str, reason: str, log: str, more: str) -> list[str]:
-        where = f" (log: \\texttt{{{self.text(log)}}}{more})" if log else ""
-        return [f"\\textbf{{{status}}} {self.text(case)}: {self.text(reason)}{where}\\par"]
+        location = f" (log: \\texttt{{{self.text(log)}}}{more})" if log else ""
+        return [f"\\textbf{{{status}}} {self.text(case)}: {self.text(reason)}{location}\\par"]
 
     def document(self, lines: Sequence[str]) -> str:
         return "\n".join(

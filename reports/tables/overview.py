@@ -1,4 +1,4 @@
-"""Tables of a whole collection: what is supported, how right, how noisy, where it ran."""
+"""Tables of a whole collection: support, errors, noise, environments, ends of failure logs."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpbench.reports.columns import ERRORS
-from cpbench.reports.labels import number
+from cpbench.reports.columns import ERROR_TENSORS
+from cpbench.reports.labels import format_number
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from cpbench.reports.collection import Collection
 
-_WORST = ("wrong", "crash", "timeout", "oom", "unsupported", "ok")  # first told of a cell
-LOG_LINES, LOG_BYTES, LOGS = 40, 64 << 10, 60
+_BY_SEVERITY = ("wrong", "crash", "timeout", "oom", "unsupported", "ok")
+LOG_LINES, LOG_BYTES, MAX_LOGS = 40, 64 << 10, 60
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A method on a mask.
+class SupportCell:
+    """Cases of one method on one mask.
 
     Attributes:
-        status: the worst there is, see ``_WORST``; "" where nothing was run.
-        text: counts.
+        status: the most severe one, see ``_BY_SEVERITY``.
+        text: status, or cases by status.
         reasons: why cases are not ok.
     """
 
@@ -35,30 +35,31 @@ class Cell:
     reasons: tuple[str, ...]
 
 
-def support(table: pd.DataFrame, methods: Sequence[str]) -> dict[str, dict[str, Cell]]:
-    """By method and mask: what ran and what was refused.
+def support_table(table: pd.DataFrame, names: Sequence[str]) -> dict[str, dict[str, SupportCell]]:
+    """Which masks each method ran, by method and mask.
 
     Args:
-        methods: of each row.
+        names: method of each row.
     """
-    found: dict[str, dict[str, Cell]] = {}
-    keyed = table.assign(method=methods)
+    cells: dict[str, dict[str, SupportCell]] = {}
+    keyed = table.assign(method=names)
     for (name, mask), group in keyed.groupby(["method", "mask_family"], sort=True):
         counts = Counter(group["status"])
-        worst = next(status for status in _WORST if counts[status])
+        worst = next(status for status in _BY_SEVERITY if counts[status])
         if len(counts) == 1:
-            text = {"ok": "ok", "unsupported": "refused"}.get(worst, worst)
+            text = worst
         else:
-            text = ", ".join(f"{counts[s]} {s}" for s in reversed(_WORST) if counts[s])
+            text = ", ".join(f"{counts[s]} {s}" for s in reversed(_BY_SEVERITY) if counts[s])
         reasons = group.loc[group["status"] != "ok", "reason"].dropna().unique()
-        found.setdefault(str(name), {})[str(mask)] = Cell(worst, text, tuple(map(str, reasons)))
-    return found
+        cell = SupportCell(worst, text, tuple(map(str, reasons)))
+        cells.setdefault(str(name), {})[str(mask)] = cell
+    return cells
 
 
-def correctness(table: pd.DataFrame, methods: Sequence[str]) -> list[dict[str, str]]:
-    """Largest error of each tensor by method and dtype, over all cases that were checked."""
-    columns = [f"error_{tensor}" for tensor in ERRORS]
-    keyed = table.assign(method=methods)[table["worst_error"].notna().to_numpy()]
+def correctness_rows(table: pd.DataFrame, names: Sequence[str]) -> list[dict[str, str]]:
+    """Largest error of each tensor by method and dtype, over all checked cases."""
+    columns = [f"error_{tensor}" for tensor in ERROR_TENSORS]
+    keyed = table.assign(method=names)[table["worst_error"].notna().to_numpy()]
     rows = []
     for (name, dtype), group in keyed.groupby(["method", "dtype"], sort=True):
         wrong = int((group["status"] == "wrong").sum())
@@ -67,79 +68,83 @@ def correctness(table: pd.DataFrame, methods: Sequence[str]) -> list[dict[str, s
                 "method": str(name), "dtype": str(dtype), "checked": str(len(group)),
                 "wrong": str(wrong) if wrong else "",
                 **{
-                    tensor: number(float(group[column].max()), ".1e")
-                    for tensor, column in zip(ERRORS, columns, strict=True)
+                    tensor: format_number(float(group[column].max()), ".1e")
+                    for tensor, column in zip(ERROR_TENSORS, columns, strict=True)
                 },
             }
         )  # fmt: skip
     return rows
 
 
-def noise(timed: pd.DataFrame) -> list[dict[str, str]]:
-    """By machine and ranks: how well medians are known, and what disturbed them."""
+def noise_rows(ok_rows: pd.DataFrame) -> list[dict[str, str]]:
+    """Noise of the medians and caveats, by machine and number of ranks."""
     rows = []
-    for (machine, ranks), group in timed[timed["time_ms"].notna()].groupby(
+    for (machine, ranks), group in ok_rows[ok_rows["time_ms"].notna()].groupby(
         ["machine", "world_size"], sort=True
     ):
         flags = Counter(flag for flags in group["flags"] for flag in flags.split())
-        known = group["noise"].dropna() * 100
+        noise = group["noise"].dropna() * 100
         rows.append(
             {
                 "machine": str(machine), "ranks": str(ranks), "cases": str(len(group)),
-                "noise, median": number(float(known.median()), ".1f", " %"),
-                "90th percentile": number(float(known.quantile(0.9)), ".1f", " %"),
-                "largest": number(float(known.max()), ".1f", " %"),
-                "launches": _range(group["launches"]), "iterations": _range(group["iterations"]),
+                "median noise": format_number(float(noise.median()), ".1f", " %"),
+                "90th percentile": format_number(float(noise.quantile(0.9)), ".1f", " %"),
+                "max": format_number(float(noise.max()), ".1f", " %"),
+                "launches": _range_text(group["launches"]),
+                "iterations": _range_text(group["iterations"]),
                 "caveats": ", ".join(f"{n} {flag}" for flag, n in flags.most_common()),
             }
         )  # fmt: skip
     return rows
 
 
-def environments(collection: Collection) -> list[dict[str, str]]:
-    """Every kind of machine and software, once: what differs by the minute left out."""
-    alike: dict[tuple[tuple[str, str], ...], Counter[str]] = {}
-    used = Counter(collection.table["environment"].dropna())
-    for key, told in collection.environments.items():
-        if used[key]:
-            facts = facts_of(told)
+def distinct_environments(collection: Collection) -> list[dict[str, str]]:
+    """Facts of every distinct machine and software, transient facts left out; environments that
+    differ in their ranks only are one."""
+    ranks_by_facts: dict[tuple[tuple[str, str], ...], Counter[str]] = {}
+    num_cases = Counter(collection.table["environment"].dropna())
+    for key, environment in collection.environments.items():
+        if num_cases[key]:
+            facts = environment_facts(environment)
             ranks = facts.pop("ranks")
-            alike.setdefault(tuple(facts.items()), Counter())[ranks] += used[key]
+            ranks_by_facts.setdefault(tuple(facts.items()), Counter())[ranks] += num_cases[key]
     return [
         {
             "ranks": "; ".join(f"{ranks} ({n} cases)" for ranks, n in sorted(counts.items())),
             **dict(facts),
         }
-        for facts, counts in alike.items()
+        for facts, counts in ranks_by_facts.items()
     ]
 
 
-def facts_of(told: dict[str, Any]) -> dict[str, str]:
-    """An environment in words, by heading."""
-    device = told.get("device", {})
-    hosts = Counter(str(rank.get("host")) for rank in told.get("ranks", []))
+def environment_facts(environment: dict[str, Any]) -> dict[str, str]:
+    """Facts of an environment record, by heading."""
+    device = environment.get("device", {})
+    hosts = Counter(str(rank.get("host")) for rank in environment.get("ranks", []))
+    packages, variables = environment.get("packages", {}), environment.get("variables", {})
     facts = {
         "ranks": ", ".join(f"{n} on {host}" for host, n in sorted(hosts.items()))
-        or str(told.get("host", "")),
-        "device": device.get("name") or told.get("processor"),
-        "cores": told.get("cores"),
-        "memory": f"{told['memory_bytes'] / 2**30:.0f} GiB" if "memory_bytes" in told else "",
+        or str(environment.get("host", "")),
+        "device": device.get("name") or environment.get("processor"),
+        "cores": environment.get("cores"),
+        "memory": f"{environment['memory_bytes'] / 2**30:.0f} GiB"
+        if "memory_bytes" in environment else "",
         "device memory": f"{device['memory_bytes'] / 2**30:.0f} GiB"
         if "memory_bytes" in device else "",
         "driver": device.get("driver"),
         "CUDA": device.get("cuda"),
-        "system": told.get("system"),
-        "python": told.get("python"),
-        "packages": ", ".join(f"{k} {v}" for k, v in sorted(told.get("packages", {}).items())),
-        "cpbench": told.get("commit") or told.get("cpbench"),
-        "variables": ", ".join(f"{k}={v}" for k, v in sorted(told.get("variables", {}).items())),
+        "system": environment.get("system"),
+        "python": environment.get("python"),
+        "packages": ", ".join(f"{name} {version}" for name, version in sorted(packages.items())),
+        "cpbench": environment.get("commit") or environment.get("cpbench"),
+        "variables": ", ".join(f"{name}={value}" for name, value in sorted(variables.items())),
     }  # fmt: skip
     return {key: str(value) for key, value in facts.items() if value not in (None, "")}
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A case, or draws of one, that failed: what was kept of its log's end."""
+    """A failed case, or mask seeds that failed alike, with the end of the first log."""
 
     status: str
     case: str
@@ -149,23 +154,25 @@ class Failure:
     tail: str
 
 
-def failures(told: Sequence[tuple[str, str, str, list[str]]], limit: int) -> list[Failure]:
-    """With the ends of the first logs.
+def add_log_tails(
+    failed_cases: Sequence[tuple[str, str, str, list[str]]], limit: int
+) -> list[Failure]:
+    """Failures with the ends of their first logs.
 
     Args:
-        told: of ``tables.failures``.
-        limit: how many are listed.
+        failed_cases: of ``rows.failed_cases``.
+        limit: how many are returned.
     """
-    found = []
-    for number_, (status, case, reason, logs) in enumerate(told[:limit]):
+    failures = []
+    for i, (status, case, reason, logs) in enumerate(failed_cases[:limit]):
         log = logs[0] if logs else ""
         more = f" and {len(logs) - 1} more" if len(logs) > 1 else ""
-        tail = _tail(Path(log)) if log and number_ < LOGS else ""
-        found.append(Failure(status, case, reason, log, more, tail))
-    return found
+        tail = _log_tail(Path(log)) if log and i < MAX_LOGS else ""
+        failures.append(Failure(status, case, reason, log, more, tail))
+    return failures
 
 
-def _tail(log: Path) -> str:
+def _log_tail(log: Path) -> str:
     try:
         with open(log, "rb") as file:
             file.seek(max(0, log.stat().st_size - LOG_BYTES))
@@ -175,7 +182,7 @@ def _tail(log: Path) -> str:
     return "\n".join(text.splitlines()[-LOG_LINES:])
 
 
-def _range(values: pd.Series[int]) -> str:
+def _range_text(values: pd.Series[int]) -> str:
     known = values.dropna()
     if known.empty:
         return ""

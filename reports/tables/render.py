@@ -1,4 +1,4 @@
-"""Runs as text: tables for a terminal, Markdown or LaTeX, or the data as CSV or JSON."""
+"""Reports as text: tables for a terminal, Markdown or LaTeX, or the data as CSV or JSON."""
 
 from __future__ import annotations
 
@@ -11,193 +11,223 @@ from typing import TYPE_CHECKING, Any
 
 from cpbench.reports.collection import Collection
 from cpbench.reports.columns import COLUMNS
-from cpbench.reports.labels import FACTS, Rate, apart, counted, phrase, sentence, told
+from cpbench.reports.labels import (
+    FACTS,
+    RateFormat,
+    describe,
+    describe_values,
+    fact_values,
+    group_by_problem,
+    pluralize,
+)
 from cpbench.reports.tables import rows as tables
-from cpbench.reports.tables import selection as choices
 from cpbench.reports.tables.markup import MARKUPS, Markup
-from cpbench.reports.tables.mask_seeds import FEWEST_P95, FEWEST_TOLD, Family, split
-from cpbench.reports.tables.summary import Answer, answers, approximate
-from cpbench.reports.tables.terminal import fitted, row_lines
+from cpbench.reports.tables.mask_seeds import (
+    MIN_SEEDS_P95,
+    MIN_SEEDS_SIGN_TEST,
+    SeedGroup,
+    split_seed_groups,
+)
+from cpbench.reports.tables.selection import break_even_rows, recall_rows
+from cpbench.reports.tables.summary import MethodRanking, is_approximate, rank_methods
+from cpbench.reports.tables.terminal import row_lines, wrap_sentence
 
 if TYPE_CHECKING:
     import pandas as pd
 
 FORMATS = ("short", "table", "md", "latex", "csv", "json")
 
-_ALWAYS = ("mask", "tokens")
-_FAILED_SHORT = 10
+_NEVER_CONSTANT = ("mask", "tokens")
+_MAX_FAILURES_SHORT = 10
 _MARKS = "*†‡§"
-_MEANING = {
-    "contended": "other work took processor time: too slow",
-    "oversubscribed": "more threads than cores, ranks took turns: too slow",
-    "throttled": "the clock was held down: too slow",
-    "power-capped": "the power limit held the clock down",
-    "nvml-missing": "nobody could tell whether the clock was held down",
-    "approximate": "a part of attention alone: no winner among them",
-    "unchecked": "not held against float64: no winner among them",
+_FLAG_MEANINGS = {
+    "contended": "other processes took processor time: times too high",
+    "oversubscribed": "more threads than cores, ranks shared cores: times too high",
+    "throttled": "clocks were throttled: times too high",
+    "power-capped": "the power limit reduced clocks",
+    "nvml-missing": "NVML is missing: throttling is unknown",
+    "approximate": "computes part of attention: not ranked",
+    "unchecked": "not checked against float64: not ranked",
 }
+# Lines above the rows, the rows, and lines below them.
+Block = tuple[list[str], list[tables.Row], list[str]]
 
 
 @dataclass(frozen=True)
-class Contents:
-    """What there is to say of a collection.
+class ReportContents:
+    """Everything that a report shows of a collection.
 
     Attributes:
-        singles, families: answers to single problems, and to problems drawn several times.
-        constant, varying: headings of facts that hold throughout, and of the others.
-        timed: the rows that are ok.
-        marks: of caveats; rate: the unit of rates.
+        rankings: methods ranked per problem, outside of seed groups.
+        seed_groups: methods compared across mask seeds.
+        single_mask_rows: ok rows of exact operators outside of seed groups.
+        constant_facts, varying_facts: headings of facts that are the same in all cases, and of the
+            others.
+        ok_rows: rows that are ok.
+        marks: marks of caveats, by flag.
+        rate: format of rates.
     """
 
     collection: Collection
-    singles: list[Answer]
-    alone: pd.DataFrame
-    families: list[Family]
-    constant: list[str]
-    varying: list[str]
-    timed: pd.DataFrame
+    rankings: list[MethodRanking]
+    single_mask_rows: pd.DataFrame
+    seed_groups: list[SeedGroup]
+    constant_facts: list[str]
+    varying_facts: list[str]
+    ok_rows: pd.DataFrame
     marks: dict[str, str]
-    rate: Rate
+    rate: RateFormat
 
     @classmethod
-    def of(cls, collection: Collection) -> Contents:
+    def from_collection(cls, collection: Collection) -> ReportContents:
         table = collection.table
-        constant = [fact for fact in FACTS if fact not in _ALWAYS and tables.constant(table, fact)]
-        singles, families = split(table)
-        timed = table[table["status"] == "ok"]
+        constant_facts = [
+            fact
+            for fact in FACTS
+            if fact not in _NEVER_CONSTANT and tables.is_constant(table, fact)
+        ]
+        ungrouped, seed_groups = split_seed_groups(table)
+        ok_rows = table[table["status"] == "ok"]
         return cls(
             collection=collection,
-            singles=answers(singles),
-            alone=singles[(singles["status"] == "ok") & ~approximate(singles)],
-            families=families,
-            constant=constant,
-            varying=[fact for fact in FACTS if fact not in constant],
-            timed=timed,
-            marks=_marks(timed),
-            rate=Rate(timed["tflops_per_rank"]),
+            rankings=rank_methods(ungrouped),
+            single_mask_rows=ungrouped[(ungrouped["status"] == "ok") & ~is_approximate(ungrouped)],
+            seed_groups=seed_groups,
+            constant_facts=constant_facts,
+            varying_facts=[fact for fact in FACTS if fact not in constant_facts],
+            ok_rows=ok_rows,
+            marks=_caveat_marks(ok_rows),
+            rate=RateFormat(ok_rows["tflops_per_rank"]),
         )
 
     @property
     def headline(self) -> str:
-        return f"{self.collection.title}: {counts(self.collection.table)}"
+        return f"{self.collection.title}: {status_counts(self.collection.table)}"
 
     @property
-    def throughout(self) -> str:
-        """What holds of all cases, in words; "" for nothing."""
-        return sentence(self.collection.table.iloc[0], self.constant) if self.constant else ""
+    def common_facts(self) -> str:
+        """Facts common to all cases, in words; "" for none."""
+        first = self.collection.table.iloc[0]
+        return describe(first, self.constant_facts) if self.constant_facts else ""
 
     @property
-    def score(self) -> str:
-        return tables.score(self.singles, self.families)
+    def summary(self) -> str:
+        return tables.fastest_summary(self.rankings, self.seed_groups)
 
     @property
     def notes(self) -> list[str]:
-        """How to read it, what was checked, what to keep in mind, where it comes from."""
+        """Explanations, checks, caveats and origins."""
         return [
-            *readings(self.families),
-            *checks(self.timed),
-            *caveats(self.timed, self.marks),
-            *origins(self.collection),
+            *seed_notes(self.seed_groups),
+            *check_notes(self.ok_rows),
+            *caveat_notes(self.ok_rows, self.marks),
+            *origin_notes(self.collection),
         ]
 
 
 def render(collection: Collection, form: str) -> str:
-    """The report of some runs in one of ``FORMATS``.
+    """Render a report in one of ``FORMATS``.
 
-    ``csv`` and ``json`` are the tidy table (see ``COLUMNS``); the others are for people: winners,
-    methods over draws, every other case, what could not run and why, caveats, environments.
-    ``short`` is winners, failures and caveats.
+    ``csv`` and ``json`` are the tidy table (see ``COLUMNS``).  The others are for people: the
+    fastest method per problem, selectors, methods across mask seeds, all other cases, unsupported
+    and failed cases, caveats and environments.  ``short`` leaves out the tables of cases.
     """
     table = collection.table
     if form == "csv":
         return str(table.to_csv(index=False))
     if form == "json":
-        return json.dumps(plain(table), indent=1) + "\n"
-    markup, told_of = MARKUPS[form], Contents.of(collection)
-    lines = markup.title(told_of.headline)
-    if told_of.throughout:
-        lines += [markup.text(f"Throughout: {told_of.throughout}."), ""]
-    won = tables.winners(told_of.singles, told_of.varying, told_of.rate)
-    won += tables.winners_over_draws(told_of.families, told_of.varying, told_of.rate)
-    lines += _section("Winners", won, markup)
-    lines += [markup.text(told_of.score), ""]
-    lines += _choices(told_of, markup, form)
-    refused = tables.refusals(table)
+        return json.dumps(json_rows(table), indent=1) + "\n"
+    markup, contents = MARKUPS[form], ReportContents.from_collection(collection)
+    facts, rate = contents.varying_facts, contents.rate
+    lines = markup.title(contents.headline)
+    if contents.common_facts:
+        lines += [markup.text(f"Common to all cases: {contents.common_facts}."), ""]
+    fastest = tables.fastest_rows(contents.rankings, facts, rate)
+    fastest += tables.fastest_rows_across_seeds(contents.seed_groups, facts, rate)
+    lines += _section("Fastest method per problem", fastest, markup)
+    lines += [markup.text(contents.summary), ""]
+    lines += _selection_sections(contents, markup, form)
+    unsupported = tables.unsupported_rows(table)
     if form != "short":
-        lines += _over_draws(told_of, markup, form)
-        lines += _all_cases(told_of, markup, form)
-        lines += _section("Refused", refused, markup)
-    failed = tables.failures(table)
-    if failed:
+        lines += _seed_sections(contents, markup, form)
+        lines += _case_section(contents, markup, form)
+        lines += _section("Unsupported", unsupported, markup)
+    failures = tables.failed_cases(table)
+    if failures:
         lines += markup.section("Failed")
-        for status, case, reason, logs in failed[:_FAILED_SHORT] if form == "short" else failed:
+        listed = failures[:_MAX_FAILURES_SHORT] if form == "short" else failures
+        for status, case, reason, logs in listed:
             more = f" and {len(logs) - 1} more" if len(logs) > 1 else ""
             lines += markup.failure(status, case, reason, logs[0] if logs else "", more)
-        if form == "short" and len(failed) > _FAILED_SHORT:
-            lines.append(f"and {len(failed) - _FAILED_SHORT} more")
+        if len(failures) > len(listed):
+            lines.append(f"and {len(failures) - len(listed)} more")
         lines.append("")
-    notes = told_of.notes
+    notes = contents.notes
     if form == "short":
-        cases = sum(row["cases"] for row in refused)
-        notes += [f"Refused: {counted(cases, 'case')}."] if cases else []
+        count = sum(row["cases"] for row in unsupported)
+        notes += [f"Unsupported: {pluralize(count, 'case')}."] if count else []
         notes.append("All cases: --format table; a page with charts: -o report.html")
     return markup.document([*lines, *markup.notes(notes)])
 
 
-def readings(families: Sequence[Family]) -> list[str]:
-    """How to read what is told of draws."""
-    if not families:
+def seed_notes(seed_groups: Sequence[SeedGroup]) -> list[str]:
+    """Explanations of the tables across mask seeds."""
+    if not seed_groups:
         return []
-    verdicts = {family.verdict for family in families if family.compared}
-    few = any(family.common < FEWEST_P95 for family in families)
+    verdicts = {group.verdict for group in seed_groups if group.compared}
+    few = any(group.num_common_seeds < MIN_SEEDS_P95 for group in seed_groups)
     lines = [
-        "Over draws: ms is the median, worst the slowest draw; a / b is median / worst."
-        + (f" p95 takes {FEWEST_P95} draws." if few else "")
+        "Across mask seeds: ms is the median, worst the slowest seed; a / b is median / worst."
+        + (f" p95 needs {MIN_SEEDS_P95} mask seeds." if few else "")
     ]
-    if verdicts - {"alone"}:
+    if verdicts - {"uncontested"}:
         lines += [
-            "vs best, lead: geometric mean over draws of time over the best's on the same draw.",
-            "at p95, at worst: whose 95th percentile, or worst of few draws, is the least.",
+            "vs best, lead: geometric mean over mask seeds of the ratio of times on the same seed.",
+            "at p95, at worst: method with the lowest 95th percentile, or maximum (few seeds).",
         ]
     if "tie" in verdicts:
-        lines.append("tie over draws: a sign test at 5 % cannot tell, or the mean says otherwise.")
-    if "open" in verdicts:
-        lines.append(f"open: under {FEWEST_TOLD} draws a sign test never can tell; sweep more.")
+        lines.append(
+            "tie across mask seeds: not significant in a sign test at 5 %, or the geometric mean "
+            "disagrees."
+        )
+    if "inconclusive" in verdicts:
+        lines.append(
+            f"inconclusive: too few mask seeds; the sign test needs at least {MIN_SEEDS_SIGN_TEST}."
+        )
     return lines
 
 
-def checks(timed: pd.DataFrame) -> list[str]:
-    """That what is ok was found right, and how nearly."""
-    errors = timed["worst_error"].dropna()
+def check_notes(ok_rows: pd.DataFrame) -> list[str]:
+    """How many ok cases were checked, their largest error, and what is per rank."""
+    errors = ok_rows["worst_error"].dropna()
     lines = (
         [
-            f"Checked against float64: {len(errors)} of {len(timed)} cases that are ok; largest "
+            f"Checked against float64: {len(errors)} of {len(ok_rows)} cases that are ok; largest "
             f"relative L2 error {errors.max():.1e}."
         ]
         if len(errors)
         else []
     )
-    if timed["time_ms"].notna().any() and timed["world_size"].max() > 1:
-        lines.append(
-            "FLOP/s are for each rank; ms, peak and sent are those of the slowest or largest rank."
-        )
+    if ok_rows["time_ms"].notna().any() and ok_rows["world_size"].max() > 1:
+        lines.append("FLOP/s are per rank; ms, peak MB and sent MB are max per rank.")
     return lines
 
 
-def caveats(timed: pd.DataFrame, marks: dict[str, str]) -> list[str]:
-    """What to keep in mind about the times."""
-    counts = Counter(flag for flags in timed["flags"] for flag in flags.split())
+def caveat_notes(ok_rows: pd.DataFrame, marks: dict[str, str]) -> list[str]:
+    """Flags of timed cases, counted and explained."""
+    counts = Counter(flag for flags in ok_rows["flags"] for flag in flags.split())
     return [
-        f"Caveat{' ' + marks[flag] if flag in marks else ''}: {count} of {len(timed)} timed cases "
-        f"{'is' if count == 1 else 'are'} {flag} ({_MEANING.get(flag, 'see the documentation')})."
+        f"Caveat{' ' + marks[flag] if flag in marks else ''}: {count} of {len(ok_rows)} timed "
+        f"cases {'is' if count == 1 else 'are'} {flag} "
+        f"({_FLAG_MEANINGS.get(flag, 'see the documentation')})."
         for flag, count in counts.most_common()
     ]
 
 
-def origins(collection: Collection) -> list[str]:
-    """Warnings, environments and where the files are."""
+def origin_notes(collection: Collection) -> list[str]:
+    """Warnings, environments and paths of the records."""
     lines = [f"Warning: {warning}" for warning in collection.warnings]
-    alike: dict[str, list[str]] = {}  # gangs differ in what changes by the minute
+    ids_by_text: dict[str, list[str]] = {}  # environments of gangs differ in transient facts
     for environment in collection.environments.values():
         device = environment.get("device", {})
         packages = environment.get("packages", {})
@@ -207,17 +237,17 @@ def origins(collection: Collection) -> list[str]:
             f"{device.get('name') or environment.get('processor')}, {environment.get('cores')} "
             f"cores, torch {packages.get('torch')}, cpbench {environment.get('commit') or ''}"
         )
-        alike.setdefault(text, []).append(environment["id"])
-    for text, ids in alike.items():
+        ids_by_text.setdefault(text, []).append(environment["id"])
+    for text, ids in ids_by_text.items():
         more = f" and {len(ids) - 1} more" if len(ids) > 1 else ""
         lines.append(f"Environment {ids[0]}{more}: {text}")
-    where = ", ".join(f"{out}/records" for out in collection.runs)
-    lines.append(f"Records: {where}, one JSON a line; columns: cpbench report --columns")
+    folders = ", ".join(f"{run}/records" for run in collection.runs)
+    lines.append(f"Records: {folders}, one JSON per line; columns: cpbench report --columns")
     return lines
 
 
-def columns() -> str:
-    """What the columns of the data mean."""
+def explain_columns() -> str:
+    """The columns of the tidy table with their meaning, one per line."""
     width = max(map(len, COLUMNS))
     return "\n".join(f"{name:{width}}  {meaning}" for name, meaning in COLUMNS.items()) + "\n"
 
@@ -226,56 +256,59 @@ def _section(title: str, rows: list[dict[str, Any]], markup: Markup) -> list[str
     return [*markup.section(title), *markup.table(rows)] if rows else []
 
 
-def _over_draws(told_of: Contents, markup: Markup, form: str) -> list[str]:
-    """Every family: what was drawn, every method over it, which draws are missing."""
-    times, costs = [], []
-    for family in told_of.families:
-        problem = phrase(told(family.question, told_of.varying))
+def _seed_sections(contents: ReportContents, markup: Markup, form: str) -> list[str]:
+    """Times of every method across mask seeds, missing seeds, and costs per rank."""
+    times: list[Block] = []
+    costs: list[Block] = []
+    for group in contents.seed_groups:
+        problem = describe_values(fact_values(group.problem, contents.varying_facts))
         above = [problem]
-        for drawn, rows in tables.blocks(family, told_of.rate, told_of.marks):
-            times.append(([*above, drawn], rows, list[str]()))
+        for heading, rows in tables.seed_blocks(group, contents.rate, contents.marks):
+            times.append(([*above, heading], rows, []))
             above = []
-        if missing := tables.missing(family):
+        if missing := tables.missing_seed_lines(group):
             times[-1][2].extend(missing)
-        if rows := tables.costs(family):
-            costs.append(([problem], rows, list[str]()))
-    lines = _blocks("Over draws, fastest in the median first", times, markup, form)
-    return lines + _blocks("Over draws: what ranks hold, compute and send", costs, markup, form)
+        if rows := tables.rank_cost_rows(group):
+            costs.append(([problem], rows, []))
+    lines = _block_section("Across mask seeds, lowest median first", times, markup, form)
+    title = "Across mask seeds: memory, load imbalance and traffic per rank"
+    return lines + _block_section(title, costs, markup, form)
 
 
-def _all_cases(told_of: Contents, markup: Markup, form: str) -> list[str]:
-    rows = tables.every_case(
-        told_of.singles, told_of.alone, told_of.varying, told_of.rate, told_of.marks
+def _case_section(contents: ReportContents, markup: Markup, form: str) -> list[str]:
+    rows = tables.case_rows(
+        contents.rankings,
+        contents.single_mask_rows,
+        contents.varying_facts,
+        contents.rate,
+        contents.marks,
     )
-    return _grouped(
-        f"All {'other ' if told_of.families else ''}cases, fastest first", rows, markup, form
-    )
+    title = f"{'Remaining' if contents.seed_groups else 'All'} cases, fastest first"
+    return _section_by_problem(title, rows, markup, form)
 
 
-def _choices(told_of: Contents, markup: Markup, form: str) -> list[str]:
-    """What operators that choose recover, what it costs, and from which length it pays."""
-    table = told_of.collection.table
-    rows = choices.worth(table, told_of.varying)
-    lines = _grouped("Sparse choices, the best recovery first", rows, markup, form)
-    paid = choices.overtakes(table, told_of.varying)
-    return lines + _grouped("Sparse choices: from which length they pay", paid, markup, form)
+def _selection_sections(contents: ReportContents, markup: Markup, form: str) -> list[str]:
+    """Attention recall and time of selectors, and their break-even lengths."""
+    table = contents.collection.table
+    recall = recall_rows(table, contents.varying_facts)
+    lines = _section_by_problem("Sparse selection, highest recall first", recall, markup, form)
+    lengths = break_even_rows(table, contents.varying_facts)
+    title = "Sparse selection: break-even length against exact attention"
+    return lines + _section_by_problem(title, lengths, markup, form)
 
 
-def _grouped(title: str, rows: list[tables.Row], markup: Markup, form: str) -> list[str]:
-    """In a terminal each problem is a line of its own: its mask may be long."""
+def _section_by_problem(title: str, rows: list[tables.Row], markup: Markup, form: str) -> list[str]:
+    """A table; in a terminal the problem is on a line of its own, for its mask may be long."""
     if form not in ("table", "short"):
         return _section(title, rows, markup)
-    blocks = [([problem] if problem else [], cells, list[str]()) for problem, cells in apart(rows)]
-    return _blocks(title, blocks, markup, "table")
+    blocks: list[Block] = [
+        ([problem] if problem else [], cells, []) for problem, cells in group_by_problem(rows)
+    ]
+    return _block_section(title, blocks, markup, "table")
 
 
-def _blocks(
-    title: str,
-    blocks: Sequence[tuple[list[str], list[tables.Row], list[str]]],
-    markup: Markup,
-    form: str,
-) -> list[str]:
-    """Rows in blocks, with lines above and below them: in a terminal under one head."""
+def _block_section(title: str, blocks: Sequence[Block], markup: Markup, form: str) -> list[str]:
+    """Blocks of rows; in a terminal they share one head."""
     if not blocks:
         return []
     lines = markup.section(title)
@@ -286,30 +319,30 @@ def _blocks(
             lines += [*markup.notes(below), *([""] if below else [])]
         return lines
     head, *bodies = row_lines([row for _, rows, _ in blocks for row in rows])
-    lines, left = [*lines, *head], iter(bodies)
+    lines, remaining = [*lines, *head], iter(bodies)
     for above, rows, below in blocks:
-        lines += ["", *itertools.chain.from_iterable(map(fitted, above))]
-        lines += itertools.chain.from_iterable(itertools.islice(left, len(rows)))
-        lines += itertools.chain.from_iterable(map(fitted, below))
+        lines += ["", *itertools.chain.from_iterable(map(wrap_sentence, above))]
+        lines += itertools.chain.from_iterable(itertools.islice(remaining, len(rows)))
+        lines += itertools.chain.from_iterable(map(wrap_sentence, below))
     return [*lines, ""]
 
 
-def _marks(timed: pd.DataFrame) -> dict[str, str]:
-    """A mark for each caveat that holds for some rows only; one for all needs none."""
-    flags = timed["flags"].str.split()
-    there = sorted({flag for row in flags for flag in row})
-    some = [flag for flag in there if not all(flag in row for row in flags)]
-    return dict(zip(some, _MARKS, strict=False))
+def _caveat_marks(ok_rows: pd.DataFrame) -> dict[str, str]:
+    """A mark for each flag that some rows have and others have not."""
+    flags_by_row = ok_rows["flags"].str.split()
+    flags = sorted({flag for row_flags in flags_by_row for flag in row_flags})
+    partial = [flag for flag in flags if not all(flag in row_flags for row_flags in flags_by_row)]
+    return dict(zip(partial, _MARKS, strict=False))
 
 
-def counts(table: pd.DataFrame) -> str:
-    """Cases, and of which status, in words."""
-    found = table["status"].value_counts()
-    return f"{counted(len(table), 'case')}, " + ", ".join(f"{n} {s}" for s, n in found.items())
+def status_counts(table: pd.DataFrame) -> str:
+    """Number of cases, in all and by status, in words."""
+    counts = table["status"].value_counts()
+    return f"{pluralize(len(table), 'case')}, " + ", ".join(f"{n} {s}" for s, n in counts.items())
 
 
-def plain(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows for JSON, which has neither nan nor infinity."""
+def json_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows for JSON, with null for nan and infinity."""
     import numpy as np
 
     known = table.astype(object).where(table.notna(), None).replace([np.inf, -np.inf], None)

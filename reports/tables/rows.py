@@ -1,4 +1,4 @@
-"""Answers as rows of text: winners, cases, methods over draws, refusals, failures."""
+"""Rows of the report's tables: fastest methods, cases, methods across mask seeds, failures."""
 
 from __future__ import annotations
 
@@ -11,38 +11,42 @@ from typing import TYPE_CHECKING, Any
 from cpbench.reports.labels import (
     FACT_COLUMNS,
     FACTS,
-    Rate,
-    counted,
-    number,
-    seeds,
-    sentence,
-    significant,
-    told,
+    RateFormat,
+    describe,
+    fact_values,
+    format_number,
+    format_seeds,
+    pluralize,
+    three_digits,
 )
-from cpbench.reports.tables.mask_seeds import FEWEST_P95, Family, Spread
-from cpbench.reports.tables.summary import Answer, method
+from cpbench.reports.tables.mask_seeds import MIN_SEEDS_P95, SeedGroup, SeedSpread
+from cpbench.reports.tables.summary import MethodRanking, method_name
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Row = dict[str, str]
+UNCONTESTED = "uncontested"
 
 
-def winners(found: Sequence[Answer], varying: Sequence[str], rate: Rate) -> list[Row]:
-    """The fastest method of each problem, and how far ahead of which other it is."""
+def fastest_rows(
+    rankings: Sequence[MethodRanking], varying_facts: Sequence[str], rate: RateFormat
+) -> list[Row]:
+    """The fastest method of each problem, and its lead over the runner-up."""
     rows = []
-    for answer in found:
-        first = answer.ranking.iloc[0]
-        second = method(answer.ranking.iloc[1]) if len(answer.ranking) > 1 else "no other"
+    for ranking in rankings:
+        first = ranking.rows.iloc[0]
+        contested = len(ranking.rows) > 1
+        lead = "tie" if ranking.tie else f"{ranking.lead:.2f}x" if ranking.lead else ""
         rows.append(
             {
-                **told(first, varying),
-                "draws": "",
-                "fastest": method(first),
-                "ms": significant(first["time_ms"]),
+                **fact_values(first, varying_facts),
+                "seeds": "",
+                "fastest": method_name(first),
+                "ms": three_digits(first["time_ms"]),
                 rate.unit: rate(first["tflops_per_rank"]),
-                "lead": "tie" if answer.tie else f"{answer.lead:.2f}x" if answer.lead else "",
-                "over": second,
+                "lead": lead,
+                "runner-up": method_name(ranking.rows.iloc[1]) if contested else UNCONTESTED,
                 "at p95": "",
                 "at worst": "",
             }
@@ -50,214 +54,227 @@ def winners(found: Sequence[Answer], varying: Sequence[str], rate: Rate) -> list
     return rows
 
 
-def winners_over_draws(families: Sequence[Family], varying: Sequence[str], rate: Rate) -> list[Row]:
-    """The same of each family: the fastest in the median over draws, and in the tail."""
+def fastest_rows_across_seeds(
+    seed_groups: Sequence[SeedGroup], varying_facts: Sequence[str], rate: RateFormat
+) -> list[Row]:
+    """The same for seed groups: the fastest method in the median, and in the tail."""
     rows = []
-    for family in families:
-        if not family.compared:
+    for group in seed_groups:
+        if not group.compared:
             continue
-        first, *rivals = family.compared
-        tail = (family.tail_winner or "tie") if rivals else ""
-        tail = "same" if tail == first.method else tail
-        won = family.verdict == "won"
+        fastest, *others = group.compared
+        tail = (group.fastest_in_tail or "tie") if others else ""
+        tail = "same" if tail == fastest.method else tail
+        if group.verdict == "won":
+            lead = f"{others[0].time_ratio(fastest):.2f}x"
+        else:
+            lead = group.verdict if others else ""
         rows.append(
             {
-                **told(family.question, varying),
-                "draws": _share(first, family),
-                "fastest": first.method,
-                "ms": significant(first.median("time_ms")),
-                rate.unit: rate(first.median("tflops_per_rank")),
-                "lead": f"{rivals[0].ratio(first):.2f}x" if won else family.verdict * bool(rivals),
-                "over": rivals[0].method if rivals else "no other",
-                "at p95": tail if family.common >= FEWEST_P95 else "",
-                "at worst": tail if family.common < FEWEST_P95 else "",
+                **fact_values(group.problem, varying_facts),
+                "seeds": _seed_count(fastest, group),
+                "fastest": fastest.method,
+                "ms": three_digits(fastest.median("time_ms")),
+                rate.unit: rate(fastest.median("tflops_per_rank")),
+                "lead": lead,
+                "runner-up": others[0].method if others else UNCONTESTED,
+                "at p95": tail if group.num_common_seeds >= MIN_SEEDS_P95 else "",
+                "at worst": tail if group.num_common_seeds < MIN_SEEDS_P95 else "",
             }
         )
     return rows
 
 
-def score(found: Sequence[Answer], families: Sequence[Family]) -> str:
-    """How often each method was the fastest."""
-    verdicts = ["alone" if a.lead is None else "tie" if a.tie else "won" for a in found]
-    best = [method(a.ranking.iloc[0]) for a in found]
-    contests = [family for family in families if family.compared]
-    verdicts += [family.verdict for family in contests]
-    best += [family.compared[0].method for family in contests]
-    if not best:
-        return "No case competes: none was exact, timed and checked."
-    won = Counter(name for name, how in zip(best, verdicts, strict=True) if how == "won")
-    parts = [f"{name} {count}" for name, count in won.most_common()]
-    others = {"tie": "ties", "open": "open for want of draws", "alone": "without a rival"}
-    parts += [f"{words} {verdicts.count(how)}" for how, words in others.items() if how in verdicts]
-    return f"Of {counted(len(best), 'problem')}: {', '.join(parts)}."
+def fastest_summary(rankings: Sequence[MethodRanking], seed_groups: Sequence[SeedGroup]) -> str:
+    """One sentence: in how many problems each method was the fastest."""
+    compared = [group for group in seed_groups if group.compared]
+    names = [method_name(ranking.rows.iloc[0]) for ranking in rankings]
+    names += [group.compared[0].method for group in compared]
+    verdicts = [ranking.verdict for ranking in rankings] + [group.verdict for group in compared]
+    if not names:
+        return "Nothing to compare: no case was exact, timed and checked."
+    pairs = zip(names, verdicts, strict=True)
+    won = Counter(name for name, verdict in pairs if verdict == "won")
+    texts = [f"{name} fastest in {count}" for name, count in won.most_common()]
+    if ties := verdicts.count("tie"):
+        texts.append(pluralize(ties, "tie"))
+    if inconclusive := verdicts.count("inconclusive"):
+        texts.append(f"{inconclusive} inconclusive (too few mask seeds)")
+    if uncontested := verdicts.count(UNCONTESTED):
+        texts.append(f"{uncontested} {UNCONTESTED}")
+    return f"Of {pluralize(len(names), 'problem')}: {', '.join(texts)}."
 
 
-def every_case(
-    found: Sequence[Answer],
-    timed: pd.DataFrame,
-    varying: Sequence[str],
-    rate: Rate,
+def case_rows(
+    rankings: Sequence[MethodRanking],
+    ok_rows: pd.DataFrame,
+    varying_facts: Sequence[str],
+    rate: RateFormat,
     marks: dict[str, str],
 ) -> list[Row]:
-    """Every case that is ok, problem by problem: its noise, memory and traffic."""
-    contests = [
-        (row, float(answer.ranking["time_ms"].iloc[0]))
-        for answer in found
-        for _, row in answer.ranking.iterrows()
+    """Every ok case, by problem: its noise, memory and traffic."""
+    ranked = [
+        (row, float(ranking.rows["time_ms"].iloc[0]))
+        for ranking in rankings
+        for _, row in ranking.rows.iterrows()
     ]
-    ranked = {row["id"] for row, _ in contests}
-    others = timed[~timed["id"].isin(ranked)]  # only checked, or not checked
+    ranked_ids = {row["id"] for row, _ in ranked}
+    unranked = ok_rows[~ok_rows["id"].isin(ranked_ids)]  # not timed, or not checked
     return [
         {
-            **told(row, varying),
-            "method": method(row),
-            "ms": significant(row["time_ms"]),
-            "±%": number(row["noise"] * 100, ".1f"),
+            **fact_values(row, varying_facts),
+            "method": method_name(row),
+            "ms": three_digits(row["time_ms"]),
+            "±%": format_number(row["noise"] * 100, ".1f"),
             "": "".join(mark for flag, mark in marks.items() if flag in row["flags"].split()),
-            "vs best": number(row["time_ms"] / best, ".2f", "x"),
+            "vs best": format_number(row["time_ms"] / best, ".2f", "x"),
             rate.unit: rate(row["tflops_per_rank"]),
-            "peak MB": number(row["peak_mb"], ".1f"),
-            "predicted": number(_several(row, "predicted_peak_mb"), ".1f"),
-            "sent MB": number(_several(row, "sent_mb"), ".2f"),
-            "across": number(_several(row, "across_mb") or math.nan, ".2f"),
-            "exposed %": _with_spread(row["exposed"], row["exposed_spread"]),
-            "hidden %": number(row["hidden"] * 100, ".0f"),
+            "peak MB": format_number(row["peak_mb"], ".1f"),
+            "predicted": format_number(_if_multi_rank(row, "predicted_peak_mb"), ".1f"),
+            "sent MB": format_number(_if_multi_rank(row, "sent_mb"), ".2f"),
+            "across": format_number(_if_multi_rank(row, "across_mb") or math.nan, ".2f"),
+            "exposed %": _percent_with_spread(row["exposed"], row["exposed_spread"]),
+            "hidden %": format_number(row["hidden"] * 100, ".0f"),
         }
-        for row, best in [*contests, *((row, math.nan) for _, row in others.iterrows())]
+        for row, best in [*ranked, *((row, math.nan) for _, row in unranked.iterrows())]
     ]
 
 
-def _with_spread(share: float, spread: float) -> str:
-    """A share and how far it may be off, in percent."""
+def _percent_with_spread(share: float, spread: float) -> str:
+    """A share with the half-width of its interval, in percent."""
     if math.isnan(share):
         return ""
     return f"{share * 100:.0f}" if math.isnan(spread) else f"{share * 100:.0f}±{spread * 100:.0f}"
 
 
-def _several(row: Any, column: str) -> float:
-    """A figure that means something with several ranks only."""
+def _if_multi_rank(row: Any, column: str) -> float:
+    """A value that is meaningful on several ranks only; nan on one."""
     return float(row[column]) if row["world_size"] > 1 else math.nan
 
 
-def blocks(family: Family, rate: Rate, marks: dict[str, str]) -> list[tuple[str, list[Row]]]:
-    """The methods of a family over its draws, with what to say above them: those that compete,
-    over the draws that all of them completed, then each over its own where these are others."""
-    drawn = f"{counted(len(family.draws), 'draw')} ({seeds(family.draws)})"
-    first, found = f"{drawn}{_density(family.density)}", []
-    if family.compared:
-        if family.common < len(family.draws) and len(family.compared) > 1:
-            first += f"; compared on {family.common}{_density(family.common_density)}"
-        rows = [_spread(spread, family, rate, marks) for spread in family.compared]
+def seed_blocks(
+    group: SeedGroup, rate: RateFormat, marks: dict[str, str]
+) -> list[tuple[str, list[Row]]]:
+    """Rows of a seed group, with a line above them: compared methods over their common mask seeds,
+    then methods timed on other mask seeds, each over its own."""
+    seeds = f"{pluralize(len(group.mask_seeds), 'mask seed')} ({format_seeds(group.mask_seeds)})"
+    heading, blocks = f"{seeds}{_density_text(group.density_range)}", []
+    if group.compared:
+        if group.num_common_seeds < len(group.mask_seeds) and len(group.compared) > 1:
+            density = _density_text(group.common_density_range)
+            heading += f"; compared on {group.num_common_seeds}{density}"
+        rows = [_seed_row(spread, group, rate, marks) for spread in group.compared]
         if len(rows) > 1:
-            for row, spread in zip(rows, family.compared, strict=True):
-                row["vs best"] = f"{spread.ratio(family.compared[0]):.2f}x"
-                row["fastest on"] = str(family.fastest_on(spread))
-        found.append((first, rows))
-    elif any(len(spread.rows) for spread in family.own):
-        first += "; nothing is compared, for no draw was completed by all"
-    if family.apart:
-        own = "Each over all draws that it was timed on, not to be compared:"
-        rows = [_spread(spread, family, rate, marks) for spread in family.apart]
-        found.append((own if found else first, rows))
-    return found
+            for row, spread in zip(rows, group.compared, strict=True):
+                row["vs best"] = f"{spread.time_ratio(group.compared[0]):.2f}x"
+                row["fastest on"] = str(group.count_fastest(spread))
+        blocks.append((heading, rows))
+    elif any(len(spread.rows) for spread in group.timed):
+        heading += "; not compared: no mask seed was completed by all methods"
+    if group.not_compared:
+        own_seeds = "Each method over all mask seeds on which it was timed (not comparable):"
+        rows = [_seed_row(spread, group, rate, marks) for spread in group.not_compared]
+        blocks.append((own_seeds if blocks else heading, rows))
+    return blocks
 
 
-def costs(family: Family) -> list[Row]:
-    """Memory, balance and traffic of every method that is spread over ranks."""
-    if family.question["world_size"] == 1:
+def rank_cost_rows(group: SeedGroup) -> list[Row]:
+    """Memory, load imbalance and traffic per rank of every method; none on one rank."""
+    if group.problem["world_size"] == 1:
         return []
     return [
         {
             "method": spread.method,
-            "draws": _share(spread, family),
-            "peak MB": _both(spread, "peak_mb", ".1f"),
-            "imbalance": _both(spread, "imbalance", ".2f"),
-            "sent MB": _both(spread, "sent_mb", ".2f"),
-            "exposed ms": _both(spread, "exposed_ms", ".3g"),
+            "seeds": _seed_count(spread, group),
+            "peak MB": _median_and_max(spread, "peak_mb", ".1f"),
+            "imbalance": _median_and_max(spread, "imbalance", ".2f"),
+            "sent MB": _median_and_max(spread, "sent_mb", ".2f"),
+            "exposed ms": _median_and_max(spread, "exposed_ms", ".3g"),
         }
-        for spread in family.methods
+        for spread in group.methods
     ]
 
 
-def missing(family: Family) -> list[str]:
-    """Which methods did not complete every draw, and why."""
-    competing = {spread.method for spread in family.compared}
+def missing_seed_lines(group: SeedGroup) -> list[str]:
+    """Methods that did not complete every mask seed, and why."""
+    compared = {spread.method for spread in group.compared}
     lines = []
-    for name, why in family.lacking.items():
-        asked, lacking = len(family.draws), sum(why.values())
-        reasons = ", ".join(f"{count} {reason}" for reason, count in why.most_common())
-        few = family.compared and lacking < asked and name not in competing
-        lines.append(
-            f"Missing: {name} completed {asked - lacking} of {counted(asked, 'draw')} ({reasons})"
-            f"{': too few to compete' if few else ''}."
-        )
+    for name, reasons in group.missing.items():
+        total, missing = len(group.mask_seeds), sum(reasons.values())
+        why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        few = group.compared and missing < total and name not in compared
+        end = ": too few to be compared." if few else "."
+        seeds = pluralize(total, "mask seed")
+        lines.append(f"Missing: {name} completed {total - missing} of {seeds} ({why}){end}")
     return lines
 
 
-def _spread(spread: Spread, family: Family, rate: Rate, marks: dict[str, str]) -> Row:
+def _seed_row(spread: SeedSpread, group: SeedGroup, rate: RateFormat, marks: dict[str, str]) -> Row:
     flags = {flag for row in spread.rows.values() for flag in row["flags"].split()}
-    middle, least = rate(spread.median("tflops_per_rank")), rate(spread.least("tflops_per_rank"))
-    single = family.question["world_size"] == 1
+    median, lowest = rate(spread.median("tflops_per_rank")), rate(spread.min("tflops_per_rank"))
+    single_rank = group.problem["world_size"] == 1
     return {
         "method": spread.method,
-        "draws": _share(spread, family),
-        "ms": significant(spread.median("time_ms")),
-        "p95": significant(spread.p95("time_ms")),
-        "worst": significant(spread.most("time_ms")),
+        "seeds": _seed_count(spread, group),
+        "ms": three_digits(spread.median("time_ms")),
+        "p95": three_digits(spread.p95("time_ms")),
+        "worst": three_digits(spread.max("time_ms")),
         "": "".join(mark for flag, mark in marks.items() if flag in flags),
         "vs best": "",
         "fastest on": "",
-        rate.unit: f"{middle} / {least}" if middle else "",
-        "peak MB": _both(spread, "peak_mb", ".1f") if single else "",
+        rate.unit: f"{median} / {lowest}" if median else "",
+        "peak MB": _median_and_max(spread, "peak_mb", ".1f") if single_rank else "",
     }
 
 
-def _share(spread: Spread, family: Family) -> str:
-    return f"{len(spread.rows)} of {len(family.draws)}"
+def _seed_count(spread: SeedSpread, group: SeedGroup) -> str:
+    return f"{len(spread.rows)} of {len(group.mask_seeds)}"
 
 
-def _both(spread: Spread, column: str, form: str) -> str:
-    """The median over draws and the largest."""
-    middle, most = (number(x, form) for x in (spread.median(column), spread.most(column)))
-    return f"{middle} / {most}" if middle else ""
+def _median_and_max(spread: SeedSpread, column: str, form: str) -> str:
+    """Median and maximum across mask seeds."""
+    values = spread.median(column), spread.max(column)
+    median, largest = (format_number(value, form) for value in values)
+    return f"{median} / {largest}" if median else ""
 
 
-def _density(ends: tuple[float, float] | None) -> str:
-    return f", density {significant(ends[0])} to {significant(ends[1])}" if ends else ""
+def _density_text(ends: tuple[float, float] | None) -> str:
+    return f", density {three_digits(ends[0])} to {three_digits(ends[1])}" if ends else ""
 
 
-def refusals(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """What was refused, how often and why."""
-    refused = table[table["status"] == "unsupported"]
-    counts = Counter((method(row), str(row["reason"])) for _, row in refused.iterrows())
+def unsupported_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Unsupported cases, counted by method and reason."""
+    unsupported = table[table["status"] == "unsupported"]
+    counts = Counter((method_name(row), str(row["reason"])) for _, row in unsupported.iterrows())
     return [
         {"method": name, "cases": count, "reason": reason}
         for (name, reason), count in sorted(counts.items())
     ]
 
 
-def constant(table: pd.DataFrame, fact: str) -> bool:
+def is_constant(table: pd.DataFrame, fact: str) -> bool:
     """Whether a fact is the same in every row."""
     columns = FACT_COLUMNS.get(fact, (fact,))
     return len(table[list(columns)].drop_duplicates()) == 1
 
 
-def failures(table: pd.DataFrame) -> list[tuple[str, str, str, list[str]]]:
-    """Status, case, reason and logs of every case that is oom, wrong, crash or timeout; draws of
-    one family that failed alike are told together."""
-    alike: dict[tuple[str, str, str], list[Any]] = {}
+def failed_cases(table: pd.DataFrame) -> list[tuple[str, str, str, list[str]]]:
+    """Status, case, reason and logs of every case that is oom, wrong, crash or timeout; mask seeds
+    that failed with the same status and reason are one entry."""
+    groups: dict[tuple[str, str, str], list[Any]] = {}
     failed = table[~table["status"].isin(["ok", "unsupported"])]
     for row in failed.to_dict("records"):
-        drawn = f"{method(row)}, {sentence({**row, 'mask': row['mask_family']}, FACTS)}"
+        any_seed = f"{method_name(row)}, {describe({**row, 'mask': row['mask_family']}, FACTS)}"
         reason = " ".join(str(row["reason"]).split())
-        case = row["id"] if row["draw"] is None else drawn
-        alike.setdefault((row["status"], case, reason), []).append(row)
-    found = []
-    for (status, case, reason), rows in alike.items():
+        case = row["id"] if row["draw"] is None else any_seed
+        groups.setdefault((row["status"], case, reason), []).append(row)
+    failures = []
+    for (status, case, reason), rows in groups.items():
         if len(rows) == 1:
-            case = f"{method(rows[0])}, {sentence(rows[0], FACTS)}"
+            case = f"{method_name(rows[0])}, {describe(rows[0], FACTS)}"
         else:
-            case += f": {counted(len(rows), 'draw')} ({seeds([row['draw'] for row in rows])})"
+            seeds = format_seeds([row["draw"] for row in rows])
+            case += f": {pluralize(len(rows), 'mask seed')} ({seeds})"
         logs = dict.fromkeys(str(Path(row["run"]) / row["log"]) for row in rows if row["log"])
-        found.append((status, case, reason, list(logs)))
-    return found
+        failures.append((status, case, reason, list(logs)))
+    return failures

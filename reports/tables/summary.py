@@ -1,4 +1,4 @@
-"""Who won where: the short answer of a run."""
+"""Methods ranked per problem: the fastest, its lead over the runner-up, ties."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from cpbench.results.record import APPROXIMATE
 if TYPE_CHECKING:
     import pandas as pd
 
-QUESTION = (
+# Columns of the tidy table that define a problem: what is computed, on how many ranks, where.
+PROBLEM_KEYS = (
     "mask",
     "seq_len",
     "queries",
@@ -31,70 +32,76 @@ QUESTION = (
 
 
 @dataclass(frozen=True)
-class Answer:
-    """The contest for one problem on one number of ranks.
+class MethodRanking:
+    """Methods for one problem, fastest first.
 
     Attributes:
-        question: what was to be computed.
-        ranking: rows of the tidy table that are ok and timed, fastest first.
-        tie: whether some rival cannot be told apart from the winner within the noise.
+        problem: values of ``PROBLEM_KEYS``.
+        rows: comparable rows of the tidy table, fastest first.
+        tie: whether another method is as fast as the fastest within noise.
     """
 
-    question: dict[str, Any]
-    ranking: pd.DataFrame
+    problem: dict[str, Any]
+    rows: pd.DataFrame
     tie: bool
 
     @property
     def lead(self) -> float | None:
-        """Time of the runner-up over the winner's; None without one."""
-        times = self.ranking["time_ms"].tolist()
+        """Time of the runner-up over that of the fastest; None when uncontested."""
+        times = self.rows["time_ms"].tolist()
         return times[1] / times[0] if len(times) > 1 else None
 
+    @property
+    def verdict(self) -> str:
+        """``"won"``, ``"tie"`` or ``"uncontested"``."""
+        return "uncontested" if self.lead is None else "tie" if self.tie else "won"
 
-def answers(table: pd.DataFrame) -> list[Answer]:
-    """One answer for each problem and number of ranks that has a timed case."""
-    ranked = table[competing(table)].sort_values("time_ms", kind="stable")
+
+def rank_methods(table: pd.DataFrame) -> list[MethodRanking]:
+    """Rank the methods of each problem that has a comparable case."""
+    ranked = table[comparable(table)].sort_values("time_ms", kind="stable")
     return [
-        Answer(dict(zip(QUESTION, key, strict=True)), ranking, _tie(ranking))
-        for key, ranking in ranked.groupby(list(QUESTION), sort=True)
+        MethodRanking(dict(zip(PROBLEM_KEYS, key, strict=True)), rows, _is_tie(rows))
+        for key, rows in ranked.groupby(list(PROBLEM_KEYS), sort=True)
     ]
 
 
-def competing(table: pd.DataFrame) -> pd.Series[bool]:
-    """Which rows are timed, were held against float64, and are attention, not part of it."""
+def comparable(table: pd.DataFrame) -> pd.Series[bool]:
+    """Which rows can be ranked: ok, timed, checked against float64, and exact attention."""
     unchecked = table["flags"].str.contains("unchecked", na=False)
-    return (table["status"] == "ok") & table["time_ms"].notna() & ~unchecked & ~approximate(table)
+    timed = (table["status"] == "ok") & table["time_ms"].notna()
+    return timed & ~unchecked & ~is_approximate(table)
 
 
-def approximate(table: pd.DataFrame) -> pd.Series[bool]:
-    """Which rows are of operators that choose what to attend to."""
+def is_approximate(table: pd.DataFrame) -> pd.Series[bool]:
+    """Which rows are of selectors, operators that compute part of attention."""
     return table["flags"].str.contains(APPROXIMATE, na=False)
 
 
-def method(row: Any) -> str:
-    """What competes in a row: the operator, and how it is spread where it is."""
+def method_name(row: Any) -> str:
+    """Name of the method of a row: the operator, with strategy and layout on several ranks."""
     if row["strategy"] == "single" and row["world_size"] == 1:
         return str(row["operator"])
-    place = f" {row['placement']} inside" if row["placement"] else ""
-    return f"{row['strategy']}{place}/{row['layout']} {row['operator']}"
+    placement = f" {row['placement']} inside" if row["placement"] else ""
+    return f"{row['strategy']}{placement}/{row['layout']} {row['operator']}"
 
 
-def methods(table: pd.DataFrame) -> list[str]:
-    """:func:`method` of every row."""
+def method_names(table: pd.DataFrame) -> list[str]:
+    """:func:`method_name` of every row."""
     columns = ["operator", "strategy", "layout", "placement", "world_size"]
-    known: dict[tuple[Any, ...], str] = {}
-    found = []
+    cache: dict[tuple[Any, ...], str] = {}
+    names = []
     for values in zip(*(table[column] for column in columns), strict=True):
-        if values not in known:
-            known[values] = method(dict(zip(columns, values, strict=True)))
-        found.append(known[values])
-    return found
+        if values not in cache:
+            cache[values] = method_name(dict(zip(columns, values, strict=True)))
+        names.append(cache[values])
+    return names
 
 
-def _tie(ranking: pd.DataFrame) -> bool:
-    """Whether some rival's interval of the median reaches into the winner's; an interval that is
-    not known reaches everywhere."""
-    low, high = ranking["low_ms"].tolist(), ranking["high_ms"].tolist()
+def _is_tie(rows: pd.DataFrame) -> bool:
+    """Whether the interval of the median of any slower method overlaps that of the fastest; an
+    unknown interval overlaps with all."""
+    low, high = rows["low_ms"].tolist(), rows["high_ms"].tolist()
     if len(low) < 2:
         return False
     unknown = any(math.isnan(end) for end in (*low, *high))

@@ -1,4 +1,4 @@
-"""What the commands print and return; real commands where a process is the point."""
+"""Output and exit codes of the commands, in this process or in real ones."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from limits import LIMIT_S
 
 from cpbench.cli import main
 from cpbench.sweep import runs, sweep_file
@@ -24,15 +25,15 @@ KINDS = ("operators", "strategies", "layouts", "masks", "inputs", "sweeps", "sup
 MINE = """
 from cpbench.core.registry import OperatorInfo
 
-print("a user's file may print")
+print("output of a user's file")
 
 
 def build(sign=1):
     from cpbench.kernels.reference import Reference
 
     class Mine(Reference):
-        def forward(self, q, k, v, plan):
-            out, lse = super().forward(q, k, v, plan)
+        def forward(self, qkv, plan):
+            out, lse = super().forward(qkv, plan)
             return sign * out, lse
 
     return Mine()
@@ -43,29 +44,31 @@ my_op = OperatorInfo(name="my_op", summary="the reference again", source="me", l
 """
 
 
-def command(*words: str, folder: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+def run_command(*arguments: str, folder: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run ``cpbench`` as a user does, in a folder."""
     return subprocess.run(
-        [CPBENCH, *words],
+        [CPBENCH, *arguments],
         cwd=folder,
         env={**os.environ, **environ},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=LIMIT_S,
     )
 
 
-def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    assert main.invoke(list(words)) == 0
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What a command prints; it must succeed and print nothing on stderr."""
+    assert main.invoke(list(arguments)) == 0
     out, err = capsys.readouterr()
     assert err == ""
     return out
 
 
-def as_json(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
-    return json.loads(printed(capsys, *words, "--json"))
+def as_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    return json.loads(printed(capsys, *arguments, "--json"))
 
 
-def test_without_words_it_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_arguments_it_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
     bare = printed(capsys)
     assert bare == printed(capsys, "--help")
     assert all(f"\n  {name} " in bare for name in COMMANDS)
@@ -77,7 +80,7 @@ def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert text.startswith(f"Usage: cpbench {name}")
     for option in text.split("\n  -"):
         assert option.count("[default") <= 1, option
-    assert "<str>" not in text.split("Options:")[1], "name what is meant, not its type"
+    assert "<str>" not in text.split("Options:")[1], "an option shows a metavar, not its type"
     assert "..." not in printed(capsys).split(f"  {name} ")[1].splitlines()[0], "too long a summary"
 
 
@@ -85,10 +88,10 @@ def test_help_imports_little() -> None:
     code = (
         "import sys; from cpbench.cli.main import invoke; "
         "invoke(['--help']); invoke(['run', '--help']); "
-        "found = {'torch', 'numpy', 'pandas', 'matplotlib'} & set(sys.modules); "
-        "assert not found, found"
+        "loaded = {'torch', 'numpy', 'pandas', 'matplotlib'} & set(sys.modules); "
+        "assert not loaded, loaded"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=LIMIT_S)
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,19 +113,22 @@ def test_list(
     assert max(map(len, table)) <= 100
 
 
-def test_list_says_what_runs_here(capsys: pytest.CaptureFixture[str]) -> None:
-    here = {
+def test_list_shows_what_is_available(capsys: pytest.CaptureFixture[str]) -> None:
+    available = {
         row["operator"]: row["here"]
         for row in as_json(capsys, "list", "operators", "--device", "cpu")
     }
-    assert here["bands"] == "yes"
-    assert here["sdpa.flash"] == "no: runs on cuda, not on cpu"
+    assert available["bands"] == "yes"
+    assert available["sdpa.flash"] == "no: runs on cuda, not on cpu"
+    text = printed(capsys, "list", "operators", "--device", "cpu")
+    assert "available" in text.splitlines()[0]
+    assert "FlashAttention-2 in torch; not available: runs on cuda, not on cpu\n" in text
 
 
 def test_mask(capsys: pytest.CaptureFixture[str]) -> None:
-    told = as_json(capsys, "mask", "sliding_window_causal:window=1", "--seq-len", "4")
-    assert (told["area"], told["seq_q"], told["density"]) == (7, 4, 0.4375)
-    assert told["slice_rows"]
+    output = as_json(capsys, "mask", "sliding_window_causal:window=1", "--seq-len", "4")
+    assert (output["area"], output["seq_q"], output["density"]) == (7, 4, 0.4375)
+    assert output["slice_rows"]
     text = printed(capsys, "mask", "sliding_window_causal:window=1", "--seq-len", "4")
     assert "area      7\n" in text
 
@@ -140,12 +146,12 @@ def test_report_columns(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_dry_run_without_torch(tmp_path: Path) -> None:
-    (tmp_path / "no").mkdir()
+    (tmp_path / "blocked").mkdir()
     for name in ("torch", "triton", "mpi4py"):
-        (tmp_path / "no" / f"{name}.py").write_text(f"raise ImportError('{name} is asked for')\n")
+        (tmp_path / "blocked" / f"{name}.py").write_text(f"raise ImportError('{name}')\n")
     work = tmp_path / "work"
     work.mkdir()
-    done = command(
+    done = run_command(
         "run",
         "quick",
         "--dry-run",
@@ -153,18 +159,18 @@ def test_dry_run_without_torch(tmp_path: Path) -> None:
         "--launcher",
         "local",
         folder=work,
-        PYTHONPATH=str(tmp_path / "no"),
+        PYTHONPATH=str(tmp_path / "blocked"),
     )
     assert (done.returncode, done.stderr) == (0, "")
-    told = json.loads(done.stdout)
-    assert {case["id"] for case in told["cases"]} == {c.id for c in sweep_file.load("quick").cases}
-    assert [gang["world_size"] for gang in told["gangs"]] == [1, 2, 4]
-    for gang in told["gangs"]:
-        ranks = [run["env"]["RANK"] for run in gang["commands"]]
+    plan = json.loads(done.stdout)
+    assert {case["id"] for case in plan["cases"]} == {c.id for c in sweep_file.load("quick").cases}
+    assert [gang["world_size"] for gang in plan["gangs"]] == [1, 2, 4]
+    for gang in plan["gangs"]:
+        ranks = [command["env"]["RANK"] for command in gang["commands"]]
         assert ranks == [str(rank) for rank in range(gang["world_size"])]
-        for run in gang["commands"]:
-            assert run["argv"][1:3] == ["-m", "cpbench.worker.main"]
-            assert run["argv"][3].startswith(str(work / "results" / "quick"))
+        for command in gang["commands"]:
+            assert command["argv"][1:3] == ["-m", "cpbench.worker.main"]
+            assert command["argv"][3].startswith(str(work / "results" / "quick"))
     assert not list(work.iterdir())
 
 
@@ -192,10 +198,10 @@ def test_dry_run_for_people(
 def bench(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """A folder with a real run of a user's own operator, a wrong one and one that is refused."""
+    """A folder with a real run of a user's operator, correct and wrong, and a refused one."""
     folder = tmp_path_factory.mktemp("bench")
     (folder / "mine.py").write_text(MINE)
-    done = command(
+    done = run_command(
         "bench",
         "--operator",
         "./mine.py:my_op:sign=[1,-1],bands,sdpa.cudnn",
@@ -221,19 +227,19 @@ def bench(
 def test_bench(bench: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     _, done = bench
     assert done.returncode == 1, "one result is wrong"
-    winners = done.stdout.split("## Winners")[1].split("##")[0]
-    assert "./mine.py:my_op:sign=1" in winners
-    assert "bands" in winners
+    fastest = done.stdout.split("## Fastest method per problem")[1].split("##")[0]
+    assert "./mine.py:my_op:sign=1" in fastest
+    assert "bands" in fastest
     failed = done.stdout.split("## Failed")[1]
     assert "wrong    ./mine.py:my_op:sign=-1" in failed
-    assert "sdpa.cudnn runs on cuda, not on cpu" in done.stdout.split("## Refused")[1]
+    assert "sdpa.cudnn runs on cuda, not on cpu" in done.stdout.split("## Unsupported")[1]
     assert "[4/4]" in done.stderr
 
 
-def test_bench_again_runs_nothing(bench: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def test_bench_again_reruns_nothing(bench: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, _ = bench
     before = sorted((folder / "run" / "jobs").iterdir())
-    done = command(
+    done = run_command(
         "bench",
         "--operator",
         "./mine.py:my_op:sign=1",
@@ -276,7 +282,7 @@ def test_report(
 
 
 def test_verify_json(tmp_path: Path) -> None:
-    done = command(
+    done = run_command(
         "verify",
         "--operator",
         "reference",
@@ -298,7 +304,7 @@ def test_verify_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "limit"),
+    ("arguments", "limit"),
     [
         (["bench"], 600.0),
         (["bench", "--timeout", "7"], 7.0),
@@ -307,33 +313,33 @@ def test_verify_json(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_a_case_may_take_so_long(
-    words: list[str], limit: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_timeout_of_a_case(
+    arguments: list[str], limit: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = []
-    monkeypatch.setattr(runs, "execute", lambda request, quiet: asked.append(request) or 0)
-    assert main.invoke([*words, "--out", str(tmp_path), "--json"]) == 0
-    assert [request.settings.timeout_s for request in asked] == [limit]
+    requests = []
+    monkeypatch.setattr(runs, "execute", lambda request, quiet: requests.append(request) or 0)
+    assert main.invoke([*arguments, "--out", str(tmp_path), "--json"]) == 0
+    assert [request.settings.timeout_s for request in requests] == [limit]
 
 
 def test_doctor_json(tmp_path: Path) -> None:
-    done = command("doctor", "--json", folder=tmp_path)
+    done = run_command("doctor", "--json", folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    told = {row["what"] for row in json.loads(done.stdout)}
-    assert {"torch", "gloo", "operators", "masks"} <= told
+    checked = {row["what"] for row in json.loads(done.stdout)}
+    assert {"torch", "gloo", "operators", "masks"} <= checked
 
 
-def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
+def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
     for kind in ("layouts", "masks"):
         line = f"{CPBENCH} list {kind} | head -1; exit ${{PIPESTATUS[0]}}"
-        done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60)
+        done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=LIMIT_S)
         assert done.stderr == ""
         assert len(done.stdout.splitlines()) == 1
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_no_reader_at_all(unbuffered: str) -> None:
-    """Buffered, the pipe breaks at the end; unbuffered, while the command prints."""
+def test_a_pipe_closed_from_the_start(unbuffered: str) -> None:
+    """If stdout is buffered, the pipe breaks at exit, else while the command prints."""
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(
@@ -342,7 +348,7 @@ def test_no_reader_at_all(unbuffered: str) -> None:
         stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
         text=True,
-        timeout=60,
+        timeout=LIMIT_S,
     )
     os.close(write)
     assert (done.returncode, done.stderr) == (0, "")
@@ -352,7 +358,11 @@ def test_no_reader_at_all(unbuffered: str) -> None:
 def test_output_that_cannot_be_written() -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [CPBENCH, "list", "masks"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+            [CPBENCH, "list", "masks"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=LIMIT_S,
         )
     assert done.returncode == 1
     assert done.stderr == "cpbench: cannot write the output: No space left on device\n"

@@ -1,4 +1,4 @@
-"""Another package adds an operator, a strategy and a mask through entry points."""
+"""A plugin package with an operator, a strategy and a mask, registered through entry points."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from limits import LIMIT_S
 
 CODE = '''
 """Declarations first; torch is imported by what a worker loads."""
@@ -33,8 +34,9 @@ class Textbook:
         import torch
         return Plan(torch.as_tensor(mask.to_dense(), device=device), problem.softmax_scale)
 
-    def forward(self, q, k, v, plan):
+    def forward(self, qkv, plan):
         import torch
+        q, k, v = qkv
         group = q.shape[2] // k.shape[2]
         k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
         scores = torch.einsum("bshd,bthd->bhst", q, k).float() * plan.scale
@@ -43,12 +45,12 @@ class Textbook:
         weights = torch.exp(scores - lse.nan_to_num(neginf=0.0)[..., None])
         return torch.einsum("bhst,bthd->bshd", weights.to(q.dtype), v), lse
 
-    def backward(self, dout, q, k, v, out, lse, plan):
+    def backward(self, x, plan):
         import torch
-        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        leaves = [y.detach().requires_grad_() for y in x.qkv]
         with torch.enable_grad():
-            again, _ = self.forward(q, k, v, plan)
-        return torch.autograd.grad(again, (q, k, v), dout)
+            again, _ = self.forward(leaves, plan)
+        return torch.autograd.grad(again, leaves, x.dout)
 
 
 class Alone:
@@ -58,14 +60,15 @@ class Alone:
         return None if world.size == 1 else "alone runs on 1 rank"
 
     def prepare(self, op, world, rank):
-        return op.prepare(world.part([0], [0]))
+        return op.prepare(world.subproblem([0], [0]))
 
-    def forward(self, q, k, v, plan, op, comm, need_lse):
-        out, lse = op.forward(q, k, v, plan)
-        return out, lse, (q, k, v, out, lse)
+    def forward(self, qkv, plan, op, comm, need_lse):
+        out, lse = op.forward(qkv, plan)
+        return out, lse, (*qkv, out, lse)
 
     def backward(self, dout, saved, plan, op, comm):
-        return op.backward(dout, *saved, plan)
+        from cpbench.core.operator import BackwardInputs
+        return op.backward(BackwardInputs(dout, *saved), plan)
 
 
 operator = OperatorInfo(name="acme.textbook", summary="dense softmax", source="a textbook",
@@ -108,7 +111,7 @@ checkers = "acme_attention:acme_checkers"
 
 
 def install(folder: Path, entry_points: str) -> dict[str, str]:
-    """Install a plugin below a folder, and the environment in which cpbench sees it."""
+    """Install the plugin into a folder; the environment in which cpbench finds it."""
     (folder / "acme").mkdir()
     (folder / "acme" / "acme_attention.py").write_text(CODE)
     (folder / "acme" / "pyproject.toml").write_text(PROJECT + entry_points)
@@ -129,7 +132,7 @@ def install(folder: Path, entry_points: str) -> dict[str, str]:
         ],
         check=True,
         capture_output=True,
-        timeout=120,
+        timeout=LIMIT_S,
     )
     return {**os.environ, "PYTHONPATH": str(folder / "site")}
 
@@ -146,7 +149,7 @@ def cpbench(environ: dict[str, str], folder: Path, *words: str) -> subprocess.Co
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=LIMIT_S,
     )
 
 
@@ -155,14 +158,14 @@ def cpbench(environ: dict[str, str], folder: Path, *words: str) -> subprocess.Co
     [("operators", "acme.textbook"), ("strategies", "acme.alone"), ("masks", "acme_checkers")],
 )
 def test_listed(plugin: dict[str, str], tmp_path: Path, kind: str, name: str) -> None:
-    done = cpbench(plugin, tmp_path, "list", kind)
-    assert done.returncode == 0, done.stderr
-    assert name in done.stdout
+    result = cpbench(plugin, tmp_path, "list", kind)
+    assert result.returncode == 0, result.stderr
+    assert name in result.stdout
     assert name not in cpbench(dict(os.environ), tmp_path, "list", kind).stdout
 
 
-def test_runs_with_a_green_check(plugin: dict[str, str], tmp_path: Path) -> None:
-    done = cpbench(
+def test_a_plugin_runs_and_passes_the_check(plugin: dict[str, str], tmp_path: Path) -> None:
+    result = cpbench(
         plugin,
         tmp_path,
         "bench",
@@ -182,8 +185,8 @@ def test_runs_with_a_green_check(plugin: dict[str, str], tmp_path: Path) -> None
         "0.2",
         "--json",
     )
-    assert done.returncode == 0, done.stderr
-    (row,) = json.loads(done.stdout)
+    assert result.returncode == 0, result.stderr
+    (row,) = json.loads(result.stdout)
     assert (row["status"], row["operator"], row["strategy"], row["mask"]) == (
         "ok",
         "acme.textbook",
@@ -206,7 +209,7 @@ def test_runs_with_a_green_check(plugin: dict[str, str], tmp_path: Path) -> None
 def test_a_bad_plugin_is_one_line(
     tmp_path: Path, group: str, target: str, parts: list[str]
 ) -> None:
-    # What pip would write, without pip: four installs take ten seconds.
+    # The files that pip would install, without pip, which takes seconds.
     site = tmp_path / "site"
     (site / "acme_attention-1.dist-info").mkdir(parents=True)
     (site / "acme_attention.py").write_text(CODE)
@@ -215,12 +218,12 @@ def test_a_bad_plugin_is_one_line(
     (about / "entry_points.txt").write_text(f"[cpbench.{group}]\nx = acme_attention:{target}\n")
     environ = {**os.environ, "PYTHONPATH": str(site)}
     for words in (("list", group), ("bench",)):
-        done = cpbench(environ, tmp_path, *words)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert len(done.stderr.splitlines()) == 1, done.stderr
+        result = cpbench(environ, tmp_path, *words)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert len(result.stderr.splitlines()) == 1, result.stderr
         for part in ("acme_attention", *parts):
-            assert part in done.stderr
-    if target == "causal":  # once is enough: doctor loads torch
+            assert part in result.stderr
+    if target == "causal":  # only once, since doctor loads torch
         doctor = cpbench(environ, tmp_path, "doctor", "--json")
         assert doctor.returncode == 1
         broken = [row["what"] for row in json.loads(doctor.stdout) if row["verdict"] == "broken"]

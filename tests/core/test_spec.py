@@ -1,4 +1,4 @@
-"""The grammar of names with parameters: text, table and JSON say the same."""
+"""The grammar of specs: round trips through text, tables and JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MANY = settings(max_examples=200, deadline=None, derandomize=True)
 KEYS = st.text(string.ascii_lowercase + "_", min_size=1, max_size=8).filter(
     lambda key: key.isidentifier() and key != "name"
 )
-# Words that are not numbers, booleans or lists; commas and brackets are the grammar's own.
+# Words that are not numbers, booleans or lists, without the commas and brackets of the grammar.
 WORDS = (
     st.text(string.ascii_letters + "./- ", min_size=1, max_size=8)
     .map(str.strip)
@@ -42,21 +42,21 @@ def parse_value_is_word(word: str) -> bool:
         return False
 
 
-def same(one: Spec, other: Spec) -> bool:
-    """Equal in types too: 1, 1.0 and true are different parameters."""
-    return repr(one) == repr(other)
+def identical(first: Spec, second: Spec) -> bool:
+    """Equal, with the same types: 1, 1.0 and true are different parameters."""
+    return repr(first) == repr(second)
 
 
 @MANY
 @given(SPECS)
 def test_text_round_trip(spec: Spec) -> None:
-    assert same(Spec.parse(str(spec)), spec)
+    assert identical(Spec.parse(str(spec)), spec)
 
 
 @MANY
 @given(SPECS)
 def test_json_round_trip(spec: Spec) -> None:
-    assert same(Spec.parse(json.loads(json.dumps(spec.to_json()))), spec)
+    assert identical(Spec.parse(json.loads(json.dumps(spec.to_json()))), spec)
 
 
 @MANY
@@ -85,7 +85,7 @@ def test_sizes(text: str | int, size: int) -> None:
 @pytest.mark.parametrize(
     "text", ["", "64q", "-1", "1.5", "k", "1e3", "0x10", "_1", "1k1", True, "9" * 20]
 )
-def test_what_is_no_size(text: str) -> None:
+def test_invalid_sizes(text: str) -> None:
     with pytest.raises(ValueError, match=r"size|digits"):
         parse_size(text)
 
@@ -112,7 +112,7 @@ def test_order_of_parameters_does_not_matter() -> None:
     assert str(Spec.parse("f:b=1,a=2")) == "f:a=2,b=1"
 
 
-def test_a_spec_is_its_own_spec() -> None:
+def test_parsing_a_spec_returns_it() -> None:
     spec = Spec.parse("f:a=1")
     assert Spec.parse(spec) is spec
 
@@ -147,6 +147,6 @@ def test_a_spec_is_its_own_spec() -> None:
         {"name": "f", "a": float("nan")},
     ],
 )
-def test_what_is_no_spec(source: object) -> None:
+def test_invalid_specs(source: object) -> None:
     with pytest.raises(ValueError, match=r"."):
         Spec.parse(source)  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ import torch
 
 from cpbench import masks
 from cpbench.core import registry
+from cpbench.core.operator import QKV, BackwardInputs
 from cpbench.core.problem import Problem
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.head_masks import HeadMasks
@@ -103,12 +104,12 @@ def found(
     problem = directed(info, problem)
     q, k, v, dout = inputs(problem)
     plan = change(op.prepare(mask, problem, "cpu"))
-    out, lse = op.forward(q, k, v, plan)
+    out, lse = op.forward(QKV(q, k, v), plan)
     assert (out.shape, out.dtype) == (q.shape, q.dtype)
     assert (lse.shape, lse.dtype) == ((len(q), q.shape[2], q.shape[1]), torch.float32)
     got = {"out": out, "lse": lse}
     if info.backward_on:
-        grads = op.backward(dout, q, k, v, out, lse, plan)
+        grads = op.backward(BackwardInputs(dout, q, k, v, out, lse), plan)
         for x, like in zip(grads, (q, k, v), strict=True):
             assert (x.shape, x.dtype) == (like.shape, like.dtype)
         got |= dict(zip(("dq", "dk", "dv"), grads, strict=True))

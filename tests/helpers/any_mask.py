@@ -1,4 +1,4 @@
-"""Masks for hypothesis."""
+"""Hypothesis strategies for masks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MANY = settings(max_examples=120, deadline=None)
 
 @st.composite
 def masks(draw: st.DrawFn, low: int = 1, high: int = 22) -> AttnMask:
-    """A mask of disjoint slices: cells of a random grid, each with a random band, not tight."""
+    """A mask of disjoint slices: some cells of a random grid, each with a random band."""
     seq_q, seq_k = draw(st.integers(low, high)), draw(st.integers(low, high))
     q_cuts = sorted(draw(st.sets(st.integers(0, seq_q), min_size=1, max_size=4)))
     k_cuts = sorted(draw(st.sets(st.integers(0, seq_k), min_size=1, max_size=4)))

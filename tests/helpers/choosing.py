@@ -1,4 +1,4 @@
-"""Selectors at a small size for tests: a case of each, and how to make and ask them."""
+"""Small cases of every selector, and helpers that load selectors and run their selection."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from cpbench import masks
 from cpbench.core import registry
 from cpbench.core.problem import Problem
 from cpbench.core.spec import Spec
-from cpbench.selectors.common.base import Branch, Selecting
+from cpbench.selectors.common.base import Branch, Selector
 from cpbench.selectors.common.selection import Blocks
 
 BATCH, TOKENS, HEADS_Q, HEADS_KV, DIM = 2, 203, 4, 2, 16
 CAUSAL = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
 DOCUMENTS = "causal_document:doc_lens=[1,60,100,42]"
 
-# Of every selector: a spec at this size, and a mask.
+# Specs of every selector at this size, each with a mask.
 CASES = [
     ("oracle:block_size=16,keep=0.3", "causal"),
     ("oracle:block_size=16,keep=0.3", DOCUMENTS),
@@ -40,7 +40,7 @@ CASES = [
     ("dsa:top_k=20,index_dim=8", DOCUMENTS),
     ("vsa:block_size=16,keep=0.2", "full"),
     ("vsa:block_size=16,keep=0.2,gate=0.0", "full"),
-    # Whole blocks of queries that see nothing.
+    # Entire blocks of queries that see nothing.
     ("oracle:block_size=16,keep=0.3", "causal:offset=-40"),
     ("moba:block_size=16,top_k=4", "causal:offset=-40"),
     ("dsa:top_k=20", "causal:offset=-40"),
@@ -52,7 +52,7 @@ def inputs(dtype: torch.dtype = torch.float32, seed: int = 0) -> list[torch.Tens
     return naive.random_inputs(BATCH, TOKENS, HEADS_Q, HEADS_KV, DIM, dtype, seed)
 
 
-def made(spec: str, mask: str) -> tuple[Selecting, Any]:
+def load_selector(spec: str, mask: str) -> tuple[Selector, Any]:
     """A selector and its plan."""
     parsed = Spec.parse(spec)
     selector = registry.implementation(registry.operator_info(parsed.name), parsed.kwargs)
@@ -63,21 +63,24 @@ def made(spec: str, mask: str) -> tuple[Selecting, Any]:
     return selector, selector.prepare(masks.build(mask, TOKENS), problem, "cpu")
 
 
-def choose(spec: str, mask: str) -> tuple[Branch, ...]:
+def select(spec: str, mask: str) -> tuple[Branch, ...]:
+    """The branches that a selector returns for ``inputs()``."""
     q, k, _, _ = inputs()
-    selector, plan = made(spec, mask)
+    selector, plan = load_selector(spec, mask)
     return selector.select(q, k, plan)
 
 
-def kept(branch: Branch) -> torch.Tensor:
-    """Blocks, as a check of what ``Blocks`` says of itself too."""
-    assert isinstance(branch.seen, Blocks)
-    return branch.seen.kept & branch.seen.grid.allowed
+def kept_blocks(branch: Branch) -> torch.Tensor:
+    """The allowed blocks that a branch keeps, ``[B, H, X, Y]``."""
+    assert isinstance(branch.mask, Blocks)
+    return branch.mask.kept & branch.mask.grid.allowed
 
 
-def below(blocks: int) -> torch.Tensor:
+def causal_blocks(blocks: int) -> torch.Tensor:
+    """``[X, X]``: blocks on and below the diagonal."""
     return torch.ones(blocks, blocks, dtype=torch.bool).tril()
 
 
-def share(visible: int, keep: float) -> int:
+def budget(visible: int, keep: float) -> int:
+    """The number of blocks that are a share of the visible ones."""
     return max(1, int(visible * keep + 0.5))

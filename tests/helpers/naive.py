@@ -1,4 +1,4 @@
-"""An independent reference for tests: dense float64 softmax attention under autograd."""
+"""Reference for tests, independent of the package: dense float64 attention under autograd."""
 
 from __future__ import annotations
 
@@ -15,26 +15,28 @@ def attention(
     """out, lse, dq, dk, dv of ``[B, S, H, D]`` inputs, from the definition."""
     q, k, v = (x.detach().double().requires_grad_() for x in (q, k, v))
     group = q.shape[2] // k.shape[2]
-    wide_k, wide_v = (x.repeat_interleave(group, dim=2) for x in (k, v))
-    scores = torch.einsum("bshd,bthd->bhst", q, wide_k) * q.shape[3] ** -0.5
-    seen = torch.as_tensor(mask.to_dense())
-    lse = torch.logsumexp(scores.masked_fill(~seen, -torch.inf), dim=-1)
-    # A finite stand-in keeps the gradient of rows that see nothing at 0 rather than NaN.
+    repeated_k, repeated_v = (x.repeat_interleave(group, dim=2) for x in (k, v))
+    scores = torch.einsum("bshd,bthd->bhst", q, repeated_k) * q.shape[3] ** -0.5
+    visible = torch.as_tensor(mask.to_dense())
+    lse = torch.logsumexp(scores.masked_fill(~visible, -torch.inf), dim=-1)
+    # A finite lse makes the gradient of rows without visible keys 0 rather than NaN.
     finite = torch.where(torch.isneginf(lse), 0.0, lse)
-    probs = torch.where(seen, torch.exp(scores - finite.unsqueeze(-1)), 0.0)
-    out = torch.einsum("bhst,bthd->bshd", probs, wide_v)
+    probs = torch.where(visible, torch.exp(scores - finite.unsqueeze(-1)), 0.0)
+    out = torch.einsum("bhst,bthd->bshd", probs, repeated_v)
     dq, dk, dv = torch.autograd.grad(out, (q, k, v), dout.double())
     return {"out": out.detach(), "lse": lse.detach(), "dq": dq, "dk": dk, "dv": dv}
 
 
-def error(found: torch.Tensor, want: torch.Tensor) -> float:
-    """L2 norm of the difference relative to the reference; infinite where -inf does not match."""
-    found, want = found.double(), want.double()
-    if not torch.equal(torch.isneginf(found), torch.isneginf(want)):
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative L2 error; infinite if -inf is not in the same places."""
+    actual, expected = actual.double(), expected.double()
+    if not torch.equal(torch.isneginf(actual), torch.isneginf(expected)):
         return float("inf")
-    found, want = (x.masked_fill(torch.isneginf(x), 0.0) for x in (found, want))
-    difference = float((found - want).norm())
-    return difference / (float(want.norm()) or 1.0) if difference == difference else float("inf")
+    actual, expected = (x.masked_fill(torch.isneginf(x), 0.0) for x in (actual, expected))
+    difference = float((actual - expected).norm())
+    return (
+        difference / (float(expected.norm()) or 1.0) if difference == difference else float("inf")
+    )
 
 
 def random_inputs(
@@ -46,9 +48,9 @@ def random_inputs(
     dtype: torch.dtype,
     seed: int = 0,
 ) -> list[torch.Tensor]:
-    """q, k, v, dout."""
-    chance = torch.Generator().manual_seed(seed)
+    """Standard normal q, k, v and dout, ``[batch, tokens, heads, head_dim]``."""
+    generator = torch.Generator().manual_seed(seed)
     return [
-        torch.randn(batch, tokens, heads, head_dim, generator=chance).to(dtype)
+        torch.randn(batch, tokens, heads, head_dim, generator=generator).to(dtype)
         for heads in (heads_q, heads_kv, heads_kv, heads_q)
     ]

@@ -1,5 +1,5 @@
-/* A library with NVML's interface, for tests: two GPUs that say what the file CPBENCH_TEST_NVML
-   holds, "power_mw energy_mj sm_mhz reasons", read at every question. */
+/* A stand-in for NVML's library: two GPUs with the readings in the file CPBENCH_TEST_NVML,
+   "power_mw energy_mj sm_mhz reasons", which is read at every query. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -8,7 +8,7 @@ typedef int nvmlReturn_t; /* 0 success, 3 not supported, 6 not found */
 typedef struct { unsigned int index; } *device;
 static struct { unsigned int index; } devices[2] = {{0}, {1}};
 
-static unsigned long long told(int which) {
+static unsigned long long reading(int which) {
     unsigned long long values[4] = {0, 0, 0, 0};
     FILE *file = fopen(getenv("CPBENCH_TEST_NVML"), "r");
     if (file) {
@@ -40,16 +40,16 @@ nvmlReturn_t nvmlDeviceGetName(device handle, char *text, unsigned int size) {
     return 0;
 }
 nvmlReturn_t nvmlDeviceGetPowerUsage(device handle, unsigned int *mw) {
-    *mw = told(0) + 1000 * handle->index;
+    *mw = reading(0) + 1000 * handle->index;
     return 0;
 }
 nvmlReturn_t nvmlDeviceGetTotalEnergyConsumption(device handle, unsigned long long *mj) {
-    *mj = told(1);
+    *mj = reading(1);
     return 0;
 }
 nvmlReturn_t nvmlDeviceGetClockInfo(device handle, int type, unsigned int *mhz) {
-    if (type == 2) return 3; /* the memory's is not supported */
-    *mhz = told(2);
+    if (type == 2) return 3; /* the memory clock is not supported */
+    *mhz = reading(2);
     return 0;
 }
 nvmlReturn_t nvmlDeviceGetTemperature(device handle, int sensor, unsigned int *degrees) {
@@ -57,7 +57,7 @@ nvmlReturn_t nvmlDeviceGetTemperature(device handle, int sensor, unsigned int *d
     return 0;
 }
 nvmlReturn_t nvmlDeviceGetCurrentClocksThrottleReasons(device handle, unsigned long long *bits) {
-    *bits = told(3); /* the older of two names */
+    *bits = reading(3); /* the older of the two names of this query */
     return 0;
 }
 nvmlReturn_t nvmlDeviceGetMemoryInfo(device handle, unsigned long long *total_free_used) {
@@ -67,7 +67,7 @@ nvmlReturn_t nvmlDeviceGetMemoryInfo(device handle, unsigned long long *total_fr
     return 0;
 }
 nvmlReturn_t nvmlDeviceGetP2PStatus(device a, device b, int which, int *status) {
-    *status = 1; /* not over NVLink */
+    *status = 1; /* not NVLink */
     return 0;
 }
 nvmlReturn_t nvmlDeviceGetTopologyCommonAncestor(device a, device b, int *level) {

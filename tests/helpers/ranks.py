@@ -1,4 +1,4 @@
-"""Run a function on several ranks of a Gloo group, within a hard time limit.
+"""Runs a function on several ranks of a Gloo group, within a time limit.
 
 Processes come from a fork server that has torch loaded, so that a gang starts in a fraction of a
 second.  ``function`` must be importable: a top-level function of a test module.
@@ -14,22 +14,24 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+from limits import LIMIT_S
+
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     ["torch", "torch.distributed", "cpbench.api", "cpbench.verify.check"]
 )
 
 
-def run_ranks(size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120) -> list:
-    """What ``function(rank, size, *args)`` returned on each rank.
+def run_ranks(size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 400) -> list:
+    """Run ``function(rank, size, *args)`` on every rank; returns the result of each.
 
     Raises:
-        AssertionError: when a rank failed or did not answer in time; all are ended.
+        AssertionError: when a rank fails or does not answer in time; all ranks are killed.
     """
     answers = _CONTEXT.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
-            _CONTEXT.Process(target=_rank, args=(answers, folder, rank, size, function, args))
+            _CONTEXT.Process(target=_run_rank, args=(answers, folder, rank, size, function, args))
             for rank in range(size)
         ]
         for rank in ranks:
@@ -52,7 +54,7 @@ def _readable(queue: Any, timeout_s: float) -> bool:
     return bool(queue._reader.poll(timeout_s))
 
 
-def _rank(
+def _run_rank(
     answers: Any, folder: str, rank: int, size: int, function: Callable[..., Any], args: tuple
 ) -> None:
     try:
@@ -62,8 +64,8 @@ def _rank(
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         torch.set_num_threads(1)
         store = dist.FileStore(f"{folder}/store", size)
-        limit = timedelta(seconds=60)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
+        timeout = timedelta(seconds=LIMIT_S)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
         value = function(rank, size, *args)
         answers.put((rank, "", value))
         dist.barrier()

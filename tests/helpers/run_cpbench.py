@@ -1,4 +1,4 @@
-"""The command line as a user runs it, sweeps of faulty operators, and what is left of a run."""
+"""Running the command line, sweeps of faulty operators, and their results."""
 
 from __future__ import annotations
 
@@ -13,28 +13,29 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from limits import LIMIT_S
 from paths import HELPERS
 
-OPERATORS = HELPERS / "faulty_operators.py"
-
+FAULTY_OPERATORS = HELPERS / "faulty_operators.py"
 
 MEASURE = """
 [measure]
 min_iterations = 1
 max_iterations = 1
 warmup = 1
-timeout_s = 5.0
+timeout_s = 20.0
 check_sampled = false
 memory = false
 """
 
 
-def faulty(how: str, rank: int = 0) -> str:
-    return f"{OPERATORS}:faulty:how={how},rank={rank}"
+def faulty_operator(how: str, rank: int = 0) -> str:
+    """The spec of an operator that fails on a rank."""
+    return f"{FAULTY_OPERATORS}:faulty:how={how},rank={rank}"
 
 
-def sweep(path: Path, operators: dict[int, list[str]]) -> Path:
-    """A sweep of some operators by world size."""
+def write_sweep(path: Path, operators: dict[int, list[str]]) -> Path:
+    """Write a sweep of operators by world size; its path."""
     text = ""
     for world_size, names in operators.items():
         strategy = "single" if world_size == 1 else "ring"
@@ -46,46 +47,50 @@ def sweep(path: Path, operators: dict[int, list[str]]) -> Path:
     return path
 
 
-def start(*words: str | Path, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    """``cpbench`` as a user starts it."""
+def start_cpbench(
+    *arguments: str | Path, env: dict[str, str] | None = None
+) -> subprocess.Popen[str]:
+    """Start a command of ``cpbench``."""
     return subprocess.Popen(
-        [sys.executable, "-m", "cpbench", *map(str, words)],
+        [sys.executable, "-m", "cpbench", *map(str, arguments)],
         env={**os.environ, **(env or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells' & ignores it
+        # Shells make their background jobs ignore SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
-def cpbench(*words: str | Path, env: dict[str, str] | None = None) -> tuple[int, str]:
-    """Exit code and standard error of a command."""
-    process = start(*words, env=env)
-    _, stderr = process.communicate(timeout=200)
+def cpbench(*arguments: str | Path, env: dict[str, str] | None = None) -> tuple[int, str]:
+    """Run a command of ``cpbench``; its exit code and standard error."""
+    process = start_cpbench(*arguments, env=env)
+    _, stderr = process.communicate(timeout=LIMIT_S)
     return process.returncode, stderr
 
 
-def survivors(out: Path) -> list[str]:
-    """Processes that have the run directory in their command line or environment."""
-    found = []
+def leftover_processes(out: Path) -> list[str]:
+    """Other processes that have the run directory in their command line or environment."""
+    processes = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             with suppress(OSError):
-                told = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
-                if f"{out}/jobs/".encode() in told:
-                    found.append(f"{entry.name} {told[:200]!r}")
-    return found
+                text = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
+                if f"{out}/jobs/".encode() in text:
+                    processes.append(f"{entry.name} {text[:200]!r}")
+    return processes
 
 
-def until(condition: Callable[[], object], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
+def wait_until(condition: Callable[[], object], timeout_s: float = LIMIT_S) -> None:
+    """Wait until a condition holds; fail after the timeout."""
+    deadline = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
+        assert time.monotonic() < deadline, f"the condition did not hold within {timeout_s:g} s"
         time.sleep(0.02)
 
 
-def lines(out: Path) -> Counter[str]:
-    """How many records each case has."""
+def record_counts(out: Path) -> Counter[str]:
+    """Number of records per case."""
     return Counter(
         table["id"]
         for path in (out / "records").glob("*.jsonl")

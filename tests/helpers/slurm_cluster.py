@@ -1,7 +1,7 @@
-"""A real Slurm cluster on this host, for tests: one controller, some nodes, no accounting.
+"""A real Slurm cluster on one host, for tests: one controller, several nodes, no accounting.
 
-Needs root and Debian's slurmctld, slurmd, slurm-client and munge.  Nodes share the host's network
-and file system; they differ in name and in the processes that Slurm starts for them.
+Needs root and Debian's slurmctld, slurmd, slurm-client and munge.  All nodes share the network and
+the file system of the host; each has its own slurmd.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+
+from limits import LIMIT_S
 
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
@@ -53,7 +55,10 @@ KillWait=2
 InactiveLimit=0
 MinJobAge={min_job_age}
 ReturnToService=2
-SlurmdTimeout=10
+SlurmdTimeout=30
+MessageTimeout=60
+BatchStartTimeout=60
+TCPTimeout=20
 GresTypes=gpu
 {nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP PriorityTier=1
@@ -65,15 +70,15 @@ NODE = (
 )
 
 
-def missing() -> str:
-    """What keeps a cluster from being started here; empty when nothing does."""
+def missing_requirement() -> str:
+    """Why no cluster can be started on this host; "" if one can."""
     if os.geteuid() != 0:
-        return "a Slurm cluster of tests needs root"
+        return "the Slurm cluster for tests needs root"
     with tempfile.TemporaryDirectory() as folder:
         try:
             os.mknod(f"{folder}/gpu", 0o20666, os.makedev(1, 3))
         except OSError as error:
-            return f"stand-ins for GPUs need device files: {error.strerror}"
+            return f"simulated GPUs need device files: {error.strerror}"
     for tool in TOOLS:
         if shutil.which(tool, path=PATH) is None:
             return f"no {tool}: apt-get install slurmctld slurmd slurm-client munge"
@@ -81,13 +86,13 @@ def missing() -> str:
 
 
 class Cluster:
-    """Started on making, ended by :meth:`stop`.
+    """A cluster that is started on construction and ended by :meth:`stop`.
 
     Args:
-        home: a folder of its own, with a short path (sockets live there).
-        nodes: how many, named n1, n2, ...
-        cpus: of each, as Slurm counts them.
-        min_job_age: seconds after which an ended job is forgotten.
+        home: folder for its files, with a short path, since it contains sockets.
+        nodes: number of nodes, which are named n1, n2, ...
+        cpus: CPUs per node.
+        min_job_age: seconds after which the controller forgets a job that has ended.
     """
 
     def __init__(self, home: Path, nodes: int = 2, cpus: int = 2, min_job_age: int = 300) -> None:
@@ -128,55 +133,57 @@ class Cluster:
             )
         ]  # fmt: skip
         self._daemon("munged", "munged", "--foreground", "--force", f"--key-file={key}", *files)
-        _until(lambda: (munge / "s").exists())
+        _wait_until(lambda: (munge / "s").exists())
         self._daemon("slurmctld", "slurmctld", "-D", "-i", "-f", self.env["SLURM_CONF"])
         for name in self.names:
             self.start_node(name)
-        _until(lambda: self.tell("sinfo", "-h", "-N", "-p", "main", "-o", "%T").count("idle")
+        _wait_until(lambda: self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%T").count("idle")
                == len(self.names))  # fmt: skip
 
     def start_node(self, name: str) -> None:
+        """Start the daemon of a node."""
         self._daemon(name, "slurmd", "-D", "-N", name, "-f", self.env["SLURM_CONF"])
 
     def kill_node(self, name: str) -> None:
-        """As when a machine goes down: its daemon and all that it has started are gone at once,
-        with nobody left to tell the controller."""
+        """Simulate a machine that goes down: kill its daemon and all processes of its jobs at once,
+        without informing the controller."""
         daemon = self._daemons.pop(name)
         daemon.kill()
         daemon.wait()
-        mark = f"SLURMD_NODENAME={name}\0".encode()
-        tasks = {pid: parent for pid, parent, told in _processes() if mark in told}
+        variable = f"SLURMD_NODENAME={name}\0".encode()
+        tasks = {pid: parent for pid, parent, environ in _processes() if variable in environ}
         for pid in [*(set(tasks.values()) - set(tasks) - {1}), *tasks]:  # slurmstepd first
             with suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
 
     def revive(self) -> None:
-        """Start the daemons of nodes that were killed, and put every node that is down to use."""
+        """Restart the nodes that were killed, and resume them."""
         for name in self.names:
             if name not in self._daemons:
                 self.start_node(name)
-                self.tell("scontrol", "update", f"node={name}", "state=resume")
+                self.run("scontrol", "update", f"node={name}", "state=resume")
 
-    def _daemon(self, name: str, *words: str) -> None:
+    def _daemon(self, name: str, *command: str) -> None:
         with open(self.home / "log" / f"{name}.out", "ab") as log:
             self._daemons[name] = subprocess.Popen(
-                words, env={**os.environ, **self.env}, stdout=log, stderr=log,
+                command, env={**os.environ, **self.env}, stdout=log, stderr=log,
                 stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
 
-    def tell(self, *words: str) -> str:
-        """What a client command prints; errors too."""
-        done = subprocess.run(
-            words, env={**os.environ, **self.env}, text=True, timeout=60,
+    def run(self, *command: str) -> str:
+        """Run a client command; its output and errors."""
+        result = subprocess.run(
+            command, env={**os.environ, **self.env}, text=True, timeout=LIMIT_S,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
-        return done.stdout.strip()
+        return result.stdout.strip()
 
     def state(self, job: str) -> str:
-        """Of a job, such as ``RUNNING``; empty once Slurm has forgotten it."""
-        return self.tell("squeue", "-h", "-t", "all", "-j", job, "-o", "%T")
+        """The state of a job, such as ``RUNNING``; "" once Slurm has forgotten it."""
+        return self.run("squeue", "-h", "-t", "all", "-j", job, "-o", "%T")
 
     def stop(self) -> None:
+        """End all daemons."""
         for daemon in reversed(self._daemons.values()):
             daemon.terminate()
         for daemon in self._daemons.values():
@@ -188,7 +195,7 @@ class Cluster:
 
 
 def _processes() -> Iterator[tuple[int, int, bytes]]:
-    """Number, parent's number and environment of every process."""
+    """Process id, parent's id and environment of every process."""
     for entry in Path("/proc").iterdir():
         with suppress(OSError):
             if entry.name.isdigit():
@@ -199,16 +206,16 @@ def _processes() -> Iterator[tuple[int, int, bytes]]:
 def _free_ports(count: int) -> list[int]:
     sockets = [socket.socket() for _ in range(count)]
     try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+        for probe in sockets:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in sockets]
     finally:
-        for one in sockets:
-            one.close()
+        for probe in sockets:
+            probe.close()
 
 
-def _until(condition: object, seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
+def _wait_until(condition: object, timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < deadline, "the Slurm cluster did not come up"
         time.sleep(0.05)

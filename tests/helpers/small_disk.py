@@ -1,4 +1,4 @@
-"""A disk that is full after a megabyte."""
+"""A fixture with a disk of one megabyte."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A run directory on a disk of one megabyte."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(
+    mount = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True
     )
-    if mounted.returncode != 0:
-        pytest.skip(f"mounting is not permitted here: {mounted.stderr.decode().strip()}")
+    if mount.returncode != 0:
+        pytest.skip(f"mounting is not permitted: {mount.stderr.decode().strip()}")
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)

@@ -31,34 +31,34 @@ def test_moments_are_those_of_a_standard_normal() -> None:
 
 def test_neighbours_are_uncorrelated() -> None:
     x = _make(tokens=np.arange(4096), batches=[0])[0].double()
-    for other in (x.roll(1, 0), x.roll(1, 1), x.roll(1, 2), x.roll(32, 2)):
-        assert abs((x * other).mean()) < 4e-3
+    for shifted in (x.roll(1, 0), x.roll(1, 1), x.roll(1, 2), x.roll(32, 2)):
+        assert abs((x * shifted).mean()) < 4e-3
     rows = torch.corrcoef(x[:256].flatten(1)).fill_diagonal_(0)
     assert rows.abs().max() < 6 / 256**0.5
 
 
 def test_any_subset_of_tokens_and_heads_has_the_same_values() -> None:
     whole = _make(seed=3)
-    some = _make(seed=3, tokens=[700, 3, 1023], heads=[2, 0])
-    assert torch.equal(some, whole[:, [700, 3, 1023]][:, :, [2, 0]])
+    rows = _make(seed=3, tokens=[700, 3, 1023], heads=[2, 0])
+    assert torch.equal(rows, whole[:, [700, 3, 1023]][:, :, [2, 0]])
 
 
 def test_tensors_seeds_and_batches_differ() -> None:
-    made = [_make(name, seed) for name in TENSORS for seed in (0, 1)]
-    halves = [half for x in made for half in x]
-    for i, a in enumerate(halves):
-        for b in halves[:i]:
+    tensors = [_make(name, seed) for name in TENSORS for seed in (0, 1)]
+    batches = [batch for x in tensors for batch in x]
+    for i, a in enumerate(batches):
+        for b in batches[:i]:
             assert abs((a * b).mean()) < 0.02
 
 
 def test_odd_head_dims_and_half_precision_round_the_same_values() -> None:
-    wide, odd = _make(head_dim=7), _make(head_dim=7, dtype=torch.bfloat16)
-    assert wide.shape[-1] == 7
-    assert torch.equal(wide.bfloat16(), odd)
+    exact, rounded = _make(head_dim=7), _make(head_dim=7, dtype=torch.bfloat16)
+    assert exact.shape[-1] == 7
+    assert torch.equal(exact.bfloat16(), rounded)
 
 
-def test_positions_far_out_do_not_overflow() -> None:
-    far = 2**40
-    x = _make(tokens=[far, far + 1, far + 2])
+def test_large_positions_do_not_overflow() -> None:
+    start = 2**40
+    x = _make(tokens=[start, start + 1, start + 2])
     assert torch.isfinite(x).all()
     assert not torch.equal(x[:, 0], x[:, 1])

@@ -1,4 +1,4 @@
-"""Inputs with something to find, and inputs from a file."""
+"""Inputs with planted needles and sinks, and inputs from a file."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def _make(spec: str, name: str, problem: Problem | None = None, seed: int = 0) -
     tokens, heads = (
         (problem.seq_q, problem.heads_q) if name == "q" else (problem.seq_k, problem.heads_kv)
     )
-    made = Recipe(seed, inputs.parse(spec))
-    return made.make(
+    recipe = Recipe(seed, inputs.parse(spec))
+    return recipe.make(
         name, problem, np.arange(tokens), batches=range(problem.batch), heads=range(heads),
         device="cpu",
     )  # fmt: skip
 
 
 def _attention(spec: str, b: int, h: int) -> torch.Tensor:
-    """``[S, T]`` probabilities of a head, every key visible."""
+    """``[S, T]`` attention probabilities of a head, with all keys visible."""
     q, k = _make(spec, "q"), _make(spec, "k")
     scores = q[b, :, h].double() @ k[b, :, h // 2].double().T * DIM**-0.5
     return scores.softmax(-1)
@@ -47,7 +47,7 @@ def _attention(spec: str, b: int, h: int) -> torch.Tensor:
 @pytest.mark.parametrize("length", [1, 16])
 def test_looking_queries_give_a_needle_its_share(length: int) -> None:
     probs = _attention(f"needles:count=4,length={length},mass=0.8,looking=1.0", 1, 2)
-    # Where a needle is, a single key (or the best of a span) draws what no background key does.
+    # Only a needle, a key or a span of them, gets that much of the attention.
     spans = probs.unfold(1, length, 1).sum(-1)
     largest = spans.max(1).values
     late = largest[3 * TOKENS // 4 + length :]  # all needles are past
@@ -55,24 +55,24 @@ def test_looking_queries_give_a_needle_its_share(length: int) -> None:
     assert float((late > 0.2).double().mean()) > 0.97
     first = int(spans[-1].argmax())
     before = probs[:first, first : first + length].sum(1)
-    assert float(before.max()) < 0.05, "nobody looks for a needle that is still to come"
+    assert float(before.max()) < 0.05, "no query looks for a later needle"
 
 
-def test_needles_lie_apart_in_every_head_and_batch() -> None:
+def test_needles_differ_by_head_and_batch() -> None:
     places = set()
     for b in (0, 1):
         for h in (0, 2):
             probs = _attention("needles:count=4,length=1,mass=0.8,looking=1.0", b, h)
             keys = probs[3 * TOKENS // 4 + 1 :].argmax(1)
-            found = torch.bincount(keys, minlength=TOKENS)
-            needles = torch.nonzero(found > 20)[:, 0].tolist()
+            counts = torch.bincount(keys, minlength=TOKENS)
+            needles = torch.nonzero(counts > 20)[:, 0].tolist()
             assert len(needles) == 4
             assert max(needles) < 3 * TOKENS // 4
             places.add(tuple(needles))
     assert len(places) == 4
 
 
-def test_queries_look_in_runs_and_a_share_of_them_not_at_all() -> None:
+def test_queries_look_in_runs_and_some_runs_do_not_look() -> None:
     probs = _attention("needles:count=4,length=1,mass=0.9,looking=0.5,run=32", 0, 1)
     looks = (probs.max(1).values > 0.3)[3 * TOKENS // 4 + 32 :]
     by_run = looks[: len(looks) // 32 * 32].view(-1, 32).double().mean(1)
@@ -80,7 +80,7 @@ def test_queries_look_in_runs_and_a_share_of_them_not_at_all() -> None:
     assert 0.2 < float((by_run > 0.9).double().mean()) < 0.8
 
 
-def test_sinks_draw_their_share_of_every_query() -> None:
+def test_sinks_get_their_share_of_every_query() -> None:
     probs = _attention("sinks:count=4,mass=0.5", 0, 3)
     share = probs[:, :4].sum(1)
     assert 0.35 < float(share.mean()) < 0.65
@@ -93,21 +93,21 @@ def test_values_and_gradients_are_normal() -> None:
     assert not torch.equal(_make("needles", "k"), _make("normal", "k"))
 
 
-def test_any_part_is_a_part_of_the_whole() -> None:
-    """Whatever the layout, ranks and checks that make inputs anew make the same ones."""
+def test_any_subset_of_rows_has_the_same_values() -> None:
+    """So ranks of any layout, and checks, generate the same inputs."""
     whole = _make("needles:sinks=4,sink_mass=0.2,mass=0.5", "q")
     recipe = Recipe(0, inputs.parse("needles:sinks=4,sink_mass=0.2,mass=0.5"))
     tokens = np.array([1900, 3, 1024])
-    some = recipe.make("q", _problem(), tokens, batches=[1], heads=[3, 0], device="cpu")
-    assert torch.allclose(some[0], whole[1][tokens][:, [3, 0]], atol=1e-6)
-    # A few queries are the last ones.
-    few = _make("needles:sinks=4,sink_mass=0.2,mass=0.5", "q", _problem(seq_q=8))
+    rows = recipe.make("q", _problem(), tokens, batches=[1], heads=[3, 0], device="cpu")
+    assert torch.allclose(rows[0], whole[1][tokens][:, [3, 0]], atol=1e-6)
+    # With fewer queries than keys, they are the last tokens.
+    last = _make("needles:sinks=4,sink_mass=0.2,mass=0.5", "q", _problem(seq_q=8))
     positions = np.arange(8)
     normal = Recipe(0).make(
         "q", _problem(seq_q=8), positions, batches=[0, 1], heads=range(4), device="cpu"
     )
-    assert few.shape == normal.shape
-    assert not torch.equal(few, normal)
+    assert last.shape == normal.shape
+    assert not torch.equal(last, normal)
 
 
 def test_half_precision_rounds_the_same_values() -> None:
@@ -117,7 +117,7 @@ def test_half_precision_rounds_the_same_values() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "words"),
+    ("spec", "message"),
     [
         ("needle", "no inputs 'needle'; there are: normal, sinks, needles, file"),
         ("needles:size=3", "no parameter 'size'; it takes count, length, mass"),
@@ -132,17 +132,17 @@ def test_half_precision_rounds_the_same_values() -> None:
         ("file:nowhere.safetensors", "there is no file 'nowhere.safetensors'"),
     ],
 )
-def test_what_cannot_be_made_is_refused_in_one_line(spec: str, words: str) -> None:
+def test_invalid_inputs_are_refused_in_one_line(spec: str, message: str) -> None:
     with pytest.raises(ValueError) as caught:
         sweep_file.expand({"sweep": {"inputs": spec}}, "s")
-    assert words in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_lists_of_parameters_are_a_product() -> None:
     table = {"inputs": [{"name": "needles", "length": [1, 16], "count": [2, 4]}, "normal"]}
-    found = [str(case.inputs) for case in sweep_file.expand({"sweep": table}, "s").cases]
-    assert found == [
+    specs = [str(case.inputs) for case in sweep_file.expand({"sweep": table}, "s").cases]
+    assert specs == [
         "needles:count=2,length=1", "needles:count=2,length=16", "needles:count=4,length=1",
         "needles:count=4,length=16", "normal",
     ]  # fmt: skip
@@ -154,9 +154,9 @@ def test_lists_of_parameters_are_a_product() -> None:
 
 @pytest.fixture
 def captured(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
-    chance = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     tensors = {
-        name: torch.randn(1, 300, heads, 32, generator=chance).to(torch.bfloat16)
+        name: torch.randn(1, 300, heads, 32, generator=generator).to(torch.bfloat16)
         for name, heads in (("q", 4), ("k", 2), ("v", 2))
     }
     path = tmp_path / "qkv.safetensors"
@@ -183,60 +183,62 @@ def test_the_tensors_of_a_file_are_the_inputs(captured: tuple) -> None:
     assert torch.equal(last, tensors["q"][:, 251:256].float())
 
 
-def test_a_file_may_hold_just_the_queries_that_attend(tmp_path: Path) -> None:
+def test_a_file_may_hold_only_the_queries_of_the_case(tmp_path: Path) -> None:
     path = tmp_path / "layer=3.safetensors"
     tensors = {"q": torch.randn(1, 5, 4, 32), **{n: torch.randn(1, 300, 2, 32) for n in "kv"}}
     save_file(tensors, path)
     assert _case(path, queries=5)
-    with pytest.raises(ValueError, match="the case wants"):
+    with pytest.raises(ValueError, match="the case needs"):
         _case(path, queries=6)
     made = _make(f"file:{path}", "q", _problem(batch=1, seq_q=5, seq_k=256, head_dim=32))
     assert torch.equal(made, tensors["q"])
 
 
-def test_a_file_of_other_values_than_finite_floats_is_refused(tmp_path: Path) -> None:
+def test_a_file_with_values_that_are_not_finite_floats_is_refused(tmp_path: Path) -> None:
     for number, bad in enumerate((torch.ones(1, 9, 2, 32, dtype=torch.int32),
                                   torch.full((1, 9, 2, 32), float("nan")))):  # fmt: skip
         path = tmp_path / f"{number}.safetensors"
         save_file({"q": torch.zeros(1, 9, 4, 32), "k": bad, "v": bad.clone()}, path)
         problem = _problem(batch=1, seq_q=9, seq_k=9, head_dim=32)
-        with pytest.raises(ValueError, match="other values than finite floats"):
+        with pytest.raises(ValueError, match="values that are not finite floats"):
             _make(f"file:{path}", "k", problem)
 
 
-def test_a_file_enters_the_id_by_its_content(captured: tuple, tmp_path: Path) -> None:
+def test_the_id_of_a_case_depends_on_the_content_of_the_file(
+    captured: tuple, tmp_path: Path
+) -> None:
     path, tensors = captured
     (before,) = _case(path)
     moved = tmp_path / "elsewhere.safetensors"
     moved.write_bytes(path.read_bytes())
-    (there,) = _case(moved)
-    assert there.id == before.id
+    (same,) = _case(moved)
+    assert same.id == before.id
     save_file({**tensors, "k": tensors["k"] + 1}, moved)
     (changed,) = _case(moved)
     assert changed.id != before.id
-    assert len({one.problem_key for one in (before, changed)}) == 2
+    assert len({case.problem_key for case in (before, changed)}) == 2
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
-        ({"seq_len": 301}, "q of qkv.safetensors is [1, 300, 4, 32]; the case wants [1, at least"),
-        ({"num_heads_q": 8}, "the case wants [1, at least 256, 8, 32]"),
+        ({"seq_len": 301}, "q of qkv.safetensors is [1, 300, 4, 32]; the case needs [1, at least"),
+        ({"num_heads_q": 8}, "the case needs [1, at least 256, 8, 32]"),
         ({"num_heads_kv": 4}, "k of qkv.safetensors is [1, 300, 2, 32]"),
         ({"head_dim": 64}, "4, 64]"),
-        ({"batch": 2}, "the case wants [2, at least"),
+        ({"batch": 2}, "the case needs [2, at least"),
     ],
 )  # fmt: skip
-def test_shapes_that_do_not_fit_are_named(captured: tuple, changes: dict, words: str) -> None:
+def test_shapes_that_do_not_fit_are_named(captured: tuple, changes: dict, message: str) -> None:
     with pytest.raises(ValueError) as caught:
         _case(captured[0], **changes)
-    assert words in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_a_file_without_the_tensors_or_that_is_none_is_named(tmp_path: Path) -> None:
+def test_files_without_the_tensors_and_broken_ones_are_named(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(b"no such thing at all")
-    with pytest.raises(ValueError, match="is no safetensors file"):
+    with pytest.raises(ValueError, match="is not a safetensors file"):
         _case(path)
     save_file({"q": torch.zeros(1, 300, 4, 32), "keys": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="has no tensor 'k'; it has keys, q"):

@@ -28,6 +28,7 @@ from adapters import (
     windowed,
 )
 from heavy_packages import HEAVY
+from limits import LIMIT_S
 
 from cpbench import masks
 from cpbench.core import registry
@@ -93,7 +94,7 @@ def test_refusals_of_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     mask = AttnMask.from_slices(6, 4, rows)
     _, op = loaded("flashmask")
     reason = op.unsupported(problem_of(mask, SHAPES[0], "bfloat16"), mask, "cpu")
-    assert "key 0 is hidden from queries in 3 intervals; FlashMask takes two" in reason
+    assert "key 0 is hidden from 3 intervals of queries; FlashMask supports two" in reason
     on_device(monkeypatch, (8, 0))
     assert "9.0 or later for documents" in refusal("te.cudnn", "causal_document:doc_lens=[60,4]")
     on_device(monkeypatch, (9, 0))
@@ -266,14 +267,16 @@ def test_a_missing_package_is_refused_with_how_to_get_it() -> None:
 def test_the_list_of_operators_imports_no_library() -> None:
     code = f"""
 import sys
-from cpbench import catalogue
+from cpbench.tools import listing
 for device in ("cpu", "cuda"):
-    for row in catalogue.rows("operators", device):
+    for row in listing.rows("operators", device):
         if row["operator"] in {sorted([*TAKES, *PER_HEAD])}:
             print(row["here"], "|", row["summary"])
 assert not set({HEAVY}) & set(sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT_S
+    )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == 2 * (len(TAKES) + len(PER_HEAD))

@@ -37,7 +37,7 @@ from adapters import (
 
 from cpbench import masks
 from cpbench.core import registry
-from cpbench.core.operator import Unsupported
+from cpbench.core.operator import QKV, BackwardInputs, Unsupported
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.head_masks import HeadMasks
 from cpbench.parallel.bound_operator import merge
@@ -255,7 +255,7 @@ def test_a_selector_computes_with_it(name: str) -> None:
         selector = registry.implementation(
             registry.operator_info("oracle"), {"kernel": kernel, "block_size": 64}
         )
-        results.append(selector.forward(q, k, v, selector.prepare(mask, problem, "cpu")))
+        results.append(selector.forward(QKV(q, k, v), selector.prepare(mask, problem, "cpu")))
     (out, lse), (mine, my_lse) = results
     assert naive.error(mine, out) < LIMIT["bfloat16"]
     assert naive.error(my_lse, lse) < 1e-4
@@ -290,14 +290,14 @@ def test_parts_over_split_keys_add_up(name: str) -> None:
         assert op.unsupported(piece, part, "cpu") is None
         plans.append(op.prepare(part, piece, "cpu"))
     results = [
-        op.forward(q, k[:, a:b], v[:, a:b], p) for (a, b), p in zip(spans, plans, strict=True)
+        op.forward(QKV(q, k[:, a:b], v[:, a:b]), p) for (a, b), p in zip(spans, plans, strict=True)
     ]
     (out, lse), (other, other_lse) = results
     out, lse = merge(out.float(), lse, other.float(), other_lse)
     got = {"out": out.to(q.dtype), "lse": lse}
     if info.external_lse:
         grads = [
-            op.backward(dout, q, k[:, a:b], v[:, a:b], got["out"], lse, p)
+            op.backward(BackwardInputs(dout, q, k[:, a:b], v[:, a:b], got["out"], lse), p)
             for (a, b), p in zip(spans, plans, strict=True)
         ]
         got["dq"] = sum(g[0].double() for g in grads)

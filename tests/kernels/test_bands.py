@@ -15,7 +15,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from limits import LIMIT_S
 
+from cpbench.core.operator import QKV, BackwardInputs
 from cpbench.core.problem import Problem
 from cpbench.kernels.bands import cpu, cuda
 from cpbench.kernels.bands.operator import OPERATORS, Bands
@@ -126,8 +128,8 @@ def run(problem: Problem, mask: AttnMask, tensors: Tensors, **params: int) -> Te
     assert operator.unsupported(problem, mask, "cpu") is None
     plan = operator.prepare(mask, problem, "cpu")
     q, k, v, dout = tensors
-    out, lse = operator.forward(q, k, v, plan)
-    return out, lse, *operator.backward(dout, q, k, v, out, lse, plan)
+    out, lse = operator.forward(QKV(q, k, v), plan)
+    return out, lse, *operator.backward(BackwardInputs(dout, q, k, v, out, lse), plan)
 
 
 def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -233,13 +235,13 @@ def test_parts_of_the_keys_add_up(name: str, dtype: str) -> None:
     problem = problem_of(mask, dtype)
     q, k, v, dout = tensors = inputs(problem)
     operator = Bands()
-    out, lse = operator.forward(q, k, v, operator.prepare(mask, problem, "cpu"))
+    out, lse = operator.forward(QKV(q, k, v), operator.prepare(mask, problem, "cpu"))
     half = mask.seq_k // 2
     total = [torch.zeros_like(x) for x in (q, k, v)]
     for k0, k1 in ((0, half), (half, mask.seq_k)):
         part = mask.crop(0, mask.seq_q, k0, k1)
         plan = operator.prepare(part, problem_of(part, dtype), "cpu")
-        grads = operator.backward(dout, q, k[:, k0:k1], v[:, k0:k1], out, lse, plan)
+        grads = operator.backward(BackwardInputs(dout, q, k[:, k0:k1], v[:, k0:k1], out, lse), plan)
         for x, gradient, keys in zip(
             total, grads, (slice(None), slice(k0, k1), slice(k0, k1)), strict=True
         ):
@@ -254,10 +256,10 @@ def test_given_lse_of_minus_infinity(name: str) -> None:
     q, k, v, dout = inputs(problem)
     operator = Bands()
     plan = operator.prepare(mask, problem, "cpu")
-    out, lse = operator.forward(q, k, v, plan)
-    whole = operator.backward(dout, q, k, v, out, lse, plan)
+    out, lse = operator.forward(QKV(q, k, v), plan)
+    whole = operator.backward(BackwardInputs(dout, q, k, v, out, lse), plan)
     lse[..., 100:] = -torch.inf
-    dq, dk, dv = operator.backward(dout, q, k, v, out, lse, plan)
+    dq, dk, dv = operator.backward(BackwardInputs(dout, q, k, v, out, lse), plan)
     torch.testing.assert_close(dq[:, :100], whole[0][:, :100])
     assert not dq[:, 100:].any()
     assert torch.isfinite(dk).all()
@@ -328,7 +330,7 @@ def test_refusals() -> None:
 
 def test_declaration_needs_no_torch() -> None:
     code = "import sys, cpbench.kernels.bands.operator; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=LIMIT_S)
     assert [info.name for info in OPERATORS] == ["bands"]
 
 
@@ -364,7 +366,9 @@ def _fake_backward(dout, q, k, v, out, lse, cq, ck, nq, nk, p, causal, seed, unu
     changes = {"heads_q": q.shape[2], "heads_kv": k.shape[2], "head_dim": q.shape[3]}
     problem = problem_of(mask, scale=scale, batch=q.shape[0], **changes)
     operator = Bands()
-    return operator.backward(dout, q, k, v, out, lse, operator.prepare(mask, problem, "cpu"))
+    return operator.backward(
+        BackwardInputs(dout, q, k, v, out, lse), operator.prepare(mask, problem, "cpu")
+    )
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -378,8 +382,13 @@ def test_cuda_calls(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = operator.prepare(mask, problem, "cuda")
     assert all(call.left >= -1 and call.right >= -1 for call in plan.calls)
     assert len(plan.calls) == len(cuda.calls(mask)) <= 3 * len(mask.slices)
-    out, lse = operator.forward(q, k, v, plan)
-    check(problem, mask, tensors, (out, lse, *operator.backward(dout, q, k, v, out, lse, plan)))
+    out, lse = operator.forward(QKV(q, k, v), plan)
+    check(
+        problem,
+        mask,
+        tensors,
+        (out, lse, *operator.backward(BackwardInputs(dout, q, k, v, out, lse), plan)),
+    )
 
 
 @pytest.mark.parametrize("seq_q", [9, 40, 200])

@@ -14,6 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpbench import masks
+from cpbench.core.operator import QKV, BackwardInputs
 from cpbench.core.problem import Problem
 from cpbench.kernels.triton.block_sparse import TritonBlockSparse, kept_of_indices, plan_blocks
 from cpbench.masks.attn_mask import AttnMask
@@ -89,8 +90,8 @@ def test_chosen_blocks_equal_float64_without_waiting(extents: tuple[int, int], i
     inputs = naive.random_inputs(2, most, 4, 2, 32, torch.float32)
     tensors = [x[:, :n].contiguous() for x, n in zip(inputs, (*extents, extents[1], extents[0]), strict=True)]  # noqa: E501  # fmt: skip
     q, k, v, dout = tensors
-    out, lse = op.forward(q, k, v, plan)
-    dq, dk, dv = op.backward(dout, q, k, v, out, lse, plan)
+    out, lse = op.forward(QKV(q, k, v), plan)
+    dq, dk, dv = op.backward(BackwardInputs(dout, q, k, v, out, lse), plan)
     want = reference(tensors, dense(kept, problem, 32, within))
     found = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
     for name in naive.TENSORS:

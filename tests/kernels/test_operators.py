@@ -12,12 +12,12 @@ import torch
 import cpbench
 from cpbench import masks
 from cpbench.core import registry
-from cpbench.core.operator import Unsupported, declared_refusal
+from cpbench.core.operator import QKV, BackwardInputs, Unsupported, declared_refusal
 from cpbench.core.problem import Problem
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.parallel.bound_operator import BoundOperator, merge
 from cpbench.parallel.layout import build as build_layout
-from cpbench.parallel.world import Part, World
+from cpbench.parallel.world import Subproblem, World
 from cpbench.sweep.verification import MASKS, SEQ_LEN
 
 LIMIT = {"float32": 2e-6, "bfloat16": 1.2e-2}
@@ -72,10 +72,10 @@ def test_rows_that_see_nothing(operator: str) -> None:
     _compare(operator, AttnMask.from_slices(9, 9, []), (1, 2, 2, 64), "float32")
 
 
-def _alone(mask: AttnMask, problem: Problem) -> Part:
+def _alone(mask: AttnMask, problem: Problem) -> Subproblem:
     """A whole mask as the part of one rank."""
     problem = replace(problem, seq_q=mask.seq_q, seq_k=mask.seq_k)
-    return World.of(problem, mask, build_layout("contiguous", mask.seq_k, 1)).part([0], [0])
+    return World.of(problem, mask, build_layout("contiguous", mask.seq_k, 1)).subproblem([0], [0])
 
 
 @pytest.mark.parametrize(
@@ -91,11 +91,11 @@ def test_parts_over_split_keys_add_up_to_the_whole(operator: str) -> None:
         batch=1, seq_q=96, seq_k=96, heads_q=4, heads_kv=2, head_dim=64, dtype="float32"
     )
     plans = [op.prepare(_alone(mask.crop(0, 96, a, b), problem)) for a, b in spans]
-    forward = op.forward_parts(q)
+    forward = op.forward_accumulator(q)
     for (a, b), plan in zip(spans, plans, strict=True):
         forward.add(k[:, a:b].contiguous(), v[:, a:b].contiguous(), plan)
     out, lse = forward.finish()
-    backward = op.backward_parts(dout, q, out, lse)
+    backward = op.backward_accumulator(dout, q, out, lse)
     grads = [
         backward.add(k[:, a:b].contiguous(), v[:, a:b].contiguous(), plan)
         for (a, b), plan in zip(spans, plans, strict=True)
@@ -208,8 +208,8 @@ def test_calls_of_gpu_back_ends_fit_the_signatures_of_torch(name: str, mask: str
         torch.empty(2, 60, heads, 64, dtype=torch.bfloat16, device="meta") for heads in (4, 2, 2, 4)
     )
     plan = op.prepare(built, problem, "meta")
-    out, lse = op.forward(q, k, v, plan)
+    out, lse = op.forward(QKV(q, k, v), plan)
     assert (out.shape, out.dtype) == (q.shape, q.dtype)
     assert (lse.shape, lse.dtype) == ((2, 4, 60), torch.float32)
-    grads = op.backward(dout, q, k, v, out, lse, plan)
+    grads = op.backward(BackwardInputs(dout, q, k, v, out, lse), plan)
     assert [(x.shape, x.dtype) for x in grads] == [(x.shape, x.dtype) for x in (q, k, v)]

@@ -1,4 +1,4 @@
-"""Whatever happens to a worker becomes one record with one cause, and the sweep goes on."""
+"""Every failure of a worker becomes one record with its root cause, and the sweep continues."""
 
 from __future__ import annotations
 
@@ -7,60 +7,71 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from run_cpbench import OPERATORS, cpbench, faulty, lines, start, survivors, sweep, until
+from limits import LIMIT_S
+from run_cpbench import (
+    FAULTY_OPERATORS,
+    cpbench,
+    faulty_operator,
+    leftover_processes,
+    record_counts,
+    start_cpbench,
+    wait_until,
+    write_sweep,
+)
 
 from cpbench.results.record import Record
 from cpbench.results.store import read_run
 
-CALM = {"CPBENCH_TEST_CALM": "1"}
+NO_FAULTS = {"CPBENCH_TEST_CALM": "1"}
 
 
 def by_fault(out: Path) -> dict[tuple[int, str], Record]:
     """Records by world size and fault."""
-    found = {}
+    records = {}
     for record in read_run(out).records.values():
         how = str(record.case.operator.kwargs.get("how", record.case.operator.name.split(":")[-1]))
-        found[record.case.world_size, how] = record
-    return found
+        records[record.case.world_size, how] = record
+    return records
 
 
-ALONE = {
+SINGLE_RANK = {
     "raise": ("crash", "rank 0: RuntimeError: this is the root cause"),
     "oom": ("oom", "rank 0: "),
     "segfault": ("crash", "rank 0 was killed by SIGSEGV"),
-    "exit": ("crash", "rank 0 ended with exit code 0 in the middle of its work"),
+    "exit": ("crash", "rank 0 ended with exit code 0 before its job was complete"),
     "missing": ("crash", "rank 0: ModuleNotFoundError: No module named 'cpbench_no_such_module'"),
-    "hang": ("timeout", "no result after 5 s: rank 0 check"),
+    "hang": ("timeout", "no result after 20 s: rank 0 check"),
     "wrong": ("wrong", "out differs from float64"),
     "reference": ("ok", None),
 }
-TOGETHER = {
+TWO_RANKS = {
     "kill": ("crash", "rank 1 was killed by SIGKILL"),
     "late": ("ok", None),
     "raise": ("crash", "rank 1: RuntimeError: this is the root cause"),
-    "stop": ("timeout", "no result after 5 s: rank 0 check, rank 1 check (stopped)"),
-    "exit": ("crash", "rank 1 ended with exit code 0 in the middle of its work"),
+    "stop": ("timeout", "no result after 20 s: rank 0 check, rank 1 check (stopped)"),
+    "exit": ("crash", "rank 1 ended with exit code 0 before its job was complete"),
     "cut": ("crash", "rank "),
     "reference": ("ok", None),
 }
-UNDER_TORCHRUN = {name: TOGETHER[name] for name in ("kill", "raise", "cut", "reference")}
+UNDER_TORCHRUN = {name: TWO_RANKS[name] for name in ("kill", "raise", "cut", "reference")}
 
 
-def named(faults: dict[str, tuple[str, str | None]], rank: int) -> list[str]:
-    special = {"reference": "reference", "missing": f"{OPERATORS}:missing"}
-    return [special.get(how, faulty(how, rank)) for how in faults]
+def operator_specs(faults: dict[str, tuple[str, str | None]], rank: int) -> list[str]:
+    special = {"reference": "reference", "missing": f"{FAULTY_OPERATORS}:missing"}
+    return [special.get(how, faulty_operator(how, rank)) for how in faults]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, int, str]:
-    """One sweep with every fault: its file, run directory, exit code and standard error."""
+    """A sweep with every fault: its file, run directory, exit code and standard error."""
     folder = tmp_path_factory.mktemp("faults")
-    file = sweep(folder / "sweep.toml", {1: named(ALONE, 0), 2: named(TOGETHER, 1)})
+    file = write_sweep(
+        folder / "sweep.toml", {1: operator_specs(SINGLE_RANK, 0), 2: operator_specs(TWO_RANKS, 1)}
+    )
     code, stderr = cpbench("run", file, "--out", folder / "run")
     return file, folder / "run", code, stderr
 
@@ -68,19 +79,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, int, str]
 @pytest.fixture(scope="module")
 def torchrun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("torchrun")
-    file = sweep(folder / "sweep.toml", {2: named(UNDER_TORCHRUN, 1)})
+    file = write_sweep(folder / "sweep.toml", {2: operator_specs(UNDER_TORCHRUN, 1)})
     code, stderr = cpbench("run", file, "--out", folder / "run", "--launcher", "torchrun")
     assert code == 1, stderr
     return folder / "run"
 
 
 EXPECTED = {
-    **{(1, how): told for how, told in ALONE.items()},
-    **{(2, how): told for how, told in TOGETHER.items()},
+    **{(1, how): expected for how, expected in SINGLE_RANK.items()},
+    **{(2, how): expected for how, expected in TWO_RANKS.items()},
 }
 
 
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize(("size", "how"), list(EXPECTED), ids=lambda x: str(x))
 def test_each_fault_becomes_one_record(
     run: tuple[Path, Path, int, str], size: int, how: str
@@ -90,7 +100,6 @@ def test_each_fault_becomes_one_record(
     check(by_fault(out)[size, how], out, *EXPECTED[size, how])
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("how", list(UNDER_TORCHRUN))
 def test_each_fault_becomes_one_record_under_torchrun(torchrun: Path, how: str) -> None:
     check(by_fault(torchrun)[2, how], torchrun, *UNDER_TORCHRUN[how])
@@ -98,12 +107,12 @@ def test_each_fault_becomes_one_record_under_torchrun(torchrun: Path, how: str) 
 
 def check(record: Record, out: Path, status: str, reason: str | None) -> None:
     assert (record.status, (record.reason or "")[: len(reason or "")]) == (status, reason or "")
-    assert lines(out)[record.case.id] == 1
+    assert record_counts(out)[record.case.id] == 1
     assert bool(record.times_us) == (status == "ok")
     assert record.environment in read_run(out).environments
     assert "\n" not in (record.reason or "")
     assert record.started > 0
-    assert 0 < record.seconds < 60
+    assert record.seconds > 0
     if status in ("crash", "oom", "timeout"):
         assert record.log is not None
         assert (out / record.log).is_file()
@@ -111,26 +120,23 @@ def check(record: Record, out: Path, status: str, reason: str | None) -> None:
         assert record.errors["small"]["out"]["rel_l2"] == pytest.approx(0.01, rel=0.01)
 
 
-@pytest.mark.timeout(120)
 def test_no_process_is_left(run: tuple[Path, Path, int, str], torchrun: Path) -> None:
-    assert survivors(run[1]) == []
-    assert survivors(torchrun) == []
+    assert leftover_processes(run[1]) == []
+    assert leftover_processes(torchrun) == []
 
 
-@pytest.mark.timeout(60)
-def test_logs_tell_what_the_reason_leaves_out(run: tuple[Path, Path, int, str]) -> None:
+def test_logs_have_the_details_of_a_failure(run: tuple[Path, Path, int, str]) -> None:
     _, out, _, _ = run
-    found = by_fault(out)
-    told = {key: (out / str(found[key].log)).read_text() for key in found if found[key].log}
-    assert "and more of it on a second line" in told[1, "raise"]
-    assert "in _hang" in told[1, "hang"]  # a stack of every thread, asked for at the timeout
-    assert "Segmentation fault" in told[1, "segfault"]
+    records = by_fault(out)
+    logs = {key: (out / record.log).read_text() for key, record in records.items() if record.log}
+    assert "and more of it on a second line" in logs[1, "raise"]
+    assert "in _hang" in logs[1, "hang"]  # stacks of all threads, dumped at the timeout
+    assert "Segmentation fault" in logs[1, "segfault"]
 
 
-@pytest.mark.timeout(60)
-def test_bench_ends_what_takes_too_long(tmp_path: Path) -> None:
+def test_bench_timeout(tmp_path: Path) -> None:
     code, stderr = cpbench(
-        "bench", "--operator", faulty("hang"), "--num-heads-q", "1", "--head-dim", "16",
+        "bench", "--operator", faulty_operator("hang"), "--num-heads-q", "1", "--head-dim", "16",
         "--seq-len", "64", "--timeout", "1", "--device", "cpu", "--out", tmp_path / "run",
     )  # fmt: skip
     (record,) = read_run(tmp_path / "run").records.values()
@@ -138,33 +144,32 @@ def test_bench_ends_what_takes_too_long(tmp_path: Path) -> None:
     assert (record.reason or "").startswith("no result after 1 s: rank 0 check")
 
 
-@pytest.mark.timeout(120)
-def test_retry_runs_those_again_and_nothing_else(
+def test_retry_runs_only_the_given_statuses_again(
     run: tuple[Path, Path, int, str], tmp_path: Path
 ) -> None:
     file, out, _, _ = run
     shutil.copytree(out, tmp_path / "run")
     out = tmp_path / "run"
-    before, count = by_fault(out), lines(out)
+    before, count = by_fault(out), record_counts(out)
 
-    code, stderr = cpbench("run", file, "--out", out, env=CALM)
-    assert (code, lines(out)) == (1, count), stderr  # all recorded: nothing to do
+    code, stderr = cpbench("run", file, "--out", out, env=NO_FAULTS)
+    assert (code, record_counts(out)) == (1, count), stderr  # all are recorded: nothing to do
 
     code, stderr = cpbench(
         "run", file, "--out", out, "--retry", "oom,timeout,crash", "--where", "world_size=1",
-        env=CALM,
+        env=NO_FAULTS,
     )  # fmt: skip
-    assert code == 1, stderr  # "wrong" was not to be tried again
+    assert code == 1, stderr  # "wrong" was not retried
     for key, record in by_fault(out).items():
-        again = key[0] == 1 and before[key].status in ("oom", "timeout", "crash")
-        assert record.status == ("ok" if again else before[key].status), key
-        assert lines(out)[record.case.id] == 1 + again, key
-    assert survivors(out) == []
+        retried = key[0] == 1 and before[key].status in ("oom", "timeout", "crash")
+        assert record.status == ("ok" if retried else before[key].status), key
+        assert record_counts(out)[record.case.id] == 1 + retried, key
+    assert leftover_processes(out) == []
 
 
 @pytest.fixture
-def parents() -> Iterator[list[subprocess.Popen[str]]]:
-    """Processes that a failing test must not leave behind."""
+def processes() -> Iterator[list[subprocess.Popen[str]]]:
+    """Processes to end after a test, even if it fails."""
     started: list[subprocess.Popen[str]] = []
     yield started
     for process in started:
@@ -172,15 +177,14 @@ def parents() -> Iterator[list[subprocess.Popen[str]]]:
         process.wait()
 
 
-def hanging(folder: Path, world_size: int) -> Path:
-    """A sweep with a good case, one that hangs for long, and another good one."""
-    names = ["reference", faulty("hang"), faulty("well")]
-    file = sweep(folder / "sweep.toml", {world_size: names})
-    file.write_text(file.read_text().replace("timeout_s = 5.0", "timeout_s = 300.0"))
+def write_hanging_sweep(folder: Path, world_size: int) -> Path:
+    """A sweep with a good case, one that hangs, and another good one."""
+    names = ["reference", faulty_operator("hang"), faulty_operator("well")]
+    file = write_sweep(folder / "sweep.toml", {world_size: names})
+    file.write_text(file.read_text().replace("timeout_s = 20.0", "timeout_s = 300.0"))
     return file
 
 
-@pytest.mark.timeout(90)
 @pytest.mark.parametrize(
     ("number", "launcher", "size", "code"),
     [
@@ -192,66 +196,60 @@ def hanging(folder: Path, world_size: int) -> Path:
 )
 def test_a_signal_to_the_parent(
     tmp_path: Path,
-    parents: list[subprocess.Popen[str]],
+    processes: list[subprocess.Popen[str]],
     number: signal.Signals,
     launcher: str,
     size: int,
     code: int,
 ) -> None:
-    file, out = hanging(tmp_path, size), tmp_path / "run"
-    process = start("run", file, "--out", out, "--launcher", launcher)
-    parents.append(process)
-    until(lambda: sum('"check"' in line for line in journal(out)) == 2)
-    assert len(survivors(out)) >= size  # or this test could not fail
+    file, out = write_hanging_sweep(tmp_path, size), tmp_path / "run"
+    process = start_cpbench("run", file, "--out", out, "--launcher", launcher)
+    processes.append(process)
+    wait_until(lambda: sum('"check"' in line for line in journal_lines(out)) == 2)
+    assert len(leftover_processes(out)) >= size  # else this test could not fail
     process.send_signal(number)
-    sent = time.monotonic()
-    _, stderr = process.communicate(timeout=30)
-    assert time.monotonic() - sent < 5
+    _, stderr = process.communicate(timeout=LIMIT_S)
     assert process.returncode == code
     assert "Traceback" not in stderr
-    until(lambda: not survivors(out), 5)
+    wait_until(lambda: not leftover_processes(out))
     assert len(read_run(out).records) == 1
     if code == 130:
-        assert "interrupted: 1 of 3 cases are kept" in stderr.splitlines()[-1]
+        assert "interrupted: 1 of 3 cases are recorded" in stderr.splitlines()[-1]
     if number == signal.SIGINT:
-        again, stderr = cpbench("run", file, "--out", out, env=CALM)
-        assert again == 0, stderr
-        assert sorted(lines(out).values()) == [1, 1, 1]
+        code, stderr = cpbench("run", file, "--out", out, env=NO_FAULTS)
+        assert code == 0, stderr
+        assert sorted(record_counts(out).values()) == [1, 1, 1]
 
 
-def journal(out: Path) -> list[str]:
-    """What rank 0 has noted."""
+def journal_lines(out: Path) -> list[str]:
+    """Lines of the journals of rank 0."""
     return [line for path in out.glob("jobs/*/rank0.jsonl") for line in path.open()]
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("launcher", ["local", "torchrun"])
 def test_ctrl_c_while_workers_start(
-    tmp_path: Path, parents: list[subprocess.Popen[str]], launcher: str
+    tmp_path: Path, processes: list[subprocess.Popen[str]], launcher: str
 ) -> None:
-    file, out = hanging(tmp_path, 2), tmp_path / "run"
-    process = start("run", file, "--out", out, "--launcher", launcher)
-    parents.append(process)
-    until(lambda: list(out.glob("jobs/*/rank0.log")) and survivors(out))
+    file, out = write_hanging_sweep(tmp_path, 2), tmp_path / "run"
+    process = start_cpbench("run", file, "--out", out, "--launcher", launcher)
+    processes.append(process)
+    wait_until(lambda: list(out.glob("jobs/*/rank0.log")) and leftover_processes(out))
     process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGINT)  # impatience changes nothing
-    sent = time.monotonic()
-    _, stderr = process.communicate(timeout=30)
-    assert time.monotonic() - sent < 5
+    process.send_signal(signal.SIGINT)  # a second one changes nothing
+    _, stderr = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 130
     assert [line for line in stderr.splitlines() if line.strip()] == [
-        f"cpbench: interrupted: 0 of 3 cases are kept in {out}; the same command goes on from here"
+        f"cpbench: interrupted: 0 of 3 cases are recorded in {out}; repeat the command to resume"
     ]
-    assert survivors(out) == []
+    assert leftover_processes(out) == []
 
 
-@pytest.mark.timeout(60)
-def test_a_worker_whose_starter_is_gone_ends_itself(tmp_path: Path) -> None:
-    """It may be too late to ask the kernel for a signal; only then."""
-    gone = subprocess.Popen(["true"])
-    gone.wait()
+def test_a_worker_whose_parent_has_ended_exits(tmp_path: Path) -> None:
+    """When the parent ended before the worker asked the kernel for a signal; only then."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
     codes = []
-    for parent in (gone.pid, os.getpid()):
+    for parent in (ended.pid, os.getpid()):
         worker = subprocess.run(
             [sys.executable, "-m", "cpbench.worker.main", str(tmp_path / "job.json")],
             env={**os.environ, "CPBENCH_PARENT": str(parent)},

@@ -1,4 +1,4 @@
-"""What launchers and batch scripts say, and that odd words in them run nothing."""
+"""Commands of launchers, batch scripts and their quoting, and site profiles."""
 
 from __future__ import annotations
 
@@ -16,91 +16,93 @@ from cpbench.cli import main
 from cpbench.core.problem import Case
 from cpbench.core.settings import MeasureSettings
 from cpbench.launchers import local, mpi, srun, torchrun
-from cpbench.launchers.protocol import Command, Place
+from cpbench.launchers.protocol import Command, GangSpec, Place
 from cpbench.slurm import batch_script, site_profile, submission
 from cpbench.slurm.job_states import JobState
-from cpbench.slurm.job_step import Nodes, python_words, srun_options
-from cpbench.slurm.site_profile import Profile, from_table, seconds, size
-from cpbench.worker.rendezvous import Seat, own_address, slurm_seat
+from cpbench.slurm.job_step import AllocatedNodes, python_command, srun_options
+from cpbench.slurm.site_profile import Profile, from_table, parse_bytes, parse_time_limit
+from cpbench.worker.rendezvous import RankPlace, own_address, slurm_rank_place
 
 JOB = Path("/runs/a b/jobs/w/job.json")
 ODD = "a b;$(touch pwned)`touch pwned`'\"\\#%j &|<>*?"
 
 
-def words(command: Command) -> str:
+def command_line(command: Command) -> str:
     return " ".join(command.argv)
 
 
-# --- ranks -----------------------------------------------------------------------------------
+# --- launchers -----------------------------------------------------------------------------------
 
 
-def test_local_starts_each_rank() -> None:
-    made = local.commands(JOB, 3, environ={})
-    assert [command.env["RANK"] for command in made] == ["0", "1", "2"]
-    assert {command.env["GLOO_SOCKET_IFNAME"] for command in made} == {"lo"}
-    assert made[1].argv[-2:] == ("cpbench.worker.main", str(JOB))
+def test_local_has_one_command_per_rank() -> None:
+    commands = local.commands(GangSpec(JOB, 3, environ={}))
+    assert [command.env["RANK"] for command in commands] == ["0", "1", "2"]
+    assert {command.env["GLOO_SOCKET_IFNAME"] for command in commands} == {"lo"}
+    assert commands[1].argv[-2:] == ("cpbench.worker.main", str(JOB))
 
 
-def test_what_the_user_has_set_stays() -> None:
+def test_the_user_s_environment_takes_precedence() -> None:
     environ = {"OMP_NUM_THREADS": "4", "GLOO_SOCKET_IFNAME": "eth7"}
-    for make in (local.commands, torchrun.commands, srun.direct):
-        (env, *_) = (command.env for command in make(JOB, 2, environ=environ))
+    for commands in (local.commands, torchrun.commands, srun.direct):
+        (env, *_) = (command.env for command in commands(GangSpec(JOB, 2, environ=environ)))
         assert (env["OMP_NUM_THREADS"], env["GLOO_SOCKET_IFNAME"]) == ("4", "eth7")
 
 
-def test_torchrun_on_one_machine_and_on_several() -> None:
-    (alone,) = torchrun.commands(JOB, 4, environ={})
-    assert "--nnodes 1 --nproc-per-node 4" in words(alone)
-    assert "--rdzv-endpoint 127.0.0.1:0" in words(alone)
+def test_torchrun_on_one_and_two_nodes() -> None:
+    (single_node,) = torchrun.commands(GangSpec(JOB, 4, environ={}))
+    assert "--nnodes 1 --nproc-per-node 4" in command_line(single_node)
+    assert "--rdzv-endpoint 127.0.0.1:0" in command_line(single_node)
     place = Place(nodes=2, address="10.0.0.1:4000", interface="ib0")
-    (first,) = torchrun.commands(JOB, 4, place, environ={})
-    assert "--nnodes 2 --nproc-per-node 2" in words(first)
-    assert "--rdzv-endpoint 10.0.0.1:4000 --rdzv-id w " in words(first)
+    (first,) = torchrun.commands(GangSpec(JOB, 4, place, environ={}))
+    assert "--nnodes 2 --nproc-per-node 2" in command_line(first)
+    assert "--rdzv-endpoint 10.0.0.1:4000 --rdzv-id w " in command_line(first)
     assert first.env["NCCL_SOCKET_IFNAME"] == first.env["GLOO_SOCKET_IFNAME"] == "ib0"
 
 
-@pytest.mark.parametrize("make", [torchrun.commands, mpi.commands])
-def test_ranks_that_do_not_divide_are_refused(make: Any) -> None:
-    more = {"mpi": ("mpiexec", mpi.MPICH)} if make is mpi.commands else {}
-    with pytest.raises(ValueError, match="5 ranks do not divide over 2 nodes"):
-        make(JOB, 5, Place(nodes=2, hosts=("a", "b")), environ={}, **more)
+@pytest.mark.parametrize("commands", [torchrun.commands, mpi.commands])
+def test_ranks_that_do_not_divide_are_refused(commands: Any) -> None:
+    mpiexec = {"mpi": ("mpiexec", mpi.MPICH)} if commands is mpi.commands else {}
+    with pytest.raises(ValueError, match="5 ranks do not divide evenly over 2 nodes"):
+        commands(GangSpec(JOB, 5, Place(nodes=2, hosts=("a", "b")), environ={}), **mpiexec)
 
 
-def test_mpi_speaks_both_tongues() -> None:
-    place = Place(nodes=2, hosts=("a", "b"))
-    (ours,) = mpi.commands(JOB, 4, place, environ={}, mpi=("/x/mpiexec", mpi.OPEN_MPI))
-    assert "-n 4 --host a:2,b:2 --map-by ppr:2:node:oversubscribe -x " in words(ours)
-    assert ours.env["CPBENCH_RANKS"] == "mpi"
-    assert ours.remote
-    (theirs,) = mpi.commands(JOB, 4, place, environ={}, mpi=("/x/mpiexec", mpi.MPICH))
-    assert "-n 4 -hosts a,b -ppn 2 " in words(theirs)
-    (here,) = mpi.commands(JOB, 4, environ={}, mpi=("/x/mpiexec", mpi.MPICH))
-    assert not here.remote
-    assert "-hosts" not in words(here)
+def test_mpi_commands_of_open_mpi_and_mpich() -> None:
+    spec = GangSpec(JOB, 4, Place(nodes=2, hosts=("a", "b")), environ={})
+    (open_mpi,) = mpi.commands(spec, mpi=("/x/mpiexec", mpi.OPEN_MPI))
+    assert "-n 4 --host a:2,b:2 --map-by ppr:2:node:oversubscribe -x " in command_line(open_mpi)
+    assert open_mpi.env["CPBENCH_RANKS"] == "mpi"
+    assert open_mpi.remote
+    (mpich,) = mpi.commands(spec, mpi=("/x/mpiexec", mpi.MPICH))
+    assert "-n 4 -hosts a,b -ppn 2 " in command_line(mpich)
+    (single_node,) = mpi.commands(GangSpec(JOB, 4, environ={}), mpi=("/x/mpiexec", mpi.MPICH))
+    assert not single_node.remote
+    assert "-hosts" not in command_line(single_node)
 
 
 def test_srun_starts_ranks_or_agents() -> None:
     place = Place(nodes=2, address="10.0.0.1:4000", options=("--cpus-per-task=3",))
-    (ranks,) = srun.direct(JOB, 4, place, environ={})
-    assert "srun --nodes 2 --ntasks 4 --ntasks-per-node 2 --kill-on-bad-exit=1" in words(ranks)
-    (uneven,) = srun.direct(JOB, 3, place, environ={})
-    assert "--ntasks-per-node" not in words(uneven)
-    (agents,) = srun.agents(JOB, 4, place, environ={})
-    assert "--nodes 2 --ntasks 2 --ntasks-per-node 1 " in words(agents)
-    assert "--nproc-per-node 2" in words(agents)
+    (ranks,) = srun.direct(GangSpec(JOB, 4, place, environ={}))
+    assert "srun --nodes 2 --ntasks 4 --ntasks-per-node 2 --kill-on-bad-exit=1" in command_line(
+        ranks
+    )
+    (uneven,) = srun.direct(GangSpec(JOB, 3, place, environ={}))
+    assert "--ntasks-per-node" not in command_line(uneven)
+    (agents,) = srun.agents(GangSpec(JOB, 4, place, environ={}))
+    assert "--nodes 2 --ntasks 2 --ntasks-per-node 1 " in command_line(agents)
+    assert "--nproc-per-node 2" in command_line(agents)
     assert all(command.remote for command in (ranks, agents))
 
 
-def test_a_task_of_srun_knows_its_seat() -> None:
+def test_rank_place_of_an_srun_task() -> None:
     environ = {
         "SLURM_PROCID": "6", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "0",
         "SLURM_NODEID": "3", "SLURM_STEP_TASKS_PER_NODE": "2(x3),1,1",
     }  # fmt: skip
-    assert slurm_seat(environ) == Seat(6, 8, 0, 1)
-    assert slurm_seat({**environ, "SLURM_NODEID": "1"}).local_size == 2
+    assert slurm_rank_place(environ) == RankPlace(6, 8, 0, 1)
+    assert slurm_rank_place({**environ, "SLURM_NODEID": "1"}).local_world_size == 2
 
 
-def test_an_address_that_others_reach() -> None:
+def test_own_address() -> None:
     assert own_address("lo") == "127.0.0.1"
     assert own_address("no-such-interface").count(".") == 3
 
@@ -127,25 +129,27 @@ MPICH = """
 """
 
 
-def test_what_launchers_say_of_ends_is_understood() -> None:
-    assert srun.failures(SRUN, {}) == {0: 70, 1: -9}
-    assert srun.failures("srun: error: n1: tasks 0-1: Segmentation fault (core dumped)", {}) == {
+def test_exit_codes_are_parsed_from_the_output_of_launchers() -> None:
+    assert srun.parse_exit_codes(SRUN, {}) == {0: 70, 1: -9}
+    assert srun.parse_exit_codes(
+        "srun: error: n1: tasks 0-1: Segmentation fault (core dumped)", {}
+    ) == {
         0: -11,
         1: -11,
     }
-    assert mpi.failures(OPEN_MPI, {}) == {1: -9}
-    assert mpi.failures(OPEN_MPI_CODE, {}) == {3: 70}
-    assert mpi.failures(MPICH, {4567: 2}) == {2: -9}
-    assert mpi.failures(MPICH.replace(": 9", ": 70"), {4567: 2}) == {2: 70}
-    assert mpi.failures(MPICH, {}) == {}
+    assert mpi.parse_exit_codes(OPEN_MPI, {}) == {1: -9}
+    assert mpi.parse_exit_codes(OPEN_MPI_CODE, {}) == {3: 70}
+    assert mpi.parse_exit_codes(MPICH, {4567: 2}) == {2: -9}
+    assert mpi.parse_exit_codes(MPICH.replace(": 9", ": 70"), {4567: 2}) == {2: 70}
+    assert mpi.parse_exit_codes(MPICH, {}) == {}
 
 
 # --- Slurm -----------------------------------------------------------------------------------
 
 
-def planned(cases: list[Case], **keys: Any) -> list[submission.Planned]:
+def plan_jobs(cases: list[Case], **keys: Any) -> list[submission.PlannedJob]:
     site = from_table({"ranks_per_node": 2, **keys})
-    return submission.plan("a b/c", cases, MeasureSettings(), site, Path("/out"), "T")
+    return submission.plan_jobs("a b/c", cases, MeasureSettings(), site, Path("/out"), "T")
 
 
 CASES = [
@@ -155,31 +159,31 @@ CASES = [
 ]  # fmt: skip
 
 
-def test_a_job_for_each_world_size_an_array_or_one_allocation() -> None:
-    by_size = planned(CASES)
-    assert [(p.batch.ranks, p.batch.nodes, len(p.cases)) for p in by_size] == [
+def test_packing() -> None:
+    by_size = plan_jobs(CASES)
+    assert [(job.batch.ranks, job.batch.nodes, len(job.cases)) for job in by_size] == [
         (1, 1, 3), (2, 1, 3), (4, 2, 3)
     ]  # fmt: skip
-    assert all(p.batch.name.startswith("a_b_c-p") for p in by_size)
-    (whole,) = planned(CASES, packing="one")
-    assert (whole.batch.ranks, whole.batch.nodes, len(whole.cases)) == (4, 2, 9)
-    arrays = planned(CASES, packing="array", chunk=2)
-    assert [(p.batch.tasks, [len(chunk) for chunk in p.chunks]) for p in arrays] == [
+    assert all(job.batch.name.startswith("a_b_c-p") for job in by_size)
+    (one_job,) = plan_jobs(CASES, packing="one")
+    assert (one_job.batch.ranks, one_job.batch.nodes, len(one_job.cases)) == (4, 2, 9)
+    arrays = plan_jobs(CASES, packing="array", chunk=2)
+    assert [(job.batch.tasks, [len(chunk) for chunk in job.chunks]) for job in arrays] == [
         (2, [2, 1])
     ] * 3
-    chained = planned(CASES, chain=True)
-    assert [p.batch.after for p in chained] == [False, True, True]
+    chained = plan_jobs(CASES, chain=True)
+    assert [job.batch.after for job in chained] == [False, True, True]
 
 
 @pytest.mark.parametrize("ranks", ["srun", "torchrun", "mpi", "mpiexec"])
-def test_nodes_hold_the_ranks(ranks: str) -> None:
+def test_node_count(ranks: str) -> None:
     site = from_table({"gpus_per_node": 8, "ranks": ranks})
-    assert [site.nodes_of(n) for n in (1, 8, 16, 96)] == [1, 1, 2, 12]
-    assert site.nodes_of(12) == 2
-    assert site.nodes_of(9) == (2 if ranks == "srun" else 3)
+    assert [site.node_count(n) for n in (1, 8, 16, 96)] == [1, 1, 2, 12]
+    assert site.node_count(12) == 2
+    assert site.node_count(9) == (2 if ranks == "srun" else 3)
 
 
-def test_a_script_as_a_whole() -> None:
+def test_a_complete_script() -> None:
     table = {
         "partition": "gpu", "account": "lab", "qos": "long", "gpus_per_node": 8, "time": "4:00:00",
         "signal_s": 300, "exclusive": True, "exclude": ["bad1"], "modules": ["cuda/12.8"],
@@ -187,8 +191,8 @@ def test_a_script_as_a_whole() -> None:
         "constraint": "h100&ib", "memory": "0", "sbatch": ["--switches=1"],
     }  # fmt: skip
     site = from_table(table)
-    batch = batch_script.Batch(name="x", nodes=2, ranks=16, command=("python", "-m", "m", "a b"))
-    text = batch_script.render(batch, site, Path("/out/r 50%"), ["bad2"])
+    batch = batch_script.BatchJob(name="x", nodes=2, ranks=16, command=("python", "-m", "m", "a b"))
+    text = batch_script.render_script(batch, site, Path("/out/r 50%"), ["bad2"])
     for line in (
         "#SBATCH --job-name=x", "#SBATCH --output='/out/r 50%%/slurm/x-%j.log'",
         "#SBATCH --partition=gpu", "#SBATCH --nodes=2", "#SBATCH --ntasks-per-node=8",
@@ -198,24 +202,26 @@ def test_a_script_as_a_whole() -> None:
         "ulimit -l unlimited", "export NCCL_DEBUG=WARN", "exec python -m m 'a b'",
     ):  # fmt: skip
         assert line in text.splitlines(), line
-    for told, taken in (("1GiB", "1024M"), ("0.5G", "512M")):
-        made = batch_script.render(batch, from_table({**table, "memory": told}), Path("/out"))
-        assert f"#SBATCH --mem={taken}" in made.splitlines()
-    last = batch_script.render(
-        submission.collector("x", Path("/out"), "T"), site, Path("/out"), after="1:2"
+    for memory, option in (("1GiB", "1024M"), ("0.5G", "512M")):
+        script = batch_script.render_script(
+            batch, from_table({**table, "memory": memory}), Path("/out")
+        )
+        assert f"#SBATCH --mem={option}" in script.splitlines()
+    last = batch_script.render_script(
+        submission.report_job("x", Path("/out"), "T"), site, Path("/out"), after="1:2"
     )
     assert "#SBATCH --dependency=afterany:1:2" in last
     assert "gres" not in last
 
 
 def directives(text: str) -> dict[str, str]:
-    """What sbatch would take from a script, by its own rules of quoting (as a shell's)."""
+    """The options in a script, parsed by sbatch's rules of quoting (as a shell's)."""
     import shlex
 
     lines = [line[8:] for line in text.splitlines() if line.startswith("#SBATCH ")]
-    pairs = [shlex.split(line) for line in lines]
-    assert all(len(pair) == 1 for pair in pairs)
-    return dict(pair[0].partition("=")[::2] for pair in pairs)
+    options = [shlex.split(line) for line in lines]
+    assert all(len(words) == 1 for words in options)
+    return dict(words[0].partition("=")[::2] for words in options)
 
 
 printable = st.text(st.characters(blacklist_categories=("Cc", "Cs")), min_size=1, max_size=30)
@@ -223,27 +229,27 @@ printable = st.text(st.characters(blacklist_categories=("Cc", "Cs")), min_size=1
 
 @settings(max_examples=60, deadline=None)
 @given(value=printable, name=printable)
-def test_no_value_escapes_its_place(value: str, name: str) -> None:
+def test_values_are_quoted(value: str, name: str) -> None:
     site = from_table(
         {
             "ranks_per_node": 1, "partition": value, "constraint": value, "scratch": f"/{value}",
             "modules": [value], "environment": {"ODD": value}, "sbatch": [f"--comment={value}"],
         }
     )  # fmt: skip
-    batch = batch_script.Batch(name="job", nodes=1, ranks=1, command=("echo", value, name))
-    text = batch_script.render(batch, site, Path("/runs") / name.replace("/", "_"))
-    found = directives(text)
-    assert found["--comment"] == found["--partition"] == value
-    # Under a real shell, with what would be run replaced: every value arrives as it is.
+    batch = batch_script.BatchJob(name="job", nodes=1, ranks=1, command=("echo", value, name))
+    text = batch_script.render_script(batch, site, Path("/runs") / name.replace("/", "_"))
+    options = directives(text)
+    assert options["--comment"] == options["--partition"] == value
+    # Run in a real shell with the command replaced by printf: every value arrives unchanged.
     body = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
     shell = 'module() { printf "%s\\0" "$2"; }\n' + body.replace(
         "exec ", 'printf "%s\\0" "$ODD" ', 1
     )
-    done = subprocess.run(
+    result = subprocess.run(
         ["bash"], input=shell.encode(), capture_output=True, env={"SLURM_JOB_ID": "1"}
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.decode().split("\0")[:-1] == [value, value, "echo", value, name]
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.decode().split("\0")[:-1] == [value, value, "echo", value, name]
 
 
 def test_containers_and_binding() -> None:
@@ -255,43 +261,45 @@ def test_containers_and_binding() -> None:
         "--gpu-bind=none", "--container-image=nvcr.io#x:1", "--container-mounts=/a:/a,/b:/b",
     )  # fmt: skip
     assert srun_options(site, 4, [], agents=True)[0] == "--cpus-per-task=48"
-    assert python_words(site) == ("python3",)
+    assert python_command(site) == ("python3",)
     apptainer = from_table({**table, "container": {**pyxis, "kind": "apptainer"}})
-    assert python_words(apptainer) == (
+    assert python_command(apptainer) == (
         "apptainer", "exec", "--nv", "--bind", "/a:/a", "--bind", "/b:/b", "nvcr.io#x:1", "python3",
     )  # fmt: skip
 
 
-def test_a_gang_takes_good_nodes_only() -> None:
-    nodes = Nodes(from_table({"ranks_per_node": 2, "interface": "lo"}), ["a", "b", "c"], ["b"])
+def test_a_gang_runs_on_good_nodes_only() -> None:
+    nodes = AllocatedNodes(
+        from_table({"ranks_per_node": 2, "interface": "lo"}), ["a", "b", "c"], ["b"]
+    )
     assert nodes.good == ["a", "c"]
     place = nodes.place(4)
     assert (place.nodes, "--exclude=b" in place.options) == (2, True)
 
 
 @pytest.mark.parametrize(
-    ("table", "said"),
+    ("table", "message"),
     [
         ({"partiton": "x"}, "no key partiton; did you mean partition?"),
-        ({"gpus_per_node": "8"}, "gpus_per_node = '8' is not a whole number"),
-        ({"time": "soon"}, "time = 'soon' is no time limit"),
+        ({"gpus_per_node": "8"}, "gpus_per_node = '8' is not an integer"),
+        ({"time": "soon"}, "time = 'soon' is not a time limit"),
         ({"time": "1", "signal_s": 60}, "signal_s = 60 must be less than time"),
         ({"ranks": "pmix"}, "ranks = 'pmix' is none of srun, torchrun, mpi, mpiexec"),
         ({"packing": "jobs"}, "packing = 'jobs' is none of size, array, one"),
-        ({"environment": {"A B": "x"}}, "environment: 'A B' is no name of a variable"),
-        ({"account": "a\nb"}, "has a line break or control character in it"),
+        ({"environment": {"A B": "x"}}, "environment: 'A B' is not the name of a variable"),
+        ({"account": "a\nb"}, "contains a line break or control character"),
         ({"container": {"image": "x"}}, "container: kind and image go together"),
         ({"container": {"imag": "x"}}, "no key container.imag; did you mean container.image?"),
         ({"device": "cuda"}, "needs gpus_per_node"),
         ({"gpus_per_node": -1}, "gpus_per_node = -1 must be 0 or more"),
-        ({"gpu_memory": "much"}, "gpu_memory = 'much' is no size"),
+        ({"gpu_memory": "much"}, "gpu_memory = 'much' is not a memory size"),
         ({"modules": [3]}, "modules: 3 is not a string"),
         ({"chunk": 0}, "chunk = 0 must be 1 or more"),
         ({"scratch": "here"}, "scratch = 'here' must be an absolute path"),
         ({"container": {"kind": "pyxis", "image": "x", "mounts": "a:b"}}, "are lists of strings"),
     ],
 )
-def test_bad_profiles_are_one_line(tmp_path: Path, table: dict[str, Any], said: str) -> None:
+def test_bad_profiles_are_one_line(tmp_path: Path, table: dict[str, Any], message: str) -> None:
     path = tmp_path / "site.toml"
     lines = []
     for key, value in table.items():
@@ -302,40 +310,43 @@ def test_bad_profiles_are_one_line(tmp_path: Path, table: dict[str, Any], said: 
     path.write_text("\n".join(lines))
     with pytest.raises(ValueError, match=r"site\.toml") as caught:
         site_profile.load(path)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("text", "found"),
+    ("text", "expected"),
     [
         ("90", 5400), ("1:30", 90), ("1:00:00", 3600), ("2-0", 172800), ("1-12:30", 131400),
         ("1-01:00:01", 90001),
     ],
 )  # fmt: skip
-def test_time_limits(text: str, found: int) -> None:
-    assert seconds(text) == found
+def test_time_limits(text: str, expected: int) -> None:
+    assert parse_time_limit(text) == expected
 
 
 def test_sizes() -> None:
-    assert size("80GiB", "x") == size("80G", "x") == size("80 g", "x") == 80 << 30
-    assert size("1.5T", "x") == 3 << 39
-    assert size("512", "x") == 512
+    assert (
+        parse_bytes("80GiB", "x") == parse_bytes("80G", "x") == parse_bytes("80 g", "x") == 80 << 30
+    )
+    assert parse_bytes("1.5T", "x") == 3 << 39
+    assert parse_bytes("512", "x") == 512
 
 
-def test_states_say_what_they_mean() -> None:
-    waiting = JobState("1", "PENDING", "Priority")
-    assert (waiting.alive, waiting.stuck, waiting.words) == (True, False, "waits: Priority")
-    never = JobState("1", "PENDING", "DependencyNeverSatisfied")
-    assert (never.stuck, never.words) == (True, "will not start: DependencyNeverSatisfied")
+def test_job_states() -> None:
+    pending = JobState("1", "PENDING", "Priority")
+    assert (pending.alive, pending.stuck) == (True, False)
+    assert pending.description == "pending: Priority"
+    stuck = JobState("1", "PENDING", "DependencyNeverSatisfied")
+    assert (stuck.stuck, stuck.description) == (True, "will not start: DependencyNeverSatisfied")
     for state in ("TIMEOUT", "PREEMPTED", "NODE_FAIL", "DEADLINE", "FORGOTTEN"):
-        assert JobState("1", state).may_go_on, state
+        assert JobState("1", state).interrupted, state
         assert not JobState("1", state).alive
     for state in ("COMPLETED", "FAILED", "CANCELLED", "OUT_OF_MEMORY"):
-        assert not JobState("1", state).may_go_on, state
-    assert JobState("1", "FAILED", code=75).may_go_on
-    assert JobState("1", "FAILED", code=3).words == "failed with exit code 3"
-    assert JobState("1", "FAILED", code=74).words == "results could not be written"
+        assert not JobState("1", state).interrupted, state
+    assert JobState("1", "FAILED", code=75).interrupted
+    assert JobState("1", "FAILED", code=3).description == "failed with exit code 3"
+    assert JobState("1", "FAILED", code=74).description == "results could not be written"
 
 
 def test_a_dry_run_needs_no_slurm(
@@ -344,46 +355,46 @@ def test_a_dry_run_needs_no_slurm(
     monkeypatch.setenv("PATH", "/nowhere")
     site = tmp_path / "site.toml"
     site.write_text('gpus_per_node = 8\ngpu_memory = "80GiB"\n')
-    line = ["run", "quick", "--out", str(tmp_path / "run"), "--launcher", "slurm"]
-    line += ["--profile", str(site)]
-    assert main.invoke([*line, "--dry-run"]) == 0
-    told = capsys.readouterr().out
-    assert told.count("#!/bin/bash") == 4
-    assert "#SBATCH --gres=gpu:4" in told
-    assert "gpu_hours" in told
-    assert main.invoke([*line, "--dry-run", "--json"]) == 0
+    arguments = ["run", "quick", "--out", str(tmp_path / "run"), "--launcher", "slurm"]
+    arguments += ["--profile", str(site)]
+    assert main.invoke([*arguments, "--dry-run"]) == 0
+    output = capsys.readouterr().out
+    assert output.count("#!/bin/bash") == 4
+    assert "#SBATCH --gres=gpu:4" in output
+    assert "gpu_hours" in output
+    assert main.invoke([*arguments, "--dry-run", "--json"]) == 0
     jobs = json.loads(capsys.readouterr().out)["jobs"]
     assert [job["ranks"] for job in jobs] == [1, 2, 4]
     assert all(job["gpu_hours"] > 0 for job in jobs)
-    assert main.invoke(line) == 2
-    assert "no sbatch here: run this where Slurm's commands are" in capsys.readouterr().err
+    assert main.invoke(arguments) == 2
+    assert "sbatch not found: run this on a host with Slurm's commands" in capsys.readouterr().err
     assert not (tmp_path / "run" / "slurm" / "submissions.jsonl").exists()
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("options", "message"),
     [
         (["--profile", "x.toml"], "--profile is for --launcher slurm"),
         (["--launcher", "slurm"], "--launcher slurm needs --profile SITE.toml"),
         (["--wait"], "--wait is for --launcher slurm"),
         (["--nodes", "2"], "--launcher local is for one machine"),
         (["--hosts", "a,b"], "--hosts is for --launcher mpi"),
-        (["--launcher", "torchrun", "--nodes", "3"], "ranks do not divide over 3 nodes"),
-        (["--transport", "mpi"], "transport mpi needs ranks that MPI has started"),
+        (["--launcher", "torchrun", "--nodes", "3"], "ranks do not divide evenly over 3 nodes"),
+        (["--transport", "mpi"], "transport mpi needs ranks started by MPI"),
         (["--interleave", "0"], "Input should be greater than or equal to 1"),
     ],
 )
-def test_options_that_do_not_go_together(
-    line: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_options_that_exclude_each_other(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main.invoke(["run", "quick", "--out", str(tmp_path / "run"), *line]) == 2
-    told = capsys.readouterr().err
-    assert said in told
-    assert told.count("\n") == 1
+    assert main.invoke(["run", "quick", "--out", str(tmp_path / "run"), *options]) == 2
+    stderr = capsys.readouterr().err
+    assert message in stderr
+    assert stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
-def test_profiles_survive_being_written_down() -> None:
+def test_profile_round_trip() -> None:
     from cpbench.slurm.job_step import profile_table
 
     table = {"gpus_per_node": 8, "modules": ["a"], "container": {"kind": "pyxis", "image": "x"}}
@@ -392,21 +403,22 @@ def test_profiles_survive_being_written_down() -> None:
     assert Profile() == from_table({})
 
 
-def test_names_of_arrays_belong_to_their_job() -> None:
-    from cpbench.slurm.client import _belongs
+def test_ids_of_array_tasks() -> None:
+    from cpbench.slurm.client import is_task_of
 
     pairs = itertools.product(("12", "12_3", "123", "123_12"), ("12",))
-    assert [_belongs(*pair) for pair in pairs] == [True, True, False, False]
+    assert [is_task_of(*pair) for pair in pairs] == [True, True, False, False]
 
 
-def test_arrays_keep_together_what_is_measured_in_turn() -> None:
+def test_interleaved_cases_stay_in_one_array_task() -> None:
     cases = [
         Case.from_json({**Case().to_json(), "seq_len": 64 * n, "operator": name})
         for n in (1, 2, 3)
         for name in ("bands", "reference", "flex")
     ]
     site = from_table({"packing": "array", "chunk": 2})
-    for turns, sizes in ((1, [2, 2, 2, 2, 1]), (3, [3, 3, 3])):
-        made = submission.plan("x", cases, MeasureSettings(interleave=turns), site, Path("/o"), "T")
-        assert [len(chunk) for chunk in made[0].chunks] == sizes
-    assert all(len({case.seq_len for case in chunk}) == 1 for chunk in made[0].chunks)
+    for interleave, chunk_sizes in ((1, [2, 2, 2, 2, 1]), (3, [3, 3, 3])):
+        measure = MeasureSettings(interleave=interleave)
+        jobs = submission.plan_jobs("x", cases, measure, site, Path("/o"), "T")
+        assert [len(chunk) for chunk in jobs[0].chunks] == chunk_sizes
+    assert all(len({case.seq_len for case in chunk}) == 1 for chunk in jobs[0].chunks)

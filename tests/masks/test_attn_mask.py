@@ -1,4 +1,4 @@
-"""Properties of ``AttnMask`` and of its tiling, against brute force on dense masks."""
+"""Properties of ``AttnMask`` and of its tilings, compared with dense masks."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from cpbench.masks.tiling import tiles
 
 @st.composite
 def ranges(draw: st.DrawFn, end: int) -> np.ndarray:
-    """Disjoint ``(start, length)`` in any order, empty ones and ones past ``end`` among them."""
+    """Disjoint ``(start, length)`` in any order, some empty or past ``end``."""
     cuts = sorted(draw(st.lists(st.integers(0, end + 4), min_size=2, max_size=6)))
     pairs = [(a, b - a) for a, b in itertools.pairwise(cuts)]
     kept = draw(st.lists(st.sampled_from(pairs), min_size=1, unique=True))
     return np.array(draw(st.permutations(kept)), dtype=np.int64)
 
 
-def _tokens(parts: np.ndarray) -> np.ndarray:
-    return np.concatenate([np.arange(start, start + length) for start, length in parts])
+def _tokens(ranges: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.arange(start, start + length) for start, length in ranges])
 
 
 @MANY
@@ -46,10 +46,10 @@ def test_slices_are_canonical(mask: AttnMask) -> None:
     assert again.digest == mask.digest
     for q0, q1, k0, k1, lo, hi in mask.slices:
         i, j = np.ogrid[q0:q1, k0:k1]
-        seen = (j - i >= lo) & (j - i <= hi)
-        assert seen.any(axis=1).all()
-        assert seen.any(axis=0).all()
-        offsets = (j - i)[seen]
+        visible = (j - i >= lo) & (j - i <= hi)
+        assert visible.any(axis=1).all()
+        assert visible.any(axis=0).all()
+        offsets = (j - i)[visible]
         assert (offsets.min(), offsets.max()) == (lo, hi)
     assert not mask.slices.flags.writeable
 
@@ -68,9 +68,9 @@ def test_overlap_area_counts_pairs_of_slices(data: st.DataObject) -> None:
 @MANY
 @given(masks())
 def test_transpose(mask: AttnMask) -> None:
-    turned = mask.transpose()
-    assert (turned.to_dense() == mask.to_dense().T).all()
-    assert turned.transpose().digest == mask.digest
+    transposed = mask.transpose()
+    assert (transposed.to_dense() == mask.to_dense().T).all()
+    assert transposed.transpose().digest == mask.digest
 
 
 @MANY
@@ -78,8 +78,8 @@ def test_transpose(mask: AttnMask) -> None:
 def test_crop(mask: AttnMask, data: st.DataObject) -> None:
     q0, q1 = sorted(data.draw(st.tuples(*[st.integers(0, mask.seq_q)] * 2)))
     k0, k1 = sorted(data.draw(st.tuples(*[st.integers(0, mask.seq_k)] * 2)))
-    part = mask.crop(q0, q1, k0, k1)
-    assert (part.to_dense() == mask.to_dense()[q0:q1, k0:k1]).all()
+    cropped = mask.crop(q0, q1, k0, k1)
+    assert (cropped.to_dense() == mask.to_dense()[q0:q1, k0:k1]).all()
 
 
 def test_crop_outside_is_refused() -> None:
@@ -93,20 +93,20 @@ def test_restrict_to_ranges_with_padding(mask: AttnMask, data: st.DataObject) ->
     q_ranges, k_ranges = data.draw(ranges(mask.seq_q)), data.draw(ranges(mask.seq_k))
     padded = np.zeros((mask.seq_q + 5, mask.seq_k + 5), dtype=bool)
     padded[: mask.seq_q, : mask.seq_k] = mask.to_dense()
-    part = mask.restrict(q_ranges, k_ranges)
-    assert (part.to_dense() == padded[np.ix_(_tokens(q_ranges), _tokens(k_ranges))]).all()
-    assert part.overlap_area() == 0
+    restricted = mask.restrict(q_ranges, k_ranges)
+    assert (restricted.to_dense() == padded[np.ix_(_tokens(q_ranges), _tokens(k_ranges))]).all()
+    assert restricted.overlap_area() == 0
 
 
 @MANY
 @given(masks(), st.data())
-def test_cut_axis_loses_nothing(mask: AttnMask, data: st.DataObject) -> None:
-    parts = data.draw(ranges(mask.seq_q))
-    cut, source, part = cut_axis(mask.slices, parts, axis=0)
-    inside = np.isin(np.arange(mask.seq_q), _tokens(parts))
+def test_cut_axis_keeps_all_pairs_in_the_ranges(mask: AttnMask, data: st.DataObject) -> None:
+    q_ranges = data.draw(ranges(mask.seq_q))
+    cut, source, number = cut_axis(mask.slices, q_ranges, axis=0)
+    inside = np.isin(np.arange(mask.seq_q), _tokens(q_ranges))
     assert areas(cut).sum() == mask.to_dense()[inside].sum()
-    assert (cut[:, 0] >= parts[part, 0]).all()
-    assert (cut[:, 1] <= parts[part].sum(axis=1)).all()
+    assert (cut[:, 0] >= q_ranges[number, 0]).all()
+    assert (cut[:, 1] <= q_ranges[number].sum(axis=1)).all()
     assert (cut[:, 4] >= mask.slices[source, 4]).all()
 
 
@@ -119,8 +119,8 @@ def test_stride(mask: AttnMask, data: st.DataObject) -> None:
     rows, cols = -(-mask.seq_q // step), -(-mask.seq_k // step)
     expected = np.zeros((rows, cols * len(k_phases)), dtype=bool)
     for slot, phase in enumerate(k_phases):
-        part = mask.to_dense()[q_phase::step, phase::step]
-        expected[: part.shape[0], slot * cols : slot * cols + part.shape[1]] = part
+        strided = mask.to_dense()[q_phase::step, phase::step]
+        expected[: strided.shape[0], slot * cols : slot * cols + strided.shape[1]] = strided
     assert (mask.stride(step, q_phase, k_phases).to_dense() == expected).all()
 
 
@@ -133,9 +133,9 @@ def test_simplify_keeps_the_mask(mask: AttnMask) -> None:
     assert len(simple.slices) <= len(mask.slices)
 
 
-def test_simplify_joins_a_cut_rectangle() -> None:
-    parts = [(q, q + 5, k, k + 5, -99, 99) for q in (0, 5) for k in (0, 5, 10)]
-    assert len(AttnMask.from_slices(10, 15, parts).simplify().slices) == 1
+def test_simplify_merges_a_cut_rectangle() -> None:
+    slices = [(q, q + 5, k, k + 5, -99, 99) for q in (0, 5) for k in (0, 5, 10)]
+    assert len(AttnMask.from_slices(10, 15, slices).simplify().slices) == 1
 
 
 def test_kind() -> None:
@@ -170,8 +170,8 @@ def test_tiles_agree_with_dense(mask: AttnMask, block_q: int, block_k: int) -> N
         if (tile := dense[r * block_q : (r + 1) * block_q, c * block_k : (c + 1) * block_k]).any()
     ]
     columns = (grid.rows, grid.cols, grid.areas, grid.full)
-    found = list(zip(*(column.tolist() for column in columns), strict=True))
-    assert found == expected
+    actual = list(zip(*(column.tolist() for column in columns), strict=True))
+    assert actual == expected
     assert len(grid) == len(expected)
     assert grid.executed_area == len(expected) * block_q * block_k
     assert grid.to_dense().sum() == mask.area
@@ -183,20 +183,20 @@ def test_tiles_agree_with_dense(mask: AttnMask, block_q: int, block_k: int) -> N
 
 
 @pytest.mark.parametrize(("seq_q", "seq_k"), [(0, 0), (0, 5), (5, 0), (5, 5)])
-def test_tiles_of_nothing(seq_q: int, seq_k: int) -> None:
+def test_tiles_of_an_empty_mask(seq_q: int, seq_k: int) -> None:
     grid = tiles(AttnMask.from_slices(seq_q, seq_k, []), 2, 2)
     assert len(grid) == 0
     assert grid.executed_area == 0
     assert grid.row_starts.tolist() == [0] * (grid.num_rows + 1)
 
 
-def test_tiles_takes_runs_not_tiles() -> None:
+def test_tilings_are_stored_as_runs() -> None:
     seq = 1 << 20
     grid = tiles(AttnMask.from_slices(seq, seq, [(0, seq, 0, seq, -seq, 0)]), 128, 128)
     assert len(grid) == 8192 * 8193 // 2
     assert len(grid.run_rows) <= 3 * 8192
 
 
-def test_tiles_of_no_extent_are_refused() -> None:
+def test_empty_tiles_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^tile extents must be at least 1, not 0 x 4$"):
         tiles(AttnMask.from_slices(4, 4, []), 0, 4)

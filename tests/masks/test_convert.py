@@ -1,4 +1,4 @@
-"""Conversions of masks to what libraries take, each against the dense mask."""
+"""Conversions of masks to formats of libraries, compared with the dense mask."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ MANY = settings(max_examples=150, deadline=None)
 
 
 def test_cases_cover_every_pattern() -> None:
-    ours = {
+    shared_patterns = {
         name
         for name, info in masks.describe().items()
         if info.build.__module__.startswith("cpbench.") and not info.per_head
     }
-    assert {case.partition(":")[0] for case, _ in CASES} >= ours
+    assert {case.partition(":")[0] for case, _ in CASES} >= shared_patterns
 
 
 def _check_typed(mask: AttnMask) -> convert.TypedSlices:
     typed = convert.to_typed_slices(mask)
     assert (typed.to_dense(mask.seq_q, mask.seq_k) == mask.to_dense()).all()
-    alone = [
+    singles = [
         convert.TypedSlices(typed.ranges[[n]], typed.types[[n]], typed.source[[n]])
         for n in range(len(typed.types))
     ]
-    total = sum(int(one.to_dense(mask.seq_q, mask.seq_k).sum()) for one in alone)
-    assert total == mask.area  # disjoint
+    total = sum(int(single.to_dense(mask.seq_q, mask.seq_k).sum()) for single in singles)
+    assert total == mask.area, "rectangles are disjoint"
     assert np.bincount(typed.source, minlength=1).max() <= 3
     return typed
 
@@ -63,11 +63,11 @@ def test_typed_slices_of_patterns(case: str, seq_len: int) -> None:
         ("sliding_window:window=7", 9, [convert.CAUSAL, convert.FULL, convert.INVERSE]),
     ],
 )
-def test_typed_slices_are_few(case: str, seq_len: int, types: list[int]) -> None:
+def test_number_of_typed_slices(case: str, seq_len: int, types: list[int]) -> None:
     assert convert.to_typed_slices(masks.build(case, seq_len)).types.tolist() == types
 
 
-def test_an_inverse_slice_is_one() -> None:
+def test_a_lower_offset_alone_is_one_typed_slice() -> None:
     mask = AttnMask.from_slices(6, 9, [(0, 6, 0, 9, 0, 99)])
     assert convert.to_typed_slices(mask).types.tolist() == [convert.INVERSE]
     mask = AttnMask.from_slices(6, 9, [(0, 6, 0, 9, 0, 3)])
@@ -77,7 +77,7 @@ def test_an_inverse_slice_is_one() -> None:
 @MANY
 @given(st.data())
 def test_row_intervals_of_any_mask(data: st.DataObject) -> None:
-    # Rows of disjoint rectangles side by side, so that intervals touch and come in any order.
+    # Disjoint rectangles side by side, so that intervals may touch.
     seq_q, seq_k = 7, 12
     cuts = sorted(data.draw(st.sets(st.integers(0, seq_k), max_size=5)) | {0, seq_k})
     number = st.integers(-8, 12)
@@ -94,7 +94,7 @@ def _check_intervals(mask: AttnMask) -> None:
     assert table.shape[::2] == (mask.seq_q, 2)
     keys = np.arange(mask.seq_k)
     inside = (table[..., :1] <= keys) & (keys < table[..., 1:])
-    assert (inside.sum(axis=1) == mask.to_dense()).all()  # a sum: so they are disjoint
+    assert (inside.sum(axis=1) == mask.to_dense()).all()  # the sum shows that they are disjoint
     edges = np.diff(np.pad(mask.to_dense(), ((0, 0), (1, 1))).astype(int), axis=1)
     assert table.shape[1] == max(1, (edges == 1).sum(axis=1).max(initial=0))
     for row in table:
@@ -107,7 +107,7 @@ def test_row_intervals_of_patterns(case: str, seq_len: int) -> None:
     _check_intervals(masks.build(case, seq_len))
 
 
-def test_row_intervals_of_nothing() -> None:
+def test_row_intervals_of_an_empty_mask() -> None:
     assert convert.row_intervals(AttnMask.from_slices(3, 4, [])).tolist() == [[[0, 0]]] * 3
     assert convert.row_intervals(AttnMask.from_slices(0, 4, [])).shape == (0, 1, 2)
 
@@ -123,10 +123,10 @@ def test_flex_block_mask(case: str, seq_len: int, block: int) -> None:
     intervals = torch.from_numpy(convert.row_intervals(mask))
 
     def mask_mod(b, h, q, k):  # type: ignore[no-untyped-def]
-        seen = (intervals[q, 0, 0] <= k) & (k < intervals[q, 0, 1])
+        visible = (intervals[q, 0, 0] <= k) & (k < intervals[q, 0, 1])
         for slot in range(1, intervals.shape[1]):
-            seen = seen | ((intervals[q, slot, 0] <= k) & (k < intervals[q, slot, 1]))
-        return seen
+            visible = visible | ((intervals[q, slot, 0] <= k) & (k < intervals[q, slot, 1]))
+        return visible
 
     created = flex.create_mask(mask_mod, None, None, mask.seq_q, mask.seq_k, device="cpu")
     assert (created[0, 0].numpy() == dense).all()
@@ -145,38 +145,38 @@ def test_flex_block_mask(case: str, seq_len: int, block: int) -> None:
         mask_mod=mask_mod,
         seq_lengths=(mask.seq_q, mask.seq_k),
     )
-    # What torch derives from the lists of rows is what the transposed plan gives.
+    # torch derives the same lists by column from those by row.
     for name in ("q_num_blocks", "full_q_num_blocks"):
         assert (getattr(built, name) == tensor(name)).all()
     for kind in ("q", "full_q"):
         counts = getattr(tables, f"{kind}_num_blocks")[0, 0]
-        theirs, ours = getattr(built, f"{kind}_indices")[0, 0], tensor(f"{kind}_indices")[0, 0]
-        assert theirs.shape == ours.shape
+        expected, actual = getattr(built, f"{kind}_indices")[0, 0], tensor(f"{kind}_indices")[0, 0]
+        assert expected.shape == actual.shape
         for column, count in enumerate(counts):
-            assert (theirs[column, :count] == ours[column, :count]).all()
+            assert (expected[column, :count] == actual[column, :count]).all()
 
-    # And it is what torch itself makes of the mask.
-    own = flex.create_block_mask(
+    # torch's create_block_mask gives the same blocks.
+    reference = flex.create_block_mask(
         mask_mod, None, None, mask.seq_q, mask.seq_k, device="cpu", BLOCK_SIZE=block
     )
-    assert (own.to_dense() == built.to_dense()).all()
-    assert (own.kv_num_blocks == built.kv_num_blocks).all()
-    assert (own.full_kv_num_blocks == built.full_kv_num_blocks).all()
+    assert (reference.to_dense() == built.to_dense()).all()
+    assert (reference.kv_num_blocks == built.kv_num_blocks).all()
+    assert (reference.full_kv_num_blocks == built.full_kv_num_blocks).all()
 
     rows, cols = -(-mask.seq_q // block), -(-mask.seq_k // block)
-    covered = np.zeros((rows, cols), dtype=int)
+    codes = np.zeros((rows, cols), dtype=int)  # 0 empty, 1 partial, 2 full
     for kind, code in (("kv", 1), ("full_kv", 2)):
         for row in range(rows):
             count = getattr(tables, f"{kind}_num_blocks")[0, 0, row]
-            covered[row, getattr(tables, f"{kind}_indices")[0, 0, row, :count]] += code
-    for (row, col), code in np.ndenumerate(covered):
+            codes[row, getattr(tables, f"{kind}_indices")[0, 0, row, :count]] += code
+    for (row, col), code in np.ndenumerate(codes):
         tile = dense[row * block : (row + 1) * block, col * block : (col + 1) * block]
-        whole = tile.shape == (block, block) and tile.all()
-        assert code == (2 if whole else 1 if tile.any() else 0)
+        full = tile.shape == (block, block) and tile.all()
+        assert code == (2 if full else 1 if tile.any() else 0)
 
 
-def test_block_tables_are_built_in_several_rounds() -> None:
-    # More full blocks than one round lists.
+def test_block_tables_are_built_in_several_chunks() -> None:
+    # More full blocks than in one chunk.
     mask = masks.build("causal", 8 * 900)
     tables = convert.to_block_mask_tables(mask, 8)
     assert tables.full_kv_num_blocks[0, 0].tolist() == list(range(900))

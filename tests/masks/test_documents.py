@@ -1,4 +1,4 @@
-"""Document lengths: seeds, statistics of the corpora, files, and what is refused."""
+"""Document lengths: seeds, statistics of the corpora, files, and invalid input."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def _digest(lens: np.ndarray) -> str:
 @settings(max_examples=150, deadline=None)
 @given(st.integers(1, 200_000), st.sampled_from(CORPORA), st.integers(0, 1 << 40))
 def test_lengths_tile_the_sequence(seq_len: int, corpus: str, seed: int) -> None:
-    for draw in (documents.from_corpus, documents.long_mixture):
-        lens = draw(seq_len, corpus, seed)
+    for sample in (documents.from_corpus, documents.long_mixture):
+        lens = sample(seq_len, corpus, seed)
         assert lens.dtype == np.int64
         assert lens.ndim == 1
         assert lens.min() >= 1
         assert lens.sum() == seq_len
-        assert (draw(seq_len, corpus, seed) == lens).all()
+        assert (sample(seq_len, corpus, seed) == lens).all()
 
 
 def test_a_longer_sequence_starts_with_the_same_documents() -> None:
@@ -46,7 +46,7 @@ def test_seeds_differ() -> None:
     assert len({_digest(documents.from_corpus(8192, "pile", seed)) for seed in range(20)}) == 20
 
 
-# A change of these numbers changes every benchmark that draws documents.
+# If these change, so do all benchmarks with document masks.
 FROZEN = {
     ("from_corpus", "pile", 0): "20e237ba7250",
     ("from_corpus", "prolong64k", 1): "7829f10ff9fb",
@@ -56,31 +56,31 @@ FROZEN = {
 
 
 @pytest.mark.parametrize("which", FROZEN)
-def test_frozen_draws(which: tuple[str, str, int]) -> None:
-    draw, corpus, seed = which
-    assert _digest(getattr(documents, draw)(131_072, corpus, seed)) == FROZEN[which]
+def test_lengths_of_a_seed_never_change(which: tuple[str, str, int]) -> None:
+    function, corpus, seed = which
+    assert _digest(getattr(documents, function)(131_072, corpus, seed)) == FROZEN[which]
 
 
 @pytest.mark.parametrize("corpus", CORPORA)
-def test_draws_follow_the_histogram(corpus: str) -> None:
+def test_sampled_lengths_follow_the_histogram(corpus: str) -> None:
     bins = documents._histogram(corpus)
     lens = documents.from_corpus(1 << 31, corpus, 7)[:-1]
     low = np.maximum(bins[:, 0], 1)
     counts = np.histogram(lens, bins=[*low, bins[-1, 1]])[0]
     share = bins[:, 2] / bins[:, 2].sum()
-    # Binomial: within five standard deviations in every bin.
+    # Binomial counts are within five standard deviations in every bin.
     error = abs(counts - share * len(lens)) / np.sqrt(len(lens) * share * (1 - share))
     assert len(lens) > 50_000
     assert error.max() < 5
-    for n in np.flatnonzero(share > 0.01):  # uniform inside a bin
+    for n in np.flatnonzero(share > 0.01):  # lengths are uniform inside a bin
         inside = lens[(lens >= low[n]) & (lens < bins[n, 1])]
         spread = (bins[n, 1] - low[n]) / np.sqrt(12 * len(inside))
         assert abs(inside.mean() - (low[n] + bins[n, 1] - 1) / 2) < 5 * spread
 
 
-def test_one_draw_is_no_benchmark() -> None:
-    # Area of causal_document over that of causal at 48K tokens, 10th and 90th percentile: about
-    # 0.03 and 0.5 (in the pile, whose documents are shorter, 0.04 and 0.17).
+def test_one_mask_seed_is_not_enough_for_a_benchmark() -> None:
+    # Area of causal_document over causal at 48K tokens, 10th and 90th percentile over seeds: about
+    # 0.03 and 0.5 (for the pile, whose documents are shorter, 0.04 and 0.17).
     seq_len = 48 * 1024
     ratios = []
     for seed in range(400):
@@ -95,19 +95,19 @@ def test_long_mixture_shares() -> None:
     seq_len = 1 << 20
     lens = documents.long_mixture(seq_len, "prolong64k", 0)
     short = documents.from_corpus(seq_len - seq_len * 6 // 10, "prolong64k", 0)
-    rest = sorted(lens.tolist())
+    long = sorted(lens.tolist())
     for length in short.tolist():
-        rest.remove(length)
-    assert sum(rest) == seq_len * 6 // 10
-    assert all(8192 <= length < 30_720 for length in rest[1:])  # one is cut
-    assert rest[0] < 30_720
+        long.remove(length)
+    assert sum(long) == seq_len * 6 // 10
+    assert all(8192 <= length < 30_720 for length in long[1:])  # one is truncated
+    assert long[0] < 30_720
     half = len(lens) // 2
     assert max(lens[:half]) >= 8192
     assert max(lens[half:]) >= 8192
 
 
 @pytest.mark.parametrize("seq_len", [1, 2, 10, 4096, 13_000])
-def test_long_mixture_of_few_tokens_is_one_cut_long_document(seq_len: int) -> None:
+def test_long_mixture_of_few_tokens_has_one_truncated_long_document(seq_len: int) -> None:
     lens = documents.long_mixture(seq_len, "pile", 3)
     assert lens.sum() == seq_len
     if seq_len > 1:
@@ -115,7 +115,7 @@ def test_long_mixture_of_few_tokens_is_one_cut_long_document(seq_len: int) -> No
 
 
 def test_vectorised_over_documents() -> None:
-    # Ten times the documents must not take a hundred times the Python calls.
+    # The number of Python calls must not grow with the number of documents.
     import cProfile
     import pstats
 
@@ -156,9 +156,9 @@ def test_files(tmp_path: Path, kind: str) -> None:
         (3, [3]),
         (23, [5, 1, 4, 5, 1, 4, 3]),
     ]:
-        found = documents.from_file(seq_len, file, column)
-        assert found.dtype == np.int64
-        assert found.tolist() == expected
+        lens = documents.from_file(seq_len, file, column)
+        assert lens.dtype == np.int64
+        assert lens.tolist() == expected
     spec = f"causal_document:file={file}" + (f",column={column}" if column else "")
     assert masks.build(spec, 10).area == 15 + 1 + 10
 
@@ -205,7 +205,7 @@ def _refused(message: str, *args: Any) -> None:
     text = str(caught.value)
     assert message in text
     assert "\n" not in text
-    assert repr(args[1]) in text  # says which file
+    assert repr(args[1]) in text  # names the file
 
 
 def test_bad_arrays_and_columns(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Masks that differ from head to head: their definitions, and every operator that takes them."""
+"""Per-head masks: their definitions, and every operator that supports them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from cpbench.masks.dilated_mask import DilatedMask
 from cpbench.masks.head_masks import HeadMasks
 from cpbench.sweep.verification import DILATED_MASKS, HEAD_MASKS
 
-TAKERS = [
+OPERATORS = [
     name
     for name, info in registry.operators().items()
     if "heads" in info.masks and "cpu" in info.devices and info.backward_on
 ]
 
 
-def heads(spec: str, seq_len: int, num_heads: int) -> HeadMasks:
+def build_heads(spec: str, seq_len: int, num_heads: int) -> HeadMasks:
+    """A per-head mask, of which some invariants are checked."""
     built = masks.build_heads(spec, seq_len, num_heads)
     assert isinstance(built, HeadMasks)
     for mask in built.masks:
@@ -40,20 +41,22 @@ def heads(spec: str, seq_len: int, num_heads: int) -> HeadMasks:
 
 @pytest.mark.parametrize(("keep", "kept"), [(0.1, 1), (0.5, 3), (1.0, 5)])
 def test_uniform_blocks_keep_their_share_of_every_block_row(keep: float, kept: int) -> None:
-    built = heads(f"block_sparse_uniform:block_size=16,keep={keep}", 75, 3)  # 5 blocks, one short
+    built = build_heads(
+        f"block_sparse_uniform:block_size=16,keep={keep}", 75, 3
+    )  # 5 blocks, the last one shorter
     for mask in built.masks:
         dense = mask.to_dense()
         for i in range(0, 75, 16):
             rows = dense[i : i + 16]
             assert (rows == rows[0]).all()
-            whole = [rows[0, j : j + 16] for j in range(0, 75, 16)]
-            assert all(len(set(block.tolist())) == 1 for block in whole)
-            assert sum(block[0] for block in whole) == kept
+            blocks = [rows[0, j : j + 16] for j in range(0, 75, 16)]
+            assert all(len(set(block.tolist())) == 1 for block in blocks)
+            assert sum(block[0] for block in blocks) == kept
     assert keep == 1.0 or len({mask.digest for mask in built.masks}) > 1
 
 
-def test_causal_blocks_keep_the_diagonal_and_see_no_future() -> None:
-    built = heads("block_sparse_uniform:block_size=16,keep=0.4,causal=true", 80, 2)
+def test_causal_blocks_keep_the_diagonal_and_see_no_later_keys() -> None:
+    built = build_heads("block_sparse_uniform:block_size=16,keep=0.4,causal=true", 80, 2)
     for mask in built.masks:
         dense = mask.to_dense()
         assert not np.triu(dense, 1).any()
@@ -63,8 +66,8 @@ def test_causal_blocks_keep_the_diagonal_and_see_no_future() -> None:
             assert kept == max(1, round(0.4 * (n + 1)))
 
 
-def test_variable_blocks_are_a_partition_of_queries_and_keys_alike() -> None:
-    built = heads("block_sparse_variable:block_size=20,least=6,keep=0.5", 200, 4)
+def test_variable_blocks_partition_queries_and_keys_alike() -> None:
+    built = build_heads("block_sparse_variable:block_size=20,least=6,keep=0.5", 200, 4)
     for mask in built.masks:
         dense = mask.to_dense()
         rows = np.flatnonzero(np.any(dense[1:] != dense[:-1], axis=1)) + 1
@@ -75,7 +78,7 @@ def test_variable_blocks_are_a_partition_of_queries_and_keys_alike() -> None:
 
 
 def test_vertical_slash_is_columns_and_diagonals() -> None:
-    built = heads("vertical_slash:num_vertical=5,num_slash=4", 90, 3)
+    built = build_heads("vertical_slash:num_vertical=5,num_slash=4", 90, 3)
     i, j = np.arange(90)[:, None], np.arange(90)[None, :]
     for mask in built.masks:
         dense = mask.to_dense()
@@ -83,28 +86,28 @@ def test_vertical_slash_is_columns_and_diagonals() -> None:
         columns = [c for c in range(90) if dense[c:, c].all()]
         assert 0 in diagonals
         assert len(diagonals) <= 5
-        want = (j <= i) & (np.isin(i - j, diagonals) | np.isin(j, columns))
-        assert np.array_equal(dense, want)
+        expected = (j <= i) & (np.isin(i - j, diagonals) | np.isin(j, columns))
+        assert np.array_equal(dense, expected)
 
 
-def test_a_head_is_the_same_among_few_heads_and_among_many() -> None:
+def test_the_mask_of_a_head_does_not_depend_on_the_number_of_heads() -> None:
     for spec in HEAD_MASKS:
-        few, many = heads(spec, 400, 2), heads(spec, 400, 5)
+        few, many = build_heads(spec, 400, 2), build_heads(spec, 400, 5)
         assert few.masks == many.masks[:2]
-        other = masks.build_heads(Spec.parse(spec), 400, 2, seed=7)
-        assert other != few
+        reseeded = masks.build_heads(Spec.parse(spec), 400, 2, seed=7)
+        assert reseeded != few
 
 
-def test_what_is_counted_is_the_mean_over_heads() -> None:
-    one, two = masks.build("full", 10), masks.build("causal", 10)
-    both = HeadMasks((one, two))
-    assert both.area == (100 + 55) / 2
-    assert both.density == both.area / 100
-    assert both.transpose().masks == (one, two.transpose())
+def test_area_and_density_are_means_over_heads() -> None:
+    full, causal = masks.build("full", 10), masks.build("causal", 10)
+    mask = HeadMasks((full, causal))
+    assert mask.area == (100 + 55) / 2
+    assert mask.density == mask.area / 100
+    assert mask.transpose().masks == (full, causal.transpose())
 
 
 @pytest.mark.parametrize(
-    ("spec", "words"),
+    ("spec", "message"),
     [
         ("block_sparse_uniform:keep=0", "keep = 0 is a share of the blocks"),
         ("block_sparse_uniform:keep=1.5", "keep = 1.5 is a share of the blocks"),
@@ -114,19 +117,19 @@ def test_what_is_counted_is_the_mean_over_heads() -> None:
         ("vertical_slash:num_heads=2", "has no parameter 'num_heads'"),
     ],
 )
-def test_bad_parameters_are_one_line(spec: str, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+def test_invalid_parameters_are_refused(spec: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         masks.build_heads(spec, 100, 2)
 
 
-def test_a_mask_for_each_head_is_not_mistaken_for_one_of_all() -> None:
+def test_build_refuses_per_head_masks() -> None:
     with pytest.raises(ValueError, match="differs from head to head"):
         masks.build("block_sparse_uniform", 100)
-    with pytest.raises(ValueError, match="one extent"):
+    with pytest.raises(ValueError, match="same extents"):
         HeadMasks((masks.build("full", 3), masks.build("full", 4)))
 
 
-def test_a_pattern_of_heads_is_told_by_its_second_parameter() -> None:
+def test_a_per_head_pattern_takes_num_heads() -> None:
     assert masks.pattern_info("vertical_slash").per_head
     assert "num_heads" not in masks.pattern_info("vertical_slash").params
     with pytest.raises(RegistrationError, match="must be a keyword"):
@@ -142,52 +145,52 @@ def _misnamed(seq_len: int, heads: int) -> AttnMask:
 
 
 def compare(operator: str, spec: str, seq_len: int, dtype: torch.dtype, limit: float) -> None:
-    """Two batches, four query heads, two key/value heads, each query head alone against float64."""
+    """Compare with float64, head by head: two batches, four query heads, two key/value heads."""
     built = masks.build_heads(spec, seq_len, 4)
     q, k, v, dout = naive.random_inputs(2, seq_len, 4, 2, 32, dtype)
-    alone = [
+    by_head = [
         naive.attention(
             q[:, :, h : h + 1], k[:, :, h // 2 : h // 2 + 1], v[:, :, h // 2 : h // 2 + 1],
             dout[:, :, h : h + 1], mask,
         )
         for h, mask in enumerate(built.masks)
     ]  # fmt: skip
-    want = {name: torch.cat([x[name] for x in alone], 2) for name in ("out", "dq")}
-    want["lse"] = torch.cat([x["lse"] for x in alone], 1)
+    expected = {name: torch.cat([x[name] for x in by_head], 2) for name in ("out", "dq")}
+    expected["lse"] = torch.cat([x["lse"] for x in by_head], 1)
     for name in ("dk", "dv"):
-        pairs = [alone[h][name] + alone[h + 1][name] for h in (0, 2)]
-        want[name] = torch.cat(pairs, 2)
+        pairs = [by_head[h][name] + by_head[h + 1][name] for h in (0, 2)]
+        expected[name] = torch.cat(pairs, 2)
     for x in (q, k, v):
         x.requires_grad_()
     out, lse = cpbench.attention(q, k, v, built, operator=operator)
     out.backward(dout)
-    found = {"out": out, "lse": lse, "dq": q.grad, "dk": k.grad, "dv": v.grad}
+    actual = {"out": out, "lse": lse, "dq": q.grad, "dk": k.grad, "dv": v.grad}
     for name in naive.TENSORS:
-        if found[name] is not None:
-            error = naive.error(found[name].detach(), want[name])
+        if actual[name] is not None:
+            error = naive.error(actual[name].detach(), expected[name])
             assert error < limit, f"{name} is off by {error:.2g}"
 
 
 @pytest.mark.parametrize("spec", HEAD_MASKS, ids=lambda text: text.split(":")[0])
-@pytest.mark.parametrize("operator", TAKERS)
+@pytest.mark.parametrize("operator", OPERATORS)
 def test_equals_float64(operator: str, spec: str) -> None:
     compare(operator, spec, 101, torch.float32, 2e-6)
 
 
-@pytest.mark.parametrize("operator", TAKERS)
+@pytest.mark.parametrize("operator", OPERATORS)
 def test_equals_float64_in_bfloat16(operator: str) -> None:
     compare(operator, HEAD_MASKS[0], 67, torch.bfloat16, 1.2e-2)
 
 
-def test_each_head_has_lists_of_its_own() -> None:
-    built = heads("block_sparse_uniform:block_size=32,keep=0.3", 200, 3)
+def test_each_head_has_its_own_tile_lists() -> None:
+    built = build_heads("block_sparse_uniform:block_size=32,keep=0.3", 200, 3)
     found = visits(built.masks, 32, 32)
     assert found.lists.items.shape == (3, 7, 6)
     per_head = [visits([mask], 32, 32).visited for mask in built.masks]
     assert found.visited == sum(per_head)
 
 
-def test_other_operators_and_several_ranks_refuse() -> None:
+def test_other_operators_refuse_per_head_masks() -> None:
     built = masks.build_heads(HEAD_MASKS[0], 64, 2)
     q, k, v, _ = naive.random_inputs(1, 64, 2, 2, 32, torch.float32)
     with pytest.raises(Unsupported, match="this one differs from head to head"):
@@ -200,7 +203,7 @@ def test_other_operators_and_several_ranks_refuse() -> None:
 
 
 @pytest.mark.parametrize("spec", DILATED_MASKS)
-def test_dilated_is_what_its_definition_says(spec: str) -> None:
+def test_dilated_masks_follow_their_definition(spec: str) -> None:
     built = masks.build_heads(spec, 150, 5)
     assert isinstance(built, DilatedMask)
     want = np.zeros((5, 150, 150))
@@ -212,19 +215,19 @@ def test_dilated_is_what_its_definition_says(spec: str) -> None:
                     late = min(i % segment, j % segment) >= h % step
                     if both == {0} and late and (j <= i or not built.causal):
                         want[h, i, j] += 1
-    assert want.max() > 1, "nothing would show whether pairs are counted"
+    assert want.max() > 1, "some pairs must occur several times"
     assert np.array_equal(built.counts(0, 150), want)
     assert built.area == want.sum() / 5
     assert np.array_equal(built.empty_rows(), want.sum(2) == 0)
     for line in (0, 77, 149):
         for h in range(5):
-            seen = np.bincount(built.transpose().seen(h, line), minlength=150)
+            seen = np.bincount(built.transpose().visible_keys(h, line), minlength=150)
             assert np.array_equal(seen, want[h, :, line])
 
 
 @pytest.mark.parametrize("operator", ["dilated", "reference"])
 @pytest.mark.parametrize("spec", DILATED_MASKS)
-def test_dilated_counts_pairs_as_often_as_they_occur(operator: str, spec: str) -> None:
+def test_dilated_attention_counts_pairs_with_multiplicity(operator: str, spec: str) -> None:
     built = masks.build_heads(spec, 131, 4)
     assert isinstance(built, DilatedMask)
     q, k, v, dout = naive.random_inputs(2, 131, 4, 2, 32, torch.float32)
@@ -246,7 +249,7 @@ def test_dilated_counts_pairs_as_often_as_they_occur(operator: str, spec: str) -
     assert naive.error(lse, total.squeeze(-1).log().detach()) < 2e-6
 
 
-def test_dilated_is_refused_where_it_cannot_be() -> None:
+def test_dilated_masks_are_refused_by_other_operators() -> None:
     built = masks.build_heads(DILATED_MASKS[0], 64, 2)
     q, k, v, _ = naive.random_inputs(1, 64, 2, 2, 32, torch.float32)
     with pytest.raises(Unsupported, match=r"bands takes .* masks; this one differs"):

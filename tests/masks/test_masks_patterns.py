@@ -1,4 +1,4 @@
-"""Every named pattern against its closed area formula and against its definition, pair by pair."""
+"""Every mask pattern, compared with its area formula and, pair by pair, its definition."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from limits import LIMIT_S
 from paths import ROOT
 
 from cpbench import masks
@@ -27,13 +28,14 @@ LENS = st.lists(st.integers(1, 17), min_size=1, max_size=7)
 
 
 def T(x: int) -> int:
+    """The triangular number."""
     return x * (x + 1) // 2
 
 
-def check(mask: AttnMask, seen: np.ndarray, area: int | None = None) -> None:
-    """``seen`` is the definition; ``area`` the formula, where it holds."""
-    assert (mask.to_dense() == seen).all()
-    assert mask.area == seen.sum()
+def check(mask: AttnMask, visible: np.ndarray, area: int | None = None) -> None:
+    """Compare a mask with the definition of its pattern and, if given, with the area formula."""
+    assert (mask.to_dense() == visible).all()
+    assert mask.area == visible.sum()
     assert mask.overlap_area() == 0
     if area is not None:
         assert mask.area == area
@@ -44,11 +46,11 @@ def grid(seq: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def documents(lens: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """i, j, the document of each token and its place in it."""
+    """i, j, and the document of each token and its position in it."""
     i, j = grid(sum(lens))
     doc = np.array([d for d, length in enumerate(lens) for _ in range(length)])
-    place = np.array([p for length in lens for p in range(length)])
-    return i, j, doc, place
+    position = np.array([p for length in lens for p in range(length)])
+    return i, j, doc, position
 
 
 # --- without documents ------------------------------------------------------------------------
@@ -140,21 +142,22 @@ def test_documents(lens: list[int]) -> None:
 @MANY
 @given(LENS, st.integers(1, 20))
 def test_prefix_lm_document(lens: list[int], p: int) -> None:
-    i, j, doc, place = documents(lens)
-    seen = (doc[:, None] == doc[None, :]) & ((j <= i) | (place[None, :] < p))
+    i, j, doc, position = documents(lens)
+    visible = (doc[:, None] == doc[None, :]) & ((j <= i) | (position[None, :] < p))
     capped = [(length, min(p, length)) for length in lens]
     area = sum(c * c + (length - c) * (length + c + 1) // 2 for length, c in capped)
-    check(masks.build("prefix_lm_document", sum(lens), doc_lens=lens, prefix_len=p), seen, area)
+    check(masks.build("prefix_lm_document", sum(lens), doc_lens=lens, prefix_len=p), visible, area)
 
 
 @MANY
 @given(st.lists(st.integers(1, 17), min_size=2, max_size=7))
 def test_share_question(lens: list[int]) -> None:
     i, j, doc, _ = documents(lens)
-    seen = (j <= i) & ((doc[:, None] == doc[None, :]) | (doc[None, :] == 0))
-    one, two, *rest = lens
-    area = T(one + two) + (sum(lens) - one - two) * one + sum(map(T, rest))
-    check(masks.build("share_question", sum(lens), doc_lens=lens), seen, area)
+    visible = (j <= i) & ((doc[:, None] == doc[None, :]) | (doc[None, :] == 0))
+    question, answer, *others = lens
+    rows = sum(lens) - question - answer  # of the other answers
+    area = T(question + answer) + rows * question + sum(map(T, others))
+    check(masks.build("share_question", sum(lens), doc_lens=lens), visible, area)
 
 
 @MANY
@@ -162,21 +165,21 @@ def test_share_question(lens: list[int]) -> None:
 def test_causal_blockwise(lens: list[int]) -> None:
     i, j, doc, _ = documents(lens)
     last = doc[:, None] == len(lens) - 1
-    seen = (j <= i) & ((doc[:, None] == doc[None, :]) | last)
+    visible = (j <= i) & ((doc[:, None] == doc[None, :]) | last)
     seq, end = sum(lens), lens[-1]
     area = sum(map(T, lens[:-1])) + end * (2 * seq - end + 1) // 2
-    check(masks.build("causal_blockwise", seq, doc_lens=lens), seen, area)
+    check(masks.build("causal_blockwise", seq, doc_lens=lens), visible, area)
 
 
 @MANY
 @given(LENS, st.integers(1, 20))
 def test_block_causal_document(lens: list[int], b: int) -> None:
-    _, _, doc, place = documents(lens)
-    block = place // b
-    seen = (doc[:, None] == doc[None, :]) & (block[None, :] <= block[:, None])
+    _, _, doc, position = documents(lens)
+    block = position // b
+    visible = (doc[:, None] == doc[None, :]) & (block[None, :] <= block[:, None])
     area = sum(b * b * T(length // b) + length % b * length for length in lens)
     mask = masks.build("block_causal_document", sum(lens), doc_lens=lens, block_size=b)
-    check(mask, seen, area)
+    check(mask, visible, area)
 
 
 @pytest.mark.parametrize("seq", [1, 2, 5, 700, 1500])
@@ -206,7 +209,7 @@ def test_defaults_build_at_every_scale(name: str) -> None:
 # --- building ---------------------------------------------------------------------------------
 
 
-def test_every_static_pattern_of_the_table_is_there() -> None:
+def test_all_static_patterns_are_registered() -> None:
     expected = """block_causal_document causal causal_blockwise causal_document causal_document_long
         full full_document full_document_long global_sliding_window prefix_lm_causal
         prefix_lm_document share_question sliding_window sliding_window_causal streaming"""
@@ -223,7 +226,7 @@ def test_describe_gives_summaries_and_defaults() -> None:
     assert (info.params["corpus"], info.params["seed"]) == ("pile", 0)
 
 
-def test_four_ways_to_say_the_same() -> None:
+def test_equivalent_specs_build_the_same_mask() -> None:
     ways: list[Any] = [
         "sliding_window:window=7",
         {"name": "sliding_window", "window": 7},
@@ -231,7 +234,7 @@ def test_four_ways_to_say_the_same() -> None:
     ]
     first = masks.build("sliding_window", seq_len=50, window=np.int64(7))
     for way in ways:
-        assert masks.build(way, 50) is first  # remembered
+        assert masks.build(way, 50) is first  # from the cache
     listed = masks.build("full_document", 6, doc_lens=np.array([2, 4]))
     assert listed is masks.build("full_document:doc_lens=[2,4]", 6)
     assert masks.build("causal", 5, offset=None) is masks.build("causal", 5)
@@ -286,7 +289,7 @@ BAD: list[tuple[Any, Any, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("mask", "seq_len", "params", "message"), BAD)
-def test_bad_input_gets_one_clear_line(
+def test_invalid_input_is_refused_in_one_line(
     mask: Any, seq_len: Any, params: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError) as caught:
@@ -295,11 +298,11 @@ def test_bad_input_gets_one_clear_line(
     assert "\n" not in str(caught.value)
 
 
-def test_what_compares_equal_is_not_taken_for_the_same() -> None:
+def test_equal_values_of_other_types_are_refused() -> None:
     masks.build("sliding_window", 8, window=1)
-    for wrong in (True, 1.0):
+    for value in (True, 1.0):
         with pytest.raises(ValueError, match="window must be an integer"):
-            masks.build("sliding_window", 8, window=wrong)
+            masks.build("sliding_window", 8, window=value)
 
 
 def test_a_mask_in_a_file(tmp_path: Path) -> None:
@@ -322,7 +325,7 @@ def test_a_mask_in_a_file(tmp_path: Path) -> None:
         masks.build(f"{path}:bare", 5)
 
 
-def _plug_in(monkeypatch: pytest.MonkeyPatch, *functions: Any) -> None:
+def _register_plugins(monkeypatch: pytest.MonkeyPatch, *functions: Any) -> None:
     class Point:
         value = "other_package:a_mask"
 
@@ -341,7 +344,7 @@ def test_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
         """j < width."""
         return AttnMask.from_slices(seq_len, seq_len, [(0, seq_len, 0, width, -99, 99)])
 
-    _plug_in(monkeypatch, mine)
+    _register_plugins(monkeypatch, mine)
     assert "mine" in masks.names()
     assert masks.build("mine:width=3", 5).area == 15
 
@@ -349,17 +352,17 @@ def test_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
         """Another."""
         raise AssertionError
 
-    _plug_in(monkeypatch, causal)
+    _register_plugins(monkeypatch, causal)
     with pytest.raises(RegistrationError, match="'causal' is registered twice in "):
         masks.names()
-    _plug_in(monkeypatch, mine, mine)
-    assert "mine" in masks.names()  # the same one
-    _plug_in(monkeypatch, 5)
+    _register_plugins(monkeypatch, mine, mine)
+    assert "mine" in masks.names()  # the same function twice
+    _register_plugins(monkeypatch, 5)
     with pytest.raises(RegistrationError, match="is not a function: 5"):
         masks.names()
 
 
-def test_pattern_refuses_a_taken_name_and_a_wrong_form() -> None:
+def test_pattern_refuses_taken_names_and_other_functions() -> None:
     def causal(seq_len: int) -> AttnMask:
         """Another."""
         raise AssertionError
@@ -400,7 +403,7 @@ def test_importing_masks_loads_no_heavy_package() -> None:
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=LIMIT_S,
         check=True,
         cwd=ROOT,
     )

@@ -1,26 +1,41 @@
-"""What ranks did when: sums, stragglers, the file for Perfetto, profilers around one case."""
+"""Timelines: time per activity, stragglers, the file for Perfetto, profilers around one case."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from limits import LIMIT_S
 from ranks import run_ranks
 from run_cpbench import cpbench
-from slow_comm import SlowComm, attention
+from slow_comm import (
+    SimulatedClock,
+    SimulatedComm,
+    SimulatedDevice,
+    attention,
+    run_before_calls,
+)
 
 from cpbench.inputs import Recipe
 from cpbench.measure import clocks, timeline
 from cpbench.measure.device import Cpu
-from cpbench.measure.timeline_slices import Rank, Slice, chrome_trace, stragglers, sums
-from cpbench.parallel.comm import Control
+from cpbench.measure.timeline_slices import (
+    RankTimeline,
+    TimelineSlice,
+    chrome_trace,
+    phase_times,
+    straggler_lines,
+)
+from cpbench.parallel.comm import Control, TorchComm
 from cpbench.results.store import read_run
-from cpbench.verify.check import inputs_of
+from cpbench.verify.check import rank_inputs
 
 SWEEP = """
 [sweep]
@@ -38,145 +53,197 @@ exposure = false
 """
 
 
+Pair = tuple[float, float]
+
+
 def rank(
-    compute: float, wait: float, pairs: int = 100, cpu: float = 1.0, begin: float = 0.0
-) -> Rank:
-    """One that computes, waits for keys of rank 1 and then packs for a tenth of a second."""
-    through = begin + compute + wait
-    return Rank("host", "cpu", [
-        Slice("phase", "fwd", begin, through + 0.1),
-        Slice("compute", "attention", begin, begin + compute, compute * cpu, {"pairs": pairs}),
-        Slice("transfer", "keys", begin, through, None, {"receives": {"1": 8}}),
-        Slice("waiting", "wait for keys", begin + compute, through, 0.0, {"receives": {"1": 8}}),
+    compute: float, wait: float, pairs: int = 100, cpu: float = 1.0, start: float = 0.0
+) -> RankTimeline:
+    """A rank that computes, waits for keys of rank 1 and then packs for a tenth of a second."""
+    arrival = start + compute + wait
+    keys = {"receives": {"1": 8}}
+    return RankTimeline("host", "cpu", [
+        TimelineSlice("phase", "fwd", start, arrival + 0.1),
+        TimelineSlice("compute", "attention", start, start + compute, compute * cpu,
+                      {"pairs": pairs}),
+        TimelineSlice("transfer", "keys", start, arrival, None, keys),
+        TimelineSlice("waiting", "wait for keys", start + compute, arrival, 0.0, keys),
     ])  # fmt: skip
 
 
-def test_what_a_rank_does_adds_up_to_the_phase() -> None:
-    (one,) = sums([rank(1.0, 0.5)], "fwd")
-    assert one.whole == pytest.approx(1.6)
-    assert (one.compute, one.waiting, one.other) == pytest.approx((1.0, 0.5, 0.1))
-    assert one.transfer == pytest.approx(1.5)
-    assert one.processor == pytest.approx(1.0)
+def test_activities_add_up_to_the_phase() -> None:
+    (times,) = phase_times([rank(1.0, 0.5)], "fwd")
+    assert times.whole == pytest.approx(1.6)
+    assert (times.compute, times.waiting, times.other) == pytest.approx((1.0, 0.5, 0.1))
+    assert times.transfer == pytest.approx(1.5)
+    assert times.cpu_share == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(
-    ("ranks", "said"),
+    ("ranks", "expected"),
     [
-        ([rank(1, 1), rank(1, 1), rank(1.02, 0.98)], "no rank is late; waiting takes up to 1e+03"),
+        ([rank(1, 1), rank(1, 1), rank(1.02, 0.98)], "no straggler; ranks wait up to 1e+03 ms"),
         ([rank(1, 1), rank(2, 0, pairs=200), rank(1, 1)],
          "rank 1 (host, cpu) is busy 1e+03 ms longer than the others, of 2.1e+03 ms: it computes "
          "2.00x the pairs"),
-        ([rank(1, 1), rank(1, 1), rank(2, 0)], "it is slow: 2.00x the time a pair"),
+        ([rank(1, 1), rank(1, 1), rank(2, 0)], "it is slow: 2.00x the time per pair"),
         ([rank(2, 0, cpu=0.5), rank(1, 1)],
-         "it is starved: 2.00x the time a pair, with a processor for 50% of the time"),
+         "it is starved: 2.00x the time per pair, on a core for 50% of the time"),
         ([rank(1, 1), rank(1, 0.1), rank(1, 0.1)],
-         "rank 0 (host, cpu) is through 900 ms after the others, of 2.1e+03 ms: it waits 900 ms "
-         "longer, mostly for keys of rank 1"),
-        ([rank(1, 1)], "no rank is late"),
+         "rank 0 (host, cpu) ends 900 ms after the others, of 2.1e+03 ms: it waits 900 ms longer, "
+         "mostly for keys from rank 1"),
+        ([rank(1, 1)], "no straggler"),
     ],
 )  # fmt: skip
-def test_who_is_late_and_why(ranks: list[Rank], said: str) -> None:
-    (line,) = stragglers(ranks)
-    assert said in line
+def test_the_straggler_and_its_cause_are_named(ranks: list[RankTimeline], expected: str) -> None:
+    (line,) = straggler_lines(ranks)
+    assert expected in line
 
 
-def test_transfers_that_overlap_lie_in_rows_of_their_own() -> None:
-    one = rank(1.0, 0.5, begin=3.0)
-    one.slices.insert(3, Slice("transfer", "gradients", 3.2, 4.0))
-    one.slices.insert(4, Slice("transfer", "gradients", 4.0, 4.2))
-    found = chrome_trace([one, rank(1.0, 0.5, begin=3.1)], {"case": "x"})
-    json.dumps(found, allow_nan=False)
-    events = found["traceEvents"]
+def test_overlapping_transfers_get_rows_of_their_own() -> None:
+    first = rank(1.0, 0.5, start=3.0)
+    first.slices.insert(3, TimelineSlice("transfer", "gradients", 3.2, 4.0))
+    first.slices.insert(4, TimelineSlice("transfer", "gradients", 4.0, 4.2))
+    trace = chrome_trace([first, rank(1.0, 0.5, start=3.1)], {"case": "x"})
+    json.dumps(trace, allow_nan=False)
+    events = trace["traceEvents"]
     names = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
     assert sorted(names[key] for key in names if key[0] == 0) == [
         "compute", "phase", "transfer", "transfer 2", "waiting",
     ]  # fmt: skip
-    last: dict[Any, float] = {}
+    row_ends: dict[Any, float] = {}
     for event in sorted((e for e in events if e["ph"] == "X"), key=lambda e: e["ts"]):
         key = event["pid"], event["tid"]
-        assert event["ts"] >= last.get(key, 0.0) - 1e-3, f"{names[key]}: slices overlap"
-        last[key] = event["ts"] + event["dur"]
+        assert event["ts"] >= row_ends.get(key, 0.0) - 1e-3, f"{names[key]}: slices overlap"
+        row_ends[key] = event["ts"] + event["dur"]
     assert min(e["ts"] for e in events if e["ph"] == "X") == 0
 
 
-def watched(rank: int, size: int, strategy: str) -> tuple[list[Rank], list[float]]:
-    """With a slow link and a slower operator; and how long each phase takes without a watch."""
-    comm, control, device = SlowComm(), Control(), Cpu(1)
-    SlowComm.seconds = 0.35
+def simulated_timelines(
+    rank: int, size: int, strategy: str
+) -> tuple[list[RankTimeline], list[float]]:
+    """Timelines on a simulated clock, with an operator that takes 0.2 s and a link with a latency
+    of 0.35 s; and the seconds of each phase without recording."""
+    clock = SimulatedClock()
+    timeline._HostClock.mark = lambda self: clock.now_s  # type: ignore[method-assign]
+    comm, device = SimulatedComm(TorchComm(), clock, 0.35), SimulatedDevice(clock)
     work = attention(strategy, comm)
-    for name in ("forward", "backward"):
-        method = getattr(work.op.impl, name)
-
-        def slowly(*given: Any, method: Any = method) -> Any:
-            time.sleep(0.2)
-            return method(*given)
-
-        setattr(work.op.impl, name, slowly)
-    inputs = inputs_of(work, Recipe(), "cpu")
-    ranks = timeline.watch(work, inputs, device, comm, control)
+    run_before_calls(work, functools.partial(clock.advance, 0.2))
+    inputs = rank_inputs(work, Recipe(), "cpu")
+    ranks = timeline.record_timelines(work, inputs, device, comm, Control())
     workload = timeline.Workload(work, inputs, comm)
-    took = []
-    for phase in ("fwd", "bwd"):
-        device.flush_cache()
-        control.barrier()
-        took.append(device.time_us(lambda phase=phase: workload.call(phase)) / 1e6)  # type: ignore[misc]
-    return ranks, took
+    phase_us = [
+        device.time_us(functools.partial(workload.run_phase, phase)) for phase in workload.phases
+    ]
+    return ranks, [us / 1e6 for us in phase_us]
 
 
-@pytest.mark.parametrize("strategy", ["ring", "dispatch", "ulysses"])
-def test_sums_are_the_measured_times(strategy: str) -> None:
-    for attempt in range(3):  # a busy machine stretches one and not the other
-        answers = run_ranks(2, watched, strategy)
-        ranks = answers[0][0]
-        pairs = [
-            (one.whole, answers[number][1][at])
-            for at, phase in enumerate(("fwd", "bwd"))
-            for number, one in enumerate(sums(ranks, phase))
-        ]
-        if all(whole == pytest.approx(took, rel=0.05) for whole, took in pairs):
-            break
-        assert attempt < 2, f"watched and measured: {pairs}"
-    assert [len(r.slices) for r in ranks] == [len(r.slices) for r in answers[1][0]]
-    for phase in ("fwd", "bwd"):
-        for one in sums(ranks, phase):
-            assert one.compute + one.waiting + one.other == pytest.approx(one.whole)
-            assert one.compute >= 0.2
-            if strategy != "ulysses":
-                assert one.waiting == pytest.approx(0.15 if phase == "fwd" else 0.5, rel=0.2)
-                assert one.transfer >= 0.35
+@pytest.mark.parametrize(
+    ("strategy", "compute", "waiting", "transfer"),
+    [  # seconds of (forward, backward)
+        ("ring", (0.4, 0.4), (0.15, 0.5), (0.35, 0.7)),
+        ("dispatch", (0.4, 0.4), (0.15, 0.5), (0.35, 0.7)),
+        ("ulysses", (0.2, 0.2), (0.0, 0.0), (0.0, 0.0)),
+    ],
+)
+def test_recorded_times_are_the_measured_times(
+    strategy: str, compute: Pair, waiting: Pair, transfer: Pair
+) -> None:
+    results = run_ranks(2, simulated_timelines, strategy)
+    ranks = results[0][0]
+    assert ranks == results[1][0]  # every rank has the timelines of all
+    for number, phase in enumerate(("fwd", "bwd")):
+        for times, (_, measured) in zip(phase_times(ranks, phase), results, strict=True):
+            assert times.whole == pytest.approx(measured[number])
+            assert times.compute == pytest.approx(compute[number])
+            assert times.waiting == pytest.approx(waiting[number])
+            assert times.transfer == pytest.approx(transfer[number])
+            assert times.other == pytest.approx(0.0)
 
 
-def told(rank: int, size: int) -> list[clocks.Offset]:
-    """Offsets where rank r is on a machine of its own, 5 r seconds ahead."""
-    clocks._machine = lambda: f"machine {rank}"  # type: ignore[assignment]
+def overlapping_timelines(rank: int, size: int) -> tuple[list[RankTimeline], float, float]:
+    """Timelines of real transfers, and the times just before and after recording.  The first
+    operator call of each phase returns only after the keys in flight have arrived and their
+    transfer has been recorded."""
+    recorded = threading.Event()
+    add = timeline.Recorder.add
+
+    def add_and_notify(self: timeline.Recorder, row: str, *args: Any) -> None:
+        add(self, row, *args)
+        if row == "transfer":
+            recorded.set()
+
+    timeline.Recorder.add = add_and_notify  # type: ignore[method-assign]
+    comm, calls = TorchComm(), 0
+
+    def wait_for_transfer() -> None:
+        nonlocal calls
+        if calls % 2 == 0:
+            assert recorded.wait(LIMIT_S), "no transfer was recorded while the operator computed"
+            recorded.clear()
+        calls += 1
+
+    work = attention("ring", comm)
+    run_before_calls(work, wait_for_transfer)
+    inputs = rank_inputs(work, Recipe(), "cpu")
+    start = time.perf_counter()
+    ranks = timeline.record_timelines(work, inputs, Cpu(1), comm, Control())
+    return ranks, start, time.perf_counter()
+
+
+def test_transfers_are_recorded_while_a_rank_computes() -> None:
+    for ranks, start, end in run_ranks(2, overlapping_timelines):
+        for timelines in ranks:
+            for phase in ("fwd", "bwd"):
+                whole, thread = timelines.thread_slices(phase)
+                assert start < whole.start < whole.end < end
+                assert sum(item.seconds for item in thread) == pytest.approx(whole.seconds)
+                first_call = next(item for item in thread if item.row == "compute")
+                keys = timelines.transfers(phase)[0]
+                assert keys.start <= first_call.start
+                assert keys.end <= first_call.end
+                wait = next(item for item in thread if item.row == "waiting")
+                assert first_call.end <= wait.start
+
+
+def distant_offsets(rank: int, size: int) -> tuple[list[clocks.Offset], float]:
+    """Offsets where rank r is on a machine of its own whose clock is 5 r seconds ahead, and the
+    seconds that estimating them took."""
+    clocks._clock_domain = lambda: f"machine {rank}"  # type: ignore[assignment]
     real = time.perf_counter
-    clocks.time = type("", (), {"perf_counter": staticmethod(lambda: real() + 5.0 * rank)})  # type: ignore[assignment]
-    return clocks.offsets(Control())
+    ahead = staticmethod(lambda: real() + 5.0 * rank)
+    clocks.time = type("", (), {"perf_counter": ahead})  # type: ignore[assignment]
+    start = real()
+    offsets = clocks.offsets(Control())
+    return offsets, real() - start
 
 
-def test_clocks_of_other_machines_are_put_right() -> None:
-    for found in run_ranks(3, told):
-        for rank, offset in enumerate(found):
-            assert offset.seconds == pytest.approx(-5.0 * rank, abs=max(offset.within, 1e-9))
-            assert offset.within < 0.05
-    assert run_ranks(2, here) == [[0.0, 0.0], [0.0, 0.0]]
+def test_clock_offsets_of_other_machines() -> None:
+    ranks = run_ranks(3, distant_offsets)
+    _, seconds = ranks[0]  # on rank 0, which waits for every reply
+    for offsets, _ in ranks:
+        for rank, offset in enumerate(offsets):
+            assert offset.seconds == pytest.approx(-5.0 * rank, abs=max(offset.uncertainty, 1e-9))
+            # Half the shortest of the round trips, which together took no longer than all of it.
+            assert offset.uncertainty <= seconds / clocks.ROUND_TRIPS / 2
+    assert run_ranks(2, local_offsets) == [[0.0, 0.0], [0.0, 0.0]]
 
 
-def here(rank: int, size: int) -> list[float]:
+def local_offsets(rank: int, size: int) -> list[float]:
     return [offset.seconds for offset in clocks.offsets(Control())]
 
 
-def test_a_traced_run_writes_what_ranks_did(tmp_path: Path) -> None:
+def test_a_traced_run_writes_timelines(tmp_path: Path) -> None:
     file, out = tmp_path / "s.toml", tmp_path / "run"
     file.write_text(SWEEP)
-    code, said = cpbench("run", file, "--out", out)
-    assert code == 0, said
+    code, output = cpbench("run", file, "--out", out)
+    assert code == 0, output
     assert not (out / "traces").exists()
-    code, said = cpbench("run", file, "--out", out, "--trace")
-    assert code == 0, said
-    found = read_run(out)
+    code, output = cpbench("run", file, "--out", out, "--trace")
+    assert code == 0, output
+    run = read_run(out)
     traces = sorted((out / "traces").iterdir())
-    assert [path.stem for path in traces] == sorted(found.records)
+    assert [path.stem for path in traces] == sorted(run.records)
     for path in traces:
         trace = json.loads(path.read_text())
         assert {e["pid"] for e in trace["traceEvents"]} == {0, 1}
@@ -185,9 +252,9 @@ def test_a_traced_run_writes_what_ranks_did(tmp_path: Path) -> None:
         }  # fmt: skip
         assert [line[:4] for line in trace["otherData"]["stragglers"]] == ["fwd:", "bwd:"]
     traces[0].unlink()
-    code, said = cpbench("run", file, "--out", out, "--trace")
+    code, output = cpbench("run", file, "--out", out, "--trace")
     assert code == 0
-    assert "1 of 2 cases are recorded" in said
+    assert "1 of 2 cases are recorded" in output
     assert traces[0].exists()
 
 
@@ -196,15 +263,15 @@ def test_profilers_wrap_one_case(tmp_path: Path) -> None:
     file.write_text(SWEEP)
     words = ("run", file, "--out", out, "--device", "cpu", "--where", "strategy=ring")
     bare = {"PATH": "/nowhere"}
-    code, said = cpbench(*words, "--profiler", "nsys", env=bare)
-    assert (code, said) == (2, "cpbench: --profiler nsys: there is no nsys on PATH; it comes with "
-                            "CUDA\n")  # fmt: skip
-    code, said = cpbench(*words, "--profiler", "ncu", env=bare)
-    assert (code, said.count("\n")) == (2, 1)
-    assert "needs --device cuda" in said
-    code, said = cpbench(*words[:4], "--profiler", "nsys")
+    code, output = cpbench(*words, "--profiler", "nsys", env=bare)
+    message = "cpbench: --profiler nsys: nsys is not on PATH; it comes with CUDA\n"
+    assert (code, output) == (2, message)
+    code, output = cpbench(*words, "--profiler", "ncu", env=bare)
+    assert (code, output.count("\n")) == (2, 1)
+    assert "needs --device cuda" in output
+    code, output = cpbench(*words[:4], "--profiler", "nsys")
     assert code == 2
-    assert "is for one case; these are 2" in said
+    assert "is for one case, not 2" in output
     assert not out.exists()
     stand_in = tmp_path / "bin" / "nsys"
     stand_in.parent.mkdir()
@@ -215,8 +282,8 @@ def test_profilers_wrap_one_case(tmp_path: Path) -> None:
     stand_in.chmod(0o755)
 
     env = {"PATH": f"{stand_in.parent}:{os.environ['PATH']}", "PYTHON": sys.executable}
-    code, said = cpbench(*words, "--profiler", "nsys", env=env)
-    assert code == 0, said
+    code, output = cpbench(*words, "--profiler", "nsys", env=env)
+    assert code == 0, output
     (profiled,) = (out / "profiles").iterdir()  # its times are not those of the case
     reports = sorted(profiled.glob("jobs/*/rank?.txt"))
     assert [path.name for path in reports] == ["rank0.txt", "rank1.txt"]

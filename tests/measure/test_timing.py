@@ -1,4 +1,4 @@
-"""Statistics, stopping, and what is timed and weighed."""
+"""Statistics, the stopping rule, FLOPs, peak memory and flags."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from cpbench import masks
 from cpbench.core.problem import Case, Problem
 from cpbench.core.settings import MeasureSettings
 from cpbench.measure.device import Cpu, open_device
-from cpbench.measure.timing import _go_on
+from cpbench.measure.timing import needs_more
 from cpbench.results.record import Record, median_interval, relative_half_width, slowest_us
 
 
-def test_the_interval_of_the_median_covers_it_as_often_as_it_says() -> None:
-    chance = random.Random(0)
+def test_the_confidence_interval_of_the_median_has_its_nominal_coverage() -> None:
+    rng = random.Random(0)
     covered = 0
     for _ in range(2000):
-        samples = sorted(chance.expovariate(1.0) for _ in range(25))
+        samples = sorted(rng.expovariate(1.0) for _ in range(25))
         interval = median_interval(samples)
         assert interval is not None
         low, high = interval
@@ -42,15 +42,15 @@ def test_the_slowest_rank_is_taken_in_each_phase_of_an_iteration() -> None:
     assert slowest_us(times, ("fwd",)) == [4.0, 5.0]
 
 
-def test_stopping_has_a_floor_a_ceiling_and_a_budget() -> None:
+def test_iterations_stop_by_precision_number_and_time() -> None:
     settings = MeasureSettings(min_iterations=8, max_iterations=20, max_seconds=5, precision=0.05)
     steady, noisy = [1.0] * 30, [1.0, 9.0] * 15
-    assert _go_on(steady[:7], 0, settings)
-    assert not _go_on(steady[:8], 0, settings)
-    assert _go_on(noisy[:8], 0, settings)
-    assert not _go_on(noisy[:20], 0, settings)
-    assert not _go_on(noisy[:8], 6, settings)
-    assert _go_on(noisy[:7], 6, settings)
+    assert needs_more(steady[:7], 0, settings)
+    assert not needs_more(steady[:8], 0, settings)
+    assert needs_more(noisy[:8], 0, settings)
+    assert not needs_more(noisy[:20], 0, settings)
+    assert not needs_more(noisy[:8], 6, settings)
+    assert needs_more(noisy[:7], 6, settings)
 
 
 def test_flops_follow_the_area() -> None:
@@ -71,34 +71,41 @@ def test_flops_follow_the_area() -> None:
     assert record.tflops_per_rank == pytest.approx(sum(flops.values()) / 4 / 8e-6 / 1e12)
 
 
-def test_peak_memory_counts_what_is_held_at_once() -> None:
+def test_peak_memory_is_of_simultaneous_allocations() -> None:
     device = Cpu(1, "wall")
 
     def work() -> torch.Tensor:
         a = torch.ones(1 << 18)  # 1 MiB
-        b = a + 1  # 2 MiB held
+        b = a + 1  # 2 MiB
         del a
-        c = b * 2  # still 2 MiB
+        c = b * 2  # 2 MiB again
         return c
 
     peak = device.peak_bytes(work)["peak"]
     assert 2 << 20 <= peak <= (2 << 20) + 4096
 
 
-def test_processor_time_shared_with_others_is_flagged(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shared_core_is_flagged(monkeypatch: pytest.MonkeyPatch) -> None:
     device = Cpu(1, "wall")
-    monkeypatch.setattr(device, "_canary_ratio", lambda: 1.0)
+    monkeypatch.setattr(device, "_reference_ratio", lambda: 1.0)
     device.time_us(lambda: time.sleep(0.05))  # waits as if descheduled
     assert device.flags(1) == ["contended"]
-    assert device.flags(1) == []  # each reading starts anew
+    assert device.flags(1) == []  # nothing has been timed since
+
+
+def test_wall_time_includes_waiting_and_cpu_time_does_not() -> None:
+    """The CPU time of a sleep does not depend on its length, nor on the load of the machine."""
+    wall_us, cpu_us = (Cpu(1, clock).time_us(lambda: time.sleep(0.3)) for clock in ("wall", "cpu"))
+    assert wall_us >= 300e3
+    assert cpu_us < 300e3
 
 
 def test_more_threads_than_cores_are_flagged() -> None:
     assert "oversubscribed" in Cpu(1, "wall").flags(4096)
 
 
-def test_an_unknown_device_is_named() -> None:
-    with pytest.raises(ValueError, match="no device 'tpu'; there are: cpu, cuda"):
+def test_an_unknown_device_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown device 'tpu'; available: cpu, cuda"):
         open_device("tpu", 0, 1)
 
 
@@ -109,24 +116,24 @@ def test_records_survive_json() -> None:
         times_us={"fwd": [[1.0] * 7]},
         errors={"small": {"out": {"rel_l2": 1e-7, "max_rms": 1e-6}}},
     )
-    again = Record.from_json(record.to_json())
-    assert again == record
-    assert again.worst_error == 1e-7
-    assert again.median_us == statistics.median([1.0] * 7)
+    restored = Record.from_json(record.to_json())
+    assert restored == record
+    assert restored.worst_error == 1e-7
+    assert restored.median_us == statistics.median([1.0] * 7)
 
 
 @pytest.mark.parametrize("value", [np.float64("nan"), -1.0, "fast", True])
-def test_settings_name_what_is_wrong(value: Any) -> None:
+def test_invalid_settings_are_named(value: Any) -> None:
     with pytest.raises(ValueError, match=r"measure\.precision"):
         MeasureSettings.from_table({"precision": value})
 
 
-def test_nvml_that_is_not_there_is_an_oserror_and_nothing_else_is_hidden() -> None:
+def test_missing_nvml_is_an_oserror() -> None:
     import ctypes.util
 
-    from cpbench.measure.device import _nvml
+    from cpbench.measure.device import _NvmlSession
 
     if ctypes.util.find_library("nvidia-ml"):
-        pytest.skip("NVML is here")
-    with pytest.raises(OSError, match="NVML"), _nvml(0):
+        pytest.skip("NVML is available")
+    with pytest.raises(OSError, match="NVML"), _NvmlSession(0):
         raise AssertionError("not reached")

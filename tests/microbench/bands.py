@@ -22,6 +22,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from cpbench.core.operator import QKV, BackwardInputs
+
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from cpbench.core.problem import Problem
@@ -77,8 +79,8 @@ def bands(problem: Problem, mask: AttnMask, tensors: list[torch.Tensor], backwar
     plan = operator.prepare(mask, problem, "cpu")
 
     def call() -> object:
-        out, lse = operator.forward(q, k, v, plan)
-        return operator.backward(dout, q, k, v, out, lse, plan) if backward else out
+        out, lse = operator.forward(QKV(q, k, v), plan)
+        return operator.backward(BackwardInputs(dout, q, k, v, out, lse), plan) if backward else out
 
     return call
 

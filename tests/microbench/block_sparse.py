@@ -21,6 +21,8 @@ from pathlib import Path
 
 import torch
 
+from cpbench.core.operator import QKV, BackwardInputs
+
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from cpbench.core.problem import Problem
@@ -53,11 +55,11 @@ def contestants(mask: HeadMasks, with_flex: bool) -> Calls:
     )  # fmt: skip
     op = Bands()
     plan = op.prepare(mask, problem, "cpu")
-    out, lse = op.forward(q, k, v, plan)
+    out, lse = op.forward(QKV(q, k, v), plan)
     found: Calls = {
         "bands": (
-            lambda: op.forward(q, k, v, plan),
-            lambda: op.backward(dout, q, k, v, out, lse, plan),
+            lambda: op.forward(QKV(q, k, v), plan),
+            lambda: op.backward(BackwardInputs(dout, q, k, v, out, lse), plan),
         )
     }
     qt, kt, vt, dt = (x.transpose(1, 2).contiguous() for x in tensors)

@@ -22,7 +22,7 @@ from cpbench.core.spec import format_size
 from cpbench.measure.device import open_device
 from cpbench.parallel.comm import Control, TorchComm
 from cpbench.sweep import sweep_file
-from cpbench.worker.evaluate import Evaluation
+from cpbench.worker.evaluate import Evaluator
 
 HERE = Path(__file__).parent
 MASKS = ["causal", "sliding_window_causal:window=256", "causal_document:corpus=pile"]
@@ -100,7 +100,7 @@ def name_of(case: Case) -> str:
 
 
 @pytest.fixture(scope="session")
-def evaluation(request: pytest.FixtureRequest) -> Iterator[Evaluation]:
+def evaluator(request: pytest.FixtureRequest) -> Iterator[Evaluator]:
     """Evaluates cases in this process, as a worker of one rank would."""
     settings = request.config.stash[CHOSEN].settings
     name = _device()
@@ -108,7 +108,7 @@ def evaluation(request: pytest.FixtureRequest) -> Iterator[Evaluation]:
     store, hook = dist.HashStore(), sys.excepthook
     dist.init_process_group(device.backend, store=store, rank=0, world_size=1)
     try:
-        yield Evaluation(device, TorchComm(), Control(timeout_s=600.0), settings, 1, lambda _: None)
+        yield Evaluator(device, TorchComm(), Control(timeout_s=600.0), settings, 1, lambda _: None)
     finally:
         dist.destroy_process_group()
         sys.excepthook = hook  # torch's prefixes every line of what pytest-benchmark raises

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from cpbench.core.operator import QKV
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 import naive
@@ -45,7 +47,7 @@ def errors(
     def rank(comm: ThreadComm) -> dict[str, torch.Tensor]:
         work = Attention("bands", strategy, world, comm.rank, "cpu")
         q, k, v, dout = (dealt.shard(x, comm.rank) for x in whole)
-        out, _, saved = work.forward(q, k, v, comm)
+        out, _, saved = work.forward(QKV(q, k, v), comm)
         return dict(zip(TENSORS, (out, *work.backward(dout, saved, comm)), strict=True))
 
     ranks = run_threads(size, rank)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from cpbench.reports.compare.gate import judge
+from cpbench.reports.compare.gate import evaluate_gate
 from cpbench.reports.compare.verdicts import compare
 from cpbench.results.store import read_run
 
@@ -108,8 +108,8 @@ def main() -> None:
         for which, other in ((alarms, same), (found, slowed)):
             which.update(compare(base, other)["verdict"])
         total += len(base.records)
-        passed += judge(base, same, 0.05, 0.02).passed
-        stopped += not judge(base, slowed, 0.05, 0.02).passed
+        passed += evaluate_gate(base, same, 0.05, 0.02).passed
+        stopped += not evaluate_gate(base, slowed, 0.05, 0.02).passed
         wrong = alarms["SLOWER"] + alarms["FASTER"]
         print(f"after round {number + 1}: {total} cases a side")
         print(

@@ -35,6 +35,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from cpbench.core.operator import QKV, BackwardInputs
+
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from cpbench import masks
@@ -101,7 +103,7 @@ class Runner:
 
     def run(self, comm: TorchComm) -> list[torch.Tensor]:
         q, k, v, dout = self.inputs
-        out, _, saved = self.work.forward(q, k, v, comm, need_lse=False)
+        out, _, saved = self.work.forward(QKV(q, k, v), comm, need_lse=False)
         return [out, *self.work.backward(dout, saved, comm)]
 
 
@@ -111,7 +113,7 @@ def seconds(call: Any, control: Control) -> tuple[float, float]:
     begin, used = time.perf_counter(), time.process_time()
     call()
     took, used = time.perf_counter() - begin, time.process_time() - used
-    return control.slowest(took), control.slowest(used)
+    return control.max(took), control.max(used)
 
 
 def measure(options: argparse.Namespace, dtype: str, kind: str, rank: int) -> dict[str, Any]:
@@ -130,9 +132,9 @@ def measure(options: argparse.Namespace, dtype: str, kind: str, rank: int) -> di
     ]
     alone = BoundOperator.load(KERNEL, "cpu")
     one_rank = World.of(problem, mask, layouts.build("contiguous", tokens, 1))
-    plan = alone.prepare(one_rank.part([0], [0]))
-    out, lse = alone.forward(*whole[:3], plan)
-    want = [out, *alone.backward(whole[3], *whole[:3], out, lse, plan)]
+    plan = alone.prepare(one_rank.subproblem([0], [0]))
+    out, lse = alone.forward(QKV(*whole[:3]), plan)
+    want = [out, *alone.backward(BackwardInputs(whole[3], *whole[:3], out, lse), plan)]
 
     runners: dict[str, Runner] = {}
     refused: dict[str, str] = {}
@@ -154,7 +156,7 @@ def measure(options: argparse.Namespace, dtype: str, kind: str, rank: int) -> di
             float((x - y).norm() / y.norm())
             for x, y in zip(found, [runner.dealt.shard(x, rank) for x in want], strict=True)
         )
-        worst = max(control.gather(worst))
+        worst = max(control.all_gather(worst))
         if worst > WRONG[dtype]:
             wrong[who.label] = worst
         runners[who.label] = runner
@@ -167,12 +169,12 @@ def measure(options: argparse.Namespace, dtype: str, kind: str, rank: int) -> di
         ),
         masks.build("causal", tokens // 2), layouts.build("contiguous", tokens // 2, 1),
     )  # fmt: skip
-    canary_plan = alone.prepare(small.part([0], [0]))
+    canary_plan = alone.prepare(small.subproblem([0], [0]))
     times: dict[str, list[tuple[float, float]]] = {label: [] for label in runners}
     canary: list[float] = []
     order, draw = list(runners), random.Random(0)
     for _ in range(options.rounds):
-        sing = lambda: alone.forward(*short[:3], canary_plan)  # noqa: E731
+        sing = lambda: alone.forward(QKV(*short[:3]), canary_plan)  # noqa: E731
         lonely, _ = seconds(sing if rank == 0 else lambda: None, control)
         together, used = seconds(sing, control)
         canary.append(max(together / lonely, together / used))

@@ -71,14 +71,15 @@ class Paced:
     def prepare(self, mask, problem, device):
         return {ns} * 1e-9 * mask.area
 
-    def forward(self, q, k, v, plan):
+    def forward(self, qkv, plan):
+        q = qkv.q
         b, s, h, _ = q.shape
         time.sleep(plan * h)
         return q.new_zeros(q.shape), q.new_zeros((b, h, s)).float()
 
-    def backward(self, dout, q, k, v, out, lse, plan):
-        time.sleep(2.5 * plan * q.shape[2])
-        return tuple(x.new_zeros(x.shape) for x in (q, k, v))
+    def backward(self, x, plan):
+        time.sleep(2.5 * plan * x.q.shape[2])
+        return tuple(y.new_zeros(y.shape) for y in (x.q, x.k, x.v))
 
 OP = OperatorInfo(name="paced", summary="takes its time", source="-", load=Paced)
 '''
@@ -96,7 +97,7 @@ def measure(folder: Path, rate: str, text: str, where: list[str]) -> None:
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     cpbench = (sys.executable, "-m", "cpbench")
     with namespaces.namespaces(2, rate) as holders:
-        first, second = (namespaces.inside(holder) for holder in holders)
+        first, second = (namespaces.enter_command(holder) for holder in holders)
         on = ("--interface", "eth0")
         joined = subprocess.Popen(
             [*second, *cpbench, "join", "run", *on, "--patience", "60"], cwd=folder, env=env,
@@ -136,8 +137,8 @@ def main() -> None:
     parser.add_argument("--where", nargs="+", default=[], help="only such cases: strategy=ring")
     parser.add_argument("--folder", type=Path, help="keep the run here; one there is not rerun")
     given = parser.parse_args()
-    if namespaces.missing():
-        raise SystemExit(namespaces.missing())
+    if namespaces.missing_requirement():
+        raise SystemExit(namespaces.missing_requirement())
     folder = given.folder or Path(tempfile.mkdtemp(prefix="cpbench-shaped-"))
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "run").exists():

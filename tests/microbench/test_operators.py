@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cpbench.core.problem import Case
-from cpbench.worker.evaluate import Evaluation
+from cpbench.worker.evaluate import Evaluator
 
 _now_s = 0.0
 
@@ -20,8 +20,8 @@ def cpbench_clock() -> float:
 
 
 @pytest.mark.benchmark(timer=cpbench_clock)
-def test_operator(case: Case, evaluation: Evaluation, benchmark: Any) -> None:
-    record = evaluation.record(case)
+def test_operator(case: Case, evaluator: Evaluator, benchmark: Any) -> None:
+    record = evaluator.evaluate(case)
     if record.status == "unsupported":
         pytest.skip(record.reason or "")
     assert record.status == "ok", record.reason

@@ -1,4 +1,4 @@
-"""Layouts: who owns which tokens, and the exact areas between ranks."""
+"""Layouts: the assignment of tokens to ranks, and the exact areas between ranks."""
 
 from __future__ import annotations
 
@@ -29,27 +29,28 @@ def test_every_pair_of_ranks_equals_the_dense_mask(
     name: str, lengths: list[int], size: int
 ) -> None:
     mask = _documents(lengths)
-    dealt = layouts.build(name, mask.seq_q, size, mask)
-    dense = np.zeros((dealt.padded_len, dealt.padded_len), dtype=bool)
+    layout = layouts.build(name, mask.seq_q, size, mask)
+    dense = np.zeros((layout.padded_len, layout.padded_len), dtype=bool)
     dense[: mask.seq_q, : mask.seq_k] = mask.to_dense()
-    positions = [dealt.positions(rank) for rank in range(size)]
-    assert sorted(np.concatenate(positions)) == list(range(dealt.padded_len))
-    area = layouts.area_matrix(mask, dealt, dealt)
+    positions = [layout.positions(rank) for rank in range(size)]
+    assert sorted(np.concatenate(positions)) == list(range(layout.padded_len))
+    area = layouts.area_matrix(mask, layout, layout)
     for r in range(size):
         for s in range(size):
-            want = dense[np.ix_(positions[r], positions[s])]
-            assert area[r, s] == want.sum()
-            local = layouts.local_mask(mask, dealt, [r], dealt, [s])
-            assert np.array_equal(local.to_dense(), want)
-        everyone = np.concatenate(positions)
-        local = layouts.local_mask(mask, dealt, [r], dealt, range(size))
-        assert np.array_equal(local.to_dense(), dense[np.ix_(positions[r], everyone)])
-    backwards = list(range(size))[::-1]
-    merged = dealt.merged([backwards])
+            expected = dense[np.ix_(positions[r], positions[s])]
+            assert area[r, s] == expected.sum()
+            local = layouts.local_mask(mask, layout, [r], layout, [s])
+            assert np.array_equal(local.to_dense(), expected)
+        all_positions = np.concatenate(positions)
+        local = layouts.local_mask(mask, layout, [r], layout, range(size))
+        assert np.array_equal(local.to_dense(), dense[np.ix_(positions[r], all_positions)])
+    reversed_ranks = list(range(size))[::-1]
+    merged = layout.merged([reversed_ranks])
     assert np.array_equal(merged.positions(0), np.concatenate(positions[::-1]))
-    whole = layouts.local_mask(mask, merged, [0], merged, [0])
-    assert np.array_equal(whole.to_dense(), dense[np.ix_(merged.positions(0), merged.positions(0))])
-    assert whole.overlap_area() == 0
+    merged_mask = layouts.local_mask(mask, merged, [0], merged, [0])
+    expected = dense[np.ix_(merged.positions(0), merged.positions(0))]
+    assert np.array_equal(merged_mask.to_dense(), expected)
+    assert merged_mask.overlap_area() == 0
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -57,65 +58,69 @@ def test_every_pair_of_ranks_equals_the_dense_mask(
 def test_shard_and_unshard_are_inverse_and_pad_with_zeros(name: str, dtype: torch.dtype) -> None:
     # More tokens than bfloat16 has integers: an index must never pass through the data's dtype.
     x = torch.arange(2 * 1003 * 3).reshape(2, 1003, 3).to(dtype)
-    dealt = layouts.build(name, 1003, 4, masks.build("causal_document", 1003, doc_lens=[1000, 3]))
-    shards = [dealt.shard(x, rank) for rank in range(4)]
-    assert {shard.shape[1] for shard in shards} == {dealt.local_len}
-    assert torch.equal(dealt.unshard(shards), x)
+    layout = layouts.build(name, 1003, 4, masks.build("causal_document", 1003, doc_lens=[1000, 3]))
+    shards = [layout.shard(x, rank) for rank in range(4)]
+    assert {shard.shape[1] for shard in shards} == {layout.local_len}
+    assert torch.equal(layout.unshard(shards), x)
     for rank, shard in enumerate(shards):
-        padding = torch.as_tensor(dealt.positions(rank) >= 1003)
+        padding = torch.as_tensor(layout.positions(rank) >= 1003)
         assert not shard[:, padding].any()
 
 
 def test_zigzag_balances_causal_and_contiguous_does_not() -> None:
     mask = masks.build("causal", 4096)
-    zigzag, contiguous = (_work(name, mask, 8) for name in ("zigzag", "contiguous"))
+    zigzag, contiguous = (_areas(name, mask, 8) for name in ("zigzag", "contiguous"))
     assert zigzag.max() == zigzag.min()
     assert contiguous.max() / contiguous.mean() == pytest.approx(15 / 8, rel=0.01)
 
 
-def _work(name: str, mask: AttnMask, size: int) -> np.ndarray:
-    """Visible pairs of the queries of each rank."""
-    dealt = layouts.build(name, mask.seq_k, size, mask)
-    return layouts.area_matrix(mask, dealt, dealt).sum(1)
+def _areas(name: str, mask: AttnMask, size: int) -> np.ndarray:
+    """The visible pairs of the queries of each rank."""
+    layout = layouts.build(name, mask.seq_k, size, mask)
+    return layouts.area_matrix(mask, layout, layout).sum(1)
 
 
 def test_zigzag_in_every_document_balances_documents_that_do_not_divide() -> None:
     lengths = [1001, 67, 9, 2, 1500, 517, 1000]
     mask = masks.build("causal_document", sum(lengths), doc_lens=lengths)
-    whole, inside = (_work(name, mask, 4) for name in ("zigzag", "zigzag_document"))
-    assert inside.max() / inside.mean() < 1.01
-    assert whole.max() / whole.mean() > 1.15
-    dealt = layouts.build("zigzag_document", sum(lengths), 4, mask)
-    assert dealt.padded_len - sum(lengths) < 2 * 4  # no document is padded on its own
+    zigzag, per_document = (_areas(name, mask, 4) for name in ("zigzag", "zigzag_document"))
+    assert per_document.max() / per_document.mean() < 1.01
+    assert zigzag.max() / zigzag.mean() > 1.15
+    layout = layouts.build("zigzag_document", sum(lengths), 4, mask)
+    assert layout.padded_len - sum(lengths) < 2 * 4  # no document is padded individually
     assert mask.diagonal_blocks().tolist() == np.cumsum([0, *lengths[:-1]]).tolist()
 
 
 def test_zigzag_document_without_documents_is_zigzag() -> None:
     mask = masks.build("sliding_window_causal", 64, window=7)
-    one, other = (layouts.build(name, 64, 4, mask) for name in ("zigzag", "zigzag_document"))
+    zigzag, per_document = (
+        layouts.build(name, 64, 4, mask) for name in ("zigzag", "zigzag_document")
+    )
     for rank in range(4):
-        assert np.array_equal(one.positions(rank), other.positions(rank))
+        assert np.array_equal(zigzag.positions(rank), per_document.positions(rank))
 
 
-def test_zigzag_document_needs_a_mask_and_refuses_what_would_take_minutes() -> None:
-    with pytest.raises(ValueError, match="follows the documents of a mask: give the mask"):
+def test_zigzag_document_needs_a_mask_and_refuses_too_many_segments() -> None:
+    with pytest.raises(ValueError, match="depends on the documents of a mask: pass the mask"):
         layouts.build("zigzag_document", 64, 2)
     mask = masks.build("causal_document", 1 << 23, doc_lens=[1 << 12] * (1 << 11))
-    with pytest.raises(ValueError, match=r"2048 documents into \d+ pieces between 1024 ranks"):
+    with pytest.raises(
+        ValueError, match=r"2048 documents into \d+ pairs of segments on 1024 ranks"
+    ):
         layouts.build("zigzag_document", 1 << 23, 1024, mask)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_million_tokens_on_96_ranks_are_planned_without_loops_over_pairs(name: str) -> None:
     mask = masks.build("causal_document", 1 << 20, corpus="prolong64k", seed=0)
-    dealt = layouts.build(name, 1 << 20, 96, mask)
+    layout = layouts.build(name, 1 << 20, 96, mask)
     with cProfile.Profile() as profile:
-        area = layouts.area_matrix(mask, dealt, dealt)
+        area = layouts.area_matrix(mask, layout, layout)
     assert area.sum() == mask.area
     assert pstats.Stats(profile).total_calls < 400  # 9,216 pairs would need as many calls
 
 
-def test_unknown_layouts_and_parameters_name_what_there_is() -> None:
+def test_unknown_layouts_and_parameters_list_the_known_ones() -> None:
     with pytest.raises(
         ValueError, match="no layout 'spiral'; there are: contiguous, dispatch, striped, zigzag"
     ):

@@ -1,4 +1,4 @@
-"""Parts of the work as operators get them: cut down to the rectangle where anything is visible."""
+"""Subproblems as operators receive them: cropped to the rectangle of visible pairs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from threads import ThreadComm, run_threads
 
 from cpbench import masks
 from cpbench.api import Attention
+from cpbench.core.operator import QKV
 from cpbench.core.problem import Problem
 from cpbench.parallel import layout as layouts
 from cpbench.parallel.bound_operator import BoundOperator
@@ -38,29 +39,29 @@ def _world(layout: str, mask_text: str = "causal", size: int = 4) -> World:
 def test_a_step_of_a_causal_ring_is_native_to_any_flash_operator(
     layout: str, ranks: tuple[int, int], crop: tuple[int, ...] | None, kind: str
 ) -> None:
-    part = _world(layout).part([ranks[0]], [ranks[1]])
-    planned = BoundOperator.load("sdpa.cpu_flash", "cpu").prepare(part)
+    subproblem = _world(layout).subproblem([ranks[0]], [ranks[1]])
+    planned = BoundOperator.load("sdpa.cpu_flash", "cpu").prepare(subproblem)
     assert planned.crop == crop
-    hull = part.mask.hull
-    assert part.mask.crop(*hull).kind == kind
-    assert part.mask.crop(*hull).area == part.area == planned.area
+    hull = subproblem.mask.hull
+    assert subproblem.mask.crop(*hull).kind == kind
+    assert subproblem.mask.crop(*hull).area == subproblem.area == planned.area
 
 
 @pytest.mark.parametrize("strategy", ["ring", "burst", "distflash", "tile:rows=2", "tree"])
 @pytest.mark.parametrize("layout", ["zigzag", "striped", "contiguous"])
 @pytest.mark.parametrize("operator", ["sdpa.cpu_flash", "bands"])
-def test_cut_parts_add_up(strategy: str, layout: str, operator: str) -> None:
+def test_cropped_partial_results_add_up(strategy: str, layout: str, operator: str) -> None:
     world = _world(layout)
-    whole = naive.random_inputs(2, TOKENS, 4, 2, 16, torch.float32)
-    want = naive.attention(*whole, world.mask)
+    inputs = naive.random_inputs(2, TOKENS, 4, 2, 16, torch.float32)
+    expected = naive.attention(*inputs, world.mask)
 
     def rank(comm: ThreadComm) -> tuple[torch.Tensor, ...]:
         work = Attention(operator, strategy, world, comm.rank, "cpu")
-        q, k, v, dout = (world.keys.shard(x, comm.rank) for x in whole)
-        out, lse, saved = work.forward(q, k, v, comm)
+        q, k, v, dout = (world.keys.shard(x, comm.rank) for x in inputs)
+        out, lse, saved = work.forward(QKV(q, k, v), comm)
         return (out, lse.transpose(1, 2), *work.backward(dout, saved, comm))
 
     for name, shards in zip(naive.TENSORS, zip(*run_threads(4, rank), strict=True), strict=True):
-        found = world.keys.unshard(list(shards))
-        found = found.transpose(1, 2) if name == "lse" else found
-        assert naive.error(found, want[name]) < 2e-6, name
+        result = world.keys.unshard(list(shards))
+        result = result.transpose(1, 2) if name == "lse" else result
+        assert naive.error(result, expected[name]) < 2e-6, name

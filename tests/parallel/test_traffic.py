@@ -1,4 +1,4 @@
-"""Bytes: closed formulas, skipped steps, link classes, and traces of many ranks."""
+"""Traffic: closed formulas, skipped steps, bytes across nodes, and traces of many ranks."""
 
 from __future__ import annotations
 
@@ -29,26 +29,28 @@ def traces(
     tokens: int = 48,
     **changes: Any,
 ) -> list[RankTrace]:
-    """Of every rank; they agree."""
+    """The traces of all ranks, whose checksums match."""
     values = {"batch": 2, "heads_q": 24, "heads_kv": 2, "head_dim": 16, "dtype": "bfloat16"}
     problem = Problem(seq_q=tokens, seq_k=tokens, **{**values, **changes})
     mask = masks.build(mask_text, tokens)
     world = World.of(problem, mask, build_layout(layout, tokens, size, mask), nodes, placement)
     spec = Spec.parse(strategy)
-    made = implementation(strategy_info(spec.name), spec.kwargs)
-    assert made.unsupported(world) is None
-    found = [trace_rank(made, operator_info("bands"), world, rank) for rank in range(size)]
-    assert sum(trace.balance for trace in found) % MODULUS == 0
-    return found
+    implemented = implementation(strategy_info(spec.name), spec.kwargs)
+    assert implemented.unsupported(world) is None
+    operator = operator_info("bands")
+    ranks = [trace_rank(implemented, operator, world, rank) for rank in range(size)]
+    assert sum(trace.checksum for trace in ranks) % MODULUS == 0
+    return ranks
 
 
-def sent(found: list[RankTrace], phase: str) -> list[int]:
-    return [sum(trace.phases[phase].bytes_to) for trace in found]
+def sent(ranks: list[RankTrace], phase: str) -> list[int]:
+    """The bytes that every rank sends."""
+    return [sum(trace.phases[phase].bytes_to) for trace in ranks]
 
 
 def volumes(size: int, heads_kv: int = 2, tokens: int = 48) -> tuple[int, int, int]:
-    """Bytes of the queries of a rank, of its keys and values, and of a float32 for each query
-    and head."""
+    """The bytes of the local queries, of the local keys and values, and of a float32 per local
+    query and head."""
     problem = Problem(
         batch=2, seq_q=tokens, seq_k=tokens, heads_q=24, heads_kv=heads_kv, head_dim=16,
         dtype="bfloat16",
@@ -60,53 +62,53 @@ def volumes(size: int, heads_kv: int = 2, tokens: int = 48) -> tuple[int, int, i
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "zigzag_document", "striped"])
 @pytest.mark.parametrize("strategy", ["ring", "distflash", "ring_allgather"])
-def test_keys_that_travel(strategy: str, size: int, layout: str) -> None:
+def test_strategies_that_send_keys(strategy: str, size: int, layout: str) -> None:
     _, kv, _ = volumes(size)
     n = size - 1
-    found = traces(strategy, layout=layout, size=size)
-    assert sent(found, "fwd") == [n * kv] * size
-    assert sent(found, "bwd") == [n * kv + n * kv * 4 // 2] * size  # keys again, float32 gradients
+    ranks = traces(strategy, layout=layout, size=size)
+    assert sent(ranks, "fwd") == [n * kv] * size
+    assert sent(ranks, "bwd") == [n * kv + n * kv * 4 // 2] * size  # keys again, float32 gradients
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "dispatch"])
 @pytest.mark.parametrize("stages", [0, 1, 3])
-def test_dispatch_sends_what_is_seen(stages: int, layout: str, size: int) -> None:
-    """A full mask needs all keys, a causal one of runs of tokens half of them."""
+def test_dispatch_sends_visible_keys(stages: int, layout: str, size: int) -> None:
+    """A full mask requires all keys, a causal one with contiguous layout half of them."""
     _, kv, _ = volumes(size)
     n = size - 1
-    found = traces(f"dispatch:stages={stages}", layout=layout, size=size)
-    assert sent(found, "fwd") == [n * kv] * size
-    assert sent(found, "bwd") == [n * kv + n * kv * 4 // 2] * size
+    ranks = traces(f"dispatch:stages={stages}", layout=layout, size=size)
+    assert sent(ranks, "fwd") == [n * kv] * size
+    assert sent(ranks, "bwd") == [n * kv + n * kv * 4 // 2] * size
     causal = traces(f"dispatch:stages={stages}", "causal", layout="contiguous", size=size)
     assert sent(causal, "fwd") == [(n - rank) * kv for rank in range(size)]
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_ring_that_turns_round_sends_one_block_less(size: int) -> None:
+def test_a_reversed_ring_sends_one_block_less(size: int) -> None:
     _, kv, _ = volumes(size)
     n = size - 1
-    found = traces("ring_reverse", layout="zigzag", size=size)
-    assert sent(found, "fwd") == [n * kv] * size
-    assert sent(found, "bwd") == [(n - 1) * kv + n * kv * 4 // 2] * size
-    plain = traces("ring", "causal", size=size)  # contiguous: some rank needs not every block
+    ranks = traces("ring_reverse", layout="zigzag", size=size)
+    assert sent(ranks, "fwd") == [n * kv] * size
+    assert sent(ranks, "bwd") == [(n - 1) * kv + n * kv * 4 // 2] * size
+    plain = traces("ring", "causal", size=size)  # contiguous: not every rank needs every block
     assert sent(traces("ring_reverse", "causal", size=size), "bwd") == sent(plain, "bwd")
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_gradients_in_bfloat16_halve_what_comes_back(size: int) -> None:
+def test_gradients_in_bfloat16_halve_their_traffic(size: int) -> None:
     _, kv, _ = volumes(size)
-    found = traces("ring:grad_dtype=bfloat16", size=size)
-    assert sent(found, "bwd") == [2 * (size - 1) * kv] * size
+    ranks = traces("ring:grad_dtype=bfloat16", size=size)
+    assert sent(ranks, "bwd") == [2 * (size - 1) * kv] * size
 
 
 @pytest.mark.parametrize("stages", [1, 2])
-def test_stages_of_all_gather_move_the_same(stages: int) -> None:
+def test_stages_of_all_gather_send_the_same(stages: int) -> None:
     _, kv, _ = volumes(4)
-    found = traces(f"ring_allgather:stages={stages}")
-    assert sent(found, "fwd") == [3 * kv] * 4
-    assert found[0].phases["fwd"].messages == stages * 2 * 3
-    assert found[0].phases["fwd"].largest == kv // 2 // stages
+    ranks = traces(f"ring_allgather:stages={stages}")
+    assert sent(ranks, "fwd") == [3 * kv] * 4
+    assert ranks[0].phases["fwd"].messages == stages * 2 * 3
+    assert ranks[0].phases["fwd"].largest_message == kv // 2 // stages
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])  # two heads on three ranks are refused
@@ -114,9 +116,9 @@ def test_stages_of_all_gather_move_the_same(stages: int) -> None:
 def test_ulysses(size: int, chunks: int) -> None:
     q, kv, _ = volumes(size)
     replicated = kv * max(2, size) // 2  # two key/value heads on P ranks
-    found = traces(f"ulysses:chunks={chunks}", "causal", size=size)
-    assert sent(found, "fwd") == [(2 * q + replicated) * (size - 1) // size] * size
-    assert sent(found, "bwd") == sent(found, "fwd")
+    ranks = traces(f"ulysses:chunks={chunks}", "causal", size=size)
+    assert sent(ranks, "fwd") == [(2 * q + replicated) * (size - 1) // size] * size
+    assert sent(ranks, "bwd") == sent(ranks, "fwd")
 
 
 @pytest.mark.parametrize(("ulysses", "ring"), [(2, 2), (4, 2), (2, 4)])
@@ -125,32 +127,34 @@ def test_usp_and_loongtrain(strategy: str, ulysses: int, ring: int) -> None:
     size = ulysses * ring
     q, kv, _ = volumes(size)
     kv = kv * max(2, ulysses) // 2
-    found = traces(strategy.format(ulysses), size=size)
+    ranks = traces(strategy.format(ulysses), size=size)
     exchange = (2 * q + kv) * (ulysses - 1) // ulysses
-    assert sent(found, "fwd") == [exchange + (ring - 1) * kv] * size
-    assert sent(found, "bwd") == [exchange + 3 * (ring - 1) * kv] * size
+    assert sent(ranks, "fwd") == [exchange + (ring - 1) * kv] * size
+    assert sent(ranks, "bwd") == [exchange + 3 * (ring - 1) * kv] * size
 
 
 @pytest.mark.parametrize("window", [1, 2, 4, 8])
-def test_a_double_ring_moves_what_a_ring_does_and_less_across(window: int) -> None:
+def test_a_double_ring_sends_as_much_as_a_ring_and_less_across_nodes(window: int) -> None:
     _, kv, _ = volumes(8)
-    found = traces(f"ring:window={window}", size=8, nodes=window)
-    assert sent(found, "fwd") == [7 * kv] * 8
-    assert sent(found, "bwd") == [3 * 7 * kv] * 8
-    across = [_across(trace, rank, window, "fwd") for rank, trace in enumerate(found)]
-    assert across == [(8 // window - 1) * kv] * 8  # each window's keys cross once to each other
+    ranks = traces(f"ring:window={window}", size=8, nodes=window)
+    assert sent(ranks, "fwd") == [7 * kv] * 8
+    assert sent(ranks, "bwd") == [3 * 7 * kv] * 8
+    across = [_across(trace, rank, window, "fwd") for rank, trace in enumerate(ranks)]
+    assert (
+        across == [(8 // window - 1) * kv] * 8
+    )  # the keys of a window are sent once to each other window
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_burst_sends_queries_back(size: int) -> None:
+def test_burst_sends_queries_in_the_backward_pass(size: int) -> None:
     q, kv, row = volumes(size)
     n = size - 1
-    found = traces("burst", size=size)
-    assert sent(found, "fwd") == [n * kv] * size
-    assert sent(found, "bwd") == [n * (2 * q + 2 * row + 2 * q)] * size  # dq is float32
+    ranks = traces("burst", size=size)
+    assert sent(ranks, "fwd") == [n * kv] * size
+    assert sent(ranks, "bwd") == [n * (2 * q + 2 * row + 2 * q)] * size  # dq in float32
 
 
-def test_burst_wins_for_mha_and_loses_under_gqa() -> None:
+def test_burst_sends_less_for_mha_and_more_under_gqa() -> None:
     ratio = {}
     for heads_kv in (64, 8):
         shape = {"heads_q": 64, "heads_kv": heads_kv, "head_dim": 128, "batch": 1}
@@ -166,47 +170,49 @@ def test_burst_wins_for_mha_and_loses_under_gqa() -> None:
 def test_tile(rows: int, columns: int) -> None:
     size = rows * columns
     q, kv, row = volumes(size)
-    found = traces(f"tile:rows={rows}", size=size)
-    assert sent(found, "fwd") == [(rows - 1) * (2 * q + row) + (columns - 1) * kv] * size
+    ranks = traces(f"tile:rows={rows}", size=size)
+    assert sent(ranks, "fwd") == [(rows - 1) * (2 * q + row) + (columns - 1) * kv] * size
     back = (rows - 1) * (2 * q + 2 * row + 2 * q) + (columns - 1) * (kv + 2 * kv)
-    assert sent(found, "bwd") == [back] * size
+    assert sent(ranks, "bwd") == [back] * size
 
 
-def test_tile_grows_with_the_root_of_the_ranks() -> None:
+def test_tile_traffic_grows_with_the_root_of_the_ranks() -> None:
     volume = {}
     for size in (16, 64):
-        found = traces("tile", size=size, tokens=64 * size, heads_q=16, heads_kv=16)
-        volume[size] = sent(found, "fwd")[0]
+        ranks = traces("tile", size=size, tokens=64 * size, heads_q=16, heads_kv=16)
+        volume[size] = sent(ranks, "fwd")[0]
     assert volume[64] / volume[16] < 2.5  # a ring's grows 63 / 15 times
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_tree_moves_queries_only(size: int) -> None:
+def test_tree_sends_queries_only(size: int) -> None:
     q, _, row = volumes(size)
     n = size - 1
-    found = traces("tree", size=size)
+    ranks = traces("tree", size=size)
     # Queries to all; the largest lse by all-reduce; numerator and denominator in float32.
-    assert sent(found, "fwd") == [n * q + 2 * n * row + n * (2 * q + row)] * size
-    assert sent(found, "bwd") == [n * (2 * q + 2 * row) + n * 2 * q] * size
+    assert sent(ranks, "fwd") == [n * q + 2 * n * row + n * (2 * q + row)] * size
+    assert sent(ranks, "bwd") == [n * (2 * q + 2 * row) + n * 2 * q] * size
 
 
 @pytest.mark.parametrize(("nodes", "copies"), [(2, 1), (4, 2), (8, 4)])
 def test_hierarchical_sends_one_copy_of_the_keys_across(nodes: int, copies: int) -> None:
     size = 8
     _, kv, _ = volumes(size)
-    for strategy, more in (("hierarchical", 1), (f"usp:ulysses={nodes}", copies)):
-        found = traces(strategy, size=size, nodes=nodes)
+    for strategy, sent_copies in (("hierarchical", 1), (f"usp:ulysses={nodes}", copies)):
+        ranks = traces(strategy, size=size, nodes=nodes)
         for phase, times in (("fwd", 1), ("bwd", 3)):
-            across = [_across(trace, rank, nodes, phase) for rank, trace in enumerate(found)]
-            assert across == [(size // nodes - 1) * kv * more * times] * size
+            across = [_across(trace, rank, nodes, phase) for rank, trace in enumerate(ranks)]
+            assert across == [(size // nodes - 1) * kv * sent_copies * times] * size
 
 
 def test_placement_decides_what_crosses_nodes() -> None:
     crossing = {}
-    for place in ("", "ring"):
-        found = traces("usp:ulysses=4", size=16, nodes=4, placement=place, tokens=256)
-        crossing[place] = sum(_across(trace, rank, 4, "fwd") for rank, trace in enumerate(found))
-        assert len(set(sent(found, "fwd"))) == 1
+    for placement in ("", "ring"):
+        ranks = traces("usp:ulysses=4", size=16, nodes=4, placement=placement, tokens=256)
+        crossing[placement] = sum(
+            _across(trace, rank, 4, "fwd") for rank, trace in enumerate(ranks)
+        )
+        assert len(set(sent(ranks, "fwd"))) == 1
     q, kv, _ = volumes(16, tokens=256)
     assert crossing[""] == 16 * 3 * 2 * kv  # the ring alone, two copies of each head
     assert crossing["ring"] == 16 * (2 * q + 2 * kv) * 3 // 4  # the all-to-all
@@ -220,38 +226,38 @@ def _across(trace: RankTrace, rank: int, nodes: int, phase: str) -> int:
 
 def test_ring_skips_steps_that_the_mask_leaves_empty() -> None:
     _, kv, _ = volumes(4)
-    found = traces("ring", "causal")
-    # Keys of rank s go on to ranks s+1 … 3 only: rank r sends its own and those before it.
-    assert sent(found, "fwd") == [kv, 2 * kv, 3 * kv, 0]
+    ranks = traces("ring", "causal")
+    # Keys of rank s are sent on to ranks s+1 … 3 only: rank r sends its own and those before.
+    assert sent(ranks, "fwd") == [kv, 2 * kv, 3 * kv, 0]
     # Two documents on two ranks each: keys never leave the pair.
-    found = traces("ring", "causal_document:doc_lens=[24,24]")
-    assert sent(found, "fwd") == [kv, 0, kv, 0]
-    # The gradient of a pair's keys goes home in one hop, in float32.
-    assert sent(found, "bwd") == [kv, 2 * kv, kv, 2 * kv]
+    ranks = traces("ring", "causal_document:doc_lens=[24,24]")
+    assert sent(ranks, "fwd") == [kv, 0, kv, 0]
+    # The gradient of a pair's keys returns in one hop, in float32.
+    assert sent(ranks, "bwd") == [kv, 2 * kv, kv, 2 * kv]
 
 
 def test_idle_ranks_help_under_distflash() -> None:
-    alone, helped = (
+    ring, distflash = (
         [trace.phases["fwd"].pairs for trace in traces(s, "causal", size=8, tokens=4096)]
         for s in ("ring", "distflash")
     )
-    assert sum(alone) == sum(helped)
-    assert max(alone) / (sum(alone) / 8) == pytest.approx(15 / 8, rel=0.01)
-    assert max(helped) / (sum(helped) / 8) < 1.2
+    assert sum(ring) == sum(distflash)
+    assert max(ring) / (sum(ring) / 8) == pytest.approx(15 / 8, rel=0.01)
+    assert max(distflash) / (sum(distflash) / 8) < 1.2
 
 
 @functools.cache
 def _large(strategy: str) -> tuple[list[RankTrace], float]:
-    begun = time.process_time()
-    found = traces(
+    start = time.process_time()
+    ranks = traces(
         strategy, "causal_document:corpus=prolong64k,seed=0", "zigzag", size=128, nodes=8,
         tokens=1 << 20, heads_q=64, heads_kv=8, head_dim=128, batch=1,
     )  # fmt: skip
-    return found, time.process_time() - begun
+    return ranks, time.process_time() - start
 
 
 @pytest.mark.parametrize("strategy", ["ring", "usp", "tile", "distflash"])
-def test_many_ranks_are_traced_with_the_whole_area(strategy: str) -> None:
-    found, _ = _large(strategy)
+def test_traces_of_many_ranks_cover_the_whole_area(strategy: str) -> None:
+    ranks, _ = _large(strategy)
     mask = masks.build("causal_document:corpus=prolong64k,seed=0", 1 << 20)
-    assert sum(trace.phases["fwd"].pairs for trace in found) == 64 * mask.area
+    assert sum(trace.phases["fwd"].pairs for trace in ranks) == 64 * mask.area

@@ -1,4 +1,4 @@
-"""Figures from records made here: what is drawn, what is refused, and that names stay names."""
+"""Figures of synthetic records: contents, error messages, and hostile names."""
 
 from __future__ import annotations
 
@@ -23,98 +23,99 @@ from matplotlib.transforms import Bbox
 
 from cpbench.cli.options import PlotKind
 from cpbench.core.spec import Spec
-from cpbench.reports.collection import Collection, together
+from cpbench.reports.collection import Collection, merge_runs
 from cpbench.reports.figures import draw as figures
 from cpbench.reports.figures import kinds as figure_kinds
-from cpbench.reports.figures.sheet import decades
+from cpbench.reports.figures.sheet import set_log10_ticks
 from cpbench.results.record import Record
 
 PILE = "causal_document:corpus=pile"
 MACHINE = {"host": "node", "processor": "some", "memory_bytes": 64 * 10**9,
            "peaks": {"float32": 2.0, "copy_gb_s": 100.0}}  # fmt: skip
 AXES = {
-    "throughput": ("tokens", "TFLOP/s of a rank"),
-    "memory": ("tokens", "peak MB of a rank", "device limit 32.0 GB"),
+    "throughput": ("tokens", "TFLOP/s per rank"),
+    "memory": ("tokens", "peak MB, max per rank", "device limit 32.0 GB"),
     "scaling": ("ranks", "strong scaling", "weak scaling", "efficiency, %"),
     "heatmap": ("tokens", "ranks"),
-    "pareto": ("ms at 4k tokens", "peak MB of a rank", "front"),
-    "quality": ("ms at 4k tokens", "recovered attention, %", "front"),
-    "roofline": ("FLOPs for each byte", "TFLOP/s of a rank", "matrix products 2.00 TFLOP/s",
-                 "copies 100 GB/s"),
+    "pareto": ("ms at 4k tokens", "peak MB, max per rank", "Pareto front"),
+    "quality": ("ms at 4k tokens", "attention recall, %", "Pareto front"),
+    "roofline": ("FLOPs per byte", "TFLOP/s per rank", "matrix product 2.00 TFLOP/s",
+                 "copy 100 GB/s"),
     "timeline": ("minutes since the start", "gang-1"),
 }  # fmt: skip
 HOSTILE = "<b>$x_1$ & %"
 
 
-def case(operator: str, ms: float | None = None, tflops: float = 0.5, **given: Any) -> Record:
-    """A record on ``MACHINE`` with everything that some figure shows; a failure without ``ms``."""
-    given.setdefault("status", "ok" if ms else "crash")
-    peak = given.pop("peak_mb", 10.0)
-    made = record(operator, ms, environment="e", **given)
-    made.started = made.started or 1e9
-    made.seconds, made.writer = made.seconds or 30.0, made.writer or "gang-1"
+def case(operator: str, ms: float | None = None, tflops: float = 0.5, **fields: Any) -> Record:
+    """A record on ``MACHINE`` with all that figures show; a failure without ``ms``."""
+    fields.setdefault("status", "ok" if ms else "crash")
+    peak = fields.pop("peak_mb", 10.0)
+    case_record = record(operator, ms, environment="e", **fields)
+    case_record.started = case_record.started or 1e9
+    case_record.seconds = case_record.seconds or 30.0
+    case_record.writer = case_record.writer or "gang-1"
     if ms:
-        made.flops = {"fwd": round(tflops * ms * 1e9 * made.case.world_size)}
-        made.memory_bytes = {"peak": [round(peak * 1e6)] * made.case.world_size}
-    return made
+        world_size = case_record.case.world_size
+        case_record.flops = {"fwd": round(tflops * ms * 1e9 * world_size)}
+        case_record.memory_bytes = {"peak": [round(peak * 1e6)] * world_size}
+    return case_record
 
 
 def collection(*records: Record, **environment: Any) -> Collection:
     run = run_of(*records)
-    # Two ranks on the host, so that each has half of its memory.
-    told = MACHINE | {"ranks": [{"host": "node"}] * 2} | environment
-    run.environments = {"e": {"id": "e", **told}}
-    return together({"night": run})
+    # Two ranks on the host: each has half of its memory.
+    facts = MACHINE | {"ranks": [{"host": "node"}] * 2} | environment
+    run.environments = {"e": {"id": "e", **facts}}
+    return merge_runs({"night": run})
 
 
-def several(kind: str = "") -> Collection:
-    """Something for every kind; of one that shows them, operators that choose too."""
-    made = []
+def varied(kind: str = "") -> Collection:
+    """Cases for every kind of figure; for ``quality`` also selectors."""
+    records = []
     for mask in ("causal", f"{PILE},seed=0", f"{PILE},seed=1"):
         for n, ms in ((1024, 1.0), (4096, 9.0)):
-            made += [case("bands", ms, 1.2, mask=mask, seq_len=n, started=1e9 + 60 + ms),
+            records += [case("bands", ms, 1.2, mask=mask, seq_len=n, started=1e9 + 60 + ms),
                      case("sdpa.math", 2 * ms, mask=mask, seq_len=n, peak_mb=n / 50),
                      case("bands", ms, mask=mask, seq_len=n, strategy="ring", world_size=2),
                      case("bands", ms, mask=mask, seq_len=n, strategy="ring", world_size=4,
                           layout="zigzag")]  # fmt: skip
-        made.append(case("sdpa.math", mask=mask, seq_len=16384, status="oom", reason="no room"))
+        records.append(case("sdpa.math", mask=mask, seq_len=16384, status="oom", reason="no room"))
         if kind == "quality":
-            made += [chosen("moba", ms, 0.4, mask=mask, seq_len=n)
+            records += [selector_case("moba", ms, 0.4, mask=mask, seq_len=n)
                      for n, ms in ((1024, 0.5), (4096, 2.0))]  # fmt: skip
-    return collection(*made)
+    return collection(*records)
 
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Figure]:
-    """Draws a figure and hands it out instead of writing it."""
+    """Draws a figure and returns it instead of writing it."""
 
-    def draw(kind: str, found: Collection, *where: str) -> Figure:
-        kept: list[Figure] = []
-        monkeypatch.setattr(figures, "_save", lambda figure, path: kept.append(figure))
-        figures.draw(found, kind, Path("x.svg"), where)
+    def draw(kind: str, cases: Collection, *where: str) -> Figure:
+        saved: list[Figure] = []
+        monkeypatch.setattr(figures, "_save", lambda figure, path: saved.append(figure))
+        figures.draw(cases, kind, Path("x.svg"), where)
         monkeypatch.undo()
-        return kept[0]
+        return saved[0]
 
     return draw
 
 
-def texts(path: Path) -> list[str]:
-    """Of an SVG."""
+def svg_texts(path: Path) -> list[str]:
     root = ET.fromstring(path.read_text(encoding="utf-8"))
     return ["".join(e.itertext()) for e in root.iter("{http://www.w3.org/2000/svg}text")]
 
 
 def points(axes: Axes) -> dict[str, dict[float, float]]:
     """By marker, y of each x."""
-    found: dict[str, dict[float, float]] = {}
+    ys_by_marker: dict[str, dict[float, float]] = {}
     for line in axes.lines:
         if line.get_marker() not in ("None", "", "|", "_", None):
             xs, ys = (np.asarray(values, dtype=float).tolist() for values in line.get_data())
-            found.setdefault(str(line.get_marker()), {}).update(zip(xs, ys, strict=True))
-    return found
+            ys_by_marker.setdefault(str(line.get_marker()), {}).update(zip(xs, ys, strict=True))
+    return ys_by_marker
 
 
-def bar(axes: Axes) -> list[float]:
+def error_bar(axes: Axes) -> list[float]:
     """Both ends of the only error bar."""
     (bars,) = axes.collections
     assert isinstance(bars, LineCollection)
@@ -126,54 +127,52 @@ def legend(figure: Figure) -> list[str]:
     return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
-def refused(found: Collection, kind: str, *where: str, path: str = "x.svg") -> str:
-    with pytest.raises(ValueError) as caught:
-        figures.draw(found, kind, Path(path), where)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+def error_message(cases: Collection, kind: str, *where: str, path: str = "x.svg") -> str:
+    with pytest.raises(ValueError) as error:
+        figures.draw(cases, kind, Path(path), where)
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
 @pytest.mark.parametrize("kind", figures.CHARTS)
 def test_every_kind_is_written(kind: str, tmp_path: Path) -> None:
-    found = several(kind)
+    cases = varied(kind)
     for suffix, start in ((".svg", b"<?xml"), (".png", b"\x89PNG"), (".pdf", b"%PDF")):
         path = tmp_path / f"figure{suffix}"
-        figures.draw(found, kind, path, [])
-        once = path.read_bytes()
-        assert once.startswith(start)
-        figures.draw(found, kind, path, [])
-        assert path.read_bytes() == once, "the same each time"
+        figures.draw(cases, kind, path, [])
+        content = path.read_bytes()
+        assert content.startswith(start)
+        figures.draw(cases, kind, path, [])
+        assert path.read_bytes() == content, "not deterministic"
     assert {item.name for item in tmp_path.iterdir()} == {"figure.svg", "figure.png", "figure.pdf"}
-    shown = texts(tmp_path / "figure.svg")
+    texts = svg_texts(tmp_path / "figure.svg")
     for label in AXES[kind]:
-        assert any(label in text for text in shown), label
+        assert any(label in text for text in texts), label
     names = {"ring/contiguous bands", "ring/zigzag bands"} if kind == "scaling" else {"bands"}
-    assert names <= set(shown)
+    assert names <= set(texts)
     if kind != "timeline":
-        assert {"causal", PILE} <= set(shown)
+        assert {"causal", PILE} <= set(texts)
 
 
-def shown(axes: Axes) -> list[Text]:
-    """Texts of a panel; an axis has labels of ticks outside of it, which are not drawn."""
-    around = [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts]
+def drawn_texts(axes: Axes) -> list[Text]:
+    """Texts of a panel, without labels of ticks outside of it, which are not drawn."""
+    texts = [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts]
     for axis, side, (low, high) in (
         (axes.xaxis, "labelbottom", axes.get_xlim()),
         (axes.yaxis, "labelleft", sorted(axes.get_ylim())),
     ):
         if axis.get_tick_params()[side]:
             ticks = zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=True)
-            around += [label for tick, label in ticks if low <= tick <= high]
-    return [text for text in around if text.get_text()]
+            texts += [label for tick, label in ticks if low <= tick <= high]
+    return [text for text in texts if text.get_text()]
 
 
 @pytest.mark.parametrize("kind", figures.CHARTS)
-def test_no_text_leaves_the_figure_or_meets_another(
-    kind: str, drawn: Callable[..., Figure]
-) -> None:
-    figure = drawn(kind, several(kind))
+def test_texts_do_not_overlap_or_leave_the_figure(kind: str, drawn: Callable[..., Figure]) -> None:
+    figure = drawn(kind, varied(kind))
     figure.draw_without_rendering()
-    written = [text for axes in figure.axes for text in shown(axes)]
-    boxes = [text.get_window_extent() for text in [*written, *figure.legends[0].get_texts()]]
+    texts = [text for axes in figure.axes for text in drawn_texts(axes)]
+    boxes = [text.get_window_extent() for text in [*texts, *figure.legends[0].get_texts()]]
     assert len(boxes) > 5
     whole = Bbox.union([figure.bbox, *boxes])
     assert whole.bounds == figure.bbox.bounds
@@ -182,29 +181,30 @@ def test_no_text_leaves_the_figure_or_meets_another(
 
 
 @pytest.mark.parametrize("kind", figures.CHARTS)
-def test_hostile_names_are_only_names(kind: str, tmp_path: Path) -> None:
-    made: list[Record] = []
+def test_hostile_names_are_drawn_as_text(kind: str, tmp_path: Path) -> None:
+    records: list[Record] = []
     for name in (HOSTILE, "_hidden", "a\x00b"):
         for ranks in (1, 2):
             for n in (1024, 2048):
-                one = case("x", 1.0 + len(made), seq_len=n, world_size=ranks, writer=HOSTILE,
-                           strategy="ring" if ranks > 1 else "single")  # fmt: skip
-                one.case = replace(one.case, operator=Spec(name), mask=Spec(HOSTILE))
-                made.append(one)
+                hostile = case("x", 1.0 + len(records), seq_len=n, world_size=ranks, writer=HOSTILE,
+                               strategy="ring" if ranks > 1 else "single")  # fmt: skip
+                hostile.case = replace(hostile.case, operator=Spec(name), mask=Spec(HOSTILE))
+                records.append(hostile)
     if kind == "quality":
-        for one in made[:4]:
-            one.flags, one.quality = ["approximate"], {"mass": 0.4}
-    figures.draw(collection(*made), kind, tmp_path / "x.svg", [])
-    figures.draw(collection(*made), kind, tmp_path / "x.png", [])
-    shown = texts(tmp_path / "x.svg")
-    assert HOSTILE in shown
+        for hostile in records[:4]:
+            hostile.flags, hostile.quality = ["approximate"], {"mass": 0.4}
+    figures.draw(collection(*records), kind, tmp_path / "x.svg", [])
+    figures.draw(collection(*records), kind, tmp_path / "x.png", [])
+    texts = svg_texts(tmp_path / "x.svg")
+    assert HOSTILE in texts
     if kind != "heatmap":
-        rest = "ring/contiguous " if kind == "scaling" else ""
-        assert {f"{rest}{HOSTILE}", f"{rest}_hidden", f"{rest}a�b"} <= set(shown)
+        prefix = "ring/contiguous " if kind == "scaling" else ""
+        names = (HOSTILE, "_hidden", "a�b")
+        assert {f"{prefix}{name}" for name in names} <= set(texts)
 
 
 def test_throughput(drawn: Callable[..., Figure]) -> None:
-    found = collection(
+    cases = collection(
         case("bands", 2.0, 4.0, noise=0.1),
         case("flex", status="crash", reason="x"),
         case("sdpa.math", status="unsupported", reason="x"),
@@ -212,37 +212,37 @@ def test_throughput(drawn: Callable[..., Figure]) -> None:
           for i, rate in enumerate((1.0, 2.0, 6.0))),
         case("bands", mask=f"{PILE},seed=3", seq_len=4096, status="timeout"),
     )  # fmt: skip
-    figure = drawn("throughput", found)
+    figure = drawn("throughput", cases)
     causal, pile = figure.axes
     assert points(causal) == {"o": {1024: pytest.approx(4.0)}, "s": {1024: 0}, "x": {1024: 0}}
-    ends = bar(causal)
+    ends = error_bar(causal)
     assert ends == pytest.approx([4 / 1.1, 4 / 0.9])
     assert [label.get_text() for label in causal.get_xticklabels()] == ["4k", "1k"]
-    assert bar(pile) == pytest.approx([1, 6])
+    assert error_bar(pile) == pytest.approx([1, 6])
     assert points(pile)["x"] == {4096: 0}
     assert legend(figure) == ["bands", "flex", "failed"]
     slow = drawn("throughput", collection(case("bands", 2.0, 0.5)))
-    assert slow.axes[0].get_ylabel() == "GFLOP/s of a rank"
+    assert slow.axes[0].get_ylabel() == "GFLOP/s per rank"
     assert points(slow.axes[0])["o"] == {1024: pytest.approx(500)}
 
 
 def test_memory(drawn: Callable[..., Figure]) -> None:
-    made = [case("bands", 1.0, peak_mb=50), case("flex", status="oom", reason="x", seq_len=4096),
+    records = [case("bands", 1.0, peak_mb=50), case("flex", status="oom", reason="x", seq_len=4096),
             case("sdpa.math", status="crash", seq_len=2048)]  # fmt: skip
-    (axes,) = drawn("memory", collection(*made)).axes
-    limit = 32_000.0  # of two ranks that share the host
+    (axes,) = drawn("memory", collection(*records)).axes
+    limit = 32_000.0  # per rank, of two on the host
     assert points(axes)["o"] == {1024: 50}
     assert points(axes)["x"] == {4096: limit}
     assert axes.get_yscale() == "log"
     assert axes.get_ylim()[1] > limit
-    (axes,) = drawn("memory", collection(*made, memory_bytes=None)).axes
+    (axes,) = drawn("memory", collection(*records, memory_bytes=None)).axes
     assert points(axes)["x"] == {4096: 50}
     assert not axes.texts
 
 
 def test_scaling(drawn: Callable[..., Figure]) -> None:
     ring: dict[str, Any] = {"strategy": "ring", "layout": "zigzag"}
-    made = [
+    records = [
         case("bands", 1.0, 4.0, seq_len=4096),
         case("bands", 1.0, 3.0, seq_len=4096, world_size=2, **ring),
         case("bands", 1.0, 1.0, seq_len=4096, world_size=4, **ring),
@@ -253,21 +253,23 @@ def test_scaling(drawn: Callable[..., Figure]) -> None:
         case("bands", 1.0, 9.0, seq_len=64, world_size=1),
         case("bands", 1.0, 9.0, seq_len=65536, world_size=2, **ring),
     ]
-    figure = drawn("scaling", collection(*made))
+    figure = drawn("scaling", collection(*records))
     strong, weak = figure.axes
     assert strong.get_title() == "causal\n4k tokens"
-    looks = dict(zip(legend(figure), figure.legends[0].get_lines(), strict=False))
-    bands, flex = (str(looks[f"ring/zigzag {name}"].get_marker()) for name in ("bands", "flex"))
+    handles = dict(zip(legend(figure), figure.legends[0].get_lines(), strict=False))
+    bands, flex = (str(handles[f"ring/zigzag {name}"].get_marker()) for name in ("bands", "flex"))
     assert points(strong)[bands] == {2: pytest.approx(75), 4: pytest.approx(25)}
     assert points(strong)[flex] == {2: pytest.approx(100), 4: pytest.approx(50), 8: 0}
     assert points(strong)["x"] == {8: 0}
-    assert weak.get_title() == "causal\n2k tokens a rank"
+    assert weak.get_title() == "causal\n2k tokens per rank"
     assert points(weak)[bands] == {2: pytest.approx(100), 4: pytest.approx(100)}
-    assert refused(collection(*made[:1], *made[-2:]), "scaling") == figure_kinds.NO_SCALING
+    assert (
+        error_message(collection(*records[:1], *records[-2:]), "scaling") == figure_kinds.NO_SCALING
+    )
 
 
 def test_heatmap(drawn: Callable[..., Figure]) -> None:
-    made = [
+    records = [
         case("bands", 2.0), case("flex", 3.0),
         case("bands", 2.0, seq_len=4096), case("flex", 2.01, seq_len=4096),
         case("bands", 2.0, strategy="ring", world_size=2),
@@ -275,7 +277,7 @@ def test_heatmap(drawn: Callable[..., Figure]) -> None:
         case("bands", 3.0, strategy="ring", world_size=4),
         case("bands", 2.0, strategy="ring", layout="zigzag", world_size=4),
     ]  # fmt: skip
-    figure = drawn("heatmap", collection(*made))
+    figure = drawn("heatmap", collection(*records))
     (axes,) = figure.axes
     cells = {text.get_position(): text.get_text() for text in axes.texts}
     assert cells == {
@@ -289,11 +291,11 @@ def test_heatmap(drawn: Callable[..., Figure]) -> None:
 
 
 def test_pareto(drawn: Callable[..., Figure]) -> None:
-    made = [
+    records = [
         case("a", 1.0, peak_mb=30), case("b", 2.0, peak_mb=20), case("c", 3.0, peak_mb=25),
         case("a", 9.0, peak_mb=99, seq_len=4096),
     ]  # fmt: skip
-    (axes,) = drawn("pareto", collection(*made)).axes
+    (axes,) = drawn("pareto", collection(*records)).axes
     front = np.asarray(axes.lines[0].get_xydata())
     assert axes.lines[0].get_drawstyle() == "steps-post"
     assert front[1:-1].tolist() == [[1, 30], [2, 20]]
@@ -301,50 +303,50 @@ def test_pareto(drawn: Callable[..., Figure]) -> None:
     assert axes.get_xlabel() == "ms at 1k tokens"
 
 
-def chosen(operator: str, ms: float, share: float, **given: Any) -> Record:
-    """A record of an operator that chooses."""
-    made = case(operator, ms, **given)
-    made.flags, made.quality = ["approximate"], {"mass": share, "density": share / 2}
-    return made
+def selector_case(operator: str, ms: float, recall: float, **fields: Any) -> Record:
+    case_record = case(operator, ms, **fields)
+    case_record.flags = ["approximate"]
+    case_record.quality = {"mass": recall, "density": recall / 2}
+    return case_record
 
 
 def test_quality(drawn: Callable[..., Figure]) -> None:
-    made = [
-        case("bands", 8.0), case("reference", 9.0), chosen("moba", 2.0, 0.5),
-        chosen("oracle", 20.0, 0.9), chosen("nsa", 1.0, 0.1),
+    records = [
+        case("bands", 8.0), case("reference", 9.0), selector_case("moba", 2.0, 0.5),
+        selector_case("oracle", 20.0, 0.9), selector_case("nsa", 1.0, 0.1),
     ]  # fmt: skip
-    (axes,) = drawn("quality", collection(*made)).axes
+    (axes,) = drawn("quality", collection(*records)).axes
     front = np.asarray(axes.lines[0].get_xydata())
     assert front[:-1].tolist() == [[1, 0], [1, 10], [2, 50], [8, 100]]
     assert front[-1, 1] == 100
-    assert {(x, y) for there in points(axes).values() for x, y in there.items()} == {
+    assert {(x, y) for ys in points(axes).values() for x, y in ys.items()} == {
         (8, 100), (9, 100), (2, 50), (20, 90), (1, 10)
     }  # fmt: skip
 
 
-def test_quality_needs_a_choice(drawn: Callable[..., Figure]) -> None:
-    with pytest.raises(ValueError, match="no operator that chooses"):
+def test_quality_needs_a_selector(drawn: Callable[..., Figure]) -> None:
+    with pytest.raises(ValueError, match="no selector"):
         drawn("quality", collection(case("bands", 8.0)))
 
 
 def test_roofline(drawn: Callable[..., Figure]) -> None:
-    one = case("bands", 1.0, 1.0)
-    (axes,) = drawn("roofline", collection(one)).axes
-    corner = np.asarray(axes.lines[0].get_xydata())[1]
-    assert corner.tolist() == pytest.approx([20, 2])  # 2 TFLOP/s over 0.1 TB/s
-    (row,) = collection(one).table.to_dict("records")
+    bands = case("bands", 1.0, 1.0)
+    (axes,) = drawn("roofline", collection(bands)).axes
+    ridge = np.asarray(axes.lines[0].get_xydata())[1]
+    assert ridge.tolist() == pytest.approx([20, 2])  # 2 TFLOP/s over 0.1 TB/s
+    (row,) = collection(bands).table.to_dict("records")
     assert points(axes)["o"] == {row["intensity"]: pytest.approx(1.0)}
     assert axes.get_xscale() == axes.get_yscale() == "log"
 
 
 def test_timeline(drawn: Callable[..., Figure]) -> None:
-    found = collection(
+    cases = collection(
         case("bands", 1.0, started=1e9, seconds=120),
         case("flex", started=1e9 + 180, seconds=60, writer="gang-2", reason="x"),
         case("bands", 1.0, seq_len=2048, started=1e9 + 120, seconds=60, flags=["throttled"]),
         case("bands", status="unsupported", seq_len=4096, started=1e9 + 181, seconds=0.001),
     )
-    figure = drawn("timeline", found)
+    figure = drawn("timeline", cases)
     (axes,) = figure.axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["gang-1", "gang-2"]
     spans = {}
@@ -355,15 +357,14 @@ def test_timeline(drawn: Callable[..., Figure]) -> None:
     assert set(spans) == {(3.01, 3.02), (0, 2), (2, 3), (3, 4)}
     assert spans[3, 4] == "xxxxxx"
     assert points(axes)["*"] == {2.5: pytest.approx(-0.43)}
-    assert legend(figure) == ["bands", "refused", "failed", "throttled"]
+    assert legend(figure) == ["bands", "unsupported", "failed", "throttled"]
 
 
 def test_each_launch_has_its_bar(drawn: Callable[..., Figure]) -> None:
     first, last = (case("bands", 1.0, started=1e9 + at, writer=f"gang-{at}") for at in (0, 90))
-    found = collection(last)
-    run = found.runs["night"]
+    run = collection(last).runs["night"]
     run.launches[last.case.id] = [first, last]
-    (axes,) = drawn("timeline", together({"night": run})).axes
+    (axes,) = drawn("timeline", merge_runs({"night": run})).axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["gang-0", "gang-90"]
     assert sum(len(bars.get_paths()) for bars in axes.collections) == 2
 
@@ -371,42 +372,43 @@ def test_each_launch_has_its_bar(drawn: Callable[..., Figure]) -> None:
 def test_the_problem_with_the_most_cases(
     drawn: Callable[..., Figure], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = collection(
+    cases = collection(
         case("bands", 1.0, 2.0, direction="fwd"),
         case("bands", 1.0, 2.0, direction="fwd", world_size=2),
         case("flex", 1.0, 2.0, direction="fwd"),
         case("bands", 1.0, 3.0, direction="bwd"),
     )
-    assert set(points(drawn("throughput", found).axes[0])) == {"o", "s"}
+    assert set(points(drawn("throughput", cases).axes[0])) == {"o", "s"}
     assert capsys.readouterr().err == (
-        "cpbench: of several, this is drawn: direction=fwd, world_size=1; --where chooses\n"
+        "cpbench: several problems match; drawn: direction=fwd, world_size=1; "
+        "select another with --where\n"
     )
     where = ("direction=fwd", "world_size=2")
-    assert legend(drawn("throughput", found, *where)) == ["single/contiguous bands"]
-    (axes,) = drawn("throughput", found, "direction=bwd").axes
+    assert legend(drawn("throughput", cases, *where)) == ["single/contiguous bands"]
+    (axes,) = drawn("throughput", cases, "direction=bwd").axes
     assert points(axes)["o"] == {1024: pytest.approx(3.0)}
     assert capsys.readouterr().err == ""
 
 
-def test_a_failure_that_nobody_placed_is_shown(drawn: Callable[..., Figure]) -> None:
-    dead = case("flex")
-    dead.environment = None
-    found = collection(
-        case("bands", 1.0, conditions={"clock": "wall"}), dead,
+def test_a_failure_on_an_unknown_machine_is_shown(drawn: Callable[..., Figure]) -> None:
+    crash = case("flex")
+    crash.environment = None
+    cases = collection(
+        case("bands", 1.0, conditions={"clock": "wall"}), crash,
         case("bands", 1.0, ranks_per_node=1),
         case("bands", 1.0, strategy="ring", world_size=2, ranks_per_node=2),
     )  # fmt: skip
-    assert legend(drawn("throughput", found, "world_size=1")) == ["bands", "flex", "failed"]
+    assert legend(drawn("throughput", cases, "world_size=1")) == ["bands", "flex", "failed"]
 
 
-def test_the_newest_of_each_case(
+def test_the_newest_record_of_each_case_is_drawn(
     drawn: Callable[..., Figure], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = [
+    records = [
         case("./op.py:f", 1.0, rate, started=1e9 + rate, content=(("./op.py:f", f"{rate}"),))
         for rate in (2.0, 3.0, 1.0)
     ]
-    (axes,) = drawn("throughput", collection(*made), "seed=0").axes
+    (axes,) = drawn("throughput", collection(*records), "seed=0").axes
     assert points(axes)["o"] == {1024: pytest.approx(3.0)}
     assert capsys.readouterr().err == "cpbench: 2 older measurements of the same cases left out\n"
 
@@ -420,14 +422,14 @@ def test_the_newest_of_each_case(
     ],
 )  # fmt: skip
 def test_where(where: str, markers: int, drawn: Callable[..., Figure]) -> None:
-    assert len(drawn("throughput", several(), where).axes) == markers
+    assert len(drawn("throughput", varied(), where).axes) == markers
 
 
 @pytest.mark.parametrize(
-    ("where", "says"),
+    ("where", "message"),
     [
         ("mask", "'mask' is not of the form key=value; keys: operator, strategy, layout, mask"),
-        ("colour=red", "no key 'colour'; there are: operator, strategy"),
+        ("colour=red", "no key 'colour'; keys: operator, strategy"),
         ("mask=full", f"no case has mask=full; mask is one of: causal, {PILE}"),
         ("seq_len=3k", "no case has seq_len=3k; seq_len is one of: 1k, 4k, 16k"),
         ("seq_len=x", "seq_len: 'x' is not a size"),
@@ -435,35 +437,37 @@ def test_where(where: str, markers: int, drawn: Callable[..., Figure]) -> None:
         ("operator=a:b", "no case has operator=a:b; operator is one of: bands, sdpa.math"),
     ],
 )
-def test_conditions_that_cannot_be_met(where: str, says: str) -> None:
-    assert refused(several(), "throughput", where).startswith(says)
+def test_conditions_that_cannot_be_met(where: str, message: str) -> None:
+    assert error_message(varied(), "throughput", where).startswith(message)
 
 
-def test_long_lists_of_what_is_there_are_cut() -> None:
-    found = collection(*(case("bands", 1.0, seed=seed) for seed in range(50)))
-    assert refused(found, "throughput", "seed=99").endswith("18, 19, and 30 more")
+def test_long_lists_of_values_are_cut() -> None:
+    cases = collection(*(case("bands", 1.0, seed=seed) for seed in range(50)))
+    assert error_message(cases, "throughput", "seed=99").endswith("18, 19, and 30 more")
 
 
 @pytest.mark.parametrize(
-    ("kind", "says"),
+    ("kind", "message"),
     [
         ("throughput", "no case is ok and timed: there is no throughput"),
-        ("memory", "no case has a peak memory or ran out of it"),
+        ("memory", "no case has a peak memory or is out of memory"),
         ("scaling", figure_kinds.NO_SCALING),
-        ("heatmap", "no case competes: none was exact, timed and checked"),
+        ("heatmap", "nothing to compare: no case was exact, timed and checked"),
         ("pareto", "no case has both a time and a peak memory"),
         ("roofline", "no timed case has measured peaks"),
-        ("timeline", "no case says when it started and how long it took"),
-        ("pie", "no kind 'pie' of figure; there are: throughput, memory"),
+        ("timeline", "no case has a start and a duration"),
+        ("pie", "no kind 'pie' of figure; kinds: throughput, memory"),
     ],
 )
-def test_nothing_to_draw(kind: str, says: str) -> None:
-    assert refused(together({"night": run_of(record("a", status="crash"))}), kind).startswith(says)
+def test_nothing_to_draw(kind: str, message: str) -> None:
+    assert error_message(
+        merge_runs({"night": run_of(record("a", status="crash"))}), kind
+    ).startswith(message)
 
 
 @pytest.mark.parametrize("path", ["x.gif", "x", "svg", "x.svg.gz"])
 def test_other_suffixes(path: str) -> None:
-    assert refused(several(), "memory", path=path) == (
+    assert error_message(varied(), "memory", path=path) == (
         f"-o {path}: a figure is written as .svg, .png, .pdf"
     )
 
@@ -474,31 +478,31 @@ def test_a_failed_write_leaves_the_old_file(
     path = tmp_path / "x.SVG"
     path.write_text("old")
 
-    def full(self: Path, target: Path) -> None:
+    def disk_full(self: Path, target: Path) -> None:
         raise OSError(28, "no space")
 
-    monkeypatch.setattr(Path, "replace", full)
+    monkeypatch.setattr(Path, "replace", disk_full)
     with pytest.raises(OSError, match="no space"):
-        figures.draw(several(), "memory", path, [])
+        figures.draw(varied(), "memory", path, [])
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_settings_of_the_user_neither_count_nor_change(tmp_path: Path) -> None:
-    figures.draw(several(), "pareto", tmp_path / "a.svg", [])
+def test_settings_of_the_user_are_ignored_and_kept(tmp_path: Path) -> None:
+    figures.draw(varied(), "pareto", tmp_path / "a.svg", [])
     with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red", "text.usetex": True}):
-        figures.draw(several(), "pareto", tmp_path / "b.svg", [])
+        figures.draw(varied(), "pareto", tmp_path / "b.svg", [])
         assert matplotlib.rcParams["font.size"] == 30
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
 
 
 def test_many_masks_methods_and_failures(drawn: Callable[..., Figure]) -> None:
-    made = [
+    records = [
         case(f"operator_{i}_of_a_long_name", None if i == j else 1.0 + i, seq_len=1024 << j,
              mask=f"sliding_window_causal:window={64 + k}")
         for i in range(12) for j in range(10) for k in range(7)
     ]  # fmt: skip
-    figure = drawn("throughput", collection(*made))
+    figure = drawn("throughput", collection(*records))
     assert len(figure.axes) == 7
     assert len(legend(figure)) == 13
     assert all(points(axes)["x"] for axes in figure.axes)
@@ -521,7 +525,7 @@ def test_many_masks_methods_and_failures(drawn: Callable[..., Figure]) -> None:
 def test_ticks(low: float, high: float, ends: tuple[float, float], labels: list[str]) -> None:
     axes = Figure().add_subplot()
     axes.set_yscale("log")
-    assert decades(axes.yaxis, low, high) == pytest.approx(ends)
+    assert set_log10_ticks(axes.yaxis, low, high) == pytest.approx(ends)
     assert [label.get_text() for label in axes.get_yticklabels()] == labels
 
 
@@ -536,9 +540,9 @@ def test_importing_loads_no_library() -> None:
 
 def test_no_pyplot(tmp_path: Path) -> None:
     before = "matplotlib.pyplot" in sys.modules
-    figures.draw(several(), "memory", tmp_path / "x.png", [])
+    figures.draw(varied(), "memory", tmp_path / "x.png", [])
     assert ("matplotlib.pyplot" in sys.modules) is before
 
 
-def test_the_command_line_knows_every_kind() -> None:
+def test_the_command_line_has_every_kind() -> None:
     assert [kind.value for kind in PlotKind] == list(figures.CHARTS)

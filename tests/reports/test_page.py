@@ -1,5 +1,4 @@
-"""The HTML page in a real browser: it opens without a complaint or a request, filters, hovers,
-shows samples, and shows hostile text as text."""
+"""The HTML page in a real browser: no errors or requests, filters, hover, samples, hostile text."""
 
 from __future__ import annotations
 
@@ -22,13 +21,13 @@ PILE = "causal_document:corpus=pile"
 LIMIT = 1 << 34
 
 
-def timed(operator: str, ms: float, **given: Any) -> Record:
-    """A record with all that a report shows."""
-    draw = random.Random(str((operator, ms)))
-    made = record(operator, **given)
+def timed(operator: str, ms: float, **fields: Any) -> Record:
+    """A record with everything that a report shows."""
+    noise = random.Random(str((operator, ms)))
+    made = record(operator, **fields)
     world = made.case.world_size
     made.times_us = {
-        phase: [[1e3 * share * ms * draw.gauss(1, 0.02) for _ in range(12)] for _ in range(world)]
+        phase: [[1e3 * share * ms * noise.gauss(1, 0.02) for _ in range(12)] for _ in range(world)]
         for phase, share in (("fwd", 0.3), ("bwd", 0.7))
     }
     made.flops = {"fwd": 2 * 10**9, "bwd": 5 * 10**9}
@@ -42,27 +41,27 @@ def timed(operator: str, ms: float, **given: Any) -> Record:
     return made
 
 
-def some() -> list[Record]:
-    found = []
+def sample_records() -> list[Record]:
+    records = []
     for i, length in enumerate((1024, 2048, 4096)):
         for operator, ms in (("bands", 2.0), ("sdpa.cpu_flash", 3.0)):
-            found.append(timed(operator, ms * 3**i, seq_len=length))
-            found += [
-                timed(operator, ms * 3**i + draw, seq_len=length, mask=f"{PILE},seed={draw}")
-                for draw in range(7)
+            records.append(timed(operator, ms * 3**i, seq_len=length))
+            records += [
+                timed(operator, ms * 3**i + seed, seq_len=length, mask=f"{PILE},seed={seed}")
+                for seed in range(7)
             ]
         for strategy in ("ring", "ulysses"):
             for world in (2, 4):
-                found.append(
+                records.append(
                     timed("bands", 3.0**i / world + 1, seq_len=length, strategy=strategy,
                           world_size=world)
                 )  # fmt: skip
-    found.append(
+    records.append(
         record("sdpa.math", seq_len=4096, status="oom", reason=ERROR, environment="e",
                log="jobs/x/rank0.log")
     )  # fmt: skip
-    found.append(record("flex", status="unsupported", reason="no <i>compiler</i>"))
-    return found
+    records.append(record("flex", status="unsupported", reason="no <i>compiler</i>"))
+    return records
 
 
 def run_directory(folder: Path, records: list[Record]) -> Path:
@@ -74,15 +73,15 @@ def run_directory(folder: Path, records: list[Record]) -> Path:
     (folder / "jobs" / "x" / "rank0.log").write_text(f"Traceback\n{ERROR}\nlast words\n")
     with RecordWriter(folder / "records" / "w.jsonl") as writer:
         writer.append(environment)
-        for made in records:
-            writer.append(made.to_json())
+        for case_record in records:
+            writer.append(case_record.to_json())
     return folder
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = run_directory(tmp_path_factory.mktemp("page") / "night <run>", some())
-    write.write(collect([folder]), folder / "report.html")
+    folder = run_directory(tmp_path_factory.mktemp("page") / "night <run>", sample_records())
+    write.write_page(collect([folder]), folder / "report.html")
     return folder / "report.html"
 
 
@@ -93,14 +92,14 @@ def captions(browser: Any, kind: str) -> list[str]:
     return [str(text) for text in browser.execute_script(script)]
 
 
-def drawn(browser: Any) -> None:
-    """Scroll to the charts: they are drawn when they come into sight."""
+def wait_for_charts(browser: Any) -> None:
+    """Scroll to the charts, which are drawn when they come into view, and wait."""
     browser.execute_script("document.getElementById('charts').scrollIntoView()")
     count = "return document.querySelectorAll('#chart-throughput .plot .points path').length"
     until(lambda: browser.execute_script(count))
 
 
-def choose(browser: Any, name: str, text: str) -> None:
+def select_option(browser: Any, name: str, text: str) -> None:
     browser.execute_script(
         "const s = document.querySelector(`select[name=${arguments[0]}]`);"
         "s.value = [...s.options].find(o => o.text === arguments[1]).value;"
@@ -109,17 +108,17 @@ def choose(browser: Any, name: str, text: str) -> None:
 
 
 def shown_rows(browser: Any) -> int:
-    words = str(browser.find_element("css selector", ".dt-info").text)
-    return int(words.split("of")[1].split()[0])
+    info = str(browser.find_element("css selector", ".dt-info").text)
+    return int(info.split("of")[1].split()[0])
 
 
-def test_the_page_is_whole_and_asks_for_nothing(report: Path) -> None:
+def test_the_page_is_complete_and_requests_nothing(report: Path) -> None:
     text = report.read_text()
     assert "http://" not in text.split('<script type="text/plain"')[0].split("<style>")[0]
     with opened(report) as browser:
         assert browser.title == "night <run>"  # nothing ran that was in the data
         assert browser.execute_script("return document.querySelectorAll('img[src=x]').length") == 0
-        drawn(browser)
+        wait_for_charts(browser)
         body = browser.find_element("css selector", "body").text
         assert f"{HOST}, x & y" in body
         assert "no <i>compiler</i>" in body
@@ -136,18 +135,18 @@ def test_filters(report: Path) -> None:
     with opened(report) as browser:
         assert captions(browser, "throughput") == ["causal, world size 1", f"{PILE}, world size 1"]
         assert captions(browser, "communication") == []
-        assert shown_rows(browser) == len(some())
-        choose(browser, "mask_family", PILE)
+        assert shown_rows(browser) == len(sample_records())
+        select_option(browser, "mask_family", PILE)
         assert captions(browser, "throughput") == [f"{PILE}, world size 1"]
         assert shown_rows(browser) == 42
-        choose(browser, "mask_family", "all")
-        choose(browser, "world_size", "4")
+        select_option(browser, "mask_family", "all")
+        select_option(browser, "world_size", "4")
         assert captions(browser, "throughput") == ["causal, world size 4"]
         assert captions(browser, "communication") == [
             "causal, 4k tokens, world size 4: plain inside a node, hatched across"
         ]
-        choose(browser, "pass", "its backward part")
-        assert captions(browser, "balance") == ["causal, 4k tokens, world size 4"]
+        select_option(browser, "pass", "backward phase")
+        assert captions(browser, "imbalance") == ["causal, 4k tokens, world size 4"]
         assert complaints(browser) == []
 
 
@@ -155,18 +154,18 @@ def test_hover_and_click(report: Path) -> None:
     from selenium.webdriver import ActionChains
 
     with opened(report) as browser:
-        drawn(browser)
+        wait_for_charts(browser)
         point = browser.find_element("css selector", "#chart-throughput .plot .points path.point")
         browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", point)
         chain = ActionChains(browser).move_to_element(point)
         chain.perform()
-        words = until(lambda: browser.execute_script(
+        hover_text = until(lambda: browser.execute_script(
             "return [...document.querySelectorAll('.hoverlayer text')]"
                 ".map(t => t.textContent).join(' ')"
         ))  # fmt: skip
-        assert "bands" in words
-        assert "1k tokens, world size 1" in words
-        assert "TFLOP/s" in words
+        assert "bands" in hover_text
+        assert "1k tokens, world size 1" in hover_text
+        assert "TFLOP/s" in hover_text
         chain.click().perform()
         until(lambda: browser.execute_script("return document.querySelector('dialog').open"))
         until(
@@ -183,10 +182,10 @@ def test_hover_and_click(report: Path) -> None:
 @pytest.mark.parametrize("width", [1300, 640])
 def test_nothing_is_wider_than_the_window(report: Path, width: int) -> None:
     with opened(report, width) as browser:
-        inside, there = browser.execute_script(
+        client_width, scroll_width = browser.execute_script(
             "const d = document.documentElement; return [d.clientWidth, d.scrollWidth]"
         )
-        assert there <= inside
+        assert scroll_width <= client_width
 
 
 def test_light_and_dark(report: Path) -> None:
@@ -196,19 +195,21 @@ def test_light_and_dark(report: Path) -> None:
     with opened(report, dark=True) as browser:
         assert browser.execute_script(script) != light
         ink = browser.execute_script("return getComputedStyle(document.body).color")
-        drawn(browser)
+        wait_for_charts(browser)
         tick = browser.execute_script(
             "return getComputedStyle(document.querySelector('.plot .xtick text')).fill"
         )
         assert tick == ink
 
 
-def test_many_samples_lie_beside_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(write, "INLINE", 10)
-    monkeypatch.setattr(write, "CHUNK", 5)
-    folder = run_directory(tmp_path / "run", some())
-    write.write(collect([folder]), tmp_path / "report.html")
-    assert len(list((tmp_path / "report_samples").iterdir())) == -(-len(some()) // 5)
+def test_many_samples_are_written_beside_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(write, "MAX_INLINE_SAMPLES", 10)
+    monkeypatch.setattr(write, "CHUNK_CASES", 5)
+    folder = run_directory(tmp_path / "run", sample_records())
+    write.write_page(collect([folder]), tmp_path / "report.html")
+    assert len(list((tmp_path / "report_samples").iterdir())) == -(-len(sample_records()) // 5)
     with opened(tmp_path / "report.html") as browser:
         browser.execute_script("document.querySelector('#table tbody tr:nth-child(7)').click()")
         until(
@@ -220,37 +221,38 @@ def test_many_samples_lie_beside_the_page(tmp_path: Path, monkeypatch: pytest.Mo
         assert requests(browser) <= {"file", "blob", "data"}
 
 
-def test_the_same_page_twice(report: Path, tmp_path: Path) -> None:
-    write.write(collect([report.parent]), tmp_path / "again.html")
+def test_the_page_is_deterministic(report: Path, tmp_path: Path) -> None:
+    write.write_page(collect([report.parent]), tmp_path / "again.html")
     assert (tmp_path / "again.html").read_bytes() == report.read_bytes()
 
 
 def test_a_missing_library_is_one_line() -> None:
     with pytest.raises(ValueError, match="pip install no_such_package"):
-        assets.library("no_such_package", "x.js")
+        assets.read_package_file("no_such_package", "x.js")
 
 
-def test_what_chooses_has_a_section_and_a_chart_of_its_own(tmp_path: Path, report: Path) -> None:
-    made = [timed("bands", 8.0), timed("moba", 2.0), timed("oracle", 20.0)]
-    for one, share in zip(made[1:], (0.4, 0.9), strict=True):
-        one.flags, one.quality = ["approximate"], {"mass": share, "density": 0.1, "out_error": 0.2}
-        one.parts_us = {part: [[100.0, 110.0]] for part in ("select", "plan", "kernel")}
-    folder = run_directory(tmp_path / "run", made)
-    write.write(collect([folder]), folder / "report.html")
+def test_selectors_have_their_own_section_and_chart(tmp_path: Path, report: Path) -> None:
+    records = [timed("bands", 8.0), timed("moba", 2.0), timed("oracle", 20.0)]
+    for selector, recall in zip(records[1:], (0.4, 0.9), strict=True):
+        selector.flags = ["approximate"]
+        selector.quality = {"mass": recall, "density": 0.1, "out_error": 0.2}
+        selector.parts_us = {part: [[100.0, 110.0]] for part in ("select", "plan", "kernel")}
+    folder = run_directory(tmp_path / "run", records)
+    write.write_page(collect([folder]), folder / "report.html")
     with opened(folder / "report.html") as browser:
-        drawn(browser)
+        wait_for_charts(browser)
         rows = browser.execute_script(
-            "return [...document.querySelectorAll('#choices tbody tr')].map(r => r.innerText)"
+            "return [...document.querySelectorAll('#selection tbody tr')].map(r => r.innerText)"
         )
         assert [row.split()[0] for row in rows[:2]] == ["oracle", "moba"]
-        best = browser.execute_script("return document.getElementById('best').innerText")
-        assert "bands" in best
-        assert "moba" not in best
+        fastest = browser.execute_script("return document.getElementById('fastest').innerText")
+        assert "bands" in fastest
+        assert "moba" not in fastest
         browser.execute_script("document.getElementById('chart-quality').scrollIntoView()")
         points = "return document.querySelectorAll('#chart-quality .plot .points path').length"
         assert until(lambda: browser.execute_script(points)) == 3
         assert complaints(browser) == []
-    with opened(report) as browser:  # nothing was chosen there
-        drawn(browser)
-        assert browser.execute_script("return document.getElementById('choices')") is None
+    with opened(report) as browser:  # without selectors
+        wait_for_charts(browser)
+        assert browser.execute_script("return document.getElementById('selection')") is None
         assert captions(browser, "quality") == []

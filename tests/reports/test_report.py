@@ -1,4 +1,4 @@
-"""Reports from records made here: who wins, what is a tie, and that nothing is lost or misread."""
+"""Reports of synthetic records: rankings, ties, sections, and lossless exports."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from made_records import record, section, shown, table_of
+from made_records import record, report_text, section_lines, table_of
 
 from cpbench.reports.columns import COLUMNS
 from cpbench.reports.frame import load
-from cpbench.reports.labels import significant
+from cpbench.reports.labels import three_digits
 from cpbench.reports.tables import render
 from cpbench.reports.tables.markup import MARKUPS
-from cpbench.reports.tables.summary import answers
-from cpbench.reports.tables.terminal import row_lines, wrapped
+from cpbench.reports.tables.summary import rank_methods
+from cpbench.reports.tables.terminal import row_lines, wrap_text
 
 
-def test_winner_and_lead() -> None:
-    (answer,) = answers(table_of(record("slow", 3.0), record("quick", 2.0), record("slower", 5.0)))
-    assert list(answer.ranking["operator"]) == ["quick", "slow", "slower"]
-    assert answer.lead == pytest.approx(1.5)
-    assert not answer.tie
+def test_fastest_and_lead() -> None:
+    table = table_of(record("slow", 3.0), record("quick", 2.0), record("slower", 5.0))
+    (ranking,) = rank_methods(table)
+    assert list(ranking.rows["operator"]) == ["quick", "slow", "slower"]
+    assert ranking.lead == pytest.approx(1.5)
+    assert not ranking.tie
 
 
 @pytest.mark.parametrize(
@@ -31,52 +32,54 @@ def test_winner_and_lead() -> None:
     [(2.0, 0.01, True), (2.03, 0.01, True), (2.05, 0.01, False), (2.05, 0.05, True)],
 )
 def test_tie_within_noise(ms: float, noise: float, tie: bool) -> None:
-    (answer,) = answers(table_of(record("a", 2.0, noise), record("b", ms, noise)))
-    assert answer.tie is tie
+    (ranking,) = rank_methods(table_of(record("a", 2.0, noise), record("b", ms, noise)))
+    assert ranking.tie is tie
 
 
 def test_unknown_noise_is_a_tie() -> None:
-    few = record("b", 9.0)
-    few.times_us = {"fwd": [[9e3, 9e3]]}
-    (answer,) = answers(table_of(record("a", 2.0), few))
-    assert answer.tie
+    two_samples = record("b", 9.0)
+    two_samples.times_us = {"fwd": [[9e3, 9e3]]}
+    (ranking,) = rank_methods(table_of(record("a", 2.0), two_samples))
+    assert ranking.tie
 
 
-def test_code_in_a_file_competes_and_data_in_a_file_makes_the_problem() -> None:
+def test_code_files_are_ranked_and_data_files_define_the_problem() -> None:
     mine = record("./mine.py:OP", 2.0, content=(("./mine.py:OP", "abc"),))
     table = table_of(mine, record("bands", 3.0))
-    (answer,) = answers(table)
-    assert list(answer.ranking["operator"]) == ["./mine.py:OP", "bands"]
-    assert list(answer.ranking["code"]) == ["abc", None]
+    (ranking,) = rank_methods(table)
+    assert list(ranking.rows["operator"]) == ["./mine.py:OP", "bands"]
+    assert list(ranking.rows["code"]) == ["abc", None]
     lengths = [record("bands", 1.0, content=(("lengths.json", digest),)) for digest in "xy"]
-    assert len(answers(table_of(*lengths))) == 2
+    assert len(rank_methods(table_of(*lengths))) == 2
 
 
-def test_exposed_communication_is_told_with_its_spread() -> None:
+def test_exposed_communication_has_a_spread() -> None:
     """100 ms, of which communication adds 20; alone it takes 80."""
-    ways = {"whole": [98e3, 100e3, 102e3], "compute": [80e3] * 3, "transfer": [80e3] * 3}
-    exposure = {way: {"fwd": [times, [1.0] * 3]} for way, times in ways.items()}
-    seen = record("bands", 100.0, strategy="ring", layout="zigzag", world_size=2)
-    seen.exposure_us = exposure
-    row = table_of(seen).iloc[0]
+    modes = {"whole": [98e3, 100e3, 102e3], "compute": [80e3] * 3, "transfer": [80e3] * 3}
+    ring = record("bands", 100.0, strategy="ring", layout="zigzag", world_size=2)
+    ring.exposure_us = {mode: {"fwd": [times, [1.0] * 3]} for mode, times in modes.items()}
+    row = table_of(ring).iloc[0]
     assert (row["compute_ms"], row["transfer_ms"], row["exposed_ms"]) == (80.0, 80.0, 20.0)
     assert row["exposed"] == pytest.approx(0.2)
     assert row["hidden"] == pytest.approx(0.75)
-    told = shown(seen)
-    assert "20±2" in told
-    assert "75" in told
-    seen.exposure_us["transfer"]["fwd"][0] = [4e3] * 3  # less than the noise: nobody can tell
-    assert pd.isna(table_of(seen).iloc[0]["hidden"])
+    text = report_text(ring)
+    assert "20±2" in text
+    assert "75" in text
+    ring.exposure_us["transfer"]["fwd"][0] = [4e3] * 3  # less than the noise: unknown
+    assert pd.isna(table_of(ring).iloc[0]["hidden"])
 
 
-def test_no_rival() -> None:
-    (answer,) = answers(table_of(record("a", 2.0), record("b", status="unsupported", reason="no")))
-    assert answer.lead is None
-    assert "no other" in section(shown(record("a", 2.0)), "Winners")[2]
+def test_uncontested() -> None:
+    (ranking,) = rank_methods(
+        table_of(record("a", 2.0), record("b", status="unsupported", reason="no"))
+    )
+    assert ranking.lead is None
+    lines = section_lines(report_text(record("a", 2.0)), "Fastest method per problem")
+    assert "uncontested" in lines[2]
 
 
-def test_each_problem_and_world_size_is_a_contest_of_its_own() -> None:
-    found = answers(
+def test_problems_and_world_sizes_are_ranked_separately() -> None:
+    rankings = rank_methods(
         table_of(
             record("a", 1.0),
             record("b", 2.0, seq_len=2048),
@@ -85,33 +88,35 @@ def test_each_problem_and_world_size_is_a_contest_of_its_own() -> None:
             record("e", 5.0, seed=1),
         )
     )
-    assert [len(answer.ranking) for answer in found] == [1] * 5
+    assert [len(ranking.rows) for ranking in rankings] == [1] * 5
 
 
-def test_the_slowest_rank_counts() -> None:
-    two = record("a", strategy="ring", world_size=2)
-    two.times_us = {"fwd": [[1e3] * 7, [4e3] * 7], "bwd": [[2e3] * 7, [1e3] * 7]}
-    (row,) = table_of(two).to_dict("records")
+def test_time_is_that_of_the_slowest_rank() -> None:
+    two_ranks = record("a", strategy="ring", world_size=2)
+    two_ranks.times_us = {"fwd": [[1e3] * 7, [4e3] * 7], "bwd": [[2e3] * 7, [1e3] * 7]}
+    (row,) = table_of(two_ranks).to_dict("records")
     assert (row["time_ms"], row["fwd_ms"], row["bwd_ms"]) == (6.0, 4.0, 2.0)
 
 
 def test_table() -> None:
-    text = shown(
+    text = report_text(
         record("quick", 2.0),
         record("slow", 3.0),
         record("alike", 3.01, seq_len=4096),
         record("same", 3.0, seq_len=4096),
     )
     assert "# night: 4 cases, 4 ok" in text
-    assert "Throughout: world size 1, fwd_bwd, float32, batch 1, 4:4 heads" in text
-    head, _, *rows = section(text, "Winners")
-    assert head.split() == ["mask", "tokens", "fastest", "ms", "GFLOP/s", "lead", "over"]
+    assert "Common to all cases: world size 1, fwd_bwd, float32, batch 1, 4:4 heads" in text
+    head, _, *rows = section_lines(text, "Fastest method per problem")
+    assert head.split() == ["mask", "tokens", "fastest", "ms", "GFLOP/s", "lead", "runner-up"]
     assert [row.split() for row in rows if row.startswith("causal")] == [
         ["causal", "1k", "quick", "2.00", "500", "1.50x", "slow"],
         ["causal", "4k", "same", "3.00", "333", "tie", "alike"],
     ]
-    assert "Of 2 problems: quick 1, ties 1." in text
-    assert [line.split()[0] for line in section(text, "All cases, fastest first") if line][:5] == [
+    assert "Of 2 problems: quick fastest in 1, 1 tie." in text
+    assert [line.split()[0] for line in section_lines(text, "All cases, fastest first") if line][
+        :5
+    ] == [
         "method",
         "------",
         "causal,",
@@ -123,7 +128,7 @@ def test_table() -> None:
 def test_a_long_mask_fits_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     mask = "global_sliding_window:num_global=64,window=1024"
-    text = shown(
+    text = report_text(
         *(
             record(
                 name, ms, mask=mask, strategy=strategy, world_size=4, layout="zigzag", dtype=dtype
@@ -133,72 +138,72 @@ def test_a_long_mask_fits_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
             for dtype in ("float32", "bfloat16")
         )
     )
-    for title in ("Winners", "All cases, fastest first"):
-        assert max(map(len, section(text, title))) <= 100
+    for title in ("Fastest method per problem", "All cases, fastest first"):
+        assert max(map(len, section_lines(text, title))) <= 100
     assert mask in text
 
 
-def test_caveats_are_told_once() -> None:
-    some = shown(record("a", 2.0, flags=["contended"]), record("b", 3.0))
-    assert some.count("contended") == 1
-    assert "Caveat *: 1 of 2 timed cases is contended" in some
-    rows = section(some, "All cases, fastest first")
+def test_caveats_are_listed_once() -> None:
+    one = report_text(record("a", 2.0, flags=["contended"]), record("b", 3.0))
+    assert one.count("contended") == 1
+    assert "Caveat *: 1 of 2 timed cases is contended" in one
+    rows = section_lines(one, "All cases, fastest first")
     assert ["*" in row for row in rows if row[:2] in ("a ", "b ")] == [True, False]
-    both = shown(record("a", 2.0, flags=["contended"]), record("b", 3.0, flags=["contended"]))
+    both = report_text(record("a", 2.0, flags=["contended"]), record("b", 3.0, flags=["contended"]))
     assert "Caveat: 2 of 2 timed cases are contended" in both
     assert "*" not in both
 
 
-def test_few_queries_beside_all_are_told_apart() -> None:
-    some = [record("a", 2.0), record("a", 1.0, queries=16)]
-    text = shown(*some)
-    assert [row.split()[:4] for row in section(text, "Winners")[:4:2]] == [
+def test_few_and_all_queries_are_distinguished() -> None:
+    records = [record("a", 2.0), record("a", 1.0, queries=16)]
+    text = report_text(*records)
+    assert [row.split()[:4] for row in section_lines(text, "Fastest method per problem")[:4:2]] == [
         ["mask", "tokens", "queries", "fastest"],
         ["causal", "1k", "all", "a"],
     ]
     assert "causal, 1k tokens, all queries\n" in text
     assert "causal, 1k tokens, last 16 queries\n" in text
-    md = section(shown(*some, form="md"), "Winners")[2:4]
+    md = section_lines(report_text(*records, form="md"), "Fastest method per problem")[2:4]
     assert [[cell.strip() for cell in row.split("|")[2:4]] for row in md] == [
         ["1k", "all"],
         ["1k", "last 16"],
     ]
-    drawn = [
+    seeded = [
         record("a", 1.0, mask=f"causal_document:corpus=pile,seed={seed}", queries=queries)
         for seed in (0, 1)
         for queries in (0, 16)
     ]
-    assert "causal_document:corpus=pile, 1k tokens, all queries\n" in shown(
-        *drawn, record("a", 1.0)
+    assert "causal_document:corpus=pile, 1k tokens, all queries\n" in report_text(
+        *seeded, record("a", 1.0)
     )
 
 
-def test_few_queries_throughout_are_told_once() -> None:
-    text = shown(record("a", 2.0, queries=16), record("b", 1.0, queries=16))
-    assert "Throughout: last 16 queries, world size 1" in text
+def test_common_queries_are_listed_once() -> None:
+    text = report_text(record("a", 2.0, queries=16), record("b", 1.0, queries=16))
+    assert "Common to all cases: last 16 queries, world size 1" in text
     assert text.count("queries") == 1
-    assert "queries" not in shown(record("a", 2.0), record("b", 1.0))
+    assert "queries" not in report_text(record("a", 2.0), record("b", 1.0))
 
 
-def test_failures_say_why_and_where() -> None:
+def test_failures_have_a_reason_and_a_log() -> None:
     crash = record("a", status="crash", reason="rank 1 was killed\nby SIGSEGV", log="jobs/x/r1.log")
-    text = shown(crash, record("b", 2.0), record("c", status="oom", reason="out of memory"))
-    lines = section(text, "Failed")
+    text = report_text(crash, record("b", 2.0), record("c", status="oom", reason="out of memory"))
+    lines = section_lines(text, "Failed")
     assert lines[:3] == [
         "crash    a, causal, 1k tokens, world size 1, fwd_bwd, float32, batch 1, 4:4 heads, "
         "head_dim 64, input seed 0",
         "         rank 1 was killed by SIGSEGV",
         "         log: results/night/jobs/x/r1.log",
     ]
-    assert "- **crash** a, causal" in shown(crash, form="md")
+    assert "- **crash** a, causal" in report_text(crash, form="md")
 
 
-def test_refusals_are_counted_by_reason() -> None:
-    text = shown(
+def test_unsupported_cases_are_counted_by_reason() -> None:
+    text = report_text(
         record("a", status="unsupported", reason="other", seed=3),
         *(record("a", status="unsupported", reason="too long", seq_len=n) for n in (1024, 2048)),
     )
-    assert [row.split() for row in section(text, "Refused")[2:4]] == [
+    assert [row.split() for row in section_lines(text, "Unsupported")[2:4]] == [
         ["a", "1", "other"],
         ["a", "2", "too", "long"],
     ]
@@ -206,13 +211,13 @@ def test_refusals_are_counted_by_reason() -> None:
 
 @pytest.mark.parametrize("form", render.FORMATS)
 def test_nothing_timed(form: str) -> None:
-    text = shown(record("a", status="unsupported", reason="no"), form=form)
+    text = report_text(record("a", status="unsupported", reason="no"), form=form)
     assert "unsupported" in text
     assert "nan" not in text.lower()
-    checked = shown(record("a"), form=form)
+    not_timed = report_text(record("a"), form=form)
     assert (
         form not in ("table", "md")
-        or "No case competes: none was exact, timed and checked." in checked
+        or "Nothing to compare: no case was exact, timed and checked." in not_timed
     )
 
 
@@ -225,8 +230,8 @@ def test_an_infinite_error_is_shown() -> None:
         }
     }
     assert table_of(wrong)["worst_error"].tolist() == [float("inf")]
-    assert "wrong" in shown(wrong)
-    assert json.loads(shown(wrong, form="json"))[0]["worst_error"] is None
+    assert "wrong" in report_text(wrong)
+    assert json.loads(report_text(wrong, form="json"))[0]["worst_error"] is None
 
 
 ROWS = (
@@ -240,19 +245,23 @@ ROWS = (
 def test_csv_round_trip() -> None:
     table = table_of(*ROWS)
     back = pd.read_csv(
-        io.StringIO(shown(*ROWS, form="csv")), dtype={"iterations": "Int64", "draw": "Int64"}
+        io.StringIO(report_text(*ROWS, form="csv")), dtype={"iterations": "Int64", "draw": "Int64"}
     )
     assert list(back.columns) == list(COLUMNS)
     for column in COLUMNS:
-        mine = table[column].replace("", None) if column in ("flags", "writer") else table[column]
-        assert mine.isna().tolist() == back[column].isna().tolist(), column
-        told, read = mine.dropna().tolist(), back[column].dropna().tolist()
-        assert read == (pytest.approx(told, rel=1e-14) if column.endswith("_ms") else told), column
+        written = table[column]
+        if column in ("flags", "writer"):
+            written = written.replace("", None)
+        assert written.isna().tolist() == back[column].isna().tolist(), column
+        expected, read = written.dropna().tolist(), back[column].dropna().tolist()
+        if column.endswith("_ms"):
+            expected = pytest.approx(expected, rel=1e-14)
+        assert read == expected, column
 
 
 def test_json_round_trip() -> None:
     table = table_of(*ROWS)
-    back = pd.DataFrame(json.loads(shown(*ROWS, form="json")), dtype=object)
+    back = pd.DataFrame(json.loads(report_text(*ROWS, form="json")), dtype=object)
     assert list(back.columns) == list(COLUMNS)
     for column in COLUMNS:
         assert table[column].isna().tolist() == back[column].isna().tolist(), column
@@ -260,7 +269,7 @@ def test_json_round_trip() -> None:
 
 
 def test_markdown_escapes() -> None:
-    text = shown(record("./a|b.py:op", 2.0), form="md") + shown(
+    text = report_text(record("./a|b.py:op", 2.0), form="md") + report_text(
         record("c", status="unsupported", reason="x | y * z `q` <b>"), form="md"
     )
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
@@ -273,10 +282,10 @@ def test_markdown_escapes() -> None:
 
 
 def test_columns_are_explained() -> None:
-    assert [line.split()[0] for line in render.columns().splitlines()] == list(COLUMNS)
+    assert [line.split()[0] for line in render.explain_columns().splitlines()] == list(COLUMNS)
 
 
-def test_load_refuses_what_is_no_run(tmp_path: Path) -> None:
+def test_load_rejects_other_folders(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="records"):
         load(tmp_path)
 
@@ -296,22 +305,33 @@ def test_load_refuses_what_is_no_run(tmp_path: Path) -> None:
     ],
 )
 def test_three_digits(value: float, text: str) -> None:
-    assert significant(value) == text
+    assert three_digits(value) == text
 
 
-def test_wrapped() -> None:
-    assert wrapped("a:b=1,c=2", 20) == ["a:b=1,c=2"]
-    assert wrapped("sliding_window:window=512,sinks=4", 16) == [
+def test_wrap_text() -> None:
+    assert wrap_text("a:b=1,c=2", 20) == ["a:b=1,c=2"]
+    assert wrap_text("sliding_window:window=512,sinks=4", 16) == [
         "sliding_window:",
         "window=512,",
         "sinks=4",
     ]
-    assert wrapped("one_word_that_is_long", 10) == ["one_word_", "that_is_", "long"]
-    assert wrapped("x" * 25, 10) == ["x" * 10, "x" * 10, "x" * 5]
-    assert wrapped("", 10) == [""]
+    assert wrap_text("one_word_that_is_long", 10) == ["one_word_", "that_is_", "long"]
+    assert wrap_text("x" * 25, 10) == ["x" * 10, "x" * 10, "x" * 5]
+    assert wrap_text("", 10) == [""]
 
 
 def test_row_lines() -> None:
     rows = [{"name": "a", "n": "1.5", "empty": ""}, {"name": "bb", "n": "10", "empty": ""}]
     assert row_lines(rows, 80) == [["name    n", "----  ---"], ["a     1.5"], ["bb     10"]]
     assert MARKUPS["table"].table([{"x": ["a", "b"]}]) == ["x", "---", "a b", ""]
+
+
+def test_headings_are_wrapped_before_texts() -> None:
+    rows = [{"name": "full:corpus=pile", "fastest on": "3"}]
+    assert row_lines(rows, 28) == [["name              fastest on", f"{'-' * 16}  {'-' * 10}"],
+                                   ["full:corpus=pile           3"]]  # fmt: skip
+    assert row_lines(rows, 25) == [["name              fastest", f"{'':16}       on",
+                                    f"{'-' * 16}  {'-' * 7}"],
+                                   ["full:corpus=pile        3"]]  # fmt: skip
+    assert row_lines(rows, 20)[1] == ["full:              3", "corpus=pile"]
+    assert max(map(len, row_lines(rows, 3)[0])) == 16  # words are not broken

@@ -1,4 +1,4 @@
-"""Files of a run directory: whole lines or none, read while they are written, damage survived."""
+"""Files of a run directory: atomic writes, reading while writing, damaged files."""
 
 from __future__ import annotations
 
@@ -11,35 +11,48 @@ import pytest
 
 from cpbench.core.problem import Case
 from cpbench.results.record import Record
-from cpbench.results.store import (Journal, Lines, RecordWriter, StoreError, Tail, check_writable, read_run, write_whole,)  # fmt: skip
+from cpbench.results.store import (  # fmt: skip
+    Journal,
+    JsonLinesWriter,
+    RecordWriter,
+    StoreError,
+    Tail,
+    check_writable,
+    read_run,
+    write_atomically,
+)
 
 
-def record(status: str = "ok", started: float = 1.0, seq_len: int = 64) -> Record:
+def make_record(status: str = "ok", started: float = 1.0, seq_len: int = 64) -> Record:
     return Record(case=Case(seq_len=seq_len), status=status, started=started)
 
 
-def write(path: Path, *records: Record) -> None:
+def write_records(path: Path, *records: Record) -> None:
     with RecordWriter(path) as writer:
-        for one in records:
-            writer.append(one.to_json())
+        for record in records:
+            writer.append(record.to_json())
 
 
 def test_the_newest_record_of_a_case_wins_whatever_the_file_order(tmp_path: Path) -> None:
-    write(tmp_path / "records/a.jsonl", record("ok", started=3.0))
-    write(tmp_path / "records/b.jsonl", record("oom", started=2.0), record("crash", started=1.0))
+    write_records(tmp_path / "records/a.jsonl", make_record("ok", started=3.0))
+    write_records(
+        tmp_path / "records/b.jsonl",
+        make_record("oom", started=2.0),
+        make_record("crash", started=1.0),
+    )
     run = read_run(tmp_path)
-    assert [found.status for found in run.records.values()] == ["ok"]
+    assert [record.status for record in run.records.values()] == ["ok"]
     assert not run.warnings
 
 
-def test_what_is_written_is_read_back(tmp_path: Path) -> None:
-    one = record()
-    one.times_us = {"fwd": [[1.5, 2.5], [3.0, 4.0]]}
-    write(tmp_path / "records/a.jsonl", one)
-    assert read_run(tmp_path).records == {one.case.id: one}
+def test_record_round_trip(tmp_path: Path) -> None:
+    record = make_record()
+    record.times_us = {"fwd": [[1.5, 2.5], [3.0, 4.0]]}
+    write_records(tmp_path / "records/a.jsonl", record)
+    assert read_run(tmp_path).records == {record.case.id: record}
 
 
-GOOD = json.dumps(record().to_json())
+GOOD = json.dumps(make_record().to_json())
 
 
 @pytest.mark.parametrize(
@@ -62,8 +75,8 @@ GOOD = json.dumps(record().to_json())
     ids=["torn", "blank", "list", "zeros", "deep", "bare", "no id", "newer", "empty", "status",
          "time", "no time", "case"],
 )  # fmt: skip
-def test_a_damaged_line_costs_itself_alone(tmp_path: Path, line: str, warning: str) -> None:
-    good = [json.dumps(record(seq_len=n).to_json()) for n in (1, 2)]
+def test_only_the_damaged_line_is_left_out(tmp_path: Path, line: str, warning: str) -> None:
+    good = [json.dumps(make_record(seq_len=n).to_json()) for n in (1, 2)]
     path = tmp_path / "records/a.jsonl"
     path.parent.mkdir()
     path.write_text("\n".join([good[0], line, good[1]]) + "\n")
@@ -74,7 +87,7 @@ def test_a_damaged_line_costs_itself_alone(tmp_path: Path, line: str, warning: s
     assert warning in run.warnings[0]
 
 
-def test_files_that_are_none_are_survived(tmp_path: Path) -> None:
+def test_unreadable_files_are_warnings(tmp_path: Path) -> None:
     (tmp_path / "records/folder.jsonl").mkdir(parents=True)
     (tmp_path / "records/empty.jsonl").touch()
     (tmp_path / "records/dangling.jsonl").symlink_to(tmp_path / "nowhere")
@@ -87,12 +100,12 @@ def test_files_that_are_none_are_survived(tmp_path: Path) -> None:
     assert not read_run(tmp_path / "nowhere").warnings
 
 
-def test_a_line_that_does_not_fit_leaves_no_trace(
+def test_a_line_that_does_not_fit_is_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "records/a.jsonl"
     writer, write_bytes = RecordWriter(path), os.write
-    writer.append(record(seq_len=1).to_json())
+    writer.append(make_record(seq_len=1).to_json())
     whole = path.read_bytes()
 
     def half(file: int, data: bytes) -> int:
@@ -102,44 +115,44 @@ def test_a_line_that_does_not_fit_leaves_no_trace(
 
     monkeypatch.setattr(os, "write", half)
     with pytest.raises(StoreError, match=r"a\.jsonl: No space left on device"):
-        writer.append(record(seq_len=2).to_json())
+        writer.append(make_record(seq_len=2).to_json())
     assert path.read_bytes() == whole
     monkeypatch.undo()
-    writer.append(record(seq_len=3).to_json())
+    writer.append(make_record(seq_len=3).to_json())
     writer.close()
     run = read_run(tmp_path)
     assert (len(run.records), run.warnings) == (2, [])
 
 
-def test_no_number_that_json_lacks_is_written(tmp_path: Path) -> None:
-    with Lines(tmp_path / "a", sync=False) as writer:
+def test_nan_is_not_written(tmp_path: Path) -> None:
+    with JsonLinesWriter(tmp_path / "a", sync=False) as writer:
         with pytest.raises(ValueError, match="JSON"):
             writer.append({"x": float("nan")})
     assert (tmp_path / "a").read_bytes() == b""
 
 
-def test_a_tail_reads_each_line_once_and_only_when_it_is_whole(tmp_path: Path) -> None:
+def test_a_tail_reads_each_complete_line_once(tmp_path: Path) -> None:
     path = tmp_path / "journal"
     tail = Tail(path)
     assert tail.read() == []  # not there yet
     journal = Journal(path)
     for event in ("boot", "start"):
         journal.note(event)
-    assert [note["event"] for note in tail.read()] == ["boot", "start"]
+    assert [event["event"] for event in tail.read()] == ["boot", "start"]
     assert tail.read() == []
     with open(path, "ab") as file:
-        for piece in (b'{"event": "ch', b'eck"}', b'\nnot json\n{"event": "do'):
-            file.write(piece)
+        for chunk in (b'{"event": "ch', b'eck"}', b'\nnot json\n{"event": "do'):
+            file.write(chunk)
             file.flush()
-            found = [note["event"] for note in tail.read()]
-            assert found == (["check"] if b"\n" in piece else [])
+            events = [event["event"] for event in tail.read()]
+            assert events == (["check"] if b"\n" in chunk else [])
         file.write(b'ne"}\n')
-    assert [note["event"] for note in tail.read()] == ["done"]
+    assert [event["event"] for event in tail.read()] == ["done"]
     journal.close()
 
 
-def test_a_tail_does_not_read_again_what_it_has_read(tmp_path: Path) -> None:
-    """A sweep of thousands of cases is followed in time that grows with what is new."""
+def test_a_tail_reads_only_appended_bytes(tmp_path: Path) -> None:
+    """Otherwise following a long sweep would take quadratic time."""
     path = tmp_path / "journal"
     tail = Tail(path)
     path.write_text('{"event": "old"}\n' * 1000)
@@ -148,23 +161,21 @@ def test_a_tail_does_not_read_again_what_it_has_read(tmp_path: Path) -> None:
     assert tail.read() == [{"event": "new"}]
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_atomic_replacement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "sweep.json"
-    write_whole(path, "old")
+    write_atomically(path, "old")
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "full")
 
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(OSError, match="full"):
-        write_whole(path, "new")
+        write_atomically(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_folder_that_cannot_be_written_is_noticed(tmp_path: Path) -> None:
+def test_check_writable(tmp_path: Path) -> None:
     check_writable(tmp_path)
     assert not list(tmp_path.iterdir())
     with pytest.raises(StoreError, match="No such file or directory"):

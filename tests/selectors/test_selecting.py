@@ -1,11 +1,11 @@
-"""Operators that choose: what is computed for a choice, causality, and what a selection says."""
+"""Selectors: computation for a given selection, causality, and the methods of selections."""
 
 from __future__ import annotations
 
 import gc
 from pathlib import Path
 
-import choosing as at
+import choosing
 import naive
 import pytest
 import torch
@@ -14,191 +14,194 @@ from choosing import BATCH, CASES, DIM, DOCUMENTS, HEADS_KV, HEADS_Q, IDS, TOKEN
 import cpbench
 from cpbench import masks
 from cpbench.core import registry
-from cpbench.core.operator import Unsupported
+from cpbench.core.operator import QKV, BackwardInputs, Unsupported
 from cpbench.core.problem import Case, Problem
 from cpbench.core.spec import Spec
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.selectors.common.base import Branch
 from cpbench.selectors.common.pooling import NO_POOL, Pool
-from cpbench.selectors.common.selection import Blocks, grid
+from cpbench.selectors.common.selection import Blocks, block_grid
 from cpbench.sweep import sweep_file
 
-# --- what is computed for a choice --------------------------------------------------------------
+# --- computation for a given selection ----------------------------------------------------------
 
 
-def _mean(tokens: int, pool: Pool) -> torch.Tensor:
-    """``[n, T]``: means of windows as a matrix."""
-    found = torch.zeros(pool.count(tokens), tokens, dtype=torch.float64)
-    for i in range(len(found)):
+def _mean_matrix(tokens: int, pool: Pool) -> torch.Tensor:
+    """Mean pooling as a matrix, ``[n, T]``."""
+    matrix = torch.zeros(pool.num_windows(tokens), tokens, dtype=torch.float64)
+    for i in range(len(matrix)):
         window = slice(i * pool.stride, min(i * pool.stride + pool.size, tokens))
-        found[i, window] = 1 / (window.stop - window.start)
-    return found
+        matrix[i, window] = 1 / (window.stop - window.start)
+    return matrix
 
 
 def _expected(branches: tuple[Branch, ...], inputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """float64 autograd of the definition: a sum over branches of softmaxes over what they see."""
+    """float64 autograd of the definition: a sum over branches of softmaxes within their masks."""
     q, k, v, dout = inputs
     leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
     total = torch.zeros(q.shape, dtype=torch.float64)
     for branch in branches:
-        of_q, of_k = _mean(TOKENS, branch.pool_q), _mean(TOKENS, branch.pool_k)
+        mean_q, mean_k = _mean_matrix(TOKENS, branch.pool_q), _mean_matrix(TOKENS, branch.pool_k)
         q_, k_, v_ = (
-            torch.einsum("nt,bthd->bnhd", of, x)
-            for of, x in zip((of_q, of_k, of_k), leaves, strict=True)
+            torch.einsum("nt,bthd->bnhd", mean, x)
+            for mean, x in zip((mean_q, mean_k, mean_k), leaves, strict=True)
         )
         k_, v_ = (x.repeat_interleave(HEADS_Q // HEADS_KV, 2) for x in (k_, v_))
         scores = torch.einsum("bshd,bthd->bhst", q_, k_) * DIM**-0.5
-        if isinstance(branch.seen, AttnMask):
-            seen = torch.as_tensor(branch.seen.to_dense())
+        if isinstance(branch.mask, AttnMask):
+            visible = torch.as_tensor(branch.mask.to_dense())
         else:
-            seen = branch.seen.rows(0, TOKENS)
-        lse = scores.masked_fill(~seen, -torch.inf).logsumexp(-1, True)
-        probs = torch.where(seen, (scores - lse.nan_to_num(neginf=0.0)).exp(), 0.0)
+            visible = branch.mask.dense_rows(0, TOKENS)
+        lse = scores.masked_fill(~visible, -torch.inf).logsumexp(-1, True)
+        probs = torch.where(visible, (scores - lse.nan_to_num(neginf=0.0)).exp(), 0.0)
         out = torch.einsum("bhst,bthd->bshd", probs, v_)
         if branch.pool_q != NO_POOL:
             out = out.repeat_interleave(branch.pool_q.size, 1)[:, :TOKENS]
         total = total + branch.gate * out
     grads = torch.autograd.grad(total, leaves, dout.double())
-    found = {"out": total.detach(), **dict(zip(("dq", "dk", "dv"), grads, strict=True))}
+    results = {"out": total.detach(), **dict(zip(("dq", "dk", "dv"), grads, strict=True))}
     if len(branches) == 1:
-        found["lse"] = lse[..., 0].detach()
-    return found
+        results["lse"] = lse[..., 0].detach()
+    return results
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("spec", "mask"), CASES, ids=IDS)
-def test_what_is_computed_is_what_was_chosen(spec: str, mask: str, dtype: torch.dtype) -> None:
-    inputs = at.inputs(dtype)
-    made, plan = at.made(spec, mask)
-    out, lse = made.forward(*inputs[:3], plan)
-    grads = made.backward(inputs[3], *inputs[:3], out, lse, plan)
-    found = {"out": out, "lse": lse, **dict(zip(("dq", "dk", "dv"), grads, strict=True))}
-    expected = _expected(made.choice(out).branches, inputs)
+def test_results_match_the_selection(spec: str, mask: str, dtype: torch.dtype) -> None:
+    inputs = choosing.inputs(dtype)
+    selector, plan = choosing.load_selector(spec, mask)
+    out, lse = selector.forward(QKV(*inputs[:3]), plan)
+    grads = selector.backward(BackwardInputs(inputs[3], *inputs[:3], out, lse), plan)
+    results = {"out": out, "lse": lse, **dict(zip(("dq", "dk", "dv"), grads, strict=True))}
+    expected = _expected(selector.selection_of(out).branches, inputs)
     limit = 2e-6 if dtype == torch.float32 else 1.5e-2
     assert (lse is not None) == ("lse" in expected)
-    blind = ~torch.as_tensor(masks.build(mask, TOKENS).to_dense()).any(1)
-    assert not out[:, blind].any()
-    assert not grads[0][:, blind].any()
+    empty_rows = ~torch.as_tensor(masks.build(mask, TOKENS).to_dense()).any(1)
+    assert not out[:, empty_rows].any()
+    assert not grads[0][:, empty_rows].any()
     for name, value in expected.items():
-        got = found[name]
-        assert got is not None
+        actual = results[name]
+        assert actual is not None
         if name != "lse":
-            assert got.dtype == dtype
-        assert naive.error(got, value) < limit, name
+            assert actual.dtype == dtype
+        assert naive.error(actual, value) < limit, name
 
 
 @pytest.mark.parametrize(
     "kernel", ["reference", "sdpa.cpu_flash", "bands", "gathered", "triton_block_sparse"]
 )
 def test_any_kernel_that_takes_blocks_computes_them(kernel: str) -> None:
-    inputs = at.inputs()
+    inputs = choosing.inputs()
     spec = f"oracle:block_size=16,keep=0.3,kernel={kernel}"
     q, k, v = (x.requires_grad_() for x in inputs[:3])
     mask = masks.build(DOCUMENTS, TOKENS)
     out, _ = cpbench.attention(q, k, v, mask, operator=spec)
     out.backward(inputs[3])
-    branches = at.choose(spec, DOCUMENTS)
+    branches = choosing.select(spec, DOCUMENTS)
     expected = _expected(branches, inputs)
     for name, value in (("out", out), ("dq", q.grad), ("dk", k.grad), ("dv", v.grad)):
         assert naive.error(value.detach(), expected[name]) < 2e-6, name
 
 
-def test_the_backward_pass_reuses_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = at.inputs()
-    made, plan = at.made("moba:block_size=16,top_k=4", "causal")
-    out, lse = made.forward(*inputs[:3], plan)
-    monkeypatch.setattr(made, "select", None)
-    made.backward(inputs[3], *inputs[:3], out, lse, plan)
+def test_the_backward_pass_reuses_the_selection(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = choosing.inputs()
+    selector, plan = choosing.load_selector("moba:block_size=16,top_k=4", "causal")
+    out, lse = selector.forward(QKV(*inputs[:3]), plan)
+    monkeypatch.setattr(selector, "select", None)
+    selector.backward(BackwardInputs(inputs[3], *inputs[:3], out, lse), plan)
     with pytest.raises(ValueError, match="the output that its own forward returned"):
-        made.backward(inputs[3], *inputs[:3], out.clone(), lse, plan)
+        selector.backward(BackwardInputs(inputs[3], *inputs[:3], out.clone(), lse), plan)
 
 
 @pytest.mark.parametrize("spec", [spec for spec, mask in CASES if mask == "causal"])
-def test_nothing_outlives_its_output(spec: str) -> None:
-    """A choice goes with the output that it was made for: nothing piles up from call to call."""
-    inputs = at.inputs()
-    made, plan = at.made(spec, "causal")
+def test_a_selection_is_freed_with_its_output(spec: str) -> None:
+    """Selections do not accumulate from call to call."""
+    inputs = choosing.inputs()
+    selector, plan = choosing.load_selector(spec, "causal")
     for _ in range(3):
-        out, lse = made.forward(*inputs[:3], plan)
-        made.backward(inputs[3], *inputs[:3], out, lse, plan)
-    assert len(made._choices) == 1
+        out, lse = selector.forward(QKV(*inputs[:3]), plan)
+        selector.backward(BackwardInputs(inputs[3], *inputs[:3], out, lse), plan)
+    assert len(selector._selections) == 1
     del out, lse
     gc.collect()
-    assert len(made._choices) == 0
+    assert len(selector._selections) == 0
 
 
 # --- causality ----------------------------------------------------------------------------------
 
 
-def _reach(spec: str, first: int) -> int:
-    """The first query whose output changes when the tokens from ``first`` on do, in some way."""
-    made, plan = at.made(spec, "causal")
-    before, _ = made.forward(*at.inputs()[:3], plan)
+def _first_changed_query(spec: str, first: int) -> int:
+    """The first query whose output changes if the tokens from ``first`` on are perturbed."""
+    selector, plan = choosing.load_selector(spec, "causal")
+    before, _ = selector.forward(QKV(*choosing.inputs()[:3]), plan)
     changed = torch.zeros(TOKENS, dtype=torch.bool)
     for seed in range(1, 6):
-        after = at.inputs()
-        for x, y in zip(after[:3], at.inputs(seed=seed)[:3], strict=True):
+        perturbed = choosing.inputs()
+        for x, y in zip(perturbed[:3], choosing.inputs(seed=seed)[:3], strict=True):
             x[:, first:] = 3 * y[:, first:]
-        out, _ = made.forward(*after[:3], plan)
-        changed |= ((out - before).abs() > 1e-4).any(3).any(2).any(0)  # not by rounding
+        out, _ = selector.forward(QKV(*perturbed[:3]), plan)
+        changed |= ((out - before).abs() > 1e-4).any(3).any(2).any(0)  # more than rounding
     return int(torch.nonzero(changed)[0, 0])
 
 
-LOOKING = [(spec, id_) for (spec, mask), id_ in zip(CASES, IDS, strict=True) if mask == "causal"]
+CAUSAL_CASES = [
+    (spec, id_) for (spec, mask), id_ in zip(CASES, IDS, strict=True) if mask == "causal"
+]
 
 
-@pytest.mark.parametrize("spec", [s for s, _ in LOOKING], ids=[i for _, i in LOOKING])
-def test_later_tokens_change_what_a_selector_declares_and_no_more(spec: str) -> None:
+@pytest.mark.parametrize("spec", [s for s, _ in CAUSAL_CASES], ids=[i for _, i in CAUSAL_CASES])
+def test_selectors_look_ahead_exactly_as_declared(spec: str) -> None:
     info = registry.operator_info(Spec.parse(spec).name)
     block = Spec.parse(spec).kwargs.get("block_q", 16)
     if block == 1:
         return
-    changed = 5 * 32 + 9  # inside a block, of whichever size
-    first = _reach(spec, changed)
+    perturbed = 5 * 32 + 9  # inside a block of either size
+    first = _first_changed_query(spec, perturbed)
     if info.looks_ahead == "":
-        assert first >= changed
+        assert first >= perturbed
     elif info.looks_ahead == "block":
-        assert changed // block * block <= first < changed, "it declares to look ahead in its block"
+        assert perturbed // block * block <= first < perturbed, "declared: within its block"
     else:
-        assert first < changed, "it declares to look ahead in the sequence"
+        assert first < perturbed, "declared: within the sequence"
 
 
 def test_vsa_looks_ahead_everywhere() -> None:
     assert registry.operator_info("vsa").looks_ahead == "sequence"
-    q, k, v, _ = at.inputs()
+    q, k, v, _ = choosing.inputs()
     with pytest.raises(Unsupported, match="takes full masks"):
         cpbench.attention(q, k, v, masks.build("causal", TOKENS), operator="vsa")
 
 
-# --- what a selection says of itself ------------------------------------------------------------
+# --- methods of selections ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("spec", "mask"), CASES, ids=IDS)
-def test_a_selection_agrees_with_its_rows(spec: str, mask: str) -> None:
-    for branch in at.choose(spec, mask):
-        seen = branch.seen
-        if isinstance(seen, AttnMask):
+def test_a_selection_agrees_with_its_dense_rows(spec: str, mask: str) -> None:
+    for branch in choosing.select(spec, mask):
+        selection = branch.mask
+        if isinstance(selection, AttnMask):
             continue
-        dense = seen.rows(0, TOKENS)
-        assert torch.equal(dense[:, :, 50:61], seen.rows(50, 61))
-        assert seen.area == pytest.approx(int(dense.sum()) / BATCH / HEADS_Q)
+        dense = selection.dense_rows(0, TOKENS)
+        assert torch.equal(dense[:, :, 50:61], selection.dense_rows(50, 61))
+        assert selection.area == pytest.approx(int(dense.sum()) / BATCH / HEADS_Q)
         for b, h, line in ((0, 0, 0), (1, 2, 77), (1, 3, TOKENS - 1)):
-            assert seen.seen(b, h, line).tolist() == torch.nonzero(dense[b, h, line])[:, 0].tolist()
-            column = dense[b, h, :, line]
-            assert seen.seers(b, h, line).tolist() == torch.nonzero(column)[:, 0].tolist()
-        if isinstance(seen, Blocks):
-            heads = torch.as_tensor(seen.to_heads().to_dense()).view(dense.shape)
+            keys = torch.nonzero(dense[b, h, line])[:, 0]
+            assert selection.visible_keys(b, h, line).tolist() == keys.tolist()
+            queries = torch.nonzero(dense[b, h, :, line])[:, 0]
+            assert selection.visible_queries(b, h, line).tolist() == queries.tolist()
+        if isinstance(selection, Blocks):
+            heads = torch.as_tensor(selection.to_heads().to_dense()).view(dense.shape)
             assert torch.equal(heads, dense)
 
 
-def test_own_blocks_of_few_queries_are_at_the_end() -> None:
+def test_diagonal_blocks_of_few_queries_are_at_the_end() -> None:
     mask = masks.build("causal", 100, seq_q=10)
-    own = grid(mask, 4, 16, "cpu").own
-    assert [torch.nonzero(row)[:, 0].tolist() for row in own] == [[5], [5, 6], [6]]
+    diagonal = block_grid(mask, 4, 16, "cpu").diagonal
+    assert [torch.nonzero(row)[:, 0].tolist() for row in diagonal] == [[5], [5, 6], [6]]
 
 
 def test_a_few_queries_of_many_tokens() -> None:
-    q, k, v, dout = at.inputs()
+    q, k, v, dout = choosing.inputs()
     q, dout = q[:, -3:], dout[:, -3:]
     mask = masks.build("causal", TOKENS, seq_q=3)
     whole, _ = cpbench.attention(q, k, v, mask)
@@ -216,14 +219,14 @@ def test_a_few_queries_of_many_tokens() -> None:
         ("nsa:top_k=2", "top_k = 2 must be at least 3"),
         ("nsa:stride=24", "stride = 24 must divide"),
         ("flexprefill:gamma=2.0", "gamma = 2.0 must be from 0 to 1"),
-        ("moba:kernel=bands", "moba chooses rows"),
+        ("moba:kernel=bands", "moba selects rows"),
         ("moba:kernel=oracle", "is itself a selector"),
         ("oracle:kernel=nothing", "no operator 'nothing'"),
         ("minference.vertical_slash:vertical=0", "vertical = 0 must be at least 1"),
     ],
 )
 def test_bad_parameters_are_refused_in_one_line(spec: str, words: str) -> None:
-    q, k, v, _ = at.inputs()
+    q, k, v, _ = choosing.inputs()
     with pytest.raises(ValueError, match=words) as caught:
         cpbench.attention(q, k, v, masks.build("causal", TOKENS), operator=spec)
     assert "\n" not in str(caught.value)
@@ -237,7 +240,7 @@ def test_strategies_of_several_ranks_refuse_selectors() -> None:
     problem = Problem(batch=1, seq_q=64, seq_k=64, heads_q=4, heads_kv=4, head_dim=16,
                       dtype="float32")  # fmt: skip
     world = World.of(problem, masks.build("causal", 64), build("contiguous", 64, 2))
-    with pytest.raises(Unsupported, match="chooses from whole sequences"):
+    with pytest.raises(Unsupported, match="selects from whole sequences"):
         Attention("moba", "ulysses", world, 0, "cpu")
 
 
@@ -273,8 +276,8 @@ def test_a_kernel_without_lse_has_its_rows_sampled() -> None:
                       dtype="float32")  # fmt: skip
     world = World.of(problem, masks.build("causal", 300), build("contiguous", 300, 1))
     work = Attention("oracle:block_size=16,kernel=sdpa.math", "single", world, 0, "cpu")
-    x = check.inputs_of(work, Recipe(), "cpu")
-    found, choice = selection.run_and_tell(work, x)
-    errors = selection.sampled(work, x, found, choice, 0, check.Rank("cpu"))
+    x = check.rank_inputs(work, Recipe(), "cpu")
+    results, selected = selection.run_pass_with_selection(work, x)
+    errors = selection.check_sampled(work, x, results, selected, 0, check.RankContext("cpu"))
     assert set(errors) == {"out", "dq"}
-    assert check.verdict(errors, "float32") is None
+    assert check.tolerance_violation(errors, "float32") is None

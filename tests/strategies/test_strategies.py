@@ -1,6 +1,6 @@
-"""Strategies: every one against float64, and what goes wrong in company.
+"""Strategies: all of them against float64, and errors that involve several ranks.
 
-A new strategy is found through the registry: this file need not be edited for it.
+Strategies are found through the registry: a new one needs no change here.
 """
 
 from __future__ import annotations
@@ -21,29 +21,36 @@ from cpbench.core.operator import Unsupported
 from cpbench.core.problem import Problem
 from cpbench.parallel.comm import TorchComm
 from cpbench.parallel.layout import build as build_layout
-from cpbench.parallel.trace import MODULUS, TraceComm, mismatch
+from cpbench.parallel.trace import MODULUS, TraceComm, describe_mismatch
 from cpbench.parallel.world import World
 
 LIMIT = {"float32": 2e-6, "bfloat16": 1.2e-2}
-SIZES = {1: True, 2: False, 3: True, 4: False, 6: True, 8: True}  # ranks: only some of the masks
+SIZES = {
+    1: True,
+    2: False,
+    3: True,
+    4: False,
+    6: True,
+    8: True,
+}  # number of ranks: whether reduced to some masks
 
 
 @functools.cache
 def _gang(
     size: int, names: frozenset[str]
 ) -> tuple[list[matrix.Combination], list[list[matrix.Outcome]]]:
-    """Every combination of some strategies, and its outcome on each rank."""
-    wanted = [one for one in matrix.combinations(size, SIZES[size]) if _name(one) in names]
-    ranks = run_ranks(size, matrix.run, wanted, timeout_s=400)
-    return wanted, [list(outcomes) for outcomes in zip(*ranks, strict=True)]
+    """All combinations of the named strategies, and their outcomes on each rank."""
+    cases = [case for case in matrix.combinations(size, SIZES[size]) if _name(case) in names]
+    ranks = run_ranks(size, matrix.run, cases, timeout_s=400)
+    return cases, [list(outcomes) for outcomes in zip(*ranks, strict=True)]
 
 
 @pytest.fixture
 def names(request: pytest.FixtureRequest) -> frozenset[str]:
-    """The strategies of the tests that were selected: one gang computes for all of them."""
-    chosen = [getattr(item, "callspec", None) for item in request.session.items]
-    found = {one.params.get("name") for one in chosen if one is not None} & set(NAMES)
-    return frozenset(found or NAMES)
+    """The strategies of the selected tests: one gang computes all of them."""
+    callspecs = [getattr(item, "callspec", None) for item in request.session.items]
+    selected = {callspec.params.get("name") for callspec in callspecs if callspec is not None}
+    return frozenset(selected & set(NAMES) or NAMES)
 
 
 NAMES = sorted({name.partition(":")[0] for name, *_ in matrix.names()})
@@ -54,47 +61,52 @@ NAMES = sorted({name.partition(":")[0] for name, *_ in matrix.names()})
 def test_equals_float64_and_sends_what_was_traced(
     name: str, size: int, names: frozenset[str]
 ) -> None:
-    wanted, outcomes = _gang(size, names)
-    mine = [(one, o) for one, o in zip(wanted, outcomes, strict=True) if _name(one) == name]
-    assert any(not o[0].refused for _, o in mine), f"{name} refused everything on {size} ranks"
-    found = [fault for one, o in mine for fault in matrix.faults(one, o, LIMIT)]
-    assert not found, "\n".join(found[:20])
+    cases = [
+        (case, outcomes)
+        for case, outcomes in zip(*_gang(size, names), strict=True)
+        if _name(case) == name
+    ]
+    assert any(not outcomes[0].refused for _, outcomes in cases), (
+        f"{name} refused everything on {size} ranks"
+    )
+    faults = [fault for case in cases for fault in matrix.faults(*case, LIMIT)]
+    assert not faults, "\n".join(faults[:20])
 
 
-def _name(one: matrix.Combination) -> str:
-    return one.strategy.partition(":")[0]
+def _name(case: matrix.Combination) -> str:
+    return case.strategy.partition(":")[0]
 
 
-def test_the_matrix_meets_every_mask_shape_and_layout(names: frozenset[str]) -> None:
-    wanted, outcomes = _gang(4, names)
-    computed = [one for one, o in zip(wanted, outcomes, strict=True) if not o[0].refused]
-    assert {one.mask for one in computed} == set(matrix.MASKS)
-    assert {(one.heads_q, one.heads_kv, one.dtype) for one in computed} == set(matrix.SHAPES)
+def test_the_matrix_covers_every_mask_shape_and_layout(names: frozenset[str]) -> None:
+    cases = zip(*_gang(4, names), strict=True)
+    computed = [case for case, outcomes in cases if not outcomes[0].refused]
+    assert {case.mask for case in computed} == set(matrix.MASKS)
+    assert {(case.heads_q, case.heads_kv, case.dtype) for case in computed} == set(matrix.SHAPES)
     for name, info in registry.strategies().items():
         if name in names:
-            assert {one.layout for one in computed if _name(one) == name} == set(info.layouts)
-            placed = {one.placement for one in computed if _name(one) == name}
-            assert placed == {"", *info.axes[:-1]}
+            of_name = [case for case in computed if _name(case) == name]
+            assert {case.layout for case in of_name} == set(info.layouts)
+            assert {case.placement for case in of_name} == {"", *info.axes[:-1]}
 
 
 def _autograd(rank: int, size: int) -> dict[str, float]:
-    """Errors of the public function, gradients through autograd."""
+    """Errors of the public function, with gradients from autograd."""
     mask = masks.build(f"share_question:{matrix.DOCS}", matrix.TOKENS)
-    dealt = build_layout("zigzag", matrix.TOKENS, size)
-    whole = naive.random_inputs(2, matrix.TOKENS, 12, 4, 16, torch.float32)
-    q, k, v, dout = (dealt.shard(x, rank) for x in whole)
+    layout = build_layout("zigzag", matrix.TOKENS, size)
+    inputs = naive.random_inputs(2, matrix.TOKENS, 12, 4, 16, torch.float32)
+    q, k, v, dout = (layout.shard(x, rank) for x in inputs)
     for x in (q, k, v):
         x.requires_grad_()
     out, lse = cpbench.distributed_attention(q, k, v, mask, strategy="usp:ulysses=2")
     out.backward(dout)
-    found = {"out": out.detach(), "lse": lse, "dq": q.grad, "dk": k.grad, "dv": v.grad}
-    want = naive.attention(*whole, mask)
-    real = torch.as_tensor(dealt.positions(rank) < matrix.TOKENS).nonzero().flatten()
+    results = {"out": out.detach(), "lse": lse, "dq": q.grad, "dk": k.grad, "dv": v.grad}
+    expected = naive.attention(*inputs, mask)
+    real = torch.as_tensor(layout.positions(rank) < matrix.TOKENS).nonzero().flatten()
     errors = {}
     for name in naive.TENSORS:
         axis = 2 if name == "lse" else 1
-        mine = dealt.shard(want[name], rank, dim=axis).index_select(axis, real)
-        errors[name] = naive.error(found[name].index_select(axis, real), mine)
+        reference = layout.shard(expected[name], rank, dim=axis).index_select(axis, real)
+        errors[name] = naive.error(results[name].index_select(axis, real), reference)
     return errors
 
 
@@ -133,13 +145,13 @@ def test_ranks_that_disagree_raise_instead_of_hanging() -> None:
         assert message.startswith("ranks disagree on the problem")
 
 
-def _with_other_code(rank: int, size: int) -> str:
-    """Rank 1 runs a ring that skips nothing, as another version of the code might."""
+def _with_different_code(rank: int, size: int) -> str:
+    """Rank 1 runs a ring that skips no steps, as another version of the code might."""
     from cpbench.strategies import ring
 
     if rank == 1:
-        plain = ring.steps
-        ring.steps = lambda needed, *rest: plain(needed | True, *rest)  # type: ignore[assignment]
+        rotation_steps = ring.rotation_steps
+        ring.rotation_steps = lambda needed, *rest: rotation_steps(needed | True, *rest)  # type: ignore[assignment]
     q, k, v, _ = naive.random_inputs(1, 8, 2, 2, 16, torch.float32)
     mask = masks.build("causal", 16)
     try:
@@ -149,47 +161,47 @@ def _with_other_code(rank: int, size: int) -> str:
     return ""
 
 
-def test_ranks_whose_plans_do_not_fit_raise_and_name_the_message() -> None:
-    for message in run_ranks(2, _with_other_code):
+def test_ranks_whose_plans_do_not_match_raise_and_name_the_message() -> None:
+    for message in run_ranks(2, _with_different_code):
         assert message == (
-            "ranks disagree on who sends what: message 1 from rank 1 to rank 0, 1024 bytes of "
-            "keys: rank 0 does not expect it so"
+            "ranks disagree on the communication schedule: message 1 from rank 1 to rank 0, "
+            "1024 bytes of keys: rank 0 does not expect this message"
         )
 
 
-def test_messages_of_one_size_that_swap_places_are_found() -> None:
-    """Rank 0 sends keys before gradients; rank 1 expects them the other way round."""
+def test_messages_of_equal_size_in_another_order_are_detected() -> None:
+    """Rank 0 sends keys before gradients; rank 1 expects the reverse order."""
     x = torch.empty(3, 5, device="meta")
     comms = [TraceComm(rank, 2, log=True) for rank in (0, 1)]
     for what in ("keys", "gradients"):
         comms[0].exchange([(x, 1)], [], what)
     for what in ("gradients", "keys"):
         comms[1].exchange([], [(x, 0)], what)
-    assert sum(comm.balance for comm in comms) % MODULUS
-    assert mismatch([comm.log or [] for comm in comms]) == (
-        "message 1 from rank 0 to rank 1, 60 bytes of keys: rank 1 does not expect it so"
+    assert sum(comm.checksum for comm in comms) % MODULUS
+    assert describe_mismatch([comm.log or [] for comm in comms]) == (
+        "message 1 from rank 0 to rank 1, 60 bytes of keys: rank 1 does not expect this message"
     )
 
 
-def _twice(rank: int, size: int) -> bool:
+def _in_two_groups(rank: int, size: int) -> bool:
     import torch.distributed as dist
 
     mask = masks.build("causal", 16)
-    dealt = build_layout("zigzag", 16, size)
-    whole = naive.random_inputs(1, 16, 2, 2, 16, torch.float32)
-    q, k, v, _ = (dealt.shard(x, rank) for x in whole)
+    layout = build_layout("zigzag", 16, size)
+    inputs = naive.random_inputs(1, 16, 2, 2, 16, torch.float32)
+    q, k, v, _ = (layout.shard(x, rank) for x in inputs)
     first, _ = cpbench.distributed_attention(q, k, v, mask)
-    alone = dist.new_group([0, 1])
-    second, _ = cpbench.distributed_attention(q, k, v, mask, group=alone)
+    group = dist.new_group([0, 1])
+    second, _ = cpbench.distributed_attention(q, k, v, mask, group=group)
     return torch.equal(first, second)
 
 
 def test_a_second_group_works_beside_the_first() -> None:
-    assert run_ranks(2, _twice) == [True, True]
+    assert run_ranks(2, _in_two_groups) == [True, True]
 
 
 def _peak_bytes(rank: int, size: int, strategy: str) -> int:
-    """Peak of forward and backward on 256 local tokens of a full mask."""
+    """Peak bytes of forward and backward with 256 local tokens and a full mask."""
     from cpbench.measure.device import Cpu
     from cpbench.measure.timing import Workload, measure_memory
     from cpbench.parallel.comm import Control
@@ -198,11 +210,11 @@ def _peak_bytes(rank: int, size: int, strategy: str) -> int:
     problem = Problem(
         batch=1, seq_q=tokens, seq_k=tokens, heads_q=4, heads_kv=4, head_dim=64, dtype="float32"
     )
-    dealt = build_layout("contiguous", tokens, size)
+    layout = build_layout("contiguous", tokens, size)
     mask = masks.build("full", tokens)
-    work = Attention("bands", strategy, World.of(problem, mask, dealt), rank, "cpu")
-    whole = naive.random_inputs(1, tokens, 4, 4, 64, torch.float32)
-    local = [dealt.shard(x, rank) for x in whole]
+    work = Attention("bands", strategy, World.of(problem, mask, layout), rank, "cpu")
+    global_inputs = naive.random_inputs(1, tokens, 4, 4, 64, torch.float32)
+    local = [layout.shard(x, rank) for x in global_inputs]
     inputs = dict(zip(("q", "k", "v", "dout"), local, strict=True))
     comm = TorchComm()
     return measure_memory(Workload(work, inputs, comm), Cpu(1, "wall"), comm, Control())["peak"]

@@ -1,5 +1,5 @@
-"""Bad input: exit code 2, one line on stderr that names what is wrong and what is allowed, nothing
-on stdout, nothing left on disk, and no torch."""
+"""Invalid input: exit code 2, one line on stderr that says what is wrong and what is allowed, no
+output, no files, and torch is not imported."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from limits import LIMIT_S
 
 from cpbench.cli import main
 
-# A sweep file, and what its line must say: what is wrong, what is allowed.
+# A sweep file, and texts that the error message must contain: what is wrong, what is allowed.
 SWEEPS: dict[str, tuple[str, list[str]]] = {
     "no table": ("", ["[sweep]", "nothing to run"]),
     "empty sweep": ("[sweep]", ["[sweep]", "nothing to run"]),
@@ -67,7 +68,7 @@ SWEEPS: dict[str, tuple[str, list[str]]] = {
         "[sweep]\nmask = {name = 'sliding_window', window = 2020-01-01}",
         ["window", "a number, a string"],
     ),
-    "mask no draws": ("[sweep]\nmask = {name = 'causal_document', seed = []}", ["seed", "empty"]),
+    "mask no seeds": ("[sweep]\nmask = {name = 'causal_document', seed = []}", ["seed", "empty"]),
     "mask too wide": (
         "[sweep]\nmask = 'streaming:num_sinks=9k'\nseq_len = '4k'",
         ["num_sinks", "<= 4096"],
@@ -138,7 +139,7 @@ SWEEPS: dict[str, tuple[str, list[str]]] = {
     "mask file attribute": ("[sweep]\nmask = './good.py:number'", ["'number'", "function"]),
 }
 
-# A command line, and what its line must say.
+# A command line, and texts that the error message must contain.
 LINES: dict[str, tuple[list[str], list[str]]] = {
     "command": (
         ["benchmark"],
@@ -149,7 +150,7 @@ LINES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "option": (["run", "quick", "--fast"], ["--fast", "cpbench run --help"]),
     "extra word": (["doctor", "now"], ["now", "cpbench doctor --help"]),
-    "list nothing": (["list"], ["kind", "operators, strategies, layouts, masks, inputs"]),
+    "list nothing": (["list"], ["KIND", "operators, strategies, layouts, masks, inputs"]),
     "list kind": (["list", "kernels"], ["'kernels'", "'operators', 'strategies'"]),
     "list device": (["list", "masks", "--device", "tpu"], ["'tpu'", "'cpu', 'cuda'"]),
     "run without sweep": (["run"], ["SWEEP", "cpbench run --help"]),
@@ -250,7 +251,7 @@ my_op = OperatorInfo(name="my_op", summary="mine", source="me", load=dict)
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with some files in it."""
+    """A working directory with some files."""
     (tmp_path / "good.py").write_text(GOOD)
     (tmp_path / "good.txt").write_text("5\n")
     (tmp_path / "bad.py").write_text("def (:\n")
@@ -262,7 +263,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "damaged" / "records").mkdir(parents=True)
     (tmp_path / "damaged" / "records" / "a.jsonl").write_text("{\n")
     monkeypatch.chdir(tmp_path)
-    # What a wrong command would make elsewhere, it would make here.
+    # Temporary files of a command would be created in this folder, and noticed.
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
@@ -277,7 +278,7 @@ def _refused(code: int, out: str, err: str, parts: list[str]) -> None:
     assert (code, out) == (2, "")
     assert err.startswith("cpbench: ")
     assert err.endswith("\n")
-    lines = [line for line in err.splitlines() if line != "hello"]  # what the user's file printed
+    lines = [line for line in err.splitlines() if line != "hello"]  # printed by the user's file
     assert len(lines) == 1, err
     assert len(err) < 1200
     for part in parts:
@@ -316,7 +317,7 @@ def test_real_command(name: str, folder: Path) -> None:
         [Path(sys.executable).with_name("cpbench"), *argv],
         text=True,
         capture_output=True,
-        timeout=60,
+        timeout=LIMIT_S,
     )
     _refused(done.returncode, done.stdout, done.stderr, parts)
     assert _files(folder) == before
@@ -356,6 +357,8 @@ def finished_run(folder: Path) -> Path:
 
 def test_no_torch() -> None:
     """A refusal in a process of its own loads no torch: the other tests may share one that has."""
-    text = "import sys; from cpbench.cli.main import invoke; code = invoke(['bench', '--operator', 'x'])"
+    text = (
+        "import sys; from cpbench.cli import main; code = main.invoke(['bench', '--operator', 'x'])"
+    )
     text += "; assert code == 2; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", text], check=True, capture_output=True, timeout=60)
+    subprocess.run([sys.executable, "-c", text], check=True, capture_output=True, timeout=LIMIT_S)

@@ -1,4 +1,4 @@
-"""Sweeps: products, includes, excludes, draws, conditions, and ids that do not change."""
+"""Sweeps: products, includes, excludes, mask seeds, conditions, and stable ids."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SMALL = st.lists(st.integers(1, 64), min_size=1, max_size=3, unique=True)
 
 
 def cases(**table: Any) -> list[Case]:
-    return sweep_file.product(table)
+    return sweep_file.expand_table(table)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -34,13 +34,13 @@ def cases(**table: Any) -> list[Case]:
 def test_product(
     seed: list[int], batch: list[int], seq_len: list[int], direction: list[str]
 ) -> None:
-    found = cases(seed=seed, batch=batch, seq_len=seq_len, direction=direction)
-    told = {(c.seed, c.batch, c.seq_len, c.direction) for c in found}
-    assert told == set(itertools.product(seed, batch, seq_len, direction))
-    assert len({case.id for case in found}) == len(found) == len(told)
+    expanded = cases(seed=seed, batch=batch, seq_len=seq_len, direction=direction)
+    values = {(case.seed, case.batch, case.seq_len, case.direction) for case in expanded}
+    assert values == set(itertools.product(seed, batch, seq_len, direction))
+    assert len({case.id for case in expanded}) == len(expanded) == len(values)
 
 
-def test_sizes_are_read() -> None:
+def test_sizes() -> None:
     assert [c.seq_len for c in cases(seq_len=["4k", 5])] == [4096, 5]
 
 
@@ -50,26 +50,26 @@ def test_kv_heads_follow_q_heads() -> None:
     assert cases(num_heads_kv=2)[0].num_heads_q == Case().num_heads_q
 
 
-def test_draws() -> None:
-    """A list as a mask's parameter is an axis, in text or table; doc_lens is a list itself."""
-    drawn = [Spec.parse(f"causal_document:corpus=pile,seed={seed}") for seed in (0, 1, 2)]
+def test_mask_seeds() -> None:
+    """A list of values of a mask's parameter is an axis; doc_lens is a list itself."""
+    expected = [Spec.parse(f"causal_document:corpus=pile,seed={seed}") for seed in (0, 1, 2)]
     table = {"name": "causal_document", "corpus": "pile", "seed": [0, 1, 2]}
-    assert [c.mask for c in cases(mask="causal_document:corpus=pile,seed=[0,1,2]")] == drawn
-    assert [c.mask for c in cases(mask=[table])] == drawn
+    assert [c.mask for c in cases(mask="causal_document:corpus=pile,seed=[0,1,2]")] == expected
+    assert [c.mask for c in cases(mask=[table])] == expected
     assert len(cases(mask="streaming:num_sinks=[1,2],window=[3,4,5]")) == 6
     (lens,) = cases(mask="full_document:doc_lens=[3,5]", seq_len=8)
     assert lens.mask.kwargs == {"doc_lens": (3, 5)}
 
 
 def test_include_replaces_keys_of_the_sweep() -> None:
-    found = sweep_file.expand(
+    expanded = sweep_file.expand(
         {
             "sweep": {"mask": ["full", "causal"], "seq_len": 64},
             "include": [{"mask": "full", "world_size": [2, 4], "strategy": "ring"}],
         },
         "s",
     ).cases
-    assert [(c.mask.name, c.strategy.name, c.world_size, c.seq_len) for c in found] == [
+    assert [(c.mask.name, c.strategy.name, c.world_size, c.seq_len) for c in expanded] == [
         ("full", "single", 1, 64),
         ("causal", "single", 1, 64),
         ("full", "ring", 2, 64),
@@ -77,12 +77,12 @@ def test_include_replaces_keys_of_the_sweep() -> None:
     ]
 
 
-def test_what_is_written_twice_runs_once() -> None:
-    found = sweep_file.expand({"sweep": {"seed": [1, 1]}, "include": [{"seed": 1}]}, "s").cases
-    assert [case.seed for case in found] == [1]
+def test_duplicates_are_removed() -> None:
+    expanded = sweep_file.expand({"sweep": {"seed": [1, 1]}, "include": [{"seed": 1}]}, "s").cases
+    assert [case.seed for case in expanded] == [1]
 
 
-def test_exclude_takes_all_keys_and_any_value() -> None:
+def test_exclude_matches_all_keys_and_any_value() -> None:
     table = {
         "sweep": {"strategy": ["ring", "ulysses"], "world_size": [2, 3, 4]},
         "exclude": [{"strategy": "ulysses", "world_size": [3, 4]}],
@@ -102,25 +102,25 @@ def test_exclude_by_name_or_by_whole_spec() -> None:
 
 
 def test_exclude_applies_to_includes_too() -> None:
-    found = sweep_file.expand(
+    expanded = sweep_file.expand(
         {"sweep": {"seed": 1}, "include": [{"seed": 2}, {"seed": 3}], "exclude": [{"seed": 2}]}, "s"
     ).cases
-    assert [case.seed for case in found] == [1, 3]
+    assert [case.seed for case in expanded] == [1, 3]
 
 
 def test_where() -> None:
-    found = cases(seq_len=["1k", "2k"], mask=["full", "streaming:window=[3,4]"], seed=[1, 2])
-    assert len(sweep_file.select(found, ["seq_len=1k,2k"])) == len(found)
-    assert len(sweep_file.select(found, ["mask=streaming"])) == 8
-    assert len(sweep_file.select(found, ["mask=streaming:window=3,full", "seed=1"])) == 4
-    assert sweep_file.select(found, []) == found
+    expanded = cases(seq_len=["1k", "2k"], mask=["full", "streaming:window=[3,4]"], seed=[1, 2])
+    assert len(sweep_file.select_cases(expanded, ["seq_len=1k,2k"])) == len(expanded)
+    assert len(sweep_file.select_cases(expanded, ["mask=streaming"])) == 8
+    assert len(sweep_file.select_cases(expanded, ["mask=streaming:window=3,full", "seed=1"])) == 4
+    assert sweep_file.select_cases(expanded, []) == expanded
 
 
 def test_split_list() -> None:
     assert sweep_file.split_list("a,b:x=1,y=2,c:z=[1,2],d") == ["a", "b:x=1,y=2", "c:z=[1,2]", "d"]
 
 
-# Ids name records on disk for years: a change here orphans them.
+# Ids identify records on disk: if one changes, its records are lost.
 FROZEN: dict[str, dict[str, Any]] = {
     "44136fa355b3": {},
     "114e5a70b8eb": {"mask": "causal_document:corpus=pile,seed=3", "seq_len": "64k"},
@@ -151,15 +151,15 @@ def test_ids_are_frozen() -> None:
 
 
 def test_defaults_are_left_out_of_the_id() -> None:
-    told = Case().to_json()
-    told.pop("content")
-    assert cases(**{key: [value] for key, value in told.items()})[0].id == Case().id
+    defaults = Case().to_json()
+    defaults.pop("content")
+    assert cases(**{key: [value] for key, value in defaults.items()})[0].id == Case().id
     assert Case.from_json({}).id == Case().id
-    assert Case.from_json({**told, "field_of_a_newer_version": 1}).id == Case().id
+    assert Case.from_json({**defaults, "field_of_a_newer_version": 1}).id == Case().id
 
 
 def test_every_key_is_in_the_id() -> None:
-    other = {
+    changes = {
         "operator": "reference",
         "strategy": "ring",
         "layout": "zigzag",
@@ -177,15 +177,15 @@ def test_every_key_is_in_the_id() -> None:
         "ranks_per_node": 1,
         "seed": 1,
     }
-    assert {*other, "placement"} == set(sweep_file.KEYS)
-    ids = {cases(**{key: value})[0].id for key, value in other.items()}
-    assert len(ids | {Case().id}) == len(other) + 1
+    assert {*changes, "placement"} == set(sweep_file.KEYS)
+    ids = {cases(**{key: value})[0].id for key, value in changes.items()}
+    assert len(ids | {Case().id}) == len(changes) + 1
     usp = {"strategy": "usp", "world_size": 2}
     assert cases(**usp)[0].id != cases(**usp, placement="ring")[0].id
 
 
 @pytest.mark.parametrize(
-    ("table", "words"),
+    ("table", "message"),
     [
         ({"placement": "ring"}, "placement = 'ring': single has no mesh"),
         ({"strategy": "usp", "placement": "node"}, "placement = 'node': usp takes ring, ulysses"),
@@ -195,10 +195,10 @@ def test_every_key_is_in_the_id() -> None:
         ({"queries": 1024}, "queries (1024) must be fewer than seq_len (1024), or 0 for all"),
     ],
 )
-def test_topology_and_queries_are_checked_beforehand(table: dict[str, Any], words: str) -> None:
+def test_topology_and_queries_are_checked_beforehand(table: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as error:
         cases(**table)
-    assert words in str(error.value)
+    assert message in str(error.value)
 
 
 def test_one_and_true_are_different_parameters() -> None:
@@ -212,20 +212,20 @@ def test_json_round_trip() -> None:
         assert Case.from_json(case.to_json()) == case
 
 
-def test_a_file_enters_by_its_content(tmp_path: Path) -> None:
-    here, there, other = (tmp_path / name for name in ("a.txt", "b.txt", "c.txt"))
-    here.write_text("600\n424\n")
-    there.write_text("600\n424\n")
-    other.write_text("500\n524\n")
+def test_ids_depend_on_the_content_of_files(tmp_path: Path) -> None:
+    file, copy, different = (tmp_path / name for name in ("a.txt", "b.txt", "c.txt"))
+    file.write_text("600\n424\n")
+    copy.write_text("600\n424\n")
+    different.write_text("500\n524\n")
 
-    def found(path: Path) -> Case:
+    def case_of(path: Path) -> Case:
         return cases(mask={"name": "full_document", "file": str(path)})[0]
 
-    assert found(here).id == found(there).id != found(other).id
-    before = found(here)
-    here.write_text("1024\n")
-    assert found(here).id != before.id
-    assert Case.from_json(before.to_json()).id == before.id  # what was run then, was run then
+    assert case_of(file).id == case_of(copy).id != case_of(different).id
+    before = case_of(file)
+    file.write_text("1024\n")
+    assert case_of(file).id != before.id
+    assert Case.from_json(before.to_json()).id == before.id  # a recorded case keeps its id
 
 
 OPERATORS = """
@@ -248,30 +248,30 @@ def hidden(seq_len):
 @pytest.mark.parametrize(
     ("key", "names"), [("operator", ("one", "two")), ("mask", ("seen", "hidden"))]
 )
-def test_a_python_file_enters_by_its_content(
+def test_ids_depend_on_the_content_of_python_files(
     key: str, names: tuple[str, str], tmp_path: Path
 ) -> None:
-    here, there = tmp_path / "here.py", tmp_path / "there.py"
-    here.write_text(OPERATORS)
-    there.write_text(OPERATORS)
-    first, second = cases(**{key: [f"{here}:{name}" for name in names]})
+    file, copy = tmp_path / "file.py", tmp_path / "copy.py"
+    file.write_text(OPERATORS)
+    copy.write_text(OPERATORS)
+    first, second = cases(**{key: [f"{file}:{name}" for name in names]})
     assert first.id != second.id
-    assert cases(**{key: f"{there}:{names[0]}"})[0].id == first.id
-    there.write_text(OPERATORS + "# changed\n")
-    assert cases(**{key: f"{there}:{names[0]}"})[0].id != first.id
+    assert cases(**{key: f"{copy}:{names[0]}"})[0].id == first.id
+    copy.write_text(OPERATORS + "# changed\n")
+    assert cases(**{key: f"{copy}:{names[0]}"})[0].id != first.id
 
 
-@pytest.mark.parametrize("name", sweep_file.packaged())
+@pytest.mark.parametrize("name", sweep_file.packaged_sweeps())
 def test_packaged(name: str) -> None:
-    found = sweep_file.load(name)
-    assert sweep_file.packaged()[name]
-    assert len({case.id for case in found.cases}) == len(found.cases) > 0
-    specs = {(c.operator.name, c.strategy.name, c.layout.name) for c in found.cases}
+    expanded = sweep_file.load(name)
+    assert sweep_file.packaged_sweeps()[name]
+    assert len({case.id for case in expanded.cases}) == len(expanded.cases) > 0
+    specs = {(c.operator.name, c.strategy.name, c.layout.name) for c in expanded.cases}
     assert {a for a, _, _ in specs} <= set(registry.operators())
     assert {b for _, b, _ in specs} <= set(registry.strategies())
     assert {c for _, _, c in specs} <= set(layout.names())
-    for mask, seq_len in {(case.mask, case.seq_len) for case in found.cases}:
+    for mask, seq_len in {(case.mask, case.seq_len) for case in expanded.cases}:
         assert masks.build_heads(mask, seq_len, 1).area > 0
-    for case in found.cases:
+    for case in expanded.cases:
         accepted = registry.strategies()[case.strategy.name].layouts
         assert case.layout.name in accepted, f"{case.label} can only ever be refused"

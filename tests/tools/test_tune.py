@@ -1,4 +1,4 @@
-"""The tuner's own loop, on the interpreter: its times mean nothing, its choice and file do."""
+"""The tuner under Triton's interpreter: its selection and file are checked, not its times."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cpbench" / "tuned.json"
 
 
-def test_what_is_fastest_is_kept_and_serves_from_then_on(cache: Path) -> None:
+def test_the_fastest_configurations_are_saved_and_used(cache: Path) -> None:
     device = open_device("cpu", 0, 1)
     rows = list(tuner.tune("triton_band", "causal", PROBLEM, device, GRID))
     for kernel in KERNELS:
@@ -42,21 +42,21 @@ def test_what_is_fastest_is_kept_and_serves_from_then_on(cache: Path) -> None:
     assert choose("interpreter", 16, 4)["forward"] == INTERPRETED
 
 
-def test_another_class_is_added_and_a_wrong_result_is_not_chosen(
+def test_another_class_is_added_and_a_wrong_result_is_not_selected(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache.parent.mkdir()
     cache.write_text(json.dumps({"other": {"forward": {**vars(INTERPRETED)}}}))
     device = open_device("cpu", 0, 1)
-    results = tuner._Bench._results
+    results = tuner._ConfigBenchmark._results
 
-    def spoilt(self: tuner._Bench, configs: dict[str, Config]) -> dict:
-        found = results(self, configs)
+    def wrong_forward(self: tuner._ConfigBenchmark, configs: dict[str, Config]) -> dict:
+        computed = results(self, configs)
         if configs["forward"].rows == 32:
-            found["out"] = found["out"] * 1.1
-        return found
+            computed["out"] = computed["out"] * 1.1
+        return computed
 
-    monkeypatch.setattr(tuner._Bench, "_results", spoilt)
+    monkeypatch.setattr(tuner._ConfigBenchmark, "_results", wrong_forward)
     rows = list(tuner.tune("triton_block_sparse", "block_sparse_uniform", PROBLEM, device, GRID))
     failed = [row for row in rows if "failed" in row]
     assert [row["kernel"] for row in failed] == ["forward"]
@@ -75,10 +75,10 @@ def test_a_damaged_file_is_named(cache: Path) -> None:
         triton_configs.choose("cuda:90", 128, 2, gpu="NVIDIA H100")
 
 
-def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tune_without_a_gpu_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.invoke(["tune", "--device", "cpu"]) == 2
     assert capsys.readouterr().err == (
-        "cpbench: tune measures on a GPU, and none is here; the table's configurations serve\n"
+        "cpbench: tune needs a GPU, and there is none; the shipped configurations are used\n"
     )
     assert cli.invoke(["tune", "--operator", "bands"]) == 2
-    assert "'bands' is none of" in capsys.readouterr().err
+    assert "'bands' is not one of" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The correctness gate finds what it is there to find, and lets the right pass."""
+"""The correctness checks find wrong operators and pass right ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cpbench.masks.attn_mask import AttnMask
 from cpbench.parallel.layout import build as build_layout
 from cpbench.parallel.world import World
 from cpbench.verify import check
-from cpbench.verify.at_size import sampled
+from cpbench.verify.at_size import check_sampled
 
 OPERATORS = HELPERS / "wrong_operators.py"
 TOKENS = 1500
@@ -47,9 +47,9 @@ def _measured(operator: str, mask: AttnMask, **changes: Any) -> Attention:
 
 
 def _small(operator: str, mask: AttnMask, **changes: Any) -> str | None:
-    tiny = check.small_world(_measured(operator, mask, **changes))
-    errors = check.small(_work(operator, tiny), Recipe(5), check.Rank("cpu"))
-    return check.verdict(errors, _problem(**changes).dtype)
+    world = check.reduced_world(_measured(operator, mask, **changes))
+    errors = check.check_small(_work(operator, world), Recipe(5), check.RankContext("cpu"))
+    return check.tolerance_violation(errors, _problem(**changes).dtype)
 
 
 def _sampled(
@@ -57,10 +57,10 @@ def _sampled(
 ) -> tuple[str | None, check.Errors]:
     problem = _problem(**changes)
     work = _measured(operator, mask, **changes)
-    inputs = check.inputs_of(work, Recipe(seed), "cpu")
-    found = check.run(work, inputs, None)
-    errors = sampled(work, inputs, found, Recipe(seed), check.Rank("cpu"))
-    return check.verdict(errors, problem.dtype), errors
+    inputs = check.rank_inputs(work, Recipe(seed), "cpu")
+    results = check.run_pass(work, inputs, None)
+    errors = check_sampled(work, inputs, results, Recipe(seed), check.RankContext("cpu"))
+    return check.tolerance_violation(errors, problem.dtype), errors
 
 
 MASK = masks.build("sliding_window_causal", TOKENS, window=200)
@@ -68,16 +68,16 @@ MASK = masks.build("sliding_window_causal", TOKENS, window=200)
 
 @pytest.mark.parametrize("operator", ["right", "bands"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_right_passes_both_checks(operator: str, dtype: str) -> None:
+def test_right_operators_pass_both_checks(operator: str, dtype: str) -> None:
     assert _small(operator, MASK, dtype=dtype) is None
-    verdict, errors = _sampled(operator, MASK, dtype=dtype)
-    assert verdict is None
+    violation, errors = _sampled(operator, MASK, dtype=dtype)
+    assert violation is None
     assert set(errors) == {"out", "lse", "dq", "dk", "dv"}
 
 
 def test_an_operator_without_lse_has_its_rows_sampled() -> None:
-    verdict, errors = _sampled("sdpa.math", MASK)
-    assert verdict is None
+    violation, errors = _sampled("sdpa.math", MASK)
+    assert violation is None
     assert set(errors) == {"out", "dq"}
 
 
@@ -86,9 +86,9 @@ def test_an_operator_without_lse_has_its_rows_sampled() -> None:
     [("scales_twice", "dq"), ("log_two", "lse"), ("one_element", "out"), ("not_a_number", "out")],
 )
 def test_the_small_check_finds(operator: str, tensor: str) -> None:
-    verdict = _small(operator, MASK)
-    assert verdict is not None
-    assert verdict.startswith(f"{tensor} differs from float64: ")
+    violation = _small(operator, MASK)
+    assert violation is not None
+    assert violation.startswith(f"{tensor} differs from float64: ")
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -96,14 +96,14 @@ def test_the_small_check_finds(operator: str, tensor: str) -> None:
     ("operator", "tensor"),
     [("far_rows", "out"), ("far_keys", "dk"), ("other_heads", "out"), ("last_tile", "out")],
 )
-def test_only_the_sampled_check_finds_what_appears_at_size(
+def test_only_the_sampled_check_finds_errors_that_appear_at_size(
     operator: str, tensor: str, seed: int
 ) -> None:
     if seed == 0:
         assert _small(operator, MASK) is None
-    verdict, _ = _sampled(operator, MASK, seed)
-    assert verdict is not None
-    assert verdict.startswith(f"{tensor} differs from float64: ")
+    violation, _ = _sampled(operator, MASK, seed)
+    assert violation is not None
+    assert violation.startswith(f"{tensor} differs from float64: ")
 
 
 @pytest.mark.parametrize(
@@ -116,39 +116,39 @@ def test_only_the_sampled_check_finds_what_appears_at_size(
         "global_sliding_window:num_global=64,window=1000",
     ],
 )
-def test_the_small_mask_keeps_what_is_particular_to_the_mask(text: str) -> None:
+def test_the_reduced_mask_keeps_windows_and_documents(text: str) -> None:
     mask = masks.build(text, 1 << 15)
-    tiny = check.small_mask(mask)
-    assert 200 <= tiny.seq_q <= check.SMALL_TOKENS
-    dense = tiny.to_dense()
-    assert tiny.overlap_area() == 0
+    reduced = check.reduced_mask(mask)
+    assert 200 <= reduced.seq_q <= check.SMALL_TOKENS
+    dense = reduced.to_dense()
+    assert reduced.overlap_area() == 0
     assert dense.any()
-    if text != "causal":  # the limits of windows and documents are inside, not cut away
+    if text != "causal":  # edges of windows and documents are kept
         assert not np.array_equal(dense, np.tril(np.ones_like(dense)))
 
 
 @pytest.mark.parametrize("text", ["full", "causal"])
-def test_the_small_mask_stays_of_the_kind_that_native_kernels_take(text: str) -> None:
+def test_the_reduced_mask_is_of_the_same_kind(text: str) -> None:
     for tokens in (500, 4096, 50_000):
         mask = masks.build(text, tokens)
-        assert check.small_mask(mask).kind == mask.kind
+        assert check.reduced_mask(mask).kind == mask.kind
 
 
-def test_one_head_a_little_off_is_found_in_half_precision() -> None:
+def test_a_small_error_of_one_head_is_found_in_half_precision() -> None:
     mask = masks.build("full", TOKENS)
-    verdict = _small("one_head", mask, heads_q=8, heads_kv=8, dtype="bfloat16")
-    assert verdict is not None
+    violation = _small("one_head", mask, heads_q=8, heads_kv=8, dtype="bfloat16")
+    assert violation is not None
 
 
-def test_a_result_that_changes_and_an_overwritten_input_are_seen() -> None:
-    before = {"q": torch.randn(2, 50, 3, 8), "dout": torch.randn(2, 50, 3, 8)}
-    seen = check.fingerprint(before)
-    assert check.changed(seen, check.fingerprint(before), "float32") is None
-    before["q"][1, :, 2] = 0
-    assert check.changed(seen, check.fingerprint(before), "bfloat16") == "q"
+def test_checksums_show_a_changed_tensor() -> None:
+    tensors = {"q": torch.randn(2, 50, 3, 8), "dout": torch.randn(2, 50, 3, 8)}
+    before = check.checksums(tensors)
+    assert check.changed_tensor(before, check.checksums(tensors), "float32") is None
+    tensors["q"][1, :, 2] = 0
+    assert check.changed_tensor(before, check.checksums(tensors), "bfloat16") == "q"
 
 
 def test_mismatched_infinities_are_an_infinite_error() -> None:
-    sums = check.TensorSums.of(torch.tensor([0.0, 1.0]), torch.tensor([-torch.inf, 1.0]))
+    sums = check.TensorErrorSums.between(torch.tensor([0.0, 1.0]), torch.tensor([-torch.inf, 1.0]))
     assert sums.errors(absolute=True)["max_rms"] == float("inf")
-    assert check.verdict({"lse": sums.errors(absolute=True)}, "float32") is not None
+    assert check.tolerance_violation({"lse": sums.errors(absolute=True)}, "float32") is not None

@@ -1,4 +1,4 @@
-"""Errors do not grow with the ranks, unless gradients travel in bfloat16."""
+"""Errors do not grow with the number of ranks, unless gradients are sent in bfloat16."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from tests.microbench.error_growth import errors
 @pytest.mark.parametrize("strategy", ["ring", "burst", "tile", "distflash", "ring_allgather"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_errors_on_32_ranks_are_those_on_two(strategy: str, dtype: str) -> None:
-    few, many = (errors(strategy, size, 256, dtype) for size in (2, 32))
-    for name, error in many.items():
-        assert error < 1.6 * few[name], f"{name}: {few[name]:.1e} on 2 ranks, {error:.1e} on 32"
+    on_2, on_32 = (errors(strategy, size, 256, dtype) for size in (2, 32))
+    for name, error in on_32.items():
+        assert error < 1.6 * on_2[name], f"{name}: {on_2[name]:.1e} on 2 ranks, {error:.1e} on 32"
 
 
-def test_gradients_that_travel_in_bfloat16_lose_at_every_hop() -> None:
+def test_gradients_sent_in_bfloat16_lose_precision_at_every_hop() -> None:
     rounded = {size: errors("ring:grad_dtype=bfloat16", size, 256, "bfloat16") for size in (2, 32)}
-    whole = errors("ring", 32, 256, "bfloat16")
+    exact = errors("ring", 32, 256, "bfloat16")
     assert rounded[32]["dk"] > 1.8 * rounded[2]["dk"]
-    assert rounded[32]["dk"] > 1.8 * whole["dk"]
-    assert rounded[32]["dk"] < 2.5e-2  # still what bfloat16 results may be off
-    assert rounded[32]["dq"] == pytest.approx(whole["dq"], rel=0.1)  # dQ stays at home
+    assert rounded[32]["dk"] > 1.8 * exact["dk"]
+    assert rounded[32]["dk"] < 2.5e-2  # the limit of bfloat16 results
+    assert rounded[32]["dq"] == pytest.approx(exact["dq"], rel=0.1)  # dQ is not sent

@@ -1,4 +1,4 @@
-"""What a choice is worth, against the definition; and a run of selectors from sweep to report."""
+"""Quality of selections against its definition; a run of selectors from sweep to report."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import naive_selectors as want
 import numpy as np
 import pytest
 import torch
+from limits import LIMIT_S
 
 from cpbench import masks
 from cpbench.api import Attention
@@ -26,11 +29,11 @@ from cpbench.results.record import Record
 from cpbench.results.store import read_run
 from cpbench.selectors.common.selection import Blocks, Tokens
 from cpbench.verify import check, quality
-from cpbench.verify.check import inputs_of
-from cpbench.verify.selection import run_and_tell, sampled
+from cpbench.verify.check import rank_inputs
+from cpbench.verify.selection import check_sampled, run_pass_with_selection
 
 DIM = 32
-SMALL = 450  # all queries are looked at
+SMALL = 450  # short enough that all queries are sampled
 
 
 def _measured(
@@ -42,9 +45,9 @@ def _measured(
     )  # fmt: skip
     world = World.of(problem, masks.build(mask, tokens), build("contiguous", tokens, 1))
     work = Attention(spec, "single", world, 0, "cpu")
-    x = inputs_of(work, Recipe(3, parse(inputs)), "cpu")
-    found, choice = run_and_tell(work, x)
-    return work, x, found, choice, quality.measure(work, x, found, choice)
+    x = rank_inputs(work, Recipe(3, parse(inputs)), "cpu")
+    results, selection = run_pass_with_selection(work, x)
+    return work, x, results, selection, quality.measure_quality(work, x, results, selection)
 
 
 CASES = [
@@ -64,89 +67,91 @@ CASES = [
 
 @pytest.mark.parametrize("mask", ["causal", "causal_document:doc_lens=[1,100,49,300]"])
 @pytest.mark.parametrize("spec", CASES)
-def test_figures_are_those_of_the_definition(spec: str, mask: str) -> None:
+def test_quality_follows_its_definition(spec: str, mask: str) -> None:
     if mask != "causal" and spec.startswith(("minference.v", "minference.a", "nsa")):
         return
-    work, x, found, choice, told = _measured(spec, mask=mask)
-    seen = torch.as_tensor(work.mask.to_dense())  # type: ignore[union-attr]
-    probs = want.probabilities(x["q"], x["k"], seen)
-    kept = torch.zeros_like(probs, dtype=torch.bool)
-    for branch in choice.branches:  # type: ignore[attr-defined]
+    work, x, results, selection, figures = _measured(spec, mask=mask)
+    visible = torch.as_tensor(work.mask.to_dense())  # type: ignore[union-attr]
+    probs = want.probabilities(x["q"], x["k"], visible)
+    selected = torch.zeros_like(probs, dtype=torch.bool)
+    for branch in selection.branches:  # type: ignore[attr-defined]
         if branch.pool_k.size == 1:
-            rows = branch.seen
-            more = rows.rows(0, SMALL) if isinstance(rows, Blocks | Tokens) else rows.to_dense()
-            kept |= torch.as_tensor(more)
-    kept &= seen
-    dense = torch.einsum("bhst,bthd->bshd", probs, x["v"].double().repeat_interleave(2, 2))
-    error = float((found["out"].double() - dense).norm() / dense.norm())
-    assert told["rows"] == SMALL
-    assert told["density"] == pytest.approx(float(kept.sum()) / float(seen.sum() * 8), rel=1e-9)
-    assert told["mass"] == pytest.approx(float((probs * kept).sum(-1).mean()), rel=1e-5)
-    assert told["out_error"] == pytest.approx(error, rel=1e-4)
-    if len(choice.branches) == 1:  # type: ignore[attr-defined]
-        lost = 1 - (probs * kept).sum(-1)
+            branch_mask = branch.mask
+            is_selection = isinstance(branch_mask, Blocks | Tokens)
+            dense = branch_mask.dense_rows(0, SMALL) if is_selection else branch_mask.to_dense()
+            selected |= torch.as_tensor(dense)
+    selected &= visible
+    full = torch.einsum("bhst,bthd->bshd", probs, x["v"].double().repeat_interleave(2, 2))
+    error = float((results["out"].double() - full).norm() / full.norm())
+    density = float(selected.sum()) / float(visible.sum() * 8)
+    assert figures["rows"] == SMALL
+    assert figures["density"] == pytest.approx(density, rel=1e-9)
+    assert figures["mass"] == pytest.approx(float((probs * selected).sum(-1).mean()), rel=1e-5)
+    assert figures["out_error"] == pytest.approx(error, rel=1e-4)
+    if len(selection.branches) == 1:  # type: ignore[attr-defined]
+        lost = 1 - (probs * selected).sum(-1)
         bound = 2 * lost.permute(0, 2, 1)[..., None] * float(x["v"].norm(dim=-1).max())
-        assert ((found["out"] - dense).norm(dim=-1, keepdim=True) <= bound + 1e-4).all()
+        assert ((results["out"] - full).norm(dim=-1, keepdim=True) <= bound + 1e-4).all()
 
 
 @pytest.mark.parametrize("spec", [spec for spec in CASES if "vertical" not in spec])
-def test_nothing_recovers_more_than_the_best_choice_of_its_kind(spec: str) -> None:
+def test_no_attention_recall_exceeds_the_oracle(spec: str) -> None:
     for inputs in ("normal", "needles:count=4,length=1", "needles:count=4,length=16"):
-        *_, told = _measured(spec, inputs)
+        *_, figures = _measured(spec, inputs)
         if spec.startswith(("nsa", "minference.a_shape")):
-            assert "best_mass" not in told
+            assert "best_mass" not in figures
             continue
-        assert told["mass"] <= told["best_mass"] + 1e-6
+        assert figures["mass"] <= figures["best_mass"] + 1e-6
         if spec.startswith("oracle"):
-            assert told["mass"] == pytest.approx(told["best_mass"], rel=1e-6)
+            assert figures["mass"] == pytest.approx(figures["best_mass"], rel=1e-6)
 
 
-def test_the_best_choice_of_tokens_and_blocks_is_the_best() -> None:
-    _, x, _, _, told = _measured("dsa:top_k=30")
+def test_the_oracle_of_tokens_and_blocks_is_the_best_selection() -> None:
+    _, x, _, _, figures = _measured("dsa:top_k=30")
     probs = want.probabilities(x["q"], x["k"], torch.ones(SMALL, SMALL).tril().bool())
-    together = probs.sum(1).sort(-1, descending=True).values  # heads share their keys
+    summed = probs.sum(1).sort(-1, descending=True).values  # heads share their keys
     total = 0.0
     for t in range(SMALL):
-        total += float(together[:, t, : min(t + 1, 30)].sum())
-    assert told["best_mass"] == pytest.approx(total / (2 * 4 * SMALL), rel=1e-5)
+        total += float(summed[:, t, : min(t + 1, 30)].sum())
+    assert figures["best_mass"] == pytest.approx(total / (2 * 4 * SMALL), rel=1e-5)
 
-    _, x, _, choice, told = _measured("moba:block_size=32,top_k=3")
-    kept = choice.branches[0].seen.kept  # type: ignore[attr-defined]
+    _, x, _, selection, figures = _measured("moba:block_size=32,top_k=3")
+    kept = selection.branches[0].mask.kept  # type: ignore[attr-defined]
     total = 0.0
     for b, h, t in np.ndindex(2, 4, SMALL):
         blocks = torch.stack([part.sum() for part in probs[b, h, t].split(32)])
         count = int(kept[b, h, t, : t // 32 + 1].sum())
         total += float(blocks.sort(descending=True).values[:count].sum())
-    assert told["best_mass"] == pytest.approx(total / (8 * SMALL), rel=1e-5)
+    assert figures["best_mass"] == pytest.approx(total / (8 * SMALL), rel=1e-5)
 
 
-def test_a_sample_of_queries_tells_what_all_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sampled_queries_represent_all(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = "minference.block_sparse:block_size=32,keep=0.2"
-    *_, some = _measured(spec, "needles:count=4", tokens=1500)
-    monkeypatch.setattr(quality, "ROWS", 10_000)
-    *_, every = _measured(spec, "needles:count=4", tokens=1500)
-    assert some["rows"] < every["rows"] == 1500
+    *_, sampled = _measured(spec, "needles:count=4", tokens=1500)
+    monkeypatch.setattr(quality, "SAMPLED_QUERIES", 10_000)
+    *_, complete = _measured(spec, "needles:count=4", tokens=1500)
+    assert sampled["rows"] < complete["rows"] == 1500
     for name in ("density", "mass", "best_mass"):
-        assert some[name] == pytest.approx(every[name], rel=0.15), name
+        assert sampled[name] == pytest.approx(complete[name], rel=0.15), name
 
 
 def test_a_shape_misses_the_needles_and_the_oracle_does_not() -> None:
-    """At one budget: what a fixed shape keeps is worth much less where there is something to find;
-    on independent normals nothing is much better than it."""
-    lost = {}
+    """At one budget, a fixed shape has a much lower attention recall than the oracle on needles; on
+    independent normals no selection is much better."""
+    recall = {}
     for inputs in ("needles:count=4,looking=1.0", "normal"):
         for spec in ("oracle:block_size=32,keep=0.2", "minference.a_shape:num_sinks=8,window=100"):
-            *_, told = _measured(spec, inputs, tokens=1024)
-            lost[inputs, spec[0]] = told["mass"]
+            *_, figures = _measured(spec, inputs, tokens=1024)
+            recall[inputs, spec[0]] = figures["mass"]
     (needles, normal) = ("needles:count=4,looking=1.0", "normal")
-    assert lost[needles, "o"] > 2 * lost[needles, "m"]
-    assert lost[normal, "o"] < 2 * lost[normal, "m"]
+    assert recall[needles, "o"] > 2 * recall[needles, "m"]
+    assert recall[normal, "o"] < 2 * recall[normal, "m"]
 
 
 @pytest.mark.parametrize("wrong", ["", "dq", "dk", "dv"])
 @pytest.mark.parametrize("spec", ["moba:block_size=64,top_k=3", "nsa:top_k=4,window=64"])
 def test_a_wrong_gradient_is_found(spec: str, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At size, where the last tokens alone have it; by the kernel's own choice."""
+    """At size, where only the last tokens are wrong, given the operator's own selection."""
     problem = Problem(
         batch=1, seq_q=1300, seq_k=1300, heads_q=4, heads_kv=2, head_dim=DIM, dtype="float32"
     )
@@ -161,16 +166,17 @@ def test_a_wrong_gradient_is_found(spec: str, wrong: str, monkeypatch: pytest.Mo
         return tuple(grads.values())
 
     monkeypatch.setattr(Gathered, "backward", backward)
-    x = inputs_of(work, Recipe(), "cpu")
-    found, choice = run_and_tell(work, x)
-    verdict = check.verdict(sampled(work, x, found, choice, 0, check.Rank("cpu")), "float32")
-    assert (verdict is None) == (not wrong)
+    x = rank_inputs(work, Recipe(), "cpu")
+    results, selection = run_pass_with_selection(work, x)
+    errors = check_sampled(work, x, results, selection, 0, check.RankContext("cpu"))
+    violation = check.tolerance_violation(errors, "float32")
+    assert (violation is None) == (not wrong)
     if wrong:
-        assert verdict is not None
-        assert verdict.startswith(f"{wrong} differs from float64")
+        assert violation is not None
+        assert violation.startswith(f"{wrong} differs from float64")
 
 
-def test_what_is_not_finite_is_wrong_and_no_crash(tmp_path: Path) -> None:
+def test_results_that_are_not_finite_are_wrong_and_no_crash(tmp_path: Path) -> None:
     (tmp_path / "nan.py").write_text(WRONG.replace("*= 1.01", "= float('nan')"))
     (tmp_path / "s.toml").write_text(
         f"[sweep]\noperator = {{name = 'oracle', kernel = '{tmp_path}/nan.py:OP'}}\n"
@@ -178,25 +184,36 @@ def test_what_is_not_finite_is_wrong_and_no_crash(tmp_path: Path) -> None:
     )
     command = [sys.executable, "-m", "cpbench", "run", str(tmp_path / "s.toml"),
                "--out", str(tmp_path / "out")]  # fmt: skip
-    subprocess.run(command, capture_output=True, text=True, timeout=120)
+    subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
     (record,) = read_run(tmp_path / "out").records.values()
     assert record.status == "wrong"
     assert "out differs from float64" in (record.reason or "")
 
 
-def test_comparing_notices_a_choice_that_recovers_less(run: Path, tmp_path: Path) -> None:
-    worse = tmp_path / "worse"
-    shutil.copytree(run / "out", worse)
-    for file in (worse / "records").glob("*.jsonl"):
+def _copy(run: Path, target: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """A copy of a run directory whose records have been changed in place by ``change``."""
+    shutil.copytree(run, target)
+    for file in (target / "records").glob("*.jsonl"):
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         for line in lines:
-            if line.get("quality"):
-                line["quality"]["mass"] /= 10
+            if line["kind"] == "case":
+                change(line)
         file.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return target
+
+
+def _lower_recall(record: dict[str, Any]) -> None:
+    if record["quality"]:
+        record["quality"]["mass"] /= 10
+
+
+def test_compare_finds_a_lower_attention_recall(run: Path, tmp_path: Path) -> None:
+    worse = _copy(run / "out", tmp_path / "worse", _lower_recall)
     command = [sys.executable, "-m", "cpbench", "compare", str(run / "out"), str(worse),
                "--format", "json"]  # fmt: skip
-    told = json.loads(subprocess.run(command, capture_output=True, text=True, timeout=120).stdout)
-    rows = told["cases"] if isinstance(told, dict) else told
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+    comparison = json.loads(done.stdout)
+    rows = comparison["cases"] if isinstance(comparison, dict) else comparison
     verdicts = {row["case"]: (row["verdict"], row["why"]) for row in rows}
     verdict, why = next(v for name, v in verdicts.items() if name.startswith("moba"))
     assert verdict == "FAILS"
@@ -210,20 +227,20 @@ from cpbench.core.registry import OperatorInfo
 
 
 class Wrong:
-    """bands that is off by a little where gathered blocks are."""
+    """gathered, with a small error in late tokens."""
     def __init__(self):
         from cpbench.kernels.gathered.operator import Gathered
         self.inner = Gathered()
         self.unsupported, self.prepare = self.inner.unsupported, self.inner.prepare
         self.backward = self.inner.backward
 
-    def forward(self, q, k, v, plan):
-        out, lse = self.inner.forward(q, k, v, plan)
+    def forward(self, qkv, plan):
+        out, lse = self.inner.forward(qkv, plan)
         out[:, 1300:] *= 1.01
         return out, lse
 
 
-OP = OperatorInfo(name="wrong", summary="wrong", source="here", load=Wrong,
+OP = OperatorInfo(name="wrong", summary="wrong", source="tests", load=Wrong,
                   masks=("blocks", "rows"))
 '''
 
@@ -249,19 +266,19 @@ max_iterations = 3
     )
     command = [sys.executable, "-m", "cpbench", "run", str(folder / "s.toml"),
                "--out", str(folder / "out")]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1, done.stdout + done.stderr  # for the wrong one
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+    assert done.returncode == 1, done.stdout + done.stderr  # because of the wrong operator
     (folder / "text").write_text(done.stdout)
     return folder
 
 
-def _records(run: Path) -> dict[tuple[str, int], Record]:
-    found = read_run(run / "out").records.values()
-    return {(str(one.case.operator), one.case.seq_len): one for one in found}
+def _records(out: Path) -> dict[tuple[str, int], Record]:
+    records = read_run(out).records.values()
+    return {(str(record.case.operator), record.case.seq_len): record for record in records}
 
 
-def test_records_tell_quality_parts_and_what_was_computed(run: Path) -> None:
-    records = _records(run)
+def test_records_of_selectors_have_quality_step_times_and_selected_area(run: Path) -> None:
+    records = _records(run / "out")
     oracle = records["oracle:block_size=32,keep=0.25", 1536]
     assert oracle.status == "ok"
     assert "approximate" in oracle.flags
@@ -272,7 +289,7 @@ def test_records_tell_quality_parts_and_what_was_computed(run: Path) -> None:
     assert dense.parts_us == dense.quality == {}
     assert oracle.area is not None
     assert dense.area is not None
-    # Sampled rows, whole blocks of them: about what the whole is.
+    # Density is of sampled rows, area of all.
     assert oracle.quality["density"] == pytest.approx(oracle.area / dense.area, rel=0.2)
     assert oracle.flops["fwd"] == pytest.approx(dense.flops["fwd"] * oracle.area / dense.area)
     assert records["nsa:top_k=4,window=64", 1536].quality["mass"] > 0.3
@@ -282,44 +299,53 @@ def test_records_tell_quality_parts_and_what_was_computed(run: Path) -> None:
 
 
 def test_a_wrong_kernel_under_a_selector_is_found_at_size(run: Path) -> None:
-    name = next(name for name, tokens in _records(run) if "wrong.py" in name)
-    assert _records(run)[name, 512].status == "ok"
-    assert _records(run)[name, 1536].status == "wrong"
-    assert _records(run)[name, 1536].times_us == {}
+    records = _records(run / "out")
+    name = next(name for name, tokens in records if "wrong.py" in name)
+    assert records[name, 512].status == "ok"
+    assert records[name, 1536].status == "wrong"
+    assert records[name, 1536].times_us == {}
 
 
-def test_reports_keep_what_is_chosen_apart(run: Path) -> None:
+def _set_times(record: dict[str, Any]) -> None:
+    """100 us per phase for the exact method, 250 us for selectors."""
+    us = 100.0 if record["case"]["operator"]["name"] == "bands" else 250.0
+    record["times_us"] = {phase: [[us] * 7] for phase in record["times_us"]}
+
+
+def test_reports_list_selectors_apart_from_exact_methods(run: Path, tmp_path: Path) -> None:
     text = (run / "text").read_text()
-    winners = text[text.index("## Winners") : text.index("## Sparse choices")]
-    assert "bands" in winners
-    assert "oracle" not in winners
-    table = load(run / "out")
-    rows = selection.worth(table, ["tokens"])
+    fastest = text[text.index("## Fastest method") : text.index("## Sparse selection")]
+    assert "bands" in fastest
+    assert "oracle" not in fastest
+    out = _copy(run / "out", tmp_path / "out", _set_times)
+    table = load(out)
+    rows = selection.recall_rows(table, ["tokens"])
     assert {row["method"].partition(":")[0] for row in rows} == {"oracle", "moba", "nsa"}
     by_name = {(row["method"], row["tokens"]): row for row in rows}
     row = by_name["oracle:block_size=32,keep=0.25", "1536"]
-    assert row["of best %"] == "100.0"
+    assert row["% of oracle"] == "100.0"
     assert row["exact"] == "bands"
-    record = _records(run)["oracle:block_size=32,keep=0.25", 1536]
-    exact = _records(run)["bands", 1536].median_us
-    assert row["vs exact"] == f"{exact / record.median_us:.2f}x"  # type: ignore[operator]
+    assert row["vs exact"] == "0.40x"
+    record = _records(out)["oracle:block_size=32,keep=0.25", 1536]
     (paid,) = (
-        row for row in selection.overtakes(table, ["tokens"]) if row["method"].startswith("oracle")
+        row
+        for row in selection.break_even_rows(table, ["tokens"])
+        if row["method"].startswith("oracle")
     )
     assert paid["faster from"] == "not up to 1536"
     data = json.loads(
         subprocess.run(
-            [sys.executable, "-m", "cpbench", "report", str(run / "out"), "--format", "json"],
-            capture_output=True, text=True, timeout=120, check=True,
+            [sys.executable, "-m", "cpbench", "report", str(out), "--format", "json"],
+            capture_output=True, text=True, timeout=LIMIT_S, check=True,
         ).stdout
     )  # fmt: skip
-    told = next(row for row in data if row["id"] == record.case.id)
-    assert told["recovered"] == pytest.approx(record.quality["mass"])
-    assert told["inputs"] == "needles:count=4"
+    row = next(row for row in data if row["id"] == record.case.id)
+    assert row["recovered"] == pytest.approx(record.quality["mass"])
+    assert row["inputs"] == "needles:count=4"
 
 
 @pytest.mark.parametrize(
-    ("ratios", "words"),
+    ("ratios", "expected"),
     [
         ([(1024, 0.5), (2048, 1.2), (4096, 2.0)], "2k"),
         ([(1024, 1.5), (2048, 0.9), (4096, 2.0)], "4k"),
@@ -327,5 +353,5 @@ def test_reports_keep_what_is_chosen_apart(run: Path) -> None:
         ([(1024, 1.5), (2048, 0.6)], "not up to 2k"),
     ],
 )
-def test_the_length_from_which_a_choice_pays(ratios: list, words: str) -> None:
-    assert selection.faster_from(ratios) == words
+def test_the_length_from_which_a_selector_is_faster(ratios: list, expected: str) -> None:
+    assert selection.break_even_length(ratios) == expected

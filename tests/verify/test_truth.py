@@ -1,4 +1,4 @@
-"""Whole runs of operators that are wrong where only the harness can tell."""
+"""Whole runs of operators whose errors only the measuring code can find."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def _run(out: Path, device: str = "cpu", measure: Any = None, **sweep_table: Any
         settings=loaded.settings,
     )  # fmt: skip
     runs.execute(request, quiet=True)
-    found = runs.results(request).records
-    return [found[case.id] for case in loaded.cases]
+    records = runs.results(request).records
+    return [records[case.id] for case in loaded.cases]
 
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Record]:
     names = ["overwrites", "when_watched", "native", "right"]
-    made = _run(
+    records = _run(
         tmp_path_factory.mktemp("truth"),
         operator=[f"{OPERATORS}:{name}" for name in names],
         direction="fwd",
     )
-    return dict(zip(names, made, strict=True))
+    return dict(zip(names, records, strict=True))
 
 
 def test_an_operator_that_overwrites_its_input_is_wrong(records: dict[str, Record]) -> None:
@@ -49,7 +49,7 @@ def test_a_timed_call_that_differs_from_the_checked_one_is_wrong(
 ) -> None:
     record = records["when_watched"]
     assert record.status == "wrong"
-    assert "than the checked: out" in str(record.reason)
+    assert "differs from the checked one: out" in str(record.reason)
     assert record.times_us == {}
 
 
@@ -63,7 +63,7 @@ def test_native_masks_and_right_results_pass(records: dict[str, Record], name: s
     assert record.mask_us is not None
 
 
-def test_results_of_other_conditions_are_not_taken_for_these(tmp_path: Path) -> None:
+def test_results_of_other_conditions_are_not_reused(tmp_path: Path) -> None:
     (unchecked,) = _run(tmp_path, measure={"check_sampled": False}, seq_len=400)
     assert "unchecked" in unchecked.flags
     (checked,) = _run(tmp_path, seq_len=400)
@@ -75,13 +75,15 @@ def test_results_of_other_conditions_are_not_taken_for_these(tmp_path: Path) -> 
         _run(tmp_path, measure={"threads": 2}, seq_len=400)
 
 
-def test_peak_memory_comes_with_what_the_plan_holds(tmp_path: Path) -> None:
-    from cpbench.reports.frame import frame
+def test_peak_memory_in_reports_includes_the_plan(tmp_path: Path) -> None:
+    from cpbench.reports.frame import tidy_table
     from cpbench.results.store import Run
 
-    found = _run(tmp_path, operator="sdpa.cpu_flash", mask="sliding_window:window=9", seq_len=1024)
-    assert found[0].memory_bytes["plan"] == [1024 * 1024 * 4]  # its dense bias
-    assert frame(Run({found[0].case.id: found[0]}), "")["peak_mb"][0] > 4.19
+    (record,) = _run(
+        tmp_path, operator="sdpa.cpu_flash", mask="sliding_window:window=9", seq_len=1024
+    )
+    assert record.memory_bytes["plan"] == [1024 * 1024 * 4]  # its dense bias
+    assert tidy_table(Run({record.case.id: record}), "")["peak_mb"][0] > 4.19
 
 
 def test_ulysses_is_balanced_and_ring_is_not(tmp_path: Path) -> None:
@@ -94,15 +96,18 @@ def test_ulysses_is_balanced_and_ring_is_not(tmp_path: Path) -> None:
     assert ulysses.balance[0] == ulysses.balance[1]
 
 
-def test_what_is_sent_and_held_is_what_the_plan_foretold(tmp_path: Path) -> None:
-    found = _run(
+def test_bytes_sent_and_peak_memory_are_as_predicted(tmp_path: Path) -> None:
+    records = _run(
         tmp_path, strategy=["ring", "ulysses", "tile:rows=2"], mask="causal", seq_len=2048,
         num_heads_q=4, head_dim=64, world_size=2, ranks_per_node=1,
     )  # fmt: skip
-    for record in found:
+    for record in records:
         assert "mispredicted" not in record.flags
         assert record.bytes_sent == record.predicted_bytes == record.bytes_across
         assert min(record.bytes_sent["bwd"]) > 0
-        pairs = zip(record.memory_bytes["predicted"], record.memory_bytes["peak"], strict=True)
-        for foretold, peak in pairs:  # the operator's own temporaries come on top
-            assert 0.6 * peak < foretold < 1.02 * peak
+        # On a busy machine, each of Gloo's two threads may release its last message late.
+        late = 2 * max(record.largest_message.values())
+        peaks = zip(record.memory_bytes["predicted"], record.memory_bytes["peak"], strict=True)
+        for predicted, peak in peaks:  # the operator's own temporaries are not predicted
+            assert predicted < 1.02 * peak
+            assert 0.6 * (peak - late) < predicted

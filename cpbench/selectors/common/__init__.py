@@ -1,1 +1,1 @@
-"""What selectors share: the operator around them, selections, pooling, ranking."""
+"""Code shared by selectors: base classes, selections, pooling and ranking."""

@@ -1,10 +1,9 @@
-"""Operators that choose what to attend to from queries and keys, and a kernel for what they chose.
+"""Selectors: operators that select what to attend to from q and k, and compute it with a kernel.
 
-A selector looks at q and k and returns :class:`Branch` es: softmaxes over some of the keys, or over
-means of neighbouring ones, whose outputs are added up.  Most return one.  It never imports a
-kernel: it is given one by name, so any selector runs on any kernel that takes selections of its
-kind.  The choice is made once, in the forward pass; the backward pass reuses it, and no gradient
-flows through it.
+A selector returns one or more :class:`Branch` es: softmaxes over a selection of the keys, or over
+means of adjacent keys, whose outputs are summed.  It never imports a kernel: the kernel is given by
+name, so a selector runs on any kernel that takes its kinds of selections.  The selection is made in
+the forward pass; the backward pass reuses it, and no gradient flows through it.
 
 Legend: B batch, S queries, T keys, H query heads, G key/value heads, D head dim; X blocks of
 queries, Y blocks of keys.
@@ -16,20 +15,20 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cpbench.core.operator import declared_refusal
+from cpbench.core.operator import QKV, BackwardInputs, declared_refusal
 from cpbench.core.registry import OperatorInfo, implementation, operator_info
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.selectors.common.pooling import NO_POOL, Pool
-from cpbench.selectors.common.selection import SELECTIONS, Blocks, Grid, Selection, grid
+from cpbench.selectors.common.selection import SELECTIONS, Blocks, Grid, Selection, block_grid
 
 if TYPE_CHECKING:
     import torch
 
-    from cpbench.core.operator import Operator
+    from cpbench.core.operator import Gradients, Operator, OutLse
     from cpbench.core.problem import Problem
 
-# The kernel of each kind of branch, where the user names none.
-KERNELS = {
+# Default kernel of each kind of branch, by device type.
+DEFAULT_KERNELS = {
     "cpu": {
         "blocks": "gathered",
         "lines": "bands",
@@ -52,32 +51,32 @@ class Branch:
     """One softmax of a sparse attention.
 
     Attributes:
-        seen: what its queries see, in its own queries and keys.
-        gate: what its output is multiplied by before the branches are added up.
-        pool_q, pool_k: of which means of tokens its queries, and its keys and values, are.
+        mask: static mask or selection, in queries and keys of the branch (pooled ones, if any).
+        gate: factor of its output in the sum over branches.
+        pool_q, pool_k: mean pooling of its queries, and of its keys and values.
     """
 
-    seen: AttnMask | Selection
+    mask: AttnMask | Selection
     gate: float = 1.0
     pool_q: Pool = NO_POOL
     pool_k: Pool = NO_POOL
 
     @property
-    def form(self) -> str:
-        """``"mask"``, or the kind of its selection."""
-        return "mask" if isinstance(self.seen, AttnMask) else self.seen.kind
+    def kind(self) -> str:
+        """``"mask"`` for a static mask, else the kind of its selection."""
+        return "mask" if isinstance(self.mask, AttnMask) else self.mask.kind
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What is known before the inputs are.
+    """The plan of a selector, independent of the inputs.
 
     Attributes:
-        mask: within which all is chosen.
-        problem: of the whole.
-        device: where.
-        kernels: by form, the name and the implementation.
-        grids: the mask in blocks, as far as it was asked for; see :meth:`cells`.
+        mask: the mask that selections are subsets of.
+        problem: the problem.
+        device: such as ``"cuda:0"``.
+        kernels: declaration and implementation of the kernel for each kind of branch.
+        grids: cache of :meth:`grid`, by block sizes.
     """
 
     mask: AttnMask
@@ -86,15 +85,16 @@ class Plan:
     kernels: dict[str, tuple[OperatorInfo, Operator]] = field(repr=False)
     grids: dict[tuple[int, int], Grid] = field(default_factory=dict, repr=False)
 
-    def cells(self, block_q: int, block_k: int) -> Grid:
-        """The mask in blocks, made once and held with the plan."""
+    def grid(self, block_q: int, block_k: int) -> Grid:
+        """The mask divided into blocks; computed once per plan."""
         if (block_q, block_k) not in self.grids:
-            self.grids[block_q, block_k] = grid(self.mask, block_q, block_k, self.device)
+            self.grids[block_q, block_k] = block_grid(self.mask, block_q, block_k, self.device)
         return self.grids[block_q, block_k]
 
 
-class Arranged(NamedTuple):
-    """A branch and its kernel's plan; ``folded`` where batches became heads."""
+class PreparedBranch(NamedTuple):
+    """A branch with its kernel and the kernel's plan; ``folded`` if batches are folded into
+    heads."""
 
     branch: Branch
     kernel: Operator
@@ -102,8 +102,8 @@ class Arranged(NamedTuple):
     folded: bool
 
 
-class Result(NamedTuple):
-    """What a branch's kernel was given and returned."""
+class BranchResult(NamedTuple):
+    """Inputs and outputs of the kernel of a branch."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -112,198 +112,201 @@ class Result(NamedTuple):
     lse: torch.Tensor | None
 
 
-class Choice(NamedTuple):
-    """What one forward pass chose and computed."""
+class SelectionResult(NamedTuple):
+    """The selection of one forward pass, and the results of its branches."""
 
-    arranged: tuple[Arranged, ...]
-    results: tuple[Result, ...]
+    prepared: tuple[PreparedBranch, ...]
+    results: tuple[BranchResult, ...]
 
     @property
     def branches(self) -> tuple[Branch, ...]:
-        return tuple(one.branch for one in self.arranged)
+        return tuple(prepared.branch for prepared in self.prepared)
 
 
-class Selecting(ABC):
-    """The operator around a selector; see ``cpbench.core.operator.Operator`` for its four methods.
+class Selector(ABC):
+    """Base class of selectors; see ``cpbench.core.operator.Operator`` for its four methods.
+
+    Subclasses define ``name``, :meth:`select` and ``branch_kinds``, the kinds of the branches that
+    it returns.
 
     Args:
-        kernel: name of the operator that computes what was chosen, instead of the usual one.
+        kernel: name of the operator that computes the branches; a default by kind if empty.
+
+    Attributes:
+        keep_selection: keep selections for :meth:`selection_of` even without a backward pass.
     """
 
     name: str
-    forms: tuple[str, ...] = ("blocks",)
+    branch_kinds: tuple[str, ...] = ("blocks",)
 
     def __init__(self, kernel: str = "") -> None:
-        self._kernel = str(kernel)
-        self._choices: Any = None  # by output, weakly; made where torch is there anyway
-        self.remember = False  # also choices that no backward pass will want
+        self._kernel_name = str(kernel)
+        self._selections: Any = None  # weak table by output, created once torch is imported
+        self.keep_selection = False
 
     @abstractmethod
     def select(self, q: torch.Tensor, k: torch.Tensor, plan: Plan) -> tuple[Branch, ...]:
-        """What to attend to, on the device of q and k, without gradients."""
+        """Select the branches to attend to, on the device of q and k, without gradients."""
 
     def unsupported(self, problem: Problem, mask: AttnMask, device: str) -> str | None:
-        for form in self.forms:
+        for kind in self.branch_kinds:
             try:
-                info, kernel = self._kernel_of(form, device)
+                info, kernel = self._kernel_for(kind, device)
             except ValueError as error:
                 return str(error)
             reason = declared_refusal(info, problem, device.partition(":")[0])
-            if reason is None and form in SELECTIONS and not _takes(info, form):
-                takes = ", ".join(info.masks)
-                reason = f"{info.name} takes {takes} masks; {self.name} chooses {form}"
+            if reason is None and kind in SELECTIONS and not _supports_kind(info, kind):
+                supported = ", ".join(info.masks)
+                reason = f"{info.name} takes {supported} masks; {self.name} selects {kind}"
             reason = reason or kernel.unsupported(problem, mask, device)
             if reason is not None:
                 return f"{self.name} computes with {info.name}, and {reason}"
         return None
 
-    def _kernel_of(self, form: str, device: str) -> tuple[OperatorInfo, Operator]:
-        usual = KERNELS[device.partition(":")[0]][form]
-        info = operator_info(self._kernel or usual)
-        if form == "mask" and not {"full", "causal", "bands"} <= set(info.masks):
-            info = operator_info(usual)  # what is asked for takes the selection alone
+    def _kernel_for(self, kind: str, device: str) -> tuple[OperatorInfo, Operator]:
+        default = DEFAULT_KERNELS[device.partition(":")[0]][kind]
+        info = operator_info(self._kernel_name or default)
+        if kind == "mask" and not {"full", "causal", "bands"} <= set(info.masks):
+            info = operator_info(default)  # the requested kernel takes selections only
         if info.selects:
             raise ValueError(f"{self.name}: kernel = {info.name!r} is itself a selector")
         return info, implementation(info, {})
 
     def prepare(self, mask: AttnMask, problem: Problem, device: str) -> Plan:
-        kernels = {form: self._kernel_of(form, device) for form in self.forms}
+        kernels = {kind: self._kernel_for(kind, device) for kind in self.branch_kinds}
         return Plan(mask, problem, device, kernels)
 
-    # --- one forward pass, in its parts -------------------------------------------------------
+    # --- the steps of a forward pass: select, prepare_branches, compute -----------------------
 
-    def arrange(self, branches: tuple[Branch, ...], plan: Plan) -> tuple[Arranged, ...]:
-        """The kernels' plans for what was chosen."""
-        return tuple(self._arranged(branch, plan) for branch in branches)
+    def prepare_branches(
+        self, branches: tuple[Branch, ...], plan: Plan
+    ) -> tuple[PreparedBranch, ...]:
+        """Prepare the kernel of each branch for its selection."""
+        return tuple(self._prepare_branch(branch, plan) for branch in branches)
 
-    def _arranged(self, branch: Branch, plan: Plan) -> Arranged:
-        info, kernel = plan.kernels[branch.form]
-        seen: Any = branch.seen
+    def _prepare_branch(self, branch: Branch, plan: Plan) -> PreparedBranch:
+        info, kernel = plan.kernels[branch.kind]
+        mask: Any = branch.mask
         problem = replace(
             plan.problem,
-            seq_q=seen.seq_q,
-            seq_k=seen.seq_k,
+            seq_q=mask.seq_q,
+            seq_k=mask.seq_k,
             scale=plan.problem.softmax_scale,
         )
-        folded = isinstance(seen, Blocks) and branch.form not in info.masks
+        folded = isinstance(mask, Blocks) and branch.kind not in info.masks
         if folded:
-            seen = seen.to_heads()
+            mask = mask.to_heads()
             problem = replace(
                 problem,
                 batch=1,
                 heads_q=problem.batch * problem.heads_q,
                 heads_kv=problem.batch * problem.heads_kv,
             )
-        return Arranged(branch, kernel, kernel.prepare(seen, problem, plan.device), folded)
+        return PreparedBranch(branch, kernel, kernel.prepare(mask, problem, plan.device), folded)
 
     def compute(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, arranged: tuple[Arranged, ...]
-    ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[Result, ...]]:
-        """out, lse where there is one softmax, and the result of each branch."""
-        results = tuple(_attend(q, k, v, one) for one in arranged)
-        if len(results) == 1 and _plain(arranged[0].branch):
+        self, qkv: QKV, prepared: tuple[PreparedBranch, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[BranchResult, ...]]:
+        """Return out, lse (None unless there is a single softmax), and the result of each
+        branch."""
+        q = qkv.q
+        results = tuple(_run_branch(qkv, branch) for branch in prepared)
+        if len(results) == 1 and _is_plain(prepared[0].branch):
             out, lse = results[0].out, results[0].lse
-            if arranged[0].folded and len(q) > 1:
-                return _unfold(out, len(q)), None if lse is None else _heads(lse, len(q)), results
+            if prepared[0].folded and len(q) > 1:
+                lse = None if lse is None else _unfold_lse(lse, len(q))
+                return _unfold_batch(out, len(q)), lse, results
             return out, lse, results
         total = None
-        for one, result in zip(arranged, results, strict=True):
-            part = _unfold(result.out, len(q)) if one.folded else result.out
-            part = one.branch.pool_q.spread(part.float(), q.shape[1]).mul(one.branch.gate)
-            total = part if total is None else total.add_(part)
+        for (branch, _, _, folded), result in zip(prepared, results, strict=True):
+            out = _unfold_batch(result.out, len(q)) if folded else result.out
+            out = branch.pool_q.unpool(out.float(), q.shape[1]).mul(branch.gate)
+            total = out if total is None else total.add_(out)
         assert total is not None
         return total.to(q.dtype), None, results
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        arranged = self.arrange(self.select(q, k, plan), plan)
-        found, lse, results = self.compute(q, k, v, arranged)
-        out = found.view_as(found)  # not what a result holds: else it would keep its own key alive
-        if self.remember or plan.problem.backward:
-            if self._choices is None:
+    def forward(self, qkv: QKV, plan: Plan) -> OutLse:
+        prepared = self.prepare_branches(self.select(qkv.q, qkv.k, plan), plan)
+        computed, lse, results = self.compute(qkv, prepared)
+        # A new tensor: as a key of the weak table it must not be one that the results refer to.
+        out = computed.view_as(computed)
+        if self.keep_selection or plan.problem.backward:
+            if self._selections is None:
                 from torch.utils.weak import WeakTensorKeyDictionary
 
-                self._choices = WeakTensorKeyDictionary()
-            self._choices[out] = Choice(arranged, results)
+                self._selections = WeakTensorKeyDictionary()
+            self._selections[out] = SelectionResult(prepared, results)
         return out, lse
 
-    def choice(self, out: torch.Tensor) -> Choice:
-        """What was chosen for an output of :meth:`forward`, which must still be the same tensor.
+    def selection_of(self, out: torch.Tensor) -> SelectionResult:
+        """The selection behind an output of :meth:`forward`, which must be the same tensor object.
 
         Raises:
             ValueError: for any other tensor.
         """
-        if self._choices is None or out not in self._choices:
+        if self._selections is None or out not in self._selections:
             raise ValueError(f"{self.name} needs the output that its own forward returned")
-        found: Choice = self._choices[out]
-        return found
+        selection: SelectionResult = self._selections[out]
+        return selection
 
-    def backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor | None,
-        plan: Plan,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        arranged, results = self.choice(out)
+    def backward(self, x: BackwardInputs, plan: Plan) -> Gradients:
+        dout, q, k, v, out, _ = x
+        prepared, results = self.selection_of(out)
         total: list[torch.Tensor] = []
-        for one, result in zip(arranged, results, strict=True):
-            branch = one.branch
-            mine = dout
+        for (branch, kernel, kernel_plan, folded), result in zip(prepared, results, strict=True):
+            branch_dout = dout
             if branch.gate != 1.0:
-                mine = mine * branch.gate
-            mine = branch.pool_q.gathered(mine)
-            if one.folded:
-                mine = _fold(mine)
-            given = (mine, *result[:3], result.out, result.lse, one.plan)
-            grads = list(one.kernel.backward(*given))
-            if one.folded:
-                grads = [_unfold(x, len(q)) for x in grads]
-            if len(arranged) == 1 and _plain(branch):
+                branch_dout = branch_dout * branch.gate
+            branch_dout = branch.pool_q.unpool_backward(branch_dout)
+            if folded:
+                branch_dout = _fold_batch(branch_dout)
+            inputs = BackwardInputs(branch_dout, *result)  # type: ignore[arg-type]
+            grads = list(kernel.backward(inputs, kernel_plan))
+            if folded:
+                grads = [_unfold_batch(grad, len(q)) for grad in grads]
+            if len(prepared) == 1 and _is_plain(branch):
                 return grads[0], grads[1], grads[2]
             pools = (branch.pool_q, branch.pool_k, branch.pool_k)
-            parts = [
-                pool.backward(x.float(), like.shape[1])
-                for pool, x, like in zip(pools, grads, (q, k, v), strict=True)
+            grads = [
+                pool.mean_backward(grad.float(), tensor.shape[1])
+                for pool, grad, tensor in zip(pools, grads, (q, k, v), strict=True)
             ]
-            total = parts if not total else [a + b for a, b in zip(total, parts, strict=True)]
-        dq, dk, dv = (x.to(like.dtype) for x, like in zip(total, (q, k, v), strict=True))
+            total = grads if not total else [a + b for a, b in zip(total, grads, strict=True)]
+        dq, dk, dv = (grad.to(tensor.dtype) for grad, tensor in zip(total, (q, k, v), strict=True))
         return dq, dk, dv
 
 
-def _takes(info: OperatorInfo, form: str) -> bool:
-    return form in info.masks or (form in ("blocks", "lines") and "heads" in info.masks)
+def _supports_kind(info: OperatorInfo, kind: str) -> bool:
+    return kind in info.masks or (kind in ("blocks", "lines") and "heads" in info.masks)
 
 
-def _plain(branch: Branch) -> bool:
+def _is_plain(branch: Branch) -> bool:
+    """Whether a branch has neither gate nor pooling."""
     return branch.gate == 1.0 and branch.pool_q == branch.pool_k == NO_POOL
 
 
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, one: Arranged) -> Result:
-    branch = one.branch
-    q, k, v = branch.pool_q.mean(q), branch.pool_k.mean(k), branch.pool_k.mean(v)
-    if one.folded:
-        q, k, v = (_fold(x) for x in (q, k, v))
-    return Result(q, k, v, *one.kernel.forward(q, k, v, one.plan))
+def _run_branch(qkv: QKV, prepared: PreparedBranch) -> BranchResult:
+    branch = prepared.branch
+    pools = (branch.pool_q, branch.pool_k, branch.pool_k)
+    inputs = QKV(*(pool.mean(x) for pool, x in zip(pools, qkv, strict=True)))
+    if prepared.folded:
+        inputs = QKV(*map(_fold_batch, inputs))
+    return BranchResult(*inputs, *prepared.kernel.forward(inputs, prepared.plan))
 
 
-def _fold(x_BSHD: torch.Tensor) -> torch.Tensor:
-    """``[1, S, B * H, D]``."""
+def _fold_batch(x_BSHD: torch.Tensor) -> torch.Tensor:
+    """Fold batches into heads: ``[1, S, B * H, D]``."""
     if len(x_BSHD) == 1:
         return x_BSHD
     return x_BSHD.transpose(0, 1).flatten(1, 2)[None]
 
 
-def _unfold(x: torch.Tensor, batch: int) -> torch.Tensor:
-    """``[B, S, H, D]``."""
+def _unfold_batch(x: torch.Tensor, batch: int) -> torch.Tensor:
+    """The inverse of :func:`_fold_batch`: ``[B, S, H, D]``."""
     return x if len(x) == batch else x[0].unflatten(1, (batch, -1)).transpose(0, 1)
 
 
-def _heads(lse: torch.Tensor, batch: int) -> torch.Tensor:
+def _unfold_lse(lse: torch.Tensor, batch: int) -> torch.Tensor:
     """``[B, H, S]`` from ``[1, B * H, S]``."""
-    heads: torch.Tensor = lse[0].unflatten(0, (batch, -1))
-    return heads
+    unfolded: torch.Tensor = lse[0].unflatten(0, (batch, -1))
+    return unfolded

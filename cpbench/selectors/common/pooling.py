@@ -1,4 +1,4 @@
-"""Means over neighbouring tokens, and their gradients.
+"""Mean pooling over windows of adjacent tokens, and its gradient.
 
 Legend: B batch, T tokens, H heads, D head dim; n windows.
 """
@@ -14,84 +14,85 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Pool:
-    """Windows of ``size`` tokens, one every ``stride``.
+    """Windows of ``size`` tokens, one every ``stride`` tokens.
 
     Attributes:
-        size, stride: in tokens; a size is a multiple of the stride.
-        partial: whether a last window that runs past the end counts (as the mean of what is there).
+        size, stride: in tokens; the size is a multiple of the stride.
+        partial: whether to include windows that run past the end, pooled over the tokens present.
     """
 
     size: int = 1
     stride: int = 1
     partial: bool = False
 
-    def count(self, tokens: int) -> int:
-        """How many windows there are."""
+    def num_windows(self, tokens: int) -> int:
+        """Number of windows over so many tokens."""
         if self.partial:
             return -(-tokens // self.stride)
         return max((tokens - self.size) // self.stride + 1, 0)
 
     def mean(self, x_BTHD: torch.Tensor) -> torch.Tensor:
-        """``[B, n, H, D]`` in the dtype of x, added up in float32 (float64 for float64)."""
+        """Window means ``[B, n, H, D]`` in the dtype of x, accumulated in float32 (float64 for
+        float64)."""
         import torch
 
         if self == NO_POOL:
             return x_BTHD
         dtype = torch.promote_types(x_BTHD.dtype, torch.float32)
-        steps = self._steps(x_BTHD.to(dtype))
-        n, per = self.count(x_BTHD.shape[1]), self.size // self.stride
-        total = steps[:, :n].clone()
-        for number in range(1, per):
-            part = steps[:, number : number + n]
-            total[:, : part.shape[1]] += part
-        total /= self._lengths(x_BTHD)[:, None, None]
+        stride_sums = self._stride_sums(x_BTHD.to(dtype))
+        n, strides_per_window = self.num_windows(x_BTHD.shape[1]), self.size // self.stride
+        total = stride_sums[:, :n].clone()
+        for shift in range(1, strides_per_window):
+            shifted = stride_sums[:, shift : shift + n]
+            total[:, : shifted.shape[1]] += shifted
+        total /= self._window_lengths(x_BTHD)[:, None, None]
         return total.to(x_BTHD.dtype)
 
-    def backward(self, dx_BnHD: torch.Tensor, tokens: int) -> torch.Tensor:
-        """The gradient of what was averaged, ``[B, T, H, D]``."""
+    def mean_backward(self, dmean_BnHD: torch.Tensor, tokens: int) -> torch.Tensor:
+        """The gradient of :meth:`mean` with respect to its input, ``[B, T, H, D]``."""
         import torch
 
         if self == NO_POOL:
-            return dx_BnHD
-        b, n, h, d = dx_BnHD.shape
-        per, steps = self.size // self.stride, -(-tokens // self.stride)
-        share = dx_BnHD / self._lengths(dx_BnHD, tokens)[:, None, None]
-        of_step = dx_BnHD.new_zeros((b, max(steps, n + per - 1), h, d))
-        for number in range(per):
-            of_step[:, number : number + n] += share
-        return torch.repeat_interleave(of_step, self.stride, 1)[:, :tokens]
+            return dmean_BnHD
+        b, n, h, d = dmean_BnHD.shape
+        strides_per_window, strides = self.size // self.stride, -(-tokens // self.stride)
+        token_grad = dmean_BnHD / self._window_lengths(dmean_BnHD, tokens)[:, None, None]
+        stride_grad = dmean_BnHD.new_zeros((b, max(strides, n + strides_per_window - 1), h, d))
+        for shift in range(strides_per_window):
+            stride_grad[:, shift : shift + n] += token_grad
+        return torch.repeat_interleave(stride_grad, self.stride, 1)[:, :tokens]
 
-    def spread(self, x_BnHD: torch.Tensor, tokens: int) -> torch.Tensor:
-        """Each window's value at each of its tokens; of windows that do not overlap."""
+    def unpool(self, x_BnHD: torch.Tensor, tokens: int) -> torch.Tensor:
+        """Repeat the value of each window at its tokens; for windows that do not overlap."""
         if self == NO_POOL:
             return x_BnHD
         assert self.size == self.stride
         assert self.partial
         return x_BnHD.repeat_interleave(self.size, 1)[:, :tokens]
 
-    def gathered(self, x_BTHD: torch.Tensor) -> torch.Tensor:
-        """Sums over windows, the gradient of :meth:`spread`."""
+    def unpool_backward(self, dx_BTHD: torch.Tensor) -> torch.Tensor:
+        """The gradient of :meth:`unpool` with respect to its input: sums over windows."""
         if self == NO_POOL:
-            return x_BTHD
+            return dx_BTHD
         assert self.size == self.stride
-        return self._steps(x_BTHD.float()).to(x_BTHD.dtype)
+        return self._stride_sums(dx_BTHD.float()).to(dx_BTHD.dtype)
 
-    def _steps(self, x_BTHD: torch.Tensor) -> torch.Tensor:
-        """Sums over each stride's tokens."""
+    def _stride_sums(self, x_BTHD: torch.Tensor) -> torch.Tensor:
+        """Sums over each run of ``stride`` tokens."""
         import torch
 
         missing = -x_BTHD.shape[1] % self.stride
         if missing:
             x_BTHD = torch.nn.functional.pad(x_BTHD, (0, 0, 0, 0, 0, missing))
-        found: torch.Tensor = x_BTHD.unflatten(1, (-1, self.stride)).sum(2)
-        return found
+        sums: torch.Tensor = x_BTHD.unflatten(1, (-1, self.stride)).sum(2)
+        return sums
 
-    def _lengths(self, like: torch.Tensor, tokens: int | None = None) -> torch.Tensor:
-        """``[n]`` tokens of each window."""
+    def _window_lengths(self, like: torch.Tensor, tokens: int | None = None) -> torch.Tensor:
+        """``[n]``: tokens of each window."""
         import torch
 
         tokens = like.shape[1] if tokens is None else tokens
-        starts = torch.arange(self.count(tokens), device=like.device) * self.stride
+        starts = torch.arange(self.num_windows(tokens), device=like.device) * self.stride
         return (tokens - starts).clamp(max=self.size)
 
 

@@ -1,7 +1,7 @@
-"""What selectors share: scores between blocks, and the blocks that the highest of them keep.
+"""Scores of blocks, and the selection of blocks by score: top-k, or top-p of a mass.
 
 Legend: B batch, S queries, T keys, H query heads, G key/value heads, D head dim; X blocks of
-queries, Y blocks of keys; n of either.
+queries, Y blocks of keys; n blocks of either.
 """
 
 from __future__ import annotations
@@ -16,193 +16,179 @@ if TYPE_CHECKING:
 
     from cpbench.selectors.common.selection import Grid
 
-CELLS = {"cpu": 1 << 22, "cuda": 1 << 28}  # scores held at once: few launches of many on a GPU
+MAX_SCORES = {"cpu": 1 << 22, "cuda": 1 << 28}  # scores in memory at once; few launches on a GPU
 
 
 def block_means(x_BTHD: torch.Tensor, block: int) -> torch.Tensor:
-    """``[B, n, H, D]`` float32 means of blocks of tokens; the last may be shorter."""
-    return Pool(block, block, partial=True).mean(working(x_BTHD))
+    """Means of blocks of tokens, ``[B, n, H, D]`` float32; the last block may be shorter."""
+    return Pool(block, block, partial=True).mean(upcast(x_BTHD))
 
 
-def working(x: torch.Tensor) -> torch.Tensor:
-    """In float32, or float64 where it is that."""
+def upcast(x: torch.Tensor) -> torch.Tensor:
+    """Convert to float32; float64 stays."""
     import torch
 
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def products(q_BSHD: torch.Tensor, k_BTGD: torch.Tensor) -> torch.Tensor:
-    """``[B, H, S, T]``: every query head with its key/value head."""
+def qk_scores(q_BSHD: torch.Tensor, k_BTGD: torch.Tensor) -> torch.Tensor:
+    """Unscaled scores ``[B, H, S, T]`` of every query head with its key/value head."""
     groups = k_BTGD.shape[2]
     q = q_BSHD.transpose(1, 2).unflatten(1, (groups, -1)).flatten(2, 3)  # [B, G, R * S, D]
     scores: torch.Tensor = (q @ k_BTGD.permute(0, 2, 3, 1)).unflatten(2, (-1, q_BSHD.shape[1]))
     return scores.flatten(1, 2)
 
 
-def in_blocks(x: torch.Tensor, block: int, dim: int) -> torch.Tensor:
-    """An axis in blocks, ``[…, blocks, block, …]``, the last one filled with zeros."""
+def split_into_blocks(x: torch.Tensor, block: int, dim: int) -> torch.Tensor:
+    """Split an axis into ``[…, blocks, block, …]``; the last block is padded with zeros."""
     import torch
 
-    short = -x.shape[dim] % block
-    if short:
-        x = torch.nn.functional.pad(x, (*(0, 0) * (x.ndim - 1 - dim), 0, short))
-    found: torch.Tensor = x.unflatten(dim, (-1, block))
-    return found
+    missing = -x.shape[dim] % block
+    if missing:
+        x = torch.nn.functional.pad(x, (*(0, 0) * (x.ndim - 1 - dim), 0, missing))
+    blocks: torch.Tensor = x.unflatten(dim, (-1, block))
+    return blocks
 
 
 def probabilities(
-    q_BSHD: torch.Tensor, k_BTGD: torch.Tensor, seen: torch.Tensor, scale: float
+    q_BSHD: torch.Tensor, k_BTGD: torch.Tensor, visible_ST: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """``[B, H, S, T]`` softmax over what is ``seen`` ``[S, T]``, 0 for queries that see nothing."""
+    """Attention probabilities ``[B, H, S, T]`` within a mask ``[S, T]``; 0 for queries that see
+    nothing."""
     import torch
 
-    scores = products(working(q_BSHD), working(k_BTGD)).mul_(scale)
-    return torch.softmax(scores.masked_fill_(~seen, -torch.inf), -1).nan_to_num_(0.0)
+    scores = qk_scores(upcast(q_BSHD), upcast(k_BTGD)).mul_(scale)
+    return torch.softmax(scores.masked_fill_(~visible_ST, -torch.inf), -1).nan_to_num_(0.0)
 
 
 def block_sums(x: torch.Tensor, block_q: int, block_k: int) -> torch.Tensor:
-    """``[…, X, Y]`` sums over blocks of the last two axes."""
-    columns = in_blocks(x, block_k, x.ndim - 1).sum(-1)
-    return in_blocks(columns, block_q, x.ndim - 2).sum(-2)
+    """Sums over blocks of the last two axes, ``[…, X, Y]``."""
+    columns = split_into_blocks(x, block_k, x.ndim - 1).sum(-1)
+    return split_into_blocks(columns, block_q, x.ndim - 2).sum(-2)
 
 
-def highest(scores: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
-    """Booleans: the highest of each row, so many of all rows or of each."""
+def top_k_mask(scores: torch.Tensor, k: torch.Tensor | int) -> torch.Tensor:
+    """Booleans of the k highest scores along the last axis.
+
+    Args:
+        k: one number, or a tensor with one number per row.
+    """
     import torch
 
     order = scores.argsort(dim=-1, descending=True, stable=True)
-    number = torch.arange(scores.shape[-1], device=scores.device)
-    counted = number < (count[..., None] if isinstance(count, torch.Tensor) else count)
-    found = torch.zeros_like(scores, dtype=torch.bool)
-    return found.scatter_(-1, order, counted.expand(scores.shape))
+    rank = torch.arange(scores.shape[-1], device=scores.device)
+    in_top = rank < (k[..., None] if isinstance(k, torch.Tensor) else k)
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    return mask.scatter_(-1, order, in_top.expand(scores.shape))
 
 
-def spans(
-    rows: int, cells: int, device: torch.device, multiple: int = 1
+def row_chunks(
+    rows: int, scores_per_row: int, device: torch.device, multiple: int = 1
 ) -> Iterator[tuple[int, int]]:
-    """Ranges of rows, a multiple each, with about ``CELLS`` scores at ``cells`` a row."""
-    most = CELLS.get(device.type, CELLS["cpu"])
-    step = max(most // max(cells, 1) // multiple, 1) * multiple
+    """Split rows into ranges of about ``MAX_SCORES`` scores, each a multiple of ``multiple``."""
+    max_scores = MAX_SCORES.get(device.type, MAX_SCORES["cpu"])
+    step = max(max_scores // max(scores_per_row, 1) // multiple, 1) * multiple
     for begin in range(0, rows, step):
         yield begin, min(begin + step, rows)
 
 
-def budget(name: str, top_k: int, keep: float) -> None:
-    """Refuse a budget that is none.
+def check_minimum(name: str, minimum: int, **parameters: int) -> None:
+    """Check that parameters are not below a minimum.
 
     Raises:
-        ValueError: unless ``top_k`` is at least 1 and ``keep`` a share.
+        ValueError: naming the first one that is.
     """
-    if top_k < 1:
-        raise ValueError(f"{name}: top_k = {top_k} must be at least 1")
-    if isinstance(keep, bool) or not 0 <= keep <= 1:
-        raise ValueError(f"{name}: keep = {keep} is a share of the visible blocks, from 0 to 1")
+    for key, value in parameters.items():
+        if value < minimum:
+            raise ValueError(f"{name}: {key} = {value} must be at least {minimum}")
 
 
-def at_least(name: str, least: int, **values: int) -> None:
-    """Refuse a parameter below ``least``.
-
-    Raises:
-        ValueError: that names it.
-    """
-    for key, value in values.items():
-        if value < least:
-            raise ValueError(f"{name}: {key} = {value} must be at least {least}")
-
-
-def counts(visible: torch.Tensor, top_k: int, keep: float) -> torch.Tensor:
-    """``[X]`` blocks to keep of so many visible ones: a share of them, or else ``top_k``; at least
-    one, where there is one."""
-    if keep:
-        wanted = (visible * keep + 0.5).long().clamp(min=1)
-    else:
-        wanted = visible.new_full(visible.shape, top_k)
-    return wanted.minimum(visible)
-
-
-def top(
-    scores: torch.Tensor, wanted: torch.Tensor, grid: Grid, always: torch.Tensor | None = None
+def top_blocks(
+    scores: torch.Tensor, counts: torch.Tensor, grid: Grid, forced: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """``[B, H, X, Y]`` booleans: in each row the blocks with the highest scores.
+    """Select the blocks with the highest scores in each row, ``[B, H, X, Y]`` booleans.
 
     Args:
-        scores: ``[B, H, X, Y]``, overwritten; blocks with nothing to see are never taken.
-        wanted: ``[X]`` how many.
-        always: ``[X, Y]`` taken first, and counted; all of them, even where they are more.
+        scores: ``[B, H, X, Y]``, overwritten; blocks that are not allowed are never selected.
+        counts: ``[X]``, blocks to select per row.
+        forced: ``[X, Y]`` booleans, selected first and counted; all of them, even if they exceed
+            the count.
     """
-    return _top(scores, wanted, grid.allowed, always)
+    return _top_blocks(scores, counts, grid.allowed, forced)
 
 
-def top_of_rows(
-    scores_of: Callable[[int, int], torch.Tensor],
+def top_blocks_in_chunks(
+    score_rows: Callable[[int, int], torch.Tensor],
     shape: tuple[int, int],
-    wanted: torch.Tensor,
+    counts: torch.Tensor,
     grid: Grid,
-    always: torch.Tensor,
+    forced: torch.Tensor,
 ) -> torch.Tensor:
-    """As :func:`top`, some rows at a time: for grids with a row for each query.
+    """As :func:`top_blocks`, a range of rows at a time; for grids with one row per query.
 
     Args:
-        scores_of: makes the scores of a range of rows.
+        score_rows: computes the scores of rows ``[begin, end)``.
         shape: B and H.
     """
     import torch
 
     rows, columns = grid.areas.shape
     kept = torch.empty((*shape, rows, columns), dtype=torch.bool, device=grid.areas.device)
-    for begin, end in spans(rows, shape[0] * shape[1] * columns, kept.device):
-        here = slice(begin, end)
-        some = _top(scores_of(begin, end), wanted[here], grid.allowed[here], always[here])
-        kept[:, :, here] = some
+    for begin, end in row_chunks(rows, shape[0] * shape[1] * columns, kept.device):
+        chunk = slice(begin, end)
+        kept[:, :, chunk] = _top_blocks(
+            score_rows(begin, end), counts[chunk], grid.allowed[chunk], forced[chunk]
+        )
     return kept
 
 
-def _top(
+def _top_blocks(
     scores: torch.Tensor,
-    wanted: torch.Tensor,
+    counts: torch.Tensor,
     allowed: torch.Tensor,
-    always: torch.Tensor | None,
+    forced: torch.Tensor | None,
 ) -> torch.Tensor:
     import torch
 
-    if always is not None:
-        always = always & allowed
-        scores.masked_fill_(always, torch.inf)
-        wanted = wanted.maximum(always.sum(1))
+    if forced is not None:
+        forced = forced & allowed
+        scores.masked_fill_(forced, torch.inf)
+        counts = counts.maximum(forced.sum(1))
     scores.masked_fill_(~allowed, -torch.inf)
-    most = int(wanted.max()) if len(wanted) else 0
-    places = scores.topk(most, dim=-1).indices
-    number = torch.arange(most, device=scores.device)
+    max_count = int(counts.max()) if len(counts) else 0
+    indices = scores.topk(max_count, dim=-1).indices
+    rank = torch.arange(max_count, device=scores.device)
     kept = torch.zeros_like(scores, dtype=torch.bool)
-    kept.scatter_(3, places, (number < wanted[:, None]).expand(places.shape))
+    kept.scatter_(3, indices, (rank < counts[:, None]).expand(indices.shape))
     return kept.logical_and_(allowed)
 
 
-def covering(
-    mass: torch.Tensor, share: float, grid: Grid, always: torch.Tensor | None = None
+def top_p_blocks(
+    mass: torch.Tensor, share: float, grid: Grid, forced: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """``[B, H, X, Y]`` booleans: in each row the fewest blocks whose mass is a share of the row's.
+    """Select the fewest blocks per row whose mass reaches a share of the row's (top-p),
+    ``[B, H, X, Y]`` booleans.
 
-    What is ``always`` taken counts towards it; the others follow by mass, the largest first, until
-    the share is reached.
+    Forced blocks ``[X, Y]`` are selected first and count towards the share; others follow in order
+    of decreasing mass.
     """
     import torch
 
     mass = mass.masked_fill(~grid.allowed, 0.0)
     total = mass.sum(-1, True)
-    forced = torch.zeros_like(grid.allowed) if always is None else always & grid.allowed
-    have = (mass * forced).sum(-1, True)
-    rest, order = mass.masked_fill(forced, -1.0).sort(dim=-1, descending=True)
-    before = rest.clamp(min=0.0).cumsum(-1) - rest.clamp(min=0.0)
-    taken = (have + before < share * total) & (rest >= 0)
-    kept = torch.zeros_like(mass, dtype=torch.bool).scatter_(3, order, taken)
+    forced = torch.zeros_like(grid.allowed) if forced is None else forced & grid.allowed
+    forced_mass = (mass * forced).sum(-1, True)
+    ranked, order = mass.masked_fill(forced, -1.0).sort(dim=-1, descending=True)
+    mass_before = ranked.clamp(min=0.0).cumsum(-1) - ranked.clamp(min=0.0)
+    needed = (forced_mass + mass_before < share * total) & (ranked >= 0)
+    kept = torch.zeros_like(mass, dtype=torch.bool).scatter_(3, order, needed)
     return (kept | forced).logical_and_(grid.allowed)
 
 
-def first(grid: Grid) -> torch.Tensor:
-    """``[X, Y]``: the first block of keys, where it is visible."""
+def first_blocks(grid: Grid) -> torch.Tensor:
+    """``[X, Y]`` booleans: the first block of keys, where it is allowed."""
     import torch
 
-    found = torch.zeros_like(grid.allowed)
-    found[:, :1] = grid.allowed[:, :1]
-    return found
+    first = torch.zeros_like(grid.allowed)
+    first[:, :1] = grid.allowed[:, :1]
+    return first

@@ -1,10 +1,12 @@
-"""What a selector chose from queries and keys: a mask that depends on the inputs, on their device.
+"""Selections: masks that a selector computes from queries and keys, on their device.
 
-A :class:`Blocks` keeps blocks of keys for each block of queries (or for each query: blocks of one);
-a :class:`Tokens` lists single keys.  Both lie within an :class:`~cpbench.masks.attn_mask.AttnMask`,
-and both are masks for those who compute: kernels take them by kind, as they take causal or bands.
+:class:`Blocks` keeps blocks of keys per block of queries (of one query for kind ``"rows"``);
+:class:`Tokens` lists single keys per query.  Both are subsets of an
+:class:`~cpbench.masks.attn_mask.AttnMask`.  Kernels declare the kinds of selections they take in
+``OperatorInfo.masks``, beside the kinds of static masks.
 
-Legend: B batch, H query heads, S queries, T keys; X blocks of queries, Y blocks of keys; n listed.
+Legend: B batch, H query heads, S queries, T keys; X blocks of queries, Y blocks of keys; n listed
+keys of a query.
 """
 
 from __future__ import annotations
@@ -25,66 +27,67 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """A mask in blocks of queries by blocks of keys, on a device.
+    """A mask divided into blocks of queries by blocks of keys, on a device.
 
     Attributes:
-        mask: what is visible at all.
-        block_q, block_k: tokens of a block.
-        areas: ``[X, Y]`` int32, visible pairs.
-        memo: what kernels make of it, by their names: it goes when the grid does.
+        mask: the mask that selections are subsets of.
+        block_q, block_k: tokens per block.
+        areas: ``[X, Y]`` int32, visible pairs per block.
+        cache: tensors that kernels derive from the grid, by key; freed with the grid.
     """
 
     mask: AttnMask
     block_q: int
     block_k: int
     areas: torch.Tensor
-    memo: dict[str, Any] = field(default_factory=dict, repr=False)
+    cache: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @functools.cached_property
     def allowed(self) -> torch.Tensor:
-        """``[X, Y]``, blocks with anything to see."""
+        """``[X, Y]`` booleans: blocks with at least one visible pair."""
         return self.areas > 0
 
     @functools.cached_property
-    def whole(self) -> torch.Tensor:
-        """``[X, Y]``, blocks in which everything is visible."""
-        height, width = self.extents
-        return self.areas == height[:, None] * width
+    def full(self) -> torch.Tensor:
+        """``[X, Y]`` booleans: blocks in which every pair is visible."""
+        heights, widths = self.block_lengths
+        return self.areas == heights[:, None] * widths
 
     @functools.cached_property
-    def extents(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens of each block of queries ``[X]`` and of keys ``[Y]``: the last may be shorter."""
+    def block_lengths(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens of each block of queries ``[X]`` and of keys ``[Y]``; the last may be shorter."""
         import torch
 
-        found = []
+        lengths = []
         for length, block in ((self.mask.seq_q, self.block_q), (self.mask.seq_k, self.block_k)):
             starts = torch.arange(0, length, block, device=self.areas.device)
-            found.append((length - starts).clamp(max=block))
-        return found[0], found[1]
+            lengths.append((length - starts).clamp(max=block))
+        return lengths[0], lengths[1]
 
     @functools.cached_property
-    def own(self) -> torch.Tensor:
-        """``[X, Y]``, the blocks that hold the queries' own positions (the last ``seq_q`` keys)."""
+    def diagonal(self) -> torch.Tensor:
+        """``[X, Y]`` booleans: allowed blocks that hold the queries' own positions (the queries are
+        the last ``seq_q`` tokens)."""
         import torch
 
         shift = self.mask.seq_k - self.mask.seq_q
-        first = torch.arange(len(self.areas), device=self.areas.device) * self.block_q + shift
-        last = first + self.extents[0] - 1
+        first_key = torch.arange(len(self.areas), device=self.areas.device) * self.block_q + shift
+        last_key = first_key + self.block_lengths[0] - 1
         column = torch.arange(self.areas.shape[1], device=self.areas.device)
-        from_, to = (x.clamp(min=0)[:, None] // self.block_k for x in (first, last))
-        return (column >= from_) & (column <= to) & self.allowed
+        first, last = (key.clamp(min=0)[:, None] // self.block_k for key in (first_key, last_key))
+        return (column >= first) & (column <= last) & self.allowed
 
     @functools.cached_property
-    def visible(self) -> torch.Tensor:
-        """``[X]``, how many blocks have anything to see."""
+    def allowed_counts(self) -> torch.Tensor:
+        """``[X]``: allowed blocks per row."""
         return self.allowed.sum(1)
 
 
-def grid(mask: AttnMask, block_q: int, block_k: int, device: str) -> Grid:
-    """The blocks of a mask.
+def block_grid(mask: AttnMask, block_q: int, block_k: int, device: str) -> Grid:
+    """Divide a mask into blocks.
 
     Raises:
-        ValueError: for blocks of no tokens.
+        ValueError: for block sizes below 1.
     """
     import torch
 
@@ -94,13 +97,13 @@ def grid(mask: AttnMask, block_q: int, block_k: int, device: str) -> Grid:
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """Blocks of keys for each block of queries, and whole columns beside them.
+    """A selection of blocks of keys per block of queries, and optionally of columns.
 
     Attributes:
-        grid: the mask within which all lies, in blocks.
-        kept: ``[B, H, X, Y]`` booleans; blocks with nothing to see count for nothing.
-        columns: ``[B, H, T]`` booleans: keys that all queries see where the mask lets them; or
-            None.
+        grid: the mask that the selection is a subset of, in blocks.
+        kept: ``[B, H, X, Y]`` booleans, the selected blocks; those not allowed are ignored.
+        columns: ``[B, H, T]`` booleans, keys that every query attends to where the mask allows it;
+            None without columns.
     """
 
     grid: Grid
@@ -109,8 +112,7 @@ class Blocks:
 
     @property
     def kind(self) -> str:
-        """``"lines"`` with columns, ``"rows"`` where each query has blocks of its own, else
-        ``"blocks"``."""
+        """``"lines"`` with columns, ``"rows"`` for blocks of one query, else ``"blocks"``."""
         if self.columns is not None:
             return "lines"
         return "rows" if self.grid.block_q == 1 else "blocks"
@@ -133,59 +135,61 @@ class Blocks:
 
     @functools.cached_property
     def area(self) -> float:
-        """Visible pairs of a head, on average over batch and heads."""
+        """Visible pairs per head, averaged over batch and heads."""
         pairs = int((self.kept.sum((0, 1)) * self.grid.areas).sum())
         if self.columns is not None:
-            each = grid(self.grid.mask, self.grid.block_q, 1, str(self.kept.device)).areas
+            areas = block_grid(self.grid.mask, self.grid.block_q, 1, str(self.kept.device)).areas
             for kept, columns in zip(
                 self.kept.flatten(0, 1), self.columns.flatten(0, 1), strict=True
             ):
-                alone = columns & ~kept.repeat_interleave(self.grid.block_k, 1)[:, : self.seq_k]
-                pairs += int((alone * each).sum())
+                kept_keys = kept.repeat_interleave(self.grid.block_k, 1)[:, : self.seq_k]
+                pairs += int(((columns & ~kept_keys) * areas).sum())
         return pairs / (self.batch * self.heads)
 
-    def rows(self, begin: int, end: int) -> torch.Tensor:
-        """``[B, H, end - begin, T]`` booleans: what queries ``[begin, end)`` see."""
+    def dense_rows(self, begin: int, end: int) -> torch.Tensor:
+        """``[B, H, end - begin, T]`` booleans: pairs visible to queries ``[begin, end)``."""
         import torch
 
         device, block_k = self.kept.device, self.grid.block_k
         block = torch.arange(begin, end, device=device) // self.grid.block_q
-        found = self.kept[:, :, block].repeat_interleave(block_k, 3)[..., : self.seq_k]
+        selected = self.kept[:, :, block].repeat_interleave(block_k, 3)[..., : self.seq_k]
         if self.columns is not None:
-            found = found | self.columns[:, :, None]
-        return found & visible(self.grid.mask, begin, end, device)
+            selected = selected | self.columns[:, :, None]
+        return selected & dense_mask_rows(self.grid.mask, begin, end, device)
 
-    def seen(self, b: int, h: int, query: int) -> torch.Tensor:
-        """Keys that one query sees."""
+    def visible_keys(self, b: int, h: int, query: int) -> torch.Tensor:
+        """Indices of the keys that one query attends to."""
         import torch
 
         kept = self.kept[b, h, query // self.grid.block_q]
-        found = kept.repeat_interleave(self.grid.block_k)[: self.seq_k]
+        selected = kept.repeat_interleave(self.grid.block_k)[: self.seq_k]
         if self.columns is not None:
-            found = found | self.columns[b, h]
-        return torch.nonzero(found & visible(self.grid.mask, query, query + 1, found.device)[0])[
-            :, 0
-        ]
+            selected = selected | self.columns[b, h]
+        allowed = dense_mask_rows(self.grid.mask, query, query + 1, selected.device)[0]
+        return torch.nonzero(selected & allowed)[:, 0]
 
-    def seers(self, b: int, h: int, key: int) -> torch.Tensor:
-        """Queries that see one key."""
+    def visible_queries(self, b: int, h: int, key: int) -> torch.Tensor:
+        """Indices of the queries that attend to one key."""
         import torch
 
         kept = self.kept[b, h, :, key // self.grid.block_k]
-        found = kept.repeat_interleave(self.grid.block_q)[: self.seq_q]
+        selected = kept.repeat_interleave(self.grid.block_q)[: self.seq_q]
         if self.columns is not None:
-            found = found | self.columns[b, h, key]
-        turned = _turned(self.grid.mask)
-        return torch.nonzero(found & visible(turned, key, key + 1, found.device)[0])[:, 0]
+            selected = selected | self.columns[b, h, key]
+        transposed = _transposed(self.grid.mask)
+        allowed = dense_mask_rows(transposed, key, key + 1, selected.device)[0]
+        return torch.nonzero(selected & allowed)[:, 0]
 
     def to_heads(self) -> HeadMasks:
-        """The same on the host, a mask for each head of each batch: ``B * H`` heads."""
+        """Convert to static masks on the host, one per head of each batch: ``B * H`` heads."""
         kept = self.kept.flatten(0, 1).cpu().numpy()
-        lines = None if self.columns is None else self.columns.flatten(0, 1).cpu().numpy()
-        cells = cells_of(self.grid.mask, self.grid.block_q, self.grid.block_k)
+        columns = None if self.columns is None else self.columns.flatten(0, 1).cpu().numpy()
+        block_slices = slices_by_block(self.grid.mask, self.grid.block_q, self.grid.block_k)
         return HeadMasks(
             tuple(
-                _within(self.grid, cells, kept[i], None if lines is None else lines[i])
+                _head_mask(
+                    self.grid.mask, block_slices, kept[i], None if columns is None else columns[i]
+                )
                 for i in range(len(kept))
             )
         )
@@ -193,12 +197,12 @@ class Blocks:
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """Single keys for each query.
+    """A selection of single keys per query.
 
     Attributes:
-        mask: what is visible at all; every listed key is.
-        index: ``[B, H, S, n]`` integers, or ``[B, 1, S, n]`` where heads share them; each key of a
-            query once; -1 is none.
+        mask: the mask that the selection is a subset of.
+        index: ``[B, H, S, n]`` integers, or ``[B, 1, S, n]`` if all heads share them: the keys of
+            each query, each once; -1 for none.
         heads: H.
     """
 
@@ -225,23 +229,23 @@ class Tokens:
         """As :attr:`Blocks.area`."""
         return int((self.index >= 0).sum()) / (self.batch * self.index.shape[1])
 
-    def rows(self, begin: int, end: int) -> torch.Tensor:
-        """As :meth:`Blocks.rows`."""
+    def dense_rows(self, begin: int, end: int) -> torch.Tensor:
+        """As :meth:`Blocks.dense_rows`."""
         import torch
 
         index = self.index[:, :, begin:end].long()
         shape = (*index.shape[:3], self.seq_k + 1)
-        found = torch.zeros(shape, dtype=torch.bool, device=index.device)
-        found.scatter_(3, torch.where(index < 0, self.seq_k, index), True)
-        return found[..., : self.seq_k].expand(-1, self.heads, -1, -1)
+        rows = torch.zeros(shape, dtype=torch.bool, device=index.device)
+        rows.scatter_(3, torch.where(index < 0, self.seq_k, index), True)
+        return rows[..., : self.seq_k].expand(-1, self.heads, -1, -1)
 
-    def seen(self, b: int, h: int, query: int) -> torch.Tensor:
-        """As :meth:`Blocks.seen`."""
-        listed = self.index[b, h % self.index.shape[1], query].long()
-        return listed[listed >= 0].sort().values
+    def visible_keys(self, b: int, h: int, query: int) -> torch.Tensor:
+        """As :meth:`Blocks.visible_keys`."""
+        keys = self.index[b, h % self.index.shape[1], query].long()
+        return keys[keys >= 0].sort().values
 
-    def seers(self, b: int, h: int, key: int) -> torch.Tensor:
-        """As :meth:`Blocks.seers`."""
+    def visible_queries(self, b: int, h: int, key: int) -> torch.Tensor:
+        """As :meth:`Blocks.visible_queries`."""
         import torch
 
         return torch.nonzero((self.index[b, h % self.index.shape[1]] == key).any(1))[:, 0]
@@ -252,60 +256,70 @@ SELECTIONS = ("blocks", "lines", "rows", "tokens")  # kinds of selections
 
 
 @functools.lru_cache(maxsize=2)
-def _turned(mask: AttnMask) -> AttnMask:
+def _transposed(mask: AttnMask) -> AttnMask:
     return mask.transpose()
 
 
-FEW_SLICES = 16  # whose pairs are told apart on the device
+MAX_DEVICE_SLICES = 16  # slices up to which dense rows are computed on the device
 
 
-def visible(mask: AttnMask, begin: int, end: int, device: torch.device | str) -> torch.Tensor:
-    """``[end - begin, T]`` booleans of some rows of a mask; of few slices, nothing waits for it."""
+def dense_mask_rows(
+    mask: AttnMask, begin: int, end: int, device: torch.device | str
+) -> torch.Tensor:
+    """Rows ``[begin, end)`` of a mask as ``[end - begin, T]`` booleans on a device.
+
+    Up to ``MAX_DEVICE_SLICES`` slices they are computed there, without synchronisation.
+    """
     import torch
 
-    here = mask.slices[(mask.slices[:, 0] < end) & (mask.slices[:, 1] > begin)]
-    if len(here) > FEW_SLICES:
+    slices = mask.slices[(mask.slices[:, 0] < end) & (mask.slices[:, 1] > begin)]
+    if len(slices) > MAX_DEVICE_SLICES:
         dense = mask.crop(begin, end, 0, mask.seq_k).to_dense()
         return torch.as_tensor(dense, device=device)
     row = torch.arange(begin, end, device=device)[:, None]
     key = torch.arange(mask.seq_k, device=device)
-    found = torch.zeros((end - begin, mask.seq_k), dtype=torch.bool, device=device)
-    for q0, q1, k0, k1, lo, hi in here.tolist():
+    visible = torch.zeros((end - begin, mask.seq_k), dtype=torch.bool, device=device)
+    for q0, q1, k0, k1, lo, hi in slices.tolist():
         rows, keys = (row >= q0) & (row < q1), (key >= k0) & (key < k1)
         offset = key - row
-        found |= rows & keys & (offset >= lo) & (offset <= hi)
-    return found
+        visible |= rows & keys & (offset >= lo) & (offset <= hi)
+    return visible
 
 
 @functools.lru_cache(maxsize=2)
-def cells_of(mask: AttnMask, block_q: int, block_k: int) -> tuple[IntArray, IntArray]:
-    """A mask cut along both axes of a grid: slices, and the cell ``x * Y + y`` of each, sorted."""
+def slices_by_block(mask: AttnMask, block_q: int, block_k: int) -> tuple[IntArray, IntArray]:
+    """The slices of a mask cut along both axes of a grid, and the block ``x * Y + y`` of each;
+    sorted by block."""
     edges = [
         np.column_stack([np.arange(0, n, block), np.full(-(-n // block), block)])
         for n, block in ((mask.seq_q, block_q), (mask.seq_k, block_k))
     ]
-    cut, _, x = cut_axis(mask.slices, edges[0], axis=0)
-    cut, source, y = cut_axis(cut, edges[1], axis=1)
-    cell = x[source] * len(edges[1]) + y
-    order = np.argsort(cell, kind="stable")
-    return cut[order], cell[order]
+    slices, _, x = cut_axis(mask.slices, edges[0], axis=0)
+    slices, source, y = cut_axis(slices, edges[1], axis=1)
+    block = x[source] * len(edges[1]) + y
+    order = np.argsort(block, kind="stable")
+    return slices[order], block[order]
 
 
-def _within(
-    grid: Grid,
-    cells: tuple[IntArray, IntArray],
+def _head_mask(
+    mask: AttnMask,
+    block_slices: tuple[IntArray, IntArray],
     kept: np.ndarray[tuple[int, int], np.dtype[np.bool_]],
     columns: np.ndarray[tuple[int], np.dtype[np.bool_]] | None,
 ) -> AttnMask:
-    """The mask of one head."""
-    mask = grid.mask
-    cut, cell = cells
-    rows = cut[kept.reshape(-1)[cell]]
+    """The selection of one head as a static mask.
+
+    Args:
+        block_slices: see :func:`slices_by_block`.
+        kept: ``[X, Y]``; columns: ``[T]``.
+    """
+    slices, block = block_slices
+    selected = slices[kept.reshape(-1)[block]]
     if columns is not None:
-        # Of the blocks that are not kept, the columns alone.
-        rest = cut[~kept.reshape(-1)[cell]]
+        # Outside the selected blocks only the columns are visible.
+        outside = slices[~kept.reshape(-1)[block]]
         edges = np.flatnonzero(np.diff(np.concatenate([[False], columns, [False]]).astype(np.int8)))
         runs = edges.reshape(-1, 2)
         runs = np.column_stack([runs[:, 0], runs[:, 1] - runs[:, 0]])
-        rows = np.concatenate([rows, cut_axis(rest, runs, axis=1)[0]])
-    return AttnMask.from_slices(mask.seq_q, mask.seq_k, rows)
+        selected = np.concatenate([selected, cut_axis(outside, runs, axis=1)[0]])
+    return AttnMask.from_slices(mask.seq_q, mask.seq_k, selected)

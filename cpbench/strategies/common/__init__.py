@@ -1,1 +1,1 @@
-"""What strategies share: rings, exchanges of tokens for heads, collectives."""
+"""Shared by strategies: ring rotation, all-to-all of heads, collectives, return of results."""

@@ -1,6 +1,6 @@
-"""Collectives on tensors whose tokens lead, and results on their way.  Not a strategy.
+"""Collectives on token-major tensors.  Not a strategy.
 
-Tokens lead on the wire, ``[L, B, …]``, so that what arrives needs no reordering:
+Tensors are sent token-major, ``[L, B, …]``, so that received data needs no reordering:
 ``[B, P * L, …]`` is a view of it.
 """
 
@@ -15,37 +15,39 @@ if TYPE_CHECKING:
     from cpbench.parallel.comm import Comm, Handle
 
 
-class Pending:
-    """Tensors on their way; ``wait`` returns them."""
+class PendingTensors:
+    """Tensors of pending operations; ``wait`` returns them."""
 
-    def __init__(self, handles: Sequence[Handle], take: Callable[[], list[torch.Tensor]]) -> None:
-        self._handles, self._take = handles, take
+    def __init__(
+        self, handles: Sequence[Handle], collect: Callable[[], list[torch.Tensor]]
+    ) -> None:
+        self._handles, self._collect = handles, collect
 
     def wait(self) -> list[torch.Tensor]:
         for handle in self._handles:
             handle.wait()
-        return self._take()
+        return self._collect()
 
 
-def gather(shards: Sequence[torch.Tensor], comm: Comm) -> Pending:
-    """``[L, …]`` of this rank to ``[P * L, …]`` of all, in rank-major order."""
+def all_gather_tokens(shards: Sequence[torch.Tensor], comm: Comm) -> PendingTensors:
+    """All-gather ``[L, …]`` of each rank to ``[P * L, …]``, in rank-major order."""
     if comm.size == 1:
-        return Pending((), lambda: list(shards))
-    everyone = [x.new_empty((comm.size, *x.shape)) for x in shards]
-    handles = [comm.all_gather(out, x) for out, x in zip(everyone, shards, strict=True)]
-    return Pending(handles, lambda: [x.flatten(0, 1) for x in everyone])
+        return PendingTensors((), lambda: list(shards))
+    gathered = [x.new_empty((comm.size, *x.shape)) for x in shards]
+    handles = [comm.all_gather(out, x) for out, x in zip(gathered, shards, strict=True)]
+    return PendingTensors(handles, lambda: [x.flatten(0, 1) for x in gathered])
 
 
-def reduce(sums: Sequence[torch.Tensor], comm: Comm) -> Pending:
-    """``[P * L, …]`` of all tokens to this rank's ``[L, …]`` of the sum over ranks."""
+def reduce_scatter_tokens(sums: Sequence[torch.Tensor], comm: Comm) -> PendingTensors:
+    """Reduce-scatter ``[P * L, …]`` of all tokens to the local ``[L, …]`` of the sum over ranks."""
     if comm.size == 1:
-        return Pending((), lambda: list(sums))
-    wire = [x.unflatten(0, (comm.size, -1)) for x in sums]
-    local = [x.new_empty(x.shape[1:]) for x in wire]
-    handles = [comm.reduce_scatter(out, x) for out, x in zip(local, wire, strict=True)]
-    return Pending(handles, lambda: local)
+        return PendingTensors((), lambda: list(sums))
+    by_rank = [x.unflatten(0, (comm.size, -1)) for x in sums]
+    local = [x.new_empty(x.shape[1:]) for x in by_rank]
+    handles = [comm.reduce_scatter(out, x) for out, x in zip(local, by_rank, strict=True)]
+    return PendingTensors(handles, lambda: local)
 
 
-def tokens_first(x: torch.Tensor) -> torch.Tensor:
-    """``[B, L, …]`` as ``[L, B, …]``, contiguous."""
+def to_token_major(x: torch.Tensor) -> torch.Tensor:
+    """Transpose ``[B, L, …]`` to a contiguous ``[L, B, …]``."""
     return x.transpose(0, 1).contiguous()

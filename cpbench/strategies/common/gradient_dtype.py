@@ -1,7 +1,7 @@
-"""The dtype in which gradients travel between ranks.  Not a strategy.
+"""The dtype in which gradients are sent between ranks.  Not a strategy.
 
-Sums on a rank are float32 always.  In bfloat16 they take half the bytes, and every hop rounds:
-measured up to 64 ranks by ``tests/microbench/error_growth.py``.
+Sums on a rank are always float32.  Sending bfloat16 takes half the bytes but rounds at every hop:
+``tests/microbench/error_growth.py`` measures the error up to 64 ranks.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 GRAD_DTYPES = ("float32", "bfloat16")
 
 
-def checked(name: str, grad_dtype: str) -> str:
-    """The parameter ``grad_dtype`` of strategy ``name``.
+def validate(name: str, grad_dtype: str) -> str:
+    """Return the parameter ``grad_dtype`` of strategy ``name``.
 
     Raises:
-        ValueError: for a dtype that gradients do not travel in.
+        ValueError: if gradients cannot be sent in this dtype.
     """
     if grad_dtype not in GRAD_DTYPES:
         raise ValueError(f"{name}: grad_dtype = {grad_dtype!r} is not float32 or bfloat16")
@@ -28,15 +28,15 @@ def checked(name: str, grad_dtype: str) -> str:
 
 
 def refusal(name: str, grad_dtype: str, problem: Problem) -> str | None:
-    """Why gradients of a problem cannot travel in ``grad_dtype``, or None."""
+    """The reason why gradients of a problem cannot be sent in ``grad_dtype``, or None."""
     if grad_dtype != "float32" and problem.dtype in ("float32", "float64"):
         return f"{name}: grad_dtype = {grad_dtype} is too coarse for gradients in {problem.dtype}"
     return None
 
 
-def dtype(grad_dtype: str) -> torch.dtype:
-    """As torch names it."""
+def torch_dtype(grad_dtype: str) -> torch.dtype:
+    """The torch dtype of that name."""
     import torch
 
-    found: torch.dtype = getattr(torch, grad_dtype)
-    return found
+    dtype: torch.dtype = getattr(torch, grad_dtype)
+    return dtype

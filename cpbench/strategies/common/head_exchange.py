@@ -1,27 +1,29 @@
-"""Exchanging tokens for heads inside a group of ranks: what Ulysses and its descendants share.
+"""All-to-all between token shards and head shards in a group of ranks, as in Ulysses.
 
-Not a strategy.  With fewer key/value heads than ranks each head is replicated to the ranks that
-need it, and the gradients of its copies are summed in float32.
+Not a strategy.  With fewer key/value heads than ranks, each head is replicated on the ranks that
+need it, and the gradients of the replicas are summed in float32.
 
-Legend: B batch, L local tokens, P ranks of the group, h heads of a rank, D head dim.
+Legend: B batch, L local tokens, P ranks of the group, h heads per rank, D head dim.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from cpbench.strategies.common.collectives import Pending
+from cpbench.strategies.common.collectives import PendingTensors
 
 if TYPE_CHECKING:
     import torch
 
+    from cpbench.core.operator import QKV, Gradients, OutLse
     from cpbench.core.problem import Problem
     from cpbench.parallel.comm import Comm
     from cpbench.parallel.world import World
 
 
 def refusal(name: str, problem: Problem, size: int) -> str | None:
-    """Why the heads of a problem cannot be dealt to ``size`` ranks, or None."""
+    """The reason why the heads of a problem cannot be sharded over ``size`` ranks, or None."""
     heads_q, heads_kv = problem.heads_q, problem.heads_kv
     if heads_q % size:
         return (
@@ -35,92 +37,108 @@ def refusal(name: str, problem: Problem, size: int) -> str | None:
     return None
 
 
-def local_heads(problem: Problem, size: int) -> tuple[int, int]:
-    """Query and key/value heads of each rank after the exchange."""
+def heads_per_rank(problem: Problem, size: int) -> tuple[int, int]:
+    """The query and key/value heads per rank after the exchange."""
     return problem.heads_q // size, max(problem.heads_kv // size, 1)
 
 
-def replicated(kv: torch.Tensor, size: int) -> torch.Tensor:
-    """``[B, L, G, D]`` with heads repeated so that each rank gets whole ones."""
+def replicate_kv_heads(kv: torch.Tensor, size: int) -> torch.Tensor:
+    """Repeat the heads of ``[B, L, G, D]`` so that each rank gets whole ones."""
     if kv.shape[2] >= size:
         return kv
     return kv.repeat_interleave(size // kv.shape[2], dim=2)
 
 
 def sum_replicas(grad: torch.Tensor, heads_kv: int) -> torch.Tensor:
-    """The gradient of the heads that :func:`replicated` repeated."""
+    """Sum the gradients of the replicas made by :func:`replicate_kv_heads`."""
     if grad.shape[2] == heads_kv:
         return grad
     total: torch.Tensor = grad.unflatten(2, (heads_kv, -1)).float().sum(3)
     return total.to(grad.dtype)
 
 
-def to_heads(shards: list[torch.Tensor], comm: Comm) -> Pending:
-    """Token shards ``[B, L, P * h, D]`` to head shards ``[B, P * L, h, D]``, in one all-to-all.
+def tokens_to_heads(shards: list[torch.Tensor], comm: Comm) -> PendingTensors:
+    """Exchange token shards ``[B, L, P * h, D]`` for head shards ``[B, P * L, h, D]``, in one
+    all-to-all.
 
-    Tokens lead on the wire, so that what arrives needs no reordering: ``[B, …]`` is a view.
+    Data is sent token-major, so that ``[B, …]`` is a view of what is received.
     """
     import torch
 
     if comm.size == 1:
-        return Pending((), lambda: shards)
+        return PendingTensors((), lambda: shards)
     if shards[0].shape[1] != shards[-1].shape[1]:  # fewer queries than keys
-        return _both(to_heads(shards[:1], comm), to_heads(shards[1:], comm))
+        return _join_pending(tokens_to_heads(shards[:1], comm), tokens_to_heads(shards[1:], comm))
     by_rank = [x.unflatten(2, (comm.size, -1)).permute(2, 1, 0, 3, 4) for x in shards]
-    wire = torch.cat(by_rank, dim=3)
-    arrived = wire.new_empty(wire.shape)
+    packed = torch.cat(by_rank, dim=3)
+    received = packed.new_empty(packed.shape)
     heads = [x.shape[3] for x in by_rank]
-    return Pending(
-        [comm.all_to_all(arrived, wire)],
-        lambda: list(arrived.flatten(0, 1).transpose(0, 1).split(heads, dim=2)),
+    return PendingTensors(
+        [comm.all_to_all(received, packed)],
+        lambda: list(received.flatten(0, 1).transpose(0, 1).split(heads, dim=2)),
     )
 
 
-def qkv_to_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, comm: Comm) -> Pending:
-    """:func:`to_heads` of queries, keys and values, key/value heads replicated as needed."""
-    return to_heads([q, replicated(k, comm.size), replicated(v, comm.size)], comm)
+def qkv_to_heads(qkv: QKV, comm: Comm) -> PendingTensors:
+    """Exchange q, k, v by :func:`tokens_to_heads`, key/value heads replicated as needed."""
+    k, v = (replicate_kv_heads(x, comm.size) for x in (qkv.k, qkv.v))
+    return tokens_to_heads([qkv.q, k, v], comm)
 
 
-def to_tokens(by_head: list[torch.Tensor], comm: Comm) -> Pending:
-    """The inverse of :func:`to_heads`."""
+def heads_to_tokens(by_head: list[torch.Tensor], comm: Comm) -> PendingTensors:
+    """The inverse of :func:`tokens_to_heads`."""
     import torch
 
     if comm.size == 1:
-        return Pending((), lambda: by_head)
+        return PendingTensors((), lambda: by_head)
     if by_head[0].shape[1] != by_head[-1].shape[1]:
-        return _both(to_tokens(by_head[:1], comm), to_tokens(by_head[1:], comm))
+        return _join_pending(heads_to_tokens(by_head[:1], comm), heads_to_tokens(by_head[1:], comm))
     heads = [x.shape[2] for x in by_head]
-    wire = torch.cat([x.transpose(0, 1) for x in by_head], dim=2)
-    wire = wire.unflatten(0, (comm.size, -1))
-    arrived = wire.new_empty(wire.shape)
+    packed = torch.cat([x.transpose(0, 1) for x in by_head], dim=2)
+    packed = packed.unflatten(0, (comm.size, -1))
+    received = packed.new_empty(packed.shape)
 
-    def take() -> list[torch.Tensor]:
+    def collect() -> list[torch.Tensor]:
         return [
-            x.permute(2, 1, 0, 3, 4).flatten(2, 3).contiguous() for x in arrived.split(heads, dim=3)
+            x.permute(2, 1, 0, 3, 4).flatten(2, 3).contiguous()
+            for x in received.split(heads, dim=3)
         ]
 
-    return Pending([comm.all_to_all(arrived, wire)], take)
+    return PendingTensors([comm.all_to_all(received, packed)], collect)
 
 
-def _both(first: Pending, second: Pending) -> Pending:
-    return Pending((), lambda: first.wait() + second.wait())
+def result_to_tokens(
+    out_all: torch.Tensor, lse_all: torch.Tensor | None, need_lse: bool, comm: Comm
+) -> OutLse:
+    """Exchange the result of the local heads for that of the local tokens; the lse if needed."""
+    (out,) = heads_to_tokens([out_all], comm).wait()
+    return out, lse_to_tokens(lse_all, comm) if need_lse and lse_all is not None else None
+
+
+def gradients_to_tokens(gradients: Sequence[torch.Tensor], heads_kv: int, comm: Comm) -> Gradients:
+    """Exchange dq, dk, dv of the local heads for those of the local tokens; sum replicas."""
+    dq, dk, dv = heads_to_tokens(list(gradients), comm).wait()
+    return dq, sum_replicas(dk, heads_kv), sum_replicas(dv, heads_kv)
+
+
+def _join_pending(first: PendingTensors, second: PendingTensors) -> PendingTensors:
+    return PendingTensors((), lambda: first.wait() + second.wait())
 
 
 def lse_to_tokens(lse_BHS: torch.Tensor, comm: Comm) -> torch.Tensor:
-    """``[B, h, P * L]`` of some heads to ``[B, P * h, L]`` of some tokens."""
-    (lse_BLH1,) = to_tokens([lse_BHS.transpose(1, 2).unsqueeze(-1)], comm).wait()
+    """Exchange the lse ``[B, h, P * L]`` of the local heads for ``[B, P * h, L]`` of the tokens."""
+    (lse_BLH1,) = heads_to_tokens([lse_BHS.transpose(1, 2).unsqueeze(-1)], comm).wait()
     return lse_BLH1.squeeze(-1).transpose(1, 2)
 
 
-def group_size(world: World, wanted: int) -> int:
-    """Ranks that exchange heads: as wanted, or (0) as many of a node's as the heads allow."""
-    if wanted:
-        return wanted
+def group_size(world: World, requested_size: int) -> int:
+    """The ranks that exchange heads: as requested, or (0) as many per node as the heads allow."""
+    if requested_size:
+        return requested_size
     sizes = range(min(world.size, world.ranks_per_node), 0, -1)
-    fits = (n for n in sizes if world.size % n == 0 and refusal("", world.problem, n) is None)
-    return next(fits)
+    return next(n for n in sizes if world.size % n == 0 and refusal("", world.problem, n) is None)
 
 
-def exchanged(world: World, groups: tuple[tuple[int, ...], ...]) -> World:
-    """The world after the exchange: each group is one rank, with its share of the heads."""
-    return world.merged(groups, *local_heads(world.problem, len(groups[0])))
+def world_after_exchange(world: World, groups: tuple[tuple[int, ...], ...]) -> World:
+    """The world after the exchange: each group is one rank, with a member's part of the heads."""
+    return world.merged(groups, *heads_per_rank(world.problem, len(groups[0])))

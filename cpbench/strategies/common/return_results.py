@@ -1,4 +1,4 @@
-"""Results that go back to those who lent something.  Not a strategy."""
+"""Return of partial results to the rank that owns the queries or keys.  Not a strategy."""
 
 from __future__ import annotations
 
@@ -7,36 +7,47 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+    from cpbench.parallel.bound_operator import ForwardAccumulator
     from cpbench.parallel.comm import Comm
 
 
-class Returns:
-    """What goes back to those that lent us something, and comes back from those we lent to;
-    settled one step later."""
+class ResultExchange:
+    """Sends partial results to their owners and receives those of this rank, overlapped with the
+    next step."""
 
     def __init__(self, comm: Comm) -> None:
         self._comm, self._handle = comm, comm.exchange([], [])
         self._sends: list[tuple[torch.Tensor, int]] = []
         self._recvs: list[tuple[torch.Tensor, int]] = []
-        self._next: list[tuple[list[torch.Tensor], Any]] = []
+        self._callbacks: list[tuple[list[torch.Tensor], Any]] = []
         self._posted: list[tuple[list[torch.Tensor], Any]] = []
 
     def send(self, tensors: list[Any], rank: int) -> None:
+        """Send these tensors at the next :meth:`post`."""
         self._sends += [(x, rank) for x in tensors]
 
-    def expect(self, buffers: list[torch.Tensor], rank: int, take: Any) -> None:
-        """``take`` is called with the buffers when they are filled."""
+    def receive(self, buffers: list[torch.Tensor], rank: int, consume: Any) -> None:
+        """Receive into buffers at the next :meth:`post`, then call ``consume`` with them."""
         self._recvs += [(x, rank) for x in buffers]
-        self._next.append((buffers, take))
+        self._callbacks.append((buffers, consume))
+
+    def receive_partial(self, q: torch.Tensor, rank: int, accumulator: ForwardAccumulator) -> None:
+        """Receive a partial out and lse of the local queries, and merge them when they arrive."""
+        import torch
+
+        lse_shape = (q.shape[0], q.shape[2], q.shape[1])
+        buffers = [q.new_empty(q.shape), q.new_empty(lse_shape, dtype=torch.float32)]
+        self.receive(buffers, rank, accumulator.add_partial)
 
     def post(self) -> None:
-        """Wait for what was posted before, and send and expect what has been said since."""
-        self.settle()
+        """Wait for the previous exchange, then start the one prepared since."""
+        self.wait()
         self._handle = self._comm.exchange(self._sends, self._recvs, "results")
-        self._posted, self._sends, self._recvs, self._next = self._next, [], [], []
+        self._posted, self._sends, self._recvs, self._callbacks = self._callbacks, [], [], []
 
-    def settle(self) -> None:
+    def wait(self) -> None:
+        """Wait for the posted exchange and consume what was received."""
         self._handle.wait()
-        for buffers, take in self._posted:
-            take(*buffers)
+        for buffers, consume in self._posted:
+            consume(*buffers)
         self._posted = []

@@ -1,12 +1,12 @@
-"""Blocks that travel round a ring of ranks, and gradients that follow them.  Not a strategy.
+"""Blocks that rotate round a ring of ranks, and gradients that follow them.  Not a strategy.
 
 At step t of a plain ring, rank r holds the block of rank r - t.  With windows of w ranks it is a
-double ring: in outer round o the block of window W - o goes round inside a window, w steps, while
-the next window's block is on its way across the whole round.  A plain ring is one window.
+double ring: in outer round o the block of window W - o rotates inside a window for w steps, while
+the block of the next window is sent across during the whole round.  A plain ring is one window.
 
-A block goes only as far as some rank needs it.  Its gradient starts at the first rank (in each
-round) that has something to add, follows it one step behind, and goes home in one hop from the
-last; what its owner adds never travels.
+A block is sent only as far as some rank needs it.  Its gradient starts at the first rank (in each
+round) that contributes to it, follows it one step behind, and is sent home in one hop from the
+last; the contribution of its owner is never sent.
 
 Source: Ring Attention (arXiv 2310.01889); double ring: LoongTrain (arXiv 2406.18485).
 """
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from cpbench.masks.attn_mask import BoolArray, IntArray
-from cpbench.parallel.comm import Done
+from cpbench.parallel.comm import CompletedHandle
 
 if TYPE_CHECKING:
     import torch
@@ -28,66 +28,66 @@ if TYPE_CHECKING:
     from cpbench.parallel.bound_operator import BoundOperator
     from cpbench.parallel.comm import Comm, Handle
 
-NOBODY = -1
+NO_PEER = -1
 
 
 class Step(NamedTuple):
-    """What one rank does at one step; peers are ranks, ``NOBODY`` where nothing moves.
+    """One ring step of one rank; peers are ranks, ``NO_PEER`` where nothing is sent.
 
     Attributes:
-        outer: the round.
-        source: whose block is here.
-        computes: whether there is work between it and this rank.
-        to, coming_from: where the block goes next, and where the next one comes from.
-        outer_to, outer_from: the same across windows, under way for a whole round.
-        grad_to: where it goes after this step: onward, or home.
-        grad_from: where the gradient of the next step's block comes from.
-        home_from: where a gradient of the own block comes home from, after this step.
-        plan: of the operator, if it computes.
+        outer: the outer round.
+        source: owner of the current block.
+        computes: whether this rank computes with the current block.
+        send_to: receiver of the current block; recv_from: sender of the next block.
+        outer_send_to, outer_recv_from: the same across windows, during a whole round.
+        grad_send_to: receiver of the block's gradient after this step, the next rank or the owner.
+        grad_recv_from: sender of the gradient of the next step's block.
+        home_recv_from: sender of a gradient of the local block, after this step.
+        plan: the plan of the operator if the rank computes.
     """
 
     outer: int
     source: int
     computes: bool
-    to: int
-    coming_from: int
-    outer_to: int
-    outer_from: int
-    grad_to: int
-    grad_from: int
-    home_from: int
+    send_to: int
+    recv_from: int
+    outer_send_to: int
+    outer_recv_from: int
+    grad_send_to: int
+    grad_recv_from: int
+    home_recv_from: int
     plan: Any = None
 
 
-def steps(
+def rotation_steps(
     needed: BoolArray, rank: int, window: int, plan: Callable[[int], Any]
 ) -> tuple[Step, ...]:
-    """The steps of one rank; those in which it has nothing to do are left out.
+    """The ring steps of one rank, without those in which it neither computes nor communicates.
 
     Args:
-        needed: ``(P, P)`` true where the rank of the row has work with the block of the column.
-        window: ranks of a window, a divisor of P.
-        plan: the operator's plan for the work with a block, by its owner.
+        needed: ``(P, P)`` true where the rank of the row computes with the block of the column.
+        window: ranks per window, a divisor of P.
+        plan: makes the operator's plan for a block, given its owner.
     """
-    table = _schedule(needed.tobytes(), len(needed), window)[:, rank]
-    found = []
+    table = _cached_schedule(needed.tobytes(), len(needed), window)[:, rank]
+    steps = []
     for row in table.tolist():
         step = Step(*row)
         if step.computes:
             step = step._replace(plan=plan(step.source))
-        if step.computes or max(row[3:7]) > NOBODY or max(row[7:]) > NOBODY:
-            found.append(step)
-    return tuple(found)
+        if step.computes or max(row[3:7]) > NO_PEER or max(row[7:]) > NO_PEER:
+            steps.append(step)
+    return tuple(steps)
 
 
 @functools.lru_cache(maxsize=4)
-def _schedule(needed: bytes, size: int, window: int) -> IntArray:
-    """:func:`_make_schedule`, made once for all ranks."""
-    return _make_schedule(np.frombuffer(needed, dtype=np.bool_).reshape(size, size), window)
+def _cached_schedule(needed: bytes, size: int, window: int) -> IntArray:
+    """:func:`_compute_schedule`, cached for all ranks."""
+    return _compute_schedule(np.frombuffer(needed, dtype=np.bool_).reshape(size, size), window)
 
 
-def _make_schedule(needed: BoolArray, window: int) -> IntArray:
-    """``(steps, ranks, 10)``: the fields of every step of every rank.
+def _compute_schedule(needed: BoolArray, window: int) -> IntArray:
+    """The fields of every step of every rank, ``(steps, ranks, 10)``.
 
     Legend of axes: (block s, round o, turn i) or (round o, turn i, rank r).
     """
@@ -95,155 +95,158 @@ def _make_schedule(needed: BoolArray, window: int) -> IntArray:
     s, o, i = np.ogrid[:size, :rounds, :window]
     holder = (s // window + o) % rounds * window + (s % window + i) % window  # (s, o, i)
     need = needed[holder, s]
-    need[:, 0, 0] = False  # the owner's own
-    any_here = need.any(2)
+    need[:, 0, 0] = False  # the owner itself
+    any_need = need.any(2)
     first = np.argmax(need, axis=2)[:, :, None]
-    last = np.where(any_here, window - 1 - np.argmax(need[:, :, ::-1], axis=2), NOBODY)[:, :, None]
-    last_round = np.where(any_here.any(1), rounds - 1 - np.argmax(any_here[:, ::-1], axis=1), 0)
-    onward = np.roll(holder, -1, axis=2)
+    last = np.where(any_need, window - 1 - np.argmax(need[:, :, ::-1], axis=2), NO_PEER)[:, :, None]
+    last_round = np.where(any_need.any(1), rounds - 1 - np.argmax(any_need[:, ::-1], axis=1), 0)
+    next_holder = np.roll(holder, -1, axis=2)
 
-    goes = i < last
-    crosses = o < last_round[:, None, None]  # (s, o, 1)
-    grad = any_here[:, :, None] & (first <= i) & (i <= last)
-    home = grad & (i == last)
+    moves_on = i < last
+    crosses_window = o < last_round[:, None, None]  # (s, o, 1)
+    grad = any_need[:, :, None] & (first <= i) & (i <= last)
+    goes_home = grad & (i == last)
 
     r, o, i = np.arange(size)[None, None, :], *np.ogrid[:rounds, :window]
     o, i = o[:, :, None], i[:, :, None]
     source = (r // window - o) % rounds * window + (r % window - i) % window  # (o, i, r)
-    coming = np.roll(source, -1, axis=1)  # the block of the next turn; never used after the last
-    beyond = np.broadcast_to(np.roll(source[:, :1], -1, axis=0), source.shape)
-    more = i < window - 1
+    rank = np.broadcast_to(r, source.shape)
+    next_source = np.roll(source, -1, axis=1)  # of the next turn; not used after the last one
+    next_outer = np.broadcast_to(np.roll(source[:, :1], -1, axis=0), source.shape)
+    has_next = i < window - 1
 
-    def of(table: Any, block: IntArray) -> Any:
+    def at(block: IntArray, table: Any) -> Any:
+        """Values of ``table`` (by block, round, turn) for ``block`` at the current turn."""
         return np.broadcast_to(table, (size, rounds, window))[block, o, i]
 
-    def peer(there: Any, who: Any) -> Any:
-        return np.where(there, who, NOBODY)
+    def peer_if(condition: Any, peer: Any) -> Any:
+        return np.where(condition, peer, NO_PEER)
 
     fields = [
         np.broadcast_to(o, source.shape),
         source,
-        needed[np.broadcast_to(r, source.shape), source],
-        peer(of(goes, source), of(onward, source)),
-        peer(of(goes, coming) & more, of(holder, coming)),
-        peer(of(crosses, source) & (i == 0), (r + window) % size),
-        peer(of(crosses, beyond) & (i == 0), (r - window) % size),
-        peer(of(grad, source), np.where(of(home, source), source, of(onward, source))),
-        peer(of(grad & goes, coming) & more, of(holder, coming)),
-        peer(
-            of(home, np.broadcast_to(r, source.shape)), of(holder, np.broadcast_to(r, source.shape))
-        ),
+        needed[rank, source],
+        peer_if(at(source, moves_on), at(source, next_holder)),
+        peer_if(at(next_source, moves_on) & has_next, at(next_source, holder)),
+        peer_if(at(source, crosses_window) & (i == 0), (r + window) % size),
+        peer_if(at(next_outer, crosses_window) & (i == 0), (r - window) % size),
+        peer_if(at(source, grad), np.where(at(source, goes_home), source, at(source, next_holder))),
+        peer_if(at(next_source, grad & moves_on) & has_next, at(next_source, holder)),
+        peer_if(at(rank, goes_home), at(rank, holder)),
     ]
     table = np.stack([field.astype(np.int32) for field in fields], axis=-1)
     return table.reshape(rounds * window, size, len(fields))
 
 
-def travel(
+def rotate_blocks(
     plan: Sequence[Step], block: tuple[torch.Tensor, ...], comm: Comm, what: str = "keys"
 ) -> Iterator[tuple[Step, Any]]:
-    """Each step of a plan and the block that is here, while the next ones are on their way.
+    """Iterate over the steps of a plan with their blocks, while the next ones are in transfer.
 
-    Two buffers serve any number of ranks in a ring, four in a double ring.  ``what`` is in them.
+    Uses two buffers in a ring of any size, four in a double ring.  ``what`` names the content.
     """
-    own, here, beyond = block, block, None
-    free: list[tuple[torch.Tensor, ...]] = []
-    crossing: Any = None
-    kept: tuple[torch.Tensor, ...] | None = None  # the block that is crossing from here
+    local, current, outer_block = block, block, None
+    free_buffers: list[tuple[torch.Tensor, ...]] = []
+    outer_handle: Any = None
+    outer_sent_block: tuple[torch.Tensor, ...] | None = None  # still being sent to the next window
     outer = 0
 
     def buffer() -> tuple[torch.Tensor, ...]:
-        return free.pop() if free else tuple(x.new_empty(x.shape) for x in own)
+        return free_buffers.pop() if free_buffers else tuple(x.new_empty(x.shape) for x in local)
 
     def release(old: tuple[torch.Tensor, ...]) -> None:
-        if old is not own and old is not kept:
-            free.append(old)
+        if old is not local and old is not outer_sent_block:
+            free_buffers.append(old)
 
     for step in plan:
         if step.outer != outer:
             outer = step.outer
-            if crossing is not None:
-                crossing.wait()
-                last, kept = kept, None
-                if last is not None and last is not here:
+            if outer_handle is not None:
+                outer_handle.wait()
+                last, outer_sent_block = outer_sent_block, None
+                if last is not None and last is not current:
                     release(last)
-                crossing = None
-            if beyond is not None:
-                release(here)
-                here, beyond = beyond, None
-        if step.outer_to != NOBODY or step.outer_from != NOBODY:
-            sends = [(x, step.outer_to) for x in here] if step.outer_to != NOBODY else []
-            kept = here if sends else None
-            beyond = buffer() if step.outer_from != NOBODY else None
-            recvs = [(x, step.outer_from) for x in beyond or ()]
-            crossing = comm.exchange(sends, recvs, f"{what} of another window")
-        coming = buffer() if step.coming_from != NOBODY else None
-        sends = [(x, step.to) for x in here] if step.to != NOBODY else []
-        recvs = [(x, step.coming_from) for x in coming or ()]
-        moving = comm.exchange(sends, recvs, what) if sends or recvs else Done()
-        yield step, here
-        moving.wait()
-        if coming is not None:
-            release(here)
-            here = coming
-    if crossing is not None:
-        crossing.wait()
+                outer_handle = None
+            if outer_block is not None:
+                release(current)
+                current, outer_block = outer_block, None
+        if step.outer_send_to != NO_PEER or step.outer_recv_from != NO_PEER:
+            sends = []
+            if step.outer_send_to != NO_PEER:
+                sends = [(x, step.outer_send_to) for x in current]
+            outer_sent_block = current if sends else None
+            outer_block = buffer() if step.outer_recv_from != NO_PEER else None
+            recvs = [(x, step.outer_recv_from) for x in outer_block or ()]
+            outer_handle = comm.exchange(sends, recvs, f"{what} of another window")
+        next_block = buffer() if step.recv_from != NO_PEER else None
+        sends = [(x, step.send_to) for x in current] if step.send_to != NO_PEER else []
+        recvs = [(x, step.recv_from) for x in next_block or ()]
+        handle = comm.exchange(sends, recvs, what) if sends or recvs else CompletedHandle()
+        yield step, current
+        handle.wait()
+        if next_block is not None:
+            release(current)
+            current = next_block
+    if outer_handle is not None:
+        outer_handle.wait()
 
 
-class Following:
-    """Gradients of travelling blocks, one step behind them, each a stack of tensors.
+class GradientRotation:
+    """Gradients of rotating blocks, which follow them one step behind.
 
     Args:
-        shape: of the stack.
-        dtype: it travels in; sums on a rank are float32 always.
-        op: whose results are added up.
+        shape: of the stacked gradients of one block.
+        dtype: in which they are sent; sums on a rank are always float32.
+        op: the operator whose results are added up.
     """
 
     def __init__(
         self, shape: Sequence[int], dtype: torch.dtype, op: BoundOperator, comm: Comm
     ) -> None:
         self._shape, self._dtype, self._op, self._comm = shape, dtype, op, comm
-        self._own: torch.Tensor | None = None
-        self._arriving: torch.Tensor | None = None
-        self._home: torch.Tensor | None = None
-        self._moving: Handle = Done()
+        self._local: torch.Tensor | None = None
+        self._incoming: torch.Tensor | None = None
+        self._home_gradient: torch.Tensor | None = None
+        self._handle: Handle = CompletedHandle()
 
-    def add(self, step: Step, found: Sequence[torch.Tensor] | None) -> None:
-        """What a rank adds at a step; None for nothing."""
-        self._settle()
-        here, self._arriving = self._arriving, None
-        if found is not None and step.source == self._comm.rank:
-            self._own = self._op.add_up(self._own, found)
-        elif found is not None:
-            here = self._op.add_up(None if here is None else here.float(), found)
+    def add(self, step: Step, gradients: Sequence[torch.Tensor] | None) -> None:
+        """Add the gradients computed at a step (or None), and post the messages of that step."""
+        self._wait()
+        current, self._incoming = self._incoming, None
+        if gradients is not None and step.source == self._comm.rank:
+            self._local = self._op.sum_float32(self._local, gradients)
+        elif gradients is not None:
+            current = self._op.sum_float32(None if current is None else current.float(), gradients)
         sends = []
-        if step.grad_to != NOBODY:
-            assert here is not None
-            sends = [(here.to(self._dtype), step.grad_to)]
+        if step.grad_send_to != NO_PEER:
+            assert current is not None
+            sends = [(current.to(self._dtype), step.grad_send_to)]
         recvs = []
-        if step.grad_from != NOBODY:
-            self._arriving = self._buffer()
-            recvs.append((self._arriving, step.grad_from))
-        if step.home_from != NOBODY:
-            self._home = self._buffer()
-            recvs.append((self._home, step.home_from))
-        moves = bool(sends or recvs)
-        self._moving = self._comm.exchange(sends, recvs, "gradients") if moves else Done()
+        if step.grad_recv_from != NO_PEER:
+            self._incoming = self._buffer()
+            recvs.append((self._incoming, step.grad_recv_from))
+        if step.home_recv_from != NO_PEER:
+            self._home_gradient = self._buffer()
+            recvs.append((self._home_gradient, step.home_recv_from))
+        self._handle = CompletedHandle()
+        if sends or recvs:
+            self._handle = self._comm.exchange(sends, recvs, "gradients")
 
     def finish(self) -> torch.Tensor:
-        """The gradient of the own block, float32."""
+        """The gradient of the local block, float32."""
         import torch
 
-        self._settle()
-        if self._own is None:
+        self._wait()
+        if self._local is None:
             return torch.zeros(tuple(self._shape), dtype=torch.float32, device=self._op.device)
-        return self._own
+        return self._local
 
-    def _settle(self) -> None:
-        """What was posted a step ago has arrived."""
-        self._moving.wait()
-        if self._home is not None:
-            self._own = self._home.float() if self._own is None else self._own.add_(self._home)
-            self._home = None
+    def _wait(self) -> None:
+        """Wait for the exchange of the previous step."""
+        self._handle.wait()
+        if self._home_gradient is not None:
+            arrived, self._home_gradient = self._home_gradient, None
+            self._local = arrived.float() if self._local is None else self._local.add_(arrived)
 
     def _buffer(self) -> torch.Tensor:
         import torch

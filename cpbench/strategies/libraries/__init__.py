@@ -1,1 +1,1 @@
-"""Other libraries' context parallelism as strategies, over the operator under test."""
+"""Context parallelism of other libraries as strategies, over the operator under test."""

@@ -1,13 +1,12 @@
-"""What libraries call of ``flash_attn``, computed by the operator under test.  Not a strategy.
+"""A stand-in for ``flash_attn`` that computes with the operator under test.  Not a strategy.
 
-So that libraries are compared over the same kernel as everything else, the functions of
-FlashAttention that they call are replaced, for the time of a call and in the modules of the library
-alone, by functions of the same signature that hand each block to the operator: also where
-``flash_attn`` is installed.  Where it is not, a library is imported against a stand-in module,
-which is taken away again afterwards.
+To compare libraries over the same kernel, the functions of FlashAttention that they call are
+replaced, during a call and only in the modules of the library, by functions of the same signature
+that pass each block to the operator, even if ``flash_attn`` is installed.  If it is not, a library
+is imported against a stand-in module, which is removed afterwards.
 
-One library call runs at a time in a process: what the functions compute with is module state, since
-autograd may run a backward pass on a thread of its own.
+One library call runs at a time in a process: the current operator is module state, since autograd
+may run a backward pass on another thread.
 
 Signatures: flash_attn 2.7 and 2.8 (``flash_attn/flash_attn_interface.py``), whose inner functions
 return ``out, softmax_lse, S_dmask, rng_state``.
@@ -22,23 +21,25 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from cpbench.core.operator import QKV, BackwardInputs
+
 if TYPE_CHECKING:
     import torch
 
     from cpbench.parallel.bound_operator import BoundOperator
-    from cpbench.strategies.libraries.blocks import Blocks
+    from cpbench.strategies.libraries.blocks import BlockPlans
 
-VERSION = "2.8.3"  # libraries choose signatures by it
+VERSION = "2.8.3"  # libraries select signatures by it
 FUNCTIONS = (
     "_flash_attn_forward",
     "_flash_attn_backward",
     "_flash_attn_varlen_forward",
     "_flash_attn_varlen_backward",
 )
-_current: list[tuple[BoundOperator, Blocks]] = []
+_operators: list[tuple[BoundOperator, BlockPlans]] = []
 
 
-# --- what libraries call ------------------------------------------------------------------------
+# --- functions that libraries call --------------------------------------------------------------
 
 
 def _flash_attn_forward(
@@ -54,8 +55,10 @@ def _flash_attn_forward(
     alibi_slopes: Any = None,
     return_softmax: bool = False,
 ) -> tuple[Any, Any, None, None]:
-    op, blocks = _asked(dropout_p, softmax_scale, window_size_left, window_size_right, softcap)
-    out, lse = blocks.forward(op, q, k, v, causal)
+    op, blocks = _current_operator(
+        dropout_p, softmax_scale, window_size_left, window_size_right, softcap
+    )
+    out, lse = blocks.forward(op, QKV(q, k, v), causal)
     return out, lse, None, None
 
 
@@ -79,10 +82,14 @@ def _flash_attn_backward(
     deterministic: bool = False,
     rng_state: Any = None,
 ) -> None:
-    op, blocks = _asked(dropout_p, softmax_scale, window_size_left, window_size_right, softcap)
-    grads = blocks.backward(op, dout, q, k, v, out, softmax_lse.contiguous(), causal)
+    op, blocks = _current_operator(
+        dropout_p, softmax_scale, window_size_left, window_size_right, softcap
+    )
+    grads = blocks.backward(
+        op, BackwardInputs(dout, q, k, v, out, softmax_lse.contiguous()), causal
+    )
     for target, grad in zip((dq, dk, dv), grads, strict=True):
-        target.copy_(grad)  # they may be strided slices of larger buffers
+        target.copy_(grad)  # targets may be strided slices of larger buffers
 
 
 def _flash_attn_varlen_forward(
@@ -103,8 +110,10 @@ def _flash_attn_varlen_forward(
     return_softmax: bool = False,
 ) -> tuple[Any, Any, None, None]:
     """``[N, H, D]``; the lse is ``[H, N]``."""
-    op, blocks = _asked(dropout_p, softmax_scale, window_size_left, window_size_right, softcap)
-    out, lse = blocks.forward_packed(op, *(x.unsqueeze(0) for x in (q, k, v)))
+    op, blocks = _current_operator(
+        dropout_p, softmax_scale, window_size_left, window_size_right, softcap
+    )
+    out, lse = blocks.forward_packed(op, QKV(*(x.unsqueeze(0) for x in (q, k, v))))
     return out.squeeze(0), None if lse is None else lse.squeeze(0), None, None
 
 
@@ -132,24 +141,28 @@ def _flash_attn_varlen_backward(
     deterministic: bool = False,
     rng_state: Any = None,
 ) -> None:
-    op, blocks = _asked(dropout_p, softmax_scale, window_size_left, window_size_right, softcap)
-    given = [x.unsqueeze(0) for x in (dout, q, k, v, out, softmax_lse.contiguous())]
-    for target, grad in zip((dq, dk, dv), blocks.backward_packed(op, *given), strict=True):
+    op, blocks = _current_operator(
+        dropout_p, softmax_scale, window_size_left, window_size_right, softcap
+    )
+    tensors = [x.unsqueeze(0) for x in (dout, q, k, v, out, softmax_lse.contiguous())]
+    for target, grad in zip(
+        (dq, dk, dv), blocks.backward_packed(op, BackwardInputs(*tensors)), strict=True
+    ):
         target.copy_(grad.squeeze(0))
 
 
 def flash_attn_func(*args: Any, **kwargs: Any) -> None:
-    """Imported by libraries, and not called in what is compared here."""
+    """Imported by libraries but not called by the functions that are compared."""
     raise NotImplementedError("flash_attn_func has no stand-in")
 
 
-def _asked(
+def _current_operator(
     dropout: float, scale: float | None, left: int, right: int, softcap: float
-) -> tuple[BoundOperator, Blocks]:
-    """What to compute with, when nothing is asked for that is not computed."""
-    if not _current:
+) -> tuple[BoundOperator, BlockPlans]:
+    """The operator and plans of the current call; asserts that no unsupported feature is used."""
+    if not _operators:
         raise RuntimeError("flash_attn is not installed: its stand-in works inside cpbench only")
-    op, blocks = _current[-1]
+    op, blocks = _operators[-1]
     assert not dropout
     assert not softcap
     assert (left, right) == (-1, -1)
@@ -157,15 +170,15 @@ def _asked(
     return op, blocks
 
 
-# --- putting them where libraries find them -----------------------------------------------------
+# --- installing the stand-in --------------------------------------------------------------------
 
 
 @contextmanager
-def importable(stubs: dict[str, ModuleType] | None = None) -> Iterator[None]:
-    """``import flash_attn`` works for as long as this lasts, by the stand-in where it must.
+def importable_flash_attn(stubs: dict[str, ModuleType] | None = None) -> Iterator[None]:
+    """Make ``import flash_attn`` work inside this context, by the stand-in if not installed.
 
     Args:
-        stubs: further modules to find, by name.
+        stubs: additional modules to make importable, by name.
     """
     added = dict(stubs or {})
     if importlib.util.find_spec("flash_attn") is None:
@@ -183,22 +196,24 @@ def importable(stubs: dict[str, ModuleType] | None = None) -> Iterator[None]:
 
 
 def _module(name: str) -> ModuleType:
-    module = ModuleType(name, "cpbench stands in for it.")
-    offered = {name: globals()[name] for name in (*FUNCTIONS, "flash_attn_func")}
-    vars(module).update(offered, __version__=VERSION)
+    module = ModuleType(name, "A stand-in of cpbench.")
+    functions = {name: globals()[name] for name in (*FUNCTIONS, "flash_attn_func")}
+    vars(module).update(functions, __version__=VERSION)
     return module
 
 
 @contextmanager
-def routed(op: BoundOperator, blocks: Blocks, modules: Iterable[ModuleType]) -> Iterator[None]:
-    """In some modules of a library, what they imported of ``flash_attn`` computes with ``op``."""
-    found = [(m, name, vars(m)[name]) for m in modules for name in FUNCTIONS if name in vars(m)]
-    for module, name, _ in found:
+def route_flash_attn(
+    op: BoundOperator, blocks: BlockPlans, modules: Iterable[ModuleType]
+) -> Iterator[None]:
+    """Route what these modules of a library imported from ``flash_attn`` to ``op``."""
+    replaced = [(m, name, vars(m)[name]) for m in modules for name in FUNCTIONS if name in vars(m)]
+    for module, name, _ in replaced:
         setattr(module, name, globals()[name])
-    _current.append((op, blocks))
+    _operators.append((op, blocks))
     try:
         yield
     finally:
-        _current.pop()
-        for module, name, original in found:
+        _operators.pop()
+        for module, name, original in replaced:
             setattr(module, name, original)

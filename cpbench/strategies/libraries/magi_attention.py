@@ -1,11 +1,11 @@
-"""MagiAttention: any mask, keys sent only where somebody needs them.
+"""MagiAttention: any mask; keys are sent only to ranks that need them.
 
-It computes with a kernel of its own (flex-flash-attention, out of FlashAttention-3), which no
-operator here is; operator ``sdpa.flash`` is asked for as the nearest relative, and not called.  Its
-dispatcher, which would deal chunks of tokens to ranks by their work, is told to deal them in order,
-since here tokens are where the layout puts them: its balancing is not measured.
+It computes with its own kernel (flex-flash-attention, derived from FlashAttention-3), which is not
+available as an operator; the operator ``sdpa.flash`` is required as the closest one and not called.
+Its dispatcher, which assigns chunks of tokens to ranks by work, is set to sequential order, since
+the layout assigns tokens here: its load balancing is not measured.
 
-Written from its documentation and source; no machine of the tests can run it (it needs Hopper).
+Written from its documentation and source; untested, as it needs a Hopper GPU.
 
 Source: MagiAttention (arXiv 2505.13211), https://github.com/SandAI-org/MagiAttention, v1.1.
 """
@@ -24,18 +24,17 @@ from cpbench.core.problem import Problem
 from cpbench.core.registry import StrategyInfo
 from cpbench.masks.convert import BICAUSAL, CAUSAL, FULL, INVERSE, TypedSlices, to_typed_slices
 from cpbench.parallel.mesh import largest_divisor
-from cpbench.strategies.libraries.call import Library, refusal
+from cpbench.strategies.libraries.call import LibraryStrategy, common_refusal
 
 if TYPE_CHECKING:
-    import torch
-
+    from cpbench.core.operator import QKV, OutLse
     from cpbench.masks.attn_mask import IntArray
     from cpbench.parallel.bound_operator import BoundOperator
     from cpbench.parallel.world import World
 
 STRATEGY = StrategyInfo(
     name="magi_attention",
-    summary="MagiAttention over its own kernel, tokens in order; keys go where they are needed",
+    summary="MagiAttention with its own kernel, sequential tokens; keys sent only where needed",
     source="MagiAttention, arXiv 2505.13211",
     load="cpbench.strategies.libraries.magi_attention:Magi",
     layouts=("contiguous",),
@@ -45,18 +44,18 @@ STRATEGY = StrategyInfo(
 )
 KERNEL = "sdpa.flash"
 TYPES = {FULL: "full", CAUSAL: "causal", INVERSE: "inv_causal", BICAUSAL: "bi_causal"}
-CHUNKS_PER_RANK = 8  # at least: the library cuts larger chunks down to that
-HOPPER = 9
+CHUNKS_PER_RANK = 8  # at least: the library reduces larger chunks
+HOPPER = 9  # major compute capability
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What the library plans from.
+    """The inputs of the library's plan.
 
     Attributes:
-        chunk: tokens of a chunk.
-        positions: of this rank's tokens.
-        pairs: visible ones of this rank, for all query heads.
+        chunk: tokens per chunk.
+        positions: global positions of the local tokens.
+        pairs: visible pairs of this rank, over all query heads.
     """
 
     problem: Problem
@@ -67,11 +66,11 @@ class Plan:
     pairs: int
 
 
-class Magi(Library):
+class Magi(LibraryStrategy):
     """The strategy.
 
     Args:
-        chunk_size: most tokens of a chunk, the unit of its planning.
+        chunk_size: maximum tokens per chunk, the unit of its planning.
     """
 
     name = "magi_attention"
@@ -86,7 +85,7 @@ class Magi(Library):
     def unsupported(self, world: World) -> str | None:
         if world.problem.batch > 1:
             return f"{self.name} takes batch 1, not {world.problem.batch}"
-        return refusal(self.name, world, ("full", "causal", "bands"))
+        return common_refusal(self.name, world, ("full", "causal", "bands"))
 
     def prepare(self, op: BoundOperator, world: World, rank: int) -> Plan:
         import torch
@@ -95,35 +94,30 @@ class Magi(Library):
             raise Unsupported(f"{self.name} runs on cuda, not on {op.device}")
         if op.info.name != KERNEL:
             raise Unsupported(
-                f"{self.name} computes with its own kernel: use operator {KERNEL}, its nearest "
-                f"relative, not {op.info.name}"
+                f"{self.name} computes with its own kernel: use operator {KERNEL}, the "
+                f"closest one, not {op.info.name}"
             )
         if torch.cuda.get_device_capability()[0] < HOPPER:
-            raise Unsupported(f"{self.name}'s kernel needs a Hopper device or a later one")
+            raise Unsupported(f"the kernel of {self.name} needs a Hopper GPU or newer")
         problem, tokens = world.problem, world.keys.local_len
-        most = min(self.chunk_size, max(tokens // CHUNKS_PER_RANK, 1))
+        max_chunk = min(self.chunk_size, max(tokens // CHUNKS_PER_RANK, 1))
         return Plan(
             problem=problem,
             slices=to_typed_slices(world.shared_mask),
-            chunk=largest_divisor(tokens, most),
+            chunk=largest_divisor(tokens, max_chunk),
             positions=world.queries.positions(rank),
             backward=problem.backward,
             pairs=int(world.areas[rank].sum()) * problem.heads_q,
         )
 
-    def within(self, plan: Plan, op: BoundOperator, group: Any) -> AbstractContextManager[Any]:
+    def pass_context(
+        self, plan: Plan, op: BoundOperator, group: Any
+    ) -> AbstractContextManager[Any]:
         op.pairs += plan.pairs
         return nullcontext()
 
-    def call(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        plan: Plan,
-        op: BoundOperator,
-        group: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def call(self, qkv: QKV, plan: Plan, op: BoundOperator, group: Any) -> OutLse:
+        q, k, v = qkv
         api = importlib.import_module("magi_attention.api")
         if group not in self._keys:
             self._keys[group] = self._key(plan, group)
@@ -135,7 +129,7 @@ class Magi(Library):
         return out.unsqueeze(0), meta.lse.transpose(0, 1).unsqueeze(0)
 
     def _key(self, plan: Plan, group: Any) -> Any:
-        """The library's plan, under the name it goes by; collective over the group."""
+        """The key of the library's plan; collective over the group."""
         api = importlib.import_module("magi_attention.api")
         problem, rows = plan.problem, plan.slices.ranges.tolist()
         key = api.magi_attn_flex_key(
@@ -155,7 +149,7 @@ class Magi(Library):
                 )
             ),
         )
-        dealt = api.get_position_ids(key).cpu().numpy()
-        if not np.array_equal(dealt, plan.positions):
-            raise RuntimeError(f"{self.name} deals tokens otherwise than layout contiguous")
+        positions = api.get_position_ids(key).cpu().numpy()
+        if not np.array_equal(positions, plan.positions):
+            raise RuntimeError(f"{self.name} does not assign tokens as layout contiguous does")
         return key

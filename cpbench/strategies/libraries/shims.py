@@ -1,4 +1,4 @@
-"""What a transport lacks that libraries rely on.  Not a strategy."""
+"""Workarounds for features that libraries need and a transport lacks.  Not a strategy."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 
 @contextmanager
-def self_sends(group: Any) -> Iterator[None]:
-    """Messages of a rank to itself work on Gloo, which has none.
+def gloo_self_sends(group: Any) -> Iterator[None]:
+    """Emulate P2P messages of a rank to itself on Gloo, which does not support them.
 
-    Ring libraries send their gradients home in a last hop, on a ring of one rank to themselves;
-    NCCL does that.  Nothing changes where there are more ranks.
+    On a ring of one rank, ring libraries return gradients by a message to themselves, as NCCL
+    allows.  Does nothing for more than one rank.
     """
     import torch.distributed
 
@@ -22,10 +22,10 @@ def self_sends(group: Any) -> Iterator[None]:
         return
     original = dist.batch_isend_irecv
 
-    def copy(operations: list[Any]) -> list[Any]:
-        sent = [one.tensor for one in operations if one.op is dist.isend]
-        received = [one.tensor for one in operations if one.op is dist.irecv]
-        for target, source in zip(received, sent, strict=True):
+    def copy(ops: list[Any]) -> list[Any]:
+        sources = [op.tensor for op in ops if op.op is dist.isend]
+        targets = [op.tensor for op in ops if op.op is dist.irecv]
+        for target, source in zip(targets, sources, strict=True):
             target.copy_(source)
         return []
 

@@ -1,14 +1,14 @@
-"""What a library sends, counted where torch.distributed hands it to a process group.
+"""Traffic of libraries, recorded where torch.distributed passes it to a process group.
 
 Not a strategy.  Libraries call torch.distributed themselves, so
-:class:`~cpbench.parallel.comm.TorchComm` does not see their traffic.  Every way of sending
+:class:`~cpbench.parallel.comm.TorchComm` does not see their traffic.  Every communication call
 (``isend``, ``all_to_all_single``, functional collectives, …) passes through the dispatcher as an
-operator of ``c10d`` or ``_c10d_functional``: there the first pass of each phase is listened to.
-Later passes of the same phase are credited with the same messages, so that timed ones are not
-slowed by listening.
+operator of ``c10d`` or ``_c10d_functional``, where the first pass of each phase is recorded.
+Later passes of the phase are counted with the same messages, so recording does not slow down timed
+passes.
 
-Attribution is that of :mod:`cpbench.parallel.comm`; a broadcast goes from its root to every other
-rank.
+Attribution is that of :mod:`cpbench.parallel.comm`; a broadcast is sent from its root to every
+other rank.
 
 Source: the operators that ``torch.distributed.tensor.debug.CommDebugMode`` counts.
 """
@@ -24,82 +24,84 @@ if TYPE_CHECKING:
     from cpbench.parallel.comm import Traffic
 
 NAMESPACES = ("c10d", "_c10d_functional")
-SILENT = ("recv_", "recv_any_source_", "irecv", "barrier", "monitored_barrier_")
+NOT_SENDING = ("recv_", "recv_any_source_", "irecv", "barrier", "monitored_barrier_")
 
 
 class Message(NamedTuple):
-    """``times`` messages of ``nbytes`` each to one rank."""
+    """``num_messages`` messages of ``nbytes`` each to one rank."""
 
     receiver: int
     nbytes: int
-    times: int
+    num_messages: int
 
 
-class Listener:
-    """What a library sends in each of its phases on one rank, learnt in the first pass of each."""
+class TrafficRecorder:
+    """Records the messages of a library on one rank, in the first pass of each phase."""
 
     def __init__(self) -> None:
-        self._heard: dict[str, list[Message]] = {}
+        self._messages: dict[str, list[Message]] = {}
 
     def run(self, phase: str, traffic: Traffic, group: Any, function: Callable[[], Any]) -> Any:
-        """Call ``function`` and add what it sends to ``traffic``.
+        """Call ``function`` and add the messages that it sends to ``traffic``.
 
         Args:
-            phase: passes of one name send the same.
-            group: the process group in which ``traffic`` numbers its receivers.
+            phase: name of the phase, whose passes all send the same messages.
+            group: the process group whose ranks index ``traffic``.
         """
-        if phase in self._heard:
+        if phase in self._messages:
             result = function()
         else:
-            result, self._heard[phase] = listen(group, function)
-        for message in self._heard[phase]:
+            result, self._messages[phase] = record_messages(group, function)
+        for message in self._messages[phase]:
             traffic.add(*message)
         return result
 
 
-def listen(group: Any, function: Callable[[], Any]) -> tuple[Any, list[Message]]:
-    """What ``function`` returns, and what this rank sends to others meanwhile.
+def record_messages(group: Any, function: Callable[[], Any]) -> tuple[Any, list[Message]]:
+    """Call ``function``; return its result and the messages that this rank sends to others.
 
     Args:
-        group: receivers are numbered in it; whoever is sent to must be a member.
+        group: the process group that numbers the receivers; all of them must be members.
     """
     import torch.distributed as dist
     from torch.distributed.tensor import DTensor
     from torch.utils import _python_dispatch
 
     number = {rank: i for i, rank in enumerate(dist.get_process_group_ranks(group))}
-    heard: list[Message] = []
+    messages: list[Message] = []
     mode: Any = _python_dispatch.TorchDispatchMode
 
-    class Ear(mode):  # type: ignore[misc]
+    class RecordingMode(mode):  # type: ignore[misc]
         def __torch_dispatch__(
             self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
         ) -> Any:
             if any(issubclass(kind, DTensor) for kind in types):
-                return NotImplemented  # DTensor takes it apart, and the parts are heard
+                return NotImplemented  # DTensor dispatches its local operators, which are recorded
             kwargs = kwargs or {}
-            if func.namespace in NAMESPACES and func._opname not in SILENT:
+            if func.namespace in NAMESPACES and func._opname not in NOT_SENDING:
                 names = (argument.name for argument in func._schema.arguments)
-                given = {**dict(zip(names, args, strict=False)), **kwargs}
-                ranks = _ranks(given)
-                if not ranks:  # a wait, or some wrapping
+                arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+                ranks = _group_ranks(arguments)
+                if not ranks:  # a wait or a wrapper
                     return func(*args, **kwargs)
-                me = ranks.index(dist.get_rank())
-                for member, nbytes, times in _sent(func._opname, given, len(ranks), me):
-                    if nbytes and member != me:
-                        heard.append(Message(number[ranks[member]], nbytes, times))
+                own_index = ranks.index(dist.get_rank())
+                for member, nbytes, num_messages in _sent_messages(
+                    func._opname, arguments, len(ranks), own_index
+                ):
+                    if nbytes and member != own_index:
+                        messages.append(Message(number[ranks[member]], nbytes, num_messages))
             return func(*args, **kwargs)
 
-    with Ear():
-        return function(), heard
+    with RecordingMode():
+        return function(), messages
 
 
-def _ranks(given: dict[str, Any]) -> list[int]:
-    """The global ranks of the group in which an operator runs; none where it has no group."""
+def _group_ranks(arguments: dict[str, Any]) -> list[int]:
+    """The global ranks of the group of an operator; empty if it has no group."""
     import torch.distributed as dist
     from torch.distributed import distributed_c10d
 
-    group = given.get("process_group", given.get("group_name"))
+    group = arguments.get("process_group", arguments.get("group_name"))
     if group is None:
         return []
     if isinstance(group, str):
@@ -109,48 +111,52 @@ def _ranks(given: dict[str, Any]) -> list[int]:
     return list(dist.get_process_group_ranks(group))
 
 
-def _sent(name: str, given: dict[str, Any], size: int, me: int) -> Iterator[tuple[int, int, int]]:
-    """(member of the group, bytes, times) of what one operator sends, to itself included.
+def _sent_messages(
+    name: str, arguments: dict[str, Any], size: int, own_index: int
+) -> Iterator[tuple[int, int, int]]:
+    """(member of the group, bytes, number) of the messages of one operator, to itself included.
 
     Raises:
-        NotImplementedError: for an operator that is not known here, rather than count too little.
+        NotImplementedError: for an unknown operator, whose bytes would not be counted.
     """
-    everyone = range(size)
+    members = range(size)
     if name in ("send", "isend"):
-        for x in _tensors(given, "tensors", "tensor"):
-            yield given["dst"], x.nbytes, 1
+        for x in _flat_tensors(arguments, "tensors", "tensor"):
+            yield arguments["dst"], x.nbytes, 1
     elif "allgather" in name or "all_gather" in name:
-        for x in _tensors(given, "input_tensors", "input_list", "inputs", "input_tensor", "input"):
-            yield from ((member, x.nbytes, 1) for member in everyone)
+        for x in _flat_tensors(
+            arguments, "input_tensors", "input_list", "inputs", "input_tensor", "input"
+        ):
+            yield from ((member, x.nbytes, 1) for member in members)
     elif name == "alltoall_":
-        for member, x in enumerate(given["input_tensors"]):
+        for member, x in enumerate(arguments["input_tensors"]):
             yield member, x.nbytes, 1
     elif name in ("alltoall_base_", "all_to_all_single"):
-        x = given["input"]
+        x = arguments["input"]
         row = x.nbytes // max(x.shape[0], 1)
-        rows = list(given["input_split_sizes"]) or [x.shape[0] // size] * size
+        rows = list(arguments["input_split_sizes"]) or [x.shape[0] // size] * size
         yield from ((member, n * row, 1) for member, n in enumerate(rows))
     elif "reduce_scatter" in name:
-        for x in _tensors(given, "input_tensors", "inputs", "input_tensor", "input"):
-            yield from ((member, x.nbytes // size, 1) for member in everyone)
+        for x in _flat_tensors(arguments, "input_tensors", "inputs", "input_tensor", "input"):
+            yield from ((member, x.nbytes // size, 1) for member in members)
     elif "allreduce" in name or "all_reduce" in name:
-        for x in _tensors(given, "tensors", "inputs", "input"):
-            yield from ((member, -(-x.nbytes // size), 2) for member in everyone)
+        for x in _flat_tensors(arguments, "tensors", "inputs", "input"):
+            yield from ((member, -(-x.nbytes // size), 2) for member in members)
     elif name == "broadcast_":
-        for x in _tensors(given, "tensors") if given["root_rank"] == me else ():
-            yield from ((member, x.nbytes, 1) for member in everyone)
+        for x in _flat_tensors(arguments, "tensors") if arguments["root_rank"] == own_index else ():
+            yield from ((member, x.nbytes, 1) for member in members)
     else:
-        raise NotImplementedError(f"nobody counts yet what a library sends with {name}")
+        raise NotImplementedError(f"the bytes that {name} sends are not counted yet")
 
 
-def _tensors(given: dict[str, Any], *names: str) -> list[torch.Tensor]:
-    """The tensors under the first of some names that is there, lists in lists laid flat."""
-    todo = [next(given[name] for name in names if name in given)]
-    found = []
-    while todo:
-        one = todo.pop(0)
-        if isinstance(one, list | tuple):
-            todo = [*one, *todo]
+def _flat_tensors(arguments: dict[str, Any], *names: str) -> list[torch.Tensor]:
+    """The tensors of the first argument among ``names`` that is present; nested lists flattened."""
+    remaining = [next(arguments[name] for name in names if name in arguments)]
+    tensors = []
+    while remaining:
+        item = remaining.pop(0)
+        if isinstance(item, list | tuple):
+            remaining = [*item, *remaining]
         else:
-            found.append(one)
-    return found
+            tensors.append(item)
+    return tensors

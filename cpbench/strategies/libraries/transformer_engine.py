@@ -1,9 +1,9 @@
 """TransformerEngine: ``DotProductAttention`` with a context-parallel group.
 
-It computes with a kernel of its own: cuDNN's fused attention, so the operator must be torch's call
-of the same.  It deals tokens as layout zigzag does, whatever the mask.
+It computes with cuDNN's fused attention, so the operator must be torch's call of the same kernel.
+It assigns tokens as layout zigzag does, for any mask.
 
-Written from its documentation and source; no machine of the tests can run it (it needs CUDA).
+Written from its documentation and source; untested, as it needs CUDA.
 
 Source: ``transformer_engine.pytorch.DotProductAttention`` of TransformerEngine 2.20,
 https://github.com/NVIDIA/TransformerEngine.
@@ -21,17 +21,16 @@ from typing import TYPE_CHECKING, Any
 from cpbench.core.operator import Unsupported
 from cpbench.core.problem import Problem
 from cpbench.core.registry import StrategyInfo
-from cpbench.strategies.libraries.call import Library, refusal
+from cpbench.strategies.libraries.call import LibraryStrategy, common_refusal
 
 if TYPE_CHECKING:
-    import torch
-
+    from cpbench.core.operator import QKV, OutLse
     from cpbench.parallel.bound_operator import BoundOperator
     from cpbench.parallel.world import World
 
 STRATEGY = StrategyInfo(
     name="transformer_engine",
-    summary="TransformerEngine's DotProductAttention, over cuDNN's kernel",
+    summary="TransformerEngine's DotProductAttention with cuDNN's kernel",
     source="https://github.com/NVIDIA/TransformerEngine",
     load="cpbench.strategies.libraries.transformer_engine:TransformerEngine",
     layouts=("zigzag",),
@@ -39,14 +38,14 @@ STRATEGY = StrategyInfo(
     traced=False,
     requires=("transformer_engine",),
 )
-COMM = ("p2p", "all_gather", "a2a")
+COMM_TYPES = ("p2p", "all_gather", "a2a")
 KERNEL = "sdpa.cudnn"
-BACKEND = {"NVTE_FUSED_ATTN": "1", "NVTE_FLASH_ATTN": "0", "NVTE_UNFUSED_ATTN": "0"}
+BACKEND_VARIABLES = {"NVTE_FUSED_ATTN": "1", "NVTE_FLASH_ATTN": "0", "NVTE_UNFUSED_ATTN": "0"}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a call is given; ``pairs`` are the visible ones, for all query heads of this rank."""
+    """The options of a call; ``pairs``: visible pairs of this rank, over all query heads."""
 
     problem: Problem
     causal: bool
@@ -54,19 +53,19 @@ class Plan:
     pairs: int
 
 
-class TransformerEngine(Library):
+class TransformerEngine(LibraryStrategy):
     """The strategy.
 
     Args:
-        comm: how keys travel: round a ring, gathered, or exchanged for heads.
+        comm: how keys are sent: P2P in a ring, by all-gather, or by all-to-all for heads.
     """
 
     name = "transformer_engine"
 
     def __init__(self, comm: str = "p2p") -> None:
         super().__init__()
-        if comm not in COMM:
-            raise ValueError(f"{self.name}: comm = {comm!r} is not one of {', '.join(COMM)}")
+        if comm not in COMM_TYPES:
+            raise ValueError(f"{self.name}: comm = {comm!r} is not one of {', '.join(COMM_TYPES)}")
         self.comm = comm
         self._layers: dict[Any, Any] = {}
 
@@ -77,7 +76,7 @@ class TransformerEngine(Library):
                 f"{self.name}: comm = a2a needs query and key/value heads divisible by the "
                 f"{world.size} ranks: {problem.heads_q} and {problem.heads_kv}"
             )
-        return refusal(self.name, world)
+        return common_refusal(self.name, world)
 
     def prepare(self, op: BoundOperator, world: World, rank: int) -> Plan:
         if op.device.partition(":")[0] != "cuda":
@@ -89,23 +88,18 @@ class TransformerEngine(Library):
             )
         problem = world.problem
         pairs = int(world.areas[rank].sum()) * problem.heads_q
-        if self.comm == "a2a":  # some heads of all tokens
+        if self.comm == "a2a":  # a subset of heads of all tokens
             pairs = world.shared_mask.area * problem.heads_q // world.size
         return Plan(problem, world.mask.kind == "causal", problem.backward, pairs)
 
-    def within(self, plan: Plan, op: BoundOperator, group: Any) -> AbstractContextManager[Any]:
+    def pass_context(
+        self, plan: Plan, op: BoundOperator, group: Any
+    ) -> AbstractContextManager[Any]:
         op.pairs += plan.pairs
-        return _environment(BACKEND)
+        return _environment(BACKEND_VARIABLES)
 
-    def call(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        plan: Plan,
-        op: BoundOperator,
-        group: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def call(self, qkv: QKV, plan: Plan, op: BoundOperator, group: Any) -> OutLse:
+        q, k, v = qkv
         if group not in self._layers:
             self._layers[group] = self._layer(plan, group)
         return self._layers[group](q, k, v).view_as(q), None
@@ -131,7 +125,7 @@ class TransformerEngine(Library):
 
 @contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Environment variables as the library is to find them, and as they were afterwards."""
+    """Set environment variables inside this context."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

@@ -1,20 +1,20 @@
-const VERDICT = { SLOWER: "bad", FAILS: "bad", MISSING: "bad", FASTER: "good", WORKS: "good", UNCLEAR: "warn" };
-const SHOWN = 40; // in the chart
+const VERDICT_COLOURS = { SLOWER: "bad", FAILS: "bad", MISSING: "bad", FASTER: "good", WORKS: "good", UNCLEAR: "warn" };
+const MAX_SHOWN = 40; // cases in the chart
 
 async function main() {
-  const comparisons = JSON.parse(await unpacked("data"));
+  const comparisons = JSON.parse(await unpack("data"));
   await loadPlotly();
   const { jQuery: $ } = await loadTables();
   const scheme = matchMedia("(prefers-color-scheme: dark)");
-  const dress = () => {
+  const applyScheme = () => {
     document.documentElement.classList.toggle("dark", scheme.matches);
-    comparisons.forEach((contrast, i) => forest(contrast, document.getElementById(`forest-${i}`)));
+    comparisons.forEach((comparison, i) => forestPlot(comparison, document.getElementById(`forest-${i}`)));
   };
-  dress();
-  scheme.addEventListener("change", dress);
+  applyScheme();
+  scheme.addEventListener("change", applyScheme);
   comparisons.forEach(({ columns, rows }, i) => {
     const show = (value, type) => (type === "display" ? escaped(value) : value);
-    const verdict = (value, type) => (type === "display" ? `<b style="color:var(--${VERDICT[value] ?? "dim"})">${escaped(value)}</b>` : value);
+    const verdict = (value, type) => (type === "display" ? `<b style="color:var(--${VERDICT_COLOURS[value] ?? "dim"})">${escaped(value)}</b>` : value);
     const number = (value, type) => (type === "sort" ? (Number.isNaN(parseFloat(value)) ? -Infinity : parseFloat(value.replaceAll(",", ""))) : show(value, type));
     const numeric = ["base ms", "new ms", "change", "memory"];
     $(`#table-${i}`).DataTable({
@@ -25,23 +25,23 @@ async function main() {
   document.documentElement.dataset.ready = "yes";
 }
 
-// The ratio of each case with its interval, what calls for attention on top.
-function forest({ ratios, floor }, plot) {
-  const some = ratios.slice(0, SHOWN).reverse();
-  if (!some.length) { plot.hidden = true; return; }
-  plot.style.height = `${Math.max(160, 70 + 19 * some.length)}px`;
+// The ratio of each case with its interval, most severe verdicts on top.
+function forestPlot({ ratios, floor }, plot) {
+  const cases = ratios.slice(0, MAX_SHOWN).reverse();
+  if (!cases.length) { plot.hidden = true; return; }
+  plot.style.height = `${Math.max(160, 70 + 19 * cases.length)}px`;
   const percent = (ratio) => (ratio - 1) * 100;
   const trace = {
-    type: "scatter", mode: "markers", x: some.map((r) => percent(r.ratio)), y: some.map((_, i) => i),
-    error_x: { type: "data", symmetric: false, array: some.map((r) => percent(r.high) - percent(r.ratio)), arrayminus: some.map((r) => percent(r.ratio) - percent(r.low)), color: colour("dim"), thickness: 1.3, width: 3 },
-    marker: { size: 9, color: some.map((r) => colour(VERDICT[r.verdict] ?? "dim")), symbol: some.map((r) => ({ SLOWER: "triangle-right", FASTER: "triangle-left", UNCLEAR: "circle-open" })[r.verdict] ?? "circle") },
-    hoverinfo: "text", hovertext: some.map((r) => `${escaped(r.case)}<br>${r.verdict} ${digits(percent(r.ratio), 2)} % (${digits(percent(r.low), 2)} to ${digits(percent(r.high), 2)})`),
+    type: "scatter", mode: "markers", x: cases.map((r) => percent(r.ratio)), y: cases.map((_, i) => i),
+    error_x: { type: "data", symmetric: false, array: cases.map((r) => percent(r.high) - percent(r.ratio)), arrayminus: cases.map((r) => percent(r.ratio) - percent(r.low)), color: colour("dim"), thickness: 1.3, width: 3 },
+    marker: { size: 9, color: cases.map((r) => colour(VERDICT_COLOURS[r.verdict] ?? "dim")), symbol: cases.map((r) => ({ SLOWER: "triangle-right", FASTER: "triangle-left", UNCLEAR: "circle-open" })[r.verdict] ?? "circle") },
+    hoverinfo: "text", hovertext: cases.map((r) => `${escaped(r.case)}<br>${r.verdict} ${digits(percent(r.ratio), 2)} % (${digits(percent(r.low), 2)} to ${digits(percent(r.high), 2)})`),
   };
   const band = { type: "rect", yref: "paper", y0: 0, y1: 1, x0: percent(1 / (1 + floor)), x1: percent(1 + floor), fillcolor: colour("line"), opacity: 0.5, line: { width: 0 }, layer: "below" };
   Plotly.react(plot, [trace], layout({
     shapes: [band], margin: { l: 10, r: 20, t: 8, b: 44 },
-    xaxis: { title: { text: "change of time, %; shaded: what does not matter" }, zeroline: true },
-    yaxis: { tickvals: some.map((_, i) => i), ticktext: some.map((r) => escaped(r.case.length > 70 ? `${r.case.slice(0, 69)}…` : r.case)), automargin: true, tickfont: { size: 10 } },
+    xaxis: { title: { text: "change of time, %; shaded: below the floor" }, zeroline: true },
+    yaxis: { tickvals: cases.map((_, i) => i), ticktext: cases.map((r) => escaped(r.case.length > 70 ? `${r.case.slice(0, 69)}…` : r.case)), automargin: true, tickfont: { size: 10 } },
   }), CONFIG);
 }
 

@@ -1,9 +1,9 @@
-// One case, or draws of one: figures, samples, the command that runs it again, its environment.
-const FIGURES = [
-  ["time_ms", "time, ms"], ["low_ms", "interval from, ms"], ["high_ms", "to, ms"], ["fwd_ms", "forward, ms"], ["bwd_ms", "backward, ms"],
+// Details of a case, or of the mask seeds of one: values, samples, the command that repeats it, environment.
+const VALUES = [
+  ["time_ms", "time, ms"], ["low_ms", "interval, lower end, ms"], ["high_ms", "interval, upper end, ms"], ["fwd_ms", "forward, ms"], ["bwd_ms", "backward, ms"],
   ["launches", "launches"], ["iterations", "iterations"], ["density", "density"], ["imbalance", "imbalance"],
-  ["peak_mb", "peak, MB"], ["inputs_mb", "inputs, MB"], ["sent_mb", "sent, MB"], ["across_mb", "across nodes, MB"], ["compute_ms", "without communication, ms"], ["transfer_ms", "communication alone, ms"], ["exposed_ms", "exposed communication, ms"], ["plan_ms", "planning, ms"],
-  ["first_call_ms", "first call, ms"], ["worst_error", "largest error"], ["flags", "caveats"], ["machine", "machine"], ["clock", "clock"], ["run", "run"], ["writer", "record of"], ["log", "log"],
+  ["peak_mb", "peak memory, MB"], ["inputs_mb", "inputs, MB"], ["sent_mb", "sent, MB"], ["across_mb", "across nodes, MB"], ["compute_ms", "without communication, ms"], ["transfer_ms", "communication alone, ms"], ["exposed_ms", "exposed communication, ms"], ["plan_ms", "planning, ms"],
+  ["first_call_ms", "first call, ms"], ["worst_error", "largest error"], ["flags", "caveats"], ["machine", "machine"], ["clock", "clock"], ["run", "run"], ["writer", "writer"], ["log", "log"],
 ];
 
 class Details {
@@ -14,27 +14,27 @@ class Details {
     this.dialog.addEventListener("close", () => { const plot = this.dialog.querySelector(".plot"); if (plot) Plotly.purge(plot); });
   }
 
-  async open(rows, at = 0) {
+  async open(rows, index = 0) {
     const { data, dialog } = this;
-    const row = rows[at];
+    const row = rows[index];
     const title = `${data.text("method", row)}: ${data.text("mask", row)}, ${tokens(data.number("seq_len", row))} tokens, ${data.text("dtype", row)} ${data.text("direction", row)}`;
     dialog.querySelector("h2").replaceChildren(title);
     const body = dialog.querySelector(".body");
     const facts = element("dl", { class: "facts" });
     const status = data.text("status", row);
     facts.append(element("dt", {}, "status"), element("dd", { class: `s-${status}` }, status + (data.text("reason", row) ? `: ${data.text("reason", row)}` : "")));
-    for (const [column, name] of FIGURES) {
+    for (const [column, name] of VALUES) {
       const value = data.cell(column, row);
       if (value !== "") facts.append(element("dt", {}, name), element("dd", {}, typeof value === "number" ? digits(value, 4) : value));
     }
     const rate = data.number("tflops_per_rank", row);
-    if (rate !== null) facts.append(element("dt", {}, `${data.rate.unit} of a rank`), element("dd", {}, digits(rate * data.rate.scale, 4)));
+    if (rate !== null) facts.append(element("dt", {}, `${data.rate.unit} per rank`), element("dd", {}, digits(rate * data.rate.scale, 4)));
     const plot = element("div", { class: "plot" });
-    const draws = element("p");
+    const seeds = element("p");
     if (rows.length > 1) {
-      draws.append("Draws: ", ...rows.flatMap((other, i) => [i === at ? element("b", {}, data.text("mask", other)) : element("a", { href: "#", onclick: (event) => { event.preventDefault(); this.open(rows, i); } }, data.text("mask", other)), "  "]));
+      seeds.append("Mask seeds: ", ...rows.flatMap((other, i) => [i === index ? element("b", {}, data.text("mask", other)) : element("a", { href: "#", onclick: (event) => { event.preventDefault(); this.open(rows, i); } }, data.text("mask", other)), "  "]));
     }
-    body.replaceChildren(draws, plot, facts, element("h3", {}, "Again"), element("pre", {}, this.command(row)), ...this.environment(row));
+    body.replaceChildren(seeds, plot, facts, element("h3", {}, "Command"), element("pre", {}, this.command(row)), ...this.environment(row));
     if (!dialog.open) dialog.showModal();
     await this.drawSamples(plot, row);
   }
@@ -49,11 +49,11 @@ class Details {
     }
     if (!launches.length) { plot.remove(); return; }
     const middle = this.data.number("time_ms", row);
-    let begun = 0;
+    let offset = 0;
     const traces = launches.map((samples, i) => {
-      const x = samples.map((_, at) => begun + at + 1);
-      begun += samples.length;
-      return { type: "scatter", mode: "markers", x, y: samples.map((us) => us / 1e3), marker: { size: 6, symbol: i % 2 ? "circle-open" : "circle" }, hoverinfo: "text", hovertext: samples.map((us, at) => `launch ${i + 1}, iteration ${at + 1}: ${digits(us / 1e3, 4)} ms`) };
+      const x = samples.map((_, j) => offset + j + 1);
+      offset += samples.length;
+      return { type: "scatter", mode: "markers", x, y: samples.map((us) => us / 1e3), marker: { size: 6, symbol: i % 2 ? "circle-open" : "circle" }, hoverinfo: "text", hovertext: samples.map((us, j) => `launch ${i + 1}, iteration ${j + 1}: ${digits(us / 1e3, 4)} ms`) };
     });
     const line = (y, dash) => ({ type: "line", xref: "paper", x0: 0, x1: 1, y0: y, y1: y, line: { dash, width: 1.2, color: colour("dim") } });
     const shapes = [[middle, "solid"], [this.data.number("low_ms", row), "dot"], [this.data.number("high_ms", row), "dot"]].filter(([y]) => y !== null).map(([y, dash]) => line(y, dash));
@@ -63,26 +63,26 @@ class Details {
   command(row) {
     const { data } = this;
     const words = ["cpbench", "bench"];
-    const give = (name, value) => words.push(`--${name}`, /^[\w@%+=:,./[\]-]+$/.test(value) ? value : `'${value.replaceAll("'", `'"'"'`)}'`);
-    for (const name of ["operator", "mask", "dtype", "direction"]) give(name, data.text(name, row));
-    for (const name of ["seq_len", "batch", "num_heads_q", "num_heads_kv", "head_dim"]) give(name.replaceAll("_", "-"), String(data.number(name, row)));
-    if (data.number("queries", row)) give("queries", String(data.number("queries", row)));
-    if (data.text("inputs", row) !== "normal") give("inputs", data.text("inputs", row));
-    if (data.number("seed", row)) give("seed", String(data.number("seed", row)));
+    const add = (name, value) => words.push(`--${name}`, /^[\w@%+=:,./[\]-]+$/.test(value) ? value : `'${value.replaceAll("'", `'"'"'`)}'`);
+    for (const name of ["operator", "mask", "dtype", "direction"]) add(name, data.text(name, row));
+    for (const name of ["seq_len", "batch", "num_heads_q", "num_heads_kv", "head_dim"]) add(name.replaceAll("_", "-"), String(data.number(name, row)));
+    if (data.number("queries", row)) add("queries", String(data.number("queries", row)));
+    if (data.text("inputs", row) !== "normal") add("inputs", data.text("inputs", row));
+    if (data.number("seed", row)) add("seed", String(data.number("seed", row)));
     if (data.number("world_size", row) > 1 || data.text("strategy", row) !== "single") {
-      for (const name of ["strategy", "layout"]) give(name, data.text(name, row));
-      give("world-size", String(data.number("world_size", row)));
-      if (data.number("ranks_per_node", row)) give("ranks-per-node", String(data.number("ranks_per_node", row)));
-      if (data.text("placement", row)) give("placement", data.text("placement", row));
+      for (const name of ["strategy", "layout"]) add(name, data.text(name, row));
+      add("world-size", String(data.number("world_size", row)));
+      if (data.number("ranks_per_node", row)) add("ranks-per-node", String(data.number("ranks_per_node", row)));
+      if (data.text("placement", row)) add("placement", data.text("placement", row));
     }
     return words.join(" ");
   }
 
   environment(row) {
-    const told = this.data.environments[this.data.text("environment", row)];
-    if (!told) return [];
+    const environment = this.data.environments[this.data.text("environment", row)];
+    if (!environment) return [];
     const list = element("dl", { class: "facts" });
-    for (const [name, value] of Object.entries(told)) list.append(element("dt", {}, name), element("dd", {}, value));
+    for (const [name, value] of Object.entries(environment)) list.append(element("dt", {}, name), element("dd", {}, value));
     return [element("h3", {}, "Environment"), list];
   }
 }

@@ -1,9 +1,9 @@
-// Unpacks what the page carries: gzip in base64, in script elements that do not run.
-async function unpacked(id) {
-  return inflated(document.getElementById(id).textContent.trim());
+// Unpacks embedded data: gzip in base64, in script elements that do not run.
+async function unpack(id) {
+  return inflate(document.getElementById(id).textContent.trim());
 }
 
-async function inflated(text) {
+async function inflate(text) {
   const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
   return new Response(stream).text();
@@ -15,7 +15,7 @@ function codeUrl(text) {
 
 async function loadPlotly() {
   const script = document.createElement("script");
-  script.src = codeUrl(await unpacked("plotly"));
+  script.src = codeUrl(await unpack("plotly"));
   await new Promise((resolve, reject) => {
     script.onload = resolve;
     script.onerror = () => reject(new Error("Plotly does not load"));
@@ -24,23 +24,23 @@ async function loadPlotly() {
 }
 
 async function loadTables() {
-  const url = codeUrl(await unpacked("datatables"));
+  const url = codeUrl(await unpack("datatables"));
   return import(url);
 }
 
-// Plotly reads a little HTML in texts, DataTables all of it.
+// Plotly renders some HTML in texts, DataTables all of it.
 function escaped(text) {
   return String(text).replace(/[&<>"']/g, (letter) => `&#${letter.charCodeAt(0)};`);
 }
 
 function element(tag, attributes = {}, ...children) {
-  const made = document.createElement(tag);
+  const node = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
-    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
-    else if (value !== undefined) made.setAttribute(name, value);
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (value !== undefined) node.setAttribute(name, value);
   }
-  made.append(...children);
-  return made;
+  node.append(...children);
+  return node;
 }
 
 function colour(name) {
