@@ -1,7 +1,7 @@
-"""For operators whose library has no explicit backward: keep the autograd graph with the output.
+"""Explicit backward passes for attention that is only differentiable by autograd.
 
-``forward`` returns an output that carries its graph in a weak table; ``backward`` differentiates
-it.  When the output is dropped, so is the graph.
+The forward pass keeps the autograd graph in a weak table by output; the backward pass
+differentiates it.  The graph is freed with the output.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ if TYPE_CHECKING:
 
     from cpbench.core.operator import Gradients, OutLse
 
-    Run = Callable[[QKV], OutLse]
+    AttentionFunction = Callable[[QKV], OutLse]
 
 
-class GraphKeeper:
-    """Runs a differentiable attention and later returns its gradients, graph kept meanwhile."""
+class GraphStore:
+    """Runs attention functions and keeps their autograd graphs for the backward pass."""
 
     def __init__(self) -> None:
         from torch.utils.weak import WeakTensorKeyDictionary
 
         self._graphs: Any = WeakTensorKeyDictionary()
 
-    def forward(self, run: Run, qkv: QKV, keep: bool) -> OutLse:
-        """Return ``run(qkv)``; with ``keep`` its graph is kept for :meth:`backward`."""
+    def forward(self, attend: AttentionFunction, qkv: QKV, keep_graph: bool) -> OutLse:
+        """Return ``attend(qkv)``, detached; ``keep_graph`` allows a call of :meth:`backward`."""
         import torch
 
-        if not keep:
+        if not keep_graph:
             with torch.no_grad():
-                return run(qkv)
+                return attend(qkv)
         leaves = QKV(*(x.detach().requires_grad_() for x in qkv))
         with torch.enable_grad():
-            out, lse = run(leaves)
+            out, lse = attend(leaves)
         detached = out.detach()
         self._graphs[detached] = (leaves, out)
         return detached, None if lse is None else lse.detach()
@@ -45,12 +45,12 @@ class GraphKeeper:
         """Gradients with respect to q, k, v of the call that returned ``out``.
 
         Raises:
-            ValueError: when ``out`` is no output of :meth:`forward` with ``keep``.
+            ValueError: if ``out`` is not an output of :meth:`forward` with ``keep_graph``.
         """
         import torch
 
         if out not in self._graphs:
             raise ValueError("this operator's backward needs the output its own forward returned")
-        leaves, live = self._graphs[out]
-        dq, dk, dv = torch.autograd.grad(live, leaves, dout, retain_graph=True)
+        leaves, graph_out = self._graphs[out]
+        dq, dk, dv = torch.autograd.grad(graph_out, leaves, dout, retain_graph=True)
         return dq, dk, dv

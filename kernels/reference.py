@@ -1,7 +1,7 @@
-"""The reference: attention in float64, block of query rows by block of query rows.
+"""Operator `reference`: attention in float64, in blocks of query rows.
 
-Small problems are one block, that is the materialised textbook formula; large ones stay within a
-fixed amount of memory.  Everything else in the project is held against this.
+A small problem is one block, that is the textbook formula with materialised scores; the blocks of a
+large one stay within a fixed amount of memory.  All other operators are compared with this one.
 
 Legend: B batch, S query length, T key length, H query heads, G key/value heads, D head dim,
 R query heads that share a key/value head (H = G * R).
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 OPERATORS = (
     OperatorInfo(
         name="reference",
-        summary="float64 textbook attention, materialised or blockwise by size",
+        summary="float64 textbook attention, materialised or in blocks depending on size",
         source="softmax(Q K^T) V in double precision",
         load="cpbench.kernels.reference:Reference",
         masks=(*ANY_MASK, "heads", "dilated", *SELECTIONS),
@@ -38,16 +38,20 @@ OPERATORS = (
     ),
 )
 
-BLOCK_CELLS = 1 << 24  # scores held at once (128 MiB in float64)
+BLOCK_SCORES = 1 << 24  # scores in memory at once (128 MiB in float64)
 
 
 @dataclass(frozen=True)
 class Plan:
+    """The plan: the mask and the scale of the scores."""
+
     mask: Mask | Selection
     scale: float
 
 
 class Reference:
+    """The operator; see ``cpbench.core.operator.Operator`` for shapes."""
+
     def unsupported(self, problem: Problem, mask: Mask | Selection, device: str) -> str | None:
         return None
 
@@ -74,19 +78,19 @@ def forward64(qkv: QKV, mask: Mask | Selection, scale: float) -> tuple[torch.Ten
     if k.shape[1] == 0:
         return out, lse
     q_BGRSD, k_BGTD, v_BGTD = _grouped(q, k.shape[2]), _heads_first(k), _heads_first(v)
-    for rows, bias_ST in _blocks(mask, k.shape[2], b * h, q.device):
+    for rows, bias_ST in _row_blocks(mask, k.shape[2], b * h, q.device):
         scores = torch.einsum("bgrsd,bgtd->bgrst", q_BGRSD[:, :, :, rows], k_BGTD).mul_(scale)
         scores.add_(bias_ST)
         lse_rows = torch.logsumexp(scores, dim=-1)
         probs = scores.sub_(lse_rows.unsqueeze(-1)).exp_().nan_to_num_(0.0)
-        part = torch.einsum("bgrst,bgtd->bsgrd", probs, v_BGTD)
-        out[:, rows] = part.flatten(2, 3)
+        out_rows = torch.einsum("bgrst,bgtd->bsgrd", probs, v_BGTD)
+        out[:, rows] = out_rows.flatten(2, 3)
         lse[:, :, rows] = lse_rows.flatten(1, 2)
     return out, lse
 
 
 def backward64(x: BackwardInputs, mask: Mask | Selection, scale: float) -> Gradients:
-    """Return dq, dk, dv in float64, from the (possibly global) out and lse."""
+    """Return dq, dk, dv in float64; out and lse may be the global ones."""
     import torch
 
     dout, q, k, v, out, lse = x
@@ -100,12 +104,11 @@ def backward64(x: BackwardInputs, mask: Mask | Selection, scale: float) -> Gradi
     dk, dv = torch.zeros_like(k_BGTD), torch.zeros_like(v_BGTD)
     if k.shape[1] == 0:
         return dq.permute(0, 3, 1, 2, 4).flatten(2, 3), dk.transpose(1, 2), dv.transpose(1, 2)
-    for rows, bias_ST in _blocks(mask, k.shape[2], b * h, q.device):
+    for rows, bias_ST in _row_blocks(mask, k.shape[2], b * h, q.device):
         scores = torch.einsum("bgrsd,bgtd->bgrst", q_BGRSD[:, :, :, rows], k_BGTD).mul_(scale)
-        seen_lse = lse_BGRS[:, :, :, rows].masked_fill(
-            lse_BGRS[:, :, :, rows] == -torch.inf, torch.inf
-        )
-        probs = scores.add_(bias_ST).sub_(seen_lse.unsqueeze(-1)).exp_()
+        lse_rows = lse_BGRS[:, :, :, rows]
+        lse_rows = lse_rows.masked_fill(lse_rows == -torch.inf, torch.inf)
+        probs = scores.add_(bias_ST).sub_(lse_rows.unsqueeze(-1)).exp_()
         dout_rows = dout_BGRSD[:, :, :, rows]
         dv += torch.einsum("bgrst,bgrsd->bgtd", probs, dout_rows)
         dscores = torch.einsum("bgrsd,bgtd->bgrst", dout_rows, v_BGTD)
@@ -115,15 +118,17 @@ def backward64(x: BackwardInputs, mask: Mask | Selection, scale: float) -> Gradi
     return dq.permute(0, 3, 1, 2, 4).flatten(2, 3), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
-def _blocks(
-    mask: Mask | Selection, groups: int, copies: int, device: torch.device
+def _row_blocks(
+    mask: Mask | Selection, groups: int, batch_heads: int, device: torch.device
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Blocks of query rows that see something, with what is added to their scores (0, -inf, or the
-    logarithm of how often a pair occurs): ``[S, T]``, ``[G, R, S, T]`` where heads differ, or
-    ``[B, G, R, S, T]`` where batches do too."""
+    """Blocks of query rows that see something, with the bias of their scores.
+
+    The bias is 0, -inf, or the logarithm of the number of times that a pair counts: ``[S, T]``,
+    ``[G, R, S, T]`` if heads differ, or ``[B, G, R, S, T]`` if batches differ too.
+    """
     import torch
 
-    step = max(1, BLOCK_CELLS // max(1, copies * mask.seq_k))
+    step = max(1, BLOCK_SCORES // max(1, batch_heads * mask.seq_k))
     for start in range(0, mask.seq_q, step):
         end = min(start + step, mask.seq_q)
         if isinstance(mask, Blocks | Tokens):
@@ -134,10 +139,10 @@ def _blocks(
         if isinstance(mask, DilatedMask):
             counts = mask.counts(start, end)
         else:
-            part = mask.crop(start, end, 0, mask.seq_k)
-            if not part.area:
+            rows = mask.crop(start, end, 0, mask.seq_k)
+            if not rows.area:
                 continue
-            counts = part.to_dense()
+            counts = rows.to_dense()
         bias = torch.as_tensor(counts, device=device).double().log_()
         yield slice(start, end), bias if bias.ndim == 2 else bias.unflatten(0, (groups, -1))
 

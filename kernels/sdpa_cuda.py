@@ -1,7 +1,7 @@
-"""torch's CUDA back ends of scaled_dot_product_attention; see ``sdpa`` for what surrounds them.
+"""CUDA back ends of torch's scaled_dot_product_attention; see ``sdpa`` for their base classes.
 
-Written against the schemas of torch 2.13, which a test holds on meta tensors; not yet run on a GPU.
-Without dropout the random state that the backward ops ask for is not read.
+Written against the schemas of torch 2.13, checked by a test on meta tensors; not yet run on a GPU.
+Without dropout the random state that the backward ops take is not read.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
 
 class Flash(Fused):
+    """FlashAttention-2 in torch."""
+
     def unsupported(self, problem: Problem, mask: SlicedMask, device: str) -> str | None:
-        return _multiple_of_eight("sdpa.flash", problem)
+        return _head_dim_refusal("sdpa.flash", problem)
 
     def _forward(self, qkv: QKV, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
@@ -60,8 +62,10 @@ class Flash(Fused):
 
 
 class Cudnn(Fused):
+    """cuDNN's fused attention in torch."""
+
     def unsupported(self, problem: Problem, mask: SlicedMask, device: str) -> str | None:
-        return _multiple_of_eight("sdpa.cudnn", problem)
+        return _head_dim_refusal("sdpa.cudnn", problem)
 
     def _forward(self, qkv: QKV, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
@@ -100,8 +104,8 @@ class Cudnn(Fused):
 
 
 class Efficient(Fused):
-    """Has no GQA and wants the bias padded to 16 columns: heads are repeated (and their gradients
-    summed) inside the timed call, as a user would have to."""
+    """Memory-efficient attention in torch.  It has no GQA and takes a bias padded to 16 columns;
+    heads are repeated (and their gradients summed) inside the timed call, as a user would do."""
 
     def prepare(self, mask: SlicedMask, problem: Problem, device: str) -> Plan:
         import torch
@@ -109,7 +113,7 @@ class Efficient(Fused):
         plan = super().prepare(mask, problem, device)
         if plan.bias_ST is None:
             return plan
-        # Rows that start at multiples of 16 elements, as the kernel wants them.
+        # The kernel takes rows that start at multiples of 16 elements.
         t = plan.bias_ST.shape[-1]
         padded = torch.nn.functional.pad(plan.bias_ST, (0, -t % 16))
         return replace(plan, bias_ST=padded[..., :t])
@@ -120,7 +124,7 @@ class Efficient(Fused):
         q, k, v = qkv
         op = torch.ops.aten._scaled_dot_product_efficient_attention
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        bias = _for_all_heads(plan.bias_ST, q)
+        bias = _expand_bias(plan.bias_ST, q)
         out, lse = op(q, k, v, bias, True, 0.0, plan.causal, scale=plan.scale)[:2]
         return out, lse[:, :, : q.shape[2]].contiguous()
 
@@ -133,8 +137,8 @@ class Efficient(Fused):
         k, v = (x.repeat_interleave(q.shape[1] // heads_kv, 1) for x in (k, v))
         padded = torch.nn.functional.pad(lse, (0, -lse.shape[2] % 32), value=torch.inf)
         no_seed = torch.empty((), dtype=torch.int64, device=q.device)
-        bias = _for_all_heads(plan.bias_ST, q)
-        wanted = [True, True, True, False]
+        bias = _expand_bias(plan.bias_ST, q)
+        grad_input_mask = [True, True, True, False]  # no gradient of the bias
         dq, dk, dv, _ = op(
             dout,
             q,
@@ -146,7 +150,7 @@ class Efficient(Fused):
             no_seed,
             no_seed,
             0.0,
-            wanted,
+            grad_input_mask,
             plan.causal,
             scale=plan.scale,
         )
@@ -154,11 +158,12 @@ class Efficient(Fused):
         return dq, dk, dv
 
 
-def _for_all_heads(bias_ST: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
+def _expand_bias(bias_ST: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
+    """Expand the bias to all batches and heads."""
     return None if bias_ST is None else bias_ST.expand(q.shape[0], q.shape[1], -1, -1)
 
 
-def _multiple_of_eight(name: str, problem: Problem) -> str | None:
+def _head_dim_refusal(name: str, problem: Problem) -> str | None:
     if problem.head_dim % 8:
         return f"{name} needs head_dim a multiple of 8, not {problem.head_dim}"
     return None

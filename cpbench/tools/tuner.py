@@ -24,7 +24,7 @@ from cpbench.core.problem import DTYPE_BYTES, Problem
 from cpbench.core.registry import implementation, operator_info
 from cpbench.inputs import Recipe
 from cpbench.kernels.triton import configs as triton_configs
-from cpbench.kernels.triton.launch import gpu_of, target_of
+from cpbench.kernels.triton.launch import compile_target, gpu_name
 from cpbench.masks.head_masks import per_head as per_head_of
 from cpbench.measure.device import Device, open_device
 from cpbench.results.store import write_atomically
@@ -61,14 +61,14 @@ def tune(
         ValueError: for a mask that the operator does not take, or a damaged file of results.
     """
     info = operator_info(operator)
-    target, gpu = target_of(device.type), gpu_of(device.type)
+    target, gpu = compile_target(device.type), gpu_name(device.type)
     per_head = "heads" in info.masks
     built = masks.build_heads(mask, problem.seq_k, problem.heads_q)
     if (reason := _mask_refusal(operator, info.masks, built)) is not None:
         raise ValueError(reason)
     benchmark = _ConfigBenchmark(implementation(info, {}), built, problem, device)
     itemsize = DTYPE_BYTES[problem.dtype]
-    shipped = triton_configs.choose(target, problem.head_dim, itemsize, per_head)
+    shipped = triton_configs.kernel_configs(target, problem.head_dim, itemsize, per_head)
     best = dict(shipped)
     benchmark.set_reference(shipped)
     for kernel in triton_configs.KERNELS:
@@ -96,7 +96,7 @@ def _save(key: str, best: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another tuner may write another class
-        tuned = triton_configs.tuned() | {key: best}
+        tuned = triton_configs.tuned_configs() | {key: best}
         table = {
             key: {name: dataclasses.asdict(config) for name, config in kernels.items()}
             for key, kernels in tuned.items()

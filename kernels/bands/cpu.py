@@ -51,7 +51,8 @@ def forward(qkv: QKV, layout: Layout, scale: float) -> tuple[torch.Tensor, torch
             rows = slice(square.q0, square.q1)
             (q_1hnD,), results = _fused_inputs(rows, q_hSD), []
             for keys, causal in _fused_calls(square):
-                results.append(flash(q_1hnD, *_fused_inputs(keys, k_gTD, v_gTD), 0.0, causal, scale=scale))
+                k_1gwD, v_1gwD = _fused_inputs(keys, k_gTD, v_gTD)
+                results.append(flash(q_1hnD, k_1gwD, v_1gwD, 0.0, causal, scale=scale))
             o, lse = results[0]
             for o_more, lse_more in results[1:]:
                 # The weights sum to 1 for any lse; every row sees something in both calls.
@@ -102,7 +103,8 @@ def backward(x: BackwardInputs, layout: Layout, scale: float) -> Gradients:
         q_hSD, do_hSD, out_hSD = workspace.read(b, heads_q, q, dout, out)
         k_gTD, v_gTD = workspace.read(b, heads_kv, k, v)
         # Buffers for the gradients: views of them if they have the working dtype.
-        (dq_hSD,), (dk_gTD, dv_gTD) = workspace.read(b, heads_q, dq), workspace.read(b, heads_kv, dk, dv)
+        (dq_hSD,) = workspace.read(b, heads_q, dq)
+        dk_gTD, dv_gTD = workspace.read(b, heads_kv, dk, dv)
         for square in layout.squares:
             rows = slice(square.q0, square.q1)
             do_1hnD, q_1hnD, out_1hnD = _fused_inputs(rows, do_hSD, q_hSD, out_hSD)

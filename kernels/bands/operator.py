@@ -1,8 +1,9 @@
-"""Operator `bands`: exact attention for any mask, from the mask's band slices.
+"""Operator `bands`: exact attention for any mask, from the band slices of the mask.
 
-On CPU the mask becomes tiles (``bands_plan``) that are a few matrix products each (``bands_cpu``).
-On CUDA every slice is one call of the FlashAttention-2 kernel that torch carries, whose sliding
-window can be any band of a rectangle (``bands_cuda``); the parts are merged in float32.
+On CPU the mask is divided into tiles (``bands.plan``), each computed with a few matrix products
+(``bands.cpu``).  On CUDA every slice is one call of the FlashAttention-2 kernel in torch, whose
+sliding window can be any band of a rectangle (``bands.cuda``); the partial results are merged in
+float32.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to compute: a CPU layout for all heads or for each, or CUDA calls."""
+    """The plan: on CPU one layout for all heads or one per query head; on CUDA the calls."""
 
     scale: float
     layouts: tuple[Layout, ...] = ()
@@ -40,13 +41,13 @@ class Bands:
     """The operator; see ``cpbench.core.operator.Operator`` for shapes.
 
     Args:
-        tile: CPU only, most rows of scores of a tile (queries times the query heads that share a
-            key/value head).  0 chooses.
+        tile: on CPU, maximum rows of a tile (queries times the query heads that share a key/value
+            head); 0 for the default, which depends on the mask.
     """
 
     def __init__(self, tile: int = 0) -> None:
         if tile < 0:
-            raise ValueError(f"tile is a number of rows, or 0 to let bands choose; not {tile}")
+            raise ValueError(f"tile is a number of rows, or 0 for the default; not {tile}")
         self.tile = tile
 
     def unsupported(self, problem: Problem, mask: SlicedMask, device: str) -> str | None:
@@ -63,9 +64,9 @@ class Bands:
     def prepare(self, mask: SlicedMask, problem: Problem, device: str) -> Plan:
         if device.startswith("cuda"):
             assert isinstance(mask, AttnMask)
-            return Plan(problem.softmax_scale, calls=cuda.calls(mask))
+            return Plan(problem.softmax_scale, calls=cuda.plan_calls(mask))
         group = problem.group if isinstance(mask, AttnMask) else 1
-        layouts = tuple(layout(one, group, self.tile) for one in distinct_masks(mask))
+        layouts = tuple(layout(head_mask, group, self.tile) for head_mask in distinct_masks(mask))
         return Plan(problem.softmax_scale, layouts)
 
     def forward(self, qkv: QKV, plan: Plan) -> OutLse:
@@ -77,9 +78,9 @@ class Bands:
         if len(plan.layouts) == 1:
             return cpu.forward(qkv, plan.layouts[0], plan.scale)
         out, lse = torch.empty_like(q), q.new_empty(_lse_shape(q), dtype=torch.float32)
-        for one, (h, g) in zip(plan.layouts, _heads(q, k), strict=True):
-            of_head = QKV(q[:, :, h], k[:, :, g], v[:, :, g])
-            out[:, :, h], lse[:, h] = cpu.forward(of_head, one, plan.scale)
+        for head_layout, (h, g) in zip(plan.layouts, _head_pairs(q, k), strict=True):
+            inputs = QKV(q[:, :, h], k[:, :, g], v[:, :, g])
+            out[:, :, h], lse[:, h] = cpu.forward(inputs, head_layout, plan.scale)
         return out, lse
 
     def backward(self, x: BackwardInputs, plan: Plan) -> Gradients:
@@ -91,13 +92,13 @@ class Bands:
         if len(plan.layouts) == 1:
             return cpu.backward(x, plan.layouts[0], plan.scale)
         dq = torch.empty_like(q)
-        # float32, as query heads of a group add to one key/value head.
-        work = torch.promote_types(k.dtype, torch.float32)
-        dk, dv = torch.zeros_like(k, dtype=work), torch.zeros_like(v, dtype=work)
-        for one, (h, g) in zip(plan.layouts, _heads(q, k), strict=True):
-            dout_h, q_h, out_h = (of_queries[:, :, h] for of_queries in (dout, q, out))
-            of_head = BackwardInputs(dout_h, q_h, k[:, :, g], v[:, :, g], out_h, lse[:, h])
-            dq[:, :, h], dk_h, dv_h = cpu.backward(of_head, one, plan.scale)
+        # float32, since the query heads of a group add to one key/value head.
+        dtype = torch.promote_types(k.dtype, torch.float32)
+        dk, dv = torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)
+        for head_layout, (h, g) in zip(plan.layouts, _head_pairs(q, k), strict=True):
+            dout_h, q_h, out_h = (tensor[:, :, h] for tensor in (dout, q, out))
+            inputs = BackwardInputs(dout_h, q_h, k[:, :, g], v[:, :, g], out_h, lse[:, h])
+            dq[:, :, h], dk_h, dv_h = cpu.backward(inputs, head_layout, plan.scale)
             dk[:, :, g] += dk_h
             dv[:, :, g] += dv_h
         return dq, dk.to(k.dtype), dv.to(v.dtype)
@@ -107,15 +108,15 @@ def _lse_shape(q: torch.Tensor) -> tuple[int, int, int]:
     return (q.shape[0], q.shape[2], q.shape[1])
 
 
-def _heads(q: torch.Tensor, k: torch.Tensor) -> Iterator[tuple[slice, slice]]:
-    """Each query head and its key/value head."""
+def _head_pairs(q: torch.Tensor, k: torch.Tensor) -> Iterator[tuple[slice, slice]]:
+    """Each query head with its key/value head, as slices of one head."""
     group = q.shape[2] // k.shape[2]
     for h in range(q.shape[2]):
         yield slice(h, h + 1), slice(h // group, h // group + 1)
 
 
 def load(tile: int = 0) -> Bands:
-    """The operator with the parameters of a spec (``bands(tile=128)``)."""
+    """The operator with the parameters of its spec (``bands:tile=128``)."""
     return Bands(int(tile))
 
 

@@ -1,8 +1,8 @@
-"""What the adapters to attention libraries have in common: their limits, and rows that see nothing.
+"""Base classes of the adapters to attention libraries.
 
-An adapter turns a mask into a library's arguments in ``prepare`` and calls it in ``forward`` and
-``backward``.  Libraries disagree on queries that see nothing (lse of inf, -inf or unset, outputs of
-0 or unset), so those, known from the mask, are set here.
+An adapter converts a mask to the arguments of a library in ``prepare`` and calls the library in
+``forward`` and ``backward``.  Libraries disagree on queries that see nothing (lse of inf, -inf or
+unset; outputs of 0 or unset); the base class sets their results from the mask.
 
 Legend: B batch, S query length, T key length, H query heads, G key/value heads, D head dim.
 """
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 LN2 = 0.6931471805599453
 
 
-def capability() -> tuple[int, int] | None:
-    """The compute capability of the current CUDA device; None where there is none."""
+def compute_capability() -> tuple[int, int] | None:
+    """The compute capability of the current CUDA device; None without a device."""
     import torch
 
     if not torch.cuda.is_available():
@@ -42,62 +42,66 @@ def capability() -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a library's kernels take.
+    """Limits of a library's kernels on devices and head dimensions.
 
     Attributes:
-        least: compute capability from which on they run.
-        most: the last one they run on; None for no end.
-        multiple: of which head_dim must be one.
-        head_dim: the largest.
-        dims: the only ones, where they are few.
+        min_capability: lowest supported compute capability.
+        max_capability: highest supported compute capability; None for no limit.
+        head_dim_multiple: head_dim must be a multiple of it.
+        max_head_dim: largest supported head_dim.
+        head_dims: the supported head_dims, if only these are.
     """
 
-    least: tuple[int, int] = (8, 0)
-    most: tuple[int, int] | None = None
-    multiple: int = 8
-    head_dim: int = 256
-    dims: tuple[int, ...] = ()
+    min_capability: tuple[int, int] = (8, 0)
+    max_capability: tuple[int, int] | None = None
+    head_dim_multiple: int = 8
+    max_head_dim: int = 256
+    head_dims: tuple[int, ...] = ()
 
     def refusal(self, problem: Problem) -> str | None:
-        found = capability()
-        if found is None:
+        """Why the limits rule out this problem or device, or None."""
+        capability = compute_capability()
+        if capability is None:
             return "needs a CUDA device; torch sees none"
-        if found < self.least or (self.most is not None and found > self.most):
-            first = ".".join(map(str, self.least))
-            end = "on" if self.most is None else f"to {'.'.join(map(str, self.most))}"
-            wanted = first if self.most == self.least else f"from {first} {end}"
-            return f"needs compute capability {wanted}; this device has {found[0]}.{found[1]}"
+        low, high = self.min_capability, self.max_capability
+        if capability < low or (high is not None and capability > high):
+            first = ".".join(map(str, low))
+            end = "on" if high is None else f"to {'.'.join(map(str, high))}"
+            supported = first if high == low else f"from {first} {end}"
+            actual = ".".join(map(str, capability))
+            return f"needs compute capability {supported}; this device has {actual}"
         dim = problem.head_dim
-        if self.dims and dim not in self.dims:
-            return f"needs head_dim {', '.join(map(str, self.dims))}, not {dim}"
-        if dim % self.multiple or dim > self.head_dim:
-            return f"needs head_dim a multiple of {self.multiple} up to {self.head_dim}, not {dim}"
+        if self.head_dims and dim not in self.head_dims:
+            return f"needs head_dim {', '.join(map(str, self.head_dims))}, not {dim}"
+        if dim % self.head_dim_multiple or dim > self.max_head_dim:
+            multiple = f"a multiple of {self.head_dim_multiple} up to {self.max_head_dim}"
+            return f"needs head_dim {multiple}, not {dim}"
         return None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Plan:
-    """What every adapter's plan begins with.
+    """The common fields of adapters' plans.
 
     Attributes:
-        scale: of the scores.
-        empty: nothing is visible at all; no call is made.
-        blind: ``[S]``, ``[H, S]`` or ``[B, H, S]`` booleans, which queries see nothing; None where
-            all see something.
+        scale: factor of the scores.
+        empty: whether the mask is empty; then no call is made.
+        empty_rows: ``[S]``, ``[H, S]`` or ``[B, H, S]`` booleans, queries that see nothing; None if
+            there are none.
     """
 
     scale: float
     empty: bool = False
-    blind: torch.Tensor | None = None
+    empty_rows: torch.Tensor | None = None
 
 
-def about(mask: SlicedMask, problem: Problem, device: str) -> dict[str, Any]:
-    """The fields of a :class:`Plan`."""
+def plan_fields(mask: SlicedMask, problem: Problem, device: str) -> dict[str, Any]:
+    """The fields of the :class:`Plan` of a mask."""
     import torch
 
     rows = mask.empty_rows()
-    blind = torch.as_tensor(rows, device=device) if rows.any() and not rows.all() else None
-    return {"scale": problem.softmax_scale, "empty": bool(rows.all()), "blind": blind}
+    empty_rows = torch.as_tensor(rows, device=device) if rows.any() and not rows.all() else None
+    return {"scale": problem.softmax_scale, "empty": bool(rows.all()), "empty_rows": empty_rows}
 
 
 class Adapter(ABC):
@@ -109,29 +113,31 @@ class Adapter(ABC):
     def unsupported(self, problem: Problem, mask: Any, device: str) -> str | None:
         reason = self.limits.refusal(problem)
         if reason is None:
-            found = self.mask_refusal(problem, mask)
-            if found is not None:
-                return found
+            mask_reason = self.mask_refusal(problem, mask)
+            if mask_reason is not None:
+                return mask_reason
             reason = self.device_refusal(problem, mask) if mask.area else None
         return f"{self.name} {reason}" if reason else None
 
     def mask_refusal(self, problem: Problem, mask: Any) -> str | None:
-        """Why the library's form cannot say this, on whatever device; None if it can."""
+        """Why the library does not take this mask on any device; None if it does."""
         try:
-            reason = self.refusal(problem, mask) if mask.area else None
+            reason = self.format_refusal(problem, mask) if mask.area else None
         except Unconvertible as error:
             return f"{self.name} does not take this mask: {error}"
         return f"{self.name} {reason}" if reason else None
 
     def device_refusal(self, problem: Problem, mask: Any) -> str | None:
-        """What this device has against a mask that the library's form can say."""
+        """Why the library does not take this mask on the current device, to follow the operator's
+        name; None if it does."""
         return None
 
-    def refusal(self, problem: Problem, mask: Any) -> str | None:
-        """What the library's form cannot say, whatever the device, to follow the operator's name.
+    def format_refusal(self, problem: Problem, mask: Any) -> str | None:
+        """Why the library's mask format cannot express this mask, to follow the operator's name;
+        None if it can.
 
         Raises:
-            Unconvertible: for a mask that the library's form cannot say.
+            Unconvertible: for a mask that the format cannot express.
         """
         return None
 
@@ -142,9 +148,9 @@ class Adapter(ABC):
             return nothing_visible(qkv.q)
         with torch.no_grad():  # gradients come from ``backward`` alone
             out, lse = self._forward(qkv, plan)
-        if plan.blind is not None:
-            lse = lse.masked_fill(plan.blind, -torch.inf)
-        return _zeroed(out, plan.blind), lse
+        if plan.empty_rows is not None:
+            lse = lse.masked_fill(plan.empty_rows, -torch.inf)
+        return _zero_rows(out, plan.empty_rows), lse
 
     def backward(self, x: BackwardInputs, plan: Any) -> Gradients:
         import torch
@@ -155,38 +161,39 @@ class Adapter(ABC):
         lse = x.lse.masked_fill(x.lse == -torch.inf, torch.inf).contiguous()
         with torch.no_grad():
             dq, dk, dv = self._backward(x._replace(lse=lse), plan)
-        return _zeroed(dq, plan.blind), dk, dv
+        return _zero_rows(dq, plan.empty_rows), dk, dv
 
     @abstractmethod
     def _forward(self, qkv: QKV, plan: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """out ``[B, S, H, D]`` in the dtype of q and lse ``[B, H, S]``; rows that see nothing may
-        hold anything."""
+        """Return out ``[B, S, H, D]`` in the dtype of q and lse ``[B, H, S]``; rows that see
+        nothing may have any value."""
 
     def _backward(self, x: BackwardInputs, plan: Any) -> Gradients:
-        """dq, dk, dv; lse is inf where -inf came in."""
+        """Return dq, dk, dv; lse of -inf has been replaced by inf."""
         raise NotImplementedError(f"{self.name} has no backward pass")
 
 
-def _zeroed(x_BSHD: torch.Tensor, blind: torch.Tensor | None) -> torch.Tensor:
-    """0 for queries that see nothing."""
-    if blind is None:
+def _zero_rows(x_BSHD: torch.Tensor, empty_rows: torch.Tensor | None) -> torch.Tensor:
+    """Set rows of queries that see nothing to 0."""
+    if empty_rows is None:
         return x_BSHD
-    rows = blind[:, None] if blind.ndim == 1 else blind.transpose(-1, -2)
+    rows = empty_rows[:, None] if empty_rows.ndim == 1 else empty_rows.transpose(-1, -2)
     return x_BSHD.masked_fill(rows.unsqueeze(-1), 0.0)
 
 
-# --- documents under one window -----------------------------------------------------------------
+# --- packed documents under one window ----------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Packed(Plan):
+class PackedPlan(Plan):
     """The arguments of a variable-length call; see ``cpbench.masks.convert_library.Varlen``.
 
     Attributes:
-        documents: of one batch; with one, a call of fixed length serves.
-        cu_q, cu_k: ``[B * documents + 1]`` int32, where documents begin in all batches end to end.
-        max_q, max_k: tokens of the longest.
-        left, right: of the window, -1 for none.
+        documents: documents per batch; a single one needs only a fixed-length call.
+        cu_q, cu_k: ``[B * documents + 1]`` int32, cumulative lengths of the documents of all
+            batches, concatenated.
+        max_q, max_k: tokens of the longest document.
+        left, right: bounds of the window, -1 for none.
     """
 
     documents: int = 0
@@ -202,28 +209,29 @@ class Packed(Plan):
         return self.right == 0
 
 
-def packed(mask: AttnMask, problem: Problem, device: str) -> Packed:
-    """The plan of a mask that a variable-length call can say.
+def packed_plan(mask: AttnMask, problem: Problem, device: str) -> PackedPlan:
+    """The plan of a mask that variable-length calls can express.
 
     Raises:
-        Unconvertible: for any other.
+        Unconvertible: for other masks.
     """
     if not mask.area:
-        return Packed(**about(mask, problem, device))
-    found = to_varlen(mask)
-    return Packed(
-        **about(mask, problem, device),
-        documents=found.documents,
-        cu_q=_repeated(found.cu_seqlens_q, problem.batch, device),
-        cu_k=_repeated(found.cu_seqlens_k, problem.batch, device),
-        max_q=found.max_q,
-        max_k=found.max_k,
-        left=found.left,
-        right=found.right,
+        return PackedPlan(**plan_fields(mask, problem, device))
+    varlen = to_varlen(mask)
+    return PackedPlan(
+        **plan_fields(mask, problem, device),
+        documents=varlen.documents,
+        cu_q=_repeat_cu_seqlens(varlen.cu_seqlens_q, problem.batch, device),
+        cu_k=_repeat_cu_seqlens(varlen.cu_seqlens_k, problem.batch, device),
+        max_q=varlen.max_q,
+        max_k=varlen.max_k,
+        left=varlen.left,
+        right=varlen.right,
     )
 
 
-def _repeated(cu_seqlens: Int32Array, batch: int, device: str) -> torch.Tensor:
+def _repeat_cu_seqlens(cu_seqlens: Int32Array, batch: int, device: str) -> torch.Tensor:
+    """Cumulative lengths of several batches, concatenated."""
     import torch
 
     starts = cu_seqlens[:-1] + cu_seqlens[-1] * np.arange(batch)[:, None]
@@ -232,64 +240,66 @@ def _repeated(cu_seqlens: Int32Array, batch: int, device: str) -> torch.Tensor:
 
 
 class PackedAdapter(Adapter):
-    """An adapter to a library with calls of fixed length and, for documents, of variable length.
+    """An adapter to a library with fixed-length calls and, for documents, variable-length calls.
 
-    A subclass makes the one call or the other, by ``plan.documents``, in ``call_forward`` and
-    ``call_backward``; of variable length, tensors are ``[N, H, D]`` and the lse ``[H, N]``.
+    A subclass makes the fixed-length call for one document per batch, else the variable-length
+    call, for which tensors are ``[N, H, D]`` and the lse is ``[H, N]``.
     """
 
-    def prepare(self, mask: AttnMask, problem: Problem, device: str) -> Packed:
-        return packed(mask, problem, device)
+    def prepare(self, mask: AttnMask, problem: Problem, device: str) -> PackedPlan:
+        return packed_plan(mask, problem, device)
 
     @abstractmethod
-    def call_forward(self, qkv: QKV, plan: Packed) -> tuple[torch.Tensor, torch.Tensor]:
+    def call_forward(self, qkv: QKV, plan: PackedPlan) -> tuple[torch.Tensor, torch.Tensor]:
         """Return out and lse."""
 
     @abstractmethod
-    def call_backward(self, x: BackwardInputs, gradients: list[torch.Tensor], plan: Packed) -> None:
+    def call_backward(
+        self, x: BackwardInputs, gradients: list[torch.Tensor], plan: PackedPlan
+    ) -> None:
         """Write dq, dk, dv into ``gradients``."""
 
-    def _forward(self, qkv: QKV, plan: Packed) -> tuple[torch.Tensor, torch.Tensor]:
+    def _forward(self, qkv: QKV, plan: PackedPlan) -> tuple[torch.Tensor, torch.Tensor]:
         if plan.documents == 1:
             return self.call_forward(qkv, plan)
-        out, lse = self.call_forward(QKV(*map(flat, qkv)), plan)
+        out, lse = self.call_forward(QKV(*map(flatten_batch, qkv)), plan)
         batch = len(qkv.q)
-        return unflat(out, batch), unflat_lse(lse, batch)
+        return unflatten_batch(out, batch), unflatten_lse(lse, batch)
 
-    def _backward(self, x: BackwardInputs, plan: Packed) -> Gradients:
-        gradients = dq, dk, dv = buffers(*x.qkv)
+    def _backward(self, x: BackwardInputs, plan: PackedPlan) -> Gradients:
+        gradients = dq, dk, dv = _empty_contiguous(*x.qkv)
         if plan.documents > 1:
-            dout, q, k, v, out = map(flat, x[:-1])
-            x = BackwardInputs(dout, q, k, v, out, flat_lse(x.lse))
+            dout, q, k, v, out = map(flatten_batch, x[:-1])
+            x = BackwardInputs(dout, q, k, v, out, flatten_lse(x.lse))
             gradients = [grad.flatten(0, 1) for grad in gradients]  # views
         self.call_backward(x, gradients, plan)
         return dq, dk, dv
 
 
-def flat(x_BSHD: torch.Tensor) -> torch.Tensor:
-    """``[B * S, H, D]``, contiguous: batches end to end."""
+def flatten_batch(x_BSHD: torch.Tensor) -> torch.Tensor:
+    """Concatenate batches: ``[B * S, H, D]``, contiguous."""
     return x_BSHD.contiguous().flatten(0, 1)
 
 
-def unflat(x_NHD: torch.Tensor, batch: int) -> torch.Tensor:
-    """``[B, S, H, D]`` again."""
-    found: torch.Tensor = x_NHD.unflatten(0, (batch, -1))
-    return found
+def unflatten_batch(x_NHD: torch.Tensor, batch: int) -> torch.Tensor:
+    """The inverse of :func:`flatten_batch`: ``[B, S, H, D]``."""
+    x_BSHD: torch.Tensor = x_NHD.unflatten(0, (batch, -1))
+    return x_BSHD
 
 
-def flat_lse(lse_BHS: torch.Tensor) -> torch.Tensor:
-    """``[H, B * S]``, contiguous."""
+def flatten_lse(lse_BHS: torch.Tensor) -> torch.Tensor:
+    """Concatenate batches: ``[H, B * S]``, contiguous."""
     return lse_BHS.transpose(0, 1).flatten(1).contiguous()
 
 
-def unflat_lse(lse_HN: torch.Tensor, batch: int) -> torch.Tensor:
-    """``[B, H, S]`` again."""
-    found: torch.Tensor = lse_HN.unflatten(1, (batch, -1)).transpose(0, 1)
-    return found
+def unflatten_lse(lse_HN: torch.Tensor, batch: int) -> torch.Tensor:
+    """The inverse of :func:`flatten_lse`: ``[B, H, S]``."""
+    lse_BHS: torch.Tensor = lse_HN.unflatten(1, (batch, -1)).transpose(0, 1)
+    return lse_BHS
 
 
-def buffers(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Contiguous tensors of the same shapes for a library to write to."""
+def _empty_contiguous(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Uninitialised contiguous tensors of the same shapes, for a library to write to."""
     import torch
 
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]

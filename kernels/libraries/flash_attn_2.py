@@ -1,13 +1,13 @@
 """Operator `flash_attn.2`: FlashAttention-2 of the package flash-attn.
 
-Full, causal and windowed masks go through its calls of fixed length, documents through those of
-variable length, both below autograd: forward returns the lse, backward takes an external one.
-Its lse of queries that see nothing is inf; ``cpbench.kernels.libraries.adapter`` makes it -inf.
+Full, causal and windowed masks use its fixed-length calls, documents its variable-length calls,
+both below autograd: forward returns the lse, backward takes an external one.  The library's lse of
+queries that see nothing is inf; ``cpbench.kernels.libraries.adapter`` replaces it by -inf.
 
 Written against flash_attn/flash_attn_interface.py and csrc/flash_attn/flash_api.cpp of
 flash-attn 2.8.3.post1 (a8aa52b1); never run.
 
-Legend: B batch, S query length, H query heads, D head dim; N = B * S tokens end to end.
+Legend: B batch, S query length, H query heads, D head dim; N = B * S tokens.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from cpbench.core.registry import OperatorInfo
 from cpbench.kernels.libraries.adapter import (
     Limits,
-    Packed,
     PackedAdapter,
+    PackedPlan,
 )
 from cpbench.masks.convert_library import UNBOUNDED, to_varlen
 
@@ -50,40 +50,46 @@ class FlashAttn2(PackedAdapter):
     """The operator; see ``cpbench.core.operator.Operator`` for shapes."""
 
     name = "flash_attn.2"
-    limits = Limits(least=(8, 0), multiple=8, head_dim=256)
+    limits = Limits(min_capability=(8, 0), head_dim_multiple=8, max_head_dim=256)
 
-    def refusal(self, problem: Problem, mask: AttnMask) -> str | None:
+    def format_refusal(self, problem: Problem, mask: AttnMask) -> str | None:
         varlen = to_varlen(mask)
-        # It takes a bound of as many tokens as there are keys for none, and none beside a bound
-        # behind for that many: wrong where documents have more queries than keys.
-        lost = varlen.right >= varlen.max_k
-        invented = varlen.right == UNBOUNDED and 0 <= varlen.left < varlen.max_k < varlen.max_q - 1
-        if lost or invented:
+        # The library treats a bound of at least as many tokens as there are keys as unbounded, and
+        # an unbounded right side beside a left bound as a bound of that many tokens, which is wrong
+        # for documents with more queries than keys.
+        dropped = varlen.right >= varlen.max_k
+        added = varlen.right == UNBOUNDED and 0 <= varlen.left < varlen.max_k < varlen.max_q - 1
+        if dropped or added:
             return (
-                f"mistakes how far ahead this window reaches: it has {varlen.max_q} queries and "
-                f"only {varlen.max_k} keys"
+                f"misreads the right bound of this window: it has {varlen.max_q} queries and only "
+                f"{varlen.max_k} keys"
             )
         return None
 
-    def call_forward(self, qkv: QKV, plan: Packed) -> tuple[torch.Tensor, torch.Tensor]:
+    def call_forward(self, qkv: QKV, plan: PackedPlan) -> tuple[torch.Tensor, torch.Tensor]:
         api = importlib.import_module("flash_attn.flash_attn_interface")
         if plan.documents == 1:
-            result = api._flash_attn_forward(*qkv, **_shared(plan), return_softmax=False)
+            result = api._flash_attn_forward(*qkv, **_shared_arguments(plan), return_softmax=False)
         else:
-            result = api._flash_attn_varlen_forward(*qkv, **_lengths(plan), **_shared(plan))
+            result = api._flash_attn_varlen_forward(
+                *qkv, **_length_arguments(plan), **_shared_arguments(plan)
+            )
         out, lse, _, _ = result
         return out, lse
 
-    def call_backward(self, x: BackwardInputs, gradients: list[torch.Tensor], plan: Packed) -> None:
+    def call_backward(
+        self, x: BackwardInputs, gradients: list[torch.Tensor], plan: PackedPlan
+    ) -> None:
         api = importlib.import_module("flash_attn.flash_attn_interface")
-        shared = {**_shared(plan), "deterministic": False}
+        shared = {**_shared_arguments(plan), "deterministic": False}
         if plan.documents == 1:
             api._flash_attn_backward(*x, *gradients, **shared)
         else:
-            api._flash_attn_varlen_backward(*x, *gradients, **_lengths(plan), **shared)
+            api._flash_attn_varlen_backward(*x, *gradients, **_length_arguments(plan), **shared)
 
 
-def _lengths(plan: Packed) -> dict[str, Any]:
+def _length_arguments(plan: PackedPlan) -> dict[str, Any]:
+    """Arguments of both passes of variable-length calls."""
     return {
         "cu_seqlens_q": plan.cu_q,
         "cu_seqlens_k": plan.cu_k,
@@ -92,7 +98,8 @@ def _lengths(plan: Packed) -> dict[str, Any]:
     }
 
 
-def _shared(plan: Packed) -> dict[str, Any]:
+def _shared_arguments(plan: PackedPlan) -> dict[str, Any]:
+    """Arguments of all calls."""
     return {
         "dropout_p": 0.0,
         "softmax_scale": plan.scale,

@@ -1,14 +1,14 @@
 """Operator `flash_attn.3`: FlashAttention-3, for Hopper.
 
-One pair of functions below autograd serves calls of fixed and of variable length.  The pair of
-flash-attention's main branch hides its signature behind custom operators and takes two bounds;
-that of the tag v2.8.3 and before is plain Python, wants every argument and takes a window.
-FlashAttention-4 has no adapter: its signature is not settled yet.
+One pair of functions below autograd serves fixed-length and variable-length calls.  There are two
+versions of the pair: in the main branch of flash-attention they are custom operators, which hide
+their signature, and take two bounds; up to the tag v2.8.3 they are Python functions without
+defaults and take a window.  FlashAttention-4 has no adapter: its signature is not settled yet.
 
 Written against hopper/flash_attn_interface.py and hopper/flash_api_stable.cpp of flash-attention at
 0251105a (main; the package calls itself 3.0.0) and a8aa52b1 (v2.8.3.post1); never run.
 
-Legend: B batch, S query length, H query heads, D head dim; N = B * S tokens end to end.
+Legend: B batch, S query length, H query heads, D head dim; N = B * S tokens.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 from cpbench.core.registry import OperatorInfo
 from cpbench.kernels.libraries.adapter import (
     Limits,
-    Packed,
     PackedAdapter,
+    PackedPlan,
 )
 from cpbench.masks.convert_library import to_varlen
 
@@ -53,18 +53,22 @@ class FlashAttn3(PackedAdapter):
     """The operator; see ``cpbench.core.operator.Operator`` for shapes."""
 
     name = "flash_attn.3"
-    limits = Limits(least=(9, 0), most=(9, 0), multiple=8, head_dim=256)
+    limits = Limits(
+        min_capability=(9, 0), max_capability=(9, 0), head_dim_multiple=8, max_head_dim=256
+    )
 
-    def refusal(self, problem: Problem, mask: AttnMask) -> str | None:
+    def format_refusal(self, problem: Problem, mask: AttnMask) -> str | None:
         to_varlen(mask)
         return None
 
-    def call_forward(self, qkv: QKV, plan: Packed) -> tuple[torch.Tensor, torch.Tensor]:
+    def call_forward(self, qkv: QKV, plan: PackedPlan) -> tuple[torch.Tensor, torch.Tensor]:
         api = importlib.import_module("flash_attn_interface")
         out, lse, *_ = _call(api._flash_attn_forward, plan, "causal", qkv._asdict())
         return out, lse
 
-    def call_backward(self, x: BackwardInputs, gradients: list[torch.Tensor], plan: Packed) -> None:
+    def call_backward(
+        self, x: BackwardInputs, gradients: list[torch.Tensor], plan: PackedPlan
+    ) -> None:
         api = importlib.import_module("flash_attn_interface")
         tensors = {**x._asdict(), **dict(zip(("dq", "dk", "dv"), gradients, strict=True))}
         tensors["softmax_lse"] = tensors.pop("lse")
@@ -72,12 +76,12 @@ class FlashAttn3(PackedAdapter):
 
 
 def _call(
-    function: Callable[..., Any], plan: Packed, causal: str, tensors: dict[str, torch.Tensor]
+    function: Callable[..., Any], plan: PackedPlan, causal: str, tensors: dict[str, torch.Tensor]
 ) -> Any:
-    """One of the pair, whichever of the two APIs it is of.
+    """Call one of the pair, of either version.
 
     Args:
-        causal: what main's function calls the flag.
+        causal: name of the causal flag in the main branch.
     """
     arguments: dict[str, Any] = {**tensors, "softmax_scale": plan.scale}
     if plan.documents > 1:
@@ -91,6 +95,6 @@ def _call(
     if "window_size" not in parameters:
         bounds = {"window_size_left": plan.left, "window_size_right": plan.right}
         return function(**arguments, **{causal: plan.causal}, **bounds)
-    wanted = {name: None for name, one in parameters.items() if one.default is one.empty}
+    required = {name: None for name, p in parameters.items() if p.default is p.empty}
     window = {"causal": plan.causal, "window_size": (plan.left, plan.right)}
-    return function(**{**wanted, **arguments, **window})
+    return function(**{**required, **arguments, **window})

@@ -1,9 +1,9 @@
-"""Operators `flashinfer.*`: FlashInfer's prefill kernels; forward only, for it has no backward.
+"""Operators `flashinfer.*`: FlashInfer's prefill kernels; forward only, since it has no backward.
 
-`dense` takes full and causal masks, windows behind and documents (its ragged prefill);
-`block_sparse` any mask of all heads, as blocks and the bits inside them; `variable` blocks that are
-entirely visible, chosen for each head, of equal or of varying size.  Their lse has base two.  Plans
-are the library's own and wait for the device; wrappers of a device share one workspace.
+`dense` is the ragged prefill, for full and causal masks, left-bounded windows and documents;
+`block_sparse` takes any mask that heads share, as blocks and bits inside them; `variable` takes
+entirely visible blocks per head, of equal or varying size.  The library's lse has base two.  Plans
+are the library's own and synchronise with the device; the wrappers of a device share a workspace.
 
 Written against flashinfer/prefill.py and flashinfer/sparse.py of flashinfer-python 0.7.2.post1, and
 within the signatures of 0.6.18; never run.
@@ -26,13 +26,17 @@ from cpbench.kernels.libraries.adapter import (
     Adapter,
     Limits,
     Plan,
-    about,
-    flat,
-    packed,
-    unflat,
-    unflat_lse,
+    flatten_batch,
+    packed_plan,
+    plan_fields,
+    unflatten_batch,
+    unflatten_lse,
 )
-from cpbench.kernels.libraries.flashinfer_partition import Partition, of_heads, rectangles
+from cpbench.kernels.libraries.flashinfer_partition import (
+    Partition,
+    are_rectangles,
+    partition_masks,
+)
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.convert_library import Unconvertible, to_bsr, to_varlen
 from cpbench.masks.head_masks import HeadMasks, distinct_masks
@@ -47,12 +51,12 @@ if TYPE_CHECKING:
     from cpbench.masks.head_masks import SlicedMask
 
 
-def _info(name: str, summary: str, **declared: Any) -> OperatorInfo:
+def _info(name: str, summary: str, **fields: Any) -> OperatorInfo:
     return OperatorInfo(
         name=f"flashinfer.{name}",
         summary=summary,
         source="FlashInfer, arXiv 2501.01005",
-        load=f"{__name__}:{''.join(part.title() for part in name.split('_'))}",
+        load=f"{__name__}:{''.join(word.title() for word in name.split('_'))}",
         dtypes=("bfloat16", "float16"),
         devices=("cuda",),
         backward_on=(),
@@ -61,12 +65,12 @@ def _info(name: str, summary: str, **declared: Any) -> OperatorInfo:
         requires=("torch", "flashinfer"),
         install="pip install flashinfer-python",
         unproven="flashinfer 0.7.2.post1",
-        **declared,
+        **fields,
     )
 
 
 OPERATORS = (
-    _info("dense", "FlashInfer's ragged prefill: full, causal, windows behind, documents"),
+    _info("dense", "FlashInfer's ragged prefill: full, causal, left-bounded windows, documents"),
     _info(
         "block_sparse",
         "FlashInfer's block-sparse prefill: any mask as blocks and bits",
@@ -74,25 +78,25 @@ OPERATORS = (
     ),
     _info(
         "variable",
-        "FlashInfer's block-sparse prefill with whole blocks of any size for each head",
+        "FlashInfer's block-sparse prefill with entirely visible blocks of any size per head",
         masks=("heads", "blocks"),
     ),
 )
-WORKSPACE_BYTES = 128 << 20  # what the library recommends
-MOST_BITS = (1 << 31) - 1  # it counts the bits of a mask in int32
+WORKSPACE_BYTES = 128 << 20  # recommended by the library
+MAX_BITS = (1 << 31) - 1  # the library counts the bits of a mask in int32
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Wrapped(Plan):
-    """The library's own plan, in its wrapper (None for an empty mask); ``repeat`` times the keys of
-    a head."""
+class WrapperPlan(Plan):
+    """The library's wrapper with its own plan (None for an empty mask); keys and values of each
+    head are repeated ``repeat`` times."""
 
     wrapper: Any = None
     repeat: int = 1
 
 
 class _Prefill(Adapter):
-    limits = Limits(least=(8, 0), dims=(64, 128, 256))
+    limits = Limits(min_capability=(8, 0), head_dims=(64, 128, 256))
 
     def __init__(self) -> None:
         self.name = f"flashinfer.{self.member}"
@@ -105,20 +109,20 @@ class Dense(_Prefill):
 
     member = "dense"
 
-    def refusal(self, problem: Problem, mask: AttnMask) -> str | None:
-        found = to_varlen(mask)
-        if found.right > 0:
+    def format_refusal(self, problem: Problem, mask: AttnMask) -> str | None:
+        varlen = to_varlen(mask)
+        if varlen.right > 0:
             raise Unconvertible(
-                f"its queries see {found.right} tokens ahead; FlashInfer bounds a window behind "
-                "alone, unless it is causal"
+                f"its queries see {varlen.right} tokens ahead; windows of FlashInfer have only a "
+                "left bound, unless they are causal"
             )
         return None
 
-    def prepare(self, mask: AttnMask, problem: Problem, device: str) -> Wrapped:
-        known = about(mask, problem, device)
-        if known["empty"]:
-            return Wrapped(**known)
-        plan = packed(mask, problem, device)
+    def prepare(self, mask: AttnMask, problem: Problem, device: str) -> WrapperPlan:
+        fields = plan_fields(mask, problem, device)
+        if fields["empty"]:
+            return WrapperPlan(**fields)
+        plan = packed_plan(mask, problem, device)
         api = importlib.import_module("flashinfer")
         wrapper = api.BatchPrefillWithRaggedKVCacheWrapper(_workspace(device), kv_layout="NHD")
         wrapper.plan(
@@ -127,21 +131,21 @@ class Dense(_Prefill):
             causal=plan.causal,
             window_left=plan.left,
             head_dim_qk=problem.head_dim,
-            **_shared(problem),
+            **_shared_arguments(problem),
         )
-        return Wrapped(**known, wrapper=wrapper)
+        return WrapperPlan(**fields, wrapper=wrapper)
 
-    def _forward(self, qkv: QKV, plan: Wrapped) -> tuple[torch.Tensor, torch.Tensor]:
-        q, k, v = qkv
-        out, lse_NH = plan.wrapper.run(flat(q), flat(k), flat(v), return_lse=True)
-        return unflat(out, len(q)), unflat_lse(lse_NH.T, len(q)) * LN2
+    def _forward(self, qkv: QKV, plan: WrapperPlan) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse_NH = plan.wrapper.run(*map(flatten_batch, qkv), return_lse=True)
+        batch = len(qkv.q)
+        return unflatten_batch(out, batch), unflatten_lse(lse_NH.T, batch) * LN2
 
 
 class BlockSparse(_Prefill):
     """The operator; see ``cpbench.core.operator.Operator`` for shapes.
 
     Args:
-        block_q, block_k: tokens of a block; the keys must be whole blocks.
+        block_q, block_k: tokens per block; the number of keys must be a multiple of ``block_k``.
     """
 
     member = "block_sparse"
@@ -149,29 +153,31 @@ class BlockSparse(_Prefill):
     def __init__(self, block_q: int = 128, block_k: int = 64) -> None:
         super().__init__()
         if min(block_q, block_k) < 1:
-            raise ValueError(f"{self.name}: blocks of {block_q} x {block_k} tokens have none")
+            raise ValueError(
+                f"{self.name}: block_q = {block_q} and block_k = {block_k} must be at least 1"
+            )
         self._block_q, self._block_k = block_q, block_k
 
-    def refusal(self, problem: Problem, mask: AttnMask) -> str | None:
+    def format_refusal(self, problem: Problem, mask: AttnMask) -> str | None:
         if problem.seq_k % self._block_k:
             return (
                 f"needs a multiple of block_k = {self._block_k} keys, not {problem.seq_k}; "
                 "block_k is a parameter"
             )
         bits = len(tiles(mask, self._block_q, self._block_k)) * self._block_q * self._block_k
-        if bits > MOST_BITS:
-            return f"counts the bits of a mask in 32 bits; these are {bits}"
+        if bits > MAX_BITS:
+            return f"takes masks of up to {MAX_BITS:,} bits, not {bits:,}"
         return None
 
-    def prepare(self, mask: AttnMask, problem: Problem, device: str) -> Wrapped:
+    def prepare(self, mask: AttnMask, problem: Problem, device: str) -> WrapperPlan:
         import torch
 
-        known = about(mask, problem, device)
-        if known["empty"]:
-            return Wrapped(**known)
-        found = to_bsr(mask, self._block_q, self._block_k)
-        indptr, indices = (torch.as_tensor(x, device=device) for x in (found.indptr, found.indices))
-        bits = None if found.packed is None else torch.as_tensor(found.blocks(), device=device)
+        fields = plan_fields(mask, problem, device)
+        if fields["empty"]:
+            return WrapperPlan(**fields)
+        bsr = to_bsr(mask, self._block_q, self._block_k)
+        indptr, indices = (torch.as_tensor(x, device=device) for x in (bsr.indptr, bsr.indices))
+        bits = None if bsr.packed is None else torch.as_tensor(bsr.blocks(), device=device)
         dtype = getattr(torch, problem.dtype)
         wrapper = importlib.import_module("flashinfer").BlockSparseAttentionWrapper(
             _workspace(device)
@@ -184,117 +190,116 @@ class BlockSparse(_Prefill):
             R=self._block_q,
             C=self._block_k,
             head_dim=problem.head_dim,
-            mask=bits,  # not packed: what is handed over packed is misread from the second row on
+            mask=bits,  # unpacked: the library misreads packed bits from the second row on
             o_data_type=dtype,
-            **_shared(problem),
+            **_shared_arguments(problem),
         )
-        return Wrapped(**known, wrapper=wrapper)
+        return WrapperPlan(**fields, wrapper=wrapper)
 
-    def _forward(self, qkv: QKV, plan: Wrapped) -> tuple[torch.Tensor, torch.Tensor]:
+    def _forward(self, qkv: QKV, plan: WrapperPlan) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
 
         q, k, v = qkv
-        each = [
+        results = [
             plan.wrapper.run(*(x[b].contiguous() for x in (q, k, v)), return_lse=True)
             for b in range(len(q))
         ]
-        out, lse_BSH = (torch.stack(x) for x in zip(*each, strict=True))
+        out, lse_BSH = (torch.stack(x) for x in zip(*results, strict=True))
         return out, lse_BSH.transpose(1, 2) * LN2
 
 
 class Variable(_Prefill):
     """The operator; see ``cpbench.core.operator.Operator`` for shapes.
 
-    Batches become heads.  The library's pattern is one of a key/value head: where query heads that
-    share one differ, keys are repeated for them, inside the call.
+    Batches are folded into heads.  The library has one pattern per key/value head: if query heads
+    that share one differ, keys and values are repeated for them, inside the call.
     """
 
     member = "variable"
 
-    def refusal(self, problem: Problem, mask: SlicedMask) -> str | None:
-        within = isinstance(mask, AttnMask)  # within which a selector is to choose
-        whole = mask.kind == "full" if within else rectangles(distinct_masks(mask))
-        if not whole:
+    def format_refusal(self, problem: Problem, mask: SlicedMask) -> str | None:
+        if isinstance(mask, AttnMask):  # the mask that a selection will be a subset of
+            full_blocks = mask.kind == "full"
+        else:
+            full_blocks = are_rectangles(distinct_masks(mask))
+        if not full_blocks:
             return (
                 "computes blocks that are entirely visible, and this mask cuts some of them (a "
                 "causal one does); use one that does not"
             )
         return None
 
-    def prepare(self, mask: HeadMasks | Blocks, problem: Problem, device: str) -> Wrapped:
-
-        partition = _chosen(mask) if isinstance(mask, Blocks) else _of_masks(mask, device)
+    def prepare(self, mask: HeadMasks | Blocks, problem: Problem, device: str) -> WrapperPlan:
+        if isinstance(mask, Blocks):
+            partition = _selection_partition(mask)
+        else:
+            partition = _mask_partition(mask, device)
         kept = partition.kept  # [1 or B, H, X, Y]
-        seen = kept.any(-1)
-        if not bool(seen.any()):
-            return Wrapped(scale=problem.softmax_scale, empty=True)
-        blind = partition.spread(~seen)[..., : problem.seq_q]
-        groups = (problem.heads_kv, -1)
-        sizes = [x.unflatten(0, groups) for x in (partition.rows, partition.cols)]
-        chosen = kept.unflatten(1, groups)
-        alike = bool((chosen == chosen[:, :, :1]).all())
-        alike = alike and all(bool((x == x[:, :1]).all()) for x in sizes)
-        every = problem.group if alike else 1  # of how many query heads one has a pattern
-        kept = kept.expand(problem.batch, -1, -1, -1)[:, ::every].flatten(0, 1)
+        nonempty = kept.any(-1)
+        if not bool(nonempty.any()):
+            return WrapperPlan(scale=problem.softmax_scale, empty=True)
+        empty_rows = partition.to_tokens(~nonempty)[..., : problem.seq_q]
+        heads_per_pattern = problem.group if partition.is_shared(problem.heads_kv) else 1
+        kept = kept.expand(problem.batch, -1, -1, -1)[:, ::heads_per_pattern].flatten(0, 1)
         wrapper = importlib.import_module("flashinfer").VariableBlockSparseAttentionWrapper(
             _workspace(device)
         )
         heads = {"num_qo_heads": problem.batch * problem.heads_q, "num_kv_heads": len(kept)}
         wrapper.plan(
             kept.contiguous(),
-            partition.rows[::every].repeat(problem.batch, 1),
-            partition.cols[::every].repeat(problem.batch, 1),
+            partition.rows[::heads_per_pattern].repeat(problem.batch, 1),
+            partition.cols[::heads_per_pattern].repeat(problem.batch, 1),
             head_dim=problem.head_dim,
-            **{**_shared(problem), **heads},
+            **{**_shared_arguments(problem), **heads},
         )
-        return Wrapped(
+        return WrapperPlan(
             scale=problem.softmax_scale,
-            blind=blind if bool(blind.any()) else None,
+            empty_rows=empty_rows if bool(empty_rows.any()) else None,
             wrapper=wrapper,
-            repeat=problem.group // every,
+            repeat=problem.group // heads_per_pattern,
         )
 
-    def _forward(self, qkv: QKV, plan: Wrapped) -> tuple[torch.Tensor, torch.Tensor]:
+    def _forward(self, qkv: QKV, plan: WrapperPlan) -> tuple[torch.Tensor, torch.Tensor]:
         q, k, v = qkv
         k, v = (x.repeat_interleave(plan.repeat, 2) for x in (k, v))
-        given = (x.transpose(1, 2).flatten(0, 1).contiguous() for x in (q, k, v))  # [B * H, S, D]
-        out, lse = plan.wrapper.run(*given, return_lse=True)
+        inputs = (x.transpose(1, 2).flatten(0, 1).contiguous() for x in (q, k, v))  # [B * H, S, D]
+        out, lse = plan.wrapper.run(*inputs, return_lse=True)
         out, lse = (x.unflatten(0, (len(q), -1)) for x in (out, lse))
         return out.transpose(1, 2), lse * LN2
 
 
-def _of_masks(mask: HeadMasks, device: str) -> Partition:
-    found = of_heads(mask.masks)
-    assert found is not None  # refused before
-    return found.to(device)
+def _mask_partition(mask: HeadMasks, device: str) -> Partition:
+    """The partition of masks per head, which have been checked to be rectangles."""
+    partition = partition_masks(mask.masks)
+    assert partition is not None
+    return partition.to(device)
 
 
-def _chosen(chosen: Blocks) -> Partition:
-    """What a selector chose, in the blocks of its grid.
+def _selection_partition(selection: Blocks) -> Partition:
+    """The partition of a selection, with the blocks of its grid.
 
     Raises:
-        Unsupported: for whole columns, or blocks that the mask cuts.
+        Unsupported: for columns, or blocks that the mask cuts.
     """
     import torch
 
-    if chosen.columns is not None:
-        raise Unsupported(
-            "flashinfer.variable takes blocks alone; this selection has columns beside them"
-        )
-    kept = chosen.kept & chosen.grid.allowed
-    if bool((kept & ~chosen.grid.full).any()):
+    if selection.columns is not None:
+        raise Unsupported("flashinfer.variable takes only blocks; this selection also has columns")
+    kept = selection.kept & selection.grid.allowed
+    if bool((kept & ~selection.grid.full).any()):
         raise Unsupported(
             "flashinfer.variable computes blocks that are entirely visible, and the mask cuts some "
-            "of those chosen (a causal one does)"
+            "of the selected ones (a causal one does)"
         )
     rows, cols = (
-        x.to(torch.int32).expand(chosen.heads, -1).contiguous() for x in chosen.grid.block_lengths
+        lengths.to(torch.int32).expand(selection.heads, -1).contiguous()
+        for lengths in selection.grid.block_lengths
     )
     return Partition(kept, rows, cols)
 
 
-def _shared(problem: Problem) -> dict[str, Any]:
-    """What all plans take.  The library's own default is float16."""
+def _shared_arguments(problem: Problem) -> dict[str, Any]:
+    """Arguments of all plans; the library's default dtype is float16."""
     import torch
 
     dtype = getattr(torch, problem.dtype)
@@ -309,6 +314,7 @@ def _shared(problem: Problem) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=8)
 def _workspace(device: str) -> torch.Tensor:
+    """The workspace shared by all wrappers of a device."""
     import torch
 
     return torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)

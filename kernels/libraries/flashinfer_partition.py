@@ -1,4 +1,4 @@
-"""Queries and keys of each head in blocks, of equal or varying size; for `flashinfer.variable`.
+"""Partitions of queries and keys into blocks per head, for `flashinfer.variable`.
 
 Legend: B batch, H query heads; X blocks of queries, Y blocks of keys.
 """
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Partition:
-    """Which blocks each head keeps, all of them entirely visible.
+    """Blocks of each head, of equal or varying size, and which of them are visible.
 
     Attributes:
-        kept: ``[1 or B, H, X, Y]`` booleans.
+        kept: ``[1 or B, H, X, Y]`` booleans, entirely visible blocks; the others are hidden.
         rows, cols: ``[H, X]`` and ``[H, Y]`` int32, tokens of each block.
     """
 
@@ -32,35 +32,43 @@ class Partition:
     def to(self, device: str) -> Partition:
         return Partition(*(x.to(device) for x in (self.kept, self.rows, self.cols)))
 
-    def spread(self, blocks: torch.Tensor) -> torch.Tensor:
-        """``[1 or B, H, S]`` of tokens, from ``[1 or B, H, X]`` of blocks of queries."""
+    def to_tokens(self, blocks: torch.Tensor) -> torch.Tensor:
+        """``[1 or B, H, S]`` values of queries, from ``[1 or B, H, X]`` values of their blocks."""
         import torch
 
-        each = [
+        heads = [
             blocks[:, h].repeat_interleave(self.rows[h].long(), 1) for h in range(len(self.rows))
         ]
-        return torch.stack(each, 1)
+        return torch.stack(heads, 1)
+
+    def is_shared(self, heads_kv: int) -> bool:
+        """Whether query heads that share a key/value head have equal blocks."""
+        kept = self.kept.unflatten(1, (heads_kv, -1))
+        sizes = [x.unflatten(0, (heads_kv, -1)) for x in (self.rows, self.cols)]
+        same_kept = bool((kept == kept[:, :, :1]).all())
+        return same_kept and all(bool((x == x[:, :1]).all()) for x in sizes)
 
 
-def rectangles(masks: tuple[AttnMask, ...]) -> bool:
-    """Whether no band cuts a slice."""
+def are_rectangles(masks: tuple[AttnMask, ...]) -> bool:
+    """Whether all slices are rectangles, not cut by their band."""
     return not any(
         (areas(s) != (s[:, Q1] - s[:, Q0]) * (s[:, K1] - s[:, K0])).any()
         for s in (mask.slices for mask in masks)
     )
 
 
-def of_heads(masks: tuple[AttnMask, ...]) -> Partition | None:
-    """The blocks of masks that are rectangles, or None where a band cuts one.
+def partition_masks(masks: tuple[AttnMask, ...]) -> Partition | None:
+    """The partition of masks whose slices are rectangles; None for other masks.
 
-    All heads get as many blocks as the one with the most: the longest ones of the others are cut.
+    All heads get as many blocks as the head with the most: the largest blocks of the others are
+    halved.
     """
     import torch
 
-    if not rectangles(masks):
+    if not are_rectangles(masks):
         return None
-    edges_q = _equal([_cuts(mask.slices[:, [Q0, Q1]], mask.seq_q) for mask in masks])
-    edges_k = _equal([_cuts(mask.slices[:, [K0, K1]], mask.seq_k) for mask in masks])
+    edges_q = _same_count([_edges(mask.slices[:, [Q0, Q1]], mask.seq_q) for mask in masks])
+    edges_k = _same_count([_edges(mask.slices[:, [K0, K1]], mask.seq_k) for mask in masks])
     kept = np.zeros((len(masks), edges_q.shape[1] - 1, edges_k.shape[1] - 1), dtype=np.bool_)
     for h, mask in enumerate(masks):
         q0, q1 = (np.searchsorted(edges_q[h], mask.slices[:, c]) for c in (Q0, Q1))
@@ -73,17 +81,18 @@ def of_heads(masks: tuple[AttnMask, ...]) -> Partition | None:
     return Partition(torch.as_tensor(kept[None]), rows, cols)
 
 
-def _cuts(ends: IntArray, length: int) -> list[int]:
-    found: list[int] = np.unique(np.append(ends.ravel(), [0, length])).tolist()
-    return found
+def _edges(ends: IntArray, length: int) -> list[int]:
+    """The edges of the blocks into which slices divide ``[0, length)``."""
+    edges: list[int] = np.unique(np.append(ends.ravel(), [0, length])).tolist()
+    return edges
 
 
-def _equal(edges: list[list[int]]) -> IntArray:
-    """As many edges for all: the longest block is halved until there are."""
-    most = max(map(len, edges))
-    for mine in edges:
-        while len(mine) < most:
-            sizes = np.diff(mine)
-            at = int(sizes.argmax())
-            mine.insert(at + 1, mine[at] + int(sizes[at]) // 2)
-    return np.array(edges, dtype=np.int64)
+def _same_count(head_edges: list[list[int]]) -> IntArray:
+    """Give all heads as many edges as the head with the most, by halving the largest blocks."""
+    max_count = max(map(len, head_edges))
+    for edges in head_edges:
+        while len(edges) < max_count:
+            sizes = np.diff(edges)
+            largest = int(sizes.argmax())
+            edges.insert(largest + 1, edges[largest] + int(sizes[largest]) // 2)
+    return np.array(head_edges, dtype=np.int64)

@@ -1,8 +1,8 @@
 """Operator `flashmask`: FlashMask V3 with torch tensors, for Hopper.
 
-It takes masks that hide each key from at most two intervals of queries, which most are.  Forward is
-the public call; backward is the operator below its autograd function, which takes an external out
-and lse.  Each call copies the intervals of all batches, as the library has it.
+It takes masks that hide each key from at most two intervals of queries, as most masks do.  Forward
+is the public function; backward is the operator below its autograd function, which takes an
+external out and lse.  The library requires a copy of the intervals for every batch.
 
 Written against flashmask/flash_mask/flashmask_attention_v3/interface_torch.py and
 flash_api_torch.cpp of PaddlePaddle/flash-attention at 9985af53, 3.0.0b1; never run.
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cpbench.core.registry import OperatorInfo
-from cpbench.kernels.libraries.adapter import Adapter, Limits, Plan, about
+from cpbench.kernels.libraries.adapter import Adapter, Limits, Plan, plan_fields
 from cpbench.masks.convert_library import to_flashmask
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ OPERATORS = (
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Columns(Plan):
-    """``startend`` ``[B, 1, T, n]`` int32 and whether the causal flag goes with it."""
+    """The intervals ``startend`` ``[B, 1, T, n]`` int32, and the causal flag."""
 
     startend: torch.Tensor
     causal: bool
@@ -56,21 +56,23 @@ class FlashMask(Adapter):
     """The operator; see ``cpbench.core.operator.Operator`` for shapes."""
 
     name = "flashmask"
-    limits = Limits(least=(9, 0), most=(9, 0), multiple=8, head_dim=256)
+    limits = Limits(
+        min_capability=(9, 0), max_capability=(9, 0), head_dim_multiple=8, max_head_dim=256
+    )
 
-    def refusal(self, problem: Problem, mask: AttnMask) -> str | None:
+    def format_refusal(self, problem: Problem, mask: AttnMask) -> str | None:
         to_flashmask(mask)
         return None
 
     def prepare(self, mask: AttnMask, problem: Problem, device: str) -> Columns:
         import torch
 
-        found = to_flashmask(mask)
-        each = torch.as_tensor(found.startend, device=device)
+        columns = to_flashmask(mask)
+        startend = torch.as_tensor(columns.startend, device=device)
         return Columns(
-            **about(mask, problem, device),
-            startend=each.expand(problem.batch, -1, -1, -1).contiguous(),
-            causal=found.causal,
+            **plan_fields(mask, problem, device),
+            startend=startend.expand(problem.batch, -1, -1, -1).contiguous(),
+            causal=columns.causal,
         )
 
     def _forward(self, qkv: QKV, plan: Columns) -> tuple[torch.Tensor, torch.Tensor]:

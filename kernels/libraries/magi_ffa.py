@@ -1,15 +1,14 @@
 """Operator `magi.ffa`: flex-flash-attention of MagiAttention, for Hopper.
 
-It takes any mask of all heads as a list of rectangles, each full, causal, inverse causal or both,
-and adds up what overlaps in rows; batches lie end to end.  The call for the forward pass is the
-public one; backward is the one below autograd, which takes an external out and lse and returns
-float32.
+It takes any mask that heads share as a list of rectangles, each full, causal, inverse causal or
+both; rectangles in the same rows are combined in one softmax, and batches are concatenated.
+Forward is the public function; backward is the function below autograd, which takes an external
+out and lse and returns float32.
 
 Written against magi_attention/functional/flex_flash_attn.py of MagiAttention 1.1.1 (2c641357);
 never run.
 
-Legend: B batch, S query length, T key length, H query heads, D head dim; N = B * S tokens end to
-end.
+Legend: B batch, S query length, T key length, H query heads, D head dim; N = B * S tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +20,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cpbench.core.registry import OperatorInfo
-from cpbench.kernels.libraries.adapter import Adapter, Limits, Plan, about, flat, unflat
+from cpbench.kernels.libraries.adapter import (
+    Adapter,
+    Limits,
+    Plan,
+    flatten_batch,
+    plan_fields,
+    unflatten_batch,
+)
 from cpbench.masks.convert import to_typed_slices
 
 if TYPE_CHECKING:
@@ -54,8 +60,8 @@ class Ranges(Plan):
     """The rectangles of all batches.
 
     Attributes:
-        q, k: ``[B * n, 2]`` int32, start and end in tokens of all batches end to end.
-        types: ``[B * n]`` int32.
+        q, k: ``[B * n, 2]`` int32, start and end in the tokens of all batches, concatenated.
+        types: ``[B * n]`` int32, the library's mask type of each rectangle.
     """
 
     q: torch.Tensor
@@ -67,48 +73,50 @@ class MagiFfa(Adapter):
     """The operator; see ``cpbench.core.operator.Operator`` for shapes."""
 
     name = "magi.ffa"
-    limits = Limits(least=(9, 0), most=(9, 0), multiple=8, head_dim=128)
+    limits = Limits(
+        min_capability=(9, 0), max_capability=(9, 0), head_dim_multiple=8, max_head_dim=128
+    )
 
     def prepare(self, mask: AttnMask, problem: Problem, device: str) -> Ranges:
         import torch
 
-        found = to_typed_slices(mask)
+        slices = to_typed_slices(mask)
         batch = np.arange(problem.batch)[:, None, None]
-        rows = found.ranges[None]
-        q = (rows[..., :2] + batch * problem.seq_q).reshape(-1, 2)
-        k = (rows[..., 2:] + batch * problem.seq_k).reshape(-1, 2)
-        lists = (q, k, np.tile(found.types, problem.batch))
+        ranges = slices.ranges[None]
+        q = (ranges[..., :2] + batch * problem.seq_q).reshape(-1, 2)
+        k = (ranges[..., 2:] + batch * problem.seq_k).reshape(-1, 2)
+        arrays = (q, k, np.tile(slices.types, problem.batch))
         ranges_q, ranges_k, types = (
-            torch.as_tensor(x.astype(np.int32), device=device) for x in lists
+            torch.as_tensor(array.astype(np.int32), device=device) for array in arrays
         )
-        return Ranges(**about(mask, problem, device), q=ranges_q, k=ranges_k, types=types)
+        return Ranges(**plan_fields(mask, problem, device), q=ranges_q, k=ranges_k, types=types)
 
     def _forward(self, qkv: QKV, plan: Ranges) -> tuple[torch.Tensor, torch.Tensor]:
         q, k, v = qkv
         out, meta = _api().flex_flash_attn_func(
-            flat(q),
-            flat(k),
-            flat(v),
+            flatten_batch(q),
+            flatten_batch(k),
+            flatten_batch(v),
             q_ranges=plan.q,
             k_ranges=plan.k,
             attn_type_map=plan.types,
             softmax_scale=plan.scale,
         )
-        return unflat(out, len(q)), unflat(meta.lse, len(q)).transpose(1, 2)
+        return unflatten_batch(out, len(q)), unflatten_batch(meta.lse, len(q)).transpose(1, 2)
 
     def _backward(self, x: BackwardInputs, plan: Ranges) -> Gradients:
         import torch
 
         dout, q, k, v, out, lse = x
         grads = _api()._flex_flash_attn_backward(
-            dout=flat(dout),
-            q=flat(q),
-            k=flat(k),
-            v=flat(v),
+            dout=flatten_batch(dout),
+            q=flatten_batch(q),
+            k=flatten_batch(k),
+            v=flatten_batch(v),
             sink=None,
             sink_layout="sh",
-            out=flat(out),
-            lse=flat(lse.transpose(1, 2)),
+            out=flatten_batch(out),
+            lse=flatten_batch(lse.transpose(1, 2)),
             dq=None,
             dk=None,
             dv=None,
@@ -125,7 +133,7 @@ class MagiFfa(Adapter):
             deterministic=False,
             sm_margin=0,
         )[:3]
-        dq, dk, dv = (unflat(x, len(q)).to(q.dtype) for x in grads)
+        dq, dk, dv = (unflatten_batch(x, len(q)).to(q.dtype) for x in grads)
         return dq, dk, dv
 
 

@@ -1,10 +1,10 @@
 """Operator `vsa.kernel`: the block-sparse kernel of Video Sparse Attention, in fastvideo-kernel.
 
-It takes blocks of 64 queries by 64 keys that are entirely visible, chosen for each head: masks of
-heads, and what selectors chose.  Of its two backends, `sm90` is the ThunderKittens kernel for
-Hopper, `triton` runs anywhere; each is called by name, below autograd, since they return different
-things for an lse.  Neither takes grouped heads in both passes, so keys are repeated for them,
-inside the call.  Tokens are padded to whole blocks, as every caller has to.
+It takes entirely visible blocks of 64 queries by 64 keys per head: masks per head and selections.
+Of its two backends, `sm90` is the ThunderKittens kernel for Hopper, and `triton` runs on any GPU;
+each is called directly, below autograd, since their forms of the lse differ.  Neither supports GQA
+in both passes, so keys and values are repeated inside the call.  Tokens are padded to whole blocks,
+as the library requires.
 
 Written against python/fastvideo_kernel/block_sparse_attn.py and csrc/attention/block_sparse_h100.cu
 of fastvideo-kernel 0.3.5; never run.
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 OPERATORS = (
     OperatorInfo(
         name="vsa.kernel",
-        summary="Video Sparse Attention's kernel: blocks of 64 x 64 for each head",
+        summary="Video Sparse Attention's kernel: blocks of 64 x 64 per head",
         source="VSA, arXiv 2505.13389; fastvideo-kernel",
         load="cpbench.kernels.libraries.vsa_kernel:VsaKernel",
         masks=("heads", "blocks"),
@@ -62,13 +62,13 @@ SM90_DIMS = (64, 128)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Lists(Plan):
-    """What each block of queries sees.
+    """The visible blocks of keys of each block of queries.
 
     Attributes:
-        index: ``[B, H, X, Y]`` int32, blocks of keys, those listed first.
-        count: ``[B, H, X]`` int32, how many are listed: at least one, since `sm90` needs one.
+        index: ``[B, H, X, Y]`` int32, blocks of keys, the visible ones first.
+        count: ``[B, H, X]`` int32, the number of visible ones, at least one since `sm90` needs one.
         sizes: ``[Y]`` int32, tokens of each block of keys.
-        sm90: the backend.
+        sm90: whether to use the backend `sm90`.
     """
 
     index: torch.Tensor
@@ -86,7 +86,7 @@ class VsaKernel(Adapter):
     """
 
     name = "vsa.kernel"
-    limits = Limits(least=(8, 0), dims=(16, 32, 64, 128, 256))
+    limits = Limits(min_capability=(8, 0), head_dims=(16, 32, 64, 128, 256))
 
     def __init__(self, backend: str = "auto") -> None:
         if backend not in BACKENDS:
@@ -95,13 +95,13 @@ class VsaKernel(Adapter):
             )
         self._backend = backend
 
-    def refusal(self, problem: Problem, mask: SlicedMask) -> str | None:
+    def format_refusal(self, problem: Problem, mask: SlicedMask) -> str | None:
         if not math.isclose(problem.softmax_scale, problem.head_dim**-0.5):
             return f"needs the scale {problem.head_dim**-0.5:.6g}, not {problem.softmax_scale:.6g}"
-        return None if _whole(mask) else _partial()
+        return None if _only_full_blocks(mask) else _partial_blocks_refusal()
 
     def device_refusal(self, problem: Problem, mask: SlicedMask) -> str | None:
-        fits = adapter.capability() == HOPPER and problem.head_dim in SM90_DIMS
+        fits = adapter.compute_capability() == HOPPER and problem.head_dim in SM90_DIMS
         if self._backend == "sm90" and not fits:
             return "backend = sm90 needs compute capability 9.0 and head_dim 64 or 128"
         return None
@@ -111,35 +111,39 @@ class VsaKernel(Adapter):
 
         kept = _kept_of_blocks(mask) if isinstance(mask, Blocks) else _kept_of_heads(mask, device)
         kept = kept.expand(problem.batch, -1, -1, -1)
-        seen = kept.sum(-1, dtype=torch.int32)
+        count = kept.sum(-1, dtype=torch.int32)
         starts = torch.arange(0, problem.seq_k, BLOCK, device=device)
-        fits = problem.head_dim in SM90_DIMS
-        hopper = self._backend == "auto" and fits and adapter.capability() == HOPPER and _built()
-        first = kept.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+        index = kept.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
         return Lists(
             scale=problem.softmax_scale,
-            blind=(seen == 0).repeat_interleave(BLOCK, 2)[..., : problem.seq_q],
-            index=first.to(torch.int32),
-            count=seen.clamp(min=1),
+            empty_rows=(count == 0).repeat_interleave(BLOCK, 2)[..., : problem.seq_q],
+            index=index.to(torch.int32),
+            count=count.clamp(min=1),
             sizes=(problem.seq_k - starts).clamp(max=BLOCK).to(torch.int32),
-            sm90=self._backend == "sm90" or hopper,
+            sm90=self._uses_sm90(problem),
         )
+
+    def _uses_sm90(self, problem: Problem) -> bool:
+        if self._backend != "auto":
+            return self._backend == "sm90"
+        fits = problem.head_dim in SM90_DIMS
+        return fits and adapter.compute_capability() == HOPPER and _sm90_is_built()
 
     def _forward(self, qkv: QKV, plan: Lists) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
 
         q, k, v = qkv
         api = _api()
-        given = _padded(q, k, v, heads=q.shape[2])
+        inputs = _pad(q, k, v, heads=q.shape[2])
         if plan.sm90:
-            each = [
-                api.block_sparse_attn_sm90(*(x[b : b + 1] for x in given), *_of(plan, b))
+            results = [
+                api.block_sparse_attn_sm90(*(x[b : b + 1] for x in inputs), *_batch_lists(plan, b))
                 for b in range(len(q))
             ]
-            out, aux = (torch.cat(x) for x in zip(*each, strict=True))
+            out, aux = (torch.cat(x) for x in zip(*results, strict=True))
             lse = aux.squeeze(-1) * -(q.shape[3] ** -0.5)
         else:
-            out, aux = api.block_sparse_attn_triton(*given, plan.index, plan.count, plan.sizes)
+            out, aux = api.block_sparse_attn_triton(*inputs, plan.index, plan.count, plan.sizes)
             lse = aux * LN2
         S = q.shape[1]
         return out[:, :, :S].transpose(1, 2), lse[..., :S]
@@ -150,50 +154,53 @@ class VsaKernel(Adapter):
         dout, q, k, v, out, lse = x
         api = _api()
         S, T, heads_kv = q.shape[1], k.shape[1], k.shape[2]
-        # Queries that see nothing have a block of keys listed: nothing may come of it.
-        if plan.blind is not None:
-            lse = lse.masked_fill(plan.blind, torch.inf)
-        given = _padded(dout, q, k, v, out, heads=q.shape[2])
+        # Queries that see nothing have one listed block, which must not contribute.
+        if plan.empty_rows is not None:
+            lse = lse.masked_fill(plan.empty_rows, torch.inf)
+        inputs = _pad(dout, q, k, v, out, heads=q.shape[2])
         lse = torch.nn.functional.pad(lse, (0, -S % BLOCK), value=torch.inf)
         if plan.sm90:
             aux = (lse * -(q.shape[3] ** 0.5)).unsqueeze(-1).contiguous()
-            each = [
+            results = [
                 api.block_sparse_attn_backward_sm90(
-                    *(x[b : b + 1] for x in given), aux[b : b + 1], *_of(plan, b)
+                    *(x[b : b + 1] for x in inputs), aux[b : b + 1], *_batch_lists(plan, b)
                 )
                 for b in range(len(q))
             ]
-            grads = [torch.cat(x) for x in zip(*each, strict=True)]
+            grads = [torch.cat(x) for x in zip(*results, strict=True)]
         else:
             lists = plan.index, plan.count, plan.sizes
-            grads = api.block_sparse_attn_backward_triton(*given, (lse / LN2).contiguous(), *lists)
-        dq, dk, dv = (x.transpose(1, 2) for x in grads)
-        dk, dv = (x[:, :T].unflatten(2, (heads_kv, -1)).float().sum(3) for x in (dk, dv))
+            grads = api.block_sparse_attn_backward_triton(*inputs, (lse / LN2).contiguous(), *lists)
+        dq, dk, dv = (grad.transpose(1, 2) for grad in grads)
+        dk, dv = (grad[:, :T].unflatten(2, (heads_kv, -1)).float().sum(3) for grad in (dk, dv))
         return dq[:, :S], dk.to(k.dtype), dv.to(v.dtype)
 
 
-def _padded(*tensors: torch.Tensor, heads: int) -> list[torch.Tensor]:
-    """``[B, H, whole blocks, D]``, contiguous, from ``[B, S, H or G, D]``."""
+def _pad(*tensors: torch.Tensor, heads: int) -> list[torch.Tensor]:
+    """Convert ``[B, S, H or G, D]`` to contiguous ``[B, H, S, D]``, padded to whole blocks."""
     import torch
 
-    found = []
+    padded = []
     for x in tensors:
-        wide = x.transpose(1, 2).repeat_interleave(heads // x.shape[2], 1)
-        found.append(torch.nn.functional.pad(wide, (0, 0, 0, -x.shape[1] % BLOCK)).contiguous())
-    return found
+        repeated = x.transpose(1, 2).repeat_interleave(heads // x.shape[2], 1)
+        padding = (0, 0, 0, -x.shape[1] % BLOCK)
+        padded.append(torch.nn.functional.pad(repeated, padding).contiguous())
+    return padded
 
 
-def _of(plan: Lists, b: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The lists of one batch: `sm90` takes no more."""
+def _batch_lists(plan: Lists, b: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The lists of one batch; `sm90` takes a single batch."""
     return plan.index[b : b + 1], plan.count[b : b + 1], plan.sizes
 
 
-def _whole(mask: SlicedMask) -> bool:
-    """Whether every block with anything to see is entirely visible."""
-    return all(bool(tiles(one, BLOCK, BLOCK).run_full.all()) for one in distinct_masks(mask))
+def _only_full_blocks(mask: SlicedMask) -> bool:
+    """Whether every block is either entirely visible or entirely hidden."""
+    return all(
+        bool(tiles(head_mask, BLOCK, BLOCK).run_full.all()) for head_mask in distinct_masks(mask)
+    )
 
 
-def _partial() -> str:
+def _partial_blocks_refusal() -> str:
     return (
         f"computes blocks of {BLOCK} x {BLOCK} that are entirely visible, and this mask cuts some "
         "of them (a causal one does); use one that does not"
@@ -201,43 +208,45 @@ def _partial() -> str:
 
 
 def _kept_of_heads(mask: HeadMasks, device: str) -> torch.Tensor:
-    """``[1, H, X, Y]``."""
+    """The visible blocks of masks per head, ``[1, H, X, Y]``."""
     import torch
 
-    kept = np.stack([tiles(one, BLOCK, BLOCK).to_dense() > 0 for one in mask.masks])
+    kept = np.stack([_visible_blocks(head_mask) for head_mask in mask.masks])
     return torch.as_tensor(kept[None], device=device)
 
 
-def _kept_of_blocks(chosen: Blocks) -> torch.Tensor:
-    """``[B, H, X, Y]`` in blocks of 64.
+def _kept_of_blocks(selection: Blocks) -> torch.Tensor:
+    """The blocks of a selection in blocks of 64, ``[B, H, X, Y]``.
 
     Raises:
-        Unsupported: for whole columns, other blocks, or blocks that the mask cuts.
+        Unsupported: for columns, unsupported block sizes, or blocks that the mask cuts.
     """
     import torch
 
-    name, grid = VsaKernel.name, chosen.grid
-    if chosen.columns is not None:
-        raise Unsupported(f"{name} takes blocks alone; this selection has columns beside them")
+    name, grid = VsaKernel.name, selection.grid
+    if selection.columns is not None:
+        raise Unsupported(f"{name} takes only blocks; this selection also has columns")
     if grid.block_q % BLOCK or grid.block_k % BLOCK:
         raise Unsupported(
             f"{name} takes blocks of multiples of {BLOCK} tokens, not {grid.block_q} x "
             f"{grid.block_k}"
         )
-    if not _whole(grid.mask):
-        raise Unsupported(f"{name} {_partial()}")
-    allowed = torch.as_tensor(_allowed(grid.mask), device=chosen.kept.device)
-    kept = chosen.kept.repeat_interleave(grid.block_q // BLOCK, 2)
+    if not _only_full_blocks(grid.mask):
+        raise Unsupported(f"{name} {_partial_blocks_refusal()}")
+    visible = torch.as_tensor(_visible_blocks(grid.mask), device=selection.kept.device)
+    kept = selection.kept.repeat_interleave(grid.block_q // BLOCK, 2)
     kept = kept.repeat_interleave(grid.block_k // BLOCK, 3)
-    return kept[:, :, : allowed.shape[0], : allowed.shape[1]] & allowed
+    return kept[:, :, : visible.shape[0], : visible.shape[1]] & visible
 
 
-def _allowed(mask: AttnMask) -> np.ndarray[tuple[int, int], np.dtype[np.bool_]]:
+def _visible_blocks(mask: AttnMask) -> np.ndarray[tuple[int, int], np.dtype[np.bool_]]:
+    """``[X, Y]`` booleans: blocks with at least one visible pair."""
     return tiles(mask, BLOCK, BLOCK).to_dense() > 0
 
 
-def _built() -> bool:
-    """Whether the installed package has the kernel for Hopper: it falls back without a word."""
+def _sm90_is_built() -> bool:
+    """Whether the installed package has the kernel for Hopper; without it, it silently falls
+    back."""
     try:
         ops = importlib.import_module("fastvideo_kernel._C.fastvideo_kernel_ops")
     except ImportError:

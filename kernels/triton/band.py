@@ -1,9 +1,9 @@
 """Operator `triton_band`: attention for any mask in Triton, forward and backward.
 
-The mask becomes lists of tiles (``triton_plan``) that the kernels of ``triton_forward_device`` and
-``triton_backward_device`` visit: empty tiles never, entirely visible ones without masking.  The
-backward pass is deterministic.  One kernel per pass serves every mask, so which mask it is costs
-nothing but the tiles it visits.
+The mask becomes lists of tiles (``triton.plan``) for the kernels of ``forward_device`` and
+``backward_device``: empty tiles are skipped, and entirely visible ones computed without masking.
+The backward pass is deterministic.  The same kernels serve every mask, so the cost of a mask is
+that of the tiles it visits.
 
 Legend: B batch, S queries, T keys, H query heads, G key/value heads, D head dim.
 """
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from cpbench.core.registry import OperatorInfo
 from cpbench.kernels.triton import launch as triton_launch
 from cpbench.kernels.triton.configs import Config
-from cpbench.kernels.triton.launch import Plan, Tuning
+from cpbench.kernels.triton.launch import ConfigOverrides, Plan
 
 if TYPE_CHECKING:
     from cpbench.core.problem import Problem
@@ -39,9 +39,9 @@ class TritonBand:
     """The operator; see ``cpbench.core.operator.Operator`` for shapes.
 
     Args:
-        block_q, block_k, num_warps, num_stages, descriptors: see :class:`triton_launch.Tuning`.
-        parts: into how many parts to split a row of tiles; 0 splits where there would be fewer
-            programs than processors.
+        block_q, block_k, num_warps, num_stages, descriptors: see :class:`ConfigOverrides`.
+        parts: number of parts to split each row of tiles into; 0 splits rows if there would be
+            fewer programs than processors.
     """
 
     def __init__(
@@ -49,19 +49,19 @@ class TritonBand:
         descriptors: int = 0, parts: int = 0,
     ) -> None:  # fmt: skip
         launch = {"num_warps": num_warps, "num_stages": num_stages, "descriptors": descriptors}
-        self._tuning = Tuning("triton_band", False, block_q, block_k, **launch)
+        self._overrides = ConfigOverrides("triton_band", False, block_q, block_k, **launch)
         self._parts = parts
 
     def unsupported(self, problem: Problem, mask: AttnMask, device: str) -> str | None:
-        return self._tuning.refusal(problem, device)
+        return self._overrides.refusal(problem, device)
 
     def prepare(self, mask: AttnMask, problem: Problem, device: str) -> Plan:
-        return self.prepare_with(mask, problem, device, self._tuning.configs(problem, device))
+        return self.prepare_with(mask, problem, device, self._overrides.configs(problem, device))
 
     def prepare_with(
         self, mask: AttnMask, problem: Problem, device: str, configs: dict[str, Config]
     ) -> Plan:
-        """As :meth:`prepare`, with configurations of the caller's, by kernel."""
+        """As :meth:`prepare`, with given configurations by kernel."""
         return triton_launch.plan((mask,), problem, device, configs, self._parts)
 
     forward = staticmethod(triton_launch.forward)

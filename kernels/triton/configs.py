@@ -1,9 +1,9 @@
-"""How each kernel of `triton_band` is compiled: tile extents, warps and stages, by target.
+"""Compile-time configurations of the Triton kernels: tile sizes, warps and stages, by target.
 
-The table comes from ahead-of-time compilation (``cpbench compile``): the largest tiles that spill
-nothing where that is possible, that fit the target's shared and tensor memory, and that use its
-matrix instruction.  What only a GPU can tell is which of the admitted ones is fastest there;
-``cpbench tune`` measures that and writes a file that goes before this table.
+The table comes from ahead-of-time compilation (``cpbench compile``): the largest tiles that do not
+spill if that is possible, fit the target's shared and tensor memory, and use its matrix
+instruction.  ``cpbench tune`` measures on a GPU which configuration is fastest there, and writes a
+file that overrides this table.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ KERNELS = ("forward", "backward_dq", "backward_dkv")
 
 @dataclass(frozen=True)
 class Config:
-    """Of one kernel.
+    """The compile-time configuration of one kernel.
 
     Attributes:
-        rows, cols: of a tile of scores; rows stay with a program, columns pass by (for
-            ``backward_dkv`` rows are keys).
-        num_warps, num_stages: as Triton takes them.
-        descriptors: 1 to read passing tiles through tensor descriptors (Hopper's and Blackwell's
-            copy engine), 0 through addresses.
+        rows, cols: of a tile of scores; a program computes one tile of rows and loops over tiles of
+            columns (for ``backward_dkv`` rows are keys).
+        num_warps, num_stages: options of Triton.
+        descriptors: 1 to load the tiles of the loop through tensor descriptors (the copy engine of
+            Hopper and Blackwell), 0 through pointers.
     """
 
     rows: int
@@ -40,13 +40,13 @@ class Config:
         return f"{self.rows}x{self.cols} w{self.num_warps} s{self.num_stages}{copies}"
 
 
-INTERPRETED = Config(128, 64, 4, 1)
+INTERPRETER_CONFIG = Config(128, 64, 4, 1)
 
-# By head_dim, padded to a power of two: forward, backward_dq, backward_dkv, for elements of
-# two bytes.  Up to head_dim 128 none of them spills.  dK/dV at head_dim 256 fits only in tiles too
-# small for Hopper's and Blackwell's own matrix instructions.  Warp specialization is not asked for:
-# Triton 3.7 fails to compile it, or ignores it, in loops over lists.
-_HALF: dict[str, dict[int, tuple[Config, Config, Config]]] = {
+# By target and head_dim, padded to a power of two: forward, backward_dq, backward_dkv, for elements
+# of two bytes.  Up to head_dim 128 none of them spills.  dK/dV at head_dim 256 fits only in tiles
+# too small for the own matrix instructions of Hopper and Blackwell.  Warp specialization is not
+# requested: in loops over lists Triton 3.7 fails to compile it, or ignores it.
+_CONFIGS_2_BYTES: dict[str, dict[int, tuple[Config, Config, Config]]] = {
     "cuda:80": {
         64: (Config(128, 64, 4, 3), Config(64, 64, 4, 3), Config(64, 32, 4, 3)),
         128: (Config(128, 64, 8, 3), Config(64, 64, 4, 2), Config(64, 64, 8, 2)),
@@ -75,7 +75,7 @@ _HALF: dict[str, dict[int, tuple[Config, Config, Config]]] = {
 }
 
 
-# With lists for each head the forward pass takes more registers on Ampere.
+# With lists per head the forward pass takes more registers on Ampere.
 _FORWARD_PER_HEAD = {("cuda:80", 64): Config(128, 64, 8, 3), ("cuda:80", 128): Config(64, 64, 4, 3)}
 
 
@@ -84,61 +84,61 @@ def padded_head_dim(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def choose(
+def kernel_configs(
     target: str, head_dim: int, item_bytes: int, per_head: bool = False, gpu: str = ""
 ) -> dict[str, Config]:
-    """The configuration of each kernel.
+    """The configuration of each kernel, by name.
 
     Args:
-        target: such as ``"cuda:90"``; one without a table takes that of the newest older one.
-        item_bytes: of an element.
-        per_head: with lists for each head.
-        gpu: name of the device, for what was tuned on it; none for the table alone.
+        target: such as ``"cuda:90"``; one without a table uses that of the newest older target.
+        item_bytes: bytes per element.
+        per_head: with lists per head.
+        gpu: name of the device, to use its tuned configurations; empty for the table alone.
 
     Raises:
-        ValueError: for a file of ``cpbench tune`` that cannot be read.
+        ValueError: if the file of ``cpbench tune`` cannot be read.
     """
     if target == "interpreter":
-        found = dict.fromkeys(KERNELS, INTERPRETED)
+        configs = dict.fromkeys(KERNELS, INTERPRETER_CONFIG)
     else:
-        key = (_known(target), max(padded_head_dim(head_dim), 64))
-        found = dict(zip(KERNELS, _HALF[key[0]][key[1]], strict=True))
+        key = (_table_target(target), max(padded_head_dim(head_dim), 64))
+        configs = dict(zip(KERNELS, _CONFIGS_2_BYTES[key[0]][key[1]], strict=True))
         if per_head and key in _FORWARD_PER_HEAD:
-            found["forward"] = _FORWARD_PER_HEAD[key]
-        if item_bytes > 2:  # twice the memory a tile
-            found = {name: _smaller(config) for name, config in found.items()}
+            configs["forward"] = _FORWARD_PER_HEAD[key]
+        if item_bytes > 2:  # a tile takes twice the memory
+            configs = {name: _halved(config) for name, config in configs.items()}
     if gpu:
-        found |= tuned().get(problem_class(gpu, head_dim, item_bytes, per_head), {})
-    return found
+        configs |= tuned_configs().get(problem_class(gpu, head_dim, item_bytes, per_head), {})
+    return configs
 
 
-def unserved(target: str, head_dim: int, item_bytes: int) -> str | None:
-    """What a target lacks for these kernels, in words, or None."""
+def target_refusal(target: str, head_dim: int, item_bytes: int) -> str | None:
+    """Why these kernels do not run on a target, to follow an operator's name; None if they do."""
     family, _, number = target.partition(":")
     if family == "cuda" and int(number) < 80:
         return f"needs compute capability 8.0 or more, not {int(number) / 10:.1f}"
     if family == "hip" and number not in ("gfx942", "gfx950"):
         return f"is for gfx942 and gfx950, not {number}"
-    small = family == "cuda" and _known(target) in ("cuda:80", "cuda:86")
+    small = family == "cuda" and _table_target(target) in ("cuda:80", "cuda:86")
     if small and item_bytes > 2 and padded_head_dim(head_dim) > 128:
         return f"takes float32 up to head_dim 128 on sm_{number}: its shared memory is too small"
     return None
 
 
 def problem_class(gpu: str, head_dim: int, item_bytes: int, per_head: bool) -> str:
-    """What is tuned together, as the key of the file."""
+    """The key of tuned configurations in their file: problems that are tuned together."""
     lists = "lists of heads" if per_head else "one list"
     return f"{gpu}, head_dim {padded_head_dim(head_dim)}, {item_bytes} bytes, {lists}"
 
 
-def _smaller(config: Config) -> Config:
+def _halved(config: Config) -> Config:
     return Config(max(config.rows // 2, 32), max(config.cols // 2, 32), config.num_warps, 1)
 
 
-def _known(target: str) -> str:
-    """The target of the table that serves: itself, or the newest older one of its kind.
+def _table_target(target: str) -> str:
+    """The target in the table to use: the same, or the newest older one of its kind.
 
-    sm_86, 89 and 120 are of one kind, with less shared memory than their neighbours.
+    sm_86, 89 and 120 are of one kind, with less shared memory than sm_80, 90 and 100.
     """
     family, _, number = target.partition(":")
     if family == "hip":
@@ -149,27 +149,27 @@ def _known(target: str) -> str:
 
 
 def cache_file() -> Path:
-    """Where ``cpbench tune`` keeps what it measured."""
+    """The file of configurations that ``cpbench tune`` writes."""
     home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(home) / "cpbench" / "tuned.json"
 
 
-def tuned() -> dict[str, dict[str, Config]]:
-    """What was tuned here, by problem class and kernel.
+def tuned_configs() -> dict[str, dict[str, Config]]:
+    """Tuned configurations by problem class and kernel; empty without a file.
 
     Raises:
-        ValueError: for a file that cannot be read.
+        ValueError: if the file cannot be read.
     """
     try:
         path = cache_file()
         changed_ns = path.stat().st_mtime_ns
     except (OSError, RuntimeError):  # no file, or no home to have one in
         return {}
-    return _read(path, changed_ns)
+    return _read_tuned(path, changed_ns)
 
 
 @functools.lru_cache(maxsize=4)
-def _read(path: Path, changed_ns: int) -> dict[str, dict[str, Config]]:
+def _read_tuned(path: Path, changed_ns: int) -> dict[str, dict[str, Config]]:
     try:
         table = json.loads(path.read_text())
         return {
@@ -178,5 +178,5 @@ def _read(path: Path, changed_ns: int) -> dict[str, dict[str, Config]]:
         }
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path} is not what cpbench tune wrote ({error}): delete it, or tune again"
+            f"{path} is not a valid file of cpbench tune ({error}): delete it, or tune again"
         ) from error

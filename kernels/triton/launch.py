@@ -1,4 +1,4 @@
-"""How the Triton operators run: lists of tiles on the device, and the launches of each pass.
+"""Plans of the Triton operators on the device, and the kernel launches of each pass.
 
 Legend: B batch, S queries, T keys, H query heads, G key/value heads, D head dim.
 """
@@ -15,7 +15,7 @@ from cpbench.core.problem import DTYPE_BYTES
 from cpbench.kernels.triton import configs as triton_configs
 from cpbench.kernels.triton import interpreter as triton_interpreter
 from cpbench.kernels.triton.configs import Config, padded_head_dim
-from cpbench.kernels.triton.plan import Visits, grouped_order, listed, visits
+from cpbench.kernels.triton.plan import TilePlan, grouped_order, list_runs, plan_tiles
 from cpbench.masks.attn_mask import AttnMask
 
 if TYPE_CHECKING:
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Pass:
-    """What one kernel visits, on the device.
+    """The tile lists of one kernel, on the device.
 
     Attributes:
-        config: how it is compiled.
-        tensors: the lists, in the order of the kernels' arguments.
-        num_items: of a plan.
-        splits: ``(m, 3)`` split rows, empty where there are none.
-        slots: parts of them.
+        config: its compile-time configuration.
+        tensors: the lists, in the order of the kernel's arguments.
+        num_items: items per plan.
+        splits: ``(m, 3)`` split rows, empty if no row is split.
+        slots: number of parts of split rows.
         per_head: whether each head has a plan of its own.
         listed: whether entirely visible tiles are listed one by one.
     """
@@ -52,7 +52,7 @@ class Pass:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The passes of a mask; the backward ones only where gradients are asked for."""
+    """The passes of a mask; the backward ones are None without a backward pass."""
 
     scale: float
     forward: Pass
@@ -60,12 +60,12 @@ class Plan:
     dkv: Pass | None
 
 
-MOST_TOKENS = 1 << 30
-LARGEST_STEP = 1 << 23  # elements from token to token, times 256 rows of a tile
+MAX_TOKENS = 1 << 30
+MAX_TOKEN_STRIDE = 1 << 23  # elements; times 256 rows of a tile, an int32 offset
 
 
-def gpu_of(device: str) -> str:
-    """The name of the device, for what was tuned on it."""
+def gpu_name(device: str) -> str:
+    """The name of the device, which is part of the key of its tuned configurations."""
     if interpreting():
         return "interpreter"
     import torch
@@ -73,50 +73,52 @@ def gpu_of(device: str) -> str:
     return torch.cuda.get_device_name(device)
 
 
-class Tuning:
-    """The parameters that the Triton operators share, in place of the table of configurations.
+class ConfigOverrides:
+    """Parameters shared by the Triton operators that override the table of configurations.
 
     Args:
         name: of the operator, for messages.
-        per_head: whether it has lists for each head.
-        block_q, block_k, num_warps, num_stages, descriptors: of every kernel; 0 leaves them to the
-            table, and -1 is none (of descriptors).
+        per_head: whether each head has its own lists.
+        block_q, block_k, num_warps, num_stages, descriptors: for every kernel; 0 uses the table,
+            and -1 turns descriptors off.
     """
 
     def __init__(
         self, name: str, per_head: bool, block_q: int, block_k: int, **launch: int
     ) -> None:
-        for what, block in (("block_q", block_q), ("block_k", block_k)):
+        for parameter, block in (("block_q", block_q), ("block_k", block_k)):
             if block and (block < 16 or block & (block - 1)):
-                raise ValueError(f"{name}: {what} = {block} must be a power of two from 16 on")
+                raise ValueError(f"{name}: {parameter} = {block} must be a power of two from 16 on")
         self._name, self._per_head, self._launch = name, per_head, launch
         self._block_q, self._block_k = block_q, block_k
 
     def refusal(self, problem: Problem, device: str) -> str | None:
-        """Why no Triton operator can do this here, or None."""
-        if max(problem.seq_q, problem.seq_k) > MOST_TOKENS:
-            return f"{self._name} counts tokens in 32 bits: at most {MOST_TOKENS:,}"
-        target = target_of(device)
-        reason = triton_configs.unserved(target, problem.head_dim, DTYPE_BYTES[problem.dtype])
+        """Why the operator cannot run this problem on the device, or None if it can."""
+        if max(problem.seq_q, problem.seq_k) > MAX_TOKENS:
+            return f"{self._name} counts tokens in 32 bits: at most {MAX_TOKENS:,}"
+        target = compile_target(device)
+        reason = triton_configs.target_refusal(target, problem.head_dim, DTYPE_BYTES[problem.dtype])
         return f"{self._name} {reason}" if reason else None
 
     def configs(self, problem: Problem, device: str) -> dict[str, Config]:
-        """How each kernel is compiled."""
+        """The compile-time configuration of each kernel, by name."""
         item = DTYPE_BYTES[problem.dtype]
-        target, gpu = target_of(device), gpu_of(device)
-        chosen = triton_configs.choose(target, problem.head_dim, item, self._per_head, gpu)
-        blocks = {"rows": self._block_q, "cols": self._block_k}
-        turned = {"rows": self._block_k, "cols": self._block_q}
-        found = {}
-        for name, config in chosen.items():
-            wanted = {**(turned if name == "backward_dkv" else blocks), **self._launch}
-            changes = {key: max(value, 0) for key, value in wanted.items() if value}
-            found[name] = Config(**{**vars(config), **changes})
-        return found
+        target, gpu = compile_target(device), gpu_name(device)
+        defaults = triton_configs.kernel_configs(
+            target, problem.head_dim, item, self._per_head, gpu
+        )
+        tile = {"rows": self._block_q, "cols": self._block_k}
+        transposed_tile = {"rows": self._block_k, "cols": self._block_q}
+        configs = {}
+        for name, config in defaults.items():
+            parameters = {**(transposed_tile if name == "backward_dkv" else tile), **self._launch}
+            overrides = {key: max(value, 0) for key, value in parameters.items() if value}
+            configs[name] = Config(**{**vars(config), **overrides})
+        return configs
 
 
-def target_of(device: str) -> str:
-    """``"cuda:90"``, ``"hip:gfx942"`` or ``"interpreter"``."""
+def compile_target(device: str) -> str:
+    """The target of compilation: ``"cuda:90"``, ``"hip:gfx942"`` or ``"interpreter"``."""
     if interpreting():
         return "interpreter"
     import torch
@@ -134,30 +136,34 @@ def plan(
     configs: dict[str, Config],
     parts: int = 0,
 ) -> Plan:
-    """The passes of one mask for all heads, or of ``batch * heads_q`` masks."""
+    """Plan the passes of one mask for all heads, or of ``batch * heads_q`` masks.
+
+    Args:
+        configs: of the kernels, by name.
+        parts: number of parts to split each row of tiles into; 0 depends on the device.
+    """
     per_head = len(masks) > 1
     assert len(masks) in (1, problem.batch * problem.heads_q)
 
-    def rows_of(config: Config) -> Pass:
-        split = 1 if per_head else parts or _parts(problem, config, device)
-        found = visits(masks, config.rows, config.cols, split)
-        return _on_device(found, found.lists.order, config, per_head, device)
+    def row_pass(config: Config) -> Pass:
+        num_parts = 1 if per_head else parts or _parts_per_row(problem, config, device)
+        tile_plan = plan_tiles(masks, config.rows, config.cols, num_parts)
+        return _to_device(tile_plan, tile_plan.lists.order, config, per_head, device)
 
-    forward = rows_of(configs["forward"])
+    forward = row_pass(configs["forward"])
     if not problem.backward:
         return Plan(problem.softmax_scale, forward, None, None)
-    dq = (
-        forward if configs["backward_dq"] == configs["forward"] else rows_of(configs["backward_dq"])
-    )
+    same = configs["backward_dq"] == configs["forward"]
+    dq = forward if same else row_pass(configs["backward_dq"])
     config = configs["backward_dkv"]
-    turned = visits([mask.transpose() for mask in masks], config.rows, config.cols)
-    order = grouped_order(turned, problem.group) if per_head else turned.lists.order
-    dkv = _on_device(turned, order, config, per_head, device)
+    transposed = plan_tiles([mask.transpose() for mask in masks], config.rows, config.cols)
+    order = grouped_order(transposed, problem.group) if per_head else transposed.lists.order
+    dkv = _to_device(transposed, order, config, per_head, device)
     return Plan(problem.softmax_scale, forward, dq, dkv)
 
 
-def _parts(problem: Problem, config: Config, device: str) -> int:
-    """Into how many parts to split each row, so that every processor has two programs."""
+def _parts_per_row(problem: Problem, config: Config, device: str) -> int:
+    """The number of parts to split each row into, so that every processor has two programs."""
     if device == "cpu":
         return 1
     import torch
@@ -167,30 +173,32 @@ def _parts(problem: Problem, config: Config, device: str) -> int:
     return max(1, 2 * processors // max(programs, 1)) if programs < processors else 1
 
 
-def _on_device(found: Visits, order: Any, config: Config, per_head: bool, device: str) -> Pass:
+def _to_device(
+    tile_plan: TilePlan, order: Any, config: Config, per_head: bool, device: str
+) -> Pass:
     import torch
 
     if per_head:
-        found = listed(found)
-    lists = found.lists._replace(order=order)
-    tensors = tuple(torch.as_tensor(x, device=device).contiguous() for x in lists)
-    splits = torch.as_tensor(found.splits, device=device)
-    num_items = found.lists.items.shape[1]
-    return Pass(config, tensors, num_items, splits, found.slots, per_head, per_head)
+        tile_plan = list_runs(tile_plan)
+    lists = tile_plan.lists._replace(order=order)
+    tensors = tuple(torch.as_tensor(array, device=device).contiguous() for array in lists)
+    splits = torch.as_tensor(tile_plan.splits, device=device)
+    num_items = tile_plan.lists.items.shape[1]
+    return Pass(config, tensors, num_items, splits, tile_plan.slots, per_head, per_head)
 
 
-def kernels() -> tuple[Any, Any]:
-    """The device code of the forward and the backward pass, imported when first needed."""
+def device_modules() -> tuple[Any, Any]:
+    """The modules with the kernels of the forward and the backward pass."""
     if interpreting():
-        triton_interpreter.mend()
+        triton_interpreter.patch_bfloat16()
     from cpbench.kernels.triton import backward_device, forward_device
 
     return forward_device, backward_device
 
 
-def _strides(*of: torch.Tensor) -> list[int]:
-    """Of batch, token and head, of each tensor."""
-    return [stride for x in of for stride in x.stride()[:3]]
+def _strides(*tensors: torch.Tensor) -> list[int]:
+    """Strides of batch, token and head of each tensor."""
+    return [stride for x in tensors for stride in x.stride()[:3]]
 
 
 def _shape(x: torch.Tensor, config: Config) -> dict[str, int]:
@@ -198,7 +206,7 @@ def _shape(x: torch.Tensor, config: Config) -> dict[str, int]:
 
 
 def precision(float32: bool, cuda: bool) -> str:
-    """Of products of float32: three products of 10-bit mantissas, on NVIDIA's matrix units."""
+    """The input precision of dot products: on NVIDIA GPUs float32 is three TF32 products."""
     return "tf32x3" if float32 and cuda else "ieee"
 
 
@@ -208,67 +216,73 @@ def _precision_of(q: torch.Tensor) -> str:
     return precision(q.dtype == torch.float32, not torch.version.hip)
 
 
-def _descriptors(config: Config, *of: torch.Tensor) -> bool:
-    """Whether the copy engine is to read these: as configured, where it can (16-byte steps)."""
+def _use_descriptors(config: Config, *tensors: torch.Tensor) -> bool:
+    """Whether to read tensors through descriptors: if configured and all strides and addresses are
+    multiples of 16 bytes."""
     if not config.descriptors:
         return False
-    steps = (step * x.element_size() for x in of for step in x.stride()[:3])
-    if any(step % 16 for step in steps) or any(x.data_ptr() % 16 for x in of):
+    strides = (stride * x.element_size() for x in tensors for stride in x.stride()[:3])
+    if any(stride % 16 for stride in strides) or any(x.data_ptr() % 16 for x in tensors):
         return False
-    _allow_descriptors()
+    _set_allocator()
     return True
 
 
-def _allow_descriptors() -> None:
-    """Kernels write their descriptors into memory that Triton asks for.  Triton keeps the answer
-    for each thread (autograd's backward has threads of its own), so it is given at every launch."""
+def _set_allocator() -> None:
+    """Set Triton's allocator of the memory that kernels write descriptors to.
+
+    Triton keeps it per thread, and autograd's backward passes run in threads of their own, so it is
+    set at every launch.
+    """
     import triton
 
-    triton.set_allocator(_scratch)
+    triton.set_allocator(_allocate_scratch)
 
 
-def _scratch(size: int, align: int, stream: int | None) -> torch.Tensor:
+def _allocate_scratch(size: int, align: int, stream: int | None) -> torch.Tensor:
     import torch
 
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
-def _ready(*of: torch.Tensor) -> list[torch.Tensor]:
-    """As the kernels read them: the last axis contiguous, offsets within a tile in 32 bits."""
+def _readable(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Copy tensors that kernels cannot read: the last axis must be contiguous, and offsets within a
+    tile must fit 32 bits."""
     return [
-        x if x.stride(3) == 1 and x.stride(1) < LARGEST_STEP else x.contiguous() for x in of
-    ]  # fmt: skip
+        x if x.stride(3) == 1 and x.stride(1) < MAX_TOKEN_STRIDE else x.contiguous()
+        for x in tensors
+    ]
 
 
-def _on(x: torch.Tensor) -> Any:
-    """Makes the GPU of a tensor the current one: that is where Triton launches."""
+def _current_device(x: torch.Tensor) -> Any:
+    """Context in which the GPU of a tensor is the current one, on which Triton launches."""
     import torch
 
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def _constants(
-    work: Pass, q: torch.Tensor, group: int, reads: tuple[torch.Tensor, ...]
+def _launch_constants(
+    tile_pass: Pass, q: torch.Tensor, group: int, streamed: tuple[torch.Tensor, ...]
 ) -> dict[str, Any]:
-    """What a pass is compiled for, and how it is launched.
+    """The compile-time constants of the kernel of a pass, and its launch options.
 
     Args:
-        group: query heads to a key/value head.
-        reads: the tensors whose tiles it reads one after another.
+        group: query heads per key/value head.
+        streamed: the tensors whose tiles it loads in a loop.
     """
-    config = work.config
+    config = tile_pass.config
     return {
-        "GROUP": group, "PER_HEAD": work.per_head, "LISTED": work.listed, "N": config.cols,
-        "STAGES": config.num_stages, "PRECISION": _precision_of(q),
-        "DESCRIPTORS": _descriptors(config, *reads), "num_warps": config.num_warps,
+        "GROUP": group, "PER_HEAD": tile_pass.per_head, "LISTED": tile_pass.listed,
+        "N": config.cols, "STAGES": config.num_stages, "PRECISION": _precision_of(q),
+        "DESCRIPTORS": _use_descriptors(config, *streamed), "num_warps": config.num_warps,
         "num_stages": config.num_stages, **_shape(q, config),
     }  # fmt: skip
 
 
 def forward(qkv: QKV, plan: Plan) -> OutLse:
     """out and lse; see ``cpbench.core.operator.Operator.forward``."""
-    with _on(qkv.q):
-        return _forward(QKV(*_ready(*qkv)), plan)
+    with _current_device(qkv.q):
+        return _forward(QKV(*_readable(*qkv)), plan)
 
 
 def _forward(qkv: QKV, plan: Plan) -> OutLse:
@@ -278,26 +292,26 @@ def _forward(qkv: QKV, plan: Plan) -> OutLse:
     (B, S, H, D), T, G = q.shape, k.shape[1], k.shape[2]
     out = q.new_empty((B, S, H, D))
     lse = q.new_empty((B, H, S), dtype=torch.float32)
-    work, rows, device = plan.forward, plan.forward.config.rows, kernels()[0]
-    part = q.new_empty((work.slots, B * H, rows, D), dtype=torch.float32)
-    part_lse = part.new_empty(part.shape[:3])
-    device.forward[(work.num_items * B * H,)](
-        q, k, v, out, lse, part, part_lse, *work.tensors, *_strides(q, k, v, out),
-        B * H, H, work.num_items, S, T, plan.scale,
-        SPLIT=work.slots > 0, **_constants(work, q, H // G, reads=(k, v)),
+    tile_pass, rows, kernels = plan.forward, plan.forward.config.rows, device_modules()[0]
+    partial = q.new_empty((tile_pass.slots, B * H, rows, D), dtype=torch.float32)
+    partial_lse = partial.new_empty(partial.shape[:3])
+    kernels.forward[(tile_pass.num_items * B * H,)](
+        q, k, v, out, lse, partial, partial_lse, *tile_pass.tensors, *_strides(q, k, v, out),
+        B * H, H, tile_pass.num_items, S, T, plan.scale,
+        SPLIT=tile_pass.slots > 0, **_launch_constants(tile_pass, q, H // G, streamed=(k, v)),
     )  # fmt: skip
-    if work.slots:
-        shape = {**_shape(q, work.config), "ROWS": MERGED_ROWS}
-        device.merge_parts[(len(work.splits) * B * H, rows // MERGED_ROWS)](
-            part, part_lse, out, lse, work.splits, *_strides(out), B * H, H, S, **shape
+    if tile_pass.slots:
+        shape = {**_shape(q, tile_pass.config), "ROWS": MERGE_ROWS}
+        kernels.merge_partials[(len(tile_pass.splits) * B * H, rows // MERGE_ROWS)](
+            partial, partial_lse, out, lse, tile_pass.splits, *_strides(out), B * H, H, S, **shape
         )
     return out, lse
 
 
 def backward(x: BackwardInputs, plan: Plan) -> Gradients:
     """dq, dk, dv; see ``cpbench.core.operator.Operator.backward``."""
-    with _on(x.q):
-        dout, q, k, v, out = _ready(*x[:-1])
+    with _current_device(x.q):
+        dout, q, k, v, out = _readable(*x[:-1])
         return _backward(BackwardInputs(dout, q, k, v, out, x.lse), plan)
 
 
@@ -310,31 +324,31 @@ def _backward(x: BackwardInputs, plan: Plan) -> Gradients:
     (B, S, H, D), T, G = q.shape, k.shape[1], k.shape[2]
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     delta, lse2 = (q.new_empty((B, H, S), dtype=torch.float32) for _ in range(2))
-    device = kernels()[1]
-    device.row_terms[(-(-S // TERM_ROWS) * B * H,)](
+    kernels = device_modules()[1]
+    kernels.row_terms[(-(-S // ROW_TERMS_ROWS) * B * H,)](
         out, dout, lse.contiguous(), delta, lse2, *_strides(out, dout), B * H, H, S,
-        M=TERM_ROWS, D=padded_head_dim(D), HEAD_DIM=D,
+        M=ROW_TERMS_ROWS, D=padded_head_dim(D), HEAD_DIM=D,
     )  # fmt: skip
-    work, rows = plan.dq, plan.dq.config.rows
-    part = q.new_empty((work.slots, B * H, rows, D), dtype=torch.float32)
-    device.backward_dq[(work.num_items * B * H,)](
-        q, k, v, dout, lse2, delta, dq, part, *work.tensors, *_strides(q, k, v, dout, dq),
-        B * H, H, work.num_items, S, T, plan.scale,
-        SPLIT=work.slots > 0, **_constants(work, q, H // G, reads=(k, v)),
+    tile_pass, rows = plan.dq, plan.dq.config.rows
+    partial = q.new_empty((tile_pass.slots, B * H, rows, D), dtype=torch.float32)
+    kernels.backward_dq[(tile_pass.num_items * B * H,)](
+        q, k, v, dout, lse2, delta, dq, partial, *tile_pass.tensors, *_strides(q, k, v, dout, dq),
+        B * H, H, tile_pass.num_items, S, T, plan.scale,
+        SPLIT=tile_pass.slots > 0, **_launch_constants(tile_pass, q, H // G, streamed=(k, v)),
     )  # fmt: skip
-    if work.slots:
-        shape = {**_shape(q, work.config), "ROWS": MERGED_ROWS}
-        device.add_parts[(len(work.splits) * B * H, rows // MERGED_ROWS)](
-            part, dq, work.splits, *_strides(dq), B * H, H, S, **shape
+    if tile_pass.slots:
+        shape = {**_shape(q, tile_pass.config), "ROWS": MERGE_ROWS}
+        kernels.sum_partials[(len(tile_pass.splits) * B * H, rows // MERGE_ROWS)](
+            partial, dq, tile_pass.splits, *_strides(dq), B * H, H, S, **shape
         )
-    work = plan.dkv
-    device.backward_dkv[(work.num_items * B * G,)](
-        q, k, v, dout, lse2, delta, dk, dv, *work.tensors, *_strides(q, k, v, dout, dk, dv),
-        B * G, G, work.num_items, S, T, plan.scale,
-        **_constants(work, q, H // G, reads=(q, dout)),
+    tile_pass = plan.dkv
+    kernels.backward_dkv[(tile_pass.num_items * B * G,)](
+        q, k, v, dout, lse2, delta, dk, dv, *tile_pass.tensors, *_strides(q, k, v, dout, dk, dv),
+        B * G, G, tile_pass.num_items, S, T, plan.scale,
+        **_launch_constants(tile_pass, q, H // G, streamed=(q, dout)),
     )  # fmt: skip
     return dq, dk, dv
 
 
-TERM_ROWS = 32
-MERGED_ROWS = 16  # of a split row's parts, by one program
+ROW_TERMS_ROWS = 32  # rows per program of row_terms
+MERGE_ROWS = 16  # rows per program of merge_partials and sum_partials

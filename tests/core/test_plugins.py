@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from limits import LIMIT_S
+from plugin_package import install_plugin
 
 CODE = '''
 """Declarations first; torch is imported by what a worker loads."""
@@ -90,16 +91,6 @@ def causal(seq_len):
     """A name that is taken."""
     return acme_checkers(seq_len)
 '''
-PROJECT = """
-[build-system]
-requires = ["setuptools"]
-build-backend = "setuptools.build_meta"
-[project]
-name = "acme-attention"
-version = "1"
-[tool.setuptools]
-py-modules = ["acme_attention"]
-"""
 GOOD = """
 [project.entry-points."cpbench.operators"]
 textbook = "acme_attention:operator"
@@ -110,36 +101,9 @@ checkers = "acme_attention:acme_checkers"
 """
 
 
-def install(folder: Path, entry_points: str) -> dict[str, str]:
-    """Install the plugin into a folder; the environment in which cpbench finds it."""
-    (folder / "acme").mkdir()
-    (folder / "acme" / "acme_attention.py").write_text(CODE)
-    (folder / "acme" / "pyproject.toml").write_text(PROJECT + entry_points)
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--no-deps",
-            "--no-build-isolation",
-            "--no-index",
-            "--disable-pip-version-check",
-            "--target",
-            str(folder / "site"),
-            str(folder / "acme"),
-        ],
-        check=True,
-        capture_output=True,
-        timeout=LIMIT_S,
-    )
-    return {**os.environ, "PYTHONPATH": str(folder / "site")}
-
-
 @pytest.fixture(scope="module")
 def plugin(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return install(tmp_path_factory.mktemp("plugin"), GOOD)
+    return install_plugin(tmp_path_factory.mktemp("plugin"), {"acme_attention": CODE}, GOOD)
 
 
 def cpbench(environ: dict[str, str], folder: Path, *words: str) -> subprocess.CompletedProcess[str]:

@@ -33,7 +33,7 @@ WINDOWS = {
 }
 ALL = {mask.partition(":")[0] for mask in MASKS}
 # What each takes of the masks of ``cpbench verify``.
-TAKES = {
+SUPPORTED = {
     "flash_attn.2": WINDOWS,
     "flash_attn.3": WINDOWS,
     "te.cudnn": WINDOWS,
@@ -49,16 +49,16 @@ PARAMS: dict[str, dict[str, Any]] = {
 SHAPES = ((2, 4, 2, 64), (1, 3, 1, 128))
 
 
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def install_stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stand-ins where imports look, and a Hopper device."""
     library_stand_ins.install(
         monkeypatch, {**library_stand_ins.dense(), **sparse_stand_ins.sparse()}
     )
-    on_device(monkeypatch, (9, 0))
+    set_capability(monkeypatch, (9, 0))
 
 
-def on_device(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] | None) -> None:
-    monkeypatch.setattr("cpbench.kernels.libraries.adapter.capability", lambda: capability)
+def set_capability(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] | None) -> None:
+    monkeypatch.setattr("cpbench.kernels.libraries.adapter.compute_capability", lambda: capability)
 
 
 class Seen:
@@ -86,12 +86,12 @@ def inputs(problem: Problem) -> list[torch.Tensor]:
     return [q[:, :S], k[:, :T], v[:, :T], dout[:, :S]]  # not contiguous, as cropped parts are not
 
 
-def loaded(name: str, **params: Any) -> tuple[registry.OperatorInfo, Any]:
+def load(name: str, **params: Any) -> tuple[registry.OperatorInfo, Any]:
     info = registry.operator_info(name)
     return info, registry.implementation(info, {**PARAMS.get(name, {}), **params})
 
 
-def directed(info: registry.OperatorInfo, problem: Problem) -> Problem:
+def with_direction(info: registry.OperatorInfo, problem: Problem) -> Problem:
     return problem if info.backward_on else replace(problem, direction="fwd")
 
 
@@ -100,8 +100,8 @@ def found(
     **params: Any,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     """What an adapter returns, by tensor; with its plan changed."""
-    info, op = loaded(name, **params)
-    problem = directed(info, problem)
+    info, op = load(name, **params)
+    problem = with_direction(info, problem)
     q, k, v, dout = inputs(problem)
     plan = change(op.prepare(mask, problem, "cpu"))
     out, lse = op.forward(QKV(q, k, v), plan)
@@ -127,8 +127,8 @@ def right(off: dict[str, float], dtype: str) -> bool:
 
 
 def compare(name: str, mask: Any, problem: Problem, **params: Any) -> None:
-    info, op = loaded(name, **params)
-    assert op.unsupported(directed(info, problem), _shown(mask), "cpu") is None
+    info, op = load(name, **params)
+    assert op.unsupported(with_direction(info, problem), _shown(mask), "cpu") is None
     off = errors(found(name, mask, problem, **params), mask, problem)
     assert right(off, problem.dtype), off
 
@@ -138,11 +138,11 @@ def _shown(mask: Any) -> Any:
     return mask.grid.mask if isinstance(mask, Blocks) else mask
 
 
-def dtypes(name: str) -> tuple[str, ...]:
-    return registry.operator_info(name).dtypes
+def supported_dtypes(name: str) -> tuple[str, ...]:
+    return registry.operator_info(name).supported_dtypes
 
 
-def windowed(left: int, right: int, sizes: tuple[tuple[int, int], ...]) -> AttnMask:
+def windowed_documents(left: int, right: int, sizes: tuple[tuple[int, int], ...]) -> AttnMask:
     """Documents of n queries and m keys under one window."""
     rows, q0, k0 = [], 0, 0
     for n, m in sizes:
@@ -162,7 +162,7 @@ def block_masks(tokens: int, heads: int) -> HeadMasks:
     return built
 
 
-def right_one(name: str, mask: Any, problem: Problem, change: Any = None, **params: Any) -> bool:
+def is_correct(name: str, mask: Any, problem: Problem, change: Any = None, **params: Any) -> bool:
     """Whether an adapter is right with its plan changed, and the library takes it."""
     try:
         got = found(name, mask, problem, change or (lambda plan: plan), **params)

@@ -90,7 +90,7 @@ def check_all_reduce(comm: MpiComm) -> None:
         comm.all_reduce(torch.ones(2, dtype=torch.bfloat16))
     except ValueError as error:
         message = str(error)
-    assert "not bfloat16: convert it first" in message
+    assert "not bfloat16: convert the tensor first" in message
     comm.traffic.clear()
 
 

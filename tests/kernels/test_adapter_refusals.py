@@ -15,17 +15,17 @@ from adapters import (
     LIMIT,
     PER_HEAD,
     SHAPES,
-    TAKES,
+    SUPPORTED,
     block_masks,
     compare,
-    directed,
     inputs,
-    loaded,
-    on_device,
+    install_stand_ins,
+    is_correct,
+    load,
     problem_of,
-    right_one,
-    stand_in,
-    windowed,
+    set_capability,
+    windowed_documents,
+    with_direction,
 )
 from heavy_packages import HEAVY
 from limits import LIMIT_S
@@ -38,17 +38,17 @@ from cpbench.masks.attn_mask import AttnMask
 
 @pytest.fixture(autouse=True)
 def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in(monkeypatch)
+    install_stand_ins(monkeypatch)
 
 
 # --- refusals -------------------------------------------------------------------------------------
 
 
 def refusal(name: str, text: str, tokens: int = 64, **changes: Any) -> str:
-    info, op = loaded(name)
+    info, op = load(name)
     built = masks.build_heads(text, tokens, 4) if name in PER_HEAD else masks.build(text, tokens)
     problem = problem_of(built, SHAPES[0], changes.pop("dtype", "bfloat16"), **changes)
-    reason = op.unsupported(directed(info, problem), built, "cpu")
+    reason = op.unsupported(with_direction(info, problem), built, "cpu")
     assert reason is not None
     assert len(reason.splitlines()) == 1
     return reason
@@ -77,7 +77,7 @@ BLOCKS = "block_sparse_uniform:block_size=64"
 def test_refusals_say_why(
     name: str, capability: Any, changes: Any, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    on_device(monkeypatch, capability)
+    set_capability(monkeypatch, capability)
     reason = refusal(name, BLOCKS if name in PER_HEAD else "causal", **changes)
     assert (
         reason == f"{name} {words}"
@@ -92,20 +92,22 @@ def test_refusals_of_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     rows = [(1, 2, 0, 3, -9, 9), (3, 4, 0, 3, -9, 9)]
     mask = AttnMask.from_slices(6, 4, rows)
-    _, op = loaded("flashmask")
+    _, op = load("flashmask")
     reason = op.unsupported(problem_of(mask, SHAPES[0], "bfloat16"), mask, "cpu")
     assert "key 0 is hidden from 3 intervals of queries; FlashMask supports two" in reason
-    on_device(monkeypatch, (8, 0))
+    set_capability(monkeypatch, (8, 0))
     assert "9.0 or later for documents" in refusal("te.cudnn", "causal_document:doc_lens=[60,4]")
-    on_device(monkeypatch, (9, 0))
-    mask = windowed(-1, 0, ((3, 5), (4, 2)))  # the second document has more queries than keys
-    _, op = loaded("te.cudnn")
+    set_capability(monkeypatch, (9, 0))
+    mask = windowed_documents(
+        -1, 0, ((3, 5), (4, 2))
+    )  # the second document has more queries than keys
+    _, op = load("te.cudnn")
     reason = op.unsupported(problem_of(mask, SHAPES[0], "bfloat16"), mask, "cpu")
     assert "at least as many keys as queries in every document" in reason
-    on_device(monkeypatch, (8, 0))
+    set_capability(monkeypatch, (8, 0))
     with pytest.raises(ValueError, match="backend = 'tk' is not one of auto, sm90, triton"):
-        loaded("vsa.kernel", backend="tk")
-    _, op = loaded("vsa.kernel", backend="sm90")
+        load("vsa.kernel", backend="tk")
+    _, op = load("vsa.kernel", backend="sm90")
     heads = block_masks(128, 4)
     reason = op.unsupported(problem_of(heads, SHAPES[0], "bfloat16"), heads, "cpu")
     assert "backend = sm90 needs compute capability 9.0" in reason
@@ -113,12 +115,12 @@ def test_refusals_of_masks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("left", "right"), [(-1, 3), (1, -1), (1, 5)])
 def test_windows_that_flash_attention_2_mistakes_are_refused(left: int, right: int) -> None:
-    mask = windowed(left, right, ((10, 3),))
+    mask = windowed_documents(left, right, ((10, 3),))
     problem = problem_of(mask, SHAPES[0], "float16")
-    _, op = loaded("flash_attn.2")
+    _, op = load("flash_attn.2")
     reason = op.unsupported(problem, mask, "cpu")
     assert "mistakes how far ahead this window reaches: it has 10 queries" in reason
-    assert not right_one("flash_attn.2", mask, problem)  # and so it would
+    assert not is_correct("flash_attn.2", mask, problem)  # and so it would
     compare("flash_attn.3", mask, problem)
 
 
@@ -163,8 +165,8 @@ WRONG = [
 def test_a_wrong_plan_is_found_out(name: str, text: str, change: Any) -> None:
     mask = masks.build(text, 64)
     problem = problem_of(mask, SHAPES[0], "bfloat16")
-    assert right_one(name, mask, problem)
-    assert not right_one(name, mask, problem, change)
+    assert is_correct(name, mask, problem)
+    assert not is_correct(name, mask, problem, change)
 
 
 @pytest.mark.parametrize(
@@ -180,8 +182,8 @@ def test_a_wrong_plan_is_found_out(name: str, text: str, change: Any) -> None:
 def test_wrong_lists_are_found_out(name: str, change: Any) -> None:
     mask = block_masks(256, 4)
     problem = problem_of(mask, SHAPES[0], "bfloat16")
-    assert right_one(name, mask, problem)
-    assert not right_one(name, mask, problem, change)
+    assert is_correct(name, mask, problem)
+    assert not is_correct(name, mask, problem, change)
 
 
 def test_the_base_of_the_lse_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +196,7 @@ def test_the_base_of_the_lse_is_found_out(monkeypatch: pytest.MonkeyPatch) -> No
         ("flashinfer.variable", heads, {}),
         ("vsa.kernel", heads, {"backend": "triton"}),
     ):
-        assert not right_one(name, given, problem_of(given, SHAPES[0], "bfloat16"), **params)
+        assert not is_correct(name, given, problem_of(given, SHAPES[0], "bfloat16"), **params)
 
 
 def test_alignment_matters() -> None:
@@ -248,7 +250,7 @@ def test_calls_are_bound_as_the_libraries_bind_them() -> None:
 
 def test_all_adapters_are_here() -> None:
     unproven = {name for name, info in registry.operators().items() if info.unproven}
-    assert unproven == {*TAKES, *PER_HEAD}
+    assert unproven == {*SUPPORTED, *PER_HEAD}
     for name in unproven:
         info = registry.operator_info(name)
         assert info.install
@@ -270,7 +272,7 @@ import sys
 from cpbench.tools import listing
 for device in ("cpu", "cuda"):
     for row in listing.rows("operators", device):
-        if row["operator"] in {sorted([*TAKES, *PER_HEAD])}:
+        if row["operator"] in {sorted([*SUPPORTED, *PER_HEAD])}:
             print(row["here"], "|", row["summary"])
 assert not set({HEAVY}) & set(sys.modules)
 """
@@ -279,7 +281,7 @@ assert not set({HEAVY}) & set(sys.modules)
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) == 2 * (len(TAKES) + len(PER_HEAD))
+    assert len(lines) == 2 * (len(SUPPORTED) + len(PER_HEAD))
     assert all("never run; written against" in line for line in lines)
     on_cpu, on_cuda = lines[: len(lines) // 2], lines[len(lines) // 2 :]
     assert all(line.startswith("no: runs on cuda, not on cpu |") for line in on_cpu)

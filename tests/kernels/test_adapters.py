@@ -19,20 +19,20 @@ from adapters import (
     LSE_LIMIT,
     PER_HEAD,
     SHAPES,
-    TAKES,
+    SUPPORTED,
     WINDOWS,
     block_masks,
     compare,
-    directed,
-    dtypes,
     errors,
     found,
     inputs,
-    loaded,
+    install_stand_ins,
+    load,
     problem_of,
     right,
-    stand_in,
-    windowed,
+    supported_dtypes,
+    windowed_documents,
+    with_direction,
 )
 
 from cpbench import masks
@@ -47,24 +47,24 @@ from cpbench.sweep.verification import HEAD_MASKS, MASKS, SEQ_LEN
 
 @pytest.fixture(autouse=True)
 def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in(monkeypatch)
+    install_stand_ins(monkeypatch)
 
 
 # --- masks of all heads ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text", MASKS, ids=lambda text: text.split(":")[0])
-@pytest.mark.parametrize("name", TAKES)
+@pytest.mark.parametrize("name", SUPPORTED)
 def test_equals_float64_or_is_refused(name: str, text: str) -> None:
     mask = masks.build(text, SEQ_LEN)
     if name == "flashinfer.block_sparse":
         mask = mask.crop(0, SEQ_LEN, 0, 288)
-    if text.partition(":")[0] in TAKES[name]:
-        for shape, dtype in zip(SHAPES, dtypes(name) * 2, strict=False):
+    if text.partition(":")[0] in SUPPORTED[name]:
+        for shape, dtype in zip(SHAPES, supported_dtypes(name) * 2, strict=False):
             compare(name, mask, problem_of(mask, shape, dtype))
         return
-    info, op = loaded(name)
-    problem = directed(info, problem_of(mask, SHAPES[0], "bfloat16"))
+    info, op = load(name)
+    problem = with_direction(info, problem_of(mask, SHAPES[0], "bfloat16"))
     reason = op.unsupported(problem, mask, "cpu")
     assert reason is not None
     assert reason.startswith(f"{name} does not take this mask: ")
@@ -83,12 +83,12 @@ UNEVEN = (
 
 
 @pytest.mark.parametrize(("text", "tokens"), UNEVEN)
-@pytest.mark.parametrize("name", TAKES)
+@pytest.mark.parametrize("name", SUPPORTED)
 def test_uneven_lengths(name: str, text: str, tokens: int) -> None:
     mask = masks.build(text, tokens)
-    problem = problem_of(mask, SHAPES[0], dtypes(name)[-1])
+    problem = problem_of(mask, SHAPES[0], supported_dtypes(name)[-1])
     if name == "te.cudnn" and text == "causal:seq_q=97":
-        _, op = loaded(name)
+        _, op = load(name)
         assert "at least as many keys as queries" in op.unsupported(problem, mask, "cpu")
         return
     compare(name, mask, problem)
@@ -98,17 +98,17 @@ def test_uneven_lengths(name: str, text: str, tokens: int) -> None:
 @pytest.mark.parametrize(("left", "right"), [(3, 0), (3, 2), (4, -1), (-1, 2), (0, 0), (0, 4)])
 @pytest.mark.parametrize("name", ["flash_attn.2", "flash_attn.3", "te.cudnn", "flashinfer.dense"])
 def test_windows(name: str, left: int, right: int, sizes: Any) -> None:
-    mask = windowed(left, right, sizes)
+    mask = windowed_documents(left, right, sizes)
     problem = problem_of(mask, SHAPES[0], "float16")
     if name == "flashinfer.dense" and right > 0:
-        _, op = loaded(name)
+        _, op = load(name)
         reason = op.unsupported(replace(problem, direction="fwd"), mask, "cpu")
         assert f"its queries see {right} tokens ahead" in reason
         return
     compare(name, mask, problem)
 
 
-@pytest.mark.parametrize("name", TAKES)
+@pytest.mark.parametrize("name", SUPPORTED)
 def test_masks_that_show_nothing(name: str) -> None:
     mask = AttnMask.from_slices(32, 32, [])
     problem = problem_of(mask, SHAPES[0], "bfloat16")
@@ -119,7 +119,7 @@ def test_masks_that_show_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["flash_attn.2", "flash_attn.3", "flashinfer.dense"])
 def test_documents_with_more_queries_than_keys(name: str) -> None:
-    mask = windowed(-1, 0, ((9, 4), (5, 8), (6, 1)))
+    mask = windowed_documents(-1, 0, ((9, 4), (5, 8), (6, 1)))
     assert mask.empty_rows().sum() == 10
     compare(name, mask, problem_of(mask, SHAPES[0], "float16"))
 
@@ -132,7 +132,7 @@ def test_rows_that_see_nothing(name: str) -> None:
     compare(name, mask, problem_of(mask, (2, 2, 1, 64), "bfloat16"))
 
 
-@pytest.mark.parametrize("name", TAKES)
+@pytest.mark.parametrize("name", SUPPORTED)
 def test_a_scale_of_one_s_own(name: str) -> None:
     mask = masks.build("causal", 64)
     problem = problem_of(mask, SHAPES[0], "bfloat16", scale=0.25)
@@ -188,7 +188,7 @@ def test_blocks_of_varying_size() -> None:
 
 def test_heads_of_a_group_that_agree_share_their_keys() -> None:
     one, other = block_masks(256, 2).masks
-    info, op = loaded("flashinfer.variable")
+    info, op = load("flashinfer.variable")
     for each, repeat in (((one, one, other, other), 1), ((one, other, one, other), 2)):
         mask = HeadMasks(each)
         problem = problem_of(mask, SHAPES[0], "bfloat16", direction="fwd")
@@ -224,16 +224,16 @@ def test_selections(name: str, params: Any, shape: Any, block: int, tokens: int)
 def test_selections_of_other_blocks() -> None:
     mask = chosen(200, SHAPES[0], 48)
     compare("flashinfer.variable", mask, problem_of(mask, SHAPES[0], "float16"))
-    _, op = loaded("vsa.kernel")
+    _, op = load("vsa.kernel")
     with pytest.raises(Unsupported, match="multiples of 64 tokens, not 48 x 48"):
         op.prepare(mask, problem_of(mask, SHAPES[0], "bfloat16"), "cpu")
 
 
 @pytest.mark.parametrize("name", PER_HEAD)
 def test_selections_that_are_not_whole_blocks(name: str) -> None:
-    info, op = loaded(name)
+    info, op = load(name)
     causal = chosen(256, SHAPES[0], 64, within="causal")
-    problem = directed(info, problem_of(causal, SHAPES[0], "bfloat16"))
+    problem = with_direction(info, problem_of(causal, SHAPES[0], "bfloat16"))
     reason = op.unsupported(problem, causal.grid.mask, "cpu")
     assert reason is not None
     assert "entirely visible, and this mask cuts some of them (a causal one does)" in reason
@@ -263,24 +263,24 @@ def test_a_selector_computes_with_it(name: str) -> None:
 
 # --- parts of a larger computation ----------------------------------------------------------------
 
-MERGING = [n for n in (*TAKES, *PER_HEAD) if registry.operator_info(n).external_lse]
+MERGING = [n for n in (*SUPPORTED, *PER_HEAD) if registry.operator_info(n).external_lse]
 
 
 def test_those_with_an_explicit_backward_take_an_external_lse() -> None:
-    assert set(MERGING) == {*TAKES, *PER_HEAD} - {
+    assert set(MERGING) == {*SUPPORTED, *PER_HEAD} - {
         "flashinfer.dense", "flashinfer.block_sparse", "flashinfer.variable"
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [*TAKES, *PER_HEAD])
+@pytest.mark.parametrize("name", [*SUPPORTED, *PER_HEAD])
 def test_parts_over_split_keys_add_up(name: str) -> None:
     """The last 64 of 192 tokens: earlier keys are seen by all, the last ones causally."""
     if name in PER_HEAD:
         whole: Any = block_masks(192, 4).crop(128, 192, 0, 192)
     else:
         whole = masks.build("causal", 192, seq_q=64)
-    info, op = loaded(name)
-    problem = directed(info, problem_of(whole, SHAPES[0], "bfloat16"))
+    info, op = load(name)
+    problem = with_direction(info, problem_of(whole, SHAPES[0], "bfloat16"))
     q, k, v, dout = inputs(problem)
     spans = [(0, 128), (128, 192)]
     plans = []

@@ -1,4 +1,4 @@
-"""The `bands` operator against dense float64 attention, on masks written as raw slices.
+"""The `bands` operator compared with dense float64 attention, on masks written as raw slices.
 
 Legend: B batch, S queries, T keys, H query heads, G key/value heads, D head dim.
 """
@@ -28,7 +28,7 @@ Tensors = tuple[torch.Tensor, ...]
 Slices = list[tuple[int, int, int, int, int, int]]
 
 FAR = 10**6
-# Largest relative L2 error of out, dq, dk, dv, and largest absolute error of lse.  (Gradients of
+# Maximum relative L2 error of out, dq, dk, dv, and maximum absolute error of lse.  (Gradients of
 # float64 are no better than the lse, which is float32.)
 TOLERANCE = {
     "float64": (1e-6, 1e-5),
@@ -73,9 +73,9 @@ MASKS: dict[str, tuple[int, int, Slices]] = {
         300,
         [(0, 9, 0, 300, -FAR, FAR), (9, 300, 0, 9, -FAR, FAR), (9, 300, 9, 300, -40, 40)],
     ),
-    "blind_rows": (200, 150, [(10, 50, 0, 60, -FAR, 0), (55, 60, 3, 4, -FAR, FAR),
+    "empty_rows": (200, 150, [(10, 50, 0, 60, -FAR, 0), (55, 60, 3, 4, -FAR, FAR),
                               (70, 150, 40, 100, -20, 20)]),
-    "blind_rows_in_tile": (40, 40, [*documents(5, 9), (15, 21, 0, 3, -FAR, FAR)]),
+    "empty_rows_in_tile": (40, 40, [*documents(5, 9), (15, 21, 0, 3, -FAR, FAR)]),
     "crossing_bands": (200, 200, [(0, 200, 0, 200, d, d + 2) for d in (-80, -30, -3)]),
     "one_pair": (1, 1, [(0, 1, 0, 1, 0, 0)]),
     "empty": (20, 30, []),
@@ -110,10 +110,10 @@ def dense(problem: Problem, mask: AttnMask, tensors: Tensors) -> Tensors:
     """out, lse, dq, dk, dv in float64 from the definition."""
     q, k, v, dout = (x.double().transpose(1, 2) for x in tensors)
     k, v = (x.repeat_interleave(problem.group, 1) for x in (k, v))
-    seen = torch.from_numpy(mask.to_dense())
-    scores = (q @ k.mT * problem.softmax_scale).masked_fill(~seen, -torch.inf)
+    visible = torch.from_numpy(mask.to_dense())
+    scores = (q @ k.mT * problem.softmax_scale).masked_fill(~visible, -torch.inf)
     lse = scores.logsumexp(-1)
-    p = torch.where(seen, (scores - lse[..., None]).exp(), 0.0)
+    p = torch.where(visible, (scores - lse[..., None]).exp(), 0.0)
     out = p @ v
     ds = p * (dout @ v.mT - (dout * out).sum(-1, True)) * problem.softmax_scale
     dk, dv = (
@@ -132,26 +132,27 @@ def run(problem: Problem, mask: AttnMask, tensors: Tensors, **params: int) -> Te
     return out, lse, *operator.backward(BackwardInputs(dout, q, k, v, out, lse), plan)
 
 
-def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    wanted = wanted.double()
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    expected = expected.double()
     # Inputs are of order 1; gradients that cancel exactly are compared on that scale.
-    return float((found.double() - wanted).norm() / wanted.norm().clamp(min=2.0))
+    return float((actual.double() - expected).norm() / expected.norm().clamp(min=2.0))
 
 
-def check(problem: Problem, mask: AttnMask, tensors: Tensors, found: Tensors) -> None:
-    wanted = dense(problem, mask, tensors)
-    allowed, allowed_lse = TOLERANCE[problem.dtype]
-    blind = torch.from_numpy(mask.empty_rows())
-    assert found[1].dtype == torch.float32
-    assert torch.equal(found[1] == -torch.inf, wanted[1] == -torch.inf)
-    assert not found[0][:, blind].any()
-    assert not found[2][:, blind].any()
-    difference = (found[1] - wanted[1])[..., ~blind].abs()
-    assert not difference.numel() or float(difference.max()) <= allowed_lse
+def check(problem: Problem, mask: AttnMask, tensors: Tensors, results: Tensors) -> None:
+    """Compare out, lse, dq, dk, dv with the dense reference."""
+    expected = dense(problem, mask, tensors)
+    tolerance, lse_tolerance = TOLERANCE[problem.dtype]
+    empty_rows = torch.from_numpy(mask.empty_rows())
+    assert results[1].dtype == torch.float32
+    assert torch.equal(results[1] == -torch.inf, expected[1] == -torch.inf)
+    assert not results[0][:, empty_rows].any()
+    assert not results[2][:, empty_rows].any()
+    lse_error = (results[1] - expected[1])[..., ~empty_rows].abs()
+    assert not lse_error.numel() or float(lse_error.max()) <= lse_tolerance
     for i, name in ((0, "out"), (2, "dq"), (3, "dk"), (4, "dv")):
-        assert found[i].shape == wanted[i].shape
-        assert found[i].dtype == tensors[0].dtype
-        assert relative(found[i], wanted[i]) <= allowed, name
+        assert results[i].shape == expected[i].shape
+        assert results[i].dtype == tensors[0].dtype
+        assert relative_error(results[i], expected[i]) <= tolerance, name
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -167,7 +168,7 @@ def test_against_dense(name: str, dtype: str, batch: int, heads_q: int, heads_kv
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float16"])
-@pytest.mark.parametrize("name", ["documents", "sinks_window", "blind_rows_in_tile"])
+@pytest.mark.parametrize("name", ["documents", "sinks_window", "empty_rows_in_tile"])
 def test_other_dtypes(name: str, dtype: str) -> None:
     problem = problem_of(mask_of(name), dtype, heads_q=6)
     tensors = inputs(problem)
@@ -183,10 +184,10 @@ def test_tiles_and_head_dims(tile: int, head_dim: int) -> None:
     check(problem, mask, tensors, run(problem, mask, tensors, tile=tile))
 
 
-def test_heads_in_several_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Little scratch memory: uneven parts of the heads, and many chunks of keys."""
-    monkeypatch.setattr(cpu, "CHUNK", 1000)
-    monkeypatch.setattr(cpu, "SCORES", 2000)
+def test_several_head_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Little scratch memory: uneven groups of heads, and many chunks of keys."""
+    monkeypatch.setattr(cpu, "MAX_HEAD_SCORES", 1000)
+    monkeypatch.setattr(cpu, "MAX_SCORES", 2000)
     for name in ("wide", "crossing_bands", "tiny_documents"):
         problem = problem_of(mask_of(name), "bfloat16", batch=2, heads_q=6, heads_kv=3)
         tensors = inputs(problem)
@@ -215,9 +216,9 @@ def test_random_slices(mask: AttnMask, tile: int) -> None:
     check(problem, mask, tensors, run(problem, mask, tensors, tile=tile))
 
 
-@pytest.mark.parametrize("name", ["causal", "sinks_window", "blind_rows", "tiny_documents"])
+@pytest.mark.parametrize("name", ["causal", "sinks_window", "empty_rows", "tiny_documents"])
 def test_shards_of_a_mask(name: str) -> None:
-    """Zigzag ranges and stripes, as context parallelism asks for them."""
+    """Zigzag and striped shards, as in context parallelism."""
     whole = mask_of(name)
     ends = np.linspace(0, min(whole.seq_q, whole.seq_k), 5).astype(int)
     ranges = np.column_stack([ends[:-1], np.diff(ends)])
@@ -228,9 +229,10 @@ def test_shards_of_a_mask(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["causal", "window", "blind_rows", "documents"])
-def test_parts_of_the_keys_add_up(name: str, dtype: str) -> None:
-    """With the out and lse of the whole row, gradients of two halves of the keys just add."""
+@pytest.mark.parametrize("name", ["causal", "window", "empty_rows", "documents"])
+def test_gradients_of_key_subsets_add_up(name: str, dtype: str) -> None:
+    """With the out and lse of all keys, the gradients of two halves of the keys sum to the
+    whole."""
     mask = mask_of(name)
     problem = problem_of(mask, dtype)
     q, k, v, dout = tensors = inputs(problem)
@@ -250,7 +252,7 @@ def test_parts_of_the_keys_add_up(name: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["causal", "window"])
-def test_given_lse_of_minus_infinity(name: str) -> None:
+def test_external_lse_of_minus_infinity(name: str) -> None:
     mask = mask_of(name)
     problem = problem_of(mask)
     q, k, v, dout = inputs(problem)
@@ -267,7 +269,7 @@ def test_given_lse_of_minus_infinity(name: str) -> None:
     assert not dv[:, 100:].any()
 
 
-@pytest.mark.parametrize("name", ["blind_rows", "sinks_window", "documents", "empty", "wide"])
+@pytest.mark.parametrize("name", ["empty_rows", "sinks_window", "documents", "empty", "wide"])
 def test_uninitialised_memory_does_not_matter(name: str) -> None:
     """torch fills new memory with NaN in deterministic mode."""
     problem = problem_of(mask_of(name), heads_q=4)
@@ -276,34 +278,34 @@ def test_uninitialised_memory_does_not_matter(name: str) -> None:
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.empty(3).isnan().all()
-        found = run(problem, mask_of(name), tensors)
+        results = run(problem, mask_of(name), tensors)
     finally:
         torch.use_deterministic_algorithms(before)
-    check(problem, mask_of(name), tensors, found)
-    for a, b in zip(found, run(problem, mask_of(name), tensors), strict=True):
+    check(problem, mask_of(name), tensors, results)
+    for a, b in zip(results, run(problem, mask_of(name), tensors), strict=True):
         assert torch.equal(a, b)
 
 
-def test_inputs_stay_and_strides_do_not_matter() -> None:
+def test_inputs_are_unchanged_and_strides_do_not_matter() -> None:
     mask = mask_of("sinks_window")
     problem = problem_of(mask, heads_q=4)
     tensors = inputs(problem)
     copies = [x.clone() for x in tensors]
-    found = run(problem, mask, tensors)
+    results = run(problem, mask, tensors)
     assert all(torch.equal(a, b) for a, b in zip(tensors, copies, strict=True))
     strided = tuple(torch.cat([x, x], 2).transpose(1, 2).contiguous().transpose(1, 2)[
         :, :, : x.shape[2]] for x in tensors)  # fmt: skip
-    for a, b in zip(found, run(problem, mask, strided), strict=True):
+    for a, b in zip(results, run(problem, mask, strided), strict=True):
         torch.testing.assert_close(a, b)
 
 
-def test_scores_far_apart() -> None:
-    """Scores of thousands: only the difference from the row maximum may be exponentiated."""
+def test_scores_of_thousands() -> None:
+    """Only the difference from the row maximum may be exponentiated."""
     mask = mask_of("wide")
     problem = problem_of(mask, "float64", scale=1000.0)
     tensors = inputs(problem)
-    found = run(problem, mask, tensors)
-    assert relative(found[0], dense(problem, mask, tensors)[0]) < 1e-9
+    results = run(problem, mask, tensors)
+    assert relative_error(results[0], dense(problem, mask, tensors)[0]) < 1e-9
 
 
 def test_plan_is_linear() -> None:
@@ -338,8 +340,8 @@ def test_declaration_needs_no_torch() -> None:
 
 
 def _window(q: torch.Tensor, k: torch.Tensor, left: int, right: int) -> AttnMask:
-    """FlashAttention's window: bottom-right aligned; what mha_fwd and set_params_fprop of
-    flash-attn 2.8.3 make of its bounds."""
+    """FlashAttention's window, bottom-right aligned, with the bounds as mha_fwd and
+    set_params_fprop of flash-attn 2.8.3 read them."""
     n, m = q.shape[1], k.shape[1]
     left, right = (-1 if bound >= m else bound for bound in (left, right))
     if left < 0 <= right:
@@ -381,7 +383,7 @@ def test_cuda_calls(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     operator = Bands()
     plan = operator.prepare(mask, problem, "cuda")
     assert all(call.left >= -1 and call.right >= -1 for call in plan.calls)
-    assert len(plan.calls) == len(cuda.calls(mask)) <= 3 * len(mask.slices)
+    assert len(plan.calls) == len(cuda.plan_calls(mask)) <= 3 * len(mask.slices)
     out, lse = operator.forward(QKV(q, k, v), plan)
     check(
         problem,
@@ -396,15 +398,15 @@ def test_cuda_calls(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("lo", [-FAR, -50, -120])
 def test_windows_of_slices_with_more_queries_than_keys(seq_q: int, hi: int, lo: int) -> None:
     mask = AttnMask.from_slices(seq_q, 30, [(0, seq_q, 0, 30, lo, hi)])
-    found = np.zeros((seq_q, 30), dtype=int)
-    for q0, q1, k0, k1, left, right in cuda.calls(mask):
+    visible = np.zeros((seq_q, 30), dtype=int)
+    for q0, q1, k0, k1, left, right in cuda.plan_calls(mask):
         q, k = (torch.empty(1, n, 1, 1) for n in (q1 - q0, k1 - k0))
-        found[q0:q1, k0:k1] += _window(q, k, left, right).to_dense()
-    assert np.array_equal(found, mask.to_dense())
+        visible[q0:q1, k0:k1] += _window(q, k, left, right).to_dense()
+    assert np.array_equal(visible, mask.to_dense())
 
 
-def test_cuda_arguments_fit_the_schema() -> None:
-    """The positional arguments that ``bands_cuda`` relies on."""
+def test_cuda_arguments_match_the_schema() -> None:
+    """The positional arguments that ``bands.cuda`` relies on."""
     for name, count in (("forward", 10), ("backward", 14)):
         schema = getattr(torch.ops.aten, f"_flash_attention_{name}").default._schema
         names = [a.name for a in schema.arguments]

@@ -1,6 +1,6 @@
-"""`triton_band`: its lists of tiles against the dense mask, its kernels against float64.
+"""`triton_band`: tile lists compared with the dense mask, and kernels compared with float64.
 
-The kernels run under Triton's interpreter.  All static masks are in ``test_operators`` too.
+The kernels run under Triton's interpreter.  ``test_operators`` runs all static masks too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import cpbench
 from cpbench import masks
-from cpbench.kernels.triton.plan import LEAST_TILES, Visits, grouped_order, visits
+from cpbench.kernels.triton.plan import MIN_SPLIT_TILES, TilePlan, grouped_order, plan_tiles
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.sweep.verification import MASKS, SEQ_LEN
 
@@ -41,58 +41,60 @@ SMALL_MASKS = (
 )
 
 
-def seen_by(found: Visits, plan: int, mask: AttnMask, block_q: int, block_k: int) -> np.ndarray:
-    """What the lists of a plan let see, as the kernels walk them; each pair may be met once."""
-    lists = found.lists
-    seen = np.zeros((mask.seq_q, mask.seq_k), dtype=int)
-    for row, run0, run1, tile0, tile1, _ in lists.items[plan]:
+def visit_counts(
+    plan: TilePlan, number: int, mask: AttnMask, block_q: int, block_k: int
+) -> np.ndarray:
+    """``[S, T]``: how often a plan visits each pair, as the kernels do."""
+    lists = plan.lists
+    counts = np.zeros((mask.seq_q, mask.seq_k), dtype=int)
+    for row, run0, run1, tile0, tile1, _ in lists.items[number]:
         q = slice(row * block_q, min((row + 1) * block_q, mask.seq_q))
         for begin, end in lists.runs[run0:run1]:
             assert begin < end
-            assert end * block_k <= mask.seq_k, "runs are read without looking at the edge"
-            seen[q, begin * block_k : end * block_k] += 1
+            assert end * block_k <= mask.seq_k, "runs are loaded without bounds checks"
+            counts[q, begin * block_k : end * block_k] += 1
         for t in range(tile0, tile1):
             start = lists.tiles[t] * block_k
-            shown = _shown(lists, t, np.arange(q.start, q.stop), start, block_k)
+            visible = _visible_pairs(lists, t, np.arange(q.start, q.stop), start, block_k)
             keys = slice(start, min(start + block_k, mask.seq_k))
-            assert not shown[:, keys.stop - start :].any()
-            seen[q, keys] += shown[:, : keys.stop - start]
-    return seen
+            assert not visible[:, keys.stop - start :].any()
+            counts[q, keys] += visible[:, : keys.stop - start]
+    return counts
 
 
-def _shown(lists: object, t: int, rows: np.ndarray, start: int, block_k: int) -> np.ndarray:
-    """What ``hide`` leaves of a partial tile."""
+def _visible_pairs(lists: object, t: int, rows: np.ndarray, start: int, block_k: int) -> np.ndarray:
+    """The pairs of a partial tile that ``apply_mask`` leaves visible."""
     cols = np.arange(start, start + block_k)
     hidden = np.zeros((len(rows), block_k), dtype=bool)
     last = np.full(len(rows), -1)
     for layer in range(*lists.tile_layers[t]):
         begin, end = last + 1, last
-        taken = np.zeros(len(rows), dtype=bool)
-        for q0, q1, k0, k1, lo, hi in lists.pieces[lists.layers[layer] : lists.layers[layer + 1]]:
-            here = (rows >= q0) & (rows < q1)
-            assert not (taken & here).any(), "two intervals of a row in one layer"
-            taken |= here
-            begin = np.where(here, np.maximum(rows + lo, k0), begin)
-            end = np.where(here, np.minimum(rows + hi, k1 - 1), end)
-        assert (begin > last)[taken].all(), "layers must go from left to right"
+        in_layer = np.zeros(len(rows), dtype=bool)
+        for q0, q1, k0, k1, lo, hi in lists.slices[lists.layers[layer] : lists.layers[layer + 1]]:
+            in_slice = (rows >= q0) & (rows < q1)
+            assert not (in_layer & in_slice).any(), "two intervals of a row in one layer"
+            in_layer |= in_slice
+            begin = np.where(in_slice, np.maximum(rows + lo, k0), begin)
+            end = np.where(in_slice, np.minimum(rows + hi, k1 - 1), end)
+        assert (begin > last)[in_layer].all(), "layers must go from left to right"
         hidden |= (cols > last[:, None]) & (cols < begin[:, None])
         last = end
     return ~(hidden | (cols > last[:, None]))
 
 
-def _check_lists(mask: AttnMask, block_q: int, block_k: int, parts: int = 1) -> Visits:
-    found = visits([mask], block_q, block_k, parts)
-    assert np.array_equal(seen_by(found, 0, mask, block_q, block_k), mask.to_dense())
-    assert sorted(found.lists.order[0]) == list(range(found.lists.items.shape[1]))
-    return found
+def _check_lists(mask: AttnMask, block_q: int, block_k: int, parts: int = 1) -> TilePlan:
+    plan = plan_tiles([mask], block_q, block_k, parts)
+    assert np.array_equal(visit_counts(plan, 0, mask, block_q, block_k), mask.to_dense())
+    assert sorted(plan.lists.order[0]) == list(range(plan.lists.items.shape[1]))
+    return plan
 
 
 @pytest.mark.parametrize("blocks", [(64, 64), (128, 32), (32, 128)], ids=str)
 @pytest.mark.parametrize("mask", MASKS, ids=lambda text: text.split(":")[0])
 def test_lists_are_the_mask(mask: str, blocks: tuple[int, int]) -> None:
     built = masks.build(mask, SEQ_LEN)
-    for one in (built, built.transpose()):
-        _check_lists(one, *blocks)
+    _check_lists(built, *blocks)
+    _check_lists(built.transpose(), *blocks)
 
 
 @given(
@@ -114,34 +116,34 @@ def test_lists_of_any_slices(rows: list[tuple[int, ...]], blocks: tuple[int, int
     _check_lists(kept, *blocks, parts=3)
 
 
-def test_split_rows_have_parts_of_their_own_and_add_up() -> None:
+def test_split_rows_have_slots_and_add_up() -> None:
     mask = masks.build("streaming", 600, num_sinks=40, window=300).crop(570, 600, 0, 600)
-    found = _check_lists(mask, 32, 16, parts=4)
-    assert found.splits.tolist() == [[0, 0, found.slots]]
-    assert 2 <= found.slots <= 4
-    slots = found.lists.items[0, :, 5]
-    assert sorted(slots) == list(range(found.slots))
-    alone = visits([mask], 32, 16, parts=1)
-    assert alone.slots == 0
-    short = visits([masks.build("causal", 40)], 16, 16, parts=4)
-    assert short.slots == 0, f"rows of up to {LEAST_TILES} tiles are not split"
+    plan = _check_lists(mask, 32, 16, parts=4)
+    assert plan.splits.tolist() == [[0, 0, plan.slots]]
+    assert 2 <= plan.slots <= 4
+    slots = plan.lists.items[0, :, 5]
+    assert sorted(slots) == list(range(plan.slots))
+    unsplit = plan_tiles([mask], 32, 16, parts=1)
+    assert unsplit.slots == 0
+    short = plan_tiles([masks.build("causal", 40)], 16, 16, parts=4)
+    assert short.slots == 0, f"rows of up to {MIN_SPLIT_TILES} tiles are not split"
 
 
 def test_rows_are_ordered_longest_first() -> None:
-    found = visits([masks.build("causal", 600)], 64, 64)
-    assert found.lists.order[0].tolist() == list(range(9, -1, -1))
-    both = visits([masks.build("causal", 600), masks.build("full", 600)], 64, 64)
+    plan = plan_tiles([masks.build("causal", 600)], 64, 64)
+    assert plan.lists.order[0].tolist() == list(range(9, -1, -1))
+    both = plan_tiles([masks.build("causal", 600), masks.build("full", 600)], 64, 64)
     assert grouped_order(both, 2).shape == (1, 10)
     assert grouped_order(both, 2)[0, 0] == 9
 
 
-def test_lists_are_linear_in_what_is_visited() -> None:
+def test_lists_are_linear_in_runs_and_partial_tiles() -> None:
     mask = masks.build("causal", 1 << 20)
-    found = visits([mask], 128, 128)
-    assert found.visited == 8192 * 8193 // 2
-    lists = found.lists
+    plan = plan_tiles([mask], 128, 128)
+    assert plan.visited == 8192 * 8193 // 2
+    lists = plan.lists
     assert len(lists.runs) == 8191
-    assert len(lists.tiles) == len(lists.pieces) == 8192
+    assert len(lists.tiles) == len(lists.slices) == 8192
 
 
 # --- kernels ------------------------------------------------------------------------------------
@@ -150,21 +152,21 @@ def test_lists_are_linear_in_what_is_visited() -> None:
 def compare(
     mask: AttnMask, operator: str, shape: tuple[int, int, int, int], dtype: torch.dtype
 ) -> None:
-    """Everything against dense float64."""
+    """Compare out, lse and gradients with dense float64."""
     batch, heads_q, heads_kv, dim = shape
     tokens = max(mask.seq_q, mask.seq_k)
     q, k, v, dout = naive.random_inputs(batch, tokens, heads_q, heads_kv, dim, dtype)
     q, dout = (x[:, : mask.seq_q].contiguous() for x in (q, dout))
     k, v = (x[:, : mask.seq_k].contiguous() for x in (k, v))
-    want = naive.attention(q, k, v, dout, mask)
+    expected = naive.attention(q, k, v, dout, mask)
     for x in (q, k, v):
         x.requires_grad_()
     out, lse = cpbench.attention(q, k, v, mask, operator=operator)
     out.backward(dout)
-    found = {"out": out, "lse": lse, "dq": q.grad, "dk": k.grad, "dv": v.grad}
+    results = {"out": out, "lse": lse, "dq": q.grad, "dk": k.grad, "dv": v.grad}
     for name in naive.TENSORS:
-        error = naive.error(found[name].detach(), want[name])
-        assert error < LIMIT[dtype], f"{name} is off by {error:.2g}"
+        error = naive.error(results[name].detach(), expected[name])
+        assert error < LIMIT[dtype], f"{name} has an error of {error:.2g}"
 
 
 @pytest.mark.parametrize("mask", SMALL_MASKS, ids=lambda text: text.split(":")[0])
@@ -200,23 +202,23 @@ def test_tensor_descriptors_read_the_same() -> None:
 
 
 def test_offsets_beyond_32_bits() -> None:
-    """Tokens so far apart that their element numbers do not fit an int32; untouched memory of a
-    large tensor costs nothing."""
-    tokens, apart = 300, (1 << 23) + 8
-    assert tokens * apart > 1 << 31
-    shape, strides = (1, tokens, 1, 16), (tokens * apart, apart, 16, 1)
-    given = naive.random_inputs(1, tokens, 1, 1, 16, torch.float16)
-    spread = [torch.empty(tokens * apart, dtype=torch.float16) for _ in range(3)]
-    views = [x.as_strided(shape, strides) for x in spread]
-    for view, x in zip(views, given[:3], strict=True):
+    """A token stride for which offsets do not fit an int32; the untouched memory of a large tensor
+    is never allocated."""
+    tokens, stride = 300, (1 << 23) + 8
+    assert tokens * stride > 1 << 31
+    shape, strides = (1, tokens, 1, 16), (tokens * stride, stride, 16, 1)
+    inputs = naive.random_inputs(1, tokens, 1, 1, 16, torch.float16)
+    buffers = [torch.empty(tokens * stride, dtype=torch.float16) for _ in range(3)]
+    views = [x.as_strided(shape, strides) for x in buffers]
+    for view, x in zip(views, inputs[:3], strict=True):
         view.copy_(x)
     mask = masks.build("sliding_window_causal", tokens, window=20)
-    want = naive.attention(*given, mask)
+    expected = naive.attention(*inputs, mask)
     out, _ = cpbench.attention(*views, mask, operator="triton_band")
-    assert naive.error(out, want["out"]) < LIMIT[torch.float16]
+    assert naive.error(out, expected["out"]) < LIMIT[torch.float16]
 
 
-def test_backward_is_the_same_to_the_bit() -> None:
+def test_backward_is_deterministic() -> None:
     mask = masks.build("causal", 200)
     runs = []
     for _ in range(2):
@@ -244,19 +246,19 @@ def _tiny() -> list[torch.Tensor]:
     return naive.random_inputs(1, 8, 1, 1, 16, torch.float32)[:3]
 
 
-def test_inputs_whose_lanes_are_apart_are_read_as_they_are() -> None:
-    """Every other lane of a wider tensor."""
+def test_inputs_with_a_strided_head_dimension() -> None:
+    """Every other element of a wider tensor."""
     wide = [torch.randn(1, 70, 2, 32) for _ in range(3)]
-    apart = [x[..., ::2] for x in wide]
+    strided = [x[..., ::2] for x in wide]
     mask = masks.build("causal", 70)
-    want = cpbench.attention(*apart, mask, operator="reference")
-    found = cpbench.attention(*apart, mask, operator="triton_band")
-    for a, b in zip(found, want, strict=True):
+    expected = cpbench.attention(*strided, mask, operator="reference")
+    results = cpbench.attention(*strided, mask, operator="triton_band")
+    for a, b in zip(results, expected, strict=True):
         assert torch.allclose(a, b, atol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.3])
-def test_scales_that_turn_scores_around(scale: float) -> None:
+def test_zero_and_negative_scales(scale: float) -> None:
     inputs = [torch.randn(1, 70, 2, 16, requires_grad=True) for _ in range(3)]
     mask = masks.build("sliding_window_causal", 70, window=9)
     dout = torch.randn(1, 70, 2, 16)
@@ -268,7 +270,7 @@ def test_scales_that_turn_scores_around(scale: float) -> None:
         assert torch.allclose(a, b, atol=1e-5)
 
 
-def test_a_nan_among_the_queries_stays_one() -> None:
+def test_a_nan_in_a_query_stays_nan() -> None:
     q, k, v = (torch.randn(1, 40, 1, 16) for _ in range(3))
     q[0, 7] = float("nan")
     out, lse = cpbench.attention(q, k, v, masks.build("causal", 40), operator="triton_band")
@@ -277,8 +279,8 @@ def test_a_nan_among_the_queries_stays_one() -> None:
     assert lse[0, 0, 8].isfinite()
 
 
-def test_scratch_for_descriptors_is_there_in_every_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Autograd runs backward passes in threads of its own, and Triton keeps its allocator for each
+def test_every_thread_has_an_allocator_for_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autograd runs backward passes in threads of its own, and Triton keeps its allocator per
     thread."""
     import threading
 
@@ -287,17 +289,17 @@ def test_scratch_for_descriptors_is_there_in_every_thread(monkeypatch: pytest.Mo
     from cpbench.kernels.triton import launch
     from cpbench.kernels.triton.configs import Config
 
-    config, x, seen = Config(64, 64, 4, 1, 1), torch.zeros(1, 8, 1, 16), []
+    config, x, allocators = Config(64, 64, 4, 1, 1), torch.zeros(1, 8, 1, 16), []
 
-    def look() -> None:
-        assert launch._descriptors(config, x)
-        seen.append(_allocation._allocator.get())
+    def use_descriptors() -> None:
+        assert launch._use_descriptors(config, x)
+        allocators.append(_allocation._allocator.get())
 
-    look()
-    thread = threading.Thread(target=look)
+    use_descriptors()
+    thread = threading.Thread(target=use_descriptors)
     thread.start()
     thread.join()
-    assert seen == [launch._scratch] * 2
+    assert allocators == [launch._allocate_scratch] * 2
 
 
 @pytest.mark.parametrize(
@@ -310,10 +312,8 @@ def test_scratch_for_descriptors_is_there_in_every_thread(monkeypatch: pytest.Mo
         ("cuda:86", 128, None),
     ],
 )
-def test_targets_without_what_it_takes_are_refused(
-    target: str, head_dim: int, words: str | None
-) -> None:
-    from cpbench.kernels.triton.configs import unserved
+def test_unsupported_targets_are_refused(target: str, head_dim: int, words: str | None) -> None:
+    from cpbench.kernels.triton.configs import target_refusal
 
-    found = unserved(target, head_dim, 4)
-    assert (words in found) if words and found else words is found
+    reason = target_refusal(target, head_dim, 4)
+    assert (words in reason) if words and reason else words is reason

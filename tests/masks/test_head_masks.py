@@ -13,7 +13,7 @@ from cpbench.core import registry
 from cpbench.core.operator import Unsupported
 from cpbench.core.registry import RegistrationError
 from cpbench.core.spec import Spec
-from cpbench.kernels.triton.plan import visits
+from cpbench.kernels.triton.plan import plan_tiles
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.dilated_mask import DilatedMask
 from cpbench.masks.head_masks import HeadMasks
@@ -184,9 +184,9 @@ def test_equals_float64_in_bfloat16(operator: str) -> None:
 
 def test_each_head_has_its_own_tile_lists() -> None:
     built = build_heads("block_sparse_uniform:block_size=32,keep=0.3", 200, 3)
-    found = visits(built.masks, 32, 32)
+    found = plan_tiles(built.masks, 32, 32)
     assert found.lists.items.shape == (3, 7, 6)
-    per_head = [visits([mask], 32, 32).visited for mask in built.masks]
+    per_head = [plan_tiles([mask], 32, 32).visited for mask in built.masks]
     assert found.visited == sum(per_head)
 
 

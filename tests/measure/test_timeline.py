@@ -162,29 +162,32 @@ def test_recorded_times_are_the_measured_times(
 
 
 def overlapping_timelines(rank: int, size: int) -> tuple[list[RankTimeline], float, float]:
-    """Timelines of real transfers, and the times just before and after recording.  The first
-    operator call of each phase returns only after the keys in flight have arrived and their
-    transfer has been recorded."""
-    recorded = threading.Event()
-    add = timeline.Recorder.add
+    """Timelines of real transfers, and the times just before and after recording.  Operator calls
+    return only after all transfers in flight have arrived and been recorded."""
+    post, add = timeline.RecordingComm._record, timeline.Recorder.add
+    changed, counts = threading.Condition(), {"posted": 0, "recorded": 0}
 
-    def add_and_notify(self: timeline.Recorder, row: str, *args: Any) -> None:
+    def post_and_count(self: timeline.RecordingComm, *args: Any) -> Any:
+        counts["posted"] += 1
+        return post(self, *args)
+
+    def add_and_count(self: timeline.Recorder, row: str, *args: Any) -> None:
         add(self, row, *args)
-        if row == "transfer":
-            recorded.set()
+        with changed:
+            counts["recorded"] += row == "transfer"
+            changed.notify()
 
-    timeline.Recorder.add = add_and_notify  # type: ignore[method-assign]
-    comm, calls = TorchComm(), 0
+    timeline.RecordingComm._record = post_and_count  # type: ignore[method-assign]
+    timeline.Recorder.add = add_and_count  # type: ignore[method-assign]
 
-    def wait_for_transfer() -> None:
-        nonlocal calls
-        if calls % 2 == 0:
-            assert recorded.wait(LIMIT_S), "no transfer was recorded while the operator computed"
-            recorded.clear()
-        calls += 1
+    def wait_for_transfers() -> None:
+        with changed:
+            done = changed.wait_for(lambda: counts["recorded"] == counts["posted"], LIMIT_S)
+        assert done, "a transfer was not recorded while the operator computed"
 
+    comm = TorchComm()
     work = attention("ring", comm)
-    run_before_calls(work, wait_for_transfer)
+    run_before_calls(work, wait_for_transfers)
     inputs = rank_inputs(work, Recipe(), "cpu")
     start = time.perf_counter()
     ranks = timeline.record_timelines(work, inputs, Cpu(1), comm, Control())

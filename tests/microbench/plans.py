@@ -42,10 +42,10 @@ def mask_of(tokens: int) -> tuple[AttnMask, np.ndarray]:
 
 
 def ours(tokens: int) -> Any:
-    from cpbench.kernels.triton.plan import visits
+    from cpbench.kernels.triton.plan import plan_tiles
 
     mask, _ = mask_of(tokens)
-    return lambda: (visits([mask], BLOCK, BLOCK), visits([mask.transpose()], BLOCK, BLOCK))
+    return lambda: (plan_tiles([mask], BLOCK, BLOCK), plan_tiles([mask.transpose()], BLOCK, BLOCK))
 
 
 def our_flex(tokens: int) -> Any:

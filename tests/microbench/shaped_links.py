@@ -2,14 +2,13 @@
 
     python tests/microbench/shaped_links.py [--rate 1gbit] [--tokens 8192] [--folder FOLDER]
 
-The nodes are network namespaces whose link is held to a rate; ranks of one node speak over its
-loopback.  A sweep runs over them as it would over machines (torchrun, one agent a node).  What is
-told of each strategy: a run, the same without communication, communication alone, how long the
-rank that waits longest does so, how much of communication is exposed and how much hidden, and the
-bytes that cross.  Four ranks share the cores of this machine: computing is slow, and what a
-processor does for a transfer (copies, the network's own work) cannot be hidden under it; only
-waiting can.  With ``--paced`` an operator sleeps instead of computing, so that the links alone
-count: whether a strategy hides its transfers can only be told so.
+The nodes are network namespaces joined by a link of limited rate; ranks of one node use its
+loopback.  A sweep runs on them as on real nodes (torchrun, one agent per node).  Reported per
+strategy: time, time without communication, communication alone, the maximum waiting time per rank,
+the fractions of communication that are exposed and hidden, and the bytes across nodes.  Four ranks
+share the cores of this machine: compute is slow, and the CPU work of a transfer (copies, network
+stack) cannot overlap with it; only waiting can.  With ``--paced`` an operator sleeps instead of
+computing, so that only the links count: this shows whether a strategy hides its transfers.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ check_sampled = false
 memory = false
 """
 PACED = '''
-"""An operator that takes its time and computes nothing: no core is busy meanwhile, as on a GPU."""
+"""An operator that sleeps instead of computing: no core is busy, as with a GPU."""
 import time
 from cpbench.core.registry import OperatorInfo
 
@@ -81,24 +80,25 @@ class Paced:
         time.sleep(2.5 * plan * x.q.shape[2])
         return tuple(y.new_zeros(y.shape) for y in (x.q, x.k, x.v))
 
-OP = OperatorInfo(name="paced", summary="takes its time", source="-", load=Paced)
+OP = OperatorInfo(name="paced", summary="sleeps instead of computing", source="-", load=Paced)
 '''
 MASKS = ("causal", "causal_document:corpus=prolong64k,seed=1")
 COLUMNS = {
     "method": "", "fwd_ms": ".0f", "time_ms": ".0f", "compute_ms": ".0f", "transfer_ms": ".0f",
-    "waits_ms": ".0f", "exposed_ms": ".0f", "exposed": ".0%", "hidden": ".0%",
+    "max_wait_ms": ".0f", "exposed_ms": ".0f", "exposed": ".0%", "hidden": ".0%",
     "across_mb": ".1f", "sent_mb": ".1f",
 }  # fmt: skip
 
 
-def measure(folder: Path, rate: str, text: str, where: list[str]) -> None:
-    """Run the sweep over two nodes, into ``folder / run``."""
-    (folder / "sweep.toml").write_text(text)
+def measure(folder: Path, rate: str, sweep: str, where: list[str]) -> None:
+    """Run the sweep on two nodes, into ``folder / run``."""
+    (folder / "sweep.toml").write_text(sweep)
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     cpbench = (sys.executable, "-m", "cpbench")
     with namespaces.namespaces(2, rate) as holders:
         first, second = (namespaces.enter_command(holder) for holder in holders)
         on = ("--interface", "eth0")
+        conditions = [argument for condition in where for argument in ("--where", condition)]
         joined = subprocess.Popen(
             [*second, *cpbench, "join", "run", *on, "--patience", "60"], cwd=folder, env=env,
             stdout=subprocess.DEVNULL,
@@ -106,8 +106,7 @@ def measure(folder: Path, rate: str, text: str, where: list[str]) -> None:
         try:
             subprocess.run(
                 [*first, *cpbench, "run", "sweep.toml", "--out", "run", "--launcher", "torchrun",
-                 "--nodes", "2", *on, *(w for one in where for w in ("--where", one)),
-                 "--trace", "--json"],
+                 "--nodes", "2", *on, *conditions, "--trace", "--json"],
                 cwd=folder, env=env, check=True, stdout=subprocess.DEVNULL,
             )  # fmt: skip
         finally:
@@ -115,8 +114,8 @@ def measure(folder: Path, rate: str, text: str, where: list[str]) -> None:
             joined.wait()
 
 
-def waits_ms(folder: Path, case: str) -> float:
-    """Of the rank that waits longest, in the watched pass: for transfers, and for ranks that share
+def max_wait_ms(folder: Path, case: str) -> float:
+    """The maximum waiting time per rank in the traced pass: for transfers, and for ranks that share
     its core."""
     waits = [0.0] * 4
     for event in json.loads(trace_path(folder, case).read_text())["traceEvents"]:
@@ -130,34 +129,38 @@ def main() -> None:
     parser.add_argument("--rate", default="1gbit")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--heads-kv", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=15.0, help="for each case")
+    parser.add_argument("--seconds", type=float, default=15.0, help="per case")
     parser.add_argument("--masks", nargs="+", default=MASKS)
-    parser.add_argument("--paced", type=float, metavar="NS", help="instead of computing, take so "
-                        "long for a visible pair and head: no core is busy then")  # fmt: skip
-    parser.add_argument("--where", nargs="+", default=[], help="only such cases: strategy=ring")
-    parser.add_argument("--folder", type=Path, help="keep the run here; one there is not rerun")
-    given = parser.parse_args()
+    parser.add_argument("--paced", type=float, metavar="NS", help="instead of computing, sleep NS "
+                        "nanoseconds per visible pair and head: no core is busy")  # fmt: skip
+    parser.add_argument(
+        "--where", nargs="+", default=[], help="only matching cases, e.g. strategy=ring"
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="where to keep the run; an existing run is only reported"
+    )
+    options = parser.parse_args()
     if namespaces.missing_requirement():
         raise SystemExit(namespaces.missing_requirement())
-    folder = given.folder or Path(tempfile.mkdtemp(prefix="cpbench-shaped-"))
+    folder = options.folder or Path(tempfile.mkdtemp(prefix="cpbench-shaped-"))
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "run").exists():
-        masks = "[" + ", ".join(f'"{mask}"' for mask in given.masks) + "]"
-        (folder / "paced.py").write_text(PACED.format(ns=given.paced))
-        operator = "./paced.py:OP" if given.paced else "bands"
-        text = SWEEP.format(
-            operator=operator, checked="false" if given.paced else "true", masks=masks,
-            tokens=given.tokens, heads_kv=given.heads_kv, seconds=given.seconds,
+        masks = "[" + ", ".join(f'"{mask}"' for mask in options.masks) + "]"
+        (folder / "paced.py").write_text(PACED.format(ns=options.paced))
+        operator = "./paced.py:OP" if options.paced else "bands"
+        sweep = SWEEP.format(
+            operator=operator, checked="false" if options.paced else "true", masks=masks,
+            tokens=options.tokens, heads_kv=options.heads_kv, seconds=options.seconds,
         )  # fmt: skip
-        measure(folder, given.rate, text, given.where)
+        measure(folder, options.rate, sweep, options.where)
     table = load(folder / "run")
     table["method"] = [
         " ".join(filter(None, (f"{row.strategy}/{row.layout}", row.placement)))
         for row in table.itertuples()
     ]
-    table["waits_ms"] = [waits_ms(folder / "run", case) for case in table["id"]]
+    table["max_wait_ms"] = [max_wait_ms(folder / "run", case) for case in table["id"]]
     for mask, rows in table.groupby("mask"):
-        print(f"\n{mask}, {given.tokens} tokens, 2 nodes x 2 ranks, {given.rate} between nodes")
+        print(f"\n{mask}, {options.tokens} tokens, 2 nodes x 2 ranks, {options.rate} between nodes")
         print(f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}")
         for _, row in rows.sort_values("time_ms").iterrows():
             cells = [f"{row[c]:{form}}" if row[c] == row[c] else "–" for c, form in COLUMNS.items()]

@@ -343,9 +343,6 @@ def test_bad_parameters(strategy: str, words: str) -> None:
         prepared(0, 2, strategy, "contiguous", "causal", "bands", problem_of("float32"))
 
 
-# --- restored state -------------------------------------------------------------------------------
-
-
 def _changed_state(rank: int, size: int) -> list[str]:
     """The state of shared modules that differs after the calls of libraries."""
     import torch.distributed as dist
@@ -377,18 +374,14 @@ def test_the_state_of_shared_modules_is_restored() -> None:
 
 def test_declared_and_imported_without_the_libraries() -> None:
     assert len(LIBRARIES) >= 9
-    load_paths = {str(registry.strategy_info(name).load) for name in LIBRARIES}
-    modules = sorted({load.partition(":")[0] for load in load_paths})
-    heavy = ["torch", "flash_attn"]
-    heavy += [module for name in LIBRARIES for module in registry.strategy_info(name).requires]
+    infos = [registry.strategy_info(name) for name in LIBRARIES]
+    modules = sorted({str(info.load).partition(":")[0] for info in infos})
+    heavy = ["torch", "flash_attn", *(module for info in infos for module in info.requires)]
     code = f"import sys, {', '.join(modules)}\nprint(set({heavy}) & set(sys.modules))"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT_S
     )
     assert result.stdout.strip() == "set()", result.stderr
-
-
-# --- through the harness --------------------------------------------------------------------------
 
 
 def test_bench_shows_a_defect_as_wrong() -> None:

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from cpbench.cli import main
-from cpbench.kernels.triton.configs import KERNELS, choose
+from cpbench.kernels.triton.configs import KERNELS, kernel_configs
 from cpbench.tools import compilation
 
 
@@ -73,7 +73,7 @@ def test_the_command_prints_json_and_exits_with_1_on_broken_kernels(
     words += ["--dtype", "float16", "--head-dim", "128"]
     assert main.invoke([*words, "--json"]) == 0
     assert [row["kernel"] for row in json.loads(capsys.readouterr().out)] == [
-        *KERNELS, "row_terms", "merge_parts", "add_parts"
+        *KERNELS, "row_terms", "merge_partials", "sum_partials"
     ]  # fmt: skip
     assert main.invoke([*words, "--config", "rows=64,cols=128,num_warps=8,num_stages=3"]) == 1
     assert "broken" in capsys.readouterr().out
@@ -103,7 +103,7 @@ def test_invalid_options_give_one_line_errors(
 
 
 def test_targets_without_a_table_use_that_of_the_next_older_one() -> None:
-    assert choose("cuda:103", 128, 2) == choose("cuda:100", 128, 2)
-    assert choose("cuda:89", 64, 2) == choose("cuda:86", 64, 2)
-    assert choose("hip:gfx950", 64, 2) == choose("hip:gfx942", 64, 2)
-    assert choose("cuda:90", 96, 2) == choose("cuda:90", 128, 2)
+    assert kernel_configs("cuda:103", 128, 2) == kernel_configs("cuda:100", 128, 2)
+    assert kernel_configs("cuda:89", 64, 2) == kernel_configs("cuda:86", 64, 2)
+    assert kernel_configs("hip:gfx950", 64, 2) == kernel_configs("hip:gfx942", 64, 2)
+    assert kernel_configs("cuda:90", 96, 2) == kernel_configs("cuda:90", 128, 2)

@@ -10,7 +10,13 @@ import pytest
 from cpbench.cli import main as cli
 from cpbench.core.problem import Problem
 from cpbench.kernels.triton import configs as triton_configs
-from cpbench.kernels.triton.configs import INTERPRETED, KERNELS, Config, choose, problem_class
+from cpbench.kernels.triton.configs import (
+    INTERPRETER_CONFIG,
+    KERNELS,
+    Config,
+    kernel_configs,
+    problem_class,
+)
 from cpbench.measure.device import open_device
 from cpbench.tools import tuner
 
@@ -35,18 +41,18 @@ def test_the_fastest_configurations_are_saved_and_used(cache: Path) -> None:
         assert len(measured) == 2
         fastest = min(measured, key=lambda row: row["us"])["config"]
         (chosen,) = [row for row in rows if row["kernel"] == kernel and "chosen" in row]
-        assert chosen == {"kernel": kernel, "chosen": fastest, "table": str(INTERPRETED)}
-        assert str(choose("interpreter", 16, 4, gpu="interpreter")[kernel]) == fastest
+        assert chosen == {"kernel": kernel, "chosen": fastest, "table": str(INTERPRETER_CONFIG)}
+        assert str(kernel_configs("interpreter", 16, 4, gpu="interpreter")[kernel]) == fastest
     assert list(json.loads(cache.read_text())) == [problem_class("interpreter", 16, 4, False)]
-    assert choose("interpreter", 16, 2, gpu="interpreter")["forward"] == INTERPRETED
-    assert choose("interpreter", 16, 4)["forward"] == INTERPRETED
+    assert kernel_configs("interpreter", 16, 2, gpu="interpreter")["forward"] == INTERPRETER_CONFIG
+    assert kernel_configs("interpreter", 16, 4)["forward"] == INTERPRETER_CONFIG
 
 
 def test_another_class_is_added_and_a_wrong_result_is_not_selected(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache.parent.mkdir()
-    cache.write_text(json.dumps({"other": {"forward": {**vars(INTERPRETED)}}}))
+    cache.write_text(json.dumps({"other": {"forward": {**vars(INTERPRETER_CONFIG)}}}))
     device = open_device("cpu", 0, 1)
     results = tuner._ConfigBenchmark._results
 
@@ -71,8 +77,8 @@ def test_another_class_is_added_and_a_wrong_result_is_not_selected(
 def test_a_damaged_file_is_named(cache: Path) -> None:
     cache.parent.mkdir()
     cache.write_text('{"x": 3}')
-    with pytest.raises(ValueError, match=r"tuned\.json is not what cpbench tune wrote"):
-        triton_configs.choose("cuda:90", 128, 2, gpu="NVIDIA H100")
+    with pytest.raises(ValueError, match=r"tuned\.json is not a valid file of cpbench tune"):
+        triton_configs.kernel_configs("cuda:90", 128, 2, gpu="NVIDIA H100")
 
 
 def test_tune_without_a_gpu_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,70 @@
+"""The examples of CONTRIBUTING.md, installed as another package, pass the check."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from limits import LIMIT_S
+from paths import ROOT
+from plugin_package import install_plugin
+
+ENTRY_POINTS = """
+[project.entry-points."cpbench.operators"]
+operator = "mine_operator:OP"
+selector = "mine_selector:SELECTOR"
+[project.entry-points."cpbench.strategies"]
+strategy = "mine_strategy:STRATEGY"
+[project.entry-points."cpbench.masks"]
+mask = "mine_mask:mine_band"
+"""
+
+
+def examples() -> dict[str, str]:
+    """The Python code of each section by what it is about; without registering masks twice."""
+    sections = re.split(
+        r"^## An? (\w+) is one .*$", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.M
+    )
+    by_topic = dict(zip(sections[1::2], sections[2::2], strict=True))
+    code = {
+        f"mine_{topic}": re.findall(r"```python\n(.*?)```", text, re.S)
+        for topic, text in by_topic.items()
+    }
+    found = {name: "\n".join(blocks) for name, blocks in code.items() if blocks}
+    found["mine_mask"] = found["mine_mask"].replace("@pattern\n", "")
+    return found
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    modules = examples()
+    assert set(modules) == {"mine_operator", "mine_selector", "mine_strategy", "mine_mask"}
+    return install_plugin(tmp_path_factory.mktemp("contributing"), modules, ENTRY_POINTS)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--operator", "mine", "--world-size", "1"),
+        ("--operator", "mine", "--strategy", "ring", "--world-size", "2", "--mask", "causal"),
+        ("--operator", "mine_selector", "--mask", "causal", "--world-size", "1"),
+        ("--strategy", "mine_strategy", "--world-size", "3", "--mask", "causal"),
+        ("--operator", "bands", "--mask", "mine_band:width=9", "--world-size", "1"),
+    ],
+    ids=lambda arguments: " ".join(arguments),
+)
+def test_examples_are_verified(
+    environment: dict[str, str], tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "cpbench", "verify", *arguments, "--dtype", "float32", "--json"],
+        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT_S,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = json.loads(result.stdout)
+    assert sum(row["ok"] for row in rows) > 0
+    assert not any(row.get("failed") for row in rows)
