@@ -31,7 +31,7 @@ def block_sparse_uniform(
     causal: bool = False,
     seed: int = 0,
 ) -> HeadMasks:
-    """Each head keeps a share ``keep`` of the key blocks of each block row, at random.
+    """Each head keeps a share (keep) of the key blocks of each block row, at random.
 
     At least one block is kept.  With ``causal``, blocks are those up to the diagonal, which is
     always kept.
@@ -52,7 +52,7 @@ def block_sparse_variable(
     causal: bool = False,
     seed: int = 0,
 ) -> HeadMasks:
-    """Like block_sparse_uniform, with random block lengths of ``block_size`` on average.
+    """Like block_sparse_uniform, with random block lengths of block_size on average.
 
     Each head has its own partition, the same for queries and keys; no block is shorter than
     ``least`` tokens.

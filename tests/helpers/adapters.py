@@ -1,4 +1,4 @@
-"""What the tests of adapters share: who takes what, and each against dense float64."""
+"""Helpers of the tests of adapters: supported masks, and comparison with dense float64."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ WINDOWS = {
     "sliding_window_causal",
 }
 ALL = {mask.partition(":")[0] for mask in MASKS}
-# What each takes of the masks of ``cpbench verify``.
+# The masks of ``cpbench verify`` that each adapter supports.
 SUPPORTED = {
     "flash_attn.2": WINDOWS,
     "flash_attn.3": WINDOWS,
@@ -50,7 +50,7 @@ SHAPES = ((2, 4, 2, 64), (1, 3, 1, 128))
 
 
 def install_stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stand-ins where imports look, and a Hopper device."""
+    """Install the stand-ins of all libraries, and pretend to have a Hopper device."""
     library_stand_ins.install(
         monkeypatch, {**library_stand_ins.dense(), **sparse_stand_ins.sparse()}
     )
@@ -61,8 +61,8 @@ def set_capability(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] 
     monkeypatch.setattr("cpbench.kernels.libraries.adapter.compute_capability", lambda: capability)
 
 
-class Seen:
-    """Booleans as a mask that the reference takes."""
+class DenseMask:
+    """Booleans as a mask for the dense reference."""
 
     def __init__(self, dense: torch.Tensor) -> None:
         self._dense = dense
@@ -92,14 +92,15 @@ def load(name: str, **params: Any) -> tuple[registry.OperatorInfo, Any]:
 
 
 def with_direction(info: registry.OperatorInfo, problem: Problem) -> Problem:
+    """The problem, forward only for an operator without a backward pass."""
     return problem if info.backward_on else replace(problem, direction="fwd")
 
 
-def found(
+def run_adapter(
     name: str, mask: Any, problem: Problem, change: Callable[[Any], Any] = lambda plan: plan,
     **params: Any,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
-    """What an adapter returns, by tensor; with its plan changed."""
+    """The results of an adapter by name; ``change`` modifies its plan."""
     info, op = load(name, **params)
     problem = with_direction(info, problem)
     q, k, v, dout = inputs(problem)
@@ -107,43 +108,46 @@ def found(
     out, lse = op.forward(QKV(q, k, v), plan)
     assert (out.shape, out.dtype) == (q.shape, q.dtype)
     assert (lse.shape, lse.dtype) == ((len(q), q.shape[2], q.shape[1]), torch.float32)
-    got = {"out": out, "lse": lse}
+    results = {"out": out, "lse": lse}
     if info.backward_on:
         grads = op.backward(BackwardInputs(dout, q, k, v, out, lse), plan)
-        for x, like in zip(grads, (q, k, v), strict=True):
-            assert (x.shape, x.dtype) == (like.shape, like.dtype)
-        got |= dict(zip(("dq", "dk", "dv"), grads, strict=True))
-    return got
+        for grad, tensor in zip(grads, (q, k, v), strict=True):
+            assert (grad.shape, grad.dtype) == (tensor.shape, tensor.dtype)
+        results |= dict(zip(("dq", "dk", "dv"), grads, strict=True))
+    return results
 
 
-def errors(got: dict[str, torch.Tensor], mask: Any, problem: Problem) -> dict[str, float]:
-    seen = Seen(mask.rows(0, mask.seq_q)) if isinstance(mask, Blocks) else mask
-    want = naive.attention(*inputs(problem), seen)
-    return {name: naive.error(x, want[name]) for name, x in got.items()}
+def errors(results: dict[str, torch.Tensor], mask: Any, problem: Problem) -> dict[str, float]:
+    if isinstance(mask, Blocks):
+        mask = DenseMask(mask.dense_rows(0, mask.seq_q))
+    expected = naive.attention(*inputs(problem), mask)
+    return {name: naive.error(x, expected[name]) for name, x in results.items()}
 
 
-def right(off: dict[str, float], dtype: str) -> bool:
-    return all(x < (LSE_LIMIT if name == "lse" else LIMIT[dtype]) for name, x in off.items())
+def within_limits(errors: dict[str, float], dtype: str) -> bool:
+    limit = {"lse": LSE_LIMIT}
+    return all(error < limit.get(name, LIMIT[dtype]) for name, error in errors.items())
 
 
 def compare(name: str, mask: Any, problem: Problem, **params: Any) -> None:
+    """Assert that an adapter supports a mask and equals dense float64."""
     info, op = load(name, **params)
-    assert op.unsupported(with_direction(info, problem), _shown(mask), "cpu") is None
-    off = errors(found(name, mask, problem, **params), mask, problem)
-    assert right(off, problem.dtype), off
+    assert op.unsupported(with_direction(info, problem), _static_mask(mask), "cpu") is None
+    error_of = errors(run_adapter(name, mask, problem, **params), mask, problem)
+    assert within_limits(error_of, problem.dtype), error_of
 
 
-def _shown(mask: Any) -> Any:
-    """What is known of a selection before it is made."""
+def _static_mask(mask: Any) -> Any:
+    """The mask that a selection is a subset of, which is known before the selection."""
     return mask.grid.mask if isinstance(mask, Blocks) else mask
 
 
 def supported_dtypes(name: str) -> tuple[str, ...]:
-    return registry.operator_info(name).supported_dtypes
+    return registry.operator_info(name).dtypes
 
 
 def windowed_documents(left: int, right: int, sizes: tuple[tuple[int, int], ...]) -> AttnMask:
-    """Documents of n queries and m keys under one window."""
+    """Documents of n queries and m keys each, under one window."""
     rows, q0, k0 = [], 0, 0
     for n, m in sizes:
         corner = k0 + m - q0 - n
@@ -163,9 +167,10 @@ def block_masks(tokens: int, heads: int) -> HeadMasks:
 
 
 def is_correct(name: str, mask: Any, problem: Problem, change: Any = None, **params: Any) -> bool:
-    """Whether an adapter is right with its plan changed, and the library takes it."""
+    """Whether the library takes an adapter's calls and the results are right; ``change`` modifies
+    its plan."""
     try:
-        got = found(name, mask, problem, change or (lambda plan: plan), **params)
+        results = run_adapter(name, mask, problem, change or (lambda plan: plan), **params)
     except (AssertionError, RuntimeError, ValueError):
         return False
-    return right(errors(got, mask, problem), problem.dtype)
+    return within_limits(errors(results, mask, problem), problem.dtype)

@@ -1,4 +1,4 @@
-"""Packages that a login node need not have."""
+"""Packages that are not needed on a login node."""
 
 from __future__ import annotations
 

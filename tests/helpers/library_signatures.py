@@ -1,7 +1,7 @@
 """Functions with exactly the signatures of ``stand_ins/*.pyi``, for stand-ins of libraries.
 
-A call is bound as Python binds it, and arguments are held against the annotations that typed
-schemas enforce, so a wrong name, order or type fails as it would on the library.
+Calls are bound as by Python, and arguments are checked against the annotations that typed schemas
+enforce, so a wrong name, order or type fails as with the library.
 """
 
 from __future__ import annotations
@@ -34,61 +34,61 @@ for _name, _types in list(_TYPES.items()):
 
 
 class Signature:
-    """One function of a library.
+    """The signature of a library's function.
 
     Attributes:
-        stub: a Python function with the library's parameters and defaults.
-        annotations: their annotations, as text.
+        stub: a Python function with the parameters and defaults of the library's.
+        annotations: annotations of the parameters, as text.
     """
 
     def __init__(self, node: ast.FunctionDef) -> None:
-        every = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-        self.annotations = {a.arg: ast.unparse(a.annotation) for a in every if a.annotation}
-        bare = ast.parse(ast.unparse(node)).body[0]
-        assert isinstance(bare, ast.FunctionDef)
-        for one in ast.walk(bare):
-            if isinstance(one, ast.arg):
-                one.annotation = None
-        bare.returns, bare.body, bare.decorator_list = None, [ast.Pass()], []
-        space: dict[str, Any] = {}
-        code = ast.fix_missing_locations(ast.Module([bare], []))
-        exec(compile(code, "<signature>", "exec"), space)
-        self.stub = space[node.name]
+        parameters = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        self.annotations = {a.arg: ast.unparse(a.annotation) for a in parameters if a.annotation}
+        stub = ast.parse(ast.unparse(node)).body[0]
+        assert isinstance(stub, ast.FunctionDef)
+        for child in ast.walk(stub):
+            if isinstance(child, ast.arg):
+                child.annotation = None
+        stub.returns, stub.body, stub.decorator_list = None, [ast.Pass()], []
+        namespace: dict[str, Any] = {}
+        code = ast.fix_missing_locations(ast.Module([stub], []))
+        exec(compile(code, "<signature>", "exec"), namespace)
+        self.stub = namespace[node.name]
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Every argument by name.
+        """All arguments of a call by name.
 
         Raises:
-            TypeError: for a call that the library would not take.
+            TypeError: for a call that the library would refuse.
         """
         bound = inspect.signature(self.stub).bind(*args, **kwargs)
         for name, value in bound.arguments.items():
             allowed = _TYPES.get(self.annotations.get(name, ""))
-            fits = allowed is None or isinstance(value, allowed)
+            valid = allowed is None or isinstance(value, allowed)
             if allowed is not None and isinstance(value, bool) and bool not in allowed:
-                fits = False
-            if not fits:
-                raise TypeError(f"{name} = {value!r} is no {self.annotations[name]}")
+                valid = False
+            if not valid:
+                raise TypeError(f"{name} = {value!r} is not of type {self.annotations[name]}")
         bound.apply_defaults()
         return dict(bound.arguments)
 
 
 @functools.cache
 def signatures(file: str) -> dict[str, Signature]:
-    """The functions of ``stand_ins/<file>.pyi``; methods as ``Class.method``."""
-    found = {}
+    """The signatures in ``stand_ins/<file>.pyi`` by name; methods as ``Class.method``."""
+    by_name = {}
     for node in ast.parse((FOLDER / f"{file}.pyi").read_text()).body:
         if isinstance(node, ast.FunctionDef):
-            found[node.name] = Signature(node)
+            by_name[node.name] = Signature(node)
         elif isinstance(node, ast.ClassDef):
-            for inner in node.body:
-                assert isinstance(inner, ast.FunctionDef)
-                found[f"{node.name}.{inner.name}"] = Signature(inner)
-    return found
+            for method in node.body:
+                assert isinstance(method, ast.FunctionDef)
+                by_name[f"{node.name}.{method.name}"] = Signature(method)
+    return by_name
 
 
 def function(file: str, name: str, body: Callable[..., Any]) -> Callable[..., Any]:
-    """A function with a library's signature; ``body`` takes its arguments by name, in one dict."""
+    """A function with a library's signature that calls ``body`` with a dict of its arguments."""
     signature = signatures(file)[name]
 
     @functools.wraps(signature.stub)
@@ -98,8 +98,8 @@ def function(file: str, name: str, body: Callable[..., Any]) -> Callable[..., An
     return call
 
 
-class Hidden:
-    """A custom operator of torch: what it takes shows only when it is called, by its schema."""
+class CustomOperator:
+    """A custom operator of torch, which does not expose its signature."""
 
     def __init__(self, call: Callable[..., Any]) -> None:
         self._call = call

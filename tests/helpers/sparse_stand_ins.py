@@ -1,6 +1,6 @@
 """Stand-ins of FlashInfer, FlashMask and VSA's kernel; see ``library_stand_ins``.
 
-Legend: S queries, T keys, H query heads, G key/value heads, D head dim; N tokens end to end.
+Legend: S queries, T keys, H query heads, G key/value heads, D head dim; N concatenated tokens.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from library_signatures import Hidden, function, signatures
+from library_signatures import CustomOperator, function, signatures
 from library_stand_ins import LN2, NAN, attend, check, check_lse, differentiate, documents, window
 
 # --- FlashInfer ---------------------------------------------------------------------------------
@@ -22,26 +22,27 @@ class _Wrapper:
     file = ""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        given = self._bound("__init__", args, kwargs)
-        space = given["float_workspace_buffer"]
-        assert (space.dtype, space.ndim) == (torch.uint8, 1)
-        assert len(space) >= 128 << 20
-        assert given.get("kv_layout", "NHD") == "NHD", "fa3 misreads HND"
+        arguments = self._bind("__init__", args, kwargs)
+        workspace = arguments["float_workspace_buffer"]
+        assert (workspace.dtype, workspace.ndim) == (torch.uint8, 1)
+        assert len(workspace) >= 128 << 20
+        assert arguments.get("kv_layout", "NHD") == "NHD", "fa3 misreads HND"
         self.planned: dict[str, Any] = {}
 
-    def _bound(self, name: str, args: Any, kwargs: Any) -> dict[str, Any]:
+    def _bind(self, name: str, args: Any, kwargs: Any) -> dict[str, Any]:
         signature = signatures(self.file)[f"{type(self).__name__}.{name}"]
         return signature.bind(self, *args, **kwargs)
 
     def plan(self, *args: Any, **kwargs: Any) -> None:
         assert not self.planned, "a second plan keeps parts of the first"
-        self.planned = self._bound("plan", args, kwargs)
+        self.planned = self._bind("plan", args, kwargs)
         for name in ("packed_mask", "packed_custom_mask"):
             assert self.planned.get(name) is None, "misread from the second row on"
         assert not self.planned.get("causal") or "qo_indptr" in self.planned, "not of all keys"
 
-    def _given(self, args: Any, kwargs: Any) -> tuple[torch.Tensor, ...]:
-        a, p = self._bound("run", args, kwargs), self.planned
+    def _inputs(self, args: Any, kwargs: Any) -> tuple[torch.Tensor, ...]:
+        """The checked q, k, v of a call of ``run``."""
+        a, p = self._bind("run", args, kwargs), self.planned
         q, k, v = a["q"], a["k"], a["v"]
         check(q, k, v, contiguous=True)
         assert q.dtype == p["q_data_type"], "the plan is for another dtype"
@@ -53,13 +54,13 @@ class _Wrapper:
 
     @property
     def _scale(self) -> float:
-        found: float = self.planned["sm_scale"]
-        return found
+        scale: float = self.planned["sm_scale"]
+        return scale
 
 
 class BatchPrefillWithRaggedKVCacheWrapper(_Wrapper):
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        q, k, v = self._given(args, kwargs)
+        q, k, v = self._inputs(args, kwargs)
         p = self.planned
         assert (q.shape[1:], k.shape[1]) == (
             (p["num_qo_heads"], p["head_dim_qk"]),
@@ -68,15 +69,15 @@ class BatchPrefillWithRaggedKVCacheWrapper(_Wrapper):
         out, lse = torch.full_like(q, NAN), torch.full(q.shape[:2], NAN)
         for at_q, at_k in documents(p["qo_indptr"], p["kv_indptr"]):
             S, T = at_q.stop - at_q.start, at_k.stop - at_k.start
-            seen = window(S, T, p["window_left"], 0 if p["causal"] else -1, T - S)
-            o, found = attend(q[at_q], k[at_k], v[at_k], seen, self._scale)
-            out[at_q], lse[at_q] = o.to(q.dtype), (found.T / LN2).float()
+            visible = window(S, T, p["window_left"], 0 if p["causal"] else -1, T - S)
+            o, o_lse = attend(q[at_q], k[at_k], v[at_k], visible, self._scale)
+            out[at_q], lse[at_q] = o.to(q.dtype), (o_lse.T / LN2).float()
         return out, lse
 
 
 class BlockSparseAttentionWrapper(_Wrapper):
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        q, k, v = self._given(args, kwargs)
+        q, k, v = self._inputs(args, kwargs)
         p = self.planned
         M, N, R, C = (p[name] for name in "MNRC")
         assert (len(q), len(k)) == (M, N)
@@ -86,7 +87,7 @@ class BlockSparseAttentionWrapper(_Wrapper):
         bits = p["mask"]
         if bits is not None:
             assert (bits.dtype, bits.shape) == (torch.bool, (len(p["indices"]), R, C))
-        seen = torch.zeros(M, N, dtype=torch.bool)
+        visible = torch.zeros(M, N, dtype=torch.bool)
         ends = p["indptr"].tolist()
         assert len(ends) == -(-M // R) + 1
         for row, (begin, end) in enumerate(pairwise(ends)):
@@ -95,14 +96,14 @@ class BlockSparseAttentionWrapper(_Wrapper):
             for n, col in zip(range(begin, end), listed, strict=True):
                 height = min(R, M - row * R)
                 block = torch.ones(R, C, dtype=torch.bool) if bits is None else bits[n]
-                seen[row * R : row * R + height, col * C : col * C + C] = block[:height]
-        out, lse = attend(q, k, v, seen, self._scale)
+                visible[row * R : row * R + height, col * C : col * C + C] = block[:height]
+        out, lse = attend(q, k, v, visible, self._scale)
         return out.to(q.dtype), (lse.T / LN2).float()
 
 
 class VariableBlockSparseAttentionWrapper(_Wrapper):
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        q, k, v = (x.transpose(0, 1) for x in self._given(args, kwargs))  # heads come first
+        q, k, v = (x.transpose(0, 1) for x in self._inputs(args, kwargs))  # heads come first
         p = self.planned
         kept, rows, cols = p["block_mask_map"], p["block_row_sz"], p["block_col_sz"]
         assert kept.dtype == torch.bool
@@ -113,12 +114,12 @@ class VariableBlockSparseAttentionWrapper(_Wrapper):
         assert (rows.sum(1) == len(q)).all()
         assert (cols.sum(1) == len(k)).all()
         assert min(int(rows.min()), int(cols.min())) > 0
-        each = [
+        pairs = [
             kept[g].repeat_interleave(rows[g].long(), 0).repeat_interleave(cols[g].long(), 1)
             for g in range(heads)
         ]
-        seen = torch.stack(each).repeat_interleave(group, 0)
-        out, lse = attend(q, k, v, seen, self._scale)
+        visible = torch.stack(pairs).repeat_interleave(group, 0)
+        out, lse = attend(q, k, v, visible, self._scale)
         return out.to(q.dtype).transpose(0, 1).contiguous(), (lse / LN2).float()
 
 
@@ -128,14 +129,14 @@ def _flashinfer(file: str) -> dict[str, Any]:
         BlockSparseAttentionWrapper,
         VariableBlockSparseAttentionWrapper,
     )
-    return {one.__name__: type(one.__name__, (one,), {"file": file}) for one in classes}
+    return {base.__name__: type(base.__name__, (base,), {"file": file}) for base in classes}
 
 
 # --- FlashMask ----------------------------------------------------------------------------------
 
 
-def _flashmask_seen(a: dict[str, Any], S: int, T: int, causal: bool) -> torch.Tensor:
-    """``[B, S, T]``, by the table of its documentation."""
+def _flashmask_visible(a: dict[str, Any], S: int, T: int, causal: bool) -> torch.Tensor:
+    """The visible pairs ``[B, S, T]``, by the table in the library's documentation."""
     rows = a["startend_row_indices"]
     assert (rows.dtype, rows.shape[1:3]) == (torch.int32, (1, T))
     if rows.shape[3] not in ((1, 2) if causal else (2, 4)):
@@ -163,15 +164,15 @@ def _flashmask() -> dict[str, Any]:
         if a["startend_row_indices"] is None:
             raise ValueError("startend_row_indices cannot be None")
         assert len(a["startend_row_indices"]) == len(k), "no broadcast of batches"
-        seen = _flashmask_seen(a, q.shape[1], k.shape[1], a["causal"])
-        found = [
-            attend(q[b], k[b], v[b], seen[b], a["softmax_scale"] or q.shape[-1] ** -0.5)
+        visible = _flashmask_visible(a, q.shape[1], k.shape[1], a["causal"])
+        results = [
+            attend(q[b], k[b], v[b], visible[b], a["softmax_scale"] or q.shape[-1] ** -0.5)
             for b in range(len(q))
         ]
         assert a["return_softmax_lse"]
         return [
-            torch.stack([o for o, _ in found]).to(q.dtype),
-            torch.stack([lse for _, lse in found]).float(),
+            torch.stack([o for o, _ in results]).to(q.dtype),
+            torch.stack([lse for _, lse in results]).float(),
         ]
 
     def backward(a: dict[str, Any]) -> Any:
@@ -179,15 +180,15 @@ def _flashmask() -> dict[str, Any]:
         check(q, k, v, dtypes=(torch.bfloat16,))
         check_lse(lse, len(q), q.shape[2], q.shape[1])
         assert a["out"].dtype == a["dout"].dtype == q.dtype
-        seen = _flashmask_seen(a, q.shape[1], k.shape[1], a["is_causal"])
-        each = [
+        visible = _flashmask_visible(a, q.shape[1], k.shape[1], a["is_causal"])
+        grads = [
             differentiate(
                 a["dout"][b], q[b], k[b], v[b], a["out"][b],
-                lse[b].masked_fill(lse[b] == -torch.inf, 0.0), seen[b], a["softmax_scale"],
+                lse[b].masked_fill(lse[b] == -torch.inf, 0.0), visible[b], a["softmax_scale"],
             )
             for b in range(len(q))
         ]  # fmt: skip
-        return tuple(torch.stack(x).to(q.dtype) for x in zip(*each, strict=True))
+        return tuple(torch.stack(x).to(q.dtype) for x in zip(*grads, strict=True))
 
     return {
         "flashmask_attention": function("flashmask", "flashmask_attention", forward),
@@ -198,8 +199,8 @@ def _flashmask() -> dict[str, Any]:
 # --- VSA ----------------------------------------------------------------------------------------
 
 
-def _vsa_seen(a: dict[str, Any], q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """``[B, H, S, T]``."""
+def _vsa_visible(a: dict[str, Any], q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """The visible pairs, ``[B, H, S, T]``."""
     index, count, sizes = a["q2k_idx"], a["q2k_num"], a["variable_block_sizes"]
     B, H, S, T = len(q), q.shape[1], q.shape[2], k.shape[2]
     assert S % 64 == T % 64 == 0, "whole blocks"
@@ -208,26 +209,26 @@ def _vsa_seen(a: dict[str, Any], q: torch.Tensor, k: torch.Tensor) -> torch.Tens
     assert index.shape[:3] == count.shape == (B, H, S // 64)
     assert sizes.shape == (T // 64,)
     valid = torch.arange(64)[None] < sizes[:, None]  # [Y, 64]
-    seen = torch.zeros(B, H, S // 64, T // 64, 64, dtype=torch.bool)
+    visible = torch.zeros(B, H, S // 64, T // 64, 64, dtype=torch.bool)
     for b in range(B):
         for h in range(H):
             for x in range(S // 64):
                 listed = index[b, h, x, : count[b, h, x]].tolist()
                 assert len(set(listed)) == len(listed), "a key would count twice"
                 assert all(sizes[y] > 0 for y in listed)
-                seen[b, h, x, listed] = valid[listed]
-    return seen.flatten(3).repeat_interleave(64, 2)
+                visible[b, h, x, listed] = valid[listed]
+    return visible.flatten(3).repeat_interleave(64, 2)
 
 
 def _vsa_forward(a: dict[str, Any], q: Any, k: Any, v: Any) -> tuple[torch.Tensor, torch.Tensor]:
     check(*(x.contiguous() for x in (q, k, v)), dtypes=(torch.bfloat16,))
     assert q.shape[1] == k.shape[1], "heads of keys are indexed by those of queries"
-    seen, scale = _vsa_seen(a, q, k), q.shape[-1] ** -0.5
-    found = [
-        attend(*(x[b].transpose(0, 1) for x in (q, k, v)), seen[b], scale) for b in range(len(q))
+    visible, scale = _vsa_visible(a, q, k), q.shape[-1] ** -0.5
+    results = [
+        attend(*(x[b].transpose(0, 1) for x in (q, k, v)), visible[b], scale) for b in range(len(q))
     ]
-    out = torch.stack([o.transpose(0, 1) for o, _ in found])
-    return out.to(q.dtype), torch.stack([lse for _, lse in found])
+    out = torch.stack([o.transpose(0, 1) for o, _ in results])
+    return out.to(q.dtype), torch.stack([lse for _, lse in results])
 
 
 def _vsa_backward(
@@ -235,16 +236,16 @@ def _vsa_backward(
 ) -> tuple[torch.Tensor, ...]:
     assert q.shape[1] == k.shape[1]
     assert out.is_contiguous()
-    seen, scale = _vsa_seen(a, q, k), q.shape[-1] ** -0.5
-    each = [
-        differentiate(*(x[b].transpose(0, 1) for x in (dout, q, k, v, out)), lse[b], seen[b], scale)
-        for b in range(len(q))
-    ]
-    grads = (torch.stack(x).transpose(1, 2) for x in zip(*each, strict=True))
-    return tuple(x.to(q.dtype) for x in grads)
+    visible, scale = _vsa_visible(a, q, k), q.shape[-1] ** -0.5
+    batch_grads = []
+    for b in range(len(q)):
+        tensors = (x[b].transpose(0, 1) for x in (dout, q, k, v, out))
+        batch_grads.append(differentiate(*tensors, lse[b], visible[b], scale))
+    grads = (torch.stack(x).transpose(1, 2) for x in zip(*batch_grads, strict=True))
+    return tuple(grad.to(q.dtype) for grad in grads)
 
 
-def _sm90(a: dict[str, Any], q: torch.Tensor) -> None:
+def _check_sm90(a: dict[str, Any], q: torch.Tensor) -> None:
     assert len(q) == 1, "one batch"
     assert q.shape[-1] in (64, 128), "nothing is launched for others"
     assert (a["q2k_num"] > 0).all(), "undefined for rows without blocks"
@@ -258,18 +259,18 @@ def _vsa() -> dict[str, Any]:
     def triton_backward(a: dict[str, Any]) -> Any:
         lse = a["M"]
         check_lse(lse, *a["q"].shape[:3])
-        given = (a[name] for name in ("grad_output", "q", "k", "v", "o"))
-        return _vsa_backward(a, *given, lse.double() * LN2)
+        inputs = (a[name] for name in ("grad_output", "q", "k", "v", "o"))
+        return _vsa_backward(a, *inputs, lse.double() * LN2)
 
     def sm90(a: dict[str, Any]) -> Any:
         q = a["q_padded"]
-        _sm90(a, q)
+        _check_sm90(a, q)
         out, lse = _vsa_forward(a, q, a["k_padded"], a["v_padded"])
         return out, (-(q.shape[-1] ** 0.5) * lse).float().unsqueeze(-1)
 
     def sm90_backward(a: dict[str, Any]) -> Any:
         q, lse = a["q_padded"], a["lse_padded"]
-        _sm90(a, q)
+        _check_sm90(a, q)
         check_lse(lse, *q.shape[:3], 1)
         names = ("grad_output_padded", "q_padded", "k_padded", "v_padded", "o_padded")
         natural = lse.squeeze(-1).double() * -(q.shape[-1] ** -0.5)
@@ -281,7 +282,7 @@ def _vsa() -> dict[str, Any]:
         "block_sparse_attn_sm90": sm90,
         "block_sparse_attn_backward_sm90": sm90_backward,
     }
-    return {name: Hidden(function("vsa", name, body)) for name, body in bodies.items()}
+    return {name: CustomOperator(function("vsa", name, body)) for name, body in bodies.items()}
 
 
 def sparse(flashinfer: str = "flashinfer") -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What adapters refuse, what their stand-ins find out, and what is declared of them."""
+"""Refusals of adapters, mistakes that their stand-ins detect, and their declarations."""
 
 from __future__ import annotations
 
@@ -114,21 +114,22 @@ def test_refusals_of_masks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("left", "right"), [(-1, 3), (1, -1), (1, 5)])
-def test_windows_that_flash_attention_2_mistakes_are_refused(left: int, right: int) -> None:
+def test_windows_that_flash_attention_2_misreads_are_refused(left: int, right: int) -> None:
     mask = windowed_documents(left, right, ((10, 3),))
     problem = problem_of(mask, SHAPES[0], "float16")
     _, op = load("flash_attn.2")
     reason = op.unsupported(problem, mask, "cpu")
-    assert "mistakes how far ahead this window reaches: it has 10 queries" in reason
-    assert not is_correct("flash_attn.2", mask, problem)  # and so it would
+    assert "misreads the right bound of this window: it has 10 queries" in reason
+    assert not is_correct("flash_attn.2", mask, problem)
     compare("flash_attn.3", mask, problem)
 
 
-# --- the stand-ins see mistakes -------------------------------------------------------------------
+# --- stand-ins detect mistakes --------------------------------------------------------------------
 
 
-def _more(name: str, by: Any) -> Callable[[Any], Any]:
-    return lambda plan: replace(plan, **{name: by(getattr(plan, name))})
+def _change(field: str, function: Any) -> Callable[[Any], Any]:
+    """A function that changes one field of a plan."""
+    return lambda plan: replace(plan, **{field: function(getattr(plan, field))})
 
 
 WRONG = [
@@ -136,33 +137,33 @@ WRONG = [
         (name, "sliding_window_causal:window=7", change)
         for name in ("flash_attn.2", "flash_attn.3", "te.cudnn")
         for change in (
-            _more("left", lambda x: x + 1),
-            _more("left", lambda x: x - 1),
-            _more("right", lambda x: -1),
+            _change("left", lambda x: x + 1),
+            _change("left", lambda x: x - 1),
+            _change("right", lambda x: -1),
             lambda plan: replace(plan, left=plan.right, right=plan.left),
-            _more("scale", lambda x: x * 1.1),
+            _change("scale", lambda x: x * 1.1),
         )
     ),
     *(
         (name, "causal_document:doc_lens=[30,34]", change)
         for name in ("flash_attn.2", "flash_attn.3", "te.cudnn")
         for change in (
-            _more("cu_q", lambda x: x.clamp(max=95)),
-            _more("max_q", lambda x: x - 1),
-            _more("cu_k", lambda x: x.long()),
+            _change("cu_q", lambda x: x.clamp(max=95)),
+            _change("max_q", lambda x: x - 1),
+            _change("cu_k", lambda x: x.long()),
         )
     ),
-    ("magi.ffa", "sliding_window:window=7", _more("types", torch.zeros_like)),
-    ("magi.ffa", "causal", _more("types", lambda x: x * 2)),
-    ("magi.ffa", "causal", _more("q", lambda x: x.repeat(1, 1) + 1)),
-    ("flashmask", "causal", _more("causal", lambda x: not x)),
-    ("flashmask", "sliding_window_causal:window=7", _more("startend", lambda x: x + 1)),
-    ("flashmask", "causal", _more("startend", lambda x: x[:1])),
+    ("magi.ffa", "sliding_window:window=7", _change("types", torch.zeros_like)),
+    ("magi.ffa", "causal", _change("types", lambda x: x * 2)),
+    ("magi.ffa", "causal", _change("q", lambda x: x.repeat(1, 1) + 1)),
+    ("flashmask", "causal", _change("causal", lambda x: not x)),
+    ("flashmask", "sliding_window_causal:window=7", _change("startend", lambda x: x + 1)),
+    ("flashmask", "causal", _change("startend", lambda x: x[:1])),
 ]
 
 
 @pytest.mark.parametrize(("name", "text", "change"), WRONG)
-def test_a_wrong_plan_is_found_out(name: str, text: str, change: Any) -> None:
+def test_a_wrong_plan_is_detected(name: str, text: str, change: Any) -> None:
     mask = masks.build(text, 64)
     problem = problem_of(mask, SHAPES[0], "bfloat16")
     assert is_correct(name, mask, problem)
@@ -172,31 +173,31 @@ def test_a_wrong_plan_is_found_out(name: str, text: str, change: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("vsa.kernel", _more("count", lambda x: x + 1)),
-        ("vsa.kernel", _more("index", lambda x: x.flip(-1))),
-        ("vsa.kernel", _more("sizes", lambda x: x - 1)),
-        ("vsa.kernel", _more("index", lambda x: x.long())),
-        ("flashinfer.variable", _more("repeat", lambda x: 1)),
+        ("vsa.kernel", _change("count", lambda x: x + 1)),
+        ("vsa.kernel", _change("index", lambda x: x.flip(-1))),
+        ("vsa.kernel", _change("sizes", lambda x: x - 1)),
+        ("vsa.kernel", _change("index", lambda x: x.long())),
+        ("flashinfer.variable", _change("repeat", lambda x: 1)),
     ],
 )
-def test_wrong_lists_are_found_out(name: str, change: Any) -> None:
+def test_wrong_lists_are_detected(name: str, change: Any) -> None:
     mask = block_masks(256, 4)
     problem = problem_of(mask, SHAPES[0], "bfloat16")
     assert is_correct(name, mask, problem)
     assert not is_correct(name, mask, problem, change)
 
 
-def test_the_base_of_the_lse_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_base_of_the_lse_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     mask, heads = masks.build("causal", 64), block_masks(128, 4)
     monkeypatch.setattr("cpbench.kernels.libraries.flashinfer.LN2", 1.0)
     monkeypatch.setattr("cpbench.kernels.libraries.vsa_kernel.LN2", 1.0)
-    for name, given, params in (
+    for name, built, params in (
         ("flashinfer.dense", mask, {}),
         ("flashinfer.block_sparse", mask, {}),
         ("flashinfer.variable", heads, {}),
         ("vsa.kernel", heads, {"backend": "triton"}),
     ):
-        assert not is_correct(name, given, problem_of(given, SHAPES[0], "bfloat16"), **params)
+        assert not is_correct(name, built, problem_of(built, SHAPES[0], "bfloat16"), **params)
 
 
 def test_alignment_matters() -> None:
@@ -216,39 +217,39 @@ def test_alignment_matters() -> None:
     assert results[0] < LIMIT["bfloat16"] < results[1]
 
 
-def test_calls_are_bound_as_the_libraries_bind_them() -> None:
+def test_calls_are_bound_as_by_the_libraries() -> None:
     q = torch.zeros(1, 8, 2, 64, dtype=torch.bfloat16)
     flash = sys.modules["flash_attn.flash_attn_interface"]._flash_attn_forward
-    given = {
+    arguments = {
         "dropout_p": 0.0, "softmax_scale": 0.125, "causal": True, "window_size_left": -1,
         "window_size_right": 0, "softcap": 0.0, "alibi_slopes": None, "return_softmax": False,
     }  # fmt: skip
-    flash(q, q, q, **given)
+    flash(q, q, q, **arguments)
     with pytest.raises(TypeError, match="unexpected keyword argument 'window_size'"):
-        flash(q, q, q, **given, window_size=(-1, 0))
+        flash(q, q, q, **arguments, window_size=(-1, 0))
     with pytest.raises(TypeError, match="missing a required argument: 'causal'"):
-        flash(q, q, q, **{key: value for key, value in given.items() if key != "causal"})
-    with pytest.raises(TypeError, match="softmax_scale = None is no float"):
-        flash(q, q, q, **{**given, "softmax_scale": None})
-    with pytest.raises(TypeError, match=r"window_size_left = -1\.0 is no int"):
-        flash(q, q, q, **{**given, "window_size_left": -1.0})
+        flash(q, q, q, **{key: value for key, value in arguments.items() if key != "causal"})
+    with pytest.raises(TypeError, match="softmax_scale = None is not of type float"):
+        flash(q, q, q, **{**arguments, "softmax_scale": None})
+    with pytest.raises(TypeError, match=r"window_size_left = -1\.0 is not of type int"):
+        flash(q, q, q, **{**arguments, "window_size_left": -1.0})
     with pytest.raises(AssertionError, match=r"torch\.float32"):
-        flash(q.float(), q.float(), q.float(), **given)
-    back = sys.modules["flash_attn_interface"]._flash_attn_backward
+        flash(q.float(), q.float(), q.float(), **arguments)
+    backward = sys.modules["flash_attn_interface"]._flash_attn_backward
     with pytest.raises(TypeError, match="unexpected keyword argument 'causal'"):
-        back(q, q, q, q, q, torch.zeros(1, 2, 8), causal=True)
+        backward(q, q, q, q, q, torch.zeros(1, 2, 8), causal=True)
     with pytest.raises(AssertionError, match="the gradient is lost"):
-        back(q, q, q, q, q, torch.zeros(1, 2, 8), softmax_scale=0.125)
-    turned = torch.zeros(1, 8, 2).transpose(1, 2)
+        backward(q, q, q, q, q, torch.zeros(1, 2, 8), softmax_scale=0.125)
+    transposed = torch.zeros(1, 8, 2).transpose(1, 2)
     buffers = {"dq": q.clone(), "dk": q.clone(), "dv": q.clone()}
     with pytest.raises(AssertionError, match="no strides of the lse"):
-        back(q, q, q, q, q, turned, softmax_scale=0.125, **buffers)
+        backward(q, q, q, q, q, transposed, softmax_scale=0.125, **buffers)
 
 
-# --- what is declared -----------------------------------------------------------------------------
+# --- declarations ---------------------------------------------------------------------------------
 
 
-def test_all_adapters_are_here() -> None:
+def test_all_adapters_are_tested() -> None:
     unproven = {name for name, info in registry.operators().items() if info.unproven}
     assert unproven == {*SUPPORTED, *PER_HEAD}
     for name in unproven:
@@ -257,7 +258,7 @@ def test_all_adapters_are_here() -> None:
         assert info.devices == ("cuda",)
 
 
-def test_a_missing_package_is_refused_with_how_to_get_it() -> None:
+def test_a_missing_package_is_refused_with_its_installation() -> None:
     missing = registry.OperatorInfo(
         name="x", summary="", source="", load="", requires=("no_such_package",), install="pip x"
     )

@@ -1,7 +1,7 @@
-"""Adapters to attention libraries, on stand-ins of the libraries, against dense float64.
+"""Adapters to attention libraries, run on stand-ins of the libraries and compared with float64.
 
-The stand-ins have the libraries' signatures and documented semantics; whether those are read
-rightly only the libraries themselves can tell (``OperatorInfo.unproven``).
+The stand-ins have the signatures and documented semantics of the libraries; only a run on a library
+itself can confirm them (``OperatorInfo.unproven``).
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from adapters import (
     block_masks,
     compare,
     errors,
-    found,
     inputs,
     install_stand_ins,
     load,
     problem_of,
-    right,
+    run_adapter,
     supported_dtypes,
     windowed_documents,
     with_direction,
+    within_limits,
 )
 
 from cpbench import masks
@@ -41,7 +41,7 @@ from cpbench.core.operator import QKV, BackwardInputs, Unsupported
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.head_masks import HeadMasks
 from cpbench.parallel.bound_operator import merge
-from cpbench.selectors.common.selection import Blocks, grid
+from cpbench.selectors.common.selection import Blocks, block_grid
 from cpbench.sweep.verification import HEAD_MASKS, MASKS, SEQ_LEN
 
 
@@ -50,7 +50,7 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     install_stand_ins(monkeypatch)
 
 
-# --- masks of all heads ---------------------------------------------------------------------------
+# --- masks that heads share -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text", MASKS, ids=lambda text: text.split(":")[0])
@@ -68,11 +68,14 @@ def test_equals_float64_or_is_refused(name: str, text: str) -> None:
     reason = op.unsupported(problem, mask, "cpu")
     assert reason is not None
     assert reason.startswith(f"{name} does not take this mask: ")
-    assert "takes documents" in reason or "FlashInfer bounds a window behind" in reason
+    assert (
+        "supports consecutive documents" in reason
+        or "windows of FlashInfer have only a left bound" in reason
+    )
     assert len(reason.splitlines()) == 1
 
 
-# More keys than queries, and more queries than keys, of which some then see nothing.
+# More keys than queries, and more queries than keys, some of which see nothing.
 UNEVEN = (
     ("causal:seq_q=17", 96),
     ("causal:seq_q=1", 96),
@@ -109,12 +112,12 @@ def test_windows(name: str, left: int, right: int, sizes: Any) -> None:
 
 
 @pytest.mark.parametrize("name", SUPPORTED)
-def test_masks_that_show_nothing(name: str) -> None:
+def test_empty_masks(name: str) -> None:
     mask = AttnMask.from_slices(32, 32, [])
     problem = problem_of(mask, SHAPES[0], "bfloat16")
-    got = found(name, mask, problem)
-    assert (got["lse"] == -torch.inf).all()
-    assert all((x == 0).all() for tensor, x in got.items() if tensor != "lse")
+    results = run_adapter(name, mask, problem)
+    assert (results["lse"] == -torch.inf).all()
+    assert all((x == 0).all() for tensor, x in results.items() if tensor != "lse")
 
 
 @pytest.mark.parametrize("name", ["flash_attn.2", "flash_attn.3", "flashinfer.dense"])
@@ -133,20 +136,20 @@ def test_rows_that_see_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SUPPORTED)
-def test_a_scale_of_one_s_own(name: str) -> None:
+def test_a_custom_scale(name: str) -> None:
     mask = masks.build("causal", 64)
     problem = problem_of(mask, SHAPES[0], "bfloat16", scale=0.25)
     q, *rest = inputs(problem)
-    want = naive.attention(q * 2, *rest, mask)  # 2 / sqrt(64) is 0.25
-    got = found(name, mask, problem)
-    assert naive.error(got["out"], want["out"]) < LIMIT["bfloat16"]
-    assert naive.error(got["lse"], want["lse"]) < LSE_LIMIT
-    if "dk" in got:
-        assert naive.error(got["dk"], want["dk"]) < LIMIT["bfloat16"]
-        assert naive.error(got["dq"], want["dq"] * 2) < LIMIT["bfloat16"]
+    expected = naive.attention(q * 2, *rest, mask)  # 2 / sqrt(64) is 0.25
+    results = run_adapter(name, mask, problem)
+    assert naive.error(results["out"], expected["out"]) < LIMIT["bfloat16"]
+    assert naive.error(results["lse"], expected["lse"]) < LSE_LIMIT
+    if "dk" in results:
+        assert naive.error(results["dk"], expected["dk"]) < LIMIT["bfloat16"]
+        assert naive.error(results["dq"], expected["dq"] * 2) < LIMIT["bfloat16"]
 
 
-def test_the_other_api_of_flash_attention_3(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tagged_api_of_flash_attention_3(monkeypatch: pytest.MonkeyPatch) -> None:
     library_stand_ins.install(monkeypatch, library_stand_ins.dense(tag=True))
     for text in (mask for mask in MASKS if mask.partition(":")[0] in WINDOWS):
         mask = masks.build(text, SEQ_LEN)
@@ -162,7 +165,7 @@ def test_the_older_signatures_of_flashinfer(monkeypatch: pytest.MonkeyPatch) -> 
     compare("flashinfer.variable", heads, problem_of(heads, SHAPES[0], "bfloat16"))
 
 
-# --- masks of each head, and selections -----------------------------------------------------------
+# --- masks per head, and selections ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tokens", [256, 300])
@@ -186,27 +189,27 @@ def test_blocks_of_varying_size() -> None:
     compare("flashinfer.variable", built, problem_of(built, SHAPES[0], "float16"))
 
 
-def test_heads_of_a_group_that_agree_share_their_keys() -> None:
-    one, other = block_masks(256, 2).masks
+def test_keys_are_repeated_only_if_heads_of_a_group_differ() -> None:
+    first, second = block_masks(256, 2).masks
     info, op = load("flashinfer.variable")
-    for each, repeat in (((one, one, other, other), 1), ((one, other, one, other), 2)):
-        mask = HeadMasks(each)
+    for heads, repeat in (((first, first, second, second), 1), ((first, second) * 2, 2)):
+        mask = HeadMasks(heads)
         problem = problem_of(mask, SHAPES[0], "bfloat16", direction="fwd")
         assert op.prepare(mask, problem, "cpu").repeat == repeat
         compare(info.name, mask, problem)
 
 
-def chosen(
-    tokens: int, shape: Any, block: int, within: str = "full", columns: bool = False
+def random_selection(
+    tokens: int, shape: Any, block: int, within: str = "full", with_columns: bool = False
 ) -> Blocks:
-    """Random blocks; some queries have none."""
-    cells = grid(masks.build(within, tokens), block, block, "cpu")
-    chance = torch.Generator().manual_seed(3)
-    size = (*shape[:2], *cells.areas.shape)
-    kept = torch.rand(size, generator=chance) < 0.4
+    """Random blocks; one block of queries has none."""
+    grid = block_grid(masks.build(within, tokens), block, block, "cpu")
+    generator = torch.Generator().manual_seed(3)
+    size = (*shape[:2], *grid.areas.shape)
+    kept = torch.rand(size, generator=generator) < 0.4
     kept[0, 0, 1] = False
-    lines = torch.zeros(*shape[:2], tokens, dtype=torch.bool) if columns else None
-    return Blocks(cells, kept, lines)
+    columns = torch.zeros(*shape[:2], tokens, dtype=torch.bool) if with_columns else None
+    return Blocks(grid, kept, columns)
 
 
 @pytest.mark.parametrize("tokens", [256, 300])
@@ -217,12 +220,12 @@ def chosen(
     [("flashinfer.variable", {}), ("vsa.kernel", {}), ("vsa.kernel", {"backend": "triton"})],
 )
 def test_selections(name: str, params: Any, shape: Any, block: int, tokens: int) -> None:
-    mask = chosen(tokens, shape, block)
+    mask = random_selection(tokens, shape, block)
     compare(name, mask, problem_of(mask, shape, "bfloat16"), **params)
 
 
-def test_selections_of_other_blocks() -> None:
-    mask = chosen(200, SHAPES[0], 48)
+def test_selections_with_other_block_sizes() -> None:
+    mask = random_selection(200, SHAPES[0], 48)
     compare("flashinfer.variable", mask, problem_of(mask, SHAPES[0], "float16"))
     _, op = load("vsa.kernel")
     with pytest.raises(Unsupported, match="multiples of 64 tokens, not 48 x 48"):
@@ -230,23 +233,23 @@ def test_selections_of_other_blocks() -> None:
 
 
 @pytest.mark.parametrize("name", PER_HEAD)
-def test_selections_that_are_not_whole_blocks(name: str) -> None:
+def test_selections_with_partial_blocks_or_columns_are_refused(name: str) -> None:
     info, op = load(name)
-    causal = chosen(256, SHAPES[0], 64, within="causal")
+    causal = random_selection(256, SHAPES[0], 64, within="causal")
     problem = with_direction(info, problem_of(causal, SHAPES[0], "bfloat16"))
     reason = op.unsupported(problem, causal.grid.mask, "cpu")
     assert reason is not None
     assert "entirely visible, and this mask cuts some of them (a causal one does)" in reason
     with pytest.raises(Unsupported, match=r"\(a causal one does\)"):
         op.prepare(causal, problem, "cpu")
-    with pytest.raises(Unsupported, match="has columns beside them"):
-        op.prepare(chosen(256, SHAPES[0], 64, columns=True), problem, "cpu")
+    with pytest.raises(Unsupported, match="also has columns"):
+        op.prepare(random_selection(256, SHAPES[0], 64, with_columns=True), problem, "cpu")
     heads = masks.build_heads("block_sparse_uniform:block_size=64,causal=true", 256, 4)
     assert "entirely visible" in op.unsupported(problem, heads, "cpu")
 
 
 @pytest.mark.parametrize("name", PER_HEAD)
-def test_a_selector_computes_with_it(name: str) -> None:
+def test_a_selector_computes_with_the_adapter(name: str) -> None:
     mask = masks.build("full", 300)
     problem = problem_of(mask, SHAPES[0], "bfloat16", direction="fwd")
     q, k, v, _ = inputs(problem)
@@ -256,25 +259,25 @@ def test_a_selector_computes_with_it(name: str) -> None:
             registry.operator_info("oracle"), {"kernel": kernel, "block_size": 64}
         )
         results.append(selector.forward(QKV(q, k, v), selector.prepare(mask, problem, "cpu")))
-    (out, lse), (mine, my_lse) = results
-    assert naive.error(mine, out) < LIMIT["bfloat16"]
-    assert naive.error(my_lse, lse) < 1e-4
+    (expected_out, expected_lse), (out, lse) = results
+    assert naive.error(out, expected_out) < LIMIT["bfloat16"]
+    assert naive.error(lse, expected_lse) < 1e-4
 
 
-# --- parts of a larger computation ----------------------------------------------------------------
+# --- partial results ------------------------------------------------------------------------------
 
-MERGING = [n for n in (*SUPPORTED, *PER_HEAD) if registry.operator_info(n).external_lse]
+WITH_EXTERNAL_LSE = [n for n in (*SUPPORTED, *PER_HEAD) if registry.operator_info(n).external_lse]
 
 
-def test_those_with_an_explicit_backward_take_an_external_lse() -> None:
-    assert set(MERGING) == {*SUPPORTED, *PER_HEAD} - {
+def test_adapters_with_a_backward_pass_take_an_external_lse() -> None:
+    assert set(WITH_EXTERNAL_LSE) == {*SUPPORTED, *PER_HEAD} - {
         "flashinfer.dense", "flashinfer.block_sparse", "flashinfer.variable"
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [*SUPPORTED, *PER_HEAD])
-def test_parts_over_split_keys_add_up(name: str) -> None:
-    """The last 64 of 192 tokens: earlier keys are seen by all, the last ones causally."""
+def test_partial_results_over_key_subsets_add_up(name: str) -> None:
+    """The last 64 of 192 tokens: they see earlier keys fully and the last ones causally."""
     if name in PER_HEAD:
         whole: Any = block_masks(192, 4).crop(128, 192, 0, 192)
     else:
@@ -285,22 +288,22 @@ def test_parts_over_split_keys_add_up(name: str) -> None:
     spans = [(0, 128), (128, 192)]
     plans = []
     for a, b in spans:
-        part = whole.crop(0, 64, a, b)
-        piece = replace(problem, seq_k=b - a, scale=problem.softmax_scale)
-        assert op.unsupported(piece, part, "cpu") is None
-        plans.append(op.prepare(part, piece, "cpu"))
+        mask = whole.crop(0, 64, a, b)
+        subproblem = replace(problem, seq_k=b - a, scale=problem.softmax_scale)
+        assert op.unsupported(subproblem, mask, "cpu") is None
+        plans.append(op.prepare(mask, subproblem, "cpu"))
     results = [
         op.forward(QKV(q, k[:, a:b], v[:, a:b]), p) for (a, b), p in zip(spans, plans, strict=True)
     ]
-    (out, lse), (other, other_lse) = results
-    out, lse = merge(out.float(), lse, other.float(), other_lse)
-    got = {"out": out.to(q.dtype), "lse": lse}
+    (out, lse), (second_out, second_lse) = results
+    out, lse = merge(out.float(), lse, second_out.float(), second_lse)
+    merged = {"out": out.to(q.dtype), "lse": lse}
     if info.external_lse:
         grads = [
-            op.backward(BackwardInputs(dout, q, k[:, a:b], v[:, a:b], got["out"], lse), p)
+            op.backward(BackwardInputs(dout, q, k[:, a:b], v[:, a:b], merged["out"], lse), p)
             for (a, b), p in zip(spans, plans, strict=True)
         ]
-        got["dq"] = sum(g[0].double() for g in grads)
-        got["dk"], got["dv"] = (torch.cat([g[n] for g in grads], 1) for n in (1, 2))
-    off = errors(got, whole, problem)
-    assert right(off, "bfloat16"), off
+        merged["dq"] = sum(g[0].double() for g in grads)
+        merged["dk"], merged["dv"] = (torch.cat([g[n] for g in grads], 1) for n in (1, 2))
+    error_of = errors(merged, whole, problem)
+    assert within_limits(error_of, "bfloat16"), error_of

@@ -1,4 +1,4 @@
-"""Every registered operator that runs here, on every static mask, against dense float64."""
+"""Every registered operator that runs on CPUs, on every static mask, compared with float64."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from cpbench.parallel.world import Subproblem, World
 from cpbench.sweep.verification import MASKS, SEQ_LEN
 
 LIMIT = {"float32": 2e-6, "bfloat16": 1.2e-2}
-COMPILED = {"flex"}  # seconds of compilation a case: a test of its own
-HERE = [
+COMPILED = {"flex"}  # takes seconds of compilation per case, so it has its own test
+OPERATORS = [
     name
     for name, info in registry.operators().items()
     if "cpu" in info.devices and "bands" in info.masks and name not in COMPILED and not info.selects
@@ -35,35 +35,35 @@ def _compare(operator: str, mask: AttnMask, shape: tuple[int, int, int, int], dt
         batch, mask.seq_k, heads_q, heads_kv, dim, getattr(torch, dtype)
     )
     q, dout = q[:, : mask.seq_q], dout[:, : mask.seq_q]
-    want = naive.attention(q, k, v, dout, mask)
+    expected = naive.attention(q, k, v, dout, mask)
     for x in (q, k, v):
         x.requires_grad_()
     out, lse = cpbench.attention(q, k, v, mask, operator=operator)
     out.backward(dout)
-    found = {"out": out, "lse": lse, "dq": q.grad, "dk": k.grad, "dv": v.grad}
+    results = {"out": out, "lse": lse, "dq": q.grad, "dk": k.grad, "dv": v.grad}
     for name in naive.TENSORS:
-        if found[name] is None:
+        if results[name] is None:
             assert not registry.operator_info(operator).mergeable
             continue
-        error = naive.error(found[name].detach(), want[name])
-        assert error < LIMIT[dtype], f"{name} is off by {error:.2g}"
+        error = naive.error(results[name].detach(), expected[name])
+        assert error < LIMIT[dtype], f"{name} has an error of {error:.2g}"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mask", MASKS, ids=lambda text: text.split(":")[0])
-@pytest.mark.parametrize("operator", HERE)
+@pytest.mark.parametrize("operator", OPERATORS)
 def test_equals_float64(operator: str, mask: str, dtype: str) -> None:
     _compare(operator, masks.build(mask, SEQ_LEN), (1, 4, 2, 64), dtype)
 
 
-@pytest.mark.parametrize("operator", HERE)
+@pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("seq_q", [1, 17, 130])
 def test_fewer_queries_than_keys_head_dim_128_and_batches(operator: str, seq_q: int) -> None:
     mask = masks.build("causal", 130, seq_q=seq_q)
     _compare(operator, mask, (2, 3, 1, 128), "float32")
 
 
-@pytest.mark.parametrize("operator", HERE)
+@pytest.mark.parametrize("operator", OPERATORS)
 def test_rows_that_see_nothing(operator: str) -> None:
     rows = [(5, 40, 3, 30, -60, 0), (50, 57, 10, 60, -3, 3)]
     mask = AttnMask.from_slices(67, 67, rows)
@@ -72,25 +72,25 @@ def test_rows_that_see_nothing(operator: str) -> None:
     _compare(operator, AttnMask.from_slices(9, 9, []), (1, 2, 2, 64), "float32")
 
 
-def _alone(mask: AttnMask, problem: Problem) -> Subproblem:
-    """A whole mask as the part of one rank."""
+def _subproblem(mask: AttnMask, problem: Problem) -> Subproblem:
+    """The whole mask as the subproblem of a single rank."""
     problem = replace(problem, seq_q=mask.seq_q, seq_k=mask.seq_k)
     return World.of(problem, mask, build_layout("contiguous", mask.seq_k, 1)).subproblem([0], [0])
 
 
 @pytest.mark.parametrize(
-    "operator", [name for name in HERE if registry.operator_info(name).external_lse]
+    "operator", [name for name in OPERATORS if registry.operator_info(name).external_lse]
 )
-def test_parts_over_split_keys_add_up_to_the_whole(operator: str) -> None:
+def test_partial_results_over_key_subsets_add_up(operator: str) -> None:
     mask = masks.build("causal", 96)
     q, k, v, dout = naive.random_inputs(1, 96, 4, 2, 64, torch.float32)
-    want = naive.attention(q, k, v, dout, mask)
+    expected = naive.attention(q, k, v, dout, mask)
     op = BoundOperator.load(operator, "cpu")
     spans = [(0, 31), (31, 80), (80, 96)]
     problem = Problem(
         batch=1, seq_q=96, seq_k=96, heads_q=4, heads_kv=2, head_dim=64, dtype="float32"
     )
-    plans = [op.prepare(_alone(mask.crop(0, 96, a, b), problem)) for a, b in spans]
+    plans = [op.prepare(_subproblem(mask.crop(0, 96, a, b), problem)) for a, b in spans]
     forward = op.forward_accumulator(q)
     for (a, b), plan in zip(spans, plans, strict=True):
         forward.add(k[:, a:b].contiguous(), v[:, a:b].contiguous(), plan)
@@ -100,7 +100,7 @@ def test_parts_over_split_keys_add_up_to_the_whole(operator: str) -> None:
         backward.add(k[:, a:b].contiguous(), v[:, a:b].contiguous(), plan)
         for (a, b), plan in zip(spans, plans, strict=True)
     ]
-    found = {
+    results = {
         "out": out,
         "lse": lse,
         "dq": backward.finish(),
@@ -108,32 +108,32 @@ def test_parts_over_split_keys_add_up_to_the_whole(operator: str) -> None:
         "dv": torch.cat([dv for _, dv in grads], 1),
     }
     for name in naive.TENSORS:
-        assert naive.error(found[name], want[name]) < 2e-6, name
+        assert naive.error(results[name], expected[name]) < 2e-6, name
 
 
-def test_merging_two_empty_parts_stays_empty() -> None:
+def test_merging_two_empty_partial_results_stays_empty() -> None:
     out, lse = torch.zeros(1, 3, 2, 4), torch.full((1, 2, 3), -torch.inf)
-    merged, both = merge(out.clone(), lse, out.clone(), lse)
+    merged, merged_lse = merge(out.clone(), lse, out.clone(), lse)
     assert torch.equal(merged, out)
-    assert torch.equal(both, lse)
+    assert torch.equal(merged_lse, lse)
 
 
 def test_merging_does_not_overflow() -> None:
-    parts = [torch.ones(1, 1, 1, 4), 3 * torch.ones(1, 1, 1, 4)]
+    partials = [torch.ones(1, 1, 1, 4), 3 * torch.ones(1, 1, 1, 4)]
     merged, lse = merge(
-        parts[0], torch.full((1, 1, 1), 5000.0), parts[1], torch.full((1, 1, 1), 5000.0)
+        partials[0], torch.full((1, 1, 1), 5000.0), partials[1], torch.full((1, 1, 1), 5000.0)
     )
     assert torch.allclose(merged, torch.full_like(merged, 2.0))
     assert lse.item() == pytest.approx(5000 + 0.6931, abs=1e-3)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="flex compiles C++ for CPUs; no g++ here")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="flex needs g++")
 def test_flex_forward_equals_float64_and_its_backward_is_refused() -> None:
     mask = masks.build("streaming", 300, num_sinks=4, window=70)
     q, k, v, dout = naive.random_inputs(1, 300, 4, 2, 64, torch.float32)
     out, lse = cpbench.attention(q, k, v, mask, operator="flex")
-    want = naive.attention(q, k, v, dout, mask)
-    assert naive.error(out, want["out"]) < 2e-6
+    expected = naive.attention(q, k, v, dout, mask)
+    assert naive.error(out, expected["out"]) < 2e-6
     assert lse is None
     with pytest.raises(Unsupported, match="no backward pass on cpu"):
         cpbench.attention(q.requires_grad_(), k, v, mask, operator="flex")
@@ -171,9 +171,9 @@ def test_refusals_say_why(name: str, changes: dict, device: str, words: str) -> 
 
 def test_a_dense_mask_that_does_not_fit_is_refused_with_its_size() -> None:
     op = BoundOperator.load("sdpa.cpu_flash", "cpu")
-    part = _alone(masks.build("sliding_window", 1 << 17, window=16), _problem())
+    subproblem = _subproblem(masks.build("sliding_window", 1 << 17, window=16), _problem())
     with pytest.raises(Unsupported, match=r"a dense mask of 64\.0 GiB would be needed"):
-        op.prepare(part)
+        op.prepare(subproblem)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_a_dense_mask_that_does_not_fit_is_refused_with_its_size() -> None:
         (((1, 8, 4, 16), (2, 8, 2, 16), (2, 8, 2, 16)), "must agree in batch"),
     ],
 )
-def test_shapes_that_do_not_fit_are_named(shapes: tuple, words: str) -> None:
+def test_inconsistent_shapes_are_named(shapes: tuple, words: str) -> None:
     q, k, v = (torch.zeros(shape) for shape in shapes)
     with pytest.raises(ValueError, match=words):
         cpbench.attention(q, k, v, masks.build("causal", 8))
@@ -198,7 +198,7 @@ def test_shapes_that_do_not_fit_are_named(shapes: tuple, words: str) -> None:
         ("efficient", "sliding_window_causal:window=16"),
     ],
 )
-def test_calls_of_gpu_back_ends_fit_the_signatures_of_torch(name: str, mask: str) -> None:
+def test_calls_of_gpu_back_ends_match_the_signatures_of_torch(name: str, mask: str) -> None:
     """On meta tensors: argument lists, shapes and dtypes; no GPU, so no values."""
     info = registry.operator_info(f"sdpa.{name}")
     built = masks.build(mask, 60)

@@ -14,7 +14,7 @@ from cpbench.core.problem import Case
 from cpbench.core.settings import MeasureSettings
 from cpbench.launchers import failure_cause, supervisor, torchrun
 from cpbench.launchers.gang import Gang
-from cpbench.launchers.protocol import Command, Launcher, Place
+from cpbench.launchers.protocol import Command, GangSpec, Launcher
 from cpbench.results.record import Record
 from cpbench.results.store import Journal, RecordWriter, StoreError, read_run
 
@@ -293,7 +293,7 @@ def test_killing_a_gang_kills_processes_in_other_sessions(tmp_path: Path) -> Non
 def test_a_gang_that_cannot_be_started_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(job: Path, world_size: int, place: Place, **more: str) -> list[Command]:
+    def broken(spec: GangSpec) -> list[Command]:
         return [Command((str(tmp_path / "no-such-program"),), {}, tmp_path / "log")]
 
     monkeypatch.setitem(supervisor.LAUNCHERS, "local", Launcher("local", broken))
@@ -307,8 +307,10 @@ def test_workers_that_never_start_a_case_end_the_run(
 ) -> None:
     """After two gangs, with one line."""
 
-    def failing(job: Path, world_size: int, place: Place, **more: str) -> list[Command]:
-        return [Command(("sh", "-c", "exit 3"), {}, job.parent / f"rank{r}.log") for r in range(2)]
+    def failing(spec: GangSpec) -> list[Command]:
+        return [
+            Command(("sh", "-c", "exit 3"), {}, spec.job.parent / f"rank{r}.log") for r in range(2)
+        ]
 
     monkeypatch.setitem(supervisor.LAUNCHERS, "local", Launcher("local", failing))
     plan = supervisor.Plan(tmp_path, "local", "cpu", MeasureSettings())

@@ -1,12 +1,12 @@
-"""How fast `bands` is on this CPU, next to what torch offers for the same masks.
+"""Speed of `bands` on this CPU, compared with torch on the same masks.
 
     python tests/microbench/bands.py [--quick] [--only "window 512,..."] [--dtype bfloat16] [--flex]
 
-One torch thread; medians of CPU time (``time.process_time``) of interleaved runs, so that a busy
-neighbour does not matter much; compare ratios within one run only.  Rivals: scaled dot product
-attention with the mask as a dense tensor, one causal flash call over everything (which ignores the
-mask: what masking by blocks can at best cost), one flash call per document, and compiled
-FlexAttention (forward only on CPU; needs g++ and half a minute).
+One torch thread; medians of CPU time (``time.process_time``) of interleaved runs, so that other
+load matters little; compare ratios within one run only.  Compared with: scaled dot product
+attention with a dense mask; one causal flash call over all tokens (which ignores the mask); one
+flash call per document; and compiled FlexAttention (forward only on CPUs; needs g++ and half a
+minute).
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def lengths(n: int, documents: int) -> list[int]:
 
 
 def cases(quick: bool) -> dict[str, tuple[AttnMask, list[int]]]:
-    """Masks by name, with the document lengths of those that have nothing but documents."""
+    """Masks by name; with the document lengths, if the mask is only documents."""
     n = 2048 if quick else 8192
     lens = lengths(n, 16)
-    found = {
+    masks = {
         "causal": (build("causal", n), []),
         "window 512": (build("sliding_window_causal", n, window=512), []),
         "streaming": (build("streaming", n, num_sinks=4, window=512), []),
@@ -62,15 +62,15 @@ def cases(quick: bool) -> dict[str, tuple[AttnMask, list[int]]]:
     }  # fmt: skip
     n, count = (1 << 14, 128) if quick else (1 << 17, 1000)
     lens = lengths(n, count)
-    found[f"{count} documents"] = (build("causal_document", n, doc_lens=lens), lens)
+    masks[f"{count} documents"] = (build("causal_document", n, doc_lens=lens), lens)
     n = 8192 if quick else 1 << 15
     ranges = np.array([[n // 8, n // 8], [n * 6 // 8, n // 8]])  # rank 1 of 4
     window = build("sliding_window_causal", n, window=512)
-    found["window zigzag"] = (window.restrict(ranges, ranges), [])
-    found["window striped"] = (
+    masks["window zigzag"] = (window.restrict(ranges, ranges), [])
+    masks["window striped"] = (
         build("sliding_window_causal", n, window=4096).stride(4, 1, [2]), []
     )  # fmt: skip
-    return found
+    return masks
 
 
 def bands(problem: Problem, mask: AttnMask, tensors: list[torch.Tensor], backward: bool) -> Call:
@@ -87,8 +87,8 @@ def bands(problem: Problem, mask: AttnMask, tensors: list[torch.Tensor], backwar
 
 def dense(mask: AttnMask, tensors: list[torch.Tensor], backward: bool) -> Call:
     q, k, v, dout = (x.transpose(1, 2).contiguous() for x in tensors)
-    shown = torch.from_numpy(mask.to_dense())
-    bias = torch.zeros(shown.shape, dtype=q.dtype).masked_fill_(~shown, -torch.inf)
+    visible = torch.from_numpy(mask.to_dense())
+    bias = torch.zeros(visible.shape, dtype=q.dtype).masked_fill_(~visible, -torch.inf)
 
     def call() -> object:
         leaves = [x.detach().requires_grad_(backward) for x in (q, k, v)]
@@ -99,7 +99,7 @@ def dense(mask: AttnMask, tensors: list[torch.Tensor], backward: bool) -> Call:
 
 
 def documents(lens: list[int], tensors: list[torch.Tensor], backward: bool) -> Call:
-    """One causal flash call per document, by hand; one document is plain causal."""
+    """One causal flash call per document; a single document is a plain causal call."""
     ends = [0, *np.cumsum(lens).tolist()]
     q, k, v, dout = (x.transpose(1, 2) for x in tensors)
 
@@ -107,13 +107,13 @@ def documents(lens: list[int], tensors: list[torch.Tensor], backward: bool) -> C
         grads = [torch.empty_like(x) for x in (q, k, v)]
         out = torch.empty_like(q)
         for a, b in itertools.pairwise(ends):
-            here = [x[:, :, a:b] for x in (q, k, v)]
-            o, lse = FLASH(*here, 0.0, True)
+            document = [x[:, :, a:b] for x in (q, k, v)]
+            o, lse = FLASH(*document, 0.0, True)
             out[:, :, a:b] = o
             if backward:
-                found = FLASH_BACKWARD(dout[:, :, a:b], *here, o, lse, 0.0, True)
-                for x, y in zip(grads, found, strict=True):
-                    x[:, :, a:b] = y
+                document_grads = FLASH_BACKWARD(dout[:, :, a:b], *document, o, lse, 0.0, True)
+                for total, grad in zip(grads, document_grads, strict=True):
+                    total[:, :, a:b] = grad
         return out, grads
 
     return call
@@ -142,7 +142,7 @@ def flex(mask: AttnMask, tensors: list[torch.Tensor]) -> Call:
 
 
 def medians(calls: dict[str, Call], repeats: int) -> dict[str, float]:
-    """Median CPU milliseconds of each, after one warm-up; costly rivals run half as often."""
+    """Median CPU milliseconds of each call, after one warmup; the dense one runs half as often."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for round_ in range(-1, repeats):
         for name, call in calls.items():
@@ -152,7 +152,7 @@ def medians(calls: dict[str, Call], repeats: int) -> dict[str, float]:
             call()
             if round_ >= 0:
                 times[name].append((time.process_time() - begin) * 1e3)
-    return {name: statistics.median(found) for name, found in times.items()}
+    return {name: statistics.median(samples) for name, samples in times.items()}
 
 
 def main() -> None:
@@ -168,9 +168,9 @@ def main() -> None:
 
     heads, head_dim = options.heads, 64
     print(f"{options.dtype}, {heads} heads, head dim {head_dim}; one thread, median CPU ms;")
-    print("a rival's ratio is its time over that of bands: above 1, bands is faster")
-    rivals = ("dense", "causal", "per document", "flex")
-    head = "".join(f"{name:>19}" for name in rivals)
+    print("ratios are times over that of bands: above 1, bands is faster")
+    methods = ("dense", "causal", "per document", "flex")
+    head = "".join(f"{name:>19}" for name in methods)
     print(f"{'mask':<21}{'tokens':>7} {'pass':<8}{'bands':>8}{head}")
     for name, (mask, lens) in cases(options.quick).items():
         if options.only and name not in options.only.split(","):
@@ -194,13 +194,13 @@ def main() -> None:
                 calls["per document"] = documents(lens, tensors, backward)
             if options.flex and name == "window 512" and not backward:
                 calls["flex"] = flex(mask, tensors)
-            found = medians(calls, options.repeats)
-            line = f"{name:<21}{n:>7} {'fwd+bwd' if backward else 'fwd':<8}{found['bands']:>8.1f}"
-            for rival in rivals:
-                told = ""
-                if rival in found:
-                    told = f"{found[rival]:.1f} ({found[rival] / found['bands']:.2f}x)"
-                line += f"{told:>19}"
+            ms = medians(calls, options.repeats)
+            line = f"{name:<21}{n:>7} {'fwd+bwd' if backward else 'fwd':<8}{ms['bands']:>8.1f}"
+            for method in methods:
+                cell = ""
+                if method in ms:
+                    cell = f"{ms[method]:.1f} ({ms[method] / ms['bands']:.2f}x)"
+                line += f"{cell:>19}"
             print(line, flush=True)
 
 

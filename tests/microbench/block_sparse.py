@@ -1,13 +1,13 @@
-"""Masks that differ from head to head on this CPU: `bands` next to dense attention.
+"""Masks that differ between heads on this CPU: `bands` compared with dense attention.
 
     python tests/microbench/block_sparse.py [--tokens 2048,4096,8192,16384] [--only uniform]
         [--rounds 5] [--flex]
 
-One torch thread, float32, two heads of 64 lanes; medians of CPU time (``time.process_time``) of
-interleaved runs; compare ratios within one run only.  *dense* is torch's flash kernel without any
-mask: what a dense kernel needs at least.  *masked* is the same with the mask as a dense bias (where
-that fits in 1 GiB).  *flex* is compiled FlexAttention with a BlockMask for each head, forward only
-on CPUs.  *tiles* is what tiles of 128 x 128 execute, over what is visible.
+One torch thread, float32, two heads of head_dim 64; medians of CPU time (``time.process_time``) of
+interleaved runs; compare ratios within one run only.  *dense* is torch's flash kernel without a
+mask, a lower bound for dense kernels.  *masked* is the same with the mask as a dense bias (if that
+fits 1 GiB).  *flex* is compiled FlexAttention with a BlockMask per head, forward only on CPUs.
+*tiles* is the area of the tiles of 128 x 128 that have a visible pair, over the visible area.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_back
 Calls = dict[str, tuple[Callable[[], object], Callable[[], object] | None]]
 
 
-def contestants(mask: HeadMasks, with_flex: bool) -> Calls:
-    """Forward and backward of each, by name."""
+def compared_calls(mask: HeadMasks, with_flex: bool) -> Calls:
+    """Forward and backward call of each method, by name."""
     n = mask.seq_q
     tensors = [torch.randn(1, n, HEADS, DIM) for _ in range(4)]
     q, k, v, dout = tensors
@@ -56,7 +56,7 @@ def contestants(mask: HeadMasks, with_flex: bool) -> Calls:
     op = Bands()
     plan = op.prepare(mask, problem, "cpu")
     out, lse = op.forward(QKV(q, k, v), plan)
-    found: Calls = {
+    calls: Calls = {
         "bands": (
             lambda: op.forward(QKV(q, k, v), plan),
             lambda: op.backward(BackwardInputs(dout, q, k, v, out, lse), plan),
@@ -75,39 +75,41 @@ def contestants(mask: HeadMasks, with_flex: bool) -> Calls:
         def backward(o=o, l=l, bias=bias):  # noqa: E741
             return FLASH_BACKWARD(dt, qt, kt, vt, o, l, 0.0, False, attn_mask=bias)
 
-        found[name] = (
+        calls[name] = (
             lambda bias=bias: FLASH(qt, kt, vt, 0.0, False, attn_mask=bias), backward
         )  # fmt: skip
     if with_flex:
-        found["flex"] = (_flex(mask, qt, kt, vt, out), None)
-    return found
+        calls["flex"] = (_flex(mask, qt, kt, vt, out), None)
+    return calls
 
 
-def _flex(mask: HeadMasks, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, want: torch.Tensor):
+def _flex(
+    mask: HeadMasks, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, expected: torch.Tensor
+) -> Callable[[], object]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    seen = torch.as_tensor(mask.to_dense())
+    visible = torch.as_tensor(mask.to_dense())
     blocks = create_block_mask(
-        lambda b, h, i, j: seen[h, i, j], None, HEADS, mask.seq_q, mask.seq_k, device="cpu"
+        lambda b, h, i, j: visible[h, i, j], None, HEADS, mask.seq_q, mask.seq_k, device="cpu"
     )
     attend = torch.compile(flex_attention, dynamic=False)
-    assert torch.allclose(attend(q, k, v, block_mask=blocks).transpose(1, 2), want, atol=1e-4)
+    assert torch.allclose(attend(q, k, v, block_mask=blocks).transpose(1, 2), expected, atol=1e-4)
     return lambda: attend(q, k, v, block_mask=blocks)
 
 
 def medians(calls: Calls, rounds: int) -> dict[str, tuple[float, float]]:
-    """Milliseconds forward and backward of each; nan where there is none."""
+    """Median milliseconds of forward and backward of each method; nan without a backward."""
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in calls}
     for _ in range(rounds):
-        for name, both in calls.items():
-            for call, into in zip(both, times[name], strict=True):
-                begun = time.process_time()
+        for name, passes in calls.items():
+            for call, samples in zip(passes, times[name], strict=True):
+                start = time.process_time()
                 if call is not None:
                     call()
-                    into.append((time.process_time() - begun) * 1e3)
+                    samples.append((time.process_time() - start) * 1e3)
     return {
-        name: tuple(statistics.median(x) if x else float("nan") for x in both)  # type: ignore[misc]
-        for name, both in times.items()
+        name: tuple(statistics.median(x) if x else float("nan") for x in passes)  # type: ignore[misc]
+        for name, passes in times.items()
     }
 
 
@@ -119,24 +121,26 @@ def main() -> None:
     parser.add_argument("--flex", action="store_true", help="with FlexAttention: compiles")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print("ms forward, forward + backward; in brackets over bands: above 1, bands is faster")
+    print("ms forward, forward + backward; in brackets times over bands: above 1, bands is faster")
     for name, spec in MASKS.items():
         if options.only not in name:
             continue
         for tokens in map(int, options.tokens.split(",")):
             mask = build_heads(spec, tokens, HEADS)
             assert isinstance(mask, HeadMasks)
-            executed = sum(tiles(one, 128, 128).executed_area for one in mask.masks)
-            found = medians(contestants(mask, options.flex and tokens <= 8192), options.rounds)
-            ours = found["bands"]
-            share = executed / HEADS / mask.area
-            line = f"{name:<21}{tokens:>6} {mask.density:6.1%} tiles {share:5.2f}x"
-            for who, (fwd, bwd) in found.items():
-                line += f"  {who} {fwd:.0f}"
-                line += "" if who == "bands" else f" ({fwd / ours[0]:.1f}x)"
+            executed = sum(tiles(head, 128, 128).executed_area for head in mask.masks)
+            with_flex = options.flex and tokens <= 8192
+            ms = medians(compared_calls(mask, with_flex), options.rounds)
+            bands_fwd, bands_bwd = ms["bands"]
+            overhead = executed / HEADS / mask.area
+            line = f"{name:<21}{tokens:>6} {mask.density:6.1%} tiles {overhead:5.2f}x"
+            for method, (fwd, bwd) in ms.items():
+                line += f"  {method} {fwd:.0f}"
+                line += "" if method == "bands" else f" ({fwd / bands_fwd:.1f}x)"
                 if bwd == bwd:
+                    ratio = (fwd + bwd) / (bands_fwd + bands_bwd)
                     line += f", {fwd + bwd:.0f}"
-                    line += "" if who == "bands" else f" ({(fwd + bwd) / sum(ours):.1f}x)"
+                    line += "" if method == "bands" else f" ({ratio:.1f}x)"
             print(line, flush=True)
 
 

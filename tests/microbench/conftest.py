@@ -1,7 +1,7 @@
-"""``pytest tests/microbench --benchmark-only``: operators through cpbench's own timer.
+"""``pytest tests/microbench --benchmark-only``: benchmarks of operators with cpbench's own timer.
 
 Saved runs, ``--benchmark-compare`` and ``--benchmark-compare-fail=median:5%`` are those of
-pytest-benchmark.  Without ``--benchmark-only`` nothing here runs: the tests of cpbench do not time.
+pytest-benchmark.  Without ``--benchmark-only`` these benchmarks are deselected.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from cpbench.parallel.comm import Control, TorchComm
 from cpbench.sweep import sweep_file
 from cpbench.worker.evaluate import Evaluator
 
-HERE = Path(__file__).parent
+FOLDER = Path(__file__).parent
 MASKS = ["causal", "sliding_window_causal:window=256", "causal_document:corpus=pile"]
-CHOSEN = pytest.StashKey[sweep_file.Sweep]()
+SWEEP = pytest.StashKey[sweep_file.Sweep]()
 SETTINGS = {"max_seconds": 3.0}
 
 
@@ -34,43 +34,44 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--sweep",
         metavar="SWEEP",
-        help="What to time: a sweep of cpbench, a file or packaged, of one rank.  Without it all "
-        "operators that run here, on a few masks.",
+        help="Sweep to time, packaged or a file, of one rank.  Default: all available operators on "
+        "a few masks.",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("benchmark_only", default=False):
-        config.stash[CHOSEN] = _chosen(config.getoption("--sweep", default=None))
+        config.stash[SWEEP] = _load_sweep(config.getoption("--sweep", default=None))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("benchmark_only", default=False):
         return
-    ours = [item for item in items if HERE in item.path.parents]
-    config.hook.pytest_deselected(items=ours)
-    items[:] = [item for item in items if HERE not in item.path.parents]
+    benchmarks = [item for item in items if FOLDER in item.path.parents]
+    config.hook.pytest_deselected(items=benchmarks)
+    items[:] = [item for item in items if FOLDER not in item.path.parents]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" not in metafunc.fixturenames:
         return
-    found = metafunc.config.stash.get(CHOSEN, None)
-    cases = found.cases if found else ()
-    metafunc.parametrize("case", cases, ids=[name_of(case) for case in cases])
+    sweep = metafunc.config.stash.get(SWEEP, None)
+    cases = sweep.cases if sweep else ()
+    metafunc.parametrize("case", cases, ids=[benchmark_name(case) for case in cases])
 
 
-def _chosen(name: str | None) -> sweep_file.Sweep:
+def _load_sweep(name: str | None) -> sweep_file.Sweep:
     try:
-        found = sweep_file.load(name) if name else _everything()
+        sweep = sweep_file.load(name) if name else _default_sweep()
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
-    if any(case.world_size > 1 for case in found.cases):
+    if any(case.world_size > 1 for case in sweep.cases):
         raise pytest.UsageError(f"{name}: only cases of one rank can be timed here")
-    return found
+    return sweep
 
 
-def _everything() -> sweep_file.Sweep:
+def _default_sweep() -> sweep_file.Sweep:
+    """All available operators on a few masks."""
     device = _device()
     case = Case(dtype="bfloat16" if device == "cuda" else "float32")
     names = [
@@ -90,19 +91,19 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def name_of(case: Case) -> str:
-    """What pytest-benchmark knows a case by from run to run."""
+def benchmark_name(case: Case) -> str:
+    """The name of a case in pytest-benchmark, by which it is compared between runs."""
     heads = f"{case.num_heads_q}:{case.num_heads_kv}x{case.head_dim}"
-    parts = [case.operator, case.mask, format_size(case.seq_len), heads, case.dtype, case.direction]
+    words = [case.operator, case.mask, format_size(case.seq_len), heads, case.dtype, case.direction]
     if case.queries:
-        parts.append(f"last{case.queries}")
-    return "-".join(map(str, [*parts, case.inputs]))
+        words.append(f"last{case.queries}")
+    return "-".join(map(str, [*words, case.inputs]))
 
 
 @pytest.fixture(scope="session")
 def evaluator(request: pytest.FixtureRequest) -> Iterator[Evaluator]:
-    """Evaluates cases in this process, as a worker of one rank would."""
-    settings = request.config.stash[CHOSEN].settings
+    """Evaluates cases in this process, like a worker of one rank."""
+    settings = request.config.stash[SWEEP].settings
     name = _device()
     device = open_device(name, 0, settings.threads or usable_cores(), settings.clock)
     store, hook = dist.HashStore(), sys.excepthook
@@ -111,4 +112,4 @@ def evaluator(request: pytest.FixtureRequest) -> Iterator[Evaluator]:
         yield Evaluator(device, TorchComm(), Control(timeout_s=600.0), settings, 1, lambda _: None)
     finally:
         dist.destroy_process_group()
-        sys.excepthook = hook  # torch's prefixes every line of what pytest-benchmark raises
+        sys.excepthook = hook  # torch's hook prefixes every line of a traceback

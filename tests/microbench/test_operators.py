@@ -1,4 +1,4 @@
-"""Every case of a sweep, checked and timed by cpbench, as a benchmark of pytest-benchmark."""
+"""The cases of a sweep as benchmarks of pytest-benchmark, checked and timed by cpbench."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _now_s = 0.0
 
 
 def cpbench_clock() -> float:
-    """Seconds that cpbench has measured so far: what pytest-benchmark takes for time.  So its
-    figures are cpbench's samples: on a flushed cache, warm, by CUDA's events on a GPU."""
+    """The clock of pytest-benchmark: the sum of cpbench's samples so far, in seconds.  So its
+    figures are those samples: after warmup, with a flushed cache, by CUDA events on a GPU."""
     return _now_s
 
 
@@ -27,7 +27,7 @@ def test_operator(case: Case, evaluator: Evaluator, benchmark: Any) -> None:
     assert record.status == "ok", record.reason
     samples = chain(record.samples_us)
 
-    def pass_time() -> None:
+    def advance_clock() -> None:
         global _now_s
         _now_s += next(samples) / 1e6
 
@@ -36,4 +36,4 @@ def test_operator(case: Case, evaluator: Evaluator, benchmark: Any) -> None:
         case=case.id, tflops=record.tflops_per_rank, worst_error=record.worst_error,
         peak_bytes=record.peak_bytes, noise=record.noise, flags=record.flags, **record.quality,
     )  # fmt: skip
-    benchmark.pedantic(pass_time, rounds=record.iterations, iterations=1)
+    benchmark.pedantic(advance_clock, rounds=record.iterations, iterations=1)
