@@ -1,4 +1,4 @@
-"""Selector `flexprefill`: per head, columns and diagonals of blocks, or blocks by pooled attention.
+"""Selector `flexprefill`: per head, columns and diagonals of blocks, and blocks by pooled scores.
 
 Source: FlexPrefill, arXiv 2502.20766, and its code (get_active_blocks).  The last block of queries
 decides: if the pooled attention of its mean query over mean keys is close to its true attention
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 OPERATORS = (
     OperatorInfo(
         name="flexprefill",
-        summary="per head, columns and diagonals of blocks, or blocks by pooled attention",
+        summary="per head, columns and diagonals of blocks, and blocks by pooled attention",
         source="FlexPrefill, arXiv 2502.20766",
         load="cpbench.selectors.flexprefill:FlexPrefill",
         masks=("causal",),

@@ -95,7 +95,7 @@ class ConfigOverrides:
     def refusal(self, problem: Problem, device: str) -> str | None:
         """Why the operator cannot run this problem on the device, or None if it can."""
         if max(problem.seq_q, problem.seq_k) > MAX_TOKENS:
-            return f"{self._name} counts tokens in 32 bits: at most {MAX_TOKENS:,}"
+            return f"{self._name} takes at most {MAX_TOKENS:,} tokens (int32 token numbers)"
         target = compile_target(device)
         reason = triton_configs.target_refusal(target, problem.head_dim, DTYPE_BYTES[problem.dtype])
         return f"{self._name} {reason}" if reason else None
