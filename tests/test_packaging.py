@@ -31,6 +31,9 @@ SHIPPED = [
 ]
 
 
+SHIPPED_SUFFIXES = (".py", ".json", ".toml", ".sbatch", ".j2", ".js", ".css", "py.typed")
+
+
 def sources() -> set[str]:
     """What belongs into a wheel, by the names it has there."""
     found = set()
@@ -38,7 +41,7 @@ def sources() -> set[str]:
         where = Path(folder).relative_to(ROOT)
         if "__pycache__" not in where.parts:
             found |= {str(where / file) for file in files if not file.startswith(".")}
-    return {name for name in found if name.endswith((".py", ".json", ".toml", "py.typed"))}
+    return {name for name in found if name.endswith(SHIPPED_SUFFIXES)}
 
 
 @pytest.fixture(scope="session")
