@@ -49,7 +49,12 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The sdist, and the wheel built from the sdist (not from the tree: that is what pip does)."""
     out, tree = tmp_path_factory.mktemp("dist"), tmp_path_factory.mktemp("tree") / "cpbench"
     # A copy: what an earlier build left in the tree (SOURCES.txt) would hide a missing pattern.
-    ignored = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "build", "dist", "results")
+    anywhere = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__")
+
+    def ignored(folder: str, names: list[str]) -> set[str]:
+        made_here = {"build", "dist", "results"} if Path(folder) == ROOT else set()
+        return anywhere(folder, names) | (made_here & set(names))
+
     shutil.copytree(ROOT, tree, symlinks=True, ignore=ignored)
     done = subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(tree)],

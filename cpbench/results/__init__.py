@@ -1,0 +1,1 @@
+"""Results of runs: records, and the run directories that hold them."""
