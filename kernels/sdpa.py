@@ -73,6 +73,7 @@ OPERATORS = (
         "torch's flash attention for CPUs; masks that are not native as a dense bias",
         masks=_ALL_MASKS,
         devices=("cpu",),
+        lse_error=2e-4,  # about 6e-5 are measured; a kernel in float32 has 3e-7
     ),
 )
 

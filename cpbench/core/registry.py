@@ -50,6 +50,10 @@ class OperatorInfo:
         mergeable: whether it has one softmax log-sum-exp, so that partial results merge.
         lse_on: device types on which its forward returns that log-sum-exp.
         deterministic: whether two runs are bitwise equal.
+        rounds_scores: whether it rounds scores to the dtype of q, as a product of bfloat16 matrices
+            does; errors may then grow with the scores (see ``cpbench.core.tolerance``).
+        lse_error: largest error of its lse in nats, beyond the rounding of scores, for inputs of 16
+            bits.
         requires: modules that it imports.
         params: names of the parameters that ``load`` takes.
         interpreted_on: device types on which it runs only under Triton's interpreter.
@@ -78,6 +82,8 @@ class OperatorInfo:
     mergeable: bool = True
     lse_on: tuple[str, ...] = ("cpu", "cuda")
     deterministic: bool = True
+    rounds_scores: bool = False
+    lse_error: float = 1e-5
     requires: tuple[str, ...] = ("torch",)
     params: tuple[str, ...] = ()
     interpreted_on: tuple[str, ...] = ()

@@ -27,6 +27,8 @@ class MeasureSettings:
         timeout_s: a case that takes longer in all is ended and recorded as ``timeout``.
         threads: CPU threads per rank (CPU only); 0 divides the cores among the ranks.
         check_small, check_sampled: the two correctness checks.
+        thorough: check every row and column at the measured size, for up to half of ``timeout_s``,
+            instead of for about as long as three passes take.
         quality: measure the quality of the selection, for selectors.
         time: measure at all (``cpbench verify`` only checks).
         memory: measure peak memory, in a pass of its own.
@@ -54,6 +56,7 @@ class MeasureSettings:
     threads: int = 1
     check_small: bool = True
     check_sampled: bool = True
+    thorough: bool = False
     quality: bool = True
     time: bool = True
     memory: bool = True

@@ -14,13 +14,14 @@ if TYPE_CHECKING:
     from cpbench.parallel.comm import Control
 
 REPEATS = 7
+COPY = "copy_gb_s"
 MATRIX_SIZE = {"cpu": 512, "cuda": 8192}
 COPY_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}  # larger than the caches
 
 
 def measure_peaks(device: Device, control: Control, dtypes: Iterable[str]) -> dict[str, float]:
-    """TFLOP/s per rank by dtype, and ``copy_gb_s`` (10^9 bytes read and written per second); of the
-    slowest rank.  Collective over all ranks."""
+    """TFLOP/s per rank by dtype, always of float32 too, and ``copy_gb_s`` (10^9 bytes read and
+    written per second); of the slowest rank.  Collective over all ranks."""
     import torch
 
     def best_us(work: object) -> float:
@@ -30,12 +31,12 @@ def measure_peaks(device: Device, control: Control, dtypes: Iterable[str]) -> di
         return control.max(min(device.time_us(work) for _ in range(REPEATS)))
 
     size, rates = MATRIX_SIZE[device.type], {}
-    for name in sorted(set(dtypes)):
+    for name in sorted({*dtypes, "float32"}):
         a, b, c = (torch.ones(size, size, dtype=getattr(torch, name), device=device.type)
                    for _ in range(3))  # fmt: skip
         us = best_us(lambda a=a, b=b, c=c: torch.mm(a, b, out=c))
         rates[name] = 2 * size**3 / us / 1e6
     source = torch.zeros(COPY_BYTES[device.type], dtype=torch.uint8, device=device.type)
     target = torch.empty_like(source)
-    rates["copy_gb_s"] = 2 * source.nbytes / best_us(lambda: target.copy_(source)) / 1e3
+    rates[COPY] = 2 * source.nbytes / best_us(lambda: target.copy_(source)) / 1e3
     return rates

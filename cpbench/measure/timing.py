@@ -13,7 +13,7 @@ import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cpbench.core.operator import QKV
 from cpbench.core.settings import MeasureSettings
@@ -135,18 +135,43 @@ def measure_first_call(workload: Workload, device: Device, control: Control) -> 
     return device.time_us(workload.run_all)
 
 
+class CallObserver(Protocol):
+    """Is told of every iteration, outside of the timer."""
+
+    def before_call(self) -> None:
+        """May change the inputs in place."""
+        ...
+
+    def after_call(self, results: dict[str, torch.Tensor]) -> None:
+        """Receives the results of all phases."""
+        ...
+
+
 def measure_time(
-    workload: Workload, device: Device, comm: Comm, control: Control, settings: MeasureSettings
+    workload: Workload,
+    device: Device,
+    comm: Comm,
+    control: Control,
+    settings: MeasureSettings,
+    observer: CallObserver,
 ) -> Timing:
     """Timed iterations on this rank; collective over all ranks."""
     timing = Timing.empty(workload)
+
+    def observed_iteration(timing: Timing) -> float:
+        workload.release()
+        observer.before_call()
+        total_us = iterate(workload, device, comm, control, timing)
+        observer.after_call(workload.results)
+        return total_us
+
     for _ in range(settings.warmup):
-        iterate(workload, device, comm, control, Timing.empty(workload))
+        observed_iteration(Timing.empty(workload))
     slowest_us: list[float] = []
     started = time.monotonic()
     more, paces_us = True, [device.pace_us()]
     while more:
-        slowest_us.append(iterate(workload, device, comm, control, timing))
+        slowest_us.append(observed_iteration(timing))
         paces_us.append(device.pace_us())
         more = control.broadcast(needs_more(slowest_us, time.monotonic() - started, settings))
     measured_us = [pace_us for pace_us in paces_us if pace_us is not None]

@@ -69,8 +69,10 @@ class Record:
     Attributes:
         case: the case.
         status: one of ``STATUSES``; ``reason`` says why when it is not ok.
-        errors: largest error of each tensor over ranks, by check, see ``cpbench.verify.check``:
-            ``{"small"|"sampled": {"out": {"rel_l2": …, "max_rms": …}, …}}``.
+        errors: largest error of each tensor over ranks, by check, see ``cpbench.core.tolerance``:
+            ``{"small"|"sampled"|"tiles": {"out": {"rel_l2": …, "max_rms": …, "bias": …}, …}}``.
+        checked: what was checked at the measured size: ``rows`` and ``columns`` compared in
+            float64, the share of ``tiles``, and the ``seed`` of the choice.
         times_us: microseconds by phase (``fwd``, ``bwd``) as ``[rank][iteration]``.
         parts_us: of selectors: microseconds of the selection (``select``), of the kernel's plan for
             it (``plan``) and of the kernel (``kernel``), as ``times_us`` but in iterations of their
@@ -116,6 +118,7 @@ class Record:
     status: str
     reason: str | None = None
     errors: dict[str, dict[str, dict[str, float | None]]] = field(default_factory=dict)
+    checked: dict[str, float] = field(default_factory=dict)
     times_us: dict[str, list[list[float]]] = field(default_factory=dict)
     parts_us: dict[str, list[list[float]]] = field(default_factory=dict)
     quality: dict[str, float] = field(default_factory=dict)
@@ -144,6 +147,11 @@ class Record:
     writer: str = ""
     log: str | None = None
     schema: int = SCHEMA
+
+    def fail_check(self, reason: str) -> None:
+        """Make an ok record ``wrong``, without its times."""
+        self.status, self.reason = "wrong", reason
+        self.times_us, self.exposure_us = {}, {}
 
     @property
     def iterations(self) -> int:

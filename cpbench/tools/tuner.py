@@ -22,6 +22,7 @@ from cpbench import masks
 from cpbench.core.operator import QKV, BackwardInputs
 from cpbench.core.problem import DTYPE_BYTES, Problem
 from cpbench.core.registry import implementation, operator_info
+from cpbench.core.tolerance import LIMITS
 from cpbench.inputs import Recipe
 from cpbench.kernels.triton import configs as triton_configs
 from cpbench.kernels.triton.launch import compile_target, gpu_name
@@ -29,7 +30,7 @@ from cpbench.masks.head_masks import per_head as per_head_of
 from cpbench.measure.device import Device, open_device
 from cpbench.results.store import write_atomically
 from cpbench.tools.aot import compile_launch, kernel_launches
-from cpbench.verify.check import TOLERANCE, make_inputs
+from cpbench.verify.check import make_inputs
 
 MAX_SPILLED_BYTES = 64  # a few spills outside the inner loop cost nothing
 REPEATS = 15
@@ -153,7 +154,7 @@ class _ConfigBenchmark:
                 tensor.sum().item()  # errors on the device are raised here
         except Exception as error:  # failed launches raise many types
             return {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
-        limit = TOLERANCE[self._problem.dtype][0]
+        limit = LIMITS[self._problem.dtype][0]
         for name, expected in self._expected.items():
             finite = expected.isfinite()  # lse of rows without visible keys is -inf
             if not results[name].isfinite().equal(finite):

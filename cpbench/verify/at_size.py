@@ -1,9 +1,13 @@
-"""The sampled check: single rows and columns recomputed in float64 at the measured size."""
+"""The sampled check: single rows and columns recomputed in float64 at the measured size.
+
+This finds errors that only appear at size (index overflow, stale buffers, a last partial tile).  A
+line is one row or column of one batch and key/value head, which is called a pair here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -12,14 +16,8 @@ from cpbench.inputs import Recipe
 from cpbench.masks.attn_mask import AttnMask, IntArray
 from cpbench.masks.dilated_mask import DilatedMask
 from cpbench.masks.head_masks import Mask, distinct_masks
-from cpbench.verify.check import (
-    Errors,
-    RankContext,
-    TensorErrorSums,
-    Tensors,
-    as_index,
-    combined_errors,
-)
+from cpbench.verify.check import RankContext, Tensors, as_index
+from cpbench.verify.errors import Errors, Floats, TensorErrorSums, combined_errors
 
 if TYPE_CHECKING:
     import torch
@@ -29,32 +27,48 @@ if TYPE_CHECKING:
 SAMPLED_LINES = 64
 TILES = (64, 128, 256)  # tile sizes whose last, partial tile is always sampled
 QUERY_CHUNK = 1 << 14  # queries of a column that are recomputed at a time
-Floats = np.typing.NDArray[np.float64]
+
+
+class LineErrors(NamedTuple):
+    """Errors of sampled lines, and how many were compared, over all ranks."""
+
+    errors: Errors
+    rows: int
+    columns: int
 
 
 def check_sampled(
-    work: Attention, inputs: Tensors, results: Tensors, recipe: Recipe, context: RankContext
-) -> Errors:
+    work: Attention,
+    inputs: Tensors,
+    results: Tensors,
+    recipe: Recipe,
+    seed: int,
+    context: RankContext,
+) -> LineErrors:
     """Errors of sampled rows and columns at the measured size.
 
-    Every rank recomputes rows and columns of its own tokens from regenerated global inputs, cycling
-    through batches and key/value heads.  Columns need the lse and delta of every query: the
+    Every rank recomputes rows and columns of its own tokens from regenerated global inputs.  All
+    ranks together look at every pair.  Columns need the lse and delta of every query: the
     operator's own are gathered, which the rows check.
 
     Args:
         inputs: of this rank, from ``check.rank_inputs``.
         results: what ``check.run_pass`` returned for them.
+        seed: of the choice of lines, the same on all ranks.
     """
     import torch
 
-    problem, world, seed = work.problem, work.world, recipe.seed
+    problem, world = work.problem, work.world
     reference = _ReferenceLines(problem, work.mask, recipe, context.device)
     queries, keys = (x.positions(work.rank) for x in (world.queries, world.keys))
+    pairs = [(b, g) for b in range(problem.batch) for g in range(problem.heads_kv)]
     rows = sample_lines(work.mask, queries, seed)
     columns = sample_lines(work.mask.transpose(), keys, seed)
     has_columns = "dq" in results and "lse" in results
-    statistics = _gather_lse_and_delta(work, inputs, results, context) if has_columns else None
-    heads_kv = [(b, g) for b in range(problem.batch) for g in range(problem.heads_kv)]
+    statistics = gather_lse_and_delta(work, inputs, results, context) if has_columns else None
+    rows_of_pair, columns_of_pair = (
+        _assign_to_pairs(lines, len(pairs), work, seed) for lines in (rows, columns)
+    )
     actual: dict[str, list[torch.Tensor]] = {}
     expected: dict[str, list[torch.Tensor]] = {}
 
@@ -62,37 +76,54 @@ def check_sampled(
         actual.setdefault(name, []).append(value)
         expected.setdefault(name, []).append(reference_value)
 
-    for number, (b, g) in enumerate(heads_kv):
+    for number, (b, g) in enumerate(pairs):
         reference.clear_cache()
         heads = slice(g * problem.group, (g + 1) * problem.group)
-        for i in _lines_of_head(len(rows), number, len(heads_kv), work, seed):
-            row = reference.row(b, g, int(queries[rows[i]]))
+        for line in rows_of_pair[number]:
+            row = reference.row(b, g, int(queries[line]))
             for name in [name for name in row if name in results]:
                 value = results[name][b]
-                value = value[:, rows[i]] if name == "lse" else value[rows[i]]
+                value = value[:, line] if name == "lse" else value[line]
                 append(name, value[heads], row[name])
         if statistics is None:
             continue
         lse_HS, delta_HS = (x[b] for x in statistics)
-        for i in _lines_of_head(len(columns), number, len(heads_kv), work, seed):
-            column = reference.column(b, g, int(keys[columns[i]]), lse_HS, delta_HS)
+        for line in columns_of_pair[number]:
+            column = reference.column(b, g, int(keys[line]), lse_HS, delta_HS)
             for name in column:
-                append(name, results[name][b][columns[i], g], column[name])
+                append(name, results[name][b][line, g][None], column[name][None])
     sums = {
         name: TensorErrorSums.between(torch.cat(actual[name]), torch.cat(expected[name]))
         for name in actual
     }
-    return combined_errors(context.gather(sums))
+    num_rows, num_columns = (
+        sum(map(len, lines)) for lines in (rows_of_pair, columns_of_pair if has_columns else [])
+    )
+    ranks = context.gather((sums, num_rows, num_columns))
+    errors = combined_errors([sums for sums, *_ in ranks])
+    return LineErrors(errors, sum(n for _, n, _ in ranks), sum(n for *_, n in ranks))
 
 
-def _lines_of_head(count: int, number: int, num_heads: int, work: Attention, seed: int) -> IntArray:
-    """Which of a rank's sampled lines are checked in one batch and head; each line in one head."""
-    turn = np.arange(count) * work.world.size + work.rank + seed
-    return np.flatnonzero(turn % num_heads == number)
+def _assign_to_pairs(
+    lines: IntArray, num_pairs: int, work: Attention, seed: int
+) -> list[list[int]]:
+    """The lines of this rank by pair: lines and ranks take pairs in turn, until every line and,
+    over all ranks, every pair has been taken.  The last pair, where an index overflows first,
+    always gets the last line too."""
+    by_pair: list[list[int]] = [[] for _ in range(num_pairs)]
+    if len(lines):
+        order = np.random.default_rng([seed, work.rank]).permutation(lines)
+        for i in range(max(len(lines), -(-num_pairs // work.world.size))):
+            pair = (i * work.world.size + work.rank + seed) % num_pairs
+            by_pair[pair].append(int(order[i % len(lines)]))
+        if lines[-1] not in by_pair[-1]:
+            by_pair[-1].append(int(lines[-1]))
+    return by_pair
 
 
 def sample_lines(mask: Mask, positions: IntArray, seed: int) -> IntArray:
-    """Local indices of the sampled queries of a rank: those at edges, and others at random."""
+    """Sorted local indices of the sampled queries of a rank: those at edges, and others at
+    random."""
     n = mask.seq_q
     columns = [0, 1, 2, 3] if mask.seq_q == mask.seq_k else [0, 1]
     corners = mask.slices[:, columns].reshape(-1)
@@ -108,16 +139,15 @@ def sample_lines(mask: Mask, positions: IntArray, seed: int) -> IntArray:
     return np.unique(np.concatenate([at_edges, ends, at_random])).astype(np.int64)
 
 
-def _gather_lse_and_delta(
+def gather_lse_and_delta(
     work: Attention, inputs: Tensors, results: Tensors, context: RankContext
 ) -> tuple[Floats, Floats]:
     """lse and delta of all queries, ``[B, H, S]`` each, in global order; collective."""
     delta = (inputs["dout"].double() * results["out"].double()).sum(-1).transpose(1, 2)
     own = (results["lse"].double().cpu().numpy(), delta.cpu().numpy())
-    shards = context.control.all_gather(own) if context.control else [own]
     layout = work.world.queries
     gathered = np.empty((2, *own[0].shape[:2], layout.padded_len))
-    for rank, shard in enumerate(shards):
+    for rank, shard in enumerate(context.gather(own)):
         gathered[..., layout.positions(rank)] = shard
     return gathered[0], gathered[1]
 

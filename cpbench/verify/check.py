@@ -1,24 +1,17 @@
-"""Correctness checks against float64; no time is reported without them.
+"""The small check: operator and strategy run on about 320 tokens of the measured mask (windows of
+tokens around the corners of its slices), and every output and gradient is compared in full with
+float64.
 
-*Small*: operator and strategy run on about 320 tokens of the measured mask (windows of tokens
-around the corners of its slices), and every output and gradient is compared in full.
-*Sampled*: at the measured size, about 64 query rows and key columns, spread over ranks, batches and
-heads and always including those at edges, are recomputed in float64.  This finds errors that only
-appear at size (index overflow, stale buffers, a last partial tile); see ``cpbench.verify.at_size``.
-
-Errors are relative to the reference, over all ranks: ``rel_l2`` is the L2 norm of the difference
-over the L2 norm of the reference, of the worst batch and head where all are compared; ``max_rms``
-is the largest difference over the root mean square of the reference (or an eighth of its largest
-value, where that is more).  For lse both are absolute (rms and largest difference in nats), and
-infinite where only one side is -inf; ``largest`` is its largest magnitude.  Scores have a rounding
-error proportional to their size, so the limits grow with the largest lse.
+No time is reported without it and those at the measured size: lines in ``verify.at_size``, tiles in
+``verify.tiles``, every timed call in ``verify.fingerprint``.  For errors and their limits see
+``core.tolerance``.
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -30,6 +23,7 @@ from cpbench.masks.dilated_mask import DilatedMask
 from cpbench.masks.head_masks import Mask
 from cpbench.parallel import layout as layouts
 from cpbench.parallel.world import World
+from cpbench.verify.errors import Errors, TensorErrorSums, combined_errors
 
 if TYPE_CHECKING:
     import torch
@@ -41,19 +35,8 @@ SMALL_TOKENS = 320
 SELECTION_TOKENS = 1024  # for selectors, which need more blocks to select from
 WINDOW_TOKENS = 32
 
-# Limits of (rel_l2, max_rms); measured errors are at least three times smaller (docs/method.md).
-TOLERANCE = {
-    "float64": (1e-12, 1e-10),
-    "float32": (5e-6, 1e-4),
-    "bfloat16": (2.5e-2, 0.25),
-    "float16": (4e-3, 4e-2),
-}
-
-PEAK_OVER_RMS = 8  # the largest value of normals is at most about this many rms
-TOLERANCE_LSE = 8.0  # nats: TOLERANCE holds for an lse up to this, and grows in proportion above
-
-Errors = dict[str, dict[str, float]]
 Tensors = dict[str, "torch.Tensor"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -64,87 +47,9 @@ class RankContext:
     comm: Comm | None = None
     control: Control | None = None
 
-    def gather(self, value: ErrorSums) -> list[ErrorSums]:
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, in rank order."""
         return self.control.all_gather(value) if self.control else [value]
-
-
-@dataclass
-class TensorErrorSums:
-    """Sums from which the errors of one tensor are computed, additive over ranks.  The arrays are
-    ``(groups,)``, one element per batch and head, or of length 1."""
-
-    squared_error: np.typing.NDArray[np.float64]
-    squared_reference: np.typing.NDArray[np.float64]
-    largest_error: float
-    count: int
-    largest: float = 0.0  # magnitude in the reference
-
-    @classmethod
-    def between(
-        cls, result: torch.Tensor, reference: torch.Tensor, groups: int = 1
-    ) -> TensorErrorSums:
-        """The sums for two tensors whose leading axis can be split into ``groups``."""
-        import torch
-
-        result, reference = (x.reshape(groups, -1).double() for x in (result, reference))
-        both_neginf = torch.isneginf(result) & torch.isneginf(reference)
-        error = torch.where(both_neginf, 0.0, result - reference).abs()
-        error = error.nan_to_num_(nan=torch.inf, posinf=torch.inf)
-        finite = reference.masked_fill(torch.isneginf(reference), 0.0)
-        return cls(
-            error.square().sum(1).cpu().numpy(),
-            finite.square().sum(1).cpu().numpy(),
-            float(error.max()) if error.numel() else 0.0,
-            error.numel(),
-            float(finite.abs().max()) if finite.numel() else 0.0,
-        )
-
-    def add(self, other: TensorErrorSums) -> TensorErrorSums:
-        return TensorErrorSums(
-            self.squared_error + other.squared_error,
-            self.squared_reference + other.squared_reference,
-            max(self.largest_error, other.largest_error),
-            self.count + other.count,
-            max(self.largest, other.largest),
-        )
-
-    def errors(self, absolute: bool) -> dict[str, float]:
-        """``rel_l2`` and ``max_rms``; absolute ones also where the reference is zero."""
-        error, reference = self.squared_error, self.squared_reference
-        if absolute or not reference.any():
-            rms = float(np.sqrt(error.sum() / max(self.count, 1)))
-            return {"rel_l2": rms, "max_rms": self.largest_error, "largest": self.largest}
-        # A group whose reference is zero (it sees nothing) is compared with the sum of all groups.
-        norms = np.where(reference > 0, reference, reference.sum())
-        scale = max(float(np.sqrt(reference.sum() / self.count)), self.largest / PEAK_OVER_RMS)
-        return {
-            "rel_l2": float(np.sqrt((error / norms).max())),
-            "max_rms": self.largest_error / scale,
-        }
-
-
-ErrorSums = dict[str, TensorErrorSums]
-
-
-def combined_errors(ranks: list[ErrorSums]) -> Errors:
-    """The errors of each tensor, from the sums of every rank."""
-    total: ErrorSums = {}
-    for rank in ranks:
-        for name, sums in rank.items():
-            total[name] = total[name].add(sums) if name in total else sums
-    return {name: sums.errors(absolute=name == "lse") for name, sums in total.items()}
-
-
-def tolerance_violation(errors: Errors, dtype: str) -> str | None:
-    """The first error above its limit, in one line; None when all are within tolerance."""
-    limits = dict(zip(("rel_l2", "max_rms"), TOLERANCE[dtype], strict=True))
-    largest_lse = errors.get("lse", {}).get("largest", 0.0)
-    for name, metrics in errors.items():
-        for metric, base_limit in limits.items():
-            limit = base_limit * max(1.0, largest_lse / TOLERANCE_LSE)
-            if not metrics[metric] <= limit:
-                return f"{name} differs from float64: {metric} {metrics[metric]:.3g} > {limit:g}"
-    return None
 
 
 def make_inputs(
@@ -176,6 +81,10 @@ def rank_inputs(work: Attention, recipe: Recipe, device: str) -> Tensors:
     return make_inputs(work.problem, queries, keys, recipe, device)
 
 
+class WrongResult(ValueError):
+    """A result that needs no comparison to be wrong; the message says why."""
+
+
 def run_pass(work: Attention, inputs: Tensors, comm: Comm | None) -> Tensors:
     """Run one pass; returns out, lse if the operator has one, and gradients if asked for."""
     out, lse, saved = work.forward(QKV.of(inputs), comm)
@@ -186,6 +95,45 @@ def run_pass(work: Attention, inputs: Tensors, comm: Comm | None) -> Tensors:
         grads = work.backward(inputs["dout"], saved, comm)
         results.update(zip(("dq", "dk", "dv"), grads, strict=True))
     return results
+
+
+def run_checked_pass(work: Attention, inputs: Tensors, context: RankContext) -> Tensors:
+    """Run one pass as :func:`run_pass` and check the contract of its results; collective.
+
+    Raises:
+        WrongResult: on all ranks, where a result of any rank breaks the contract.
+    """
+    results = run_pass(work, inputs, context.comm)
+    reasons = [reason for reason in context.gather(contract_breach(results, inputs)) if reason]
+    if reasons:
+        raise WrongResult(reasons[0])
+    return results
+
+
+def contract_breach(results: Tensors, inputs: Tensors) -> str | None:
+    """The first result that is not a plain tensor of the shape, dtype and device that operators
+    must return (those of q, k and v, and float32 for lse), in one line; None if there is none."""
+    import torch
+
+    q = inputs["q"]
+    b, s, h, _ = q.shape
+    like = {"out": q, "dq": q, "dk": inputs["k"], "dv": inputs["v"]}
+    for name, result in results.items():
+        if type(result) is not torch.Tensor:
+            kind = f"{type(result).__module__}.{type(result).__qualname__}"
+            return f"{name} is a {kind}; it must be a plain torch.Tensor"
+        if name == "lse":
+            shape, dtype = [b, h, s], torch.float32
+        else:
+            shape, dtype = list(like[name].shape), like[name].dtype
+        for what, actual, expected in (
+            ("shape", list(result.shape), shape),
+            ("dtype", result.dtype, dtype),
+            ("device", result.device, q.device),
+        ):
+            if actual != expected:
+                return f"{name} has {what} {actual}; it must be {expected}"
+    return None
 
 
 # --- small --------------------------------------------------------------------------------------
@@ -235,8 +183,12 @@ def reduced_world(work: Attention) -> World:
 
 
 def check_small(work: Attention, recipe: Recipe, context: RankContext) -> Errors:
-    """Errors of every output and gradient of a problem of :func:`reduced_world`."""
-    results = run_pass(work, rank_inputs(work, recipe, context.device), context.comm)
+    """Errors of every output and gradient of a problem of :func:`reduced_world`.
+
+    Raises:
+        WrongResult: for a result that breaks the contract of operators.
+    """
+    results = run_checked_pass(work, rank_inputs(work, recipe, context.device), context)
     reference = _reference_results(work.mask, work.problem, recipe, context.device)
     sums = {}
     for name, value in results.items():
@@ -267,33 +219,6 @@ def _reference_results(mask: Mask, problem: Problem, recipe: Recipe, device: str
         for name, grad in zip(("dq", "dk", "dv"), grads, strict=True):
             results[name] = grad.transpose(1, 2)
     return {name: value.cpu() for name, value in results.items()}
-
-
-# --- timed --------------------------------------------------------------------------------------
-
-
-def checksums(tensors: Tensors) -> Tensors:
-    """Sums and absolute sums over tokens and head dimension, ``[2, B, heads]`` float64 per tensor,
-    to compare the results of timed calls with the checked ones at low cost."""
-    import torch
-
-    return {
-        name: torch.stack([x.double().sum((1, 3)), x.double().abs().sum((1, 3))]).cpu()
-        for name, x in tensors.items()
-        if x.ndim == 4
-    }
-
-
-def changed_tensor(before: Tensors, after: Tensors, dtype: str) -> str | None:
-    """The name of the first tensor whose checksums differ; None if there is none."""
-    import torch
-
-    limit = TOLERANCE[dtype][0]
-    for name in before.keys() & after.keys():
-        scale = before[name][1].clamp(min=1e-30)
-        if not torch.all((after[name] - before[name]).abs() <= limit * scale):
-            return name
-    return None
 
 
 def as_index(values: object, device: str) -> torch.Tensor:

@@ -18,14 +18,8 @@ from cpbench.masks.attn_mask import AttnMask, IntArray
 from cpbench.selectors.common.base import Branch, SelectionResult, Selector
 from cpbench.selectors.common.pooling import Pool
 from cpbench.verify.at_size import sample_lines, visible_keys
-from cpbench.verify.check import (
-    Errors,
-    RankContext,
-    TensorErrorSums,
-    Tensors,
-    combined_errors,
-    run_pass,
-)
+from cpbench.verify.check import RankContext, Tensors, run_pass
+from cpbench.verify.errors import Errors, TensorErrorSums, combined_errors
 
 if TYPE_CHECKING:
     import torch

@@ -7,7 +7,6 @@ that all ranks agree on the next step.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -16,12 +15,13 @@ from cpbench import masks
 from cpbench.api import Attention, require_agreement
 from cpbench.core.problem import Case
 from cpbench.core.settings import MeasureSettings
-from cpbench.inputs import Recipe
 from cpbench.measure import exposure, timeline, timing
+from cpbench.measure.peaks import COPY, measure_peaks
 from cpbench.parallel.world import World
-from cpbench.results.record import APPROXIMATE, Record
-from cpbench.verify import at_size, check, quality
-from cpbench.verify import selection as check_selection
+from cpbench.results.record import Record
+from cpbench.verify import check
+from cpbench.verify.fingerprint import Fingerprinter, describe_difference
+from cpbench.worker.checks import Checks, recipe_of
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +30,11 @@ if TYPE_CHECKING:
     from cpbench.measure.telemetry import Telemetry
     from cpbench.measure.timeline_slices import RankTimeline
     from cpbench.parallel.comm import Comm, Control
+    from cpbench.verify.variants import Expected, InputVariants
+
+# Of the rate of a matrix product: counted FLOPs are up to 7/6 of those computed, where a backward
+# pass reuses probabilities.
+MAX_OVER_PEAK = 1.2
 
 
 class Evaluator:
@@ -39,10 +44,12 @@ class Evaluator:
         device, comm, control: of this rank.
         settings: how to measure.
         local_world_size: ranks on this machine.
+        check_seed: of the choice of lines and tiles to check, another one for every launch.
         report_phase: called with the name of each phase at its start.
 
     Attributes:
         timelines: of all ranks in the last case, where it was traced.
+        peaks: of ``measure_peaks``, where they have been measured.
     """
 
     def __init__(
@@ -52,17 +59,21 @@ class Evaluator:
         control: Control,
         settings: MeasureSettings,
         local_world_size: int,
+        check_seed: int,
         report_phase: Callable[[str], None],
     ) -> None:
         self._device, self._comm, self.control = device, comm, control
         self._settings, self._local_world_size = settings, local_world_size
         self._report_phase = report_phase
         self.telemetry: Telemetry | None = None
+        self.peaks: dict[str, float] | None = None
         self.timelines: list[RankTimeline] | None = None
         # Nodes with different numbers of ranks form no mesh: treated as one rank per node.
         local_world_sizes = set(control.all_gather(local_world_size))
         self._ranks_per_node = local_world_size if len(local_world_sizes) == 1 else 1
-        self._context = check.RankContext(device.type, comm, control)
+        context = check.RankContext(device.type, comm, control)
+        self._checks = Checks(context, settings, check_seed, report_phase)
+        self._expected: dict[str, Expected] = {}  # of the results of cases measured in turn
 
     def evaluate(self, case: Case, previous: Record | None = None) -> Record:
         """The record of a case, without the start time and environment, which the worker adds.
@@ -79,31 +90,37 @@ class Evaluator:
         if work is None:
             return record
         inputs = check.rank_inputs(work, recipe_of(case), self._device.type)
-        input_checksums = check.checksums(inputs)
+        try:
+            self._check_and_measure(case, work, inputs, record)
+        except check.WrongResult as error:
+            record.fail_check(str(error))
+        if record.status == "wrong":
+            self.timelines = None
+        return record
+
+    def _check_and_measure(
+        self, case: Case, work: Attention, inputs: check.Tensors, record: Record
+    ) -> None:
+        """Check a prepared case and, if it passes, measure it.
+
+        Raises:
+            WrongResult: on all ranks, for results that break the contract of operators.
+        """
         workload = timing.Workload(work, inputs, self._comm)
+        untouched = Fingerprinter(work).take(inputs)
         if self._settings.check_small:
-            self._report_phase("check")
-            self._store_errors("small", self._check_small(case, work), record)
+            self._checks.check_small(self._plan_reduced(case, work), record)
         if self._settings.time:
             self._report_phase("first call")
             first_us = timing.measure_first_call(workload, self._device, self.control)
             record.first_call_us = self.control.max(first_us)
-        work.op.pairs = 0
-        if work.op.info.selects:
-            checked = self._check_selection(work, inputs, record)
-        else:
-            results = check.run_pass(work, inputs, self._comm)
-            record.balance = self._gather(work.op.pairs)
-            checked = check.checksums(results)
-            if self._settings.check_sampled and case.seq_len > check.SMALL_TOKENS:
-                self._report_phase("check at size")
-                errors = at_size.check_sampled(
-                    work, inputs, results, recipe_of(case), self._context
-                )
-                self._store_errors("sampled", errors, record)
-            del results
+        results = self._checks.check_at_size(work, inputs, record)
         if record.status == "ok" and self._settings.time:
-            self._measure(workload, record, checked)
+            variants = self._checks.make_variants(work, inputs, results, record)
+            del results
+            self._expected[case.id] = variants.expected
+        if record.status == "ok" and self._settings.time:
+            self._measure(workload, record, variants)
             if work.op.info.selects and case.direction != "bwd":
                 self._report_phase("selection steps")
                 steps_us = timing.measure_selection_steps(
@@ -114,32 +131,8 @@ class Evaluator:
             if record.status == "ok" and work.info.traced:
                 self._measure_communication(work, inputs, workload, record)
             record.memory_bytes["inputs"] = self._gather(sum(x.nbytes for x in inputs.values()))
-        changed = "the operator overwrote its input"
-        self._check_unchanged(input_checksums, check.checksums(inputs), changed, record)
-        return record
-
-    def _check_selection(
-        self, work: Attention, inputs: dict[str, torch.Tensor], record: Record
-    ) -> check.Tensors:
-        """Check the results of a selector given its selection, and measure the quality of the
-        selection.  Returns the checksums of the results."""
-        case = record.case
-        results, selection = check_selection.run_pass_with_selection(work, inputs)
-        area = sum(branch.mask.area for branch in selection.branches)
-        flops = case.problem.flops(area)
-        record.flags.append(APPROXIMATE)
-        record.area, record.flops = area, {phase: flops[phase] for phase in record.flops}
-        if self._settings.check_sampled and case.seq_len > check.SELECTION_TOKENS:
-            self._report_phase("check at size")
-            errors = check_selection.check_sampled(
-                work, inputs, results, selection, case.seed, self._context
-            )
-            self._store_errors("sampled", errors, record)
-        if self._settings.quality and record.status == "ok":
-            self._report_phase("quality")
-            figures = quality.measure_quality(work, inputs, results, selection)
-            record.quality = {name: x for name, x in figures.items() if math.isfinite(x)}
-        return check.checksums(results)
+        changed = describe_difference(untouched, Fingerprinter(work).take(inputs), 0.0)
+        self._fail_if_any(changed and f"the operator overwrote its input: {changed}", record)
 
     def _measure_communication(
         self,
@@ -176,8 +169,8 @@ class Evaluator:
         if work is None:
             return turn
         inputs = check.rank_inputs(work, recipe_of(case), self._device.type)
-        checked = check.checksums(check.run_pass(work, inputs, self._comm))
-        self._measure(timing.Workload(work, inputs, self._comm), turn, checked)
+        variants = self._checks.make_later_variants(work, inputs, turn, self._expected[case.id])
+        self._measure(timing.Workload(work, inputs, self._comm), turn, variants)
         if turn.status != "ok":
             return turn
         record.turns = [*(record.turns or [record.iterations]), turn.iterations]
@@ -239,44 +232,26 @@ class Evaluator:
     def _plan_reduced(self, case: Case, work: Attention) -> Attention:
         return self._plan(case, check.reduced_world(work))
 
-    def _check_small(self, case: Case, work: Attention) -> check.Errors:
-        reduced = self._plan_reduced(case, work)
-        if reduced.op.info.selects:
-            inputs = check.rank_inputs(reduced, recipe_of(case), self._device.type)
-            return check_selection.check_small(reduced, inputs, self._context)
-        return check.check_small(reduced, recipe_of(case), self._context)
+    def _fail_if_any(self, reason: str | None, record: Record) -> None:
+        """Make the record ``wrong`` if any rank has a reason."""
+        reasons = [text for text in self.control.all_gather(reason) if text]
+        if reasons and record.status == "ok":
+            record.fail_check(reasons[0])
 
-    def _store_errors(self, name: str, errors: check.Errors, record: Record) -> None:
-        """Store the errors of a check; the record becomes ``wrong`` if one exceeds its limit."""
-        record.errors[name] = _finite(errors)
-        violation = check.tolerance_violation(errors, record.case.dtype)
-        if violation is not None and record.status == "ok":
-            record.status, record.reason = "wrong", violation
-
-    def _check_unchanged(
-        self, before: check.Tensors, after: check.Tensors, message: str, record: Record
-    ) -> None:
-        """Make the record ``wrong``, without its times, if checksums differ on any rank."""
-        changed = self.control.all_gather(check.changed_tensor(before, after, record.case.dtype))
-        names = [name for name in changed if name]
-        if names and record.status == "ok":
-            record.status, record.reason = "wrong", f"{message} {names[0]}"
-            record.times_us, record.exposure_us, self.timelines = {}, {}, None
-
-    def _measure(self, workload: timing.Workload, record: Record, checked: check.Tensors) -> None:
-        """Measure times, memory, traffic and flags of every rank, and check that the last timed
-        call returned results with the checksums ``checked``."""
+    def _measure(self, workload: timing.Workload, record: Record, variants: InputVariants) -> None:
+        """Measure times, memory, traffic and flags of every rank, and check that every timed call
+        returned the checked results."""
         device, control, settings = self._device, self.control, self._settings
         self._report_phase("measure")
         flags = set(device.flags(self._local_world_size))
         start = time.time()
-        own_timing = timing.measure_time(workload, device, self._comm, control, settings)
+        own_timing = timing.measure_time(workload, device, self._comm, control, settings, variants)
         if self.telemetry is not None:
             record.telemetry = control.all_gather(self.telemetry.between(start, time.time()))
         flags.update(device.flags(self._local_world_size))
         if not (settings.check_small and settings.check_sampled):
             flags.add("unchecked")
-        timed = check.checksums(workload.results)
+        mismatch = variants.finish()
         memory: dict[str, int] = {}
         if settings.memory:
             self._report_phase("memory")
@@ -303,18 +278,23 @@ class Evaluator:
         record.flags = sorted({*record.flags, *rank_flags})
         if predicted and record.predicted_bytes != record.bytes_sent:
             record.flags.append("mispredicted")
-        changed = "a timed call returned a result that differs from the checked one:"
-        self._check_unchanged(checked, timed, changed, record)
+        self._fail_if_any(mismatch, record)
+        self._check_rate(record)
+
+    def _check_rate(self, record: Record) -> None:
+        """Make the record ``wrong`` if it claims more FLOP/s than a matrix product reaches."""
+        rate = record.tflops_per_rank or 0.0
+        if self.peaks is None or rate <= MAX_OVER_PEAK * _best_product(self.peaks):
+            return
+        # The machine may have been busier when they were measured.
+        self.peaks = measure_peaks(self._device, self.control, [record.case.dtype])
+        peak = _best_product(self.peaks)
+        if record.status == "ok" and rate > MAX_OVER_PEAK * peak:
+            record.fail_check(
+                f"{rate:.3g} TFLOP/s per rank cannot be: a large matrix product reaches {peak:.3g}"
+            )
 
 
-def recipe_of(case: Case) -> Recipe:
-    """The recipe of a case's inputs."""
-    return Recipe(case.seed, case.inputs)
-
-
-def _finite(errors: check.Errors) -> dict[str, dict[str, float | None]]:
-    """The errors with infinite and undefined ones as None, since JSON has neither."""
-    return {
-        tensor: {metric: x if math.isfinite(x) else None for metric, x in metrics.items()}
-        for tensor, metrics in errors.items()
-    }
+def _best_product(peaks: dict[str, float]) -> float:
+    """The highest rate of matrix products of any dtype."""
+    return max(rate for name, rate in peaks.items() if name != COPY)

@@ -20,6 +20,7 @@ import signal
 import sys
 import time
 import traceback
+import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -87,7 +88,8 @@ class _Worker:
             environment |= self._gang_environment(evaluator.control)
             if self.job.settings.time:
                 dtypes = [case.dtype for case in self.job.cases]
-                environment["peaks"] = measure_peaks(self.device, evaluator.control, dtypes)
+                evaluator.peaks = measure_peaks(self.device, evaluator.control, dtypes)
+                environment["peaks"] = evaluator.peaks
             evaluator.telemetry = self.telemetry = self._start_telemetry(evaluator.control)
         self.environment = environment_id(environment)
         if self.writer is not None:
@@ -137,7 +139,8 @@ class _Worker:
             oversubscribed = self.place.local_world_size > usable_cores()
             comm = MpiComm(poll_interval_s=MPI_POLL_S if oversubscribed else 0.0)
         local_world_size = self.place.local_world_size
-        return Evaluator(self.device, comm, control, settings, local_world_size, note)
+        launch_seed = zlib.crc32(self.job.writer.encode())
+        return Evaluator(self.device, comm, control, settings, local_world_size, launch_seed, note)
 
     def _gang_environment(self, control: Control) -> dict[str, Any]:
         """The host and GPU of each rank and the facts of each node, on every rank; collective."""

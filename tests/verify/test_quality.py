@@ -19,6 +19,7 @@ from limits import LIMIT_S
 
 from cpbench import masks
 from cpbench.api import Attention
+from cpbench.core import tolerance
 from cpbench.core.problem import Problem
 from cpbench.inputs import Recipe, parse
 from cpbench.kernels.gathered.operator import Gathered
@@ -170,7 +171,7 @@ def test_a_wrong_gradient_is_found(spec: str, wrong: str, monkeypatch: pytest.Mo
     x = rank_inputs(work, Recipe(), "cpu")
     results, selection = run_pass_with_selection(work, x)
     errors = check_sampled(work, x, results, selection, 0, check.RankContext("cpu"))
-    violation = check.tolerance_violation(errors, "float32")
+    violation = tolerance.violation(errors, "float32", work.op.info)
     assert (violation is None) == (not wrong)
     if wrong:
         assert violation is not None

@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 from paths import HELPERS
+from whole_runs import run_cases
 
 from cpbench.results.record import Record
-from cpbench.sweep import runs, sweep_file
 
 OPERATORS = HELPERS / "wrong_operators.py"
-
-
-def _run(out: Path, device: str = "cpu", measure: Any = None, **sweep_table: Any) -> list[Record]:
-    table = {"seq_len": 1100, "num_heads_q": 2, "head_dim": 16, **sweep_table}
-    settings = {"max_seconds": 0.2, "max_iterations": 7, **(measure or {})}
-    loaded = sweep_file.expand({"sweep": table, "measure": settings}, "truth")
-    request = runs.Request(
-        name="truth", cases=list(loaded.cases), out=out, launcher="local", device=device,
-        settings=loaded.settings,
-    )  # fmt: skip
-    runs.execute(request, quiet=True)
-    records = runs.results(request).records
-    return [records[case.id] for case in loaded.cases]
 
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Record]:
     names = ["overwrites", "when_watched", "native", "right"]
-    records = _run(
+    records = run_cases(
         tmp_path_factory.mktemp("truth"),
         operator=[f"{OPERATORS}:{name}" for name in names],
         direction="fwd",
@@ -49,7 +35,7 @@ def test_a_timed_call_that_differs_from_the_checked_one_is_wrong(
 ) -> None:
     record = records["when_watched"]
     assert record.status == "wrong"
-    assert "differs from the checked one: out" in str(record.reason)
+    assert "did not return what the checked one did: out" in str(record.reason)
     assert record.times_us == {}
 
 
@@ -57,29 +43,29 @@ def test_a_timed_call_that_differs_from_the_checked_one_is_wrong(
 def test_native_masks_and_right_results_pass(records: dict[str, Record], name: str) -> None:
     record = records[name]
     assert record.status == "ok", record.reason
-    assert set(record.errors) == {"small", "sampled"}
+    assert set(record.errors) == {"small", "sampled", "tiles"}
     assert record.median_us is not None
     assert record.first_call_us is not None
     assert record.mask_us is not None
 
 
 def test_results_of_other_conditions_are_not_reused(tmp_path: Path) -> None:
-    (unchecked,) = _run(tmp_path, measure={"check_sampled": False}, seq_len=400)
+    (unchecked,) = run_cases(tmp_path, {"check_sampled": False}, seq_len=400)
     assert "unchecked" in unchecked.flags
-    (checked,) = _run(tmp_path, seq_len=400)
+    (checked,) = run_cases(tmp_path, seq_len=400)
     assert checked.flags.count("unchecked") == 0
     assert "sampled" in checked.errors
     with pytest.raises(ValueError, match="holds results of device cpu, not cuda: choose another"):
-        _run(tmp_path, device="cuda", seq_len=400)
+        run_cases(tmp_path, device="cuda", seq_len=400)
     with pytest.raises(ValueError, match="holds results of threads 1, not 2"):
-        _run(tmp_path, measure={"threads": 2}, seq_len=400)
+        run_cases(tmp_path, {"threads": 2}, seq_len=400)
 
 
 def test_peak_memory_in_reports_includes_the_plan(tmp_path: Path) -> None:
     from cpbench.reports.frame import tidy_table
     from cpbench.results.store import Run
 
-    (record,) = _run(
+    (record,) = run_cases(
         tmp_path, operator="sdpa.cpu_flash", mask="sliding_window:window=9", seq_len=1024
     )
     assert record.memory_bytes["plan"] == [1024 * 1024 * 4]  # its dense bias
@@ -87,7 +73,7 @@ def test_peak_memory_in_reports_includes_the_plan(tmp_path: Path) -> None:
 
 
 def test_ulysses_is_balanced_and_ring_is_not(tmp_path: Path) -> None:
-    ring, ulysses = _run(
+    ring, ulysses = run_cases(
         tmp_path, strategy=["ring", "ulysses"], mask="causal", seq_len=512, world_size=2
     )
     assert ring.balance is not None
@@ -97,7 +83,7 @@ def test_ulysses_is_balanced_and_ring_is_not(tmp_path: Path) -> None:
 
 
 def test_bytes_sent_and_peak_memory_are_as_predicted(tmp_path: Path) -> None:
-    records = _run(
+    records = run_cases(
         tmp_path, strategy=["ring", "ulysses", "tile:rows=2"], mask="causal", seq_len=2048,
         num_heads_q=4, head_dim=64, world_size=2, ranks_per_node=1,
     )  # fmt: skip

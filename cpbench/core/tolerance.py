@@ -1,0 +1,104 @@
+"""Limits of the errors that checks against float64 allow.
+
+Errors are relative to the reference:
+
+* ``rel_l2``: L2 norm of the difference over that of the reference, of the worst batch and head
+  where all are compared;
+* ``max_rms``: largest difference over the root mean square of the reference (or an eighth of its
+  largest value, where that is more);
+* ``bias``: by what fraction a result is too long or too short along the reference, beyond what its
+  scatter explains.  Rounding has none, scaling errors have little else;
+* ``tile``: rel_l2 of the worst tile, where tiles are compared.  This is for rubbish: its limit is
+  far above rounding, also where all of a tile is nearly zero.
+
+For lse, rel_l2 and max_rms are absolute (root mean square and largest difference in nats), and
+infinite where only one side is -inf.
+
+Scores are rounded in proportion to their size, of which the largest lse is a measure.  So limits
+grow with it, by the precision in which the operator declares to hold its scores, up to a cap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from cpbench.core.registry import OperatorInfo
+
+Errors = Mapping[str, Mapping[str, float]]
+StoredErrors = Mapping[str, Mapping[str, float | None]]  # of a record: None is infinite
+
+# Limits of (rel_l2, max_rms, bias) for small scores; measured errors are several times smaller (see
+# docs/method.md).
+LIMITS = {
+    "float64": (1e-12, 1e-10, 1e-12),
+    "float32": (2e-6, 4e-5, 5e-7),
+    "bfloat16": (2.5e-2, 0.25, 1e-3),
+    "float16": (4e-3, 4e-2, 2e-4),
+}
+METRICS = ("rel_l2", "max_rms", "bias")
+TILE_LIMITS = {"float64": 1e-3, "float32": 1e-3, "bfloat16": 5e-2, "float16": 2e-2}
+LSE_ERROR = 1e-5  # nats, beyond the rounding of scores
+EPSILON = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+GROWTH = 8  # rounding errors of a score, per nat of the largest lse, in units of EPSILON
+MAX_GROWTH, MAX_GROWTH_ROUNDED = 1e-2, 1e-1  # caps of rel_l2; the second for rounded scores
+PEAK_OVER_RMS = 20  # of errors: max_rms grows by so much more than rel_l2
+
+
+def limits(dtype: str, info: OperatorInfo, largest_lse: float) -> dict[str, dict[str, float]]:
+    """Return the limits of ``lse`` and of all other tensors (``*``) by metric.
+
+    Args:
+        dtype: of the inputs.
+        info: declaration of the operator: ``rounds_scores`` and ``lse_error`` are looser limits.
+        largest_lse: largest magnitude of the reference's lse, in nats.
+    """
+    accumulator = "float64" if dtype == "float64" else "float32"
+    growth = GROWTH * EPSILON[dtype if info.rounds_scores else accumulator] * largest_lse
+    capped = min(growth, MAX_GROWTH_ROUNDED if info.rounds_scores else MAX_GROWTH)
+    rel_l2, max_rms, bias = LIMITS[dtype]
+    lse = info.lse_error if dtype in ("bfloat16", "float16") else LSE_ERROR
+    lse += 2 * (capped if info.rounds_scores else growth)
+    return {
+        "lse": {"rel_l2": lse, "max_rms": lse},
+        "*": {
+            "rel_l2": rel_l2 + capped,
+            "max_rms": max_rms + PEAK_OVER_RMS * capped,
+            "bias": bias + capped,
+            "tile": TILE_LIMITS[dtype] + capped,
+        },
+    }
+
+
+def violation(errors: Errors, dtype: str, info: OperatorInfo) -> str | None:
+    """The first error above its limit, in one line; None when all are within tolerance."""
+    for name, metric, error, limit in _errors_with_limits(errors, dtype, info):
+        if not error <= limit:
+            return f"{name} differs from float64: {metric} {error:.3g} > {limit:.3g}"
+    return None
+
+
+def grows(small: StoredErrors, at_size: StoredErrors, dtype: str) -> bool:
+    """Whether errors at size are well above those of the small check, though within limits."""
+    noticeable = LIMITS[dtype][0] / 20
+    for name in (small.keys() & at_size.keys()) - {"lse"}:
+        before, after = small[name]["rel_l2"], at_size[name]["rel_l2"]
+        if before is not None and after is not None and after > max(4 * before, noticeable):
+            return True
+    return False
+
+
+def largest_share(errors: Errors, dtype: str, info: OperatorInfo) -> float:
+    """The largest error as a fraction of its limit; 0 without errors."""
+    shares = [error / limit for *_, error, limit in _errors_with_limits(errors, dtype, info)]
+    return max(shares, default=0.0)
+
+
+def _errors_with_limits(
+    errors: Errors, dtype: str, info: OperatorInfo
+) -> Iterator[tuple[str, str, float, float]]:
+    """Every tensor and metric with its error and limit."""
+    allowed = limits(dtype, info, errors.get("lse", {}).get("largest", 0.0))
+    for name, metrics in errors.items():
+        for metric, limit in allowed.get(name, allowed["*"]).items():
+            if metric in metrics:
+                yield name, metric, metrics[metric], limit

@@ -1,0 +1,127 @@
+"""Variants of the inputs, another one for every timed call, and what its results must be.
+
+There are two sets of inputs, from different seeds; both are checked.  Besides, before every call,
+lanes of the head dimension are multiplied by new random signs: those of q and k by the same, and
+those of v and dout by the same.  All products of attention stay what they are, so the results are
+those of the checked call up to the signs, to the last bit: out and dv have the signs of v, dq and
+dk those of k.  So a call that returns what it returned before, or computes from stale inputs, is
+found out; and no call repeats the inputs of another.
+
+Inputs are changed in place: the addresses stay the same.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cpbench.verify.check import Tensors, contract_breach
+from cpbench.verify.fingerprint import Fingerprint, Fingerprinter, describe_difference
+
+if TYPE_CHECKING:
+    from cpbench.api import Attention
+
+# The inputs and results that have the signs of k, and those that have the signs of v.
+SIGNED_LIKE_K, SIGNED_LIKE_V = ("q", "k", "dq", "dk"), ("v", "dout", "out", "dv")
+Expected = dict[bool, Fingerprint]  # of the first set (False) and the second
+SWAP_BYTES = 64 << 20  # swapped at a time
+
+
+class InputVariants:
+    """The inputs of one rank, which change before every call.
+
+    Args:
+        work: the computation.
+        first, second: the two sets of inputs.  The tensors of the first are changed in place; those
+            of the second may be in host memory.
+        seed: of the signs; the same on all ranks.
+        tolerance: by how much the results of two calls may differ, relative to the norm of a tile;
+            0 for operators whose results are equal to the last bit.
+        expected: fingerprints of the checked results, where they are known.
+
+    Attributes:
+        inputs: the present inputs, always the same tensors.
+        expected: as the argument, with what :meth:`expect` has added.
+    """
+
+    def __init__(
+        self,
+        work: Attention,
+        first: Tensors,
+        second: Tensors,
+        seed: int,
+        tolerance: float,
+        expected: Expected,
+    ) -> None:
+        self.inputs, self._others, self._tolerance = first, second, tolerance
+        self._fingerprinter = Fingerprinter(work)
+        self._rng = np.random.default_rng([seed, 1])
+        # Selectors compare sums of products: with other signs in another order, so ties differ.
+        self._signs_k = not work.op.info.selects
+        self._swapped = False
+        self._signs: Tensors = {}
+        self.expected = dict(expected)
+        self._calls, self._mismatch = 0, ""
+
+    def fingerprint(self) -> Fingerprint:
+        """Of the present inputs, without their signs."""
+        return self._fingerprinter.take(self.inputs, self._signs)
+
+    def expect(self, results: Tensors) -> None:
+        """Take these results, of the present inputs without signs, for the checked ones."""
+        self.expected[self._swapped] = self._fingerprinter.take(results)
+
+    def swap(self) -> None:
+        """Exchange the two sets of inputs, without signs."""
+        self._apply_signs({})
+        self._swapped = not self._swapped
+        for name, x in self.inputs.items():
+            other = self._others[name]
+            step = max(1, SWAP_BYTES // max(1, x[:, :1].nbytes))
+            for start in range(0, x.shape[1], step):
+                window = slice(start, start + step)
+                kept = x[:, window].clone()
+                x[:, window].copy_(other[:, window])
+                other[:, window].copy_(kept)
+
+    def before_call(self) -> None:
+        """Change the inputs for the next call."""
+        import torch
+
+        self.swap()
+        q = self.inputs["q"]
+        signs: Tensors = {}
+        for names in (SIGNED_LIKE_K, SIGNED_LIKE_V):
+            drawn = self._rng.choice([-1.0, 1.0], size=q.shape[-1])
+            if names is SIGNED_LIKE_V or self._signs_k:
+                tensor = torch.as_tensor(drawn, device=q.device, dtype=q.dtype)
+                signs |= dict.fromkeys(names, tensor)
+        self._apply_signs(signs)
+
+    def after_call(self, results: Tensors) -> None:
+        """Compare the results of a call with the checked ones."""
+        self._calls += 1
+        if self._mismatch:
+            return
+        reason = contract_breach(results, self.inputs)
+        if reason is None:
+            taken = self._fingerprinter.take(results, self._signs)
+            reason = describe_difference(self.expected[self._swapped], taken, self._tolerance)
+        if reason is not None:
+            self._mismatch = f"call {self._calls} did not return what the checked one did: {reason}"
+
+    def finish(self) -> str:
+        """Restore the first set of inputs; returns what was found, or an empty text."""
+        if self._swapped:
+            self.swap()
+        self._apply_signs({})
+        return self._mismatch
+
+    def _apply_signs(self, signs: Tensors) -> None:
+        """Replace the signs of the inputs; {} for none."""
+        for name, x in self.inputs.items():
+            for old_or_new in (self._signs.get(name), signs.get(name)):
+                if old_or_new is not None:
+                    x.mul_(old_or_new)
+        self._signs = signs

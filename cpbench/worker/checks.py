@@ -1,0 +1,207 @@
+"""The checks of one case on one rank, and what they add to its record.
+
+All methods are collective: ranks agree on what was found.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from cpbench.core import tolerance
+from cpbench.core.registry import OperatorInfo
+from cpbench.inputs import Recipe
+from cpbench.results.record import APPROXIMATE
+from cpbench.verify import at_size, check, fingerprint, quality, tiles
+from cpbench.verify import selection as check_selection
+from cpbench.verify.variants import InputVariants
+
+if TYPE_CHECKING:
+    from cpbench.api import Attention
+    from cpbench.core.problem import Case
+    from cpbench.core.settings import MeasureSettings
+    from cpbench.results.record import Record
+    from cpbench.verify.errors import Errors
+    from cpbench.verify.variants import Expected
+
+SECOND_SEED = 1 << 48  # added to the seed of the inputs for the second set
+TILE_PASSES, MIN_TILE_SECONDS = 3, 1.0  # time limit of the check of tiles: passes, at least seconds
+
+
+class Checks:
+    """The checks of the cases of one rank.
+
+    Args:
+        context: device and communicators of the rank.
+        settings: which checks to make.
+        seed: of the choice of lines, tiles and signs, another one for every launch.
+        report_phase: called with the name of each phase at its start.
+    """
+
+    def __init__(
+        self,
+        context: check.RankContext,
+        settings: MeasureSettings,
+        seed: int,
+        report_phase: Callable[[str], None],
+    ) -> None:
+        self._context, self._settings, self._seed = context, settings, seed
+        self._report_phase = report_phase
+
+    def check_small(self, reduced: Attention, record: Record) -> None:
+        """Check a computation of ``check.reduced_world`` in full."""
+        self._report_phase("check")
+        recipe = recipe_of(record.case)
+        if reduced.op.info.selects:
+            inputs = check.rank_inputs(reduced, recipe, self._context.device)
+            errors = check_selection.check_small(reduced, inputs, self._context)
+        else:
+            errors = check.check_small(reduced, recipe, self._context)
+        self._store("small", errors, reduced.op.info, record)
+
+    def check_at_size(
+        self, work: Attention, inputs: check.Tensors, record: Record
+    ) -> check.Tensors:
+        """Run a pass at the measured size and check its results; returns them."""
+        case, context = record.case, self._context
+        work.op.pairs = 0
+        if work.op.info.selects:
+            return self._check_selection(work, inputs, record)
+        start = time.monotonic()
+        results = check.run_checked_pass(work, inputs, context)
+        seconds = max(context.gather(time.monotonic() - start))
+        record.balance = context.gather(work.op.pairs)
+        if self._settings.check_sampled and case.seq_len > check.SMALL_TOKENS:
+            self._report_phase("check at size")
+            self._check_lines(work, inputs, results, recipe_of(case), record)
+            limit = max(TILE_PASSES * seconds, MIN_TILE_SECONDS)
+            if self._settings.thorough:
+                limit = self._settings.timeout_s / 2
+            checked = tiles.check_tiles(
+                work, inputs, results, recipe_of(case), self._seed, limit, context
+            )
+            self._store("tiles", checked.errors, work.op.info, record)
+            record.checked["tiles"] = checked.covered
+        if self._errors_grow(record):
+            record.flags.append("error-grows")
+        return results
+
+    def make_variants(
+        self, work: Attention, inputs: check.Tensors, results: check.Tensors, record: Record
+    ) -> InputVariants:
+        """Variants of the inputs for timed calls, after a check of the second set.
+
+        Args:
+            results: the checked results for ``inputs``.
+        """
+        variants = self._new_variants(work, inputs, record, {})
+        variants.expect(results)
+        variants.swap()
+        if work.op.info.selects:
+            results, _ = check_selection.run_pass_with_selection(work, variants.inputs)
+        else:
+            results = check.run_checked_pass(work, variants.inputs, self._context)
+            if self._settings.check_sampled and record.case.seq_len > check.SMALL_TOKENS:
+                self._check_lines(
+                    work, variants.inputs, results, second_recipe_of(record.case), record
+                )
+        variants.expect(results)
+        variants.swap()
+        return variants
+
+    def make_later_variants(
+        self, work: Attention, inputs: check.Tensors, record: Record, expected: Expected
+    ) -> InputVariants:
+        """Variants of the inputs for a later turn, with the results of an earlier one."""
+        return self._new_variants(work, inputs, record, expected)
+
+    def _new_variants(
+        self, work: Attention, inputs: check.Tensors, record: Record, expected: Expected
+    ) -> InputVariants:
+        device = self._context.device
+        second = check.rank_inputs(work, second_recipe_of(record.case), device)
+        # With several threads, libraries may divide the work by the load of the machine.
+        one_thread = device != "cpu" or self._settings.threads == 1
+        exact = work.op.info.deterministic and one_thread
+        allowed = fingerprint.tolerance(record.case.dtype, exact)
+        return InputVariants(work, inputs, second, self._seed, allowed, expected)
+
+    def _check_lines(
+        self,
+        work: Attention,
+        inputs: check.Tensors,
+        results: check.Tensors,
+        recipe: Recipe,
+        record: Record,
+    ) -> None:
+        seed = self._seed + recipe.seed
+        lines = at_size.check_sampled(work, inputs, results, recipe, seed, self._context)
+        self._store("sampled", lines.errors, work.op.info, record)
+        record.checked["seed"] = self._seed
+        for kind, count in (("rows", lines.rows), ("columns", lines.columns)):
+            record.checked[kind] = record.checked.get(kind, 0) + count
+
+    def _check_selection(
+        self, work: Attention, inputs: check.Tensors, record: Record
+    ) -> check.Tensors:
+        """Check the results of a selector given its selection, and measure the quality of the
+        selection."""
+        case = record.case
+        results, selection = check_selection.run_pass_with_selection(work, inputs)
+        reason = check.contract_breach(results, inputs)
+        if reason:
+            raise check.WrongResult(reason)
+        area = sum(branch.mask.area for branch in selection.branches)
+        flops = case.problem.flops(area)
+        record.flags.append(APPROXIMATE)
+        record.area, record.flops = area, {phase: flops[phase] for phase in record.flops}
+        if self._settings.check_sampled and case.seq_len > check.SELECTION_TOKENS:
+            self._report_phase("check at size")
+            errors = check_selection.check_sampled(
+                work, inputs, results, selection, case.seed + self._seed, self._context
+            )
+            self._store("sampled", errors, work.op.info, record)
+        if self._settings.quality and record.status == "ok":
+            self._report_phase("quality")
+            figures = quality.measure_quality(work, inputs, results, selection)
+            record.quality = {name: x for name, x in figures.items() if math.isfinite(x)}
+        return results
+
+    def _store(self, name: str, errors: Errors, info: OperatorInfo, record: Record) -> None:
+        """Store the errors of a check, the larger ones if it was made before; the record becomes
+        ``wrong`` if one exceeds its limit."""
+        violation = tolerance.violation(errors, record.case.dtype, info)
+        if violation is not None and record.status == "ok":
+            record.status, record.reason = "wrong", violation
+        stored = record.errors.setdefault(name, {})
+        for tensor, metrics in _finite(errors).items():
+            known = stored.setdefault(tensor, metrics)
+            for metric, value in metrics.items():
+                before = known[metric]
+                known[metric] = None if value is None or before is None else max(before, value)
+
+    def _errors_grow(self, record: Record) -> bool:
+        """Whether errors at size are well above those of the small check."""
+        if not {"small", "sampled"} <= record.errors.keys():
+            return False
+        return tolerance.grows(record.errors["small"], record.errors["sampled"], record.case.dtype)
+
+
+def recipe_of(case: Case) -> Recipe:
+    """The recipe of a case's inputs."""
+    return Recipe(case.seed, case.inputs)
+
+
+def second_recipe_of(case: Case) -> Recipe:
+    """The recipe of the second set of inputs, for every other timed call."""
+    return Recipe(case.seed + SECOND_SEED, case.inputs)
+
+
+def _finite(errors: Errors) -> dict[str, dict[str, float | None]]:
+    """The errors with infinite and undefined ones as None, since JSON has neither."""
+    return {
+        tensor: {metric: x if math.isfinite(x) else None for metric, x in metrics.items()}
+        for tensor, metrics in errors.items()
+    }

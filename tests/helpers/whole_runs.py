@@ -1,0 +1,25 @@
+"""Runs of single cases in a process, with a run directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cpbench.results.record import Record
+from cpbench.sweep import runs, sweep_file
+
+
+def run_cases(
+    out: Path, measure: Any = None, device: str = "cpu", **sweep_table: Any
+) -> list[Record]:
+    """The records of a sweep, by default of about a thousand tokens, in the order of its cases."""
+    table = {"seq_len": 1100, "num_heads_q": 2, "head_dim": 16, **sweep_table}
+    settings = {"max_seconds": 0.2, "max_iterations": 7, **(measure or {})}
+    loaded = sweep_file.expand({"sweep": table, "measure": settings}, "truth")
+    request = runs.Request(
+        name="truth", cases=list(loaded.cases), out=out, launcher="local", device=device,
+        settings=loaded.settings,
+    )  # fmt: skip
+    runs.execute(request, quiet=True)
+    records = runs.results(request).records
+    return [records[case.id] for case in loaded.cases]
