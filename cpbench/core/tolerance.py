@@ -20,6 +20,7 @@ grow with it, by the precision in which the operator declares to hold its scores
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 from cpbench.core.registry import OperatorInfo
@@ -87,9 +88,13 @@ def grows(small: StoredErrors, at_size: StoredErrors, dtype: str) -> bool:
     return False
 
 
-def largest_share(errors: Errors, dtype: str, info: OperatorInfo) -> float:
+def largest_share(errors: StoredErrors, dtype: str, info: OperatorInfo) -> float:
     """The largest error as a fraction of its limit; 0 without errors."""
-    shares = [error / limit for *_, error, limit in _errors_with_limits(errors, dtype, info)]
+    finite = {
+        name: {metric: math.inf if x is None else x for metric, x in metrics.items()}
+        for name, metrics in errors.items()
+    }
+    shares = [error / limit for *_, error, limit in _errors_with_limits(finite, dtype, info)]
     return max(shares, default=0.0)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cpbench.core import registry
+from cpbench.core import registry, tolerance
 from cpbench.core.problem import Case
 from cpbench.core.settings import MeasureSettings
 from cpbench.core.spec import Spec
@@ -189,7 +189,8 @@ def _strategy_tables(
 
 
 def summary_rows(records: Iterable[Record]) -> list[dict[str, Any]]:
-    """One row per method and dtype: counts of statuses, and the largest error of each tensor."""
+    """One row per method and dtype: counts of statuses, the largest error of each tensor, and the
+    largest error of all in percent of its limit."""
     groups: dict[tuple[str, ...], list[Record]] = {}
     for record in records:
         case = record.case
@@ -215,6 +216,7 @@ def summary_rows(records: Iterable[Record]) -> list[dict[str, Any]]:
                     name: "" if error is None else f"{error:.1e}"
                     for name, error in max_errors.items()
                 },
+                "of limit": _limit_used(group),
                 "why": _first_reason(group),
             }
         )
@@ -246,6 +248,16 @@ def summary_footer(run: Run, request: Request) -> str:
         break
     lines.append(f"records: {request.out}")
     return "\n".join(lines)
+
+
+def _limit_used(records: Iterable[Record]) -> str:
+    """The largest error of any check, in percent of its limit."""
+    shares = []
+    for record in records:
+        info = registry.operator_info(record.case.operator.name)
+        for errors in record.errors.values():
+            shares.append(tolerance.largest_share(errors, record.case.dtype, info))
+    return f"{max(shares):.0%}" if shares else ""
 
 
 def _max_error(records: Iterable[Record], tensor: str) -> float | None:

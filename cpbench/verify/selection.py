@@ -9,6 +9,7 @@ Legend: B batch, S queries, T keys, H query heads, G key/value heads, D head dim
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -86,8 +87,8 @@ def check_sampled(
     seed: int,
     context: RankContext,
 ) -> Errors:
-    """Errors of sampled rows and columns at the measured size, cycling through heads; of rows only
-    for a kernel that returns no lse."""
+    """Errors of sampled rows and columns at the measured size, of every batch and head; of rows
+    only for a kernel that returns no lse."""
     import torch
 
     problem, mask = work.problem, work.mask
@@ -101,24 +102,32 @@ def check_sampled(
         expected.setdefault(name, []).append(reference_value.flatten())
 
     rows = _spread_subset(sample_lines(mask, np.arange(mask.seq_q), seed))
-    for number, line in enumerate(rows):
-        b, h = heads[(number + seed) % len(heads)]
-        row = reference.row(b, h, int(line))
+    for line, (b, h) in _assign_to_heads(rows, heads, seed):
+        row = reference.row(b, h, line)
         for name in row:
             value = results[name][b, h, line] if name == "lse" else results[name][b, line, h]
             append(name, value, row[name])
     if "dk" in results and all(result.lse is not None for result in selection.results):
         columns = _spread_subset(sample_lines(mask.transpose(), np.arange(mask.seq_k), seed))
-        for number, line in enumerate(columns):
-            b, h = heads[(number + seed) % len(heads)]
-            g = h // problem.group
-            for name, grad_D in reference.column(b, g, int(line)).items():
+        heads_kv = [(b, g) for b in range(problem.batch) for g in range(problem.heads_kv)]
+        for line, (b, g) in _assign_to_heads(columns, heads_kv, seed):
+            for name, grad_D in reference.column(b, g, line).items():
                 append(name, results[name][b, line, g], grad_D)
     sums = {
         name: TensorErrorSums.between(torch.cat(actual[name]), torch.cat(expected[name]))
         for name in actual
     }
     return combined_errors(context.gather(sums))
+
+
+def _assign_to_heads(
+    lines: IntArray, heads: list[tuple[int, int]], seed: int
+) -> Iterator[tuple[int, tuple[int, int]]]:
+    """Every line with a batch and head, in turn, until all of both have been taken; and the last
+    line with the last of them."""
+    for number in range(max(len(lines), len(heads))):
+        yield int(lines[number % len(lines)]), heads[(number + seed) % len(heads)]
+    yield int(lines[-1]), heads[-1]
 
 
 def _spread_subset(lines: IntArray) -> IntArray:
