@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from cpbench.core.operator import QKV
 from cpbench.core.settings import MeasureSettings
+from cpbench.measure.memory import HeldMemory, tensor_bytes
+from cpbench.measure.processor_use import ProcessorUse
 from cpbench.parallel.comm import Traffic
 from cpbench.parallel.memory_trace import peak_bytes
 from cpbench.results.record import relative_half_width
@@ -32,12 +34,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Timing:
-    """Measurements of one rank: microseconds by phase and iteration, traffic by phase, and the time
-    of the reference computation around each iteration where the device has one."""
+    """Measurements of one rank: microseconds by phase and iteration, traffic by phase, the time of
+    the reference computation around each iteration where the device has one, and the processor use
+    of each phase on a CPU."""
 
     times_us: dict[str, list[float]]
     traffic: dict[str, Traffic]
     pace_us: list[float] = field(default_factory=list)
+    uses: dict[str, list[ProcessorUse]] = field(default_factory=dict)
+
+    def delay_us(self, phase: str) -> list[int]:
+        """Microseconds that threads waited for a core in each iteration; empty where unknown."""
+        delays_s = [use.delay_s for use in self.uses.get(phase, ())]
+        return [round(delay_s * 1e6) for delay_s in delays_s if delay_s is not None]
 
     @classmethod
     def empty(cls, workload: Workload) -> Timing:
@@ -117,15 +126,20 @@ class Workload:
             return {}
         return {"predicted": peak_bytes(work.strategy, work.op.info, work.world, work.rank)}
 
-    def held_bytes(self) -> dict[str, int]:
-        """Bytes that operator and strategy hold beyond inputs and results: their plan, and the
-        forward result where only the backward pass is timed."""
+    def held_bytes(self, memory: HeldMemory) -> dict[str, int]:
+        """Bytes that operator and strategy hold beyond inputs and results: their plan, the forward
+        result where only the backward pass is timed, and what else the operator keeps."""
         saved = () if self.phases != ("bwd",) else self._saved
+        counted: set[int] = set()
+        own = {key: value for key, value in vars(self).items() if key not in ("_work", "_comm")}
+        tensor_bytes(own, counted)
         input_storages = {x.untyped_storage().data_ptr() for x in self._inputs.values()}
-        return {
+        sizes = {
             "plan": tensor_bytes(self._work.plan, set(input_storages)),
             "saved": tensor_bytes(saved, set(input_storages)),
         }
+        tensor_bytes(self._work.plan, counted)
+        return {**sizes, "held": memory.held_bytes(self._work.op.impl, counted)}
 
 
 def measure_first_call(workload: Workload, device: Device, control: Control) -> float:
@@ -167,6 +181,8 @@ def iterate(
         control.barrier()
         phase_us = device.time_us(functools.partial(workload.run_phase, phase))
         timing.times_us[phase].append(phase_us)
+        if device.last_use is not None:
+            timing.uses.setdefault(phase, []).append(device.last_use)
         timing.traffic[phase] = comm.traffic.snapshot()
         total_us += control.max(phase_us)
     return total_us
@@ -196,41 +212,24 @@ def measure_selection_steps(
 
 
 def measure_memory(
-    workload: Workload, device: Device, comm: Comm, control: Control
+    workload: Workload, device: Device, comm: Comm, control: Control, memory: HeldMemory
 ) -> dict[str, int]:
-    """Peak bytes of one pass over all phases on this rank, beyond those allocated before it, and
-    the bytes held by the plan.
+    """Peak bytes of one pass over all phases on this rank, beyond those allocated before it, by
+    torch and by the process; and the bytes held before it.
 
-    The pass pauses after each wait: Gloo's threads release a buffer shortly after its transfer has
-    ended, and if they held the last reference, the profiler would not see it freed.
+    Both passes pause after each wait: Gloo's threads release a buffer shortly after its transfer
+    has ended, and if they held the last reference, it would not be seen to be freed.
     """
     workload.reset()
-    control.barrier()
+    held = workload.held_bytes(memory)
     comm.pause_s = 0.002
+    control.barrier()
     peak = device.peak_bytes(workload.run_all)
+    workload.reset()
+    control.barrier()
+    process = device.process_peak_bytes(workload.run_all)
     comm.pause_s = 0.0
-    return {**peak, **workload.held_bytes()}
-
-
-def tensor_bytes(value: Any, seen: set[int]) -> int:
-    """Bytes of the tensors in a nested object, such as a plan; each storage counts once.
-
-    Args:
-        seen: data pointers of storages not to be counted; those found are added.
-    """
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        storage = value.untyped_storage()
-        if storage.data_ptr() in seen:
-            return 0
-        seen.add(storage.data_ptr())
-        return storage.nbytes()
-    if isinstance(value, dict):
-        return sum(tensor_bytes(item, seen) for item in value.values())
-    if isinstance(value, list | tuple | set):
-        return sum(tensor_bytes(item, seen) for item in value)
-    return tensor_bytes(vars(value), seen) if hasattr(value, "__dict__") else 0
+    return {**peak, **process, **held}
 
 
 def needs_more(samples: list[float], seconds: float, settings: MeasureSettings) -> bool:

@@ -18,6 +18,8 @@ from cpbench.core.problem import Case
 from cpbench.core.settings import MeasureSettings
 from cpbench.inputs import Recipe
 from cpbench.measure import exposure, timeline, timing
+from cpbench.measure.memory import HeldMemory, memory_gap
+from cpbench.measure.process_state import ProcessState
 from cpbench.parallel.world import World
 from cpbench.results.record import APPROXIMATE, Record
 from cpbench.verify import at_size, check, quality
@@ -63,13 +65,28 @@ class Evaluator:
         local_world_sizes = set(control.all_gather(local_world_size))
         self._ranks_per_node = local_world_size if len(local_world_sizes) == 1 else 1
         self._context = check.RankContext(device.type, comm, control)
+        self._state, self._held = ProcessState(), HeldMemory()
+        self._changes: set[str] = set()
 
     def evaluate(self, case: Case, previous: Record | None = None) -> Record:
         """The record of a case, without the start time and environment, which the worker adds.
 
+        The state of the process is put back; the record says what the case changed.
+
         Args:
             previous: the record of earlier turns of this case, to which another turn is added.
         """
+        self._changes = set()
+        self._held.begin(case.operator.name)
+        record = self._evaluate(case, previous)
+        self._changes.update(self._state.restore())
+        ranks = self.control.all_gather(self._changes)
+        if changes := sorted(set().union(*ranks)):
+            record.flags = sorted({*record.flags, "changed-state"})
+            record.notes = sorted({*record.notes, f"changed-state: {', '.join(changes)}"})
+        return record
+
+    def _evaluate(self, case: Case, previous: Record | None) -> Record:
         self.timelines = None
         if previous is not None:
             return self._add_turn(case, previous)
@@ -185,6 +202,9 @@ class Evaluator:
             record.times_us[phase] = [
                 [*old, *new] for old, new in zip(record.times_us[phase], ranks, strict=True)
             ]
+        for phase, delays in turn.delay_us.items():
+            for old, new in zip(record.delay_us[phase], delays, strict=True):
+                old.extend(new)
         paces_us = zip(record.pace_us, turn.pace_us, strict=True)
         record.pace_us = [[*old, *new] for old, new in paces_us]
         record.flags = sorted({*record.flags, *turn.flags})
@@ -268,19 +288,23 @@ class Evaluator:
         call returned results with the checksums ``checked``."""
         device, control, settings = self._device, self.control, self._settings
         self._report_phase("measure")
-        flags = set(device.flags(self._local_world_size))
+        flags = set(device.flags(self._local_world_size, []))
         start = time.time()
         own_timing = timing.measure_time(workload, device, self._comm, control, settings)
         if self.telemetry is not None:
             record.telemetry = control.all_gather(self.telemetry.between(start, time.time()))
-        flags.update(device.flags(self._local_world_size))
+        self._changes.update(self._state.changes())
+        uses = [use for phase in own_timing.uses.values() for use in phase]
+        flags.update(device.flags(self._local_world_size, uses))
         if not (settings.check_small and settings.check_sampled):
             flags.add("unchecked")
         timed = check.checksums(workload.results)
         memory: dict[str, int] = {}
         if settings.memory:
             self._report_phase("memory")
-            memory = timing.measure_memory(workload, device, self._comm, control)
+            memory = timing.measure_memory(workload, device, self._comm, control, self._held)
+            if memory_gap(memory):
+                flags.add("memory-gap")
             memory |= workload.predicted_peak()
         workload.reset()
         predicted = workload.predicted_bytes()
@@ -288,6 +312,8 @@ class Evaluator:
         timings: list[timing.Timing] = [rank_timing for rank_timing, *_ in ranks]
         record.times_us = {p: [t.times_us[p] for t in timings] for p in workload.phases}
         record.pace_us = [t.pace_us for t in timings if t.pace_us]
+        delays_us = {p: [t.delay_us(p) for t in timings] for p in workload.phases}
+        record.delay_us = {p: ranks for p, ranks in delays_us.items() if all(ranks)}
         traffic = {p: [t.traffic[p] for t in timings] for p in workload.phases}
         per_node = record.ranks_per_node
         record.bytes_sent = {p: [t.bytes_sent for t in traffic[p]] for p in traffic}
