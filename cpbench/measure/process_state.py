@@ -289,6 +289,8 @@ def _compiler_settings() -> Setting:
             warnings.simplefilter("ignore")  # of settings that are deprecated
             for module in (sys.modules[name] for name in COMPILER_SETTINGS if name in sys.modules):
                 for name, entry in vars(module)["_config"].items():
+                    if name.endswith("_limit"):  # of recompilations: changes no compiled code
+                        continue
                     value, default = getattr(module, name), entry.default
                     if type(value) is type(default) in (bool, int, float, str) and value != default:
                         changed[module.__name__, name] = value

@@ -19,10 +19,11 @@ from cpbench.core.operator import QKV
 from cpbench.core.settings import MeasureSettings
 from cpbench.measure.memory import HeldMemory, tensor_bytes
 from cpbench.measure.processor_use import ProcessorUse
-from cpbench.parallel.comm import Traffic
+from cpbench.parallel.comm import TorchComm, Traffic
 from cpbench.parallel.memory_trace import peak_bytes
 from cpbench.results.record import relative_half_width
 from cpbench.selectors.common.base import Selector
+from cpbench.strategies.libraries.traffic import record_messages
 
 if TYPE_CHECKING:
     import torch
@@ -186,6 +187,27 @@ def iterate(
         timing.traffic[phase] = comm.traffic.snapshot()
         total_us += control.max(phase_us)
     return total_us
+
+
+def record_traffic(workload: Workload, comm: Comm, control: Control) -> dict[str, Traffic]:
+    """What this rank sends by phase, in a pass of its own: what passes through ``comm``, and what
+    goes to torch.distributed behind it."""
+    import torch.distributed as dist
+
+    traffic = {}
+    workload.reset()
+    for phase in workload.phases:
+        comm.traffic.clear()
+        control.barrier()
+        run = functools.partial(workload.run_phase, phase)
+        _, messages = record_messages(dist.group.WORLD, run)
+        if isinstance(comm, TorchComm):
+            comm.traffic.clear()  # its messages are among those recorded
+        for message in messages:
+            comm.traffic.add(*message)
+        traffic[phase] = comm.traffic.snapshot()
+    workload.reset()
+    return traffic
 
 
 def measure_selection_steps(

@@ -306,15 +306,21 @@ class Evaluator:
             if memory_gap(memory):
                 flags.add("memory-gap")
             memory |= workload.predicted_peak()
+        sent = own_timing.traffic
+        if self._comm.size > 1:
+            sent = timing.record_traffic(workload, self._comm, control)
+            if any(sent[p].bytes_to != own_timing.traffic[p].bytes_to for p in workload.phases):
+                flags.add("untracked-traffic")
         workload.reset()
         predicted = workload.predicted_bytes()
-        ranks = control.all_gather((own_timing, memory, sorted(flags), predicted))
+        ranks = control.all_gather((own_timing, memory, sorted(flags), predicted, sent))
         timings: list[timing.Timing] = [rank_timing for rank_timing, *_ in ranks]
+        sent_by_rank = [sent_by_phase for *_, sent_by_phase in ranks]
         record.times_us = {p: [t.times_us[p] for t in timings] for p in workload.phases}
         record.pace_us = [t.pace_us for t in timings if t.pace_us]
         delays_us = {p: [t.delay_us(p) for t in timings] for p in workload.phases}
         record.delay_us = {p: ranks for p, ranks in delays_us.items() if all(ranks)}
-        traffic = {p: [t.traffic[p] for t in timings] for p in workload.phases}
+        traffic = {p: [phases[p] for phases in sent_by_rank] for p in workload.phases}
         per_node = record.ranks_per_node
         record.bytes_sent = {p: [t.bytes_sent for t in traffic[p]] for p in traffic}
         record.bytes_across = {
@@ -323,9 +329,9 @@ class Evaluator:
         }
         record.messages = {p: [t.messages for t in traffic[p]] for p in traffic}
         record.largest_message = {p: max(t.largest_message for t in traffic[p]) for p in traffic}
-        record.predicted_bytes = {p: [nbytes[p] for *_, nbytes in ranks] for p in predicted}
+        record.predicted_bytes = {p: [nbytes[p] for *_, nbytes, _ in ranks] for p in predicted}
         record.memory_bytes = {kind: [nbytes[kind] for _, nbytes, *_ in ranks] for kind in memory}
-        rank_flags = {flag for *_, flags_of_rank, _ in ranks for flag in flags_of_rank}
+        rank_flags = {flag for _, _, flags_of_rank, *_ in ranks for flag in flags_of_rank}
         record.flags = sorted({*record.flags, *rank_flags})
         if predicted and record.predicted_bytes != record.bytes_sent:
             record.flags.append("mispredicted")
