@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 TASKS = Path("/proc/self/task")
 TRANSPORT_THREADS = ("gloo_", "pt_gloo_")  # beginnings of their names
+MIN_SHARE = 0.05  # of the time that a thread must run for its delay to count
 MAX_DELAY = 0.05
 MAX_THREADS_EXCESS = 1.1
 
@@ -36,17 +37,40 @@ class ProcessorUse(NamedTuple):
     delay_s: float | None = None
     transport_s: float = 0.0
 
-    def since(self, before: ProcessorUse) -> ProcessorUse:
-        """What has been used since another reading."""
-        delay_s = None
-        if self.delay_s is not None and before.delay_s is not None:
-            delay_s = max(self.delay_s - before.delay_s, 0.0)  # threads may have ended
-        return ProcessorUse(
-            self.wall_s - before.wall_s,
-            self.busy_s - before.busy_s,
-            delay_s,
-            self.transport_s - before.transport_s,
-        )
+
+class ThreadTimes(NamedTuple):
+    """Nanoseconds of one thread since it started."""
+
+    on_core: int
+    waiting: int
+    is_transport: bool
+
+
+class Reading(NamedTuple):
+    """The counters at one moment; ``threads`` is empty where the system has none."""
+
+    wall_s: float
+    processor_s: float
+    threads: dict[str, ThreadTimes]
+
+    def since(self, before: Reading) -> ProcessorUse:
+        """What was used between the readings.
+
+        A thread's wait is only known when it ends: one that hardly ran afterwards may have begun to
+        wait before, and computed nothing.
+        """
+        wall_s, busy_s = self.wall_s - before.wall_s, self.processor_s - before.processor_s
+        if not self.threads:
+            return ProcessorUse(wall_s, busy_s)
+        delay_s = transport_s = 0.0
+        for name, (on_core, waiting, is_transport) in self.threads.items():
+            first = before.threads.get(name, ThreadTimes(0, 0, is_transport))
+            ran_s = (on_core - first.on_core) / 1e9
+            if is_transport:
+                transport_s += ran_s
+            elif ran_s > MIN_SHARE * wall_s:
+                delay_s += min((waiting - first.waiting) / 1e9, wall_s)
+        return ProcessorUse(wall_s, busy_s - transport_s, delay_s, transport_s)
 
 
 def more_threads(uses: Sequence[ProcessorUse], threads: int) -> bool:
@@ -74,29 +98,24 @@ class ProcessorMeter:
         """Whether the system keeps these counters."""
         return self._list_threads()
 
-    def read(self) -> ProcessorUse:
-        """Sums since the process started; ``wall_s`` is a clock."""
-        busy_s, delay_ns, transport_ns = time.process_time(), 0, 0
-        if not self.sees_delays:
-            return ProcessorUse(time.perf_counter(), busy_s)
-        for thread, file in list(self._files.items()):
+    def read(self) -> Reading:
+        threads = {}
+        for thread, file in list(self._files.items()) if self.sees_delays else ():
             try:
-                on_core, waiting, _ = os.pread(file, 64, 0).split()
+                time.clock_gettime(_clock_of(int(thread)))
+                on_core, waiting, _ = map(int, os.pread(file, 64, 0).split())
             except OSError:  # it has ended
                 os.close(self._files.pop(thread))
                 continue
-            if self._is_transport.get(thread):
-                transport_ns += int(on_core)
-            else:
-                delay_ns += int(waiting)
-        transport_s = transport_ns / 1e9
-        return ProcessorUse(time.perf_counter(), busy_s - transport_s, delay_ns / 1e9, transport_s)
+            is_transport = self._is_transport.get(thread, False)
+            threads[thread] = ThreadTimes(on_core, waiting, is_transport)
+        return Reading(time.perf_counter(), time.process_time(), threads)
 
     def _list_threads(self) -> bool:
         """Open the files of new threads, whose names are read the next time: a thread names itself
         once it runs.  False where there are none."""
         with suppress(OSError):
-            for thread in os.listdir(TASKS):  # noqa: PTH208 -- Path.iterdir takes several times as long
+            for thread in os.listdir(TASKS):  # noqa: PTH208 -- Path.iterdir is slow
                 if thread not in self._files:
                     self._is_transport.pop(thread, None)
                     self._files[thread] = os.open(TASKS / thread / "schedstat", os.O_RDONLY)
@@ -104,3 +123,12 @@ class ProcessorMeter:
                     name = (TASKS / thread / "comm").read_text()
                     self._is_transport[thread] = name.startswith(TRANSPORT_THREADS)
         return bool(self._files)
+
+
+def _clock_of(thread: int) -> int:
+    """The processor clock of a thread.  Reading it brings the sums of the process up to date, which
+    a thread on another core does at ticks only: every 1 to 10 ms.
+
+    Source: ``make_thread_cpuclock`` of glibc.
+    """
+    return ~thread << 3 | 6

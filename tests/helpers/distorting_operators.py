@@ -29,7 +29,7 @@ class UsesThreads(Reference):
     def forward(self, qkv: QKV, plan: Any) -> Any:
         threads = torch.get_num_threads()
         torch.set_num_threads(2)
-        for _ in range(40):
+        for _ in range(20):
             torch.ones(1 << 20).exp_()
         torch.set_num_threads(threads)
         return super().forward(qkv, plan)
@@ -63,16 +63,26 @@ class HoldsWorkspace(Reference):
         return super().forward(qkv, plan)
 
 
+WORKSPACES: list[torch.Tensor] = []  # of a module, which is imported once
+
+
+class HoldsInModule(Reference):
+    def forward(self, qkv: QKV, plan: Any) -> Any:
+        if not WORKSPACES:
+            WORKSPACES.append(torch.zeros(16 * MIB // 4))
+        return super().forward(qkv, plan)
+
+
 class HoldsArray(Reference):
     def __init__(self) -> None:
         self.buffers = [np.zeros(48 * MIB, dtype=np.uint8)]
 
 
 class AllocatesArrays(Reference):
-    """Computes on 96 MiB that torch has not allocated."""
+    """Computes on 256 MiB that torch has not allocated."""
 
     def forward(self, qkv: QKV, plan: Any) -> Any:
-        np.ones(96 * MIB, dtype=np.uint8).sum()
+        np.ones(256 * MIB, dtype=np.uint8).sum()
         return super().forward(qkv, plan)
 
 
@@ -85,6 +95,7 @@ uses_threads = _info("uses_threads", UsesThreads)
 sets_variable = _info("sets_variable", SetsVariable)
 sees_defaults = _info("sees_defaults", SeesDefaults)
 holds_workspace = _info("holds_workspace", HoldsWorkspace)
+holds_in_module = _info("holds_in_module", HoldsInModule)
 holds_array = _info("holds_array", HoldsArray)
 allocates_arrays = _info("allocates_arrays", AllocatesArrays)
 honest = _info("honest", Reference)
