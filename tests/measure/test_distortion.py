@@ -33,7 +33,7 @@ def _run(out: Path, names: list[str], measure: Any = None, **sweep_table: Any) -
     records = runs.results(request).records
     found = [records[case.id] for case in loaded.cases]
     for record in found:
-        assert record.status == "ok", f"{record.case.label}: {record.reason} {record.errors}"
+        assert record.status == "ok", f"{record.case.label}: {record.reason}"
     return found
 
 
@@ -49,7 +49,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Record]:
 
 def distortions(record: Record) -> list[str]:
     """The flags but those of the machine."""
-    return [flag for flag in record.flags if flag not in ("contended", "oversubscribed")]
+    return sorted({*record.flags} - {"contended", "oversubscribed"})
 
 
 def test_threads_that_an_operator_sets_are_flagged(records: dict[str, Record]) -> None:
@@ -99,16 +99,11 @@ def test_honest_operators_are_not_flagged(tmp_path: Path) -> None:
     for threads in (1, 2):
         found = _run(
             tmp_path / str(threads), [], {"threads": threads},
-            operator=["bands", "sdpa.cpu_flash", "flex"], seq_len=1100,
+            operator=["bands", "sdpa.cpu_flash", "flex", "triton_band"], seq_len=300,
             mask=["causal", "sliding_window:window=100"],
         )  # fmt: skip
         for record in found:
-            assert distortions(record) == [], (
-                record.case.label,
-                record.flags,
-                record.notes,
-                record.memory_bytes,
-            )
+            assert distortions(record) == [], (record.case.label, record.notes)
             assert record.memory_bytes["held"] == [0]
 
 
