@@ -92,6 +92,7 @@ COLUMNS = {
     "error_dk": "largest relative L2 error of dk",
     "error_dv": "largest relative L2 error of dv",
     "flags": "caveats, such as contended or throttled",
+    "notes": "details of caveats, such as what state of the process has changed",
     "started": "start, seconds since the epoch",
     "seconds": "duration of the whole case, checks included",
     "environment": "id of the environment",
@@ -101,7 +102,7 @@ COLUMNS = {
 TEXT_COLUMNS = (
     "run", "id", "status", "reason", "operator", "strategy", "layout", "mask", "mask_family",
     "draw", "dtype", "direction", "placement", "inputs", "content", "code", "machine", "clock",
-    "held_down_by", "flags", "environment", "writer", "log",
+    "held_down_by", "flags", "notes", "environment", "writer", "log",
 )  # fmt: skip
 INTEGER_COLUMNS = ("iterations", "launches")  # nullable
 UNKNOWN_MACHINE = "unknown"

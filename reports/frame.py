@@ -109,6 +109,8 @@ def _record_row(record: Record, launches: Sequence[Record], machine: _Machine) -
     row["machine"], row["clock"] = machine.name, record.conditions.get("clock")
     row["flags"] = " ".join(sorted({flag for launch in launches for flag in launch.flags}
                                    or record.flags))  # fmt: skip
+    row["notes"] = "; ".join(sorted({note for launch in launches for note in launch.notes}
+                                    or record.notes)) or None  # fmt: skip
     row["limit_mb"] = machine.limit_mb(record.conditions.get("device", "cpu"))
     row["gemm_tflops"], row["copy_gb_s"] = machine.peak(case.dtype), machine.peak("copy_gb_s")
     row |= _time_columns(record, launches)

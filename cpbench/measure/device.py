@@ -7,26 +7,37 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from cpbench.core.environment import usable_cores
+from cpbench.measure import memory
+from cpbench.measure.processor_use import ProcessorMeter, ProcessorUse, contended, more_threads
 
-if TYPE_CHECKING:
-    import torch
-
+_SPIN_S, _WATCH_S = 0.005, 0.01  # threads of OpenMP may spin for a while after their work
+_LATE_SHARE = 0.3  # of processor time after a call, or of the time of the call itself
 _CPU_FLUSH_BYTES = 64 << 20  # more than the last-level cache share of most cores
 
 
 class Device(Protocol):
-    """One rank's device."""
+    """One rank's device.
+
+    Attributes:
+        last_use: of the last call of :meth:`time_us`; None where work runs on another processor.
+    """
 
     type: str
     backend: str
+    last_use: ProcessorUse | None
 
     def time_us(self, work: Callable[[], Any]) -> float:
         """Microseconds that ``work`` takes on the device, which is idle at the start."""
+        ...
+
+    def works_late(self) -> bool:
+        """Whether the work of the last call of :meth:`time_us` went on after its end; to be asked
+        right after it."""
         ...
 
     def pace_us(self) -> float | None:
@@ -43,6 +54,11 @@ class Device(Protocol):
         that report them, also the allocator's ``reserved`` bytes and the whole ``device``'s use."""
         ...
 
+    def process_peak_bytes(self, work: Callable[[], Any]) -> dict[str, int]:
+        """As :meth:`peak_bytes`, with what torch's allocator does not see (``process``); empty
+        where the system does not tell."""
+        ...
+
     def describe(self) -> dict[str, Any]:
         """Properties of the device for the environment record."""
         ...
@@ -51,8 +67,12 @@ class Device(Protocol):
         """The UUID of the rank's GPU as NVML has it; None on a CPU."""
         ...
 
-    def flags(self, local_world_size: int) -> list[str]:
-        """Record flags that apply now, such as ``contended`` or ``throttled``."""
+    def flags(self, local_world_size: int, uses: Sequence[ProcessorUse] | None = None) -> list[str]:
+        """Record flags that apply now, such as ``throttled``, or to timed work (``contended``).
+
+        Args:
+            uses: of the timed work; a reference computation unless given.
+        """
         ...
 
 
@@ -67,17 +87,25 @@ class Cpu:
 
         torch.set_num_threads(threads)
         self.threads, self.clock = threads, clock
+        self.last_use: ProcessorUse | None = None
+        self._meter = ProcessorMeter()
         self._reference_matrix = torch.ones(192, 192)
-        self._flush_buffer: torch.Tensor | None = None
-        self._wall_s = self._cpu_s = 0.0  # of the work timed since the last call of flags
+        self._flush_buffer = torch.zeros(_CPU_FLUSH_BYTES // 8, dtype=torch.int64)
 
     def time_us(self, work: Callable[[], Any]) -> float:
+        before = self._meter.read()
         cpu_start, wall_start = time.process_time(), time.perf_counter()
         work()
         wall_s, cpu_s = time.perf_counter() - wall_start, time.process_time() - cpu_start
-        self._wall_s += wall_s
-        self._cpu_s += cpu_s
+        self.last_use = self._meter.read().since(before)
         return (cpu_s if self.clock == "cpu" else wall_s) * 1e6
+
+    def works_late(self) -> bool:
+        time.sleep(_SPIN_S)
+        before = self._meter.read()
+        time.sleep(_WATCH_S)
+        use = self._meter.read().since(before)
+        return use.busy_s > _LATE_SHARE * use.wall_s
 
     def pace_us(self) -> float | None:
         if self.clock != "cpu":
@@ -92,10 +120,6 @@ class Cpu:
             self._reference_matrix.mm(self._reference_matrix)
 
     def flush_cache(self) -> None:
-        import torch
-
-        if self._flush_buffer is None:
-            self._flush_buffer = torch.zeros(_CPU_FLUSH_BYTES // 8, dtype=torch.int64)
         self._flush_buffer.add_(1)
 
     def peak_bytes(self, work: Callable[[], Any]) -> dict[str, int]:
@@ -114,23 +138,34 @@ class Cpu:
             peak = max(peak, allocated)
         return {"peak": peak}
 
+    def process_peak_bytes(self, work: Callable[[], Any]) -> dict[str, int]:
+        before = memory.resident_bytes() if memory.reset_resident_peak() else None
+        results = work()
+        after = memory.resident_bytes(peak=True)
+        del results
+        return {} if before is None or after is None else {"process": max(after - before, 0)}
+
     def describe(self) -> dict[str, Any]:
         return {"type": "cpu", "threads": self.threads}
 
     def gpu_uuid(self) -> str | None:
         return None
 
-    def flags(self, local_world_size: int) -> list[str]:
-        flags = []
+    def flags(self, local_world_size: int, uses: Sequence[ProcessorUse] | None = None) -> list[str]:
+        judged_by_reference, uses = uses is None, uses or []
+        flags: list[str] = []
+        if more_threads(uses, self.threads) and (self._meter.sees_delays or local_world_size == 1):
+            flags.append("more-threads")
         if local_world_size * self.threads > usable_cores():
-            flags.append("oversubscribed")
-        # A single rank with one thread waits for nobody: its own times show a shared core.
-        single = local_world_size == self.threads == 1
-        timed_ratio = self._wall_s / self._cpu_s if single and self._cpu_s else 1.0
-        self._wall_s = self._cpu_s = 0.0
-        if max(timed_ratio, self._reference_ratio()) > 1.15:
-            flags.append("contended")
-        return flags
+            return [*flags, "oversubscribed"]  # and ranks wait for each other
+        if judged_by_reference or not self._meter.sees_delays:
+            # A single rank with one thread waits for nobody: its own times show a shared core.
+            busy_s = sum(use.busy_s for use in uses) if local_world_size == self.threads == 1 else 0
+            timed_ratio = sum(use.wall_s for use in uses) / busy_s if busy_s else 1.0
+            disturbed = max(timed_ratio, self._reference_ratio()) > 1.15
+        else:
+            disturbed = contended(uses, self.threads)
+        return [*flags, "contended"] if disturbed else flags
 
     def _reference_ratio(self) -> float:
         """Wall time over CPU time of the reference computation: 1 on an otherwise idle core."""
@@ -148,12 +183,13 @@ class Cuda:
 
     type = "cuda"
     backend = "cpu:gloo,cuda:nccl"
+    last_use: ProcessorUse | None = None
 
     def __init__(self, index: int) -> None:
         import torch
 
         torch.cuda.set_device(index)
-        self.index = index
+        self.index, self._late = index, False
         flush_bytes = 2 * torch.cuda.get_device_properties(index).L2_cache_size
         self._flush_buffer = torch.zeros(
             max(flush_bytes, 1 << 20), dtype=torch.uint8, device="cuda"
@@ -168,7 +204,14 @@ class Cuda:
         work()
         end.record()
         end.synchronize()
-        return float(start.elapsed_time(end)) * 1e3
+        ended = time.perf_counter()
+        torch.cuda.synchronize()  # other streams
+        elapsed_ms = float(start.elapsed_time(end))
+        self._late = (time.perf_counter() - ended) * 1e3 > _LATE_SHARE * elapsed_ms + 0.1
+        return elapsed_ms * 1e3
+
+    def works_late(self) -> bool:
+        return self._late
 
     def pace_us(self) -> float | None:
         return None
@@ -193,6 +236,22 @@ class Cuda:
             "device": total - free,
         }
 
+    def process_peak_bytes(self, work: Callable[[], Any]) -> dict[str, int]:
+        """Torch's peak and what the device lost meanwhile to others than torch's allocator."""
+        import torch
+
+        def taken_elsewhere() -> int:
+            torch.cuda.synchronize()
+            free, total = torch.cuda.mem_get_info()
+            return total - free - torch.cuda.memory_reserved()
+
+        before, elsewhere = torch.cuda.memory_allocated(), taken_elsewhere()
+        torch.cuda.reset_peak_memory_stats()
+        results = work()
+        elsewhere = max(taken_elsewhere() - elsewhere, 0)
+        del results
+        return {"process": torch.cuda.max_memory_allocated() - before + elsewhere}
+
     def describe(self) -> dict[str, Any]:
         import torch
 
@@ -216,7 +275,7 @@ class Cuda:
 
         return f"GPU-{torch.cuda.get_device_properties(self.index).uuid}"
 
-    def flags(self, local_world_size: int) -> list[str]:
+    def flags(self, local_world_size: int, uses: Sequence[ProcessorUse] | None = None) -> list[str]:
         with suppress(OSError), _NvmlSession(self.index) as (nvml, handle):
             reasons = nvml.nvmlDeviceGetCurrentClocksEventReasons(handle)
             slowdown = (

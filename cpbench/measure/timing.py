@@ -12,15 +12,18 @@ import functools
 import itertools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cpbench.core.operator import QKV
 from cpbench.core.settings import MeasureSettings
-from cpbench.parallel.comm import Traffic
+from cpbench.measure.memory import HeldMemory, tensor_bytes
+from cpbench.measure.processor_use import ProcessorUse
+from cpbench.parallel.comm import TorchComm, Traffic
 from cpbench.parallel.memory_trace import peak_bytes
 from cpbench.results.record import relative_half_width
 from cpbench.selectors.common.base import Selector
+from cpbench.strategies.libraries.traffic import record_messages
 
 if TYPE_CHECKING:
     import torch
@@ -29,15 +32,25 @@ if TYPE_CHECKING:
     from cpbench.measure.device import Device
     from cpbench.parallel.comm import Comm, Control
 
+LATE_WORK_CALLS = 2  # first calls after which it is seen whether work goes on
+
 
 @dataclass(frozen=True)
 class Timing:
-    """Measurements of one rank: microseconds by phase and iteration, traffic by phase, and the time
-    of the reference computation around each iteration where the device has one."""
+    """Measurements of one rank: microseconds by phase and iteration, traffic by phase, the time of
+    the reference computation around each iteration where the device has one, the processor use of
+    each phase on a CPU, and whether work went on after a call had returned."""
 
     times_us: dict[str, list[float]]
     traffic: dict[str, Traffic]
     pace_us: list[float] = field(default_factory=list)
+    uses: dict[str, list[ProcessorUse]] = field(default_factory=dict)
+    works_late: bool = False
+
+    def delay_us(self, phase: str) -> list[int]:
+        """Microseconds that threads waited for a core in each iteration; empty where unknown."""
+        delays_s = [use.delay_s for use in self.uses.get(phase, ())]
+        return [round(delay_s * 1e6) for delay_s in delays_s if delay_s is not None]
 
     @classmethod
     def empty(cls, workload: Workload) -> Timing:
@@ -117,15 +130,20 @@ class Workload:
             return {}
         return {"predicted": peak_bytes(work.strategy, work.op.info, work.world, work.rank)}
 
-    def held_bytes(self) -> dict[str, int]:
-        """Bytes that operator and strategy hold beyond inputs and results: their plan, and the
-        forward result where only the backward pass is timed."""
+    def held_bytes(self, memory: HeldMemory) -> dict[str, int]:
+        """Bytes that operator and strategy hold beyond inputs and results: their plan, the forward
+        result where only the backward pass is timed, and what else the operator keeps."""
         saved = () if self.phases != ("bwd",) else self._saved
+        counted: set[int] = set()
+        own = {key: value for key, value in vars(self).items() if key not in ("_work", "_comm")}
+        tensor_bytes(own, counted)
         input_storages = {x.untyped_storage().data_ptr() for x in self._inputs.values()}
-        return {
+        sizes = {
             "plan": tensor_bytes(self._work.plan, set(input_storages)),
             "saved": tensor_bytes(saved, set(input_storages)),
         }
+        tensor_bytes(self._work.plan, counted)
+        return {**sizes, "held": memory.held_bytes(self._work.op.impl, counted)}
 
 
 def measure_first_call(workload: Workload, device: Device, control: Control) -> float:
@@ -158,10 +176,15 @@ def measure_time(
     """Timed iterations on this rank; collective over all ranks."""
     timing = Timing.empty(workload)
 
+    calls, works_late = itertools.count(), False
+
     def observed_iteration(timing: Timing) -> float:
+        nonlocal works_late
         workload.release()
         observer.before_call()
         total_us = iterate(workload, device, comm, control, timing)
+        if next(calls) < LATE_WORK_CALLS:
+            works_late |= device.works_late()
         observer.after_call(workload.results)
         return total_us
 
@@ -176,7 +199,7 @@ def measure_time(
         more = control.broadcast(needs_more(slowest_us, time.monotonic() - started, settings))
     measured_us = [pace_us for pace_us in paces_us if pace_us is not None]
     timing.pace_us.extend((before + after) / 2 for before, after in itertools.pairwise(measured_us))
-    return timing
+    return replace(timing, works_late=works_late)
 
 
 def iterate(
@@ -192,9 +215,32 @@ def iterate(
         control.barrier()
         phase_us = device.time_us(functools.partial(workload.run_phase, phase))
         timing.times_us[phase].append(phase_us)
+        if device.last_use is not None:
+            timing.uses.setdefault(phase, []).append(device.last_use)
         timing.traffic[phase] = comm.traffic.snapshot()
         total_us += control.max(phase_us)
     return total_us
+
+
+def record_traffic(workload: Workload, comm: Comm, control: Control) -> dict[str, Traffic]:
+    """What this rank sends by phase, in a pass of its own: what passes through ``comm``, and what
+    goes to torch.distributed behind it."""
+    import torch.distributed as dist
+
+    traffic = {}
+    workload.reset()
+    for phase in workload.phases:
+        comm.traffic.clear()
+        control.barrier()
+        run = functools.partial(workload.run_phase, phase)
+        _, messages = record_messages(dist.group.WORLD, run)
+        if isinstance(comm, TorchComm):
+            comm.traffic.clear()  # its messages are among those recorded
+        for message in messages:
+            comm.traffic.add(*message)
+        traffic[phase] = comm.traffic.snapshot()
+    workload.reset()
+    return traffic
 
 
 def measure_selection_steps(
@@ -221,41 +267,24 @@ def measure_selection_steps(
 
 
 def measure_memory(
-    workload: Workload, device: Device, comm: Comm, control: Control
+    workload: Workload, device: Device, comm: Comm, control: Control, memory: HeldMemory
 ) -> dict[str, int]:
-    """Peak bytes of one pass over all phases on this rank, beyond those allocated before it, and
-    the bytes held by the plan.
+    """Peak bytes of one pass over all phases on this rank, beyond those allocated before it, by
+    torch and by the process; and the bytes held before it.
 
-    The pass pauses after each wait: Gloo's threads release a buffer shortly after its transfer has
-    ended, and if they held the last reference, the profiler would not see it freed.
+    Both passes pause after each wait: Gloo's threads release a buffer shortly after its transfer
+    has ended, and if they held the last reference, it would not be seen to be freed.
     """
     workload.reset()
-    control.barrier()
+    held = workload.held_bytes(memory)
     comm.pause_s = 0.002
+    control.barrier()
     peak = device.peak_bytes(workload.run_all)
+    workload.reset()
+    control.barrier()
+    process = device.process_peak_bytes(workload.run_all)
     comm.pause_s = 0.0
-    return {**peak, **workload.held_bytes()}
-
-
-def tensor_bytes(value: Any, seen: set[int]) -> int:
-    """Bytes of the tensors in a nested object, such as a plan; each storage counts once.
-
-    Args:
-        seen: data pointers of storages not to be counted; those found are added.
-    """
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        storage = value.untyped_storage()
-        if storage.data_ptr() in seen:
-            return 0
-        seen.add(storage.data_ptr())
-        return storage.nbytes()
-    if isinstance(value, dict):
-        return sum(tensor_bytes(item, seen) for item in value.values())
-    if isinstance(value, list | tuple | set):
-        return sum(tensor_bytes(item, seen) for item in value)
-    return tensor_bytes(vars(value), seen) if hasattr(value, "__dict__") else 0
+    return {**peak, **process, **held}
 
 
 def needs_more(samples: list[float], seconds: float, settings: MeasureSettings) -> bool:

@@ -78,6 +78,8 @@ class Record:
             it (``plan``) and of the kernel (``kernel``), as ``times_us`` but in iterations of their
             own; ``fwd`` of ``times_us`` is all three, in one call.
         quality: of selectors: quality of the selection, see ``cpbench.verify.quality``.
+        delay_us: as ``times_us``: microseconds that the rank's threads were ready and waited for a
+            core, summed over threads; empty where the system does not tell.
         pace_us: ``[rank][iteration]``: CPU time of a fixed piece of work around each iteration,
             where CPU time was measured; comparisons divide by it.
         exposure_us: rounds that alternate between the complete pass (``whole``), the pass without
@@ -91,9 +93,10 @@ class Record:
         balance: visible pairs that each rank computed in one pass over all phases, counted once per
             query head; None for selectors.
         memory_bytes: by kind, ``[rank]``: ``inputs``; ``plan`` and ``saved`` (held before a pass);
-            ``peak`` (on top of those, during one); ``predicted`` (a peak without the operator's
-            own temporaries, see ``cpbench.parallel.memory_trace``); on GPUs ``reserved`` and
-            ``device``.
+            ``held`` (what else the operator keeps); ``peak`` (on top of those, during one);
+            ``process`` (as ``peak``, with what torch does not allocate); ``predicted`` (a peak
+            without the operator's own temporaries, see ``cpbench.parallel.memory_trace``); on GPUs
+            ``reserved`` and ``device``.
         bytes_sent: by phase, ``[rank]``, counted at the transport.
         bytes_across: of ``bytes_sent``, those to ranks of other nodes.
         messages: by phase, ``[rank]``.
@@ -106,6 +109,7 @@ class Record:
             empty on CPUs.
         conditions: device, threads, and whether checks and timing were requested.
         flags: caveats, such as ``contended`` or ``oversubscribed``.
+        notes: what flags do not say, ``flag: details``.
         environment: id of an environment record in the same run directory.
         started: seconds since the epoch.
         seconds: duration of the whole case.
@@ -122,6 +126,7 @@ class Record:
     times_us: dict[str, list[list[float]]] = field(default_factory=dict)
     parts_us: dict[str, list[list[float]]] = field(default_factory=dict)
     quality: dict[str, float] = field(default_factory=dict)
+    delay_us: dict[str, list[list[int]]] = field(default_factory=dict)
     pace_us: list[list[float]] = field(default_factory=list)
     exposure_us: dict[str, dict[str, list[list[float]]]] = field(default_factory=dict)
     turns: list[int] = field(default_factory=list)
@@ -141,6 +146,7 @@ class Record:
     telemetry: list[dict[str, Any]] = field(default_factory=list)
     conditions: dict[str, Any] = field(default_factory=dict)
     flags: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     environment: str | None = None
     started: float = 0.0
     seconds: float = 0.0
@@ -206,11 +212,11 @@ class Record:
 
     @property
     def peak_bytes(self) -> int | None:
-        """Peak memory beside the inputs (plan, saved and peak together), max over ranks."""
+        """Peak memory beside the inputs (plan, saved, held and peak together), max over ranks."""
         memory = self.memory_bytes
         if "peak" not in memory:
             return None
-        kinds = [memory[kind] for kind in ("plan", "saved", "peak") if kind in memory]
+        kinds = [memory[kind] for kind in ("plan", "saved", "held", "peak") if kind in memory]
         return max(map(sum, zip(*kinds, strict=True)))
 
     @property

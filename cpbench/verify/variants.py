@@ -112,10 +112,12 @@ class InputVariants:
             self._mismatch = f"call {self._calls} did not return what the checked one did: {reason}"
 
     def finish(self) -> str:
-        """Restore the first set of inputs; returns what was found, or an empty text."""
+        """Restore the first set of inputs and free the second; returns what was found, or an empty
+        text."""
         if self._swapped:
             self.swap()
         self._apply_signs({})
+        self._others = {}
         return self._mismatch
 
     def _apply_signs(self, signs: Tensors) -> None:

@@ -16,7 +16,9 @@ from cpbench.api import Attention, require_agreement
 from cpbench.core.problem import Case
 from cpbench.core.settings import MeasureSettings
 from cpbench.measure import exposure, timeline, timing
+from cpbench.measure.memory import HeldMemory, memory_gap
 from cpbench.measure.peaks import COPY, measure_peaks
+from cpbench.measure.process_state import ProcessState
 from cpbench.parallel.world import World
 from cpbench.results.record import Record
 from cpbench.verify import check
@@ -74,13 +76,28 @@ class Evaluator:
         context = check.RankContext(device.type, comm, control)
         self._checks = Checks(context, settings, check_seed, report_phase)
         self._expected: dict[str, Expected] = {}  # of the results of cases measured in turn
+        self._state, self._held = ProcessState(), HeldMemory()
+        self._changes: set[str] = set()
 
     def evaluate(self, case: Case, previous: Record | None = None) -> Record:
         """The record of a case, without the start time and environment, which the worker adds.
 
+        The state of the process is put back; the record says what the case changed.
+
         Args:
             previous: the record of earlier turns of this case, to which another turn is added.
         """
+        self._changes = set()
+        self._held.begin(case.operator.name)
+        record = self._evaluate(case, previous)
+        self._changes.update(self._state.restore())
+        ranks = self.control.all_gather(self._changes)
+        if changes := sorted(set().union(*ranks)):
+            record.flags = sorted({*record.flags, "changed-state"})
+            record.notes = sorted({*record.notes, f"changed-state: {', '.join(changes)}"})
+        return record
+
+    def _evaluate(self, case: Case, previous: Record | None) -> Record:
         self.timelines = None
         if previous is not None:
             return self._add_turn(case, previous)
@@ -178,6 +195,9 @@ class Evaluator:
             record.times_us[phase] = [
                 [*old, *new] for old, new in zip(record.times_us[phase], ranks, strict=True)
             ]
+        for phase, delays in turn.delay_us.items():
+            for old, new in zip(record.delay_us[phase], delays, strict=True):
+                old.extend(new)
         paces_us = zip(record.pace_us, turn.pace_us, strict=True)
         record.pace_us = [[*old, *new] for old, new in paces_us]
         record.flags = sorted({*record.flags, *turn.flags})
@@ -243,27 +263,41 @@ class Evaluator:
         returned the checked results."""
         device, control, settings = self._device, self.control, self._settings
         self._report_phase("measure")
-        flags = set(device.flags(self._local_world_size))
+        flags = set(device.flags(self._local_world_size, []))
         start = time.time()
         own_timing = timing.measure_time(workload, device, self._comm, control, settings, variants)
         if self.telemetry is not None:
             record.telemetry = control.all_gather(self.telemetry.between(start, time.time()))
-        flags.update(device.flags(self._local_world_size))
+        self._changes.update(self._state.changes())
+        uses = [use for phase in own_timing.uses.values() for use in phase]
+        flags.update(device.flags(self._local_world_size, uses))
+        if own_timing.works_late:
+            flags.add("async")
         if not (settings.check_small and settings.check_sampled):
             flags.add("unchecked")
         mismatch = variants.finish()
         memory: dict[str, int] = {}
         if settings.memory:
             self._report_phase("memory")
-            memory = timing.measure_memory(workload, device, self._comm, control)
+            memory = timing.measure_memory(workload, device, self._comm, control, self._held)
+            if memory_gap(memory):
+                flags.add("memory-gap")
             memory |= workload.predicted_peak()
+        sent = own_timing.traffic
+        if self._comm.size > 1:
+            sent = timing.record_traffic(workload, self._comm, control)
+            if any(sent[p].bytes_to != own_timing.traffic[p].bytes_to for p in workload.phases):
+                flags.add("untracked-traffic")
         workload.reset()
         predicted = workload.predicted_bytes()
-        ranks = control.all_gather((own_timing, memory, sorted(flags), predicted))
+        ranks = control.all_gather((own_timing, memory, sorted(flags), predicted, sent))
         timings: list[timing.Timing] = [rank_timing for rank_timing, *_ in ranks]
+        sent_by_rank = [sent_by_phase for *_, sent_by_phase in ranks]
         record.times_us = {p: [t.times_us[p] for t in timings] for p in workload.phases}
         record.pace_us = [t.pace_us for t in timings if t.pace_us]
-        traffic = {p: [t.traffic[p] for t in timings] for p in workload.phases}
+        delays_us = {p: [t.delay_us(p) for t in timings] for p in workload.phases}
+        record.delay_us = {p: ranks for p, ranks in delays_us.items() if all(ranks)}
+        traffic = {p: [phases[p] for phases in sent_by_rank] for p in workload.phases}
         per_node = record.ranks_per_node
         record.bytes_sent = {p: [t.bytes_sent for t in traffic[p]] for p in traffic}
         record.bytes_across = {
@@ -272,9 +306,9 @@ class Evaluator:
         }
         record.messages = {p: [t.messages for t in traffic[p]] for p in traffic}
         record.largest_message = {p: max(t.largest_message for t in traffic[p]) for p in traffic}
-        record.predicted_bytes = {p: [nbytes[p] for *_, nbytes in ranks] for p in predicted}
+        record.predicted_bytes = {p: [nbytes[p] for *_, nbytes, _ in ranks] for p in predicted}
         record.memory_bytes = {kind: [nbytes[kind] for _, nbytes, *_ in ranks] for kind in memory}
-        rank_flags = {flag for *_, flags_of_rank, _ in ranks for flag in flags_of_rank}
+        rank_flags = {flag for _, _, flags_of_rank, *_ in ranks for flag in flags_of_rank}
         record.flags = sorted({*record.flags, *rank_flags})
         if predicted and record.predicted_bytes != record.bytes_sent:
             record.flags.append("mispredicted")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 TEXTS = (
     "run", "id", "status", "reason", "method", "operator", "strategy", "layout", "mask",
     "mask_family", "dtype", "direction", "placement", "inputs", "shape", "machine", "clock",
-    "flags", "environment", "writer", "log",
+    "flags", "notes", "environment", "writer", "log",
 )  # fmt: skip
 NUMBERS = (
     "seq_len", "world_size", "ranks_per_node", "batch", "queries", "num_heads_q", "num_heads_kv",

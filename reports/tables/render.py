@@ -47,6 +47,10 @@ _FLAG_MEANINGS = {
     "power-capped": "the power limit reduced clocks",
     "nvml-missing": "NVML is missing: throttling is unknown",
     "approximate": "computes part of attention: not ranked",
+    "changed-state": "changed what operators share in a process, see notes in the records",
+    "more-threads": "ran more threads than allowed: times too low",
+    "memory-gap": "used memory that torch did not allocate: peak too low",
+    "untracked-traffic": "sent more than its communicator counted",
     "unchecked": "not checked against float64: not ranked",
 }
 # Lines above the rows, the rows, and lines below them.

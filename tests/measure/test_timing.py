@@ -85,23 +85,11 @@ def test_peak_memory_is_of_simultaneous_allocations() -> None:
     assert 2 << 20 <= peak <= (2 << 20) + 4096
 
 
-def test_a_shared_core_is_flagged(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = Cpu(1, "wall")
-    monkeypatch.setattr(device, "_reference_ratio", lambda: 1.0)
-    device.time_us(lambda: time.sleep(0.05))  # waits as if descheduled
-    assert device.flags(1) == ["contended"]
-    assert device.flags(1) == []  # nothing has been timed since
-
-
 def test_wall_time_includes_waiting_and_cpu_time_does_not() -> None:
     """The CPU time of a sleep does not depend on its length, nor on the load of the machine."""
     wall_us, cpu_us = (Cpu(1, clock).time_us(lambda: time.sleep(0.3)) for clock in ("wall", "cpu"))
     assert wall_us >= 300e3
     assert cpu_us < 300e3
-
-
-def test_more_threads_than_cores_are_flagged() -> None:
-    assert "oversubscribed" in Cpu(1, "wall").flags(4096)
 
 
 def test_an_unknown_device_is_refused() -> None:

@@ -1,20 +1,20 @@
-"""Traffic of libraries, recorded where torch.distributed passes it to a process group.
+"""Traffic as torch.distributed passes it to a process group, whoever calls it.
 
-Not a strategy.  Libraries call torch.distributed themselves, so
-:class:`~cpbench.parallel.comm.TorchComm` does not see their traffic.  Every communication call
+Not a strategy.  :class:`~cpbench.parallel.comm.TorchComm` counts what passes through it; libraries,
+and strategies that do not keep to it, call torch.distributed themselves.  Every communication call
 (``isend``, ``all_to_all_single``, functional collectives, …) passes through the dispatcher as an
-operator of ``c10d`` or ``_c10d_functional``, where the first pass of each phase is recorded.
-Later passes of the phase are counted with the same messages, so recording does not slow down timed
-passes.
+operator of ``c10d``, where the messages of a pass are recorded.  This takes time: it is done in the
+first pass of each phase of a library, and in an untimed pass of every strategy.
 
-Attribution is that of :mod:`cpbench.parallel.comm`; a broadcast is sent from its root to every
-other rank.
+Attribution is that of :mod:`cpbench.parallel.comm`; a broadcast or scatter is sent from its root to
+every other rank, a reduce or gather by every rank to the root.
 
 Source: the operators that ``torch.distributed.tensor.debug.CommDebugMode`` counts.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,8 +23,12 @@ if TYPE_CHECKING:
 
     from cpbench.parallel.comm import Traffic
 
-NAMESPACES = ("c10d", "_c10d_functional")
-NOT_SENDING = ("recv_", "recv_any_source_", "irecv", "barrier", "monitored_barrier_")
+SENDING = (
+    "send", "allreduce_", "allreduce_coalesced_", "allgather_", "_allgather_base_",
+    "allgather_coalesced_", "allgather_into_tensor_coalesced_", "reduce_scatter_",
+    "_reduce_scatter_base_", "reduce_scatter_tensor_coalesced_", "alltoall_", "alltoall_base_",
+    "broadcast_", "scatter_", "reduce_", "gather_",
+)  # fmt: skip
 
 
 class Message(NamedTuple):
@@ -60,93 +64,79 @@ class TrafficRecorder:
 def record_messages(group: Any, function: Callable[[], Any]) -> tuple[Any, list[Message]]:
     """Call ``function``; return its result and the messages that this rank sends to others.
 
+    The operators get a kernel in front of the real one, under a dispatch key through which every
+    call passes and which ``c10d`` does not use: what is computed meanwhile, and on which thread,
+    makes no difference.
+
     Args:
         group: the process group that numbers the receivers; all of them must be members.
     """
+    import torch
     import torch.distributed as dist
-    from torch.distributed.tensor import DTensor
-    from torch.utils import _python_dispatch
 
     number = {rank: i for i, rank in enumerate(dist.get_process_group_ranks(group))}
     messages: list[Message] = []
-    mode: Any = _python_dispatch.TorchDispatchMode
+    below = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)
 
-    class RecordingMode(mode):  # type: ignore[misc]
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-        ) -> Any:
-            if any(issubclass(kind, DTensor) for kind in types):
-                return NotImplemented  # DTensor dispatches its local operators, which are recorded
-            kwargs = kwargs or {}
-            if func.namespace in NAMESPACES and func._opname not in NOT_SENDING:
-                names = (argument.name for argument in func._schema.arguments)
-                arguments = {**dict(zip(names, args, strict=False)), **kwargs}
-                ranks = _group_ranks(arguments)
-                if not ranks:  # a wait or a wrapper
-                    return func(*args, **kwargs)
-                own_index = ranks.index(dist.get_rank())
-                for member, nbytes, num_messages in _sent_messages(
-                    func._opname, arguments, len(ranks), own_index
-                ):
-                    if nbytes and member != own_index:
-                        messages.append(Message(number[ranks[member]], nbytes, num_messages))
-            return func(*args, **kwargs)
+    def record(operator: Any, keys: Any, *args: Any, **kwargs: Any) -> Any:
+        names = (argument.name for argument in operator._schema.arguments)
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        process_group = arguments["process_group"]
+        if not isinstance(process_group, dist.ProcessGroup):
+            process_group = dist.ProcessGroup.unbox(process_group)
+        ranks = list(dist.get_process_group_ranks(process_group))
+        own_index = ranks.index(dist.get_rank())
+        for member, nbytes, num_messages in _sent_messages(
+            operator._opname, arguments, len(ranks), own_index
+        ):
+            if nbytes and member != own_index:
+                messages.append(Message(number[ranks[member]], nbytes, num_messages))
+        return operator.redispatch(keys & below, *args, **kwargs)
 
-    with RecordingMode():
+    library = torch.library.Library("c10d", "IMPL")
+    try:
+        for name in SENDING:
+            operator = getattr(torch.ops.c10d, name).default
+            kernel = functools.partial(record, operator)
+            library.impl(name, kernel, "BackendSelect", with_keyset=True)
         return function(), messages
-
-
-def _group_ranks(arguments: dict[str, Any]) -> list[int]:
-    """The global ranks of the group of an operator; empty if it has no group."""
-    import torch.distributed as dist
-    from torch.distributed import distributed_c10d
-
-    group = arguments.get("process_group", arguments.get("group_name"))
-    if group is None:
-        return []
-    if isinstance(group, str):
-        group = vars(distributed_c10d)["_resolve_process_group"](group)
-    elif not isinstance(group, dist.ProcessGroup):
-        group = dist.ProcessGroup.unbox(group)
-    return list(dist.get_process_group_ranks(group))
+    finally:
+        library._destroy()
 
 
 def _sent_messages(
     name: str, arguments: dict[str, Any], size: int, own_index: int
 ) -> Iterator[tuple[int, int, int]]:
-    """(member of the group, bytes, number) of the messages of one operator, to itself included.
-
-    Raises:
-        NotImplementedError: for an unknown operator, whose bytes would not be counted.
-    """
+    """(member of the group, bytes, number) of the messages of one operator, to itself included."""
     members = range(size)
-    if name in ("send", "isend"):
-        for x in _flat_tensors(arguments, "tensors", "tensor"):
+    if name == "send":
+        for x in _flat_tensors(arguments, "tensors"):
             yield arguments["dst"], x.nbytes, 1
-    elif "allgather" in name or "all_gather" in name:
-        for x in _flat_tensors(
-            arguments, "input_tensors", "input_list", "inputs", "input_tensor", "input"
-        ):
+    elif "allgather" in name:
+        for x in _flat_tensors(arguments, "input_tensors", "input_list", "inputs", "input_tensor"):
             yield from ((member, x.nbytes, 1) for member in members)
     elif name == "alltoall_":
         for member, x in enumerate(arguments["input_tensors"]):
             yield member, x.nbytes, 1
-    elif name in ("alltoall_base_", "all_to_all_single"):
+    elif name == "alltoall_base_":
         x = arguments["input"]
         row = x.nbytes // max(x.shape[0], 1)
         rows = list(arguments["input_split_sizes"]) or [x.shape[0] // size] * size
         yield from ((member, n * row, 1) for member, n in enumerate(rows))
     elif "reduce_scatter" in name:
-        for x in _flat_tensors(arguments, "input_tensors", "inputs", "input_tensor", "input"):
+        for x in _flat_tensors(arguments, "input_tensors", "inputs", "input_tensor"):
             yield from ((member, x.nbytes // size, 1) for member in members)
-    elif "allreduce" in name or "all_reduce" in name:
-        for x in _flat_tensors(arguments, "tensors", "inputs", "input"):
+    elif "allreduce" in name:
+        for x in _flat_tensors(arguments, "tensors"):
             yield from ((member, -(-x.nbytes // size), 2) for member in members)
-    elif name == "broadcast_":
-        for x in _flat_tensors(arguments, "tensors") if arguments["root_rank"] == own_index else ():
-            yield from ((member, x.nbytes, 1) for member in members)
-    else:
-        raise NotImplementedError(f"the bytes that {name} sends are not counted yet")
+    elif name in ("reduce_", "gather_"):
+        for x in _flat_tensors(arguments, "input_tensors", "tensors"):
+            yield arguments["root_rank"], x.nbytes, 1
+    elif arguments["root_rank"] == own_index:  # broadcast_, scatter_
+        tensors = _flat_tensors(arguments, "input_tensors", "tensors")
+        for index, x in enumerate(tensors):
+            to = members if name == "broadcast_" else (index % size,)
+            yield from ((member, x.nbytes, 1) for member in to)
 
 
 def _flat_tensors(arguments: dict[str, Any], *names: str) -> list[torch.Tensor]:
