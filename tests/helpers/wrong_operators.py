@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import sys
+import threading
 from typing import Any
 
 import torch
@@ -333,6 +335,37 @@ def _process() -> Any:
     return multiprocessing.get_context("fork").Pool(1)
 
 
+class FinishesLater(Reference):
+    """Returns at once and fills its results in another thread, soon enough for all who look."""
+
+    def forward(self, qkv: QKV, plan: Any) -> Any:
+        if qkv.q.shape[1] < 1000:
+            return super().forward(qkv, plan)
+        b, s, h, _ = qkv.q.shape
+        results = torch.empty_like(qkv.q), torch.empty(b, h, s)
+        compute = super().forward
+
+        def fill() -> None:
+            for result, value in zip(results, compute(qkv, plan), strict=True):
+                result.copy_(value)
+
+        thread = threading.Thread(target=fill)
+        thread.start()
+        if not _is_timed():
+            thread.join()
+        return results
+
+
+def _is_timed() -> bool:
+    """Whether a timer is running, by the names of the callers."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "time_us":
+            return True
+        frame = frame.f_back
+    return False
+
+
 class Noisy(Reference):
     """Errors within limits that are far larger beyond a thousand tokens."""
 
@@ -380,3 +413,4 @@ bad_tile = _info("bad_tile", BadTile, params=("tensor",))
 unlike = _info("unlike", Unlike, params=("how",))
 other_process = _info("other_process", OtherProcess)
 noisy = _info("noisy", Noisy)
+finishes_later = _info("finishes_later", FinishesLater)

@@ -68,6 +68,14 @@ def test_a_plan_that_is_wrong_the_second_time_is_found_in_the_second_turn(tmp_pa
     assert record.times_us == {}
 
 
+def test_work_that_goes_on_after_the_call_is_found(tmp_path: Path) -> None:
+    (record,) = run_cases(
+        tmp_path, {**FEW, "min_iterations": 1, "max_iterations": 1, "warmup": 0},
+        operator=f"{OPERATORS}:finishes_later", seq_len=4096, direction="fwd",
+    )  # fmt: skip
+    assert record.status == "wrong" or "async" in record.flags
+
+
 def test_a_rate_above_that_of_a_matrix_product_is_wrong(tmp_path: Path) -> None:
     (record,) = run_cases(
         tmp_path, {**FEW, "clock": "cpu"}, operator=f"{OPERATORS}:other_process", seq_len=2048,
