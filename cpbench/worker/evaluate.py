@@ -88,7 +88,8 @@ class Evaluator:
             previous: the record of earlier turns of this case, to which another turn is added.
         """
         self._changes = set()
-        self._held.begin(case.operator.name)
+        if self._settings.time and self._settings.memory:
+            self._held.begin(case.operator.name)
         record = self._evaluate(case, previous)
         self._changes.update(self._state.restore())
         ranks = self.control.all_gather(self._changes)

@@ -19,11 +19,14 @@ from cpbench.measure.processor_use import ProcessorMeter, ProcessorUse, contende
 
 @pytest.fixture
 def core() -> Iterator[int]:
-    """The core on which this thread then runs."""
+    """The core on which this thread then runs, and those that it starts."""
     before = os.sched_getaffinity(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     os.sched_setaffinity(0, {min(before)})
     yield min(before)
     os.sched_setaffinity(0, before)
+    torch.set_num_threads(threads)
 
 
 def compute(seconds: float = 0.3) -> None:
@@ -53,15 +56,24 @@ def test_waiting_for_anything_else_is_no_contention() -> None:
 
 def test_threads_that_run_or_wait_are_counted_together(core: int) -> None:
     """On one core, where two threads take turns, as on two."""
-    meter = ProcessorMeter()
-    threads = [threading.Thread(target=torch.mm, args=(torch.ones(900, 900),) * 2) for _ in "ab"]
+    meter, done, measured = ProcessorMeter(), threading.Barrier(3), threading.Event()
+
+    def work() -> None:
+        x = torch.ones(700, 700)
+        for _ in range(5):
+            torch.mm(x, x)  # without the interpreter's lock
+        done.wait()
+        measured.wait()
+
     before = meter.read()
+    threads = [threading.Thread(target=work) for _ in "ab"]
     for thread in threads:
         thread.start()
-    meter.read()
+    done.wait()
+    use = meter.read().since(before)
+    measured.set()
     for thread in threads:
         thread.join()
-    use = meter.read().since(before)
     assert more_threads([use], 1)
     assert not more_threads([use], 3)
 
