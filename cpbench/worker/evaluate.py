@@ -70,6 +70,8 @@ class Evaluator:
         Args:
             previous: the record of earlier turns of this case, to which another turn is added.
         """
+        import torch
+
         self.timelines = None
         if previous is not None:
             return self._add_turn(case, previous)
@@ -116,6 +118,7 @@ class Evaluator:
             record.memory_bytes["inputs"] = self._gather(sum(x.nbytes for x in inputs.values()))
         changed = "the operator overwrote its input"
         self._check_unchanged(input_checksums, check.checksums(inputs), changed, record)
+        record.threads_after = self._gather(torch.get_num_threads())
         return record
 
     def _check_selection(
