@@ -12,6 +12,7 @@ from cpbench.core.problem import Case
 from cpbench.launchers.failure_cause import RankState
 from cpbench.reports.tables.terminal import print_rows
 from cpbench.results import active
+from cpbench.results.sealed import DamagedError
 from cpbench.results.store import damaged_files, read_document, read_run
 from cpbench.slurm import submission
 from cpbench.slurm.client import SlurmError
@@ -32,9 +33,8 @@ def read_status(out: Path) -> dict[str, Any]:
     except OSError:
         raise ValueError(f"{out} is not a run directory: it has no sweep.json") from None
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}); repeat the command that started the run"
-        ) from None
+        damage = error if isinstance(error, DamagedError) else f"{path} is damaged: {error!r}"
+        raise ValueError(f"{damage}; repeat the command that started the run") from None
     run = read_run(out)
     run.warnings += damaged_files(out)
     records = {key: record for key, record in run.records.items() if key in cases}
