@@ -6,6 +6,7 @@ bytes before it, which finds every single damaged bit.  Objects of earlier versi
 
 from __future__ import annotations
 
+import operator
 import zlib
 from typing import Any
 
@@ -15,6 +16,7 @@ SEALED_SCHEMAS = (3,)  # versions of records whose lines all have a checksum
 _KEY = b',"crc32":"'
 _END = 10  # bytes: eight hexadecimal digits, quote, brace
 _SEAL = len(_KEY) + _END
+_MIN_DIFFERENT = 4  # bytes: fewer, and it is a damaged key
 
 
 class DamagedError(ValueError):
@@ -34,7 +36,8 @@ def unseal(data: bytes) -> dict[str, Any]:
         DamagedError: when it is no JSON object, or not the one that was sealed.
     """
     data = data.rstrip(b"\n")
-    sealed = data[-_SEAL:-_END] == _KEY
+    key = data[-_SEAL:-_END]
+    sealed = key == _KEY
     if sealed and data[-_END:] != b'%08x"}' % zlib.crc32(memoryview(data)[:-_SEAL]):
         raise DamagedError("its checksum does not match")
     try:
@@ -45,6 +48,10 @@ def unseal(data: bytes) -> dict[str, Any]:
         raise DamagedError("torn or damaged")
     if sealed:
         del table["crc32"]
-    elif "crc32" in table or table.get("schema") in SEALED_SCHEMAS:
+    elif (
+        "crc32" in table
+        or table.get("schema") in SEALED_SCHEMAS
+        or sum(map(operator.ne, key, _KEY)) < _MIN_DIFFERENT
+    ):
         raise DamagedError("its checksum is missing or damaged")
     return table

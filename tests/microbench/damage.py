@@ -2,8 +2,8 @@
 
     python tests/microbench/damage.py [--flips 1000] [--seed 0]
 
-Flips random bits of a run directory of real records, one at a time, over all its files, and reads it
-as all commands do.
+Flips random bits of a run directory of real records, one at a time, over all its files, and reads
+it as all commands do.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1] / "helpers")]
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 from bit_flips import make_run, silent_damage
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bit_flips import make_run, silent_damage
@@ -22,10 +23,14 @@ def test_single_bits(tmp_path: Path) -> None:
     assert named > 200  # else this test could not fail
 
 
-def test_every_bit_of_a_line() -> None:
-    """Those of its id, keys and checksum too."""
-    line = seal(json.dumps({**record("bands", 1.0).to_json(), "sequence": 1}))
-    assert unseal(line + b"\n")["id"]
+RECORD = {**record("bands", 1.0).to_json(), "sequence": 1}
+
+
+@pytest.mark.parametrize("table", [RECORD, {"event": "done", "time": 1.5}], ids=["record", "event"])
+def test_every_bit_of_a_line(table: dict[str, Any]) -> None:
+    """Those of its keys and checksum too."""
+    line = seal(json.dumps(table))
+    assert unseal(line + b"\n") == table
     for position in range(len(line)):
         for bit in range(8):
             damaged = bytearray(line)
