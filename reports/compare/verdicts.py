@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 DEFAULT_FLOOR = 0.02
+_MAX_WARNINGS = 20  # of a run
 RECALL_TOLERANCE = 0.01  # difference of attention recall that is ignored
 FAILS, WORKS, MISSING, ADDED, NEITHER = "FAILS", "WORKS", "MISSING", "ADDED", "NEITHER"
 
@@ -95,6 +96,8 @@ def describe_commits(base: Run, new: Run) -> str:
 def comparison_caveats(table: pd.DataFrame, base: Run, new: Run) -> list[str]:
     """What weakens the verdicts of a comparison, a line each."""
     lines = [f"Warning: {line}" for line in environment_differences(base, new)]
+    for name, run in (("base", base), ("new run", new)):
+        lines += [f"Warning: {name}: {warning}" for warning in run.warnings[:_MAX_WARNINGS]]
     both = table["base_launches"].gt(0) & table["new_launches"].gt(0)
     few = int((both & table[["base_launches", "new_launches"]].min(axis=1).lt(MIN_LAUNCHES)).sum())
     if few:

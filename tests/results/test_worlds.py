@@ -158,6 +158,8 @@ def test_launches_are_counted_in_the_present_world(tmp_path: Path) -> None:
     code, stderr = cpbench("run", file, "--out", out, "--launches", "3")
     assert (code, counts()) == (0, (3, 2)), stderr  # two of them were there
     assert "2 of 4 launches of 1 case had " in stderr
+    (newest,) = read_run(out).records.values()
+    assert newest.threads_after == [1]
 
 
 def test_variables_are_recorded_and_secrets_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
