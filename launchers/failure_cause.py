@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from cpbench.results.store import EXIT_STORE, Tail
 
@@ -45,22 +46,26 @@ class RankState:
 
     def read_journal(self) -> list[str]:
         """Process the events since the last call; ids of the cases that were started."""
-        started = []
+        started: list[str] = []
         for event in self._tail.read():
-            self.phase = str(event.get("event"))
-            if self.phase == "boot":
-                self.pid = int(event["pid"])
-            elif self.phase == "start":
-                self.case, self.case_started = str(event["case"]), float(event["time"])
-                started.append(self.case)
-            elif self.phase in ("done", "paused"):
-                self.case = None
-            elif self.phase == "failed":
-                self.failure = (event["status"], event["reason"])
-                self.failed_at = float(event["time"])
-            elif self.phase == "end":
-                self.finished = True
+            with suppress(KeyError, TypeError, ValueError):  # damaged, of an earlier version
+                self._process(event, started)
         return started
+
+    def _process(self, event: dict[str, Any], started: list[str]) -> None:
+        self.phase = str(event.get("event"))
+        if self.phase == "boot":
+            self.pid = int(event["pid"])
+        elif self.phase == "start":
+            self.case, self.case_started = str(event["case"]), float(event["time"])
+            started.append(self.case)
+        elif self.phase in ("done", "paused"):
+            self.case = None
+        elif self.phase == "failed":
+            self.failure = (event["status"], event["reason"])
+            self.failed_at = float(event["time"])
+        elif self.phase == "end":
+            self.finished = True
 
     @property
     def could_not_write(self) -> bool:

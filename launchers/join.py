@@ -6,7 +6,6 @@ and ends it with the gang, or when the heartbeat of the run stops.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -17,6 +16,7 @@ from cpbench.launchers import torchrun
 from cpbench.launchers.gang import Gang
 from cpbench.launchers.protocol import Command, GangSpec, Place
 from cpbench.results import active
+from cpbench.results.store import read_document, write_document
 from cpbench.worker.rendezvous import own_address
 
 POLL_S = 0.5
@@ -75,9 +75,7 @@ def announce_gang(spec: GangSpec) -> None:
         "world_size": spec.world_size, "nodes": spec.place.nodes,
         "address": spec.place.address, "module": spec.module,
     }  # fmt: skip
-    hidden = spec.job.with_name(f".{torchrun.RENDEZVOUS_FILE}")
-    hidden.write_text(json.dumps(table))
-    hidden.replace(spec.job.with_name(torchrun.RENDEZVOUS_FILE))
+    write_document(spec.job.with_name(torchrun.RENDEZVOUS_FILE), table)
 
 
 def join_run(out: Path, interface: str, idle_timeout_s: float) -> int:
@@ -89,6 +87,7 @@ def join_run(out: Path, interface: str, idle_timeout_s: float) -> int:
 
     Raises:
         KeyboardInterrupt: once this node's agent has ended.
+        DamagedError: when the file that tells how to join is damaged.
     """
     joined: set[str] = set()
     heartbeats: dict[str, Heartbeat] = {}
@@ -102,7 +101,7 @@ def join_run(out: Path, interface: str, idle_timeout_s: float) -> int:
             joined.add(folder.name)
             _join_gang(folder, interface, heartbeat)
             idle_since = time.monotonic()
-        if joined and all(process.alive is False for process in active.active_processes(out)):
+        if joined and not any(process.alive for process in active.active_processes(out)):
             return 0
         time.sleep(POLL_S)
     print(f"cpbench: nothing to join in {out} for {idle_timeout_s:g} s", file=sys.stderr)
@@ -116,7 +115,7 @@ def _waits_for_nodes(folder: Path) -> bool:
 
 def _join_gang(folder: Path, interface: str, run_heartbeat: Heartbeat) -> None:
     """Run this node's agent of one gang until the gang ends."""
-    table = json.loads((folder / torchrun.RENDEZVOUS_FILE).read_text())
+    table = read_document(folder / torchrun.RENDEZVOUS_FILE)
     place = Place(nodes=table["nodes"], address=table["address"], interface=interface)
     world_size = table["world_size"]
     spec = GangSpec(folder.resolve() / "job.json", world_size, place, module=table["module"])

@@ -333,7 +333,7 @@ class _GangSupervisor:
         """Write the record of a case in which a rank failed."""
         record = Record(case=case, status=status, reason=reason, started=rank.case_started)
         record.conditions = self.job.settings.conditions(self.job.device)
-        record.seconds = time.time() - rank.case_started
+        record.seconds = max(0.0, time.time() - rank.case_started)  # clocks may differ
         record.environment = self._environment_id
         record.writer = f"parent-{self.job.writer}"
         record.log = str(self._log_path(rank.rank).relative_to(self.plan.out))

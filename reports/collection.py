@@ -26,7 +26,7 @@ class Collection:
     Attributes:
         table: one row per case and machine, see ``COLUMNS``; index from 0.
         runs: by the name of their directory.
-        warnings: damaged, skipped or duplicate records.
+        warnings: damaged, skipped or duplicate records; launches that are not pooled.
     """
 
     table: pd.DataFrame
@@ -88,7 +88,7 @@ def merge_runs(runs: Mapping[str, Run]) -> Collection:
         warnings += [f"{prefix}{warning}" for warning in run.warnings[:_MAX_WARNINGS]]
         if len(run.warnings) > _MAX_WARNINGS:
             more = len(run.warnings) - _MAX_WARNINGS
-            warnings.append(f"{prefix}and {more} more skipped lines")
+            warnings.append(f"{prefix}and {more} more warnings: cpbench status {name}")
         missing = {record.environment for record in run.records.values()} - {
             None,
             *run.environments,

@@ -33,16 +33,24 @@ def load(*folders: str | Path) -> pd.DataFrame:
     Units are in the column names; ``cpbench report --columns`` explains each column.  A case found
     in several directories has one row for each, distinguished by ``run``.
 
+    Warns of damaged lines, which are left out, and of launches that are not pooled.
+
     Raises:
         FileNotFoundError: when a folder is not a run directory.
     """
+    import warnings
+
     import pandas as pd
 
     tables = []
     for folder in folders:
         if not (Path(folder) / "records").is_dir():
             raise FileNotFoundError(f"{folder} is not a run directory: it has no records folder")
-        tables.append(tidy_table(read_run(Path(folder)), str(folder)))
+        run = read_run(Path(folder))
+        if run.warnings:
+            more = f" (and {len(run.warnings) - 1} more)" if len(run.warnings) > 1 else ""
+            warnings.warn(f"{folder}: {run.warnings[0]}{more}", stacklevel=2)
+        tables.append(tidy_table(run, str(folder)))
     return pd.concat(tables, ignore_index=True) if tables else tidy_table(Run(), "")
 
 

@@ -25,7 +25,8 @@ from cpbench.core.settings import MeasureSettings
 from cpbench.launchers.gang import free_port
 from cpbench.launchers.protocol import Place
 from cpbench.launchers.supervisor import LaunchError, TimeUp
-from cpbench.results.store import JsonLinesWriter, StoreError
+from cpbench.results.sealed import DamagedError
+from cpbench.results.store import JsonLinesWriter, StoreError, read_document
 from cpbench.slurm import client, node_check
 from cpbench.slurm.job_states import EXIT_NODES, EXIT_STORE, EXIT_TIME
 from cpbench.slurm.site_profile import Profile, from_table, parse_time_limit
@@ -47,7 +48,7 @@ class JobSpec:
         settings: how the cases are measured.
         profile: site profile as a table.
         retry: statuses whose cases are run again, unless they were recorded after ``since``.
-        since: seconds since the epoch.
+        since: sequence number of a record.
     """
 
     out: Path
@@ -67,7 +68,7 @@ class JobSpec:
 
     @classmethod
     def load(cls, path: Path) -> JobSpec:
-        table = json.loads(path.read_text())
+        table = read_document(path)
         return cls(
             Path(table["out"]), table["name"],
             [[Case.from_json(case) for case in chunk] for chunk in table["chunks"]],
@@ -194,7 +195,11 @@ def _stop_on_sigusr1(limit_s: int) -> None:
 
 def main(argv: list[str]) -> int:
     """Run the job file named in ``argv``; exit codes: see ``cpbench.slurm.job_states``."""
-    spec = JobSpec.load(Path(argv[0]))
+    try:
+        spec = JobSpec.load(Path(argv[0]))
+    except DamagedError as error:
+        _log(str(error))
+        return EXIT_LAUNCH
     profile = from_table(spec.profile)
     _stop_on_sigusr1(parse_time_limit(profile.time))
     task = int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))

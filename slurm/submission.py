@@ -21,7 +21,16 @@ from typing import Any
 from cpbench.core.problem import Case
 from cpbench.core.settings import MeasureSettings
 from cpbench.launchers.supervisor import group_by_world_size
-from cpbench.results.store import JsonLinesWriter, StoreError, Tail, read_lines, write_atomically
+from cpbench.results.sealed import seal
+from cpbench.results.store import (
+    JsonLinesWriter,
+    StoreError,
+    Tail,
+    last_sequence,
+    read_document,
+    read_lines,
+    write_atomically,
+)
 from cpbench.slurm import batch_script, client
 from cpbench.slurm.batch_script import BatchJob
 from cpbench.slurm.job_states import JobState
@@ -141,10 +150,10 @@ def submit(request: runs.Request, cases: Sequence[Case], profile: Profile) -> li
     for job in plan_jobs(request.name, cases, request.settings, profile, out, stamp):
         spec = JobSpec(
             out, request.name, job.chunks, request.settings, profile_table(profile),
-            tuple(sorted(request.retry)), min(request.since, time.time()),
+            tuple(sorted(request.retry)), min(request.since, last_sequence(out)),
         )  # fmt: skip
         path = slurm_folder(out) / f"{job.batch.name}.json"
-        _write(path, json.dumps(spec.to_json()))
+        _write(path, seal(json.dumps(spec.to_json())))
         submitted.append(_submit_job(job.batch, job.cases, profile, out, submitted[-1:]))
     _submit_job(report_job(request.name, out, stamp), [], profile, out, submitted)
     return submitted
@@ -172,10 +181,10 @@ def _submit_job(
     return job
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, content: str | bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text)
+        write_atomically(path, content)
     except OSError as error:
         raise StoreError(f"cannot write {path}: {error.strerror}") from error
 
@@ -199,7 +208,11 @@ def bad_nodes(out: Path) -> dict[str, str]:
     path = slurm_folder(out) / "bad_nodes.jsonl"
     if not path.exists():
         return {}
-    return {table["node"]: table["why"] for _, table in read_lines(path, [])}
+    nodes = {}
+    for _, table in read_lines(path, []):
+        with suppress(KeyError):
+            nodes[str(table["node"])] = str(table["why"])
+    return nodes
 
 
 class JobTracker:
@@ -214,7 +227,7 @@ class JobTracker:
         self.final_states: dict[str, JobState] = {}
         self._path = slurm_folder(out) / "ends.jsonl"
         for table in Tail(self._path).read():
-            with suppress(TypeError):
+            with suppress(KeyError, TypeError):
                 self.final_states[table["job"]] = JobState(**table)
 
     def query(self) -> dict[str, JobState]:
@@ -240,7 +253,7 @@ class JobTracker:
     def _task_count(self, job: SubmittedJob) -> int:
         with suppress(OSError, ValueError, KeyError):
             path = slurm_folder(self.out) / f"{job.name}.json"
-            return len(json.loads(path.read_text())["chunks"])
+            return len(read_document(path)["chunks"])
         return 1
 
     def _store_final_state(self, job_id: str, state: JobState) -> None:

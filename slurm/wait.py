@@ -78,7 +78,7 @@ class JobWaiter:
             changed |= bool(tail.read())
         if changed:
             records = read_run(self.request.out).records
-            for key in sorted(pending_ids & set(records), key=lambda key: records[key].started):
+            for key in sorted(pending_ids & set(records), key=lambda key: records[key].order):
                 if key not in {case.id for case in runs.remaining_cases(self.request)}:
                     pending_ids.discard(key)
                     display.case_finished(records[key])

@@ -291,14 +291,16 @@ def cancel(run_dir: RunFolder) -> None:
                 raise ValueError(str(error)) from None
             print(f"cancelled jobs: {', '.join(job_ids)}" if job_ids else "no live jobs")
         processes = active.active_processes(run_dir)
+        remote = []
         for process in processes:
-            if process.alive:
+            if not process.alive:
+                process.path.unlink(missing_ok=True)
+            elif process.is_local:
                 process.terminate()
                 _wait_for_exit(process)
                 print(f"ended process {process.pid}")
-        remote = [
-            f"{process.pid} on {process.host}" for process in processes if not process.is_local
-        ]
+            else:
+                remote.append(f"{process.pid} on {process.host}")
         if remote:
             raise ValueError(f"cancel these on their own machines: {', '.join(remote)}")
         if not processes and not submission.submitted_jobs(run_dir):

@@ -21,6 +21,7 @@ from cpbench.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from cpbench.reports.collection import Collection
     from cpbench.results.store import Run
 
 commands = typer.Typer()
@@ -74,6 +75,8 @@ def report(
         if output is not None:
             check_output(output)
         results = collection.collect(folders)
+        if name in ("csv", "json", "parquet"):  # the others show them
+            _print_warnings(results)
         if name == "html":
             from cpbench.reports.page.write import write_page
 
@@ -193,7 +196,14 @@ def plot(
         if not folders or output is None:
             raise ValueError("plot needs a run directory and a file: -o figure.svg")
         check_output(output)
-        draw.draw(collection.collect(folders), kind.value, output, where or [])
+        results = collection.collect(folders)
+        _print_warnings(results)
+        draw.draw(results, kind.value, output, where or [])
+
+
+def _print_warnings(results: Collection) -> None:
+    for warning in results.warnings:
+        print(f"cpbench: {warning}", file=sys.stderr)
 
 
 def _open_run(folder: Path) -> tuple[str, Run]:

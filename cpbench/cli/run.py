@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -104,8 +103,10 @@ def run_(
     as_json: AsJson = False,
 ) -> int:
     """Run a sweep, or resume one: recorded cases are not run again."""
+    from cpbench.results.store import last_sequence
     from cpbench.slurm.site_profile import parse_bytes
     from cpbench.sweep import runs, sweep_file
+    from cpbench.sweep.dry_run import print_plan
 
     with user_input():
         definition = sweep_file.load(sweep)
@@ -113,12 +114,13 @@ def run_(
         site = jobs.slurm_profile(
             launcher.value, profile, wait, resubmit, profiler.value if profiler else ""
         )
+        folder = jobs.output_folder(
+            run_directory(out or Path("results") / definition.name), profiler
+        )
         request = runs.Request(
             name=definition.name,
             cases=cases,
-            out=jobs.output_folder(
-                run_directory(out or Path("results") / definition.name), profiler
-            ),
+            out=folder,
             launcher=launcher.value,
             device=jobs.profile_device(site, device) if site else device_name(device),
             settings=jobs.override_settings(
@@ -133,7 +135,7 @@ def run_(
             ),
             profiler=profiler.value if profiler else "",
             retry=runs.parse_statuses(retry),
-            since=time.time(),
+            since=last_sequence(folder),
             strict=strict,
             capacity=parse_bytes(site.gpu_memory, "gpu_memory")
             if site and site.gpu_memory
@@ -148,7 +150,7 @@ def run_(
             return code
         return max(_print_report(request, as_json), bool(runs.remaining_cases(request)))
     if dry_run:
-        return runs.print_plan(request, as_json)
+        return print_plan(request, as_json)
     with user_input():
         jobs.check_no_live_jobs(request)
     return _execute(request, as_json)

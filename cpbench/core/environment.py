@@ -10,8 +10,10 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,26 +23,54 @@ VARIABLE_PREFIXES = (
     "NCCL_",
     "GLOO_",
     "UCX_",
-    "TORCH_NCCL_",
+    "TORCH_",
     "TORCHINDUCTOR_",
+    "PYTORCH_",
+    "ATEN_",
+    "DNNL_",
+    "ONEDNN_",
     "TRITON_",
     "OMP_",
+    "GOMP_",
     "MKL_",
     "KMP_",
     "OPENBLAS_",
+    "MALLOC_",
+    "CUDA_",
+    "NVIDIA_",
 )
 VARIABLE_NAMES = (
-    "CUDA_VISIBLE_DEVICES",
-    "CUDA_DEVICE_MAX_CONNECTIONS",
     "CUBLAS_WORKSPACE_CONFIG",
+    "LD_PRELOAD",
     "SLURM_JOB_ID",
     "SLURM_JOB_NODELIST",
     "SLURM_JOB_NUM_NODES",
     "SLURM_JOB_PARTITION",
     "SLURM_RESTART_COUNT",
-    "PYTORCH_ALLOC_CONF",
-    "PYTORCH_CUDA_ALLOC_CONF",
 )
+_SECRET = re.compile(r"TOKEN|PASSW|SECRET|CREDENTIAL|(^|_)(API_?)?(KEYS?|AUTH|PASS|PWD)(_|$)")
+_LOGIN = re.compile(r"://[^/\s]*@")  # in an address
+_OF_JOBS = (  # prefixes of variables that differ between jobs, or that launchers set
+    "SLURM_",
+    "GLOO_SOCKET_IFNAME",
+    "CUDA_VISIBLE_DEVICES",
+    "NVIDIA_VISIBLE_DEVICES",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING",
+    "TRITON_CACHE_DIR",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "CUDA_CACHE_PATH",
+)
+
+
+def concerns_job(name: str) -> bool:
+    """Whether an environment variable concerns the job, not what it measures."""
+    return name.startswith(_OF_JOBS)
+
+
+def _is_recorded(name: str, value: str) -> bool:
+    """Whether an environment variable is recorded: one on the list that holds no secret."""
+    listed = name in VARIABLE_NAMES or name.startswith(VARIABLE_PREFIXES)
+    return listed and not (_SECRET.search(name.upper()) or _LOGIN.search(value))
 
 
 def interpreting() -> bool:
@@ -59,13 +89,18 @@ RECORDED_PACKAGES = (
 )
 
 
-def collect_environment() -> dict[str, Any]:
-    """The environment as plain values, collected without importing torch."""
+def collect_environment(variables: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """The environment as plain values, collected without importing torch.
+
+    Args:
+        variables: environment variables.
+    """
     return {
         "host": platform.node(),
         "system": f"{platform.system()} {platform.release()}",
         "processor": _processor(),
         "cores": usable_cores(),
+        "affinity": format_ranges(os.sched_getaffinity(0)),
         "memory_bytes": machine_memory_bytes(),
         "python": platform.python_version(),
         "executable": Path(sys.executable).name,
@@ -75,9 +110,7 @@ def collect_environment() -> dict[str, Any]:
         "cpbench": _version("cpbench"),
         "commit": commit(),
         "variables": {
-            key: value
-            for key, value in sorted(os.environ.items())
-            if key in VARIABLE_NAMES or key.startswith(VARIABLE_PREFIXES)
+            name: value for name, value in sorted(variables.items()) if _is_recorded(name, value)
         },
     }
 
@@ -123,6 +156,17 @@ def environment_id(environment: dict[str, Any]) -> str:
 def usable_cores() -> int:
     """Cores this process may run on."""
     return len(os.sched_getaffinity(0))
+
+
+def format_ranges(numbers: Iterable[int]) -> str:
+    """``0-3,8``: numbers in order, consecutive ones as a range."""
+    ordered = sorted(numbers)
+    starts = [n for i, n in enumerate(ordered) if i == 0 or ordered[i - 1] != n - 1]
+    ends = [n for i, n in enumerate(ordered) if i + 1 == len(ordered) or ordered[i + 1] != n + 1]
+    return ",".join(
+        str(start) if start == end else f"{start}-{end}"
+        for start, end in zip(starts, ends, strict=True)
+    )
 
 
 @functools.cache

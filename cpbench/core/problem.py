@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from operator import attrgetter
 from typing import Any
 
 from cpbench.core.spec import Spec, format_size
@@ -187,16 +188,37 @@ class Case:
 
         Args:
             known_id: the id, where it was stored with the table.
+
+        Raises:
+            ValueError: for a table that is not a case.
         """
+        if not isinstance(table, Mapping):
+            raise ValueError(f"{table!r} is no case")
         values = {key: value for key, value in table.items() if key in _NAMES}
         for key in ("operator", "strategy", "layout", "mask", "inputs"):
             if key in values:
                 values[key] = _parse_spec(values[key])
-        values["content"] = tuple((str(a), str(b)) for a, b in values.get("content", ()))
-        case = cls(**values)
+        try:
+            values["content"] = tuple((str(a), str(b)) for a, b in values.get("content", ()))
+        except (TypeError, ValueError):
+            raise ValueError(f"content = {values['content']!r} is no list of pairs") from None
+        case = object.__new__(cls)  # a frozen dataclass takes long to fill its fields
+        vars(case).update(values)  # the others have their defaults from the class
+        case._check_values()
         if isinstance(known_id, str):
             vars(case)["id"] = known_id  # saves computing it
         return case
+
+    def _check_values(self) -> None:
+        """Raise ``ValueError`` for a value of the wrong type or sign; the specs are checked."""
+        counts, others = _get_counts(self), _get_others(self)
+        if {int} != {*map(type, counts), *map(type, others)} or min(counts) < 1 or min(others) < 0:
+            sizes = dict(zip((*_COUNTS, *_MAY_BE_ZERO), (*counts, *others), strict=True))
+            raise ValueError(f"no case has these sizes: {sizes}")
+        if self.dtype not in (*DTYPE_BYTES,) or self.direction not in DIRECTIONS:
+            raise ValueError(f"no case has dtype {self.dtype!r}, direction {self.direction!r}")
+        if not isinstance(self.placement, str):
+            raise ValueError(f"placement = {self.placement!r} is no text")
 
     @property
     def data_content(self) -> tuple[tuple[str, str], ...]:
@@ -216,12 +238,16 @@ class Case:
 
 _NAMES = frozenset(item.name for item in fields(Case))
 _DEFAULTS = {item.name: item.default for item in fields(Case) if item.name != "content"}
+_COUNTS = ("batch", "seq_len", "num_heads_q", "num_heads_kv", "head_dim", "world_size")
+_MAY_BE_ZERO = ("queries", "ranks_per_node", "seed")
+_get_counts, _get_others = attrgetter(*_COUNTS), attrgetter(*_MAY_BE_ZERO)
 _parsed_specs: dict[str, Spec] = {}
 
 
 def _parse_spec(source: Any) -> Spec:
     """:meth:`Spec.parse` with a cache: many cases share few specs."""
-    key = repr(source)  # tells 1 from true
+    plain = type(source) is dict and len(source) == 1 and type(source.get("name")) is str
+    key = source["name"] if plain else repr(source)  # tells 1 from true
     if key not in _parsed_specs:
         _parsed_specs[key] = Spec.parse(source)
     return _parsed_specs[key]

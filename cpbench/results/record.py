@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, get_type_hints
 
 from cpbench.core.problem import Case
+from cpbench.results.validation import check_shapes, checked_values, rule
 
-SCHEMA = 2
+SCHEMA = 3  # 2: conditions name the clock; 3: lines have a checksum, records a sequence number
 STATUSES = ("ok", "unsupported", "oom", "wrong", "crash", "timeout")
 MIN_ROUNDS_FOR_SPREAD = 3  # of the exposure measurement
 MAX_RELATIVE_SPREAD = 0.25  # of the communication time: above it, overlap cannot be told from noise
@@ -110,7 +111,10 @@ class Record:
         conditions: device, threads, and whether checks and timing were requested.
         flags: caveats, such as ``contended`` or ``oversubscribed``.
         notes: what flags do not say, ``flag: details``.
+        threads_after: ``[rank]``: CPU threads of torch after the case, as the operator left them.
         environment: id of an environment record in the same run directory.
+        sequence: number of the record, larger than all that the run directory had when its writer
+            was opened: the order of records does not depend on clocks.  None before it is written.
         started: seconds since the epoch.
         seconds: duration of the whole case.
         writer: name of the worker gang, or the parent, that wrote the record.
@@ -147,7 +151,9 @@ class Record:
     conditions: dict[str, Any] = field(default_factory=dict)
     flags: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    threads_after: list[int] = field(default_factory=list)
     environment: str | None = None
+    sequence: int | None = field(default=None, compare=False)
     started: float = 0.0
     seconds: float = 0.0
     writer: str = ""
@@ -158,6 +164,12 @@ class Record:
         """Make an ok record ``wrong``, without its times."""
         self.status, self.reason = "wrong", reason
         self.times_us, self.exposure_us = {}, {}
+
+    @property
+    def order(self) -> tuple[int, float]:
+        """Sorts the records of a run directory as they were written; those of earlier versions,
+        which have no number, come first, by time."""
+        return self.sequence or 0, self.started
 
     @property
     def iterations(self) -> int:
@@ -237,30 +249,42 @@ class Record:
 
         Raises:
             SchemaError: for an unknown version.
-            AttributeError, KeyError, TypeError, ValueError: for a table that is not a record.
+            ValueError: for a table that is not a record; the message says why.
         """
-        values = {key: value for key, value in table.items() if key in _FIELDS}
         version = table.get("schema")
-        if version not in (1, SCHEMA):
+        if type(version) is not int or not 1 <= version <= SCHEMA:
             raise SchemaError(f"unknown schema {version!r}; this cpbench reads 1 to {SCHEMA}")
-        if version == 1:
-            _upgrade_from_1(values)
-        values["case"] = Case.from_json(values["case"], table.get("id"))
-        if values["status"] not in STATUSES:
-            raise ValueError(f"unknown status {values['status']!r}")
-        values["started"] = float(values.get("started", 0.0))
-        return cls(**values)
+        values = checked_values(table, _RULES)
+        try:
+            if version == 1:
+                _upgrade_from_1(values)
+            # Before schema 3 no checksum covers the id: it is computed, and must be the same.
+            case = Case.from_json(table["case"], table["id"] if version == SCHEMA else None)
+            if case.id != table["id"]:
+                raise ValueError(f"the id of its case is {case.id}, not {table['id']!r}")
+            check_shapes(values, case.world_size)
+            status = values["status"]
+        except KeyError as error:
+            raise ValueError(f"no {error.args[0]}") from None
+        if status not in STATUSES:
+            raise ValueError(f"unknown status {status!r}")
+        values["schema"] = SCHEMA
+        if len(values) < len(_RULES):  # of an earlier version
+            return cls(case=case, **values)
+        record = object.__new__(cls)  # the constructor would take as long as the parser
+        vars(record).update(values, case=case)
+        return record
 
 
-_FIELDS = frozenset(item.name for item in fields(Record))
+_RULES = {name: rule(hint) for name, hint in get_type_hints(Record).items() if name != "case"}
 
 
 def _upgrade_from_1(values: dict[str, Any]) -> None:
     """Add what schema 2 has: the clock, of which schema 1 had one for each device."""
-    conditions = dict(values.get("conditions", {}))
+    conditions = values.get("conditions")
     if conditions:
-        conditions["clock"] = "events" if conditions.get("device") == "cuda" else "wall"
-    values["conditions"], values["schema"] = conditions, SCHEMA
+        clock = "events" if conditions.get("device") == "cuda" else "wall"
+        values["conditions"] = {**conditions, "clock": clock}
 
 
 def slowest_us(

@@ -8,10 +8,12 @@
     jobs/WRITER/rankN.jsonl       journal of a rank: events while it works
     jobs/WRITER/rankN.log         output of a rank
     traces/CASE.json              timeline of a traced case
+    running/HOST-PID-….json       a process that works on the directory
 
-Record files and journals are only appended to, each by one process.  Reading merges the records of
-all files: the newest of a case wins, and earlier ones that also succeeded are further launches of
-it.  A torn line (a full disk, a killed writer) is skipped.
+Record files and journals are only appended to, each by one process.  Lines and files end with a
+checksum (``cpbench.results.sealed``).  Reading merges the records of all files: the newest of a
+case wins, by sequence number, and earlier ones that also succeeded are further launches of it where
+machine, software and conditions are the same.  A torn or damaged line is left out with a warning.
 """
 
 from __future__ import annotations
@@ -19,20 +21,23 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-import orjson
-
 from cpbench.core.problem import Case
 from cpbench.core.settings import MeasureSettings
-from cpbench.results.record import Record, SchemaError
+from cpbench.results import worlds
+from cpbench.results.record import SCHEMA, Record
+from cpbench.results.sealed import DamagedError, seal, unseal
+from cpbench.results.validation import check_environment
 
 EXIT_STORE = 74  # exit code of a rank that could not write
 PROBE_BYTES = 64 << 10
+TAIL_BYTES = 64 << 10
+MAX_CLOCK_ERROR_S = 300.0  # between machines
 
 
 class StoreError(OSError):
@@ -64,7 +69,7 @@ class JsonLinesWriter:
         Raises:
             StoreError: when that fails; the file is then unchanged.
         """
-        line = (json.dumps(table, separators=(",", ":"), allow_nan=False) + "\n").encode()
+        line = seal(json.dumps(table, separators=(",", ":"), allow_nan=False)) + b"\n"
         size = os.fstat(self._file).st_size
         try:
             written = 0
@@ -91,10 +96,37 @@ class JsonLinesWriter:
 
 
 class RecordWriter(JsonLinesWriter):
-    """Appends the records of one writer, each synced to disk."""
+    """Appends the records of one writer, each synced to disk, with sequence numbers that are larger
+    than all that the run directory has when it is opened."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, sync=True)
+        self._sequence = last_sequence(path.parent.parent)
+
+    def append(self, table: dict[str, Any]) -> None:
+        self._sequence += 1
+        super().append({"schema": SCHEMA, **table, "sequence": self._sequence})
+
+
+def last_sequence(out: Path) -> int:
+    """The largest sequence number in a run directory; 0 if there is none."""
+    return max(map(_last_sequence, (out / "records").glob("*.jsonl")), default=0)
+
+
+def _last_sequence(path: Path) -> int:
+    """The sequence number of the last intact line of a file that has one; 0 if there is none."""
+    with suppress(OSError), open(path, "rb") as file:
+        size, length = file.seek(0, os.SEEK_END), TAIL_BYTES
+        while True:
+            file.seek(max(0, size - length))
+            for line in reversed(file.read().splitlines()):
+                with suppress(DamagedError):
+                    if type(sequence := unseal(line).get("sequence")) is int:
+                        return sequence
+            if length >= size:
+                break
+            length *= 4
+    return 0
 
 
 class Journal(JsonLinesWriter):
@@ -118,7 +150,7 @@ class Tail:
     def read(self) -> list[dict[str, Any]]:
         """The objects of the lines completed since the last call.
 
-        An incomplete line is left for a later call; one that is not a JSON object is skipped.
+        An incomplete line is left for a later call; a damaged one is skipped.
         """
         try:
             with open(self._path, "rb") as file:
@@ -128,9 +160,11 @@ class Tail:
             return []
         complete = appended[: appended.rfind(b"\n") + 1]
         self._offset += len(complete)
-        return [
-            table for line in complete.splitlines() if (table := _parse_object(line)) is not None
-        ]
+        tables = []
+        for line in complete.splitlines():
+            with suppress(DamagedError):
+                tables.append(unseal(line))
+        return tables
 
 
 @dataclass(frozen=True)
@@ -165,12 +199,17 @@ class Job:
         }
         path = self.folder / "job.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(table))
+        write_document(path, table)
         return path
 
     @classmethod
     def load(cls, path: Path) -> Job:
-        table = json.loads(path.read_text())
+        """Read back :meth:`save`.
+
+        Raises:
+            OSError, DamagedError: as :func:`read_document`.
+        """
+        table = read_document(path)
         return cls(
             [Case.from_json(case) for case in table["cases"]],
             MeasureSettings(**table["settings"]),
@@ -187,16 +226,19 @@ class Run:
     Attributes:
         records: the newest record of each case, by the id of the case.
         launches: by the id of the case, where its newest record is ok and timed: that record and
-            the earlier ones like it, under the same conditions, oldest first.  Each is of another
-            process (or gang).
+            the earlier ones like it, of the same world (see ``cpbench.results.worlds``), oldest
+            first.  Each is of another process (or gang).
         environments: by their ids.
-        warnings: damaged lines and files, which are left out.
+        warnings: damaged lines and files, which are left out; launches of other worlds; times ahead
+            of the clock.
+        other_launches: as ``launches``, those of other worlds.
     """
 
     records: dict[str, Record] = field(default_factory=dict)
     launches: dict[str, list[Record]] = field(default_factory=dict)
     environments: dict[str, dict[str, Any]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    other_launches: dict[str, list[Record]] = field(default_factory=dict)
 
 
 def read_run(out: Path) -> Run:
@@ -204,36 +246,36 @@ def read_run(out: Path) -> Run:
     run, records_by_case = Run(), dict[str, list[Record]]()
     for path in sorted((out / "records").glob("*.jsonl")):
         for number, table in read_lines(path, run.warnings):
-            if table.get("kind") == "environment" and isinstance(table.get("id"), str):
-                run.environments[table["id"]] = table
-                continue
             try:
-                record = Record.from_json(table)
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                reason = str(error) if isinstance(error, SchemaError) else (
-                    f"not a record ({type(error).__name__}: {error})"
-                )  # fmt: skip
-                run.warnings.append(f"{path.name}:{number}: {reason}")
-                continue
-            records_by_case.setdefault(record.case.id, []).append(record)
+                if table.get("kind") == "environment" and "id" in table:
+                    check_environment(table)
+                    run.environments[table["id"]] = table
+                else:
+                    record = Record.from_json(table)
+                    records_by_case.setdefault(record.case.id, []).append(record)
+            except ValueError as error:
+                run.warnings.append(f"{path.name}:{number}: left out: {error}")
     for case_id, records in records_by_case.items():
-        records.sort(key=lambda record: record.started)
-        run.records[case_id], run.launches[case_id] = records[-1], _launches(records)
+        if len(records) > 1:
+            records.sort(key=lambda record: record.order)
+        run.records[case_id] = records[-1]
+        run.launches[case_id], others = worlds.split_launches(records, run.environments)
+        if others:
+            run.other_launches[case_id] = others
+    run.warnings += worlds.mixture_warnings(run)
+    run.warnings += _clock_warnings(records_by_case.values())
     return run
 
 
-def _launches(records: list[Record]) -> list[Record]:
-    """The records timed under the conditions of the newest, one per writer; none if that one
-    failed."""
-    newest = records[-1]
-    launches = {
-        record.writer: record
-        for record in records
-        if record.status == newest.status == "ok"
-        and record.times_us
-        and record.conditions == newest.conditions
-    }
-    return list(launches.values())
+def _clock_warnings(records_by_case: Iterable[list[Record]]) -> list[str]:
+    """A line on the records that start after now: some clock was wrong, or is."""
+    latest = time.time() + MAX_CLOCK_ERROR_S
+    ahead = [r.started for records in records_by_case for r in records if r.started > latest]
+    if not ahead:
+        return []
+    when = time.strftime("%Y-%m-%d %H:%M", time.gmtime(max(ahead)))
+    count = f"{len(ahead)} record{'s start' if len(ahead) > 1 else ' starts'}"
+    return [f"{count} ahead of the clock of this machine, up to {when} UTC: a clock was wrong"]
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -268,9 +310,51 @@ def write_trace(out: Path, case: str, trace: dict[str, Any]) -> None:
     path = trace_path(out, case)
     try:
         path.parent.mkdir(exist_ok=True)
-        write_atomically(path, json.dumps(trace, separators=(",", ":"), allow_nan=False))
+        write_document(path, trace)
     except OSError as error:
         raise StoreError(f"cannot write results to {path}: {error.strerror}") from error
+
+
+def write_document(path: Path, table: dict[str, Any], indent: int | None = None) -> None:
+    """Write a file that holds one object, with a checksum, and rename it into place."""
+    separators = None if indent else (",", ":")
+    text = json.dumps(table, indent=indent, separators=separators, allow_nan=False)
+    write_atomically(path, seal(text) + b"\n")
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """The object of :func:`write_document`, or of an earlier version without a checksum.
+
+    Raises:
+        OSError: when the file cannot be read.
+        DamagedError: when it is damaged, with its path.
+    """
+    try:
+        return unseal(path.read_bytes())
+    except DamagedError as error:
+        raise DamagedError(f"{path} is damaged: {error}") from None
+
+
+def damaged_files(out: Path) -> list[str]:
+    """A line for every damaged line or file of a run directory beside its records and timelines,
+    which say so where they are read."""
+    warnings: list[str] = []
+    for path in _find(out, "jobs/*/rank*.jsonl", "slurm/*.jsonl"):
+        in_file: list[str] = []
+        for _ in read_lines(path, in_file):
+            pass
+        warnings += [f"{path.parent.relative_to(out)}/{warning}" for warning in in_file]
+    for path in _find(out, "sweep.json", "jobs/*/*.json", "running/*.json", "slurm/*.json"):
+        with suppress(FileNotFoundError):  # its process has ended meanwhile
+            try:
+                unseal(path.read_bytes())
+            except DamagedError as error:
+                warnings.append(f"{path.relative_to(out)}: {error}")
+    return warnings
+
+
+def _find(out: Path, *patterns: str) -> list[Path]:
+    return sorted(path for pattern in patterns for path in out.glob(pattern))
 
 
 def check_writable(folder: Path) -> None:
@@ -293,19 +377,9 @@ def read_lines(path: Path, warnings: list[str]) -> Iterator[tuple[int, dict[str,
     try:
         with open(path, "rb") as lines:
             for number, line in enumerate(lines, start=1):
-                table = _parse_object(line)
-                if table is None:
-                    warnings.append(f"{path.name}:{number}: torn or damaged line left out")
-                else:
-                    yield number, table
+                try:
+                    yield number, unseal(line)
+                except DamagedError as error:
+                    warnings.append(f"{path.name}:{number}: left out: {error}")
     except OSError as error:
         warnings.append(f"{path.name}: cannot be read ({error.strerror})")
-
-
-def _parse_object(line: bytes) -> dict[str, Any] | None:
-    """The JSON object on a line; None for anything else."""
-    try:
-        table = orjson.loads(line)
-    except ValueError:
-        return None
-    return table if isinstance(table, dict) else None

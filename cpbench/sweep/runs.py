@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import math
+import os
 import secrets
 import shlex
 import sys
@@ -15,24 +16,25 @@ from pathlib import Path
 from typing import Any
 
 from cpbench.core import registry
-from cpbench.core.environment import machine_memory_bytes
+from cpbench.core.environment import collect_environment, machine_memory_bytes
 from cpbench.core.problem import Case
 from cpbench.core.settings import MeasureSettings
 from cpbench.launchers import profilers, supervisor
 from cpbench.launchers.failure_cause import RankState
 from cpbench.launchers.join import GANG_ENDED_FILE
 from cpbench.launchers.protocol import Command, GangSpec, Place
-from cpbench.launchers.registry import LAUNCHERS
-from cpbench.results import active
+from cpbench.results import active, worlds
 from cpbench.results.record import FAILURES, STATUSES, Record
 from cpbench.results.store import (
     RecordWriter,
     Run,
     StoreError,
     check_writable,
+    damaged_files,
+    read_document,
     read_run,
     trace_path,
-    write_atomically,
+    write_document,
 )
 from cpbench.sweep import estimate, progress
 
@@ -50,7 +52,7 @@ class Request:
         launcher, device, settings: as for ``cpbench.launchers.supervisor.Plan``.
         retry: statuses whose cases are run again.
         strict: whether oom counts as a failure.
-        since: seconds since the epoch; cases with a newer record are not run again for ``retry``.
+        since: sequence number of a record; cases with a newer one are not run again for ``retry``.
         place: launch configuration of the ranks of a world size.
         capacity: bytes of memory per rank, if a site profile gives it.
         profiler: ``"nsys"`` or ``"ncu"``, to run the ranks of a single case under; "" for none.
@@ -107,6 +109,15 @@ class Request:
                         "choose another --out"
                     )
 
+    @functools.cached_property
+    def present_world(self) -> worlds.World | None:
+        """The world that ranks will have; None where they may be on other machines."""
+        place = self.place(max((case.world_size for case in self.cases), default=1))
+        if self.launcher not in ("local", "torchrun") or place.nodes > 1:
+            return None
+        environment = collect_environment({**os.environ, **GangSpec(self.out, 1, place).env})
+        return worlds.world_of(environment, self.settings.conditions(self.device))
+
     @property
     def plan(self) -> supervisor.Plan:
         plan = supervisor.Plan(self.out, self.launcher, self.device, self.settings, self.place)
@@ -152,7 +163,7 @@ def remaining_cases(request: Request, run: Run | None = None) -> list[Case]:
         case
         for case in request.cases
         if case.id not in records
-        or (records[case.id].status in request.retry and records[case.id].started < request.since)
+        or (records[case.id].status in request.retry and records[case.id].order[0] <= request.since)
         or not satisfies(records[case.id], request)
         or _needs_launches(request, run, case)
         or _needs_timeline(request, records[case.id])
@@ -160,10 +171,13 @@ def remaining_cases(request: Request, run: Run | None = None) -> list[Case]:
 
 
 def _needs_launches(request: Request, run: Run, case: Case) -> bool:
-    """Whether a successful case was measured by fewer processes than requested."""
+    """Whether a successful case was measured by fewer processes of the present world (if unknown,
+    of that of the newest) than requested; a single one may be of any."""
     settings, record = request.settings, run.records.get(case.id)
-    timed = settings.time and record is not None and record.status == "ok"
-    return timed and len(run.launches[case.id]) < settings.launches
+    if not settings.time or record is None or record.status != "ok" or settings.launches == 1:
+        return False
+    world = request.present_world or worlds.record_world(record, run.environments)
+    return worlds.count_launches(run, case.id, world) < settings.launches
 
 
 def _needs_timeline(request: Request, record: Record) -> bool:
@@ -180,8 +194,11 @@ def describe_timelines(request: Request) -> list[str]:
     for case in request.cases if request.settings.trace else ():
         path = trace_path(request.out, case.id)
         if path.exists():
-            stragglers = json.loads(path.read_text())["otherData"]["stragglers"]
-            lines += [f"{case.label}: {path}", *(f"  {line}" for line in stragglers)]
+            try:
+                stragglers = read_document(path)["otherData"]["stragglers"]
+                lines += [f"{case.label}: {path}", *(f"  {line}" for line in stragglers)]
+            except (OSError, KeyError, TypeError, ValueError) as error:
+                lines.append(f"{case.label}: {error}; remove it and repeat the command")
         elif not registry.strategy_info(case.strategy.name).traced:
             lines.append(f"{case.label}: no timeline, since the library communicates by itself")
     return lines
@@ -204,10 +221,24 @@ def execute(request: Request, quiet: bool = False) -> int:
     """
     before = read_run(request.out)
     todo = remaining_cases(request, before)
-    for warning in before.warnings:
-        print(f"cpbench: {request.out / 'records'}/{warning}", file=sys.stderr)
+    warnings = [*before.warnings, *damaged_files(request.out)]
+    if todo and request.present_world:
+        warnings += worlds.change_warnings(before, request.present_world)
+    for warning in warnings:
+        print(f"cpbench: {request.out}: {warning}", file=sys.stderr)
     if todo:
-        write_sweep_json(request)
+        with active.registered_as_active(request.out, [case.id for case in todo]):
+            write_sweep_json(request)
+            # Another process may have recorded some of them until they were claimed.
+            todo = remaining_cases(request)
+            _print_progress(request, todo, quiet)
+            run_cases(request, todo, quiet)
+    else:
+        _print_progress(request, todo, quiet)
+    return exit_code(request)
+
+
+def _print_progress(request: Request, todo: Sequence[Case], quiet: bool) -> None:
     recorded = len(request.cases) - len(todo)
     if recorded and not quiet:
         print(
@@ -220,12 +251,6 @@ def execute(request: Request, quiet: bool = False) -> int:
             f"waiting for {other_nodes} other machines to join; on each, run: "
             f"cpbench join {shlex.quote(str(request.out))}", file=sys.stderr,
         )  # fmt: skip
-    if todo:
-        with active.registered_as_active(request.out, [case.id for case in todo]):
-            run_cases(request, todo, quiet)
-    else:
-        run_cases(request, todo, quiet)
-    return exit_code(request)
 
 
 def write_sweep_json(request: Request) -> None:
@@ -236,7 +261,7 @@ def write_sweep_json(request: Request) -> None:
     """
     try:
         request.out.mkdir(parents=True, exist_ok=True)
-        write_atomically(request.out / "sweep.json", json.dumps(_sweep_table(request), indent=1))
+        write_document(request.out / "sweep.json", _sweep_table(request), indent=1)
     except OSError as error:
         raise StoreError(f"cannot write results to {request.out}: {error.strerror}") from error
     check_writable(request.out)
@@ -325,48 +350,6 @@ def exit_code(request: Request) -> int:
     counts = Counter(record.status for record in results(request).records.values())
     failures = (*FAILURES, "oom") if request.strict else FAILURES
     return 1 if any(counts[status] for status in failures) else 0
-
-
-def print_plan(request: Request, as_json: bool) -> int:
-    """Print the remaining cases and the worker commands, without starting anything."""
-    todo = order_cases(request, remaining_cases(request))
-    gangs: list[dict[str, Any]] = []
-    for group in supervisor.group_by_world_size(todo):
-        size = group[0].world_size
-        job = request.plan.job(group, f"{request.launcher}-p{size}-STAMP")
-        path, place = job.folder.resolve() / "job.json", request.plan.place(size)
-        commands = LAUNCHERS[request.launcher].commands(GangSpec(path, size, place))
-        commands = [request.plan.wrap_command(command) for command in commands]
-        gangs.append(
-            {
-                "world_size": size,
-                "cases": len(group),
-                "commands": [command.to_json() for command in commands],
-            }
-        )
-    if as_json:
-        cases = [{"id": case.id, **case.to_json()} for case in todo]
-        print(
-            json.dumps(
-                {"sweep": request.name, "out": str(request.out), "cases": cases, "gangs": gangs},
-                indent=1,
-            )
-        )
-        return 0
-    for case in todo:
-        print(f"{case.id}  {case.label}")
-    for gang in gangs:
-        print(f"\n{gang['cases']} cases on {gang['world_size']} ranks:")
-        for command in gang["commands"]:
-            env = " ".join(f"{key}={shlex.quote(value)}" for key, value in command["env"].items())
-            print(f"  {env} {shlex.join(command['argv'])}")
-    print(f"\n{len(todo)} of {len(request.cases)} cases to run into {request.out}")
-    estimates = estimator(request)
-    hours = sum(estimates.seconds(case) for case in todo) / 3600
-    rank_hours = sum(estimates.seconds(case) * case.world_size for case in todo) / 3600
-    unit = "GPU-hours" if request.device == "cuda" else "rank-hours"
-    print(f"about {hours:.2f} hours, {rank_hours:.2f} {unit}: {estimates.describe_sources(todo)}")
-    return 0
 
 
 def _sweep_table(request: Request) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from contextlib import suppress
@@ -13,7 +12,8 @@ from cpbench.core.problem import Case
 from cpbench.launchers.failure_cause import RankState
 from cpbench.reports.tables.terminal import print_rows
 from cpbench.results import active
-from cpbench.results.store import read_run
+from cpbench.results.sealed import DamagedError
+from cpbench.results.store import damaged_files, read_document, read_run
 from cpbench.slurm import submission
 from cpbench.slurm.client import SlurmError
 
@@ -26,12 +26,17 @@ def read_status(out: Path) -> dict[str, Any]:
     Raises:
         ValueError: if ``out`` is not a run directory.
     """
+    path = out / "sweep.json"
     try:
-        request = json.loads((out / "sweep.json").read_text())
+        request = read_document(path)
         cases = {table["id"]: Case.from_json(table) for table in request["cases"]}
-    except (OSError, ValueError, KeyError):
+    except OSError:
         raise ValueError(f"{out} is not a run directory: it has no sweep.json") from None
+    except (KeyError, TypeError, ValueError) as error:
+        damage = error if isinstance(error, DamagedError) else f"{path} is damaged: {error!r}"
+        raise ValueError(f"{damage}; repeat the command that started the run") from None
     run = read_run(out)
+    run.warnings += damaged_files(out)
     records = {key: record for key, record in run.records.items() if key in cases}
     processes = active.active_processes(out)
     jobs: list[dict[str, Any]] = []
@@ -44,7 +49,7 @@ def read_status(out: Path) -> dict[str, Any]:
             run.warnings.append(f"job states may be outdated: {error}")
             states = tracker.final_states
         jobs = submission.job_rows(out, states, set(records))
-    alive = any(process.alive is not False for process in processes) or any(
+    alive = any(process.alive for process in processes) or any(
         state.alive for state in states.values()
     )
     return {
@@ -94,8 +99,8 @@ def print_status(status: dict[str, Any]) -> None:
         print()
         print_rows(status["jobs"], False)
     for process in status["processes"]:
-        state = {True: "is running", False: "has ended unexpectedly", None: "may be running"}
-        print(f"process {process['pid']} on {process['host']} {state[process['alive']]}")
+        state = "is running" if process["alive"] else "has ended unexpectedly"
+        print(f"process {process['pid']} on {process['host']} {state}")
     for case in status["under_way"]:
         print(f"running for {case['seconds']:.0f} s ({case['phase']}): {case['case']}")
     unknown = any(not job["state"] for job in status["jobs"])

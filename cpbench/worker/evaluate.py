@@ -87,10 +87,13 @@ class Evaluator:
         Args:
             previous: the record of earlier turns of this case, to which another turn is added.
         """
+        import torch
+
         self._changes = set()
         if self._settings.time and self._settings.memory:
             self._held.begin(case.operator.name)
         record = self._evaluate(case, previous)
+        record.threads_after = self._gather(torch.get_num_threads())
         self._changes.update(self._state.restore())
         ranks = self.control.all_gather(self._changes)
         if changes := sorted(set().union(*ranks)):

@@ -99,10 +99,10 @@ class _Worker:
             records: dict[str, Record] = {}
             for turn, case in itertools.product(range(turns), group):
                 self.journal.note("start", case=case.id)
-                started = time.time()
+                started, begun = time.time(), time.monotonic()
                 record = evaluate(case, records.get(case.id))
                 record.started = record.started or started
-                record.seconds += time.time() - started
+                record.seconds += time.monotonic() - begun
                 self._write_trace(record)
                 records[case.id] = record
                 if turn < turns - 1:
@@ -240,8 +240,8 @@ def main(argv: list[str]) -> int:
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)
     path = Path(argv[0])
-    job = Job.load(path)
     try:
+        job = Job.load(path)
         place = rendezvous.rank_place()
     except ValueError as error:
         print(f"cpbench.worker.main: {error}", file=sys.stderr)

@@ -18,11 +18,13 @@ from cpbench.reports.compare.statistics import (
 from cpbench.reports.labels import pluralize
 from cpbench.results.record import Record
 from cpbench.results.store import Run
+from cpbench.results.worlds import world_of
 
 if TYPE_CHECKING:
     import pandas as pd
 
 DEFAULT_FLOOR = 0.02
+_MAX_WARNINGS = 20  # of a run
 RECALL_TOLERANCE = 0.01  # difference of attention recall that is ignored
 FAILS, WORKS, MISSING, ADDED, NEITHER = "FAILS", "WORKS", "MISSING", "ADDED", "NEITHER"
 
@@ -46,12 +48,6 @@ COLUMNS = {
     "base_status": "status of the newest record, base",
     "new_status": "the same, new run",
 }
-
-_JOB_VARIABLES = (  # environment variables that differ between jobs and do not matter
-    "SLURM_",
-    "GLOO_SOCKET_IFNAME",
-    "CUDA_VISIBLE_DEVICES",
-)
 
 
 def compare(base: Run, new: Run, floor: float = DEFAULT_FLOOR) -> pd.DataFrame:
@@ -100,6 +96,8 @@ def describe_commits(base: Run, new: Run) -> str:
 def comparison_caveats(table: pd.DataFrame, base: Run, new: Run) -> list[str]:
     """What weakens the verdicts of a comparison, a line each."""
     lines = [f"Warning: {line}" for line in environment_differences(base, new)]
+    for name, run in (("base", base), ("new run", new)):
+        lines += [f"Warning: {name}: {warning}" for warning in run.warnings[:_MAX_WARNINGS]]
     both = table["base_launches"].gt(0) & table["new_launches"].gt(0)
     few = int((both & table[["base_launches", "new_launches"]].min(axis=1).lt(MIN_LAUNCHES)).sum())
     if few:
@@ -147,7 +145,7 @@ def _case_pairs(base: Run, new: Run) -> dict[str, tuple[_Side, _Side]]:
     """Every case of either run, by id; files with the code under test may differ in content."""
     sides: list[dict[str, _Side]] = []
     for run in (base, new):
-        by_age = sorted(run.records.items(), key=lambda item: item[1].started)
+        by_age = sorted(run.records.items(), key=lambda item: item[1].order)
         sides.append({_case_key(r.case): _Side(r, run.launches.get(i, ())) for i, r in by_age})
     keys = dict.fromkeys(_case_key(r.case) for run in (base, new) for r in run.records.values())
     return {key: (sides[0].get(key, _Side()), sides[1].get(key, _Side())) for key in keys}
@@ -245,21 +243,8 @@ def _run_facts(run: Run) -> dict[str, frozenset[str]]:
 
     for key in used & set(run.environments):
         environment = run.environments[key or ""]
-        for name in ("host", "processor", "cores", "python"):
-            add(name, environment.get(name))
-        add("kernel", environment.get("system"))
-        add("cpbench", environment.get("commit") or environment.get("cpbench"))
-        for name, value in environment.get("packages", {}).items():
+        for name, value in world_of(environment, {}).items():
             add(name, value)
-        device = environment.get("device", {})
-        for name, field in (
-            ("GPU", "name"), ("driver", "driver"), ("CUDA", "cuda"),
-            ("power limit (mW)", "power_limit_mw"), ("threads", "threads"),
-        ):  # fmt: skip
-            add(name, device.get(field))
-        for name, value in environment.get("variables", {}).items():
-            if not name.startswith(_JOB_VARIABLES):
-                add(name, value)
         for node in environment.get("nodes", ()):
             add("links between GPUs", _gpu_links(node.get("gpus")))
     records = [launch for launches in run.launches.values() for launch in launches]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 
 import pytest
 from paths import ROOT
@@ -19,3 +21,16 @@ def test_the_commit_of_a_checkout() -> None:
     recorded = environment.commit()
     assert recorded
     assert git.stdout.startswith(recorded.removesuffix("+"))
+
+
+def test_the_affinity_is_recorded_as_ranges() -> None:
+    assert environment.format_ranges({8, 3, 1, 0, 2, 10}) == "0-3,8,10"
+    assert environment.format_ranges([5]) == "5"
+    assert environment.format_ranges([]) == ""
+    code = "from cpbench.core.environment import *; print(collect_environment()['affinity'])"
+    core = max(os.sched_getaffinity(0))
+    done = subprocess.run(
+        ["taskset", "-c", str(core), sys.executable, "-c", code],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == str(core)

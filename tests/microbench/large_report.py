@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import random
 import resource
 import subprocess
@@ -24,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from cpbench.core.problem import Case
 from cpbench.core.spec import Spec
 from cpbench.results.record import Record
+from cpbench.results.store import JsonLinesWriter
 
 OPERATORS = ("bands", "sdpa.cpu_flash", "sdpa.efficient", "sdpa.flash", "flex")
 STRATEGIES = ("ring", "ring_allgather", "ulysses", "usp", "loongtrain", "hierarchical", "burst")
@@ -53,12 +53,11 @@ def cases() -> Iterator[Case]:
 def fill(folder: Path, count: int) -> None:
     """A run directory of so many records."""
     draw = random.Random(0)
-    (folder / "records").mkdir(parents=True)
     environment = {"kind": "environment", "id": "e0", "host": "made-up", "processor": "none",
                    "cores": 2, "memory_bytes": 1 << 35, "packages": {"torch": "0"},
                    "peaks": {"float32": 0.1, "bfloat16": 0.2, "copy_gb_s": 20.0}}  # fmt: skip
-    with open(folder / "records" / "made-up.jsonl", "w") as lines:
-        lines.write(json.dumps(environment) + "\n")
+    with JsonLinesWriter(folder / "records" / "made-up.jsonl", sync=False) as lines:
+        lines.append(environment)
         for number, case in enumerate(itertools.islice(cases(), count)):
             record = Record(case=case, status="ok", environment="e0", writer="made-up")
             record.started, record.seconds = 1.7e9 + number, 1.0
@@ -80,7 +79,7 @@ def fill(folder: Path, count: int) -> None:
                 record.area = case.seq_len**2 / 2
                 record.bytes_sent = {phase: [10**6] * case.world_size for phase in phases}
                 record.errors = {"small": {"out": {"rel_l2": 1e-7, "max_rms": 1e-6}}}
-            lines.write(json.dumps(record.to_json()) + "\n")
+            lines.append(record.to_json())
 
 
 def main() -> None:

@@ -226,8 +226,8 @@ def test_damaged_records_are_reported(tmp_path: Path) -> None:
     assert done.returncode == 0
     assert "3 cases, 3 ok" in done.stdout
     for line in (
-        "Warning: later.jsonl:1: unknown schema 99; this cpbench reads 1 to 2",
-        "Warning: w.jsonl:2: torn or damaged line left out",
+        "Warning: later.jsonl:1: left out: unknown schema 99; this cpbench reads 1 to 3",
+        "Warning: w.jsonl:2: left out: torn or damaged",
         "Warning: 1 environment named in records is missing: their machine is unknown",
     ):
         assert line in done.stdout

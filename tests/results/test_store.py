@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
 
 from cpbench.core.problem import Case
 from cpbench.results.record import Record
+from cpbench.results.sealed import seal
 from cpbench.results.store import (  # fmt: skip
     Journal,
     JsonLinesWriter,
@@ -18,6 +20,7 @@ from cpbench.results.store import (  # fmt: skip
     StoreError,
     Tail,
     check_writable,
+    last_sequence,
     read_run,
     write_atomically,
 )
@@ -33,26 +36,49 @@ def write_records(path: Path, *records: Record) -> None:
             writer.append(record.to_json())
 
 
-def test_the_newest_record_of_a_case_wins_whatever_the_file_order(tmp_path: Path) -> None:
-    write_records(tmp_path / "records/a.jsonl", make_record("ok", started=3.0))
-    write_records(
-        tmp_path / "records/b.jsonl",
-        make_record("oom", started=2.0),
-        make_record("crash", started=1.0),
-    )
-    run = read_run(tmp_path)
-    assert [record.status for record in run.records.values()] == ["ok"]
-    assert not run.warnings
+def test_the_last_record_of_a_case_wins_whatever_the_clocks_and_names_of_files(
+    tmp_path: Path,
+) -> None:
+    """By sequence numbers; those of versions without numbers come first, by time."""
+    records = tmp_path / "records"
+    write_records(records / "b.jsonl", make_record("oom", started=2.0))
+    write_records(records / "a.jsonl", make_record("ok", started=1.0))
+    assert [record.status for record in read_run(tmp_path).records.values()] == ["ok"]
+    write_records(records / "c.jsonl", make_record("wrong", started=0.5))
+    old = {**make_record("timeout", started=3.0).to_json(), "schema": 2}
+    (records / "d.jsonl").write_text(json.dumps(old) + "\n")
+    (record,) = read_run(tmp_path).records.values()
+    assert (record.status, record.sequence) == ("wrong", 3)
+    assert last_sequence(tmp_path) == 3
+    for path in records.glob("[abc].jsonl"):
+        path.unlink()
+    write_records(records / "e.jsonl", make_record("crash", started=0.0))
+    assert [record.status for record in read_run(tmp_path).records.values()] == ["crash"]
+
+
+def test_records_ahead_of_the_clock_are_warned_of(tmp_path: Path) -> None:
+    write_records(tmp_path / "records/a.jsonl", make_record(started=time.time() + 86400))
+    (warning,) = read_run(tmp_path).warnings
+    assert warning.startswith("1 record starts ahead of the clock of this machine, up to ")
 
 
 def test_record_round_trip(tmp_path: Path) -> None:
     record = make_record()
-    record.times_us = {"fwd": [[1.5, 2.5], [3.0, 4.0]]}
+    record.times_us = {"fwd": [[1.5, 2.5]], "bwd": [[3.0, 4.0]]}
     write_records(tmp_path / "records/a.jsonl", record)
     assert read_run(tmp_path).records == {record.case.id: record}
 
 
-GOOD = json.dumps(make_record().to_json())
+GOOD = seal(json.dumps(make_record().to_json())).decode()
+
+
+def changed(**values: object) -> str:
+    """A line of a record with other values, and the right checksum."""
+    return seal(json.dumps({**make_record().to_json(), **values})).decode()
+
+
+def changed_case(**values: object) -> str:
+    return changed(case={**make_record().case.to_json(), **values})
 
 
 @pytest.mark.parametrize(
@@ -63,27 +89,62 @@ GOOD = json.dumps(make_record().to_json())
         ("[1, 2]", "torn or damaged"),
         ("\x00\x00\x00", "torn or damaged"),
         ("[" * 100_000, "torn or damaged"),
-        ('{"kind": "case"}', "schema None"),
-        ('{"kind": "environment"}', "schema None"),
-        ('{"kind": "case", "schema": 99}', "schema 99"),
-        ('{"kind": "case", "schema": 1}', "not a record (KeyError"),
-        (GOOD.replace('"ok"', '"fine"'), "not a record (ValueError"),
-        (GOOD.replace('"started": 1.0', '"started": "x"'), "not a record (ValueError"),
-        (GOOD.replace('"started": 1.0', '"started": null'), "not a record (TypeError"),
-        ('{"kind": "case", "schema": 1, "status": "ok", "case": "x"}', "not a record (Attribute"),
+        ('{"kind": "case"}', "unknown schema None"),
+        ('{"kind": "environment"}', "unknown schema None"),
+        ('{"kind": "case", "schema": 99}', "unknown schema 99"),
+        ('{"kind": "case", "schema": true}', "unknown schema True"),
+        ('{"kind": "case", "schema": 1}', "no case"),
+        ('{"kind": "case", "schema": 1, "status": "ok", "case": "x", "id": "y"}', "'x' is no case"),
+        (GOOD.replace('"ok"', '"oom"'), "its checksum does not match"),
+        (GOOD.replace("crc32", "crc33"), "its checksum is missing or damaged"),
+        (json.dumps(make_record().to_json()), "its checksum is missing or damaged"),
+        (GOOD.replace('"crc32":"', '"crc32": "'), "its checksum is missing or damaged"),
+        (json.dumps({**make_record().to_json(), "schema": 2, "id": "x"}), "the id of its case is"),
+        (changed(status="fine"), "unknown status 'fine'"),
+        (changed(started="x"), "started = 'x' is not a number"),
+        (changed(started=None), "started = None is not a number"),
+        (changed(started=1e300), "started = 1e+300 is no time"),
+        (changed(times_us={"fwd": [["x"]]}), "times_us.fwd[0][0] = 'x' is not a number"),
+        (changed(times_us={"fwd": [[1.0, True]]}), "times_us.fwd[0][1] = True is not a number"),
+        (changed(times_us={"fwd": [[1.0, -2.0]]}), "times_us.fwd[0][1] = -2.0 is negative"),
+        (changed(times_us={"fwd": [[]]}), "times_us has 0 iterations"),
+        (changed(times_us={"fwd": [[1.0]], "bwd": [[1.0, 2.0]]}), "times_us has 1 and 2 iterat"),
+        (changed(times_us={"fwd": [[1.0], [1.0]]}), "times_us has 2 ranks, the case 1"),
+        (changed(times_us={"fwd": 3}), "times_us.fwd = 3 is no list"),
+        (changed(times_us={"sideways": [[1.0]]}), "times_us has sideways, not bwd, fwd"),
+        (changed(times_us=[]), "times_us = [] is no table"),
+        (changed(pace_us=[[1.0]], times_us={"fwd": [[1.0, 2.0]]}), "pace_us has 1 iterations"),
+        (changed(parts_us={"select": [[1.0]]}), "parts_us has select, not kernel, plan, select"),
+        (changed(exposure_us={"whole": {}}), "exposure_us has whole, not compute, transfer"),
+        (changed(memory_bytes={"peak": [1.5]}), "memory_bytes.peak[0] = 1.5 is not a whole number"),
+        (changed(bytes_sent={"fwd": [1, 2]}), "bytes_sent has 2 ranks, the case 1"),
+        (changed(balance=[1, 2]), "balance has 2 ranks, the case 1"),
+        (changed(flops={"fxd": 1}), "flops has fxd"),
+        (changed(errors={"small": {"out": {}}}), "errors.small.out has no rel_l2"),
+        (changed(errors={"small": {"out": {"rel_l2": "x"}}}), "errors.small.out.rel_l2 = 'x'"),
+        (changed(telemetry=[{"power_w": {"median": "x"}}]), "power_w.median = 'x'"),
+        (changed(flags="contended"), "flags = 'contended' is no list"),
+        (changed(conditions=[1]), "conditions = [1] is no table"),
+        (changed(log=3), "log = 3 is no str"),
+        (changed_case(seq_len="x"), "no case has these sizes"),
+        (changed_case(batch=True), "no case has these sizes"),
+        (changed_case(dtype=["float32"]), "no case has dtype"),
+        (changed_case(content=[["a"]]), "content = [['a']] is no list of pairs"),
+        (changed_case(mask=3), "3 is neither a name nor a table"),
+        ('{"kind": "environment", "id": "e", "device": 3}', "device = 3 is no table"),
+        ('{"kind": "environment", "id": "e", "memory_bytes": "x"}', "memory_bytes = 'x'"),
+        ('{"kind": "environment", "id": 3}', "id = 3 is no str"),
     ],
-    ids=["torn", "blank", "list", "zeros", "deep", "bare", "no id", "newer", "empty", "status",
-         "time", "no time", "case"],
-)  # fmt: skip
+)
 def test_only_the_damaged_line_is_left_out(tmp_path: Path, line: str, warning: str) -> None:
-    good = [json.dumps(make_record(seq_len=n).to_json()) for n in (1, 2)]
+    good = [seal(json.dumps(make_record(seq_len=n).to_json())).decode() for n in (1, 2)]
     path = tmp_path / "records/a.jsonl"
     path.parent.mkdir()
     path.write_text("\n".join([good[0], line, good[1]]) + "\n")
     run = read_run(tmp_path)
     assert len(run.records) == 2
     assert len(run.warnings) == 1
-    assert run.warnings[0].startswith("a.jsonl:2: ")
+    assert run.warnings[0].startswith("a.jsonl:2: left out: ")
     assert warning in run.warnings[0]
 
 
