@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -136,13 +136,22 @@ def measure_first_call(workload: Workload, device: Device, control: Control) -> 
 
 
 def measure_time(
-    workload: Workload, device: Device, comm: Comm, control: Control, settings: MeasureSettings
+    workload: Workload,
+    device: Device,
+    comm: Comm,
+    control: Control,
+    settings: MeasureSettings,
+    earlier_us: Sequence[float] = (),
 ) -> Timing:
-    """Timed iterations on this rank; collective over all ranks."""
+    """Timed iterations on this rank; collective over all ranks.
+
+    Args:
+        earlier_us: iterations of earlier turns, which count for the precision and the bounds.
+    """
     timing = Timing.empty(workload)
     for _ in range(settings.warmup):
         iterate(workload, device, comm, control, Timing.empty(workload))
-    slowest_us: list[float] = []
+    slowest_us = list(earlier_us)
     started = time.monotonic()
     more, paces_us = True, [device.pace_us()]
     while more:

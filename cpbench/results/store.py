@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,7 +29,7 @@ import orjson
 
 from cpbench.core.problem import Case
 from cpbench.core.settings import MeasureSettings
-from cpbench.results.record import Record, SchemaError
+from cpbench.results.record import UNFINISHED, Record, SchemaError
 
 EXIT_STORE = 74  # exit code of a rank that could not write
 PROBE_BYTES = 64 << 10
@@ -135,13 +135,19 @@ class Tail:
 
 @dataclass(frozen=True)
 class Job:
-    """The job of one gang: its cases, how to measure them and where to write the records."""
+    """The job of one gang: its cases, how to measure them and where to write the records.
+
+    Attributes:
+        turns: by the id of a case, in how many turns it is measured, where that is several; the
+            adjacent cases of one problem take them in turn.
+    """
 
     cases: list[Case]
     settings: MeasureSettings
     device: str
     out: Path
     writer: str
+    turns: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -162,6 +168,7 @@ class Job:
             "device": self.device,
             "out": str(self.out.resolve()),
             "writer": self.writer,
+            "turns": {case.id: self.turns[case.id] for case in self.cases if case.id in self.turns},
         }
         path = self.folder / "job.json"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -177,6 +184,7 @@ class Job:
             table["device"],
             Path(table["out"]),
             table["writer"],
+            table["turns"],
         )
 
 
@@ -224,7 +232,7 @@ def read_run(out: Path) -> Run:
 
 def _launches(records: list[Record]) -> list[Record]:
     """The records timed under the conditions of the newest, one per writer; none if that one
-    failed."""
+    failed.  Of others, those that were interrupted between turns are left out."""
     newest = records[-1]
     launches = {
         record.writer: record
@@ -232,6 +240,7 @@ def _launches(records: list[Record]) -> list[Record]:
         if record.status == newest.status == "ok"
         and record.times_us
         and record.conditions == newest.conditions
+        and (record is newest or UNFINISHED not in record.flags)
     }
     return list(launches.values())
 

@@ -9,7 +9,7 @@ import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from cpbench.launchers.join import GANG_ENDED_FILE
 from cpbench.launchers.protocol import Command, GangSpec, Place
 from cpbench.launchers.registry import LAUNCHERS
 from cpbench.results import active
-from cpbench.results.record import FAILURES, STATUSES, Record
+from cpbench.results.record import FAILURES, STATUSES, UNFINISHED, Record
 from cpbench.results.store import (
     RecordWriter,
     Run,
@@ -145,7 +145,8 @@ def parse_statuses(text: str) -> frozenset[str]:
 
 def remaining_cases(request: Request, run: Run | None = None) -> list[Case]:
     """The cases still to run: those without a record, those whose record does not satisfy the
-    request or is to be retried, and those with too few launches or without a timeline."""
+    request, is to be retried or was interrupted between turns, and those with too few launches or
+    without a timeline."""
     run = run or read_run(request.out)
     records = run.records
     return [
@@ -154,6 +155,7 @@ def remaining_cases(request: Request, run: Run | None = None) -> list[Case]:
         if case.id not in records
         or (records[case.id].status in request.retry and records[case.id].started < request.since)
         or not satisfies(records[case.id], request)
+        or UNFINISHED in records[case.id].flags
         or _needs_launches(request, run, case)
         or _needs_timeline(request, records[case.id])
     ]
@@ -248,12 +250,14 @@ def run_cases(request: Request, todo: Sequence[Case], quiet: bool) -> None:
     Raises:
         StoreError, LaunchError, KeyboardInterrupt, TimeUp: as ``supervisor.run``.
     """
-    todo = order_cases(request, feasible_cases(request, todo))
+    todo = feasible_cases(request, todo)
+    turns = estimator(request).turns(todo)
+    todo = order_cases(request, todo, turns)
     for _ in range(request.settings.launches):
         with progress.progress_display(len(todo), quiet) as display:
             supervisor.run(
                 todo,
-                request.plan,
+                replace(request.plan, turns=turns),
                 case_started=display.case_started,
                 case_finished=display.case_finished,
             )
@@ -266,11 +270,11 @@ def estimator(request: Request) -> estimate.Estimator:
     return estimate.Estimator(request.device, request.settings, [request.out])
 
 
-def order_cases(request: Request, cases: Sequence[Case]) -> list[Case]:
+def order_cases(request: Request, cases: Sequence[Case], turns: Collection[str] = ()) -> list[Case]:
     """Cases in the order of ``cpbench.sweep.estimate.order_cases``, but last those during which a
     run was killed before."""
     suspects = count_killed_runs(request.out)
-    ordered = estimate.order_cases(cases, estimator(request), request.settings.interleave > 1)
+    ordered = estimate.order_cases(cases, estimator(request), turns)
     return sorted(ordered, key=lambda case: case.id in suspects)
 
 
@@ -329,7 +333,10 @@ def exit_code(request: Request) -> int:
 
 def print_plan(request: Request, as_json: bool) -> int:
     """Print the remaining cases and the worker commands, without starting anything."""
-    todo = order_cases(request, remaining_cases(request))
+    todo = remaining_cases(request)
+    estimates = estimator(request)
+    turns = estimates.turns(todo)
+    todo = order_cases(request, todo, turns)
     gangs: list[dict[str, Any]] = []
     for group in supervisor.group_by_world_size(todo):
         size = group[0].world_size
@@ -361,9 +368,9 @@ def print_plan(request: Request, as_json: bool) -> int:
             env = " ".join(f"{key}={shlex.quote(value)}" for key, value in command["env"].items())
             print(f"  {env} {shlex.join(command['argv'])}")
     print(f"\n{len(todo)} of {len(request.cases)} cases to run into {request.out}")
-    estimates = estimator(request)
-    hours = sum(estimates.seconds(case) for case in todo) / 3600
-    rank_hours = sum(estimates.seconds(case) * case.world_size for case in todo) / 3600
+    costs = [estimates.seconds(case, turns.get(case.id, 1)) / 3600 for case in todo]
+    hours = sum(costs)
+    rank_hours = sum(case.world_size * cost for case, cost in zip(todo, costs, strict=True))
     unit = "GPU-hours" if request.device == "cuda" else "rank-hours"
     print(f"about {hours:.2f} hours, {rank_hours:.2f} {unit}: {estimates.describe_sources(todo)}")
     return 0

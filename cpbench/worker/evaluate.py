@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cpbench import masks
@@ -19,7 +20,7 @@ from cpbench.core.settings import MeasureSettings
 from cpbench.inputs import Recipe
 from cpbench.measure import exposure, timeline, timing
 from cpbench.parallel.world import World
-from cpbench.results.record import APPROXIMATE, Record
+from cpbench.results.record import APPROXIMATE, UNCHECKED, Record
 from cpbench.verify import at_size, check, quality
 from cpbench.verify import selection as check_selection
 
@@ -64,15 +65,16 @@ class Evaluator:
         self._ranks_per_node = local_world_size if len(local_world_sizes) == 1 else 1
         self._context = check.RankContext(device.type, comm, control)
 
-    def evaluate(self, case: Case, previous: Record | None = None) -> Record:
+    def evaluate(self, case: Case, previous: Record | None = None, turns: int = 1) -> Record:
         """The record of a case, without the start time and environment, which the worker adds.
 
         Args:
             previous: the record of earlier turns of this case, to which another turn is added.
+            turns: in which the case is measured.
         """
         self.timelines = None
         if previous is not None:
-            return self._add_turn(case, previous)
+            return self._add_turn(case, previous, turns)
         self._report_phase("prepare")
         work, record = self._prepare(case)
         record.conditions = self._settings.conditions(self._device.type)
@@ -103,7 +105,8 @@ class Evaluator:
                 self._store_errors("sampled", errors, record)
             del results
         if record.status == "ok" and self._settings.time:
-            self._measure(workload, record, checked)
+            self._measure(workload, record, checked, self._settings.of_turn(turns, 0))
+            record.turns = [record.iterations] if turns > 1 else []
             if work.op.info.selects and case.direction != "bwd":
                 self._report_phase("selection steps")
                 steps_us = timing.measure_selection_steps(
@@ -167,20 +170,23 @@ class Evaluator:
             self._report_phase("trace")
             self.timelines = timeline.record_timelines(work, inputs, device, comm, control)
 
-    def _add_turn(self, case: Case, record: Record) -> Record:
+    def _add_turn(self, case: Case, record: Record, turns: int) -> Record:
         """Add the iterations of another turn, with new inputs and plans and the same checks."""
         if record.status != "ok" or not self._settings.time:
             return record
         self._report_phase("prepare")
         work, turn = self._prepare(case)
+        turn.conditions = record.conditions
         if work is None:
             return turn
         inputs = check.rank_inputs(work, recipe_of(case), self._device.type)
         checked = check.checksums(check.run_pass(work, inputs, self._comm))
-        self._measure(timing.Workload(work, inputs, self._comm), turn, checked)
+        settings = replace(self._settings.of_turn(turns, record.iterations), memory=False)
+        workload = timing.Workload(work, inputs, self._comm)
+        self._measure(workload, turn, checked, settings, record.samples_us)
         if turn.status != "ok":
             return turn
-        record.turns = [*(record.turns or [record.iterations]), turn.iterations]
+        record.turns = [*record.turns, turn.iterations]
         for phase, ranks in turn.times_us.items():
             record.times_us[phase] = [
                 [*old, *new] for old, new in zip(record.times_us[phase], ranks, strict=True)
@@ -188,6 +194,10 @@ class Evaluator:
         paces_us = zip(record.pace_us, turn.pace_us, strict=True)
         record.pace_us = [[*old, *new] for old, new in paces_us]
         record.flags = sorted({*record.flags, *turn.flags})
+        record.telemetry = [
+            max(ranks, key=lambda summary: summary.get("samples", 0))
+            for ranks in zip(record.telemetry, turn.telemetry, strict=True)
+        ]
         return record
 
     def _plan(self, case: Case, world: World) -> Attention:
@@ -263,19 +273,28 @@ class Evaluator:
             record.status, record.reason = "wrong", f"{message} {names[0]}"
             record.times_us, record.exposure_us, self.timelines = {}, {}, None
 
-    def _measure(self, workload: timing.Workload, record: Record, checked: check.Tensors) -> None:
+    def _measure(
+        self,
+        workload: timing.Workload,
+        record: Record,
+        checked: check.Tensors,
+        settings: MeasureSettings,
+        earlier_us: Sequence[float] = (),
+    ) -> None:
         """Measure times, memory, traffic and flags of every rank, and check that the last timed
         call returned results with the checksums ``checked``."""
-        device, control, settings = self._device, self.control, self._settings
+        device, control = self._device, self.control
         self._report_phase("measure")
         flags = set(device.flags(self._local_world_size))
         start = time.time()
-        own_timing = timing.measure_time(workload, device, self._comm, control, settings)
+        own_timing = timing.measure_time(
+            workload, device, self._comm, control, settings, earlier_us
+        )
         if self.telemetry is not None:
             record.telemetry = control.all_gather(self.telemetry.between(start, time.time()))
         flags.update(device.flags(self._local_world_size))
         if not (settings.check_small and settings.check_sampled):
-            flags.add("unchecked")
+            flags.add(UNCHECKED)
         timed = check.checksums(workload.results)
         memory: dict[str, int] = {}
         if settings.memory:
