@@ -25,7 +25,7 @@ from cpbench.results.store import read_run
 ASSUMED_TFLOPS = {"cpu": 0.03, "cuda": 150.0}  # per rank, on the visible pairs
 OVERHEAD_S = {"cpu": 1.0, "cuda": 2.0}  # checks and preparation, per case
 TURN_OVERHEAD_S = {"cpu": 0.05, "cuda": 0.2}  # of a further turn: plan and inputs
-MAX_TURNS_SHARE = 0.5  # of the cost of a problem, that automatic turns may add
+MAX_TURNS_SHARE = 0.3  # of the cost of a problem, that automatic turns may add
 TIMEOUT_MARGIN = 2.0  # factor by which one pass must exceed the timeout: estimates may be 2x off
 
 Key = tuple[object, ...]

@@ -13,6 +13,7 @@ from cpbench.core.problem import Case
 from cpbench.launchers.failure_cause import RankState
 from cpbench.reports.tables.terminal import print_rows
 from cpbench.results import active
+from cpbench.results.record import UNFINISHED
 from cpbench.results.store import read_run
 from cpbench.slurm import submission
 from cpbench.slurm.client import SlurmError
@@ -32,7 +33,11 @@ def read_status(out: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError):
         raise ValueError(f"{out} is not a run directory: it has no sweep.json") from None
     run = read_run(out)
-    records = {key: record for key, record in run.records.items() if key in cases}
+    records = {
+        key: record
+        for key, record in run.records.items()
+        if key in cases and UNFINISHED not in record.flags
+    }
     processes = active.active_processes(out)
     jobs: list[dict[str, Any]] = []
     states = {}
