@@ -10,9 +10,9 @@ import itertools
 import secrets
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,7 +23,7 @@ from cpbench.launchers import failure_cause, join
 from cpbench.launchers.gang import Gang
 from cpbench.launchers.protocol import Command, GangSpec, Place
 from cpbench.launchers.registry import LAUNCHERS
-from cpbench.results.record import Record
+from cpbench.results.record import UNFINISHED, Record
 from cpbench.results.store import Job, RecordWriter, StoreError, Tail, check_writable
 
 STARTUP_S = 300.0  # importing torch on a cold network file system can take minutes
@@ -63,6 +63,7 @@ class Plan:
         place: where the ranks of a world size run.
         wrap_command: function applied to every command, to run it under a profiler.
         exit_timeout_s: for workers to exit once all cases are recorded.
+        turns: of the cases that are measured in turn, by their ids.
     """
 
     out: Path
@@ -72,10 +73,11 @@ class Plan:
     place: Callable[[int], Place] = lambda world_size: Place()
     wrap_command: Callable[[Command], Command] = lambda command: command
     exit_timeout_s: float = EXIT_TIMEOUT_S
+    turns: Mapping[str, int] = field(default_factory=dict)
 
     def job(self, cases: Sequence[Case], writer: str) -> Job:
         """The job of a gang."""
-        return Job(list(cases), self.settings, self.device, self.out, writer)
+        return Job(list(cases), self.settings, self.device, self.out, writer, self.turns)
 
 
 def group_by_world_size(cases: Iterable[Case]) -> list[list[Case]]:
@@ -254,8 +256,10 @@ class _GangSupervisor:
         for table in self._records.read():
             if table.get("kind") == "environment":
                 self._environment_id = table["id"]
-            else:
-                self._finish_case(Record.from_json(table))
+                continue
+            record = Record.from_json(table)
+            if UNFINISHED not in record.flags:
+                self._finish_case(record)
 
     def _finish_case(self, record: Record) -> None:
         self.recorded.add(record.case.id)

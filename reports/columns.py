@@ -42,6 +42,8 @@ COLUMNS = {
     "bwd_ms": "time of the backward phase",
     "bwd_low_ms": "lower end of its interval",
     "bwd_high_ms": "upper end of its interval",
+    "evidence": "medians that comparisons of methods rest on, ms by writer, JSON: of each turn in "
+    "which methods were measured alternately, or of the launch",
     "noise": "half-width of the 95 % interval of the median, relative to the median",
     "iterations": "timed iterations, all launches",
     "tflops_per_rank": "TFLOP/s per rank, from the exact area of the mask",
@@ -76,6 +78,9 @@ COLUMNS = {
     "largest_message_mb": "largest message of any rank",
     "power_w": "median power of a rank's GPU while timed, mean over ranks",
     "held_down_by": "reasons for reduced GPU clocks while timed, of any rank",
+    "competes": "whether the time may be compared with those of other methods: ok, timed, both "
+    "checks passed, exact attention",
+    "disqualified": "why it may not: the status, untimed, or flags",
     "worst_error": "largest relative L2 error of any tensor against float64",
     "kept": "of selectors: selected pairs over pairs visible in the mask",
     "recovered": "attention recall: share of full attention's probabilities on selected keys, mean "
@@ -102,8 +107,9 @@ COLUMNS = {
 TEXT_COLUMNS = (
     "run", "id", "status", "reason", "operator", "strategy", "layout", "mask", "mask_family",
     "draw", "dtype", "direction", "placement", "inputs", "content", "code", "machine", "clock",
-    "held_down_by", "flags", "notes", "environment", "writer", "log",
+    "held_down_by", "evidence", "disqualified", "flags", "notes", "environment", "writer", "log",
 )  # fmt: skip
+BOOLEAN_COLUMNS = ("competes",)
 INTEGER_COLUMNS = ("iterations", "launches")  # nullable
 UNKNOWN_MACHINE = "unknown"
 ERROR_TENSORS = ("out", "lse", "dq", "dk", "dv")

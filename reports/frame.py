@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from cpbench.core.problem import Case
 from cpbench.core.spec import Spec, format_value
 from cpbench.reports.columns import (
+    BOOLEAN_COLUMNS,
     COLUMNS,
     ERROR_TENSORS,
     INTEGER_COLUMNS,
@@ -73,6 +75,8 @@ def tidy_table(run: Run, name: str) -> pd.DataFrame:
             table[column] = pd.Series(values, dtype=object)  # str or None
         elif column in INTEGER_COLUMNS:
             table[column] = pd.array(values, dtype="Int64")
+        elif column in BOOLEAN_COLUMNS:
+            table[column] = pd.Series(values, dtype=bool)
         else:  # nan where not measured
             table[column] = pd.to_numeric(pd.Series(values, dtype=object))
     return table
@@ -119,6 +123,8 @@ def _record_row(record: Record, launches: Sequence[Record], machine: _Machine) -
                                    or record.flags))  # fmt: skip
     row["notes"] = "; ".join(sorted({note for launch in launches for note in launch.notes}
                                     or record.notes)) or None  # fmt: skip
+    reasons = [reason for one in launches or (record,) for reason in one.disqualifications]
+    row["competes"], row["disqualified"] = not reasons, " ".join(dict.fromkeys(reasons)) or None
     row["limit_mb"] = machine.limit_mb(record.conditions.get("device", "cpu"))
     row["gemm_tflops"], row["copy_gb_s"] = machine.peak(case.dtype), machine.peak("copy_gb_s")
     row |= _time_columns(record, launches)
@@ -146,6 +152,10 @@ def _time_columns(record: Record, launches: Sequence[Record]) -> dict[str, Any]:
         return {}
     row: dict[str, Any] = {"launches": len(timed)}
     row["iterations"] = sum(launch.iterations for launch in timed)
+    row["evidence"] = json.dumps(
+        {launch.writer: [float(f"{us / 1e3:.6g}") for us in launch.turn_medians_us]
+         for launch in timed}
+    )  # fmt: skip
     phases = tuple(record.times_us)
     slowest = [
         {phase: slowest_us(launch.times_us, (phase,)) for phase in phases} for launch in timed

@@ -76,8 +76,9 @@ def group_by_problem(rows: Iterable[dict[str, Any]]) -> list[tuple[str, list[dic
 
 
 def pluralize(count: int, noun: str) -> str:
-    """``1 case``, ``2 cases``."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
+    """``1 case``, ``2 cases``, ``2 launches``."""
+    ending = "es" if noun.endswith("ch") else "s"
+    return f"{count} {noun}{'' if count == 1 else ending}"
 
 
 def format_seeds(seeds: Sequence[Any]) -> str:

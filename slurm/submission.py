@@ -12,7 +12,7 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -84,13 +84,14 @@ def plan_jobs(
     title = re.sub(r"[^A-Za-z0-9._+-]", "_", name)[:MAX_NAME_LENGTH]
     jobs: list[PlannedJob] = []
     estimates = estimate.Estimator(profile.rank_device, settings, [out])
-    cases = estimate.order_cases(cases, estimates, settings.interleave > 1)
+    turns = estimates.turns(cases)
+    cases = estimate.order_cases(cases, estimates, turns)
     for group in _group_cases(cases, profile):
         max_ranks = max(case.world_size for case in group)
         job_name = f"{title}-{'all' if profile.packing == 'one' else f'p{max_ranks}'}-{stamp}"
         chunks = [list(group)]
         if profile.packing == "array":
-            chunks = _split_chunks(group, profile.chunk, interleave=settings.interleave > 1)
+            chunks = _split_chunks(group, profile.chunk, turns)
         nodes = max(profile.node_count(case.world_size) for case in group) + profile.spare_nodes
         command = batch_script.step_command(slurm_folder(out) / f"{job_name}.json")
         tasks = len(chunks) if profile.packing == "array" else 0
@@ -106,13 +107,17 @@ def plan_jobs(
     return jobs
 
 
-def _split_chunks(cases: Sequence[Case], chunk_size: int, interleave: bool) -> list[list[Case]]:
-    """Cases of each task of an array, ``chunk_size`` per task; cases that are interleaved stay in
-    one task, so that some tasks have more."""
-    if not interleave:
-        return [list(cases[i : i + chunk_size]) for i in range(0, len(cases), chunk_size)]
+def _split_chunks(
+    cases: Sequence[Case], chunk_size: int, turns: Collection[str]
+) -> list[list[Case]]:
+    """Cases of each task of an array, ``chunk_size`` per task; cases that are measured in turn
+    (ids) stay in one task, so that some tasks have more."""
+
+    def key(case: Case) -> object:
+        return case.problem_key if case.id in turns else case.id
+
     chunks: list[list[Case]] = []
-    for _, group in itertools.groupby(cases, lambda case: case.problem_key):
+    for _, group in itertools.groupby(cases, key):
         if not chunks or len(chunks[-1]) >= chunk_size:
             chunks.append([])
         chunks[-1] += group

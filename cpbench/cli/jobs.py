@@ -153,12 +153,14 @@ def print_job_scripts(request: Request, profile: Profile, as_json: bool) -> int:
     from cpbench.sweep import runs
 
     todo, out = runs.remaining_cases(request), request.out.resolve()
-    costs = runs.estimator(request)
+    estimates = runs.estimator(request)
+    turns = estimates.turns(todo)
+    cost = {case.id: estimates.seconds(case, turns.get(case.id, 1)) for case in todo}
     jobs: list[dict[str, Any]] = []
     unit = "gpu_hours" if request.device == "cuda" else "rank_hours"
     for job in submission.plan_jobs(request.name, todo, request.settings, profile, out, "STAMP"):
-        wall = max(sum(map(costs.seconds, chunk)) for chunk in job.chunks) / 3600
-        hours = sum(costs.seconds(case) * case.world_size for case in job.cases) / 3600
+        wall = max(sum(cost[case.id] for case in chunk) for chunk in job.chunks) / 3600
+        hours = sum(cost[case.id] * case.world_size for case in job.cases) / 3600
         text = batch_script.render_script(job.batch, profile, out, tuple(submission.bad_nodes(out)))
         jobs.append(
             {
@@ -182,7 +184,7 @@ def print_job_scripts(request: Request, profile: Profile, as_json: bool) -> int:
     print_rows([{**row, **{key: f"{row[key]:.2f}" for key in hour_keys}} for row in rows], False)
     total = sum(row[unit] for row in rows)
     print(f"\n{len(todo)} of {len(request.cases)} cases, about {total:.2f} {unit}; "
-          f"{costs.describe_sources(todo)}")  # fmt: skip
+          f"{estimates.describe_sources(todo)}")  # fmt: skip
     if any(row["hours"] > row["limit_hours"] for row in rows):
         print("jobs that exceed their time limit are stopped; repeat the command to resume them")
     return 0

@@ -165,7 +165,7 @@ def gate(
             check_output(junit)
         (_, base_run), (_, new_run) = _open_run(base), _open_run(new)
         result = gates.evaluate_gate(base_run, new_run, *limits, strict)
-        caveats = comparison_caveats(result.table, base_run, new_run)
+        caveats = comparison_caveats(result.table, base_run, new_run, limits[0])
         if junit is not None:
             write_text(junit, gates.junit_xml(result, caveats))
     for line in caveats:

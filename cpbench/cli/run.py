@@ -75,7 +75,12 @@ def run_(
     ] = None,
     interleave: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Interleave the methods of a problem, in N rounds."),
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Measure the methods of a problem alternately, in N turns; 1: one after the "
+            "other; 0: automatic.  [default: set by the sweep]",
+        ),
     ] = None,
     launches: Launches = None,
     trace: Annotated[
@@ -323,7 +328,7 @@ def _run_request(request: Request, quiet: bool) -> int:
     except ValueError as error:  # another process is running the same cases
         raise UserError(str(error)) from None
     except KeyboardInterrupt:
-        recorded = len(runs.results(request).records)
+        recorded = len(request.cases) - len(runs.remaining_cases(request))
         text = (
             f"interrupted: {recorded} of {len(request.cases)} cases are recorded in {request.out}; "
             "repeat the command to resume"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 MAX_THREADS = 1024
@@ -41,7 +41,10 @@ class MeasureSettings:
             sensitive to other processes on a shared machine; the rest of their effect (a busy
             sibling of the core) is measured as the pace, see ``Record.pace_us``.
         interleave: number of turns in which the cases that differ only in the method are measured
-            alternately, so that drift affects all of them alike.
+            alternately, so that drift affects all of them alike; 1 is one after the other.  0 is
+            automatic: as many turns as it takes to call one of the methods the fastest, which share
+            the iterations of a case, where that adds little to the cost (see
+            ``cpbench.sweep.estimate.Estimator.turns``).
         telemetry_s: interval of the samples of power, clocks and temperature of GPUs; 0 for none.
         transport: how tensors move between ranks: ``"torch"`` (NCCL or Gloo), or ``"mpi"`` where
             MPI has started the ranks.
@@ -64,7 +67,7 @@ class MeasureSettings:
     trace: bool = False
     launches: int = 1
     clock: str = "wall"
-    interleave: int = 1
+    interleave: int = 0
     telemetry_s: float = 0.1
     transport: str = "torch"
 
@@ -89,9 +92,10 @@ class MeasureSettings:
                 f"measure.telemetry_s = {self.telemetry_s} must be 0 or at least "
                 f"{MIN_TELEMETRY_S}: sampling more often disturbs the measurement"
             )
-        for name in ("interleave", "launches"):
-            if not 1 <= getattr(self, name) <= 1000:
-                raise ValueError(f"measure.{name} = {getattr(self, name)} must be from 1 to 1000")
+        for name, least in (("interleave", 0), ("launches", 1)):
+            value = getattr(self, name)
+            if not least <= value <= 1000:
+                raise ValueError(f"measure.{name} = {value} must be from {least} to 1000")
         if self.clock not in CLOCKS:
             raise ValueError(f"measure.clock = {self.clock!r} is none of {', '.join(CLOCKS)}")
         if self.transport not in TRANSPORTS:
@@ -111,6 +115,25 @@ class MeasureSettings:
             "clock": "events" if device == "cuda" else self.clock,
             **({"transport": self.transport} if self.transport != "torch" else {}),
         }
+
+    def of_turn(self, turns: int, earlier: int) -> MeasureSettings:
+        """The settings of one of several turns.
+
+        Automatic turns share the iterations and the seconds of a case, with one call each to warm
+        up.
+
+        Args:
+            turns: of the case.
+            earlier: iterations of the turns before, which count for the precision.
+        """
+        share = 1 if self.interleave else turns
+        return replace(
+            self,
+            warmup=self.warmup if share == 1 else min(self.warmup, 1),
+            min_iterations=earlier + -(-self.min_iterations // share),
+            max_iterations=earlier + -(-self.max_iterations // share),
+            max_seconds=self.max_seconds / share,
+        )
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any]) -> MeasureSettings:

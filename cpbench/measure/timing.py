@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -172,8 +172,13 @@ def measure_time(
     control: Control,
     settings: MeasureSettings,
     observer: CallObserver,
+    earlier_us: Sequence[float] = (),
 ) -> Timing:
-    """Timed iterations on this rank; collective over all ranks."""
+    """Timed iterations on this rank; collective over all ranks.
+
+    Args:
+        earlier_us: iterations of earlier turns, which count for the precision and the bounds.
+    """
     timing = Timing.empty(workload)
 
     calls, works_late = itertools.count(), False
@@ -183,14 +188,14 @@ def measure_time(
         workload.release()
         observer.before_call()
         total_us = iterate(workload, device, comm, control, timing)
-        if next(calls) < LATE_WORK_CALLS:
+        if next(calls) < LATE_WORK_CALLS and not earlier_us:
             works_late |= device.works_late()
         observer.after_call(workload.results)
         return total_us
 
     for _ in range(settings.warmup):
         observed_iteration(Timing.empty(workload))
-    slowest_us: list[float] = []
+    slowest_us = list(earlier_us)
     started = time.monotonic()
     more, paces_us = True, [device.pace_us()]
     while more:

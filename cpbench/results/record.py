@@ -5,6 +5,7 @@ There are no sentinel numbers: what was not measured is absent or null, and ``st
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,11 @@ SCHEMA = 3  # 2: conditions name the clock; 3: lines have a checksum, records a 
 STATUSES = ("ok", "unsupported", "oom", "wrong", "crash", "timeout")
 MIN_ROUNDS_FOR_SPREAD = 3  # of the exposure measurement
 MAX_RELATIVE_SPREAD = 0.25  # of the communication time: above it, overlap cannot be told from noise
+UNCHECKED = "unchecked"  # flag: a check was switched off
 APPROXIMATE = "approximate"  # flag of results computed by a selector
+UNFINISHED = "unfinished"  # flag: written while further turns were to come
+# Flags with which a time is not compared with others.
+DISQUALIFYING = (UNCHECKED, APPROXIMATE, "more-threads", "async")
 FAILURES = ("wrong", "crash", "timeout")
 
 
@@ -86,7 +91,8 @@ class Record:
         exposure_us: rounds that alternate between the complete pass (``whole``), the pass without
             communication (``compute``) and communication alone (``transfer``): by these, then as
             ``times_us``; empty for one rank and where a library does the sending.
-        turns: iterations of each turn, in order, of an interleaved measurement.
+        turns: iterations of each turn, in order, where the methods of a problem were measured in
+            turn by the same writer, in a random order each time.
         mask_us, plan_us, first_call_us: building the mask, planning (with the assignment of tokens
             to ranks), and the first call at full size (with compilation), slowest rank.
         flops: by phase, from ``area``, all ranks together; the selection is not counted.
@@ -107,7 +113,7 @@ class Record:
         ranks_per_node: ranks that share a node, for ``bytes_across`` and the strategy's mesh.
         telemetry: ``[rank]``: power, clocks and temperature of the rank's GPU during timing, see
             ``cpbench.measure.telemetry.summarize``; ``{"missing": why}`` where it is not available,
-            empty on CPUs.
+            empty on CPUs.  Of several turns, that with the most samples.
         conditions: device, threads, and whether checks and timing were requested.
         flags: caveats, such as ``contended`` or ``oversubscribed``.
         notes: what flags do not say, ``flag: details``.
@@ -180,6 +186,27 @@ class Record:
     def samples_us(self) -> list[float]:
         """Per iteration: the slowest rank's time in each phase, added up."""
         return slowest_us(self.times_us, tuple(self.times_us))
+
+    @property
+    def disqualifications(self) -> tuple[str, ...]:
+        """Why the times may not be compared with those of other methods: the status that is not ok,
+        ``untimed``, or flags of ``DISQUALIFYING``; none where they may.
+
+        This is the one definition: an ok result that was timed, with both checks passed, of exact
+        attention.
+        """
+        if self.status != "ok":
+            return (self.status,)
+        flags = {*self.flags, *(() if self.conditions.get("checked") else (UNCHECKED,))}
+        untimed = () if self.times_us else ("untimed",)
+        return (*untimed, *(flag for flag in DISQUALIFYING if flag in flags))
+
+    @property
+    def turn_medians_us(self) -> list[float]:
+        """The median of each turn; that of all iterations, where the case was measured in one."""
+        samples, ends = self.samples_us, list(itertools.accumulate(self.turns))
+        turns = [samples[end - n : end] for end, n in zip(ends, self.turns, strict=True)]
+        return [statistics.median(turn) for turn in turns or [samples] if turn]
 
     @property
     def median_us(self) -> float | None:

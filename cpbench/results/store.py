@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -169,13 +169,19 @@ class Tail:
 
 @dataclass(frozen=True)
 class Job:
-    """The job of one gang: its cases, how to measure them and where to write the records."""
+    """The job of one gang: its cases, how to measure them and where to write the records.
+
+    Attributes:
+        turns: by the id of a case, in how many turns it is measured, where that is several; the
+            adjacent cases of one problem take them in turn.
+    """
 
     cases: list[Case]
     settings: MeasureSettings
     device: str
     out: Path
     writer: str
+    turns: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -196,6 +202,7 @@ class Job:
             "device": self.device,
             "out": str(self.out.resolve()),
             "writer": self.writer,
+            "turns": {case.id: self.turns[case.id] for case in self.cases if case.id in self.turns},
         }
         path = self.folder / "job.json"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -216,6 +223,7 @@ class Job:
             table["device"],
             Path(table["out"]),
             table["writer"],
+            table["turns"],
         )
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cpbench.core.environment import concerns_job
 
 if TYPE_CHECKING:
-    from cpbench.results.record import Record
+    from cpbench.results.record import UNFINISHED, Record
     from cpbench.results.store import Run
 
 World = Mapping[str, str]
@@ -85,7 +85,8 @@ def split_launches(
     records: Sequence[Record], environments: Mapping[str, Mapping[str, Any]]
 ) -> tuple[list[Record], list[Record]]:
     """The launches of a case that are of the world of its newest record, and the others: records
-    that are ok and timed, one per writer.  None if the newest is not.
+    that are ok and timed, one per writer; none if the newest is not.  Earlier ones that were
+    interrupted between turns are left out.
 
     Args:
         records: of the case, oldest first.
@@ -96,7 +97,11 @@ def split_launches(
     if len(records) == 1:
         return [newest], []
     timed = {
-        record.writer: record for record in records if record.status == "ok" and record.times_us
+        record.writer: record
+        for record in records
+        if record.status == "ok"
+        and record.times_us
+        and (record is newest or UNFINISHED not in record.flags)
     }
     reference = record_world(newest, environments)
     launches: tuple[list[Record], list[Record]] = ([], [])

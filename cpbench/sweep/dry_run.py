@@ -14,7 +14,10 @@ from cpbench.sweep.runs import Request, estimator, order_cases, remaining_cases
 
 def print_plan(request: Request, as_json: bool) -> int:
     """Print the remaining cases and the worker commands, without starting anything."""
-    todo = order_cases(request, remaining_cases(request))
+    todo = remaining_cases(request)
+    estimates = estimator(request)
+    turns = estimates.turns(todo)
+    todo = order_cases(request, todo, turns)
     gangs: list[dict[str, Any]] = []
     for group in supervisor.group_by_world_size(todo):
         size = group[0].world_size
@@ -46,9 +49,9 @@ def print_plan(request: Request, as_json: bool) -> int:
             env = " ".join(f"{key}={shlex.quote(value)}" for key, value in command["env"].items())
             print(f"  {env} {shlex.join(command['argv'])}")
     print(f"\n{len(todo)} of {len(request.cases)} cases to run into {request.out}")
-    estimates = estimator(request)
-    hours = sum(estimates.seconds(case) for case in todo) / 3600
-    rank_hours = sum(estimates.seconds(case) * case.world_size for case in todo) / 3600
+    costs = [estimates.seconds(case, turns.get(case.id, 1)) / 3600 for case in todo]
+    hours = sum(costs)
+    rank_hours = sum(case.world_size * cost for case, cost in zip(todo, costs, strict=True))
     unit = "GPU-hours" if request.device == "cuda" else "rank-hours"
     print(f"about {hours:.2f} hours, {rank_hours:.2f} {unit}: {estimates.describe_sources(todo)}")
     return 0

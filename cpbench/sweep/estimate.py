@@ -10,18 +10,22 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from cpbench import masks
+from cpbench.core import registry
 from cpbench.core.problem import DTYPE_BYTES, Case
 from cpbench.core.settings import MeasureSettings
 from cpbench.core.spec import Spec
+from cpbench.results.contest import turns_needed
 from cpbench.results.record import Record
 from cpbench.results.store import read_run
 
 ASSUMED_TFLOPS = {"cpu": 0.03, "cuda": 150.0}  # per rank, on the visible pairs
 OVERHEAD_S = {"cpu": 1.0, "cuda": 2.0}  # checks and preparation, per case
+TURN_OVERHEAD_S = {"cpu": 0.05, "cuda": 0.2}  # of a further turn: plan and inputs
+MAX_TURNS_SHARE = 0.3  # of the cost of a problem, that automatic turns may add
 TIMEOUT_MARGIN = 2.0  # factor by which one pass must exceed the timeout: estimates may be 2x off
 
 Key = tuple[object, ...]
@@ -72,18 +76,48 @@ class Estimator:
         rate = self.rate(case) or ASSUMED_TFLOPS[self._device] * 1e12
         return self.flops(case) / case.world_size / rate
 
-    def seconds(self, case: Case) -> float:
-        """Seconds of the whole case: checks, warmup, iterations, every launch."""
+    def seconds(self, case: Case, turns: int = 1) -> float:
+        """Seconds of the whole case: checks, warmup, iterations, every launch.
+
+        Args:
+            turns: in which it is measured.
+        """
         settings, pass_s = self._settings, self.pass_seconds(case)
         fixed_s = OVERHEAD_S[self._device] + 3 * pass_s  # first call, check at size, memory
         if not settings.time:
             return fixed_s
-        affordable = settings.max_seconds / max(pass_s, 1e-6)
-        iterations = min(max(affordable, settings.min_iterations), settings.max_iterations)
-        launch_s = fixed_s + (settings.warmup + iterations) * pass_s * settings.interleave
+        of_turn = settings.of_turn(turns, 0)
+        affordable = of_turn.max_seconds / max(pass_s, 1e-6)
+        iterations = min(max(affordable, of_turn.min_iterations), of_turn.max_iterations)
+        launch_s = fixed_s + turns * (of_turn.warmup + iterations) * pass_s
+        launch_s += (turns - 1) * TURN_OVERHEAD_S[self._device]
         if settings.exposure and case.world_size > 1:
             launch_s += max(settings.max_seconds, 3 * pass_s)
         return launch_s * settings.launches
+
+    def turns(self, cases: Sequence[Case]) -> dict[str, int]:
+        """The cases that are measured in turn, by id, and in how many turns.
+
+        Automatic turns are for the methods of a problem that run on the device, if there are
+        several and turns add at most ``MAX_TURNS_SHARE`` to what they cost.
+        """
+        settings = self._settings
+        if not settings.time or settings.interleave == 1:
+            return {}
+        if settings.interleave:
+            return {case.id: settings.interleave for case in cases}
+        contests: dict[Key, list[Case]] = {}
+        for case in cases:
+            if self._device in registry.operator_info(case.operator.name).devices:
+                contests.setdefault(case.problem_key, []).append(case)
+        turns: dict[str, int] = {}
+        for contest in contests.values():
+            count = turns_needed(len(contest))
+            alone_s = sum(self.seconds(case) for case in contest)
+            in_turn_s = sum(self.seconds(case, count) for case in contest)
+            if len(contest) > 1 and in_turn_s <= (1 + MAX_TURNS_SHARE) * alone_s:
+                turns |= {case.id: count for case in contest}
+        return turns
 
     def timeout_reason(self, case: Case) -> str | None:
         """Why a case would certainly time out, by records of its own method; None if it may not."""
@@ -143,23 +177,25 @@ def oom_reason(case: Case, capacity: int | None, source: str) -> str | None:
     )
 
 
-def order_cases(cases: Sequence[Case], estimates: Estimator, interleave: bool) -> list[Case]:
+def order_cases(
+    cases: Sequence[Case], estimates: Estimator, turns: Collection[str] = ()
+) -> list[Case]:
     """Cases in the order in which to run them: first the cheapest of each method, so that a broken
     method shows at once, then the others by cost.
 
     Args:
-        interleave: keep the methods of a problem together, and sort the problems by cost.
+        turns: ids of the cases that are measured in turn: those of a problem stay together.
     """
     cost = {case.id: estimates.seconds(case) for case in cases}
-    if interleave:
-        by_problem: dict[Key, list[Case]] = {}
-        for case in cases:
-            by_problem.setdefault(case.problem_key, []).append(case)
-        groups = sorted(by_problem.values(), key=lambda group: sum(cost[case.id] for case in group))
-        return [case for group in groups for case in group]
-    by_cost = sorted(cases, key=lambda case: cost[case.id])
     cheapest: dict[Key, str] = {}
-    for case in by_cost:
+    for case in sorted(cases, key=lambda case: cost[case.id]):
         cheapest.setdefault((*case.method_key, case.world_size), case.id)
     first_ids = set(cheapest.values())
-    return sorted(by_cost, key=lambda case: case.id not in first_ids)
+    groups: dict[object, list[Case]] = {}
+    for case in cases:
+        groups.setdefault(case.problem_key if case.id in turns else case.id, []).append(case)
+
+    def rank(group: list[Case]) -> tuple[bool, float]:
+        return first_ids.isdisjoint(case.id for case in group), sum(cost[c.id] for c in group)
+
+    return [case for group in sorted(groups.values(), key=rank) for case in group]

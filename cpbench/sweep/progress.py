@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 
 from cpbench.core.problem import Case
 from cpbench.results.record import Record
@@ -66,6 +67,7 @@ class _ProgressBar(ProgressLines):
             refresh_per_second=2,  # the default, 10, takes 2 % of a core
         )  # fmt: skip
         self._task = self._bar.add_task("starting workers", total=total)
+        self._turns = Counter[str]()
 
     def __enter__(self) -> _ProgressBar:
         self._bar.start()
@@ -75,7 +77,10 @@ class _ProgressBar(ProgressLines):
         self._bar.stop()
 
     def case_started(self, case: Case) -> None:
-        self._bar.update(self._task, description=case.label)
+        self._turns[case.id] += 1
+        turn = self._turns[case.id]
+        description = case.label + (f", turn {turn}" if turn > 1 else "")
+        self._bar.update(self._task, description=description)
 
     def case_finished(self, record: Record) -> None:
         self._bar.console.print(

@@ -10,7 +10,7 @@ import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from cpbench.launchers.failure_cause import RankState
 from cpbench.launchers.join import GANG_ENDED_FILE
 from cpbench.launchers.protocol import Command, GangSpec, Place
 from cpbench.results import active, worlds
-from cpbench.results.record import FAILURES, STATUSES, Record
+from cpbench.results.record import FAILURES, STATUSES, UNFINISHED, Record
 from cpbench.results.store import (
     RecordWriter,
     Run,
@@ -156,7 +156,8 @@ def parse_statuses(text: str) -> frozenset[str]:
 
 def remaining_cases(request: Request, run: Run | None = None) -> list[Case]:
     """The cases still to run: those without a record, those whose record does not satisfy the
-    request or is to be retried, and those with too few launches or without a timeline."""
+    request, is to be retried or was interrupted between turns, and those with too few launches or
+    without a timeline."""
     run = run or read_run(request.out)
     records = run.records
     return [
@@ -165,6 +166,7 @@ def remaining_cases(request: Request, run: Run | None = None) -> list[Case]:
         if case.id not in records
         or (records[case.id].status in request.retry and records[case.id].order[0] <= request.since)
         or not satisfies(records[case.id], request)
+        or UNFINISHED in records[case.id].flags
         or _needs_launches(request, run, case)
         or _needs_timeline(request, records[case.id])
     ]
@@ -273,12 +275,14 @@ def run_cases(request: Request, todo: Sequence[Case], quiet: bool) -> None:
     Raises:
         StoreError, LaunchError, KeyboardInterrupt, TimeUp: as ``supervisor.run``.
     """
-    todo = order_cases(request, feasible_cases(request, todo))
+    todo = feasible_cases(request, todo)
+    turns = estimator(request).turns(todo)
+    todo = order_cases(request, todo, turns)
     for _ in range(request.settings.launches):
         with progress.progress_display(len(todo), quiet) as display:
             supervisor.run(
                 todo,
-                request.plan,
+                replace(request.plan, turns=turns),
                 case_started=display.case_started,
                 case_finished=display.case_finished,
             )
@@ -291,11 +295,11 @@ def estimator(request: Request) -> estimate.Estimator:
     return estimate.Estimator(request.device, request.settings, [request.out])
 
 
-def order_cases(request: Request, cases: Sequence[Case]) -> list[Case]:
+def order_cases(request: Request, cases: Sequence[Case], turns: Collection[str] = ()) -> list[Case]:
     """Cases in the order of ``cpbench.sweep.estimate.order_cases``, but last those during which a
     run was killed before."""
     suspects = count_killed_runs(request.out)
-    ordered = estimate.order_cases(cases, estimator(request), request.settings.interleave > 1)
+    ordered = estimate.order_cases(cases, estimator(request), turns)
     return sorted(ordered, key=lambda case: case.id in suspects)
 
 

@@ -12,6 +12,7 @@ from cpbench.core.problem import Case
 from cpbench.launchers.failure_cause import RankState
 from cpbench.reports.tables.terminal import print_rows
 from cpbench.results import active
+from cpbench.results.record import UNFINISHED
 from cpbench.results.sealed import DamagedError
 from cpbench.results.store import damaged_files, read_document, read_run
 from cpbench.slurm import submission
@@ -37,7 +38,11 @@ def read_status(out: Path) -> dict[str, Any]:
         raise ValueError(f"{damage}; repeat the command that started the run") from None
     run = read_run(out)
     run.warnings += damaged_files(out)
-    records = {key: record for key, record in run.records.items() if key in cases}
+    records = {
+        key: record
+        for key, record in run.records.items()
+        if key in cases and UNFINISHED not in record.flags
+    }
     processes = active.active_processes(out)
     jobs: list[dict[str, Any]] = []
     states = {}

@@ -8,7 +8,8 @@ that all ranks agree on the next step.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cpbench import masks
@@ -20,7 +21,7 @@ from cpbench.measure.memory import HeldMemory, memory_gap
 from cpbench.measure.peaks import COPY, measure_peaks
 from cpbench.measure.process_state import ProcessState
 from cpbench.parallel.world import World
-from cpbench.results.record import Record
+from cpbench.results.record import UNCHECKED, Record
 from cpbench.verify import check
 from cpbench.verify.fingerprint import Fingerprinter, describe_difference
 from cpbench.worker.checks import Checks, recipe_of
@@ -79,20 +80,21 @@ class Evaluator:
         self._state, self._held = ProcessState(), HeldMemory()
         self._changes: set[str] = set()
 
-    def evaluate(self, case: Case, previous: Record | None = None) -> Record:
+    def evaluate(self, case: Case, previous: Record | None = None, turns: int = 1) -> Record:
         """The record of a case, without the start time and environment, which the worker adds.
 
         The state of the process is put back; the record says what the case changed.
 
         Args:
             previous: the record of earlier turns of this case, to which another turn is added.
+            turns: in which the case is measured.
         """
         import torch
 
         self._changes = set()
         if self._settings.time and self._settings.memory:
             self._held.begin(case.operator.name)
-        record = self._evaluate(case, previous)
+        record = self._evaluate(case, previous, turns)
         record.threads_after = self._gather(torch.get_num_threads())
         self._changes.update(self._state.restore())
         ranks = self.control.all_gather(self._changes)
@@ -101,10 +103,10 @@ class Evaluator:
             record.notes = sorted({*record.notes, f"changed-state: {', '.join(changes)}"})
         return record
 
-    def _evaluate(self, case: Case, previous: Record | None) -> Record:
+    def _evaluate(self, case: Case, previous: Record | None, turns: int) -> Record:
         self.timelines = None
         if previous is not None:
-            return self._add_turn(case, previous)
+            return self._add_turn(case, previous, turns)
         self._report_phase("prepare")
         work, record = self._prepare(case)
         record.conditions = self._settings.conditions(self._device.type)
@@ -112,7 +114,7 @@ class Evaluator:
             return record
         inputs = check.rank_inputs(work, recipe_of(case), self._device.type)
         try:
-            self._check_and_measure(case, work, inputs, record)
+            self._check_and_measure(case, work, inputs, record, turns)
         except check.WrongResult as error:
             record.fail_check(str(error))
         if record.status == "wrong":
@@ -120,7 +122,7 @@ class Evaluator:
         return record
 
     def _check_and_measure(
-        self, case: Case, work: Attention, inputs: check.Tensors, record: Record
+        self, case: Case, work: Attention, inputs: check.Tensors, record: Record, turns: int
     ) -> None:
         """Check a prepared case and, if it passes, measure it.
 
@@ -141,7 +143,8 @@ class Evaluator:
             del results
             self._expected[case.id] = variants.expected
         if record.status == "ok" and self._settings.time:
-            self._measure(workload, record, variants)
+            self._measure(workload, record, variants, self._settings.of_turn(turns, 0))
+            record.turns = [record.iterations] if turns > 1 and record.times_us else []
             if work.op.info.selects and case.direction != "bwd":
                 self._report_phase("selection steps")
                 steps_us = timing.measure_selection_steps(
@@ -181,20 +184,23 @@ class Evaluator:
             self._report_phase("trace")
             self.timelines = timeline.record_timelines(work, inputs, device, comm, control)
 
-    def _add_turn(self, case: Case, record: Record) -> Record:
+    def _add_turn(self, case: Case, record: Record, turns: int) -> Record:
         """Add the iterations of another turn, with new inputs and plans and the same checks."""
         if record.status != "ok" or not self._settings.time:
             return record
         self._report_phase("prepare")
         work, turn = self._prepare(case)
+        turn.conditions = record.conditions
         if work is None:
             return turn
         inputs = check.rank_inputs(work, recipe_of(case), self._device.type)
         variants = self._checks.make_later_variants(work, inputs, turn, self._expected[case.id])
-        self._measure(timing.Workload(work, inputs, self._comm), turn, variants)
+        settings = replace(self._settings.of_turn(turns, record.iterations), memory=False)
+        workload = timing.Workload(work, inputs, self._comm)
+        self._measure(workload, turn, variants, settings, record.samples_us)
         if turn.status != "ok":
             return turn
-        record.turns = [*(record.turns or [record.iterations]), turn.iterations]
+        record.turns = [*record.turns, turn.iterations]
         for phase, ranks in turn.times_us.items():
             record.times_us[phase] = [
                 [*old, *new] for old, new in zip(record.times_us[phase], ranks, strict=True)
@@ -205,6 +211,10 @@ class Evaluator:
         paces_us = zip(record.pace_us, turn.pace_us, strict=True)
         record.pace_us = [[*old, *new] for old, new in paces_us]
         record.flags = sorted({*record.flags, *turn.flags})
+        record.telemetry = [
+            max(ranks, key=lambda summary: summary.get("samples", 0))
+            for ranks in zip(record.telemetry, turn.telemetry, strict=True)
+        ]
         return record
 
     def _plan(self, case: Case, world: World) -> Attention:
@@ -262,14 +272,27 @@ class Evaluator:
         if reasons and record.status == "ok":
             record.fail_check(reasons[0])
 
-    def _measure(self, workload: timing.Workload, record: Record, variants: InputVariants) -> None:
+    def _measure(
+        self,
+        workload: timing.Workload,
+        record: Record,
+        variants: InputVariants,
+        settings: MeasureSettings,
+        earlier_us: Sequence[float] = (),
+    ) -> None:
         """Measure times, memory, traffic and flags of every rank, and check that every timed call
-        returned the checked results."""
-        device, control, settings = self._device, self.control, self._settings
+        returned the checked results.
+
+        Args:
+            earlier_us: iterations of earlier turns.
+        """
+        device, control = self._device, self.control
         self._report_phase("measure")
         flags = set(device.flags(self._local_world_size, []))
         start = time.time()
-        own_timing = timing.measure_time(workload, device, self._comm, control, settings, variants)
+        own_timing = timing.measure_time(
+            workload, device, self._comm, control, settings, variants, earlier_us
+        )
         if self.telemetry is not None:
             record.telemetry = control.all_gather(self.telemetry.between(start, time.time()))
         self._changes.update(self._state.changes())
@@ -278,7 +301,7 @@ class Evaluator:
         if own_timing.works_late:
             flags.add("async")
         if not (settings.check_small and settings.check_sampled):
-            flags.add("unchecked")
+            flags.add(UNCHECKED)
         mismatch = variants.finish()
         memory: dict[str, int] = {}
         if settings.memory:
@@ -288,7 +311,7 @@ class Evaluator:
                 flags.add("memory-gap")
             memory |= workload.predicted_peak()
         sent = own_timing.traffic
-        if self._comm.size > 1:
+        if self._comm.size > 1 and not earlier_us:
             sent = timing.record_traffic(workload, self._comm, control)
             if any(sent[p].bytes_to != own_timing.traffic[p].bytes_to for p in workload.phases):
                 flags.add("untracked-traffic")

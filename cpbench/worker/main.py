@@ -16,13 +16,15 @@ import faulthandler
 import itertools
 import os
 import platform
+import random
 import signal
 import sys
 import time
 import traceback
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +32,7 @@ from cpbench.core.environment import collect_environment, environment_id, node_f
 from cpbench.core.problem import Case
 from cpbench.measure.peaks import measure_peaks
 from cpbench.measure.timeline_slices import chrome_trace
-from cpbench.results.record import Record
+from cpbench.results.record import UNFINISHED, Record
 from cpbench.results.store import (
     EXIT_STORE,
     Job,
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
 
 EXIT_FAILED = 70  # this rank failed on a case; the cause is in its journal
 MPI_POLL_S = 50e-6  # interval of polling for MPI messages where there are more ranks than cores
+UNSAVED_S = 30.0  # of measuring a case in turns, before its record is written as unfinished
 REASON_CHARS = 400  # the log has the full text
 
 
@@ -94,27 +97,43 @@ class _Worker:
         self.environment = environment_id(environment)
         if self.writer is not None:
             self.writer.append({"kind": "environment", "id": self.environment, **environment})
-        turns = self.job.settings.interleave
         for group in self._interleaved_groups():
-            records: dict[str, Record] = {}
-            for turn, case in itertools.product(range(turns), group):
+            self._measure_in_turn(group, evaluate)
+        if self.writer is not None:
+            self.writer.close()
+        self.journal.note("end")
+
+    def _measure_in_turn(self, group: Sequence[Case], evaluate: Callable[..., Record]) -> None:
+        """Measure cases in turn, in a random order each time: whatever disturbs the machine favours
+        none of them, so that identical methods differ by chance alone.
+
+        A record is written after the last turn.  Before that, it is written as unfinished where
+        ``UNSAVED_S`` have passed, so that a killed run loses no more than that.
+        """
+        turns, records = self._turns(group[0]), dict[str, Record]()
+        saved: dict[str, float] = {}
+        for turn in range(turns):
+            order = random.Random(f"{self.job.writer} {turn}")  # the same on all ranks
+            for case in order.sample(group, len(group)):
                 self.journal.note("start", case=case.id)
                 started, begun = time.time(), time.monotonic()
-                record = evaluate(case, records.get(case.id))
+                record = evaluate(case, records.get(case.id), turns)
                 record.started = record.started or started
                 record.seconds += time.monotonic() - begun
                 self._write_trace(record)
                 records[case.id] = record
-                if turn < turns - 1:
-                    self.journal.note("paused", case=case.id)
-                    continue
-                if self.writer is not None:
-                    record.environment, record.writer = self.environment, self.job.writer
-                    self.writer.append(record.to_json())
-                self.journal.note("done", case=case.id)
+                last = turn == turns - 1
+                if last or time.time() - saved.setdefault(case.id, started) > UNSAVED_S:
+                    saved[case.id] = time.time()
+                    self._write(record, finished=last)
+                self.journal.note("done" if last else "paused", case=case.id)
+
+    def _write(self, record: Record, finished: bool) -> None:
+        """Write a record; on rank 0."""
         if self.writer is not None:
-            self.writer.close()
-        self.journal.note("end")
+            record.environment, record.writer = self.environment, self.job.writer
+            flags = () if finished else (UNFINISHED,)
+            self.writer.append(replace(record, flags=[*record.flags, *flags]).to_json())
 
     def _write_trace(self, record: Record) -> None:
         """Write the timelines of the ranks, where they were traced; on rank 0."""
@@ -165,15 +184,19 @@ class _Worker:
         return Telemetry(uuid, seconds, control, platform.node(), first)
 
     def _interleaved_groups(self) -> Iterator[list[Case]]:
-        """Groups of cases that are measured in turn: the adjacent cases of one problem, or single
-        cases without interleaving."""
-        if self.job.settings.interleave == 1:
-            yield from ([case] for case in self.job.cases)
-        else:
-            for _, group in itertools.groupby(self.job.cases, lambda case: case.problem_key):
-                yield list(group)
+        """Groups of cases that are measured in turn: the adjacent cases of one problem with several
+        turns; other cases alone."""
 
-    def _unsupported(self, case: Case, previous: Record | None) -> Record:
+        def key(case: Case) -> object:
+            return (case.problem_key, self._turns(case)) if self._turns(case) > 1 else case.id
+
+        for _, group in itertools.groupby(self.job.cases, key):
+            yield list(group)
+
+    def _turns(self, case: Case) -> int:
+        return self.job.turns.get(case.id, 1)
+
+    def _unsupported(self, case: Case, previous: Record | None, turns: int) -> Record:
         """The record of a case on a machine with too few devices."""
         return previous or Record(case=case, status="unsupported", reason=self.shortage)
 

@@ -62,7 +62,7 @@ def compare_runs(
         table = compare(base_run, new_run, floor)
         notes = [
             f"{describe_commits(base_run, new_run)}.",
-            *comparison_caveats(table, base_run, new_run),
+            *comparison_caveats(table, base_run, new_run, floor),
         ]
         comparisons.append(Comparison(base_name, new_name, floor, table, notes))
     return comparisons
@@ -90,7 +90,11 @@ def explanations(comparison: Comparison) -> list[str]:
         f"SLOWER, FASTER: by more than {comparison.floor:.1%}, significant over launches (rank "
         "test, false discovery rate 5 %). SAME: the interval lies within that. change: change of "
         "the time, with its 95 % interval.",
-        *([f"Left out: {pluralize(neither, 'case')} timed in neither run."] if neither else []),
+        *(
+            [f"Left out: {pluralize(neither, 'case')} without times that count in both runs."]
+            if neither
+            else []
+        ),
     ]
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
-from cpbench.reports.compare.statistics import MIN_LAUNCHES, SLOWER, UNCLEAR
+from cpbench.reports.compare.statistics import SLOWER, UNCLEAR
 from cpbench.reports.compare.verdicts import FAILS, MISSING, compare
 from cpbench.reports.labels import pluralize
+from cpbench.results.contest import MIN_LAUNCHES
 from cpbench.results.store import Run
 
 if TYPE_CHECKING:
@@ -43,7 +45,8 @@ def evaluate_gate(
     """Check a new run against a base.
 
     A case fails when it is significantly slower by more than ``max_slowdown``, when its peak memory
-    grew by more than ``max_memory``, when it was ok and is not, or when it is missing.
+    grew by more than ``max_memory``, when it was ok and is not, when it is missing, or when its
+    result does not count (``unchecked``).
 
     Args:
         max_slowdown, max_memory: 0.05 for 5 %.
@@ -68,13 +71,18 @@ def evaluate_gate(
     unclear: dict[str, str] = {}
     for row in _rows(table):
         case_failures = []
-        if row["verdict"] in (FAILS, MISSING):
+        if row["new_flaws"]:
+            case_failures += [
+                (flag, f"the result of the new run is {flag}") for flag in row["new_flaws"].split()
+            ]
+        elif row["verdict"] in (FAILS, MISSING):
             case_failures.append(("status", str(row["why"])))
         if row["verdict"] == SLOWER:
             text = f"{_times_text(row)}; at most {max_slowdown:.1%} is allowed"
             case_failures.append(("slowdown", text))
-        if row["verdict"] == UNCLEAR and (row["why"] or row["high"] > 1 + max_slowdown):
-            unclear[row["id"]] = str(row["why"] or _times_text(row))
+        if row["verdict"] == UNCLEAR and not row["high"] <= 1 + max_slowdown:
+            times = "" if math.isnan(row["high"]) else f"{_times_text(row)}; "
+            unclear[row["id"]] = f"{times}{row['why']}"
             if strict:
                 text = f"{unclear[row['id']]}; --strict fails unclear cases"
                 case_failures.append(("unclear", text))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -9,14 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from cpbench.core.problem import Case
 from cpbench.reports.compare.statistics import (
-    MIN_LAUNCHES,
+    UNCLEAR,
     RatioTest,
     compare_medians,
     decide_verdicts,
-    launches_needed,
+    detectable_change,
+    launches_to_detect,
+    relative_spread,
 )
 from cpbench.reports.labels import pluralize
-from cpbench.results.record import Record
+from cpbench.results.contest import MIN_LAUNCHES, launches_needed
+from cpbench.results.record import APPROXIMATE, DISQUALIFYING, Record
 from cpbench.results.store import Run
 from cpbench.results.worlds import world_of
 
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
 
 DEFAULT_FLOOR = 0.02
 _MAX_WARNINGS = 20  # of a run
+EXAMPLE_CHANGE = 0.1  # of a time, for which the launches that it takes are given
 RECALL_TOLERANCE = 0.01  # difference of attention recall that is ignored
 FAILS, WORKS, MISSING, ADDED, NEITHER = "FAILS", "WORKS", "MISSING", "ADDED", "NEITHER"
 
@@ -33,11 +38,14 @@ COLUMNS = {
     "case": "label of the case",
     "verdict": "SAME, FASTER, SLOWER or UNCLEAR; FAILS (was ok), WORKS (was not), NEITHER (is ok), "
     "MISSING in the new run, ADDED by it",
-    "why": "reason of the verdict, where it is not the ratio",
+    "why": "reason of the verdict, where it is not the ratio; for UNCLEAR, what it would take",
     "base_ms": "median over launches of their medians, base",
     "new_ms": "the same, new run",
     "ratio": "time of the new run over that of the base (Hodges-Lehmann); processor times are "
     "divided by the pace of the machine first",
+    "spread": "standard deviation of the logarithms of the medians of launches, within sides",
+    "detectable": "smallest slowdown that these launches show with a chance of 80 %, if any",
+    "needed_launches": "launches per side that show a change of 10 % (or twice the floor) so",
     "low": "lower end of the 95 % interval of the ratio",
     "high": "its upper end",
     "base_launches": "processes, or gangs of workers, that measured the case, base",
@@ -47,6 +55,7 @@ COLUMNS = {
     "memory_ratio": "peak memory, new over base",
     "base_status": "status of the newest record, base",
     "new_status": "the same, new run",
+    "new_flaws": "flags of the new run with which its times do not count",
 }
 
 
@@ -67,13 +76,19 @@ def compare(base: Run, new: Run, floor: float = DEFAULT_FLOOR) -> pd.DataFrame:
         compare_medians(a, b, floor) if min(len(a), len(b)) >= MIN_LAUNCHES else None
         for a, b in times
     ]
+    cases = sum(bool(a and b) for a, b in times)
     rows = [
-        _row(key, pair, test, verdict)
-        for (key, pair), test, verdict in zip(
-            pairs.items(), tests, decide_verdicts(tests, floor), strict=True
+        _row(key, pair, test, verdict) | _evidence(*sides, floor, cases)
+        for (key, pair), sides, test, verdict in zip(
+            pairs.items(), times, tests, decide_verdicts(tests, floor), strict=True
         )
     ]
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+    table = pd.DataFrame(rows, columns=list(COLUMNS))
+    unclear = table["verdict"] == UNCLEAR
+    table.loc[unclear, "why"] = [
+        _what_it_takes(row, floor) for row in table[unclear].to_dict("records")
+    ]
+    return table
 
 
 def environment_differences(base: Run, new: Run) -> list[str]:
@@ -93,21 +108,32 @@ def describe_commits(base: Run, new: Run) -> str:
     return f"cpbench {_join(base_commits)} in the base, {_join(new_commits)} in the new run"
 
 
-def comparison_caveats(table: pd.DataFrame, base: Run, new: Run) -> list[str]:
-    """What weakens the verdicts of a comparison, a line each."""
+def comparison_caveats(table: pd.DataFrame, base: Run, new: Run, floor: float) -> list[str]:
+    """What weakens the verdicts of a comparison, a line each.
+
+    Args:
+        table, floor: of :func:`compare`.
+    """
     lines = [f"Warning: {line}" for line in environment_differences(base, new)]
     for name, run in (("base", base), ("new run", new)):
         lines += [f"Warning: {name}: {warning}" for warning in run.warnings[:_MAX_WARNINGS]]
     both = table["base_launches"].gt(0) & table["new_launches"].gt(0)
-    few = int((both & table[["base_launches", "new_launches"]].min(axis=1).lt(MIN_LAUNCHES)).sum())
-    if few:
+    unclear = table[table["verdict"] == UNCLEAR]
+    if few := int(unclear["low"].isna().sum()):
         lines.append(
             f"UNCLEAR, too few launches: {pluralize(few, 'case')}. Each side needs {MIN_LAUNCHES} "
             f"or more: cpbench run SWEEP --launches {MIN_LAUNCHES}, or again with more."
         )
+    if len(needed_launches := unclear["needed_launches"].dropna()):
+        lines.append(
+            "UNCLEAR: what these launches could show is beside each case; at their noise (median "
+            f"spread of launches {unclear['spread'].median():.1%}), a change of "
+            f"{_example_change(floor):.0%} takes about {needed_launches.median():.0f} launches per "
+            "side."
+        )
     timed = table[both]
     least = timed[["base_launches", "new_launches"]].min().min() if len(timed) else 0
-    needed = launches_needed(len(timed))
+    needed = launches_needed(2 * len(timed))  # slower, and faster
     if MIN_LAUNCHES <= least < needed:
         lines.append(
             f"With {least} launches per side, a single case among {len(timed)} cannot be "
@@ -130,7 +156,19 @@ def comparison_caveats(table: pd.DataFrame, base: Run, new: Run) -> list[str]:
     disturbed = sorted(flags & {"contended", "throttled", "power-capped", "oversubscribed"})
     if disturbed:
         lines.append(f"Some launches are {', '.join(disturbed)}: verdicts are less certain.")
+    if any(map(_needs_cpu_clock, launches)):
+        lines.append(
+            'Contended cases of one rank on a CPU: with clock = "cpu" under [measure], other '
+            "processes disturb them less, and changes take fewer launches."
+        )
     return lines
+
+
+def _needs_cpu_clock(launch: Record) -> bool:
+    """Whether a launch was disturbed by other processes and need not have been."""
+    conditions = launch.conditions.get("device"), launch.conditions.get("clock")
+    single_rank = launch.case.world_size == 1 and conditions == ("cpu", "wall")
+    return single_rank and "contended" in launch.flags
 
 
 @dataclass(frozen=True)
@@ -139,6 +177,13 @@ class _Side:
 
     record: Record | None = None
     launches: Sequence[Record] = ()
+
+    @property
+    def flaws(self) -> list[str]:
+        """Flags with which its times do not count; a selector is compared with itself."""
+        records = self.launches or ([self.record] if self.record else [])
+        reasons = {reason for record in records for reason in record.disqualifications}
+        return [flag for flag in DISQUALIFYING if flag in reasons and flag != APPROXIMATE]
 
 
 def _case_pairs(base: Run, new: Run) -> dict[str, tuple[_Side, _Side]]:
@@ -158,8 +203,8 @@ def _case_key(case: Case) -> str:
 def _row(
     key: str, pair: tuple[_Side, _Side], test: RatioTest | None, verdict: str
 ) -> dict[str, Any]:
-    base, new = (side.record for side in pair)
-    case: Case = (base or new).case  # type: ignore[union-attr]
+    base, new = pair
+    case: Case = (base.record or new.record).case  # type: ignore[union-attr]
     row: dict[str, Any] = {"id": key, "case": case.label, "verdict": verdict, "why": ""}
     times_by_side = [_launch_medians(side) for side in pair]
     for name, side, times in zip(("base", "new"), pair, times_by_side, strict=True):
@@ -176,19 +221,57 @@ def _row(
         row |= {"ratio": test.ratio, "low": test.low, "high": test.high}
     elif all(times_by_side):
         row["ratio"] = row["new_ms"] / row["base_ms"]
-        row["why"] = f"{min(map(len, times_by_side))} of {MIN_LAUNCHES} launches"
+    row["new_flaws"] = " ".join(new.flaws)
     status_verdict = _status_verdict(base, new)
     if status_verdict is not None:
         row["verdict"], row["why"] = status_verdict
     return row
 
 
-def _status_verdict(base: Record | None, new: Record | None) -> tuple[str, str] | None:
+def _evidence(
+    base: Sequence[float], new: Sequence[float], floor: float, cases: int
+) -> dict[str, float | None]:
+    """What the launches of a case could show, and how many would show a change."""
+    spread = relative_spread(base, new) if base and new else None
+    if spread is None:
+        return {}
+    return {
+        "spread": spread,
+        "detectable": detectable_change(spread, (len(base), len(new)), floor, cases),
+        "needed_launches": launches_to_detect(_example_change(floor), spread, floor, cases),
+    }
+
+
+def _example_change(floor: float) -> float:
+    """A change well above the floor, for which the launches that it takes are given."""
+    return max(EXAMPLE_CHANGE, 2 * floor)
+
+
+def _what_it_takes(row: dict[Any, Any], floor: float) -> str:
+    """Why a case is unclear, and what would make it clear."""
+    least, parts = min(row["base_launches"], row["new_launches"]), []
+    if least < MIN_LAUNCHES:
+        parts.append(f"{least} of {MIN_LAUNCHES} launches")
+    elif not math.isnan(row["detectable"]):
+        parts.append(f"shows {row['detectable']:.0%} or more")
+    if not math.isnan(row["needed_launches"]):
+        change = f"{_example_change(floor):.0%}"
+        parts.append(f"{change} takes about {row['needed_launches']:.0f} per side")
+    return "; ".join(parts)
+
+
+def _status_verdict(base_side: _Side, new_side: _Side) -> tuple[str, str] | None:
     """Verdict and reason where times do not decide; None where they do."""
+    base, new = base_side.record, new_side.record
     if new is None:
         return MISSING, "not in the new run"
     if base is None:
         return ADDED, f"not in the base; {new.status} in the new run"
+    if base.status == new.status == "ok" and (base_side.flaws or new_side.flaws):
+        runs = [name for name, side in (("base", base_side), ("new run", new_side)) if side.flaws]
+        flaws = dict.fromkeys([*base_side.flaws, *new_side.flaws])
+        verdict = WORKS if not new_side.flaws else NEITHER if base_side.flaws else FAILS
+        return verdict, f"{', '.join(flaws)} in the {' and the '.join(runs)}"
     if base.status == new.status == "ok":
         was, now = (record.quality.get("mass") for record in (base, new))
         if was is not None and now is not None and abs(now - was) > RECALL_TOLERANCE:
@@ -203,7 +286,9 @@ def _status_verdict(base: Record | None, new: Record | None) -> tuple[str, str] 
 
 def _comparable_times(base: _Side, new: _Side) -> tuple[list[float], list[float]]:
     """Median time of each launch on either side, divided by the pace of the machine meanwhile where
-    all launches have it."""
+    all launches have it; none where the times of a side do not count."""
+    if base.flaws or new.flaws:
+        return [], []
     paced = [[launch.paced for launch in side.launches] for side in (base, new)]
     if all(ratio is not None for side in paced for ratio in side):
         base_ratios, new_ratios = ([ratio for ratio in side if ratio is not None] for side in paced)

@@ -14,9 +14,9 @@ from cpbench.reports.collection import Collection
 from cpbench.reports.columns import UNKNOWN_MACHINE
 from cpbench.reports.figures import kinds, pareto
 from cpbench.reports.figures.sheet import SETTINGS, Sheet
-from cpbench.reports.figures.style import method_styles
+from cpbench.reports.figures.style import method_styles, with_hollow_styles
 from cpbench.reports.labels import pluralize
-from cpbench.reports.tables.summary import comparable, method_names
+from cpbench.reports.tables.summary import method_labels, method_names
 from cpbench.results.store import write_atomically
 from cpbench.sweep.sweep_file import INT_KEYS, KEYS, SPEC_KEYS, parse_integer, split_list
 
@@ -48,6 +48,8 @@ class ChartKind:
         draw: draws rows (with a column ``method``) on a sheet.
         one_problem, one_world_size: whether all rows must have equal ``CONSTANT_KEYS``, and the
             same number of ranks.
+        labels: label of each row that its points are drawn under: results that may not be compared
+            with those of other methods are hollow, and named so in the legend.
     """
 
     usable: Callable[[pd.DataFrame], pd.Series[bool]]
@@ -55,6 +57,7 @@ class ChartKind:
     draw: Callable[[pd.DataFrame, Sheet], None]
     one_problem: bool = True
     one_world_size: bool = True
+    labels: Callable[[pd.DataFrame], list[str]] = method_labels
 
 
 def _timed(table: pd.DataFrame) -> pd.Series[bool]:
@@ -79,7 +82,8 @@ CHARTS = {
         kinds.scaling, one_world_size=False,
     ),
     "heatmap": ChartKind(
-        comparable, "nothing to compare: no case was exact, timed and checked", kinds.heatmap,
+        lambda table: table["competes"],
+        "nothing to compare: no case was exact, timed and checked", kinds.heatmap,
         one_world_size=False,
     ),
     "pareto": ChartKind(
@@ -87,7 +91,7 @@ CHARTS = {
         "no case has both a time and a peak memory", pareto.pareto,
     ),
     "quality": ChartKind(
-        pareto.has_recall, "no case is timed and checked", pareto.quality
+        pareto.has_recall, "no case is timed and checked", pareto.quality, labels=method_names,
     ),
     "roofline": ChartKind(
         lambda table: _has_values(
@@ -99,7 +103,7 @@ CHARTS = {
     "timeline": ChartKind(
         lambda table: (table["started"] > 0) & (table["seconds"] > 0),
         "no case has a start and a duration", kinds.timeline,
-        one_problem=False, one_world_size=False,
+        one_problem=False, one_world_size=False, labels=method_names,
     ),
 }  # fmt: skip
 
@@ -138,8 +142,9 @@ def draw(collection: Collection, kind: str, path: Path, where: Sequence[str]) ->
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # whatever the user's own settings are
         matplotlib.rcParams.update(SETTINGS)
-        sheet = Sheet(styles)
-        chart.draw(table, sheet)
+        labels = chart.labels(table)
+        sheet = Sheet(with_hollow_styles(styles, dict(zip(labels, table["method"], strict=True))))
+        chart.draw(table.assign(method=labels), sheet)
         sheet.draw_legend()
         _save(sheet.figure, path)
 

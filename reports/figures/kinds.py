@@ -41,7 +41,8 @@ STATUS_LABELS = {"ok": "", "unsupported": "unsupported"} | dict.fromkeys(
 # No dots: one such pattern is 250 KB of SVG.  Fewer hatches than colours, so that pairs vary.
 HATCHES = ("", "////", "\\\\\\\\", "----", "||||", "++++")
 VERDICT_HATCHES = {
-    "tie": ("////", "tie"), "inconclusive": ("----", "inconclusive: too few mask seeds")
+    "tie": ("////", "tie"),
+    "inconclusive": ("----", "inconclusive: too few launches, turns or mask seeds"),
 }  # fmt: skip
 FLAG_MARKERS = {"contended": "v", "throttled": "*"}
 LANE_PIXELS, MIN_HATCHED_PIXELS = 1200, 4  # width of a lane; of a bar that shows a hatch
@@ -303,9 +304,9 @@ def _scaling_rows(
 
 
 def _efficiency(timed: pd.DataFrame) -> pd.Series[float]:
-    """Rate per rank, in % of that of one rank with the same operator, else of that of the same
-    method on the fewest ranks; with the same mask seed."""
-    one_rank = timed[timed["world_size"] == 1]
+    """Rate per rank, in % of that of one rank with the same operator, if that competes, else of
+    that of the same method on the fewest ranks; with the same mask seed."""
+    one_rank = timed[(timed["world_size"] == 1) & timed["competes"]]
     one_rank = one_rank.sort_values("strategy", key=lambda x: x != "single", kind="stable")
     fewest_ranks = timed.sort_values("world_size", kind="stable")
     of_operator = _first_rates(one_rank, "operator")

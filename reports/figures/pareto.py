@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from cpbench.core.spec import format_size
 from cpbench.reports.figures.kinds import by_mask
 from cpbench.reports.figures.sheet import GREY, PanelGroup, Sheet, plot_markers, set_log10_ticks
-from cpbench.reports.tables.summary import comparable, is_approximate
+from cpbench.reports.tables.summary import has_result, is_approximate
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,8 +18,8 @@ Point = tuple[float, float]
 
 
 def pareto(table: pd.DataFrame, sheet: Sheet) -> None:
-    """Draw time against memory at the longest length that the most methods completed; no method is
-    both faster and smaller than one on the front."""
+    """Draw time against memory at the longest length that the most methods completed; no competing
+    method is both faster and smaller than one on the front."""
     both = table[(table["status"] == "ok") & table[["time_ms", "peak_mb"]].notna().all(axis=1)]
     both, length = _longest_common_length(both)
     masks = by_mask(both)
@@ -27,10 +27,11 @@ def pareto(table: pd.DataFrame, sheet: Sheet) -> None:
     panels = sheet.panels(PanelGroup(list(masks), *labels), share=False)
     for axes, rows in zip(panels, masks.values(), strict=True):
         medians = rows.groupby("method")[["time_ms", "peak_mb"]].median()
-        points = list(zip(medians["time_ms"], medians["peak_mb"], strict=True))
+        competing = medians.loc[rows.loc[rows["competes"], "method"].unique()]
         right, top = medians["time_ms"].max() * 1.12, medians["peak_mb"].max() * 1.12
-        front = _pareto_front(points)
-        _plot_front(axes, [(front[0][0], top), *front, (right, front[-1][1])])
+        front = _pareto_front(zip(competing["time_ms"], competing["peak_mb"], strict=True))
+        if front:
+            _plot_front(axes, [(front[0][0], top), *front, (right, front[-1][1])])
         for name, ms, mb in medians.itertuples():
             plot_markers(sheet, axes, str(name), [ms], [mb])
         axes.set_xlim(0, right)
@@ -41,8 +42,7 @@ def pareto(table: pd.DataFrame, sheet: Sheet) -> None:
 
 def has_recall(table: pd.DataFrame) -> pd.Series[bool]:
     """Which rows have an attention recall: timed selectors, and exact methods (all of it)."""
-    timed = (table["status"] == "ok") & table["time_ms"].notna()
-    return comparable(table) | (timed & is_approximate(table) & table["recovered"].notna())
+    return has_result(table) & (~is_approximate(table) | table["recovered"].notna())
 
 
 def quality(table: pd.DataFrame, sheet: Sheet) -> None:

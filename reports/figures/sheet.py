@@ -209,6 +209,7 @@ def plot_lines(
         container = axes.errorbar(
             [p.x for p in points], [p.y for p in points], yerr=list(zip(*errors, strict=True)),
             color=style.colour, marker=style.marker, linestyle=style.dash, linewidth=1.2,
+            markerfacecolor="white" if style.hollow else style.colour,
             markersize=4, elinewidth=0.7, capsize=1.8, capthick=0.7,
             transform=sheet.offset_transform(axes, (i - (count - 1) / 2) * spacing),
         )  # fmt: skip
@@ -221,10 +222,21 @@ def plot_markers(
 ) -> None:
     """Draw unconnected markers of one method."""
     style = sheet.styles[name]
-    (line,) = axes.plot(
-        list(xs), list(ys), color=style.colour, marker=style.marker, linestyle="", markersize=6,
-        markeredgecolor="white", markeredgewidth=0.4, clip_on=False, zorder=3,
+    face, edge, width = ("white", style.colour, 1.2) if style.hollow else (
+        style.colour, "white", 0.4
     )  # fmt: skip
+    (line,) = axes.plot(
+        list(xs),
+        list(ys),
+        color=face,
+        marker=style.marker,
+        linestyle="",
+        markersize=6,
+        markeredgecolor=edge,
+        markeredgewidth=width,
+        clip_on=False,
+        zorder=3,
+    )
     sheet.add_legend_entry(name, line)
 
 

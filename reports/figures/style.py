@@ -7,8 +7,8 @@ grey.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#ee7733")
 # Markers and dashes by their names in matplotlib and in Plotly.
@@ -23,13 +23,14 @@ DASHES = (("-", "solid"), ("--", "dash"), (":", "dot"), ("-.", "dashdot"))
 @dataclass(frozen=True)
 class MethodStyle:
     """Style of one method: matplotlib's ``marker`` and ``dash``, Plotly's ``symbol`` and
-    ``plotly_dash``."""
+    ``plotly_dash``; ``hollow`` markers for results that may not be compared with others."""
 
     colour: str
     marker: str
     symbol: str
     dash: str
     plotly_dash: str
+    hollow: bool = False
 
 
 def method_styles(methods: Iterable[str]) -> dict[str, MethodStyle]:
@@ -42,3 +43,19 @@ def method_styles(methods: Iterable[str]) -> dict[str, MethodStyle]:
         dash, plotly_dash = DASHES[i // len(COLOURS) % len(DASHES)]
         styles[name] = MethodStyle(COLOURS[i % len(COLOURS)], marker, symbol, dash, plotly_dash)
     return styles
+
+
+def with_hollow_styles(
+    styles: Mapping[str, MethodStyle], labels: Mapping[str, str]
+) -> dict[str, MethodStyle]:
+    """The styles with those of more labels: that of the method, hollow.
+
+    Args:
+        labels: method by label; equal ones need no style of their own.
+    """
+    hollow = {
+        label: replace(styles[method], symbol=f"{styles[method].symbol}-open", hollow=True)
+        for label, method in sorted(labels.items())
+        if label != method
+    }
+    return {**styles, **hollow}

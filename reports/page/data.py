@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from cpbench.core.spec import Spec
 from cpbench.reports.collection import Collection
-from cpbench.reports.figures.style import method_styles
+from cpbench.reports.figures.style import method_styles, with_hollow_styles
 from cpbench.reports.labels import FACT_COLUMNS, describe
 from cpbench.reports.tables.overview import environment_facts
-from cpbench.reports.tables.summary import method_names
+from cpbench.reports.tables.summary import method_labels, method_names
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 TEXTS = (
     "run", "id", "status", "reason", "method", "operator", "strategy", "layout", "mask",
     "mask_family", "dtype", "direction", "placement", "inputs", "shape", "machine", "clock",
-    "flags", "notes", "environment", "writer", "log",
+    "flags", "disqualified", "notes", "environment", "writer", "log",
 )  # fmt: skip
 NUMBERS = (
     "seq_len", "world_size", "ranks_per_node", "batch", "queries", "num_heads_q", "num_heads_kv",
@@ -41,13 +41,15 @@ _DIGITS = 6
 def chart_data(collection: Collection) -> dict[str, Any]:
     """Columns, styles, mask pictures and environments, as plain values."""
     table = collection.table
-    named = table.assign(method=method_names(table), shape=_shape_labels(table))
+    names, labels = method_names(table), method_labels(table)
+    named = table.assign(method=labels, shape=_shape_labels(table))
+    styles = with_hollow_styles(method_styles(names), dict(zip(labels, names, strict=True)))
     environments = collection.environments.items()
     return {
         "rows": len(named),
         "texts": {column: _encode_texts(named[column]) for column in TEXTS},
         "numbers": {column: _round_numbers(named[column]) for column in NUMBERS},
-        "styles": {name: asdict(style) for name, style in method_styles(named["method"]).items()},
+        "styles": {name: asdict(style) for name, style in styles.items()},
         "masks": mask_pictures(table),
         "environments": {key: environment_facts(environment) for key, environment in environments},
     }

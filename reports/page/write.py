@@ -26,6 +26,7 @@ from cpbench.reports.tables.render import (
     ReportContents,
     caveat_notes,
     check_notes,
+    contest_notes,
     seed_notes,
     status_counts,
 )
@@ -110,7 +111,7 @@ def _render(collection: Collection, samples: Any, folder: str) -> str:
         break_even=group_by_problem(break_even_rows(table, facts)),
         charts=CHARTS,
         summary=contents.summary,
-        seed_notes=seed_notes(contents.seed_groups),
+        contest_notes=[*contest_notes(contents.rankings), *seed_notes(contents.seed_groups)],
         grids=fastest_grids(fastest, facts),
         verdict_text=verdict_text,
         time_text=lambda cell: f"{three_digits(cell.ms)} ms, {rate(cell.tflops)} {rate.unit}",

@@ -21,10 +21,11 @@ class FastestMethod:
     Attributes:
         problem: values of ``summary.PROBLEM_KEYS``; ``mask`` without its seed in a seed group.
         method: the method with the lowest median time.
-        verdict: ``"won"``, ``"tie"``, ``"inconclusive"`` (too few mask seeds) or
+        verdict: ``"won"``, ``"tie"``, ``"inconclusive"`` (too few launches, turns or mask seeds) or
             ``"uncontested"``.
         lead: time of the runner-up over that of the fastest; None when uncontested.
-        tied: methods that are not significantly slower.
+        tied: methods that are not significantly slower, or on which there is too little evidence.
+        shortage: how many launches, turns or mask seeds there are, if they are too few.
         runner_up: the second fastest method; "" when uncontested.
         ms, tflops: of the fastest.
         num_seeds: number of mask seeds compared; 0 outside of seed groups.
@@ -35,6 +36,7 @@ class FastestMethod:
     verdict: str
     lead: float | None
     tied: tuple[str, ...]
+    shortage: str
     runner_up: str
     ms: float
     tflops: float
@@ -62,7 +64,7 @@ class FastestGrid:
 def fastest_methods(
     rankings: Iterable[MethodRanking], seed_groups: Iterable[SeedGroup]
 ) -> list[FastestMethod]:
-    """The fastest method of every problem with a comparable case."""
+    """The fastest method of every problem with a competing case."""
     fastest = [_from_ranking(ranking) for ranking in rankings]
     return fastest + [_from_seed_group(group) for group in seed_groups if group.compared]
 
@@ -116,12 +118,13 @@ def _context(fastest: FastestMethod, extra_facts: Sequence[str]) -> str:
 
 
 def _from_ranking(ranking: MethodRanking) -> FastestMethod:
-    names, upper = method_names(ranking.rows), ranking.rows["high_ms"].iat[0]
-    low = ranking.rows["low_ms"].tolist()
-    tied = [name for name, ms in zip(names[1:], low[1:], strict=True) if not ms > upper]
+    names, contest = method_names(ranking.rows), ranking.contest
+    undecided = False if ranking.verdict == "tie" else contest.shortage
+    tied = [name for name, slower in zip(names[1:], contest.slower, strict=True)
+            if slower == undecided]  # fmt: skip
     return FastestMethod(
         problem=ranking.problem, method=names[0], verdict=ranking.verdict, lead=ranking.lead,
-        tied=tuple(tied) if ranking.verdict == "tie" else (),
+        tied=tuple(tied), shortage=str(contest.shortage or ""),
         runner_up=names[1] if len(names) > 1 else "",
         ms=ranking.rows["time_ms"].tolist()[0],
         tflops=ranking.rows["tflops_per_rank"].tolist()[0], num_seeds=0,
@@ -134,6 +137,7 @@ def _from_seed_group(group: SeedGroup) -> FastestMethod:
     return FastestMethod(
         problem=group.problem, method=fastest.method, verdict=group.verdict,
         lead=others[0].time_ratio(fastest) if others else None, tied=tuple(tied),
+        shortage=f"only {pluralize(group.num_common_seeds, 'mask seed')}",
         runner_up=others[0].method if others else "", ms=fastest.median("time_ms"),
         tflops=fastest.median("tflops_per_rank"), num_seeds=group.num_common_seeds,
     )  # fmt: skip
@@ -150,5 +154,5 @@ def verdict_text(fastest: FastestMethod) -> str:
         return f"tie with {', '.join(fastest.tied)}{suffix}"
     if fastest.verdict == "inconclusive":
         others = ", ".join(fastest.tied) or fastest.runner_up
-        return f"inconclusive against {others}: only {seeds}"
+        return f"inconclusive against {others}: {fastest.shortage}"
     return f"uncontested{suffix}"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cpbench.reports.columns import UNKNOWN_MACHINE
-from cpbench.reports.tables.summary import PROBLEM_KEYS, comparable, method_names
+from cpbench.reports.tables.summary import PROBLEM_KEYS, method_names
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,9 +21,9 @@ GROUP_KEYS = tuple(
 )
 # Columns that are read here; the others would be copied many times.
 _COLUMNS = (
-    *GROUP_KEYS, "machine", "draw", "id", "status", "flags", "started", "operator", "strategy",
-    "layout", "placement", "time_ms", "low_ms", "high_ms", "tflops_per_rank", "density", "peak_mb",
-    "imbalance", "sent_mb", "exposed_ms",
+    *GROUP_KEYS, "machine", "draw", "id", "status", "flags", "competes", "disqualified", "started",
+    "operator", "strategy", "layout", "placement", "time_ms", "low_ms", "high_ms",
+    "tflops_per_rank", "density", "peak_mb", "imbalance", "sent_mb", "exposed_ms",
 )  # fmt: skip
 MIN_SEEDS_P95 = 20  # with fewer, the 95th percentile is the maximum
 MIN_SEEDS_SIGN_TEST = 6  # with fewer, the sign test cannot reject
@@ -94,7 +94,7 @@ class SeedGroup:
     Attributes:
         problem: values of ``PROBLEM_KEYS``; ``mask`` is without its seed.
         mask_seeds: all seeds of the group.
-        compared: comparable methods, over the mask seeds that all of them completed (ok, checked
+        compared: competing methods, over the mask seeds that all of them completed (ok, checked
             and timed); lowest median time first.
         timed: all methods with an ok case, each over all mask seeds on which it was timed.
         missing: for each method with an ok case, reasons for missing mask seeds, and their counts.
@@ -164,9 +164,7 @@ class SeedGroup:
 def split_seed_groups(table: pd.DataFrame) -> tuple[pd.DataFrame, list[SeedGroup]]:
     """Split a table into the cases outside of groups, and groups of two mask seeds or more."""
     seeded = table.loc[table["draw"].notna(), list(_COLUMNS)]
-    seeded = seeded.assign(
-        method=method_names(seeded), comparable=comparable(seeded), index=seeded.index
-    )
+    seeded = seeded.assign(method=method_names(seeded), index=seeded.index)
     rows: list[Row] = seeded.to_dict("records")  # type: ignore[assignment]
     groups, members = [], set()
     for problem, group_rows in _group_rows(rows):
@@ -210,7 +208,7 @@ def _seed_group(problem: dict[str, Any], group: Sequence[Row]) -> SeedGroup:
     for row in sorted(group, key=lambda row: row["started"]):  # the newest of each seed stays
         cases[row["method"]][row["draw"]] = row
     completed = {
-        name: {seed: rows[seed] for seed in seeds if seed in rows and rows[seed]["comparable"]}
+        name: {seed: rows[seed] for seed in seeds if seed in rows and rows[seed]["competes"]}
         for name, rows in cases.items()
     }
     most = max(map(len, completed.values()))
@@ -252,8 +250,4 @@ def _known_range(values: Sequence[float]) -> tuple[float, float] | None:
 
 def _missing_reason(rows: dict[Any, Row], seed: Any) -> str:
     """Why a method did not complete a mask seed, in a word or two."""
-    if seed not in rows:
-        return "not run"
-    if rows[seed]["status"] != "ok":
-        return str(rows[seed]["status"])
-    return "not timed" if math.isnan(rows[seed]["time_ms"]) else "not checked"
+    return str(rows[seed]["disqualified"]) if seed in rows else "not run"

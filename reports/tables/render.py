@@ -29,8 +29,15 @@ from cpbench.reports.tables.mask_seeds import (
     split_seed_groups,
 )
 from cpbench.reports.tables.selection import break_even_rows, recall_rows
-from cpbench.reports.tables.summary import MethodRanking, is_approximate, rank_methods
+from cpbench.reports.tables.summary import (
+    MethodRanking,
+    is_approximate,
+    is_checked,
+    rank_methods,
+)
 from cpbench.reports.tables.terminal import row_lines, wrap_sentence
+from cpbench.results.contest import MIN_LAUNCHES, turns_needed
+from cpbench.results.record import APPROXIMATE, UNCHECKED, UNFINISHED
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,12 +53,15 @@ _FLAG_MEANINGS = {
     "throttled": "clocks were throttled: times too high",
     "power-capped": "the power limit reduced clocks",
     "nvml-missing": "NVML is missing: throttling is unknown",
-    "approximate": "computes part of attention: not ranked",
+    APPROXIMATE: "computes part of attention: not ranked",
     "changed-state": "changed what operators share in a process, see notes in the records",
     "more-threads": "ran more threads than allowed: times too low",
+    "async": "its work went on after the call: times too low",
     "memory-gap": "used memory that torch did not allocate: peak too low",
     "untracked-traffic": "sent more than its communicator counted",
-    "unchecked": "not checked against float64: not ranked",
+    "error-grows": "errors at size are well above those of the small check",
+    UNCHECKED: "not checked against float64: not ranked",
+    UNFINISHED: "interrupted between its turns; repeat the command to resume",
 }
 # Lines above the rows, the rows, and lines below them.
 Block = tuple[list[str], list[tables.Row], list[str]]
@@ -122,6 +132,7 @@ class ReportContents:
     def notes(self) -> list[str]:
         """Explanations, checks, caveats and origins."""
         return [
+            *contest_notes(self.rankings),
             *seed_notes(self.seed_groups),
             *check_notes(self.ok_rows),
             *caveat_notes(self.ok_rows, self.marks),
@@ -174,6 +185,26 @@ def render(collection: Collection, form: str) -> str:
     return markup.document([*lines, *markup.notes(notes)])
 
 
+def contest_notes(rankings: Sequence[MethodRanking]) -> list[str]:
+    """Explanations of ties, and of contests with too little evidence."""
+    lines, verdicts = [], {ranking.verdict for ranking in rankings}
+    if "tie" in verdicts:
+        lines.append(
+            "tie: not faster than every other method in a test at 5 % over launches, or turns."
+        )
+    shortages = Counter(
+        str(ranking.contest.shortage) for ranking in rankings if ranking.verdict == "inconclusive"
+    )
+    for shortage, count in shortages.most_common():
+        lines.append(f"inconclusive: {pluralize(count, 'problem')} with {shortage}.")
+    if shortages:
+        lines.append(
+            f"More evidence: cpbench run SWEEP --launches {MIN_LAUNCHES}, or in turn within one "
+            f"launch, --interleave {turns_needed(2)}."
+        )
+    return lines
+
+
 def seed_notes(seed_groups: Sequence[SeedGroup]) -> list[str]:
     """Explanations of the tables across mask seeds."""
     if not seed_groups:
@@ -196,22 +227,19 @@ def seed_notes(seed_groups: Sequence[SeedGroup]) -> list[str]:
         )
     if "inconclusive" in verdicts:
         lines.append(
-            f"inconclusive: too few mask seeds; the sign test needs at least {MIN_SEEDS_SIGN_TEST}."
+            f"inconclusive across mask seeds: the sign test needs at least {MIN_SEEDS_SIGN_TEST}."
         )
     return lines
 
 
 def check_notes(ok_rows: pd.DataFrame) -> list[str]:
     """How many ok cases were checked, their largest error, and what is per rank."""
-    errors = ok_rows["worst_error"].dropna()
-    lines = (
-        [
-            f"Checked against float64: {len(errors)} of {len(ok_rows)} cases that are ok; largest "
-            f"relative L2 error {errors.max():.1e}."
-        ]
-        if len(errors)
-        else []
-    )
+    lines, errors = [], ok_rows.loc[is_checked(ok_rows), "worst_error"].dropna()
+    if len(ok_rows):
+        largest = f"; largest relative L2 error {errors.max():.1e}" if len(errors) else ""
+        lines.append(
+            f"Checked against float64: {len(errors)} of {len(ok_rows)} cases that are ok{largest}."
+        )
     if ok_rows["time_ms"].notna().any() and ok_rows["world_size"].max() > 1:
         lines.append("FLOP/s are per rank; ms, peak MB and sent MB are max per rank.")
     return lines

@@ -37,7 +37,7 @@ def fastest_rows(
     for ranking in rankings:
         first = ranking.rows.iloc[0]
         contested = len(ranking.rows) > 1
-        lead = "tie" if ranking.tie else f"{ranking.lead:.2f}x" if ranking.lead else ""
+        won = ranking.verdict == "won"
         rows.append(
             {
                 **fact_values(first, varying_facts),
@@ -45,7 +45,7 @@ def fastest_rows(
                 "fastest": method_name(first),
                 "ms": three_digits(first["time_ms"]),
                 rate.unit: rate(first["tflops_per_rank"]),
-                "lead": lead,
+                "lead": f"{ranking.lead:.2f}x" if won else ranking.verdict if contested else "",
                 "runner-up": method_name(ranking.rows.iloc[1]) if contested else UNCONTESTED,
                 "at p95": "",
                 "at worst": "",
@@ -99,7 +99,7 @@ def fastest_summary(rankings: Sequence[MethodRanking], seed_groups: Sequence[See
     if ties := verdicts.count("tie"):
         texts.append(pluralize(ties, "tie"))
     if inconclusive := verdicts.count("inconclusive"):
-        texts.append(f"{inconclusive} inconclusive (too few mask seeds)")
+        texts.append(f"{inconclusive} inconclusive")
     if uncontested := verdicts.count(UNCONTESTED):
         texts.append(f"{uncontested} {UNCONTESTED}")
     return f"Of {pluralize(len(names), 'problem')}: {', '.join(texts)}."

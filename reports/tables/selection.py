@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from cpbench.core.spec import format_size
 from cpbench.reports.labels import fact_values, format_number, three_digits
+from cpbench.reports.tables.contest import Contest, hold_contest
 from cpbench.reports.tables.summary import (
     PROBLEM_KEYS,
-    comparable,
+    has_result,
     is_approximate,
+    method_label,
     method_name,
 )
+from cpbench.results.record import APPROXIMATE
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,17 +29,23 @@ Row = dict[str, str]
 
 
 def selector_cases(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows of selectors that are ok, with two more columns: ``exact``, the fastest exact method for
-    the same problem, and ``exact_ms``, its time."""
-    ranked = table[comparable(table)].sort_values("time_ms", kind="stable")
+    """Rows of selectors that are ok, with more columns: ``exact``, the fastest exact method for the
+    same problem, ``exact_ms``, its time, and ``exact_evidence``; none where the time of the
+    selector does not count."""
+    ranked = table[table["competes"]].sort_values("time_ms", kind="stable")
     fastest = {key: rows.iloc[0] for key, rows in ranked.groupby(list(PROBLEM_KEYS), sort=False)}
     # A backward pass alone does not include the selection, so it is not compared.
     fastest = {key: row for key, row in fastest.items() if row["direction"] != "bwd"}
     cases = table[is_approximate(table) & (table["status"] == "ok")]
-    keys = list(zip(*(cases[column] for column in PROBLEM_KEYS), strict=True))
+    keys = zip(*(cases[column] for column in PROBLEM_KEYS), strict=True)
+    exact = [
+        fastest.get(key) if counts else None
+        for key, counts in zip(keys, has_result(cases), strict=True)
+    ]
     return cases.assign(
-        exact_ms=[float(fastest[key]["time_ms"]) if key in fastest else math.nan for key in keys],
-        exact=[method_name(fastest[key]) if key in fastest else "" for key in keys],
+        exact_ms=[math.nan if row is None else float(row["time_ms"]) for row in exact],
+        exact=["" if row is None else method_name(row) for row in exact],
+        exact_evidence=["" if row is None else row["evidence"] for row in exact],
     )
 
 
@@ -46,7 +55,7 @@ def recall_rows(table: pd.DataFrame, varying_facts: Sequence[str]) -> list[Row]:
     return [
         {
             **fact_values(row, varying_facts),
-            "method": method_name(row),
+            "method": method_label(row, ignored=APPROXIMATE),
             "kept %": _percent(row["kept"]),
             "recall %": _percent(row["recovered"]),
             "% of oracle": _percent(row["recovered"] / row["best_recovered"]),
@@ -76,14 +85,18 @@ def break_even_rows(table: pd.DataFrame, varying_facts: Sequence[str]) -> list[R
         by_length = group.sort_values("seq_len").to_dict("records")
         if len({row["seq_len"] for row in by_length}) < 2:
             continue
-        speedups = [(int(row["seq_len"]), row["exact_ms"] / row["time_ms"]) for row in by_length]
+        contests = [
+            (int(row["seq_len"]), hold_contest([row["evidence"], row["exact_evidence"]]))
+            for row in by_length
+        ]
         table_rows.append(
             {
                 **fact_values(by_length[0], other_facts),
                 "method": method_name(by_length[0]),
-                "faster from": break_even_length(speedups),
+                "faster from": break_even_length(contests),
                 "speedup over exact": ", ".join(
-                    f"{format_size(n)}: {speedup:.2f}x" for n, speedup in speedups
+                    f"{format_size(int(row['seq_len']))}: {row['exact_ms'] / row['time_ms']:.2f}x"
+                    for row in by_length
                 ),
                 "recall %": ", ".join(_percent(row["recovered"]) for row in by_length),
             }
@@ -91,18 +104,20 @@ def break_even_rows(table: pd.DataFrame, varying_facts: Sequence[str]) -> list[R
     return table_rows
 
 
-def break_even_length(speedups: Sequence[tuple[int, float]]) -> str:
-    """The smallest measured length from which on all speedups are above 1, as text.
+def break_even_length(contests: Sequence[tuple[int, Contest]]) -> str:
+    """The smallest measured length from which on the selector is significantly faster, as text.
 
     Args:
-        speedups: by length, ascending: time of the exact method over that of the selector.
+        contests: by length, ascending: of the selector with the exact method.
     """
+    if any(contest.verdict == "inconclusive" for _, contest in contests):
+        return "inconclusive"
     first = None
-    for tokens, speedup in speedups:
-        first = (tokens if first is None else first) if speedup > 1 else None
+    for tokens, contest in contests:
+        first = (tokens if first is None else first) if contest.verdict == "won" else None
     if first is None:
-        return f"not up to {format_size(speedups[-1][0])}"
-    return ("" if first > speedups[0][0] else "at most ") + format_size(first)
+        return f"not up to {format_size(contests[-1][0])}"
+    return ("" if first > contests[0][0] else "at most ") + format_size(first)
 
 
 def _percent(share: Any) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cpbench.results.record import APPROXIMATE
+from cpbench.reports.tables.contest import Contest, hold_contest
+from cpbench.results.record import APPROXIMATE, DISQUALIFYING, UNCHECKED
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,6 +30,7 @@ PROBLEM_KEYS = (
     "content",
     "machine",
 )
+_METHOD_COLUMNS = ("operator", "strategy", "layout", "placement", "world_size")
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,13 @@ class MethodRanking:
 
     Attributes:
         problem: values of ``PROBLEM_KEYS``.
-        rows: comparable rows of the tidy table, fastest first.
-        tie: whether another method is as fast as the fastest within noise.
+        rows: rows of the tidy table that compete, fastest first.
+        contest: of the fastest with each other one.
     """
 
     problem: dict[str, Any]
     rows: pd.DataFrame
-    tie: bool
+    contest: Contest
 
     @property
     def lead(self) -> float | None:
@@ -53,29 +55,46 @@ class MethodRanking:
 
     @property
     def verdict(self) -> str:
-        """``"won"``, ``"tie"`` or ``"uncontested"``."""
-        return "uncontested" if self.lead is None else "tie" if self.tie else "won"
+        """See ``Contest.verdict``."""
+        return self.contest.verdict
 
 
 def rank_methods(table: pd.DataFrame) -> list[MethodRanking]:
-    """Rank the methods of each problem that has a comparable case."""
-    ranked = table[comparable(table)].sort_values("time_ms", kind="stable")
+    """Rank the methods of each problem that has a competing case."""
+    ranked = table[table["competes"]].sort_values("time_ms", kind="stable")
     return [
-        MethodRanking(dict(zip(PROBLEM_KEYS, key, strict=True)), rows, _is_tie(rows))
+        MethodRanking(
+            dict(zip(PROBLEM_KEYS, key, strict=True)), rows, hold_contest(rows["evidence"].tolist())
+        )
         for key, rows in ranked.groupby(list(PROBLEM_KEYS), sort=True)
     ]
 
 
-def comparable(table: pd.DataFrame) -> pd.Series[bool]:
-    """Which rows can be ranked: ok, timed, checked against float64, and exact attention."""
-    unchecked = table["flags"].str.contains("unchecked", na=False)
-    timed = (table["status"] == "ok") & table["time_ms"].notna()
-    return timed & ~unchecked & ~is_approximate(table)
-
-
 def is_approximate(table: pd.DataFrame) -> pd.Series[bool]:
     """Which rows are of selectors, operators that compute part of attention."""
-    return table["flags"].str.contains(APPROXIMATE, na=False)
+    return table["flags"].str.split().map({APPROXIMATE}.issubset).astype(bool)
+
+
+def has_result(table: pd.DataFrame) -> pd.Series[bool]:
+    """Which rows have a time that may be compared with that of an exact method: those that compete,
+    and selectors that would if they were exact."""
+    return table["competes"] | (table["disqualified"] == APPROXIMATE)
+
+
+def is_checked(table: pd.DataFrame) -> pd.Series[bool]:
+    """Which rows were checked against float64 in full, whatever came of it."""
+    reasons = table["disqualified"].fillna("").str.split()
+    return ~reasons.map({UNCHECKED}.issubset).astype(bool)
+
+
+def method_label(row: Any, ignored: str = "") -> str:
+    """:func:`method_name`, with the flags that keep its time from being compared, but for one."""
+    flags = [
+        flag
+        for flag in (row["disqualified"] or "").split()
+        if flag in DISQUALIFYING and flag != ignored
+    ]
+    return method_name(row) + (f" ({', '.join(flags)})" if flags else "")
 
 
 def method_name(row: Any) -> str:
@@ -88,21 +107,20 @@ def method_name(row: Any) -> str:
 
 def method_names(table: pd.DataFrame) -> list[str]:
     """:func:`method_name` of every row."""
-    columns = ["operator", "strategy", "layout", "placement", "world_size"]
+    return _by_row(method_name, table, _METHOD_COLUMNS)
+
+
+def method_labels(table: pd.DataFrame) -> list[str]:
+    """:func:`method_label` of every row."""
+    return _by_row(method_label, table, [*_METHOD_COLUMNS, "disqualified"])
+
+
+def _by_row(text: Callable[[Any], str], table: pd.DataFrame, columns: Sequence[str]) -> list[str]:
+    """A text for every row, made once for each combination of values of the columns."""
     cache: dict[tuple[Any, ...], str] = {}
-    names = []
+    texts = []
     for values in zip(*(table[column] for column in columns), strict=True):
         if values not in cache:
-            cache[values] = method_name(dict(zip(columns, values, strict=True)))
-        names.append(cache[values])
-    return names
-
-
-def _is_tie(rows: pd.DataFrame) -> bool:
-    """Whether the interval of the median of any slower method overlaps that of the fastest; an
-    unknown interval overlaps with all."""
-    low, high = rows["low_ms"].tolist(), rows["high_ms"].tolist()
-    if len(low) < 2:
-        return False
-    unknown = any(math.isnan(end) for end in (*low, *high))
-    return unknown or min(low[1:]) <= high[0]
+            cache[values] = text(dict(zip(columns, values, strict=True)))
+        texts.append(cache[values])
+    return texts

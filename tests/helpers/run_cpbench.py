@@ -26,6 +26,7 @@ warmup = 1
 timeout_s = 20.0
 check_sampled = false
 memory = false
+interleave = 1
 """
 
 
@@ -90,10 +91,10 @@ def wait_until(condition: Callable[[], object], timeout_s: float = LIMIT_S) -> N
 
 
 def record_counts(out: Path) -> Counter[str]:
-    """Number of records per case."""
+    """Number of records per case, without unfinished ones."""
     return Counter(
         table["id"]
         for path in (out / "records").glob("*.jsonl")
         for table in map(json.loads, path.read_text().splitlines())
-        if table["kind"] == "case"
+        if table["kind"] == "case" and "unfinished" not in table["flags"]
     )

@@ -61,7 +61,7 @@ def fill(folder: Path, count: int) -> None:
         for number, case in enumerate(itertools.islice(cases(), count)):
             record = Record(case=case, status="ok", environment="e0", writer="made-up")
             record.started, record.seconds = 1.7e9 + number, 1.0
-            record.conditions = {"device": "cpu", "threads": 1, "clock": "wall"}
+            record.conditions = {"device": "cpu", "threads": 1, "checked": True, "clock": "wall"}
             if draw.random() < 0.03:
                 record.status, record.reason = "oom", "rank 1: out of memory"
             else:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -24,9 +26,12 @@ from cpbench.reports.compare.statistics import (
     _trimmed_differences,
     compare_medians,
     decide_verdicts,
-    launches_needed,
+    detectable_change,
+    launches_to_detect,
+    relative_spread,
 )
-from cpbench.reports.compare.verdicts import compare, environment_differences
+from cpbench.reports.compare.verdicts import compare, comparison_caveats, environment_differences
+from cpbench.results.contest import launches_needed
 from cpbench.results.record import Record
 from cpbench.results.store import RecordWriter, Run, read_run
 
@@ -101,7 +106,7 @@ def test_false_alarms_and_misses_at_known_noise() -> None:
 
 
 def test_a_single_case_among_many_needs_more_launches() -> None:
-    assert [launches_needed(cases) for cases in (1, 6, 48, 100, 1000)] == [5, 5, 7, 8, 9]
+    assert [launches_needed(2 * cases) for cases in (1, 6, 48, 100, 1000)] == [5, 5, 7, 8, 9]
 
 
 def test_verdicts_of_runs(tmp_path: Path) -> None:
@@ -122,7 +127,7 @@ def test_verdicts_of_runs(tmp_path: Path) -> None:
         "gone": "MISSING", "more": "ADDED",
     }  # fmt: skip
     assert rows["slow"]["ratio"] == pytest.approx(1.1, rel=0.02)
-    assert rows["few"]["why"] == "4 of 5 launches"
+    assert rows["few"]["why"] == "4 of 5 launches; 10% takes about 5 per side"
     assert rows["broke"]["why"] == "crash: killed"
 
     result = evaluate_gate(base, new, 0.05, 0.02)
@@ -232,7 +237,7 @@ def test_damaged_records_are_reported(tmp_path: Path) -> None:
     ):
         assert line in done.stdout
     table = collect([tmp_path]).table
-    assert sorted(table["clock"].dropna()) == ["wall", "wall"]  # the only clock of version 1
+    assert sorted(table["clock"].dropna()) == ["wall"] * 3  # the only clock of version 1
 
 
 def test_several_launches_are_one_row(tmp_path: Path) -> None:
@@ -261,3 +266,50 @@ def test_launches_are_run_and_resumed(tmp_path: Path) -> None:
     done = cpbench("run", str(sweep), "--out", str(tmp_path / "two"))
     assert done.returncode == 2
     assert 'measure.clock = "cpu" is for one rank on a CPU' in done.stderr
+
+
+@pytest.mark.parametrize("spread", [0.02, 0.08])
+def test_the_launches_that_a_change_takes_find_it(spread: float) -> None:
+    """About 80 % of slowdowns are found with the launches that are given for them."""
+    n = launches_to_detect(0.1, spread, floor=0.02, cases=1)
+    change = detectable_change(spread, (n, n), floor=0.02, cases=1)
+    assert change is not None
+    assert change <= 0.1
+    generator, found, spreads = random.Random(0), 0, []
+    for _ in range(100):
+        base, new = (
+            [mean * math.exp(generator.gauss(0, spread)) for _ in range(n)] for mean in (1.0, 1.1)
+        )
+        found += decide_verdicts([compare_medians(base, new, 0.02)], 0.02) == ["SLOWER"]
+        spreads.append(relative_spread(base, new))
+    assert statistics.median(spreads) == pytest.approx(spread, rel=0.1)
+    assert 68 <= found <= 100
+    assert spread < 0.05 or found <= 95  # no more launches than it takes
+    assert detectable_change(spread, (4, 9), floor=0.02, cases=1) is None
+    assert detectable_change(spread, (6, 6), floor=0.02, cases=48) is None  # it takes seven
+
+
+def test_unclear_cases_say_what_it_takes(tmp_path: Path) -> None:
+    """Wall time of one rank, disturbed by other processes."""
+    conditions = {"device": "cpu", "clock": "wall", "checked": True}
+    sides = []
+    for name, seed in (("base", 1), ("new", 2)):
+        generator = random.Random(seed)
+        times = [10 * math.exp(generator.gauss(0, 0.15)) for _ in range(6)]
+        loud = launches("a", times, flags=["contended"], conditions=conditions)
+        sides.append(run_of(tmp_path / name, loud))
+    (row,) = compare(*sides).to_dict("records")
+    assert row["verdict"] == "UNCLEAR"
+    assert row["detectable"] > 0.2
+    assert row["needed_launches"] > 20
+    shown = f"shows {row['detectable']:.0%} or more; 10% takes about "
+    assert row["why"] == f"{shown}{row['needed_launches']:.0f} per side"
+    base, new = (str(tmp_path / name) for name in ("base", "new"))
+    text = cpbench("compare", base, new).stdout
+    assert "a change of 10% takes about" in text
+    assert 'with clock = "cpu" under [measure]' in text
+    gate = cpbench("gate", base, new)
+    assert re.search(r"shows \d+% or more; 10% takes about \d+ per side", gate.stdout)
+    assert 'with clock = "cpu"' in gate.stderr
+    quiet = [run_of(tmp_path / f"{seed}", launches("a", noisy(10, 6, seed))) for seed in (3, 4)]
+    assert not [line for line in comparison_caveats(compare(*quiet), *quiet, 0.02) if "cpu" in line]

@@ -18,7 +18,7 @@ from figure_cases import (
     points,
     varied,
 )
-from made_records import record, run_of
+from made_records import CONDITIONS, record, run_of
 from matplotlib.figure import Figure
 
 from cpbench.cli.options import PlotKind
@@ -53,7 +53,7 @@ def test_a_failure_on_an_unknown_machine_is_shown(drawn: Callable[..., Figure]) 
     crash = case("flex")
     crash.environment = None
     cases = collection(
-        case("bands", 1.0, conditions={"clock": "wall"}), crash,
+        case("bands", 1.0, conditions=CONDITIONS), crash,
         case("bands", 1.0, ranks_per_node=1),
         case("bands", 1.0, strategy="ring", world_size=2, ranks_per_node=2),
     )  # fmt: skip

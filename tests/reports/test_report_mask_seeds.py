@@ -179,7 +179,7 @@ def test_missing_seeds_have_a_reason() -> None:
     a, b = seeded("a", [2.0] * 6), seeded("b", [3.0] * 5)  # one was not run
     b[0].flags, b[1].times_us, b[2].status = ["unchecked"], {}, "wrong"
     group = seed_group(*a, *b)
-    assert group.missing == {"b": {"not checked": 1, "not timed": 1, "wrong": 1, "not run": 1}}
+    assert group.missing == {"b": {"unchecked": 1, "untimed": 1, "wrong": 1, "not run": 1}}
     text = " ".join(report_text(*a, *b).split())
     assert "Missing: b completed 2 of 6 mask seeds (" in text
     assert "too few to be compared." in text
@@ -284,7 +284,7 @@ def test_checked_only() -> None:
         seed_record.times_us = {}
     text = report_text(*records)
     assert "Nothing to compare: no case was exact, timed and checked." in text
-    assert "Missing: a completed 0 of 3 mask seeds (3 not timed)." in text
+    assert "Missing: a completed 0 of 3 mask seeds (3 untimed)." in text
     assert "nan" not in text
 
 

@@ -255,7 +255,7 @@ def test_a_dry_run_needs_no_slurm(
         (["--hosts", "a,b"], "--hosts is for --launcher mpi"),
         (["--launcher", "torchrun", "--nodes", "3"], "ranks do not divide evenly over 3 nodes"),
         (["--transport", "mpi"], "transport mpi needs ranks started by MPI"),
-        (["--interleave", "0"], "Input should be greater than or equal to 1"),
+        (["--interleave", "-1"], "Input should be greater than or equal to 0"),
     ],
 )
 def test_options_that_exclude_each_other(
@@ -291,7 +291,7 @@ def test_interleaved_cases_stay_in_one_array_task() -> None:
         for name in ("bands", "reference", "flex")
     ]
     site = from_table({"packing": "array", "chunk": 2})
-    for interleave, chunk_sizes in ((1, [2, 2, 2, 2, 1]), (3, [3, 3, 3])):
+    for interleave, chunk_sizes in ((1, [2, 2, 2, 2, 1]), (3, [3, 3, 3]), (0, [3, 3, 3])):
         measure = MeasureSettings(interleave=interleave)
         jobs = submission.plan_jobs("x", cases, measure, site, Path("/o"), "T")
         assert [len(chunk) for chunk in jobs[0].chunks] == chunk_sizes

@@ -30,6 +30,7 @@ max_iterations = 1
 warmup = 1
 check_sampled = false
 memory = false
+interleave = 1
 """
 
 
@@ -68,7 +69,7 @@ def record_counts(out: Path) -> list[int]:
     for path in (out / "records").glob("*.jsonl"):
         for line in path.read_bytes().splitlines():
             table = json.loads(line)
-            if table["kind"] == "case":
+            if table["kind"] == "case" and "unfinished" not in table["flags"]:
                 counts[table["case"]["seq_len"]] += 1
     return [counts[seq_len] for seq_len in sorted(counts)]
 

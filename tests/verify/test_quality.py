@@ -27,6 +27,7 @@ from cpbench.parallel.layout import build
 from cpbench.parallel.world import World
 from cpbench.reports.frame import load
 from cpbench.reports.tables import selection
+from cpbench.reports.tables.contest import Contest, Shortage
 from cpbench.results.record import Record
 from cpbench.results.store import read_run
 from cpbench.selectors.common.selection import Blocks, Tokens
@@ -312,6 +313,7 @@ def _set_times(record: dict[str, Any]) -> None:
     """100 us per phase for the exact method, 250 us for selectors."""
     us = 100.0 if record["case"]["operator"]["name"] == "bands" else 250.0
     record["times_us"] = {phase: [[us] * 7] for phase in record["times_us"]}
+    record["turns"] = [1] * 7
 
 
 def test_reports_list_selectors_apart_from_exact_methods(run: Path, tmp_path: Path) -> None:
@@ -347,13 +349,17 @@ def test_reports_list_selectors_apart_from_exact_methods(run: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("ratios", "expected"),
+    ("faster", "expected"),
     [
-        ([(1024, 0.5), (2048, 1.2), (4096, 2.0)], "2k"),
-        ([(1024, 1.5), (2048, 0.9), (4096, 2.0)], "4k"),
-        ([(1024, 1.5), (2048, 1.6)], "at most 1k"),
-        ([(1024, 1.5), (2048, 0.6)], "not up to 2k"),
+        ({1024: False, 2048: True, 4096: True}, "2k"),
+        ({1024: True, 2048: False, 4096: True}, "4k"),
+        ({1024: True, 2048: True}, "at most 1k"),
+        ({1024: True, 2048: False}, "not up to 2k"),
+        ({1024: True, 2048: Shortage("launch", 1, 5)}, "inconclusive"),
     ],
 )
-def test_the_length_from_which_a_selector_is_faster(ratios: list, expected: str) -> None:
-    assert selection.break_even_length(ratios) == expected
+def test_the_length_from_which_a_selector_is_faster(
+    faster: dict[int, bool | Shortage], expected: str
+) -> None:
+    contests = [(tokens, Contest((won,))) for tokens, won in faster.items()]
+    assert selection.break_even_length(contests) == expected

@@ -1,5 +1,7 @@
 // Small multiples: each kind of chart returns its panels for the filtered rows.
 const GLYPHS = { circle: "●", square: "■", "triangle-up": "▲", diamond: "◆", "triangle-down": "▼", cross: "✚", x: "✖", "triangle-left": "◀", "triangle-right": "▶", pentagon: "⬟", star: "★" };
+const HOLLOW_GLYPHS = { circle: "○", square: "□", "triangle-up": "△", diamond: "◇", "triangle-down": "▽", cross: "✛", x: "✕", "triangle-left": "◁", "triangle-right": "▷", pentagon: "⬠", star: "☆" };
+const glyphOf = ({ symbol, hollow }) => (hollow ? HOLLOW_GLYPHS[symbol.replace("-open", "")] : GLYPHS[symbol]);
 
 class Charts {
   constructor(data, filters, open) {
@@ -49,7 +51,7 @@ class Charts {
     };
     this.legend.replaceChildren(...[...new Set([...names, ...hidden])].sort().map((name) => {
       const style = this.data.styles[name];
-      const glyph = element("span", { "aria-hidden": "true", style: `color:${style.colour}` }, GLYPHS[style.symbol]);
+      const glyph = element("span", { "aria-hidden": "true", style: `color:${style.colour}` }, glyphOf(style));
       return element("button", { type: "button", "aria-pressed": String(!hidden.has(name)), onclick: () => press(name, false), ondblclick: () => press(name, true) }, glyph, name);
     }));
   }
@@ -203,7 +205,7 @@ class Charts {
     const singleRank = new Map();
     const keyOf = (row) => `${data.text("mask", row)}|${sizeOf(row)}`;
     for (const row of rows) {
-      if (data.number("world_size", row) === 1 && data.number(rate, row)) singleRank.set(`${keyOf(row)}|${data.text("operator", row)}`, row);
+      if (data.number("world_size", row) === 1 && data.number(rate, row) && !data.text("disqualified", row)) singleRank.set(`${keyOf(row)}|${data.text("operator", row)}`, row);
     }
     const fewestRanks = new Map();
     for (const row of rows) {
@@ -299,20 +301,21 @@ class Charts {
   pareto() {
     const { data, filters } = this;
     const ms = filters.column("ms");
-    return this.tradeOff((row) => data.number(ms, row), (row) => data.number("peak_mb", row), "MB", false, { title: { text: "ms" }, rangemode: "tozero" }, { title: { text: "peak MB, max per rank" }, rangemode: "tozero" });
+    return this.tradeOff((row) => data.number(ms, row), (row) => data.number("peak_mb", row), "MB", [""], false, { title: { text: "ms" }, rangemode: "tozero" }, { title: { text: "peak MB, max per rank" }, rangemode: "tozero" });
   }
 
   quality() {
     const { data, filters } = this;
     if (filters.phase || !filters.rows({}).some((row) => data.number("recovered", row) !== null)) return [];
-    const approximate = (row) => (data.text("flags", row) ?? "").split(" ").includes("approximate");
+    const approximate = (row) => data.text("flags", row).split(" ").includes("approximate");
     const ok = (row) => data.text("status", row) === "ok";
     const recall = (row) => (!ok(row) ? null : !approximate(row) ? 100 : data.number("recovered", row) === null ? null : data.number("recovered", row) * 100);
-    return this.tradeOff((row) => data.number("time_ms", row), recall, "% recall", true, { type: "log", title: { text: "ms" } }, { title: { text: "attention recall, %" }, range: [0, 106] });
+    return this.tradeOff((row) => data.number("time_ms", row), recall, "% recall", ["", "approximate"], true, { type: "log", title: { text: "ms" } }, { title: { text: "attention recall, %" }, range: [0, 106] });
   }
 
-  // One panel for each mask: methods by two quantities, and their Pareto front; larger says whether larger y is better.
-  tradeOff(xOf, yOf, unit, larger, xaxis, yaxis) {
+  // One panel for each mask: methods by two quantities, and the Pareto front of those whose disqualification is one of
+  // the eligible ("" for none); larger says whether larger y is better.
+  tradeOff(xOf, yOf, unit, eligible, larger, xaxis, yaxis) {
     const { data, filters } = this;
     const known = (row) => xOf(row) !== null && yOf(row) !== null;
     return this.panelsBy(filters.rows({ seq_len: true, world_size: true }), "mask_family", (mask) => `${mask}, ${tokens(filters.state.seq_len)} tokens, world size ${filters.state.world_size}`, (rows) => {
@@ -322,7 +325,8 @@ class Charts {
       }).filter((point) => point.rows.length);
       const front = [];
       const sign = larger ? -1 : 1;
-      for (const point of [...points].sort((a, b) => a.x - b.x || sign * (a.y - b.y))) {
+      const contenders = points.filter((point) => point.rows.every((row) => eligible.includes(data.text("disqualified", row))));
+      for (const point of contenders.sort((a, b) => a.x - b.x || sign * (a.y - b.y))) {
         if (!front.length || sign * point.y < sign * front.at(-1).y) front.push(point);
       }
       const line = { type: "scatter", mode: "lines", x: front.map((p) => p.x), y: front.map((p) => p.y), line: { shape: "hv", width: 1.2, dash: "dot", color: colour("dim") }, hoverinfo: "skip" };
