@@ -75,7 +75,8 @@ def profile_device(profile: Profile, requested: DeviceName | None) -> str:
 
 def override_settings(
     settings: MeasureSettings, launcher: str, transport: Transport | None, interleave: int | None,
-    launches: int | None, trace: bool, profiler: ProfilerName | None, profile: Profile | None,
+    launches: int | None, thorough: bool, trace: bool, profiler: ProfilerName | None,
+    profile: Profile | None,
 ) -> MeasureSettings:  # fmt: skip
     """The settings of a sweep with the overrides of the command line.
 
@@ -88,6 +89,8 @@ def override_settings(
         settings = replace(settings, interleave=interleave)
     if launches is not None:
         settings = replace(settings, launches=launches)
+    if thorough:
+        settings = replace(settings, thorough=True)
     if trace or profiler is not None:
         settings = replace(settings, trace=True)
     if profiler is not None:  # only the profiled pass is needed

@@ -83,6 +83,10 @@ def run_(
         ),
     ] = None,
     launches: Launches = None,
+    thorough: Annotated[
+        bool,
+        typer.Option("--thorough", help="Check every tile of the results of the cases that run."),
+    ] = False,
     trace: Annotated[
         bool,
         typer.Option("--trace", help="Write a timeline of all ranks to traces/, for Perfetto."),
@@ -134,6 +138,7 @@ def run_(
                 transport,
                 interleave,
                 launches,
+                thorough,
                 trace,
                 profiler,
                 site,

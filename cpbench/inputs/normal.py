@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cpbench.core.vector_math import initialise_vector_math
 from cpbench.inputs import TENSORS, InputRequest
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def normal(
     """
     import torch
 
+    initialise_vector_math()
     base = _mix_int(seed * len(TENSORS) + TENSORS.index(tensor))
     head = torch.as_tensor(list(heads), device=device)
     token = torch.as_tensor(positions, device=device) * (1 << 20)

@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 from cpbench.core.environment import usable_cores
+from cpbench.core.vector_math import initialise_vector_math
 from cpbench.measure import memory
 from cpbench.measure.processor_use import ProcessorMeter, ProcessorUse, contended, more_threads
 
@@ -85,6 +86,7 @@ class Cpu:
     def __init__(self, threads: int, clock: str = "wall") -> None:
         import torch
 
+        initialise_vector_math()
         torch.set_num_threads(threads)
         self.threads, self.clock = threads, clock
         self.last_use: ProcessorUse | None = None

@@ -223,7 +223,7 @@ class Job:
             table["device"],
             Path(table["out"]),
             table["writer"],
-            table["turns"],
+            table.get("turns", {}),
         )
 
 

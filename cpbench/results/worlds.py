@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cpbench.core.environment import concerns_job
+from cpbench.results.record import UNFINISHED, Record
 
 if TYPE_CHECKING:
-    from cpbench.results.record import UNFINISHED, Record
     from cpbench.results.store import Run
 
 World = Mapping[str, str]

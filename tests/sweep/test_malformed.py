@@ -224,7 +224,7 @@ LINES: dict[str, tuple[list[str], list[str]]] = {
     "report other folder": (["report", "folder.toml"], ["folder.toml", "records"]),
     "report file": (["report", "good.txt"], ["good.txt", "records"]),
     "report empty": (["report", "started"], ["no finished case"]),
-    "report damaged": (["report", "damaged"], ["no finished case", "damaged line"]),
+    "report damaged": (["report", "damaged"], ["no finished case", "torn or damaged"]),
     "report format": (["report", "started", "--format", "xml"], ["'xml'", "'table', 'html', 'md'"]),
 }
 REAL = [
@@ -343,15 +343,14 @@ def test_report_leaves_a_device_a_device(finished_run: Path) -> None:
 @pytest.fixture
 def finished_run(folder: Path) -> Path:
     """A run directory with one record."""
-    import json
-
     from cpbench.core.problem import Case
     from cpbench.results.record import Record
+    from cpbench.results.store import RecordWriter
 
     run = folder / "finished"
-    (run / "records").mkdir(parents=True)
     record = Record(case=Case(), status="unsupported", reason="not today")
-    (run / "records" / "a.jsonl").write_text(json.dumps(record.to_json()) + "\n")
+    with RecordWriter(run / "records" / "a.jsonl") as records:
+        records.append(record.to_json())
     return run
 
 

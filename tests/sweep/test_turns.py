@@ -102,7 +102,7 @@ def test_automatic_turns_share_the_iterations() -> None:
     settings = MeasureSettings(min_iterations=7, max_iterations=50, max_seconds=6.0)
     first, later = settings.of_turn(6, 0), settings.of_turn(6, 10)
     assert (first.warmup, first.min_iterations, first.max_iterations) == (1, 2, 9)
-    assert (later.warmup, later.min_iterations, later.max_iterations) == (0, 12, 19)
+    assert (later.warmup, later.min_iterations, later.max_iterations) == (1, 12, 19)
     assert first.max_seconds == later.max_seconds == 1.0
     assert settings.of_turn(1, 0) == settings
     requested = MeasureSettings(interleave=3, min_iterations=7).of_turn(3, 10)
