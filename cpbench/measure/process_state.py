@@ -222,7 +222,8 @@ def _random_states() -> list[Setting]:
 
 
 def _environment() -> Setting:
-    inherited = frozenset(os.environ)
+    # With an underscore, they are libraries' own notes.
+    inherited = frozenset(name for name in os.environ if not name.startswith("_"))
 
     def read() -> dict[str, str]:
         return {

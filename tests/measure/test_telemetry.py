@@ -189,7 +189,7 @@ store = dist.FileStore(tempfile.mktemp(), 1)
 dist.init_process_group("gloo", store=store, rank=0, world_size=1)
 control = Control()
 settings = MeasureSettings(max_seconds=600.0, min_iterations=8, max_iterations=8)
-evaluator = Evaluator(Gpu(1), TorchComm(), control, settings, 1, lambda phase: None)
+evaluator = Evaluator(Gpu(1), TorchComm(), control, settings, 1, 0, lambda phase: None)
 telemetry = RecordingTelemetry("GPU-stand-in-1", 0.02, control, "host", True)
 path = Path(telemetry._own_path)
 evaluator.telemetry = telemetry

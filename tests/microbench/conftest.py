@@ -109,7 +109,9 @@ def evaluator(request: pytest.FixtureRequest) -> Iterator[Evaluator]:
     store, hook = dist.HashStore(), sys.excepthook
     dist.init_process_group(device.backend, store=store, rank=0, world_size=1)
     try:
-        yield Evaluator(device, TorchComm(), Control(timeout_s=600.0), settings, 1, lambda _: None)
+        yield Evaluator(
+            device, TorchComm(), Control(timeout_s=600.0), settings, 1, 0, lambda _: None
+        )
     finally:
         dist.destroy_process_group()
         sys.excepthook = hook  # torch's hook prefixes every line of a traceback

@@ -203,6 +203,7 @@ def test_a_second_group_works_beside_the_first() -> None:
 def _peak_bytes(rank: int, size: int, strategy: str) -> int:
     """Peak bytes of forward and backward with 256 local tokens and a full mask."""
     from cpbench.measure.device import Cpu
+    from cpbench.measure.memory import HeldMemory
     from cpbench.measure.timing import Workload, measure_memory
     from cpbench.parallel.comm import Control
 
@@ -217,7 +218,8 @@ def _peak_bytes(rank: int, size: int, strategy: str) -> int:
     local = [layout.shard(x, rank) for x in global_inputs]
     inputs = dict(zip(("q", "k", "v", "dout"), local, strict=True))
     comm = TorchComm()
-    return measure_memory(Workload(work, inputs, comm), Cpu(1, "wall"), comm, Control())["peak"]
+    workload = Workload(work, inputs, comm)
+    return measure_memory(workload, Cpu(1, "wall"), comm, Control(), HeldMemory())["peak"]
 
 
 def test_ring_memory_does_not_grow_with_the_ranks_and_allgather_memory_does() -> None:

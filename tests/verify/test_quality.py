@@ -29,6 +29,7 @@ from cpbench.reports.frame import load
 from cpbench.reports.tables import selection
 from cpbench.reports.tables.contest import Contest, Shortage
 from cpbench.results.record import Record
+from cpbench.results.sealed import seal, unseal
 from cpbench.results.store import read_run
 from cpbench.selectors.common.selection import Blocks, Tokens
 from cpbench.verify import check, quality
@@ -197,11 +198,11 @@ def _copy(run: Path, target: Path, change: Callable[[dict[str, Any]], None]) -> 
     """A copy of a run directory whose records have been changed in place by ``change``."""
     shutil.copytree(run, target)
     for file in (target / "records").glob("*.jsonl"):
-        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        lines = [unseal(line) for line in file.read_bytes().splitlines()]
         for line in lines:
             if line["kind"] == "case":
                 change(line)
-        file.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        file.write_bytes(b"".join(seal(json.dumps(line)) + b"\n" for line in lines))
     return target
 
 
