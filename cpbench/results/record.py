@@ -22,8 +22,9 @@ MAX_RELATIVE_SPREAD = 0.25  # of the communication time: above it, overlap canno
 UNCHECKED = "unchecked"  # flag: a check was switched off
 APPROXIMATE = "approximate"  # flag of results computed by a selector
 UNFINISHED = "unfinished"  # flag: written while further turns were to come
+LAUNCHES_DIFFER = "launches-differ"  # flag: given on reading, see cpbench.results.worlds
 # Flags with which a time is not compared with others.
-DISQUALIFYING = (UNCHECKED, APPROXIMATE, "more-threads", "async")
+DISQUALIFYING = (UNCHECKED, APPROXIMATE, "more-threads", "async", LAUNCHES_DIFFER)
 FAILURES = ("wrong", "crash", "timeout")
 
 
@@ -79,6 +80,8 @@ class Record:
             ``{"small"|"sampled"|"tiles": {"out": {"rel_l2": …, "max_rms": …, "bias": …}, …}}``.
         checked: what was checked at the measured size: ``rows`` and ``columns`` compared in
             float64, the share of ``tiles``, and the ``seed`` of the choice.
+        fingerprint: of the checked results, by tensor: sums with fixed pseudo-random signs over
+            eight sets of heads, and the squared norm (see ``cpbench.verify.fingerprint``).
         times_us: microseconds by phase (``fwd``, ``bwd``) as ``[rank][iteration]``.
         parts_us: of selectors: microseconds of the selection (``select``), of the kernel's plan for
             it (``plan``) and of the kernel (``kernel``), as ``times_us`` but in iterations of their
@@ -133,6 +136,7 @@ class Record:
     reason: str | None = None
     errors: dict[str, dict[str, dict[str, float | None]]] = field(default_factory=dict)
     checked: dict[str, float] = field(default_factory=dict)
+    fingerprint: dict[str, Any] = field(default_factory=dict)
     times_us: dict[str, list[list[float]]] = field(default_factory=dict)
     parts_us: dict[str, list[list[float]]] = field(default_factory=dict)
     quality: dict[str, float] = field(default_factory=dict)

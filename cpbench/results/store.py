@@ -268,6 +268,7 @@ def read_run(out: Path) -> Run:
             records.sort(key=lambda record: record.order)
         run.records[case_id] = records[-1]
         run.launches[case_id], others = worlds.split_launches(records, run.environments)
+        worlds.flag_differing_results(run.launches[case_id])
         if others:
             run.other_launches[case_id] = others
     run.warnings += worlds.mixture_warnings(run)

@@ -6,12 +6,14 @@ without those that differ between jobs and do not matter.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cpbench.core.environment import concerns_job
-from cpbench.results.record import UNFINISHED, Record
+from cpbench.core.tolerance import LIMITS
+from cpbench.results.record import APPROXIMATE, LAUNCHES_DIFFER, UNFINISHED, Record
 
 if TYPE_CHECKING:
     from cpbench.results.store import Run
@@ -109,6 +111,27 @@ def split_launches(
         differs = differences(record_world(record, environments), reference)
         launches[bool(differs)].append(record)
     return launches
+
+
+def flag_differing_results(launches: Sequence[Record]) -> None:
+    """Flag the launches of a case whose checked results differ, by their fingerprints, from those
+    of the first, by more than errors may be.  Records without fingerprints are not compared."""
+    known = [one for one in launches if one.fingerprint and APPROXIMATE not in one.flags]
+    for other in known[1:]:
+        if _results_differ(known[0], other):
+            for one in (known[0], other):
+                one.flags = sorted({*one.flags, LAUNCHES_DIFFER})
+
+
+def _results_differ(first: Record, other: Record) -> bool:
+    allowed = 2 * LIMITS[first.case.dtype][0]
+    for name in first.fingerprint.keys() & other.fingerprint.keys():
+        *sums, weight = first.fingerprint[name]
+        *others, _ = other.fingerprint[name]
+        differences = [abs(a - b) for a, b in zip(sums, others, strict=True)]
+        if not max(differences) <= allowed * math.sqrt(weight):
+            return True
+    return False
 
 
 def count_launches(run: Run, case: str, world: World) -> int:

@@ -48,13 +48,13 @@ class TensorFingerprint:
         b, tile, head = (int(index) for index in np.argwhere(~same)[0])
         return b, head, tile * TILE
 
-    def summary(self) -> tuple[Floats, float]:
-        """``BUCKETS`` signed sums over the tiles of some heads each, and the squared norm; both are
-        additive over ranks, and the same for every layout."""
+    def summary(self) -> Floats:
+        """``BUCKETS`` signed sums over the tiles of some heads each, and the squared norm: additive
+        over ranks, and the same for every layout."""
         batches, _, heads = self.sums.shape
         bucket = np.arange(batches * heads) % BUCKETS
-        by_head = self.sums.sum(1).reshape(-1)
-        return np.bincount(bucket, by_head, BUCKETS).astype(float), float(self.weights.sum())
+        by_bucket = np.bincount(bucket, self.sums.sum(1).reshape(-1), BUCKETS)
+        return np.append(by_bucket, self.weights.sum())
 
 
 Fingerprint = Mapping[str, TensorFingerprint]

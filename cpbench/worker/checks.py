@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from cpbench.core import tolerance
 from cpbench.core.registry import OperatorInfo
 from cpbench.inputs import Recipe
@@ -98,6 +100,7 @@ class Checks:
         """
         variants = self._new_variants(work, inputs, record, {})
         variants.expect(results)
+        record.fingerprint = self._summarize(variants.expected[False])
         variants.swap()
         if work.op.info.selects:
             results, _ = check_selection.run_pass_with_selection(work, variants.inputs)
@@ -127,6 +130,11 @@ class Checks:
         exact = work.op.info.deterministic and one_thread
         allowed = fingerprint.tolerance(record.case.dtype, exact)
         return InputVariants(work, inputs, second, self._seed, allowed, expected)
+
+    def _summarize(self, own: fingerprint.Fingerprint) -> dict[str, list[float]]:
+        """The fingerprint of all ranks together, for the record."""
+        ranks = self._context.gather({name: tensor.summary() for name, tensor in own.items()})
+        return {name: np.sum([rank[name] for rank in ranks], axis=0).tolist() for name in own}
 
     def _check_lines(
         self,

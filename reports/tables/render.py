@@ -37,7 +37,7 @@ from cpbench.reports.tables.summary import (
 )
 from cpbench.reports.tables.terminal import row_lines, wrap_sentence
 from cpbench.results.contest import MIN_LAUNCHES, turns_needed
-from cpbench.results.record import APPROXIMATE, UNCHECKED, UNFINISHED
+from cpbench.results.record import APPROXIMATE, LAUNCHES_DIFFER, UNCHECKED, UNFINISHED
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,6 +56,7 @@ _FLAG_MEANINGS = {
     APPROXIMATE: "computes part of attention: not ranked",
     "changed-state": "changed what operators share in a process, see notes in the records",
     "more-threads": "ran more threads than allowed: times too low",
+    LAUNCHES_DIFFER: "its launches returned different results for the same inputs: not ranked",
     "async": "its work went on after the call: times too low",
     "memory-gap": "used memory that torch did not allocate: peak too low",
     "untracked-traffic": "sent more than its communicator counted",

@@ -177,3 +177,17 @@ def test_variables_are_recorded_and_secrets_are_not(monkeypatch: pytest.MonkeyPa
     environment = collect_environment(variables)
     assert sorted(environment["variables"]) == sorted(recorded)
     assert "word" not in str(environment)
+
+
+def test_launches_that_returned_different_results_do_not_compete(tmp_path: Path) -> None:
+    sums = [1.0, -2.0, 0.5, 3.0, 0.0, 0.0, 1.5, 2.0]
+    for number, change in enumerate((0.0, 1e-7, 0.5)):
+        launch = record("bands", 1.0)
+        launch.writer, launch.fingerprint = (
+            f"w{number}",
+            {"out": [sums[0] + change, *sums[1:], 9.0]},
+        )
+        with RecordWriter(tmp_path / "records" / f"w{number}.jsonl") as writer:
+            writer.append(launch.to_json())
+        competes = not read_run(tmp_path).records[launch.case.id].disqualifications
+        assert competes == (change < 0.1)
