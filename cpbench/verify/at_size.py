@@ -29,6 +29,9 @@ TILES = (64, 128, 256)  # tile sizes whose last, partial tile is always sampled
 QUERY_CHUNK = 1 << 14  # queries of a column that are recomputed at a time
 
 
+Statistics = tuple[Floats, Floats]  # lse and delta
+
+
 class LineErrors(NamedTuple):
     """Errors of sampled lines, and how many were compared, over all ranks."""
 
@@ -44,6 +47,7 @@ def check_sampled(
     recipe: Recipe,
     seed: int,
     context: RankContext,
+    statistics: Statistics | None = None,
 ) -> LineErrors:
     """Errors of sampled rows and columns at the measured size.
 
@@ -55,6 +59,7 @@ def check_sampled(
         inputs: of this rank, from ``check.rank_inputs``.
         results: what ``check.run_pass`` returned for them.
         seed: of the choice of lines, the same on all ranks.
+        statistics: of :func:`query_statistics`; None to gather them here.
     """
     import torch
 
@@ -64,8 +69,7 @@ def check_sampled(
     pairs = [(b, g) for b in range(problem.batch) for g in range(problem.heads_kv)]
     rows = sample_lines(work.mask, queries, seed)
     columns = sample_lines(work.mask.transpose(), keys, seed)
-    has_columns = "dq" in results and "lse" in results
-    statistics = gather_lse_and_delta(work, inputs, results, context) if has_columns else None
+    statistics = statistics or query_statistics(work, inputs, results, context)
     rows_of_pair, columns_of_pair = (
         _assign_to_pairs(lines, len(pairs), work, seed) for lines in (rows, columns)
     )
@@ -97,7 +101,7 @@ def check_sampled(
         for name in actual
     }
     num_rows, num_columns = (
-        sum(map(len, lines)) for lines in (rows_of_pair, columns_of_pair if has_columns else [])
+        sum(map(len, lines)) for lines in (rows_of_pair, columns_of_pair if statistics else [])
     )
     ranks = context.gather((sums, num_rows, num_columns))
     errors = combined_errors([sums for sums, *_ in ranks])
@@ -139,10 +143,13 @@ def sample_lines(mask: Mask, positions: IntArray, seed: int) -> IntArray:
     return np.unique(np.concatenate([at_edges, ends, at_random])).astype(np.int64)
 
 
-def gather_lse_and_delta(
+def query_statistics(
     work: Attention, inputs: Tensors, results: Tensors, context: RankContext
-) -> tuple[Floats, Floats]:
-    """lse and delta of all queries, ``[B, H, S]`` each, in global order; collective."""
+) -> Statistics | None:
+    """lse and delta of all queries, ``[B, H, S]`` each, in global order, by which columns are
+    checked; None without a backward pass or an lse.  Collective."""
+    if not {"dq", "lse"} <= results.keys():
+        return None
     delta = (inputs["dout"].double() * results["out"].double()).sum(-1).transpose(1, 2)
     own = (results["lse"].double().cpu().numpy(), delta.cpu().numpy())
     layout = work.world.queries

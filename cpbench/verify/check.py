@@ -53,13 +53,20 @@ class RankContext:
 
 
 def make_inputs(
-    problem: Problem, queries: IntArray, keys: IntArray, recipe: Recipe, device: str
+    problem: Problem,
+    queries: IntArray,
+    keys: IntArray,
+    recipe: Recipe,
+    device: str,
+    keep_on: str | None = None,
 ) -> Tensors:
     """q, k, v and (with a backward pass) dout of the given tokens, ``[B, tokens, heads, D]``.
 
     Args:
         queries: global positions of the tokens of q and dout.
         keys: global positions of the tokens of k and v.
+        device: on which they are computed.
+        keep_on: to which each is moved then, if another one.
     """
 
     def make(name: str) -> torch.Tensor:
@@ -70,15 +77,17 @@ def make_inputs(
             batches=range(problem.batch),
             heads=range(problem.heads_kv if name in "kv" else problem.heads_q),
             device=device,
-        )
+        ).to(keep_on or device)
 
     return {name: make(name) for name in ("q", "k", "v", "dout")[: 4 if problem.backward else 3]}
 
 
-def rank_inputs(work: Attention, recipe: Recipe, device: str) -> Tensors:
-    """The inputs of the tokens of the rank that ``work`` is planned for."""
+def rank_inputs(
+    work: Attention, recipe: Recipe, device: str, keep_on: str | None = None
+) -> Tensors:
+    """The inputs of the tokens of the rank that ``work`` is planned for: :func:`make_inputs`."""
     queries, keys = (x.positions(work.rank) for x in (work.world.queries, work.world.keys))
-    return make_inputs(work.problem, queries, keys, recipe, device)
+    return make_inputs(work.problem, queries, keys, recipe, device, keep_on)
 
 
 class WrongResult(ValueError):

@@ -31,7 +31,7 @@ from cpbench.inputs import Recipe
 from cpbench.masks.attn_mask import AttnMask, IntArray
 from cpbench.masks.dilated_mask import DilatedMask
 from cpbench.masks.head_masks import distinct_masks
-from cpbench.verify.at_size import gather_lse_and_delta
+from cpbench.verify.at_size import Statistics
 from cpbench.verify.check import RankContext, Tensors, as_index
 from cpbench.verify.errors import Errors, TensorErrorSums
 
@@ -68,6 +68,7 @@ def check_tiles(
     seed: int,
     seconds: float,
     context: RankContext,
+    statistics: Statistics | None,
 ) -> TileErrors:
     """Errors of all tiles of a rank's results, or of as many as the time allows; collective.
 
@@ -75,10 +76,11 @@ def check_tiles(
         inputs, results: as for ``at_size.check_sampled``.
         seed: of the projections and of the order of chunks.
         seconds: time limit.
+        statistics: of ``at_size.query_statistics``.
     """
     if isinstance(work.mask, DilatedMask) or "lse" not in results:
         return TileErrors({}, 0.0)
-    checker = _TileChecker(work, inputs, results, recipe, seed, context)
+    checker = _TileChecker(work, inputs, results, recipe, seed, context.device, statistics)
     errors, covered = checker.run(seconds)
     ranks = context.gather((errors, covered))
     return TileErrors(_worst([errors for errors, _ in ranks]), min(covered for _, covered in ranks))
@@ -94,23 +96,27 @@ class _TileChecker:
         results: Tensors,
         recipe: Recipe,
         seed: int,
-        context: RankContext,
+        device: str,
+        statistics: Statistics | None,
     ) -> None:
         import torch
 
         self._work, self._inputs, self._results, self._recipe = work, inputs, results, recipe
-        self._problem, self._device = work.problem, context.device
-        self._backward = "dq" in results
-        dout = inputs["dout"] if self._backward else torch.zeros_like(results["out"])
-        gathered = gather_lse_and_delta(work, {"dout": dout}, results, context)
-        # Of all queries, in global order, [B, H, S].  A query that sees nothing has P = 0.
-        lse, self._delta = (
-            torch.as_tensor(x, device=context.device, dtype=torch.float32) for x in gathered
-        )
-        self._lse = lse.masked_fill(torch.isneginf(lse), torch.inf)
+        self._problem, self._device = work.problem, device
+        # A query that sees nothing has P = 0.
+        self._lse = results["lse"].float()
+        self._lse = self._lse.masked_fill(torch.isneginf(self._lse), torch.inf)
+        if statistics is not None:  # of all queries, in global order
+            self._all_lse, self._all_delta = (
+                torch.as_tensor(x, device=device, dtype=torch.float32) for x in statistics
+            )
+            self._all_lse.masked_fill_(torch.isneginf(self._all_lse), torch.inf)
+            out, dout = results["out"].float(), inputs["dout"].float()
+            self._delta = (dout * out).sum(-1).transpose(1, 2)
+        self._backward = statistics is not None
         self._rng = np.random.default_rng([seed, work.rank])
         signs = self._rng.choice([-1.0, 1.0], size=(self._problem.head_dim, PROJECTIONS))
-        self._signs_DJ = torch.as_tensor(signs, device=context.device, dtype=torch.float32)
+        self._signs_DJ = torch.as_tensor(signs, device=device, dtype=torch.float32)
         self._cache: Tensors = {}
 
     def run(self, seconds: float) -> tuple[Errors, float]:
@@ -169,10 +175,13 @@ class _TileChecker:
 
         g = slice(heads.start // self._problem.group, heads.start // self._problem.group + 1)
         q_RCD = self._own("q", b, heads, chunk) * self._problem.softmax_scale
-        lse_RC1, delta_RC1 = (x[b, heads, chunk.positions, None] for x in (self._lse, self._delta))
+        lse_RC1 = self._lse[b, heads][:, chunk.local, None]
         k_TD, v_TD = (self._all(name, b, g)[0] for name in "kv")
         out_basis_TJ, dq_basis_TJ = (self._basis(name, b, g)[0] for name in "vk")
-        dout_RCD = self._own("dout", b, heads, chunk) if self._backward else None
+        dout_RCD = delta_RC1 = None
+        if self._backward:
+            dout_RCD = self._own("dout", b, heads, chunk)
+            delta_RC1 = self._delta[b, heads][:, chunk.local, None]
         total_RC1 = torch.zeros_like(lse_RC1)
         out_RCJ, dq_RCJ = (total_RC1.repeat(1, 1, PROJECTIONS) for _ in range(2))
         for block, hidden in _blocks(chunk, mask, len(k_TD), self._device):
@@ -181,7 +190,7 @@ class _TileChecker:
                 probs.masked_fill_(hidden, 0.0)
             total_RC1 += probs.sum(-1, keepdim=True)
             out_RCJ += probs @ out_basis_TJ[block]
-            if dout_RCD is not None:
+            if dout_RCD is not None and delta_RC1 is not None:
                 dscores = (dout_RCD @ v_TD[block].T).sub_(delta_RC1).mul_(probs)
                 dq_RCJ += dscores @ dq_basis_TJ[block]
         # P was exp(s - lse) with the operator's own lse: what it should be follows from sums of P.
@@ -211,7 +220,7 @@ class _TileChecker:
         for group_heads, head_mask in self._heads_by_mask(g.start):
             q_RSD, dout_RSD = (self._all(name, b, group_heads) for name in ("q", "dout"))
             q_basis, dout_basis = (self._basis(name, b, group_heads) for name in ("q", "dout"))
-            lse_R1S, delta_R1S = (x[b, group_heads, None] for x in (self._lse, self._delta))
+            lse_R1S, delta_R1S = (x[b, group_heads, None] for x in (self._all_lse, self._all_delta))
             transposed, queries = head_mask.transpose(), q_RSD.shape[1]
             for block, hidden in _blocks(chunk, transposed, queries, self._device):
                 probs = (k_CD @ q_RSD[:, block].mT).sub_(lse_R1S[..., block]).exp_()

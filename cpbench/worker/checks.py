@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from cpbench.verify.variants import Expected
 
 SECOND_SEED = 1 << 48  # added to the seed of the inputs for the second set
+MAX_SECOND_SHARE = 0.03  # of a GPU's memory: larger second sets of inputs are in host memory
 TILE_PASSES, MIN_TILE_SECONDS = 3, 1.0  # time limit of the check of tiles: passes, at least seconds
 
 
@@ -77,12 +78,13 @@ class Checks:
         record.balance = context.gather(work.op.pairs)
         if self._settings.check_sampled and case.seq_len > check.SMALL_TOKENS:
             self._report_phase("check at size")
-            self._check_lines(work, inputs, results, recipe_of(case), record)
+            statistics = at_size.query_statistics(work, inputs, results, context)
+            self._check_lines(work, inputs, results, recipe_of(case), record, statistics)
             limit = max(TILE_PASSES * seconds, MIN_TILE_SECONDS)
             if self._settings.thorough:
                 limit = self._settings.timeout_s / 2
             checked = tiles.check_tiles(
-                work, inputs, results, recipe_of(case), self._seed, limit, context
+                work, inputs, results, recipe_of(case), self._seed, limit, context, statistics
             )
             self._store("tiles", checked.errors, work.op.info, record)
             record.checked["tiles"] = checked.covered
@@ -123,8 +125,10 @@ class Checks:
     def _new_variants(
         self, work: Attention, inputs: check.Tensors, record: Record, expected: Expected
     ) -> InputVariants:
-        device = self._context.device
-        second = check.rank_inputs(work, second_recipe_of(record.case), device)
+        device, keep_on = self._context.device, None
+        if device == "cuda" and _share_of_memory(inputs) > MAX_SECOND_SHARE:
+            keep_on = "cpu"
+        second = check.rank_inputs(work, second_recipe_of(record.case), device, keep_on)
         # With several threads, libraries may divide the work by the load of the machine.
         one_thread = device != "cpu" or self._settings.threads == 1
         exact = work.op.info.deterministic and one_thread
@@ -143,9 +147,12 @@ class Checks:
         results: check.Tensors,
         recipe: Recipe,
         record: Record,
+        statistics: at_size.Statistics | None = None,
     ) -> None:
         seed = self._seed + recipe.seed
-        lines = at_size.check_sampled(work, inputs, results, recipe, seed, self._context)
+        lines = at_size.check_sampled(
+            work, inputs, results, recipe, seed, self._context, statistics
+        )
         self._store("sampled", lines.errors, work.op.info, record)
         record.checked["seed"] = self._seed
         for kind, count in (("rows", lines.rows), ("columns", lines.columns)):
@@ -205,6 +212,14 @@ def recipe_of(case: Case) -> Recipe:
 def second_recipe_of(case: Case) -> Recipe:
     """The recipe of the second set of inputs, for every other timed call."""
     return Recipe(case.seed + SECOND_SEED, case.inputs)
+
+
+def _share_of_memory(tensors: check.Tensors) -> float:
+    """Bytes of tensors over the memory of the GPU."""
+    import torch
+
+    _, total = torch.cuda.mem_get_info()
+    return sum(x.nbytes for x in tensors.values()) / float(total)
 
 
 def _finite(errors: Errors) -> dict[str, dict[str, float | None]]:

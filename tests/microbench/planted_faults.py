@@ -25,7 +25,7 @@ from cpbench.inputs import Recipe
 from cpbench.parallel.layout import build
 from cpbench.parallel.world import World
 from cpbench.verify import check
-from cpbench.verify.at_size import check_sampled
+from cpbench.verify.at_size import check_sampled, query_statistics
 from cpbench.verify.fingerprint import Fingerprinter, describe_difference
 from cpbench.verify.tiles import check_tiles
 
@@ -85,8 +85,10 @@ def odds(tokens: int, dtype: str, tries: int, seed: int = 0) -> list[dict[str, A
         for number in range(tries):
             results = {key: x.clone() for key, x in right.items()}
             fault(results, rng)
-            lines = check_sampled(work, inputs, results, recipe, seed + number, context)
-            tiles = check_tiles(work, inputs, results, recipe, number, 1e9, context)
+            arguments = (work, inputs, results, recipe, seed + number)
+            statistics = query_statistics(work, inputs, results, context)
+            lines = check_sampled(*arguments, context, statistics)
+            tiles = check_tiles(*arguments, 1e9, context, statistics)
             for kind, errors in (("sampled", lines.errors), ("tiles", tiles.errors)):
                 found[kind] += tolerance.violation(errors, dtype, work.op.info) is not None
             taken = fingerprinter.take(results)
