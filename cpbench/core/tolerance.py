@@ -42,7 +42,7 @@ LSE_ERROR = 1e-5  # nats, beyond the rounding of scores
 EPSILON = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 GROWTH = 8  # rounding errors of a score, per nat of the largest lse, in units of EPSILON
 MAX_GROWTH, MAX_GROWTH_ROUNDED = 1e-2, 1e-1  # caps of rel_l2; the second for rounded scores
-PEAK_OVER_RMS = 20  # of errors: max_rms grows by so much more than rel_l2
+MAX_RMS_GROWTH = 20  # max_rms grows by so much more than rel_l2
 
 
 def limits(dtype: str, info: OperatorInfo, largest_lse: float) -> dict[str, dict[str, float]]:
@@ -63,7 +63,7 @@ def limits(dtype: str, info: OperatorInfo, largest_lse: float) -> dict[str, dict
         "lse": {"rel_l2": lse, "max_rms": lse},
         "*": {
             "rel_l2": rel_l2 + capped,
-            "max_rms": max_rms + PEAK_OVER_RMS * capped,
+            "max_rms": max_rms + MAX_RMS_GROWTH * capped,
             "bias": bias + capped,
             "tile": TILE_LIMITS[dtype] + capped,
         },

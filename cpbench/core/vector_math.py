@@ -1,4 +1,4 @@
-"""Initialisation of the math library behind torch's vector functions on CPUs."""
+"""Initialisation of torch's vector functions on CPUs."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import functools
 
 @functools.cache
 def initialise_vector_math() -> None:
-    """Call the functions that torch passes to MKL once, on one thread.
+    """Call them once, on one thread.
 
-    Where several threads make the first call together, MKL may compute that call with errors of
-    4e-5: float32 ``log`` did in about 1 of 1,000 new processes with two threads on a busy machine.
+    A first call that several threads make together may be less exact: with two threads on a busy
+    machine, that of float32 ``log`` had errors of 4e-5 in about 1 of 1,000 new processes (torch
+    2.13 for CPUs).
     """
     import torch
 

@@ -22,7 +22,7 @@ MAX_RELATIVE_SPREAD = 0.25  # of the communication time: above it, overlap canno
 UNCHECKED = "unchecked"  # flag: a check was switched off
 APPROXIMATE = "approximate"  # flag of results computed by a selector
 UNFINISHED = "unfinished"  # flag: written while further turns were to come
-LAUNCHES_DIFFER = "launches-differ"  # flag: given on reading, see cpbench.results.worlds
+LAUNCHES_DIFFER = "launches-differ"  # flag: given on reading, see cpbench.results.launches
 # Flags with which a time is not compared with others.
 DISQUALIFYING = (UNCHECKED, APPROXIMATE, "more-threads", "async", LAUNCHES_DIFFER)
 FAILURES = ("wrong", "crash", "timeout")

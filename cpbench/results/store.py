@@ -30,6 +30,7 @@ from typing import Any, Self
 from cpbench.core.problem import Case
 from cpbench.core.settings import MeasureSettings
 from cpbench.results import worlds
+from cpbench.results.launches import flag_differing_results, split_launches
 from cpbench.results.record import SCHEMA, Record
 from cpbench.results.sealed import DamagedError, seal, unseal
 from cpbench.results.validation import check_environment
@@ -267,8 +268,8 @@ def read_run(out: Path) -> Run:
         if len(records) > 1:
             records.sort(key=lambda record: record.order)
         run.records[case_id] = records[-1]
-        run.launches[case_id], others = worlds.split_launches(records, run.environments)
-        worlds.flag_differing_results(run.launches[case_id])
+        run.launches[case_id], others = split_launches(records, run.environments)
+        flag_differing_results(run.launches[case_id])
         if others:
             run.other_launches[case_id] = others
     run.warnings += worlds.mixture_warnings(run)

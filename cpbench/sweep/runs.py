@@ -24,6 +24,7 @@ from cpbench.launchers.failure_cause import RankState
 from cpbench.launchers.join import GANG_ENDED_FILE
 from cpbench.launchers.protocol import Command, GangSpec, Place
 from cpbench.results import active, worlds
+from cpbench.results.launches import count_launches
 from cpbench.results.record import FAILURES, STATUSES, UNFINISHED, Record
 from cpbench.results.store import (
     RecordWriter,
@@ -179,7 +180,7 @@ def _needs_launches(request: Request, run: Run, case: Case) -> bool:
     if not settings.time or record is None or record.status != "ok" or settings.launches == 1:
         return False
     world = request.present_world or worlds.record_world(record, run.environments)
-    return worlds.count_launches(run, case.id, world) < settings.launches
+    return count_launches(run, case.id, world) < settings.launches
 
 
 def _needs_timeline(request: Request, record: Record) -> bool:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from cpbench.core.problem import Case
     from cpbench.core.settings import MeasureSettings
     from cpbench.results.record import Record
+    from cpbench.selectors.common.base import SelectionResult
     from cpbench.verify.errors import Errors
     from cpbench.verify.variants import Expected
 
@@ -105,7 +106,8 @@ class Checks:
         record.fingerprint = self._summarize(variants.expected[False])
         variants.swap()
         if work.op.info.selects:
-            results, _ = check_selection.run_pass_with_selection(work, variants.inputs)
+            results, selection = check_selection.run_pass_with_selection(work, variants.inputs)
+            self._check_selected_lines(work, variants.inputs, results, selection, record)
         else:
             results = check.run_checked_pass(work, variants.inputs, self._context)
             if self._settings.check_sampled and record.case.seq_len > check.SMALL_TOKENS:
@@ -165,24 +167,36 @@ class Checks:
         selection."""
         case = record.case
         results, selection = check_selection.run_pass_with_selection(work, inputs)
-        reason = check.contract_breach(results, inputs)
-        if reason:
-            raise check.WrongResult(reason)
         area = sum(branch.mask.area for branch in selection.branches)
         flops = case.problem.flops(area)
         record.flags.append(APPROXIMATE)
         record.area, record.flops = area, {phase: flops[phase] for phase in record.flops}
-        if self._settings.check_sampled and case.seq_len > check.SELECTION_TOKENS:
-            self._report_phase("check at size")
-            errors = check_selection.check_sampled(
-                work, inputs, results, selection, case.seed + self._seed, self._context
-            )
-            self._store("sampled", errors, work.op.info, record)
+        self._report_phase("check at size")
+        self._check_selected_lines(work, inputs, results, selection, record)
         if self._settings.quality and record.status == "ok":
             self._report_phase("quality")
             figures = quality.measure_quality(work, inputs, results, selection)
             record.quality = {name: x for name, x in figures.items() if math.isfinite(x)}
         return results
+
+    def _check_selected_lines(
+        self,
+        work: Attention,
+        inputs: check.Tensors,
+        results: check.Tensors,
+        selection: SelectionResult,
+        record: Record,
+    ) -> None:
+        """Check lines of a selector, and the contract of its results, given its selection."""
+        reason = check.contract_breach(results, inputs)
+        if reason:
+            raise check.WrongResult(reason)
+        case = record.case
+        if self._settings.check_sampled and case.seq_len > check.SELECTION_TOKENS:
+            errors = check_selection.check_sampled(
+                work, inputs, results, selection, case.seed + self._seed, self._context
+            )
+            self._store("sampled", errors, work.op.info, record)
 
     def _store(self, name: str, errors: Errors, info: OperatorInfo, record: Record) -> None:
         """Store the errors of a check, the larger ones if it was made before; the record becomes

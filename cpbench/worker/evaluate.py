@@ -76,7 +76,8 @@ class Evaluator:
         self._ranks_per_node = local_world_size if len(local_world_sizes) == 1 else 1
         context = check.RankContext(device.type, comm, control)
         self._checks = Checks(context, settings, check_seed, report_phase)
-        self._expected: dict[str, Expected] = {}  # of the results of cases measured in turn
+        self._expected: dict[str, Expected] = {}  # of the results of the cases of one problem
+        self._problem: tuple[object, ...] = ()
         self._state, self._held = ProcessState(), HeldMemory()
         self._changes: set[str] = set()
 
@@ -107,6 +108,9 @@ class Evaluator:
         self.timelines = None
         if previous is not None:
             return self._add_turn(case, previous, turns)
+        if case.problem_key != self._problem:
+            self._problem = case.problem_key
+            self._expected.clear()
         self._report_phase("prepare")
         work, record = self._prepare(case)
         record.conditions = self._settings.conditions(self._device.type)
@@ -141,7 +145,8 @@ class Evaluator:
         if record.status == "ok" and self._settings.time:
             variants = self._checks.make_variants(work, inputs, results, record)
             del results
-            self._expected[case.id] = variants.expected
+            if turns > 1:
+                self._expected[case.id] = variants.expected
         if record.status == "ok" and self._settings.time:
             self._measure(workload, record, variants, self._settings.of_turn(turns, 0))
             record.turns = [record.iterations] if turns > 1 and record.times_us else []

@@ -123,8 +123,8 @@ class _Worker:
                 self._write_trace(record)
                 records[case.id] = record
                 last = turn == turns - 1
-                if last or time.time() - saved.setdefault(case.id, started) > UNSAVED_S:
-                    saved[case.id] = time.time()
+                if last or time.monotonic() - saved.setdefault(case.id, begun) > UNSAVED_S:
+                    saved[case.id] = time.monotonic()
                     self._write(record, finished=last)
                 self.journal.note("done" if last else "paused", case=case.id)
 
