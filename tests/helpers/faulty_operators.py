@@ -67,8 +67,10 @@ def _hang() -> None:
 
 
 def _wait_for_the_gate() -> None:
-    """Wait for a file ``open`` in the run directory."""
-    while not (Path(sys.argv[1]).parents[2] / "open").exists():
+    """Write ``at-gate`` in the folder of the job; wait for a file ``open`` in the run directory."""
+    job = Path(sys.argv[1]).parent
+    (job / "at-gate").touch()
+    while not (job.parents[1] / "open").exists():
         time.sleep(0.05)
 
 

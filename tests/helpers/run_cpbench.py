@@ -82,6 +82,11 @@ def leftover_processes(out: Path) -> list[str]:
     return processes
 
 
+def waits_at_gate(out: Path, ranks: int | str = "*") -> bool:
+    """Whether the faulty operator ``gate`` waits in a job on ``ranks`` ranks."""
+    return any(out.glob(f"jobs/*-p{ranks}-*/at-gate"))
+
+
 def wait_until(condition: Callable[[], object], timeout_s: float = LIMIT_S) -> None:
     """Wait until a condition holds; fail after the timeout."""
     deadline = time.monotonic() + timeout_s

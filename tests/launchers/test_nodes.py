@@ -20,6 +20,7 @@ from run_cpbench import (
     record_counts,
     start_cpbench,
     wait_until,
+    waits_at_gate,
     write_sweep,
 )
 
@@ -108,12 +109,6 @@ def test_a_rank_that_fails_under_mpi_is_one_record(
     assert leftover_processes(out) == []
 
 
-def waits_at_gate(out: Path) -> bool:
-    """Whether the first case is recorded and the second one waits for the file ``open``."""
-    journals = [path.read_text() for path in out.glob("jobs/*/rank0.jsonl")]
-    return any(-1 < text.rfind('"done"') < text.rfind('"check"') for text in journals)
-
-
 def write_gated_sweep(folder: Path) -> Path:
     """A sweep whose second case waits for a file ``open`` in the run directory."""
     file = write_sweep(folder / "s.toml", {2: ["reference", faulty_operator("gate"), "bands"]})
@@ -187,8 +182,8 @@ def test_ctrl_c_and_cancel_under_mpi(
         assert process.returncode == 130, stderr
         assert "interrupted: 1 of 3 cases are recorded" in stderr
         assert leftover_processes(out) == []
-        for journal in out.glob("jobs/*/rank0.jsonl"):
-            journal.unlink()
+        for file_at_gate in out.glob("jobs/*/at-gate"):
+            file_at_gate.unlink()
     code, stderr = cpbench("cancel", out)
     assert code == 0
 

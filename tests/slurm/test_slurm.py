@@ -23,6 +23,7 @@ from run_cpbench import (
     record_counts,
     start_cpbench,
     wait_until,
+    waits_at_gate,
     write_sweep,
 )
 from small_disk import small_disk  # noqa: F401
@@ -83,14 +84,6 @@ def cpbench_stdout(*arguments: str | Path) -> str:
 def latest_jobs(out: Path) -> dict[int, str]:
     """Id of the latest job of each world size."""
     return {job.ranks: job.job for job in submission.submitted_jobs(out) if job.ranks}
-
-
-def waits_at_gate(out: Path, ranks: int) -> bool:
-    """Whether a case on ``ranks`` ranks waits for the file ``open``."""
-    return any(
-        "check" in path.read_text() and '"done"' in path.read_text()
-        for path in out.glob(f"jobs/*-p{ranks}-*/rank0.jsonl")
-    )
 
 
 def test_requeued_cancelled_and_stopped_jobs_and_a_lost_node(
