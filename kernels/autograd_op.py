@@ -1,15 +1,16 @@
 """Explicit backward passes for attention that is only differentiable by autograd.
 
-The forward pass keeps the autograd graph in a weak table by output; the backward pass
-differentiates it.  The graph is freed with the output.
+The forward pass keeps the autograd graph; the backward pass differentiates it.  The graph is freed
+with the output.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cpbench.core.operator import QKV
+from cpbench.core.output_state import OutputStates
 
 if TYPE_CHECKING:
     import torch
@@ -20,12 +21,14 @@ if TYPE_CHECKING:
 
 
 class GraphStore:
-    """Runs attention functions and keeps their autograd graphs for the backward pass."""
+    """Runs attention functions and keeps their autograd graphs for the backward pass.
 
-    def __init__(self) -> None:
-        from torch.utils.weak import WeakTensorKeyDictionary
+    Args:
+        name: of the operator.
+    """
 
-        self._graphs: Any = WeakTensorKeyDictionary()
+    def __init__(self, name: str) -> None:
+        self.states = OutputStates(name)
 
     def forward(self, attend: AttentionFunction, qkv: QKV, keep_graph: bool) -> OutLse:
         """Return ``attend(qkv)``, detached; ``keep_graph`` allows a call of :meth:`backward`."""
@@ -38,7 +41,7 @@ class GraphStore:
         with torch.enable_grad():
             out, lse = attend(leaves)
         detached = out.detach()
-        self._graphs[detached] = (leaves, out)
+        self.states.put(detached, (leaves, out))
         return detached, None if lse is None else lse.detach()
 
     def backward(self, dout: torch.Tensor, out: torch.Tensor) -> Gradients:
@@ -49,8 +52,6 @@ class GraphStore:
         """
         import torch
 
-        if out not in self._graphs:
-            raise ValueError("this operator's backward needs the output its own forward returned")
-        leaves, graph_out = self._graphs[out]
+        leaves, graph_out = self.states.get(out)
         dq, dk, dv = torch.autograd.grad(graph_out, leaves, dout, retain_graph=True)
         return dq, dk, dv

@@ -57,7 +57,8 @@ class Flex:
     """The operator; see ``cpbench.core.operator.Operator`` for shapes."""
 
     def __init__(self) -> None:
-        self._graphs = GraphStore()
+        self._graphs = GraphStore("flex")
+        self.states = self._graphs.states
 
     def unsupported(self, problem: Problem, mask: AttnMask, device: str) -> str | None:
         if device == "cpu" and shutil.which("g++") is None:
@@ -72,18 +73,21 @@ class Flex:
     def forward(self, qkv: QKV, plan: Plan) -> OutLse:
         if plan.block_mask is None:
             return nothing_visible(qkv.q)
-
-        def attend(qkv: QKV) -> OutLse:
-            flex_attention, return_lse = _compiled()
-            q, k, v = (x.transpose(1, 2) for x in qkv)
-            gqa = q.shape[1] != k.shape[1]
-            arguments = {"block_mask": plan.block_mask, "scale": plan.scale, "enable_gqa": gqa}
-            if q.device.type == "cpu":  # compiled for CPUs it cannot return lse
-                return flex_attention(q, k, v, **arguments).transpose(1, 2), None
-            out, aux = flex_attention(q, k, v, **arguments, return_aux=return_lse)
-            return out.transpose(1, 2), aux.lse
-
+        attend = functools.partial(self.differentiable_forward, plan=plan)
         return self._graphs.forward(attend, qkv, plan.keep_graph)
+
+    def differentiable_forward(self, qkv: QKV, plan: Plan) -> OutLse:
+        """The forward pass, for autograd to record."""
+        if plan.block_mask is None:
+            return nothing_visible(qkv.q)
+        flex_attention, return_lse = _compiled()
+        q, k, v = (x.transpose(1, 2) for x in qkv)
+        gqa = q.shape[1] != k.shape[1]
+        arguments = {"block_mask": plan.block_mask, "scale": plan.scale, "enable_gqa": gqa}
+        if q.device.type == "cpu":  # compiled for CPUs it cannot return lse
+            return flex_attention(q, k, v, **arguments).transpose(1, 2), None
+        out, aux = flex_attention(q, k, v, **arguments, return_aux=return_lse)
+        return out.transpose(1, 2), aux.lse
 
     def backward(self, x: BackwardInputs, plan: Plan) -> Gradients:
         if plan.block_mask is None:

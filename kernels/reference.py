@@ -3,6 +3,9 @@
 A small problem is one block, that is the textbook formula with materialised scores; the blocks of a
 large one stay within a fixed amount of memory.  All other operators are compared with this one.
 
+NaN and infinities reach exactly what depends on them: a pair that is not visible counts for
+nothing, not for 0 times a NaN.
+
 Legend: B batch, S query length, T key length, H query heads, G key/value heads, D head dim,
 R query heads that share a key/value head (H = G * R).
 """
@@ -79,12 +82,11 @@ def forward64(qkv: QKV, mask: Mask | Selection, scale: float) -> tuple[torch.Ten
         return out, lse
     q_BGRSD, k_BGTD, v_BGTD = _grouped(q, k.shape[2]), _heads_first(k), _heads_first(v)
     for rows, bias_ST in _row_blocks(mask, k.shape[2], b * h, q.device):
-        scores = torch.einsum("bgrsd,bgtd->bgrst", q_BGRSD[:, :, :, rows], k_BGTD).mul_(scale)
-        scores.add_(bias_ST)
+        scores = _scores(q_BGRSD[:, :, :, rows], k_BGTD, scale, bias_ST)
         lse_rows = torch.logsumexp(scores, dim=-1)
-        probs = scores.sub_(lse_rows.unsqueeze(-1)).exp_().nan_to_num_(0.0)
-        out_rows = torch.einsum("bgrst,bgtd->bsgrd", probs, v_BGTD)
-        out[:, rows] = out_rows.flatten(2, 3)
+        probs = _probabilities(scores, lse_rows, bias_ST)
+        out_rows = _product(probs, v_BGTD.unsqueeze(2), bias_ST)
+        out[:, rows] = out_rows.permute(0, 3, 1, 2, 4).flatten(2, 3)
         lse[:, :, rows] = lse_rows.flatten(1, 2)
     return out, lse
 
@@ -105,17 +107,62 @@ def backward64(x: BackwardInputs, mask: Mask | Selection, scale: float) -> Gradi
     if k.shape[1] == 0:
         return dq.permute(0, 3, 1, 2, 4).flatten(2, 3), dk.transpose(1, 2), dv.transpose(1, 2)
     for rows, bias_ST in _row_blocks(mask, k.shape[2], b * h, q.device):
-        scores = torch.einsum("bgrsd,bgtd->bgrst", q_BGRSD[:, :, :, rows], k_BGTD).mul_(scale)
-        lse_rows = lse_BGRS[:, :, :, rows]
-        lse_rows = lse_rows.masked_fill(lse_rows == -torch.inf, torch.inf)
-        probs = scores.add_(bias_ST).sub_(lse_rows.unsqueeze(-1)).exp_()
-        dout_rows = dout_BGRSD[:, :, :, rows]
-        dv += torch.einsum("bgrst,bgrsd->bgtd", probs, dout_rows)
+        q_rows, dout_rows = q_BGRSD[:, :, :, rows], dout_BGRSD[:, :, :, rows]
+        scores = _scores(q_rows, k_BGTD, scale, bias_ST)
+        probs = _probabilities(scores, lse_BGRS[:, :, :, rows], bias_ST)
+        dv += _product(probs.mT, dout_rows, bias_ST.mT).sum(2)
         dscores = torch.einsum("bgrsd,bgtd->bgrst", dout_rows, v_BGTD)
         dscores.sub_(delta[:, :, :, rows].unsqueeze(-1)).mul_(probs).mul_(scale)
-        dq[:, :, :, rows] = torch.einsum("bgrst,bgtd->bgrsd", dscores, k_BGTD)
-        dk += torch.einsum("bgrst,bgrsd->bgtd", dscores, q_BGRSD[:, :, :, rows])
+        if not _is_finite(dscores):
+            dscores.masked_fill_(bias_ST == -torch.inf, 0.0)
+        dq[:, :, :, rows] = _product(dscores, k_BGTD.unsqueeze(2), bias_ST)
+        dk += _product(dscores.mT, q_rows, bias_ST.mT).sum(2)
     return dq.permute(0, 3, 1, 2, 4).flatten(2, 3), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+def _scores(
+    q_BGRSD: torch.Tensor, k_BGTD: torch.Tensor, scale: float, bias_ST: torch.Tensor
+) -> torch.Tensor:
+    """Scores ``[B, G, R, S, T]`` with their bias, -inf where a pair is not visible."""
+    import torch
+
+    scores = torch.einsum("bgrsd,bgtd->bgrst", q_BGRSD, k_BGTD).mul_(scale)
+    if not _is_finite(scores):
+        scores.masked_fill_(bias_ST == -torch.inf, 0.0)
+    return scores.add_(bias_ST)
+
+
+def _probabilities(
+    scores: torch.Tensor, lse_BGRS: torch.Tensor, bias_ST: torch.Tensor
+) -> torch.Tensor:
+    """exp(scores - lse), in place of the scores; 0 for queries that see nothing."""
+    import torch
+
+    lse = lse_BGRS.masked_fill(lse_BGRS == -torch.inf, torch.inf)
+    probs = scores.sub_(lse.unsqueeze(-1)).exp_()
+    return probs if _is_finite(lse) else probs.masked_fill_(bias_ST == -torch.inf, 0.0)
+
+
+def _product(weights_ST: torch.Tensor, x_TD: torch.Tensor, bias_ST: torch.Tensor) -> torch.Tensor:
+    """``weights @ x``, in which values that are not finite count for visible pairs only."""
+    import torch
+
+    if _is_finite(x_TD):
+        return weights_ST @ x_TD
+    product = weights_ST @ x_TD.nan_to_num(0.0, 0.0, 0.0)
+    visible = (bias_ST > -torch.inf).double()
+    for value, found in (
+        (torch.nan, x_TD.isnan()),
+        (torch.inf, x_TD == torch.inf),
+        (-torch.inf, x_TD == -torch.inf),
+    ):
+        seen = visible @ found.double() > 0
+        product = torch.where(seen, product + value, product)
+    return product
+
+
+def _is_finite(x: torch.Tensor) -> bool:
+    return bool(x.sum().isfinite())
 
 
 def _row_blocks(

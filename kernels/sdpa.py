@@ -9,6 +9,7 @@ Legend: B batch, S query length, T key length, H query heads, G key/value heads,
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -201,22 +202,26 @@ class Math(Backend):
     """torch's unfused formula; it is differentiated by autograd, and its op returns no lse."""
 
     def __init__(self) -> None:
-        self._graphs = GraphStore()
+        self._graphs = GraphStore("sdpa.math")
+        self.states = self._graphs.states
 
     def forward(self, qkv: QKV, plan: Plan) -> OutLse:
+        if plan.empty:
+            return self.differentiable_forward(qkv, plan)
+        attend = functools.partial(self.differentiable_forward, plan=plan)
+        return self._graphs.forward(attend, qkv, plan.keep_graph)
+
+    def differentiable_forward(self, qkv: QKV, plan: Plan) -> OutLse:
+        """The forward pass, for autograd to record."""
         import torch
 
         if plan.empty:
             return torch.zeros_like(qkv.q), None
+        q, k, v = (x.transpose(1, 2) for x in qkv)
         op = torch.ops.aten._scaled_dot_product_attention_math
-
-        def attend(qkv: QKV) -> OutLse:
-            q, k, v = (x.transpose(1, 2) for x in qkv)
-            gqa = q.shape[1] != k.shape[1]
-            out, _ = op(q, k, v, plan.bias_ST, 0.0, plan.causal, scale=plan.scale, enable_gqa=gqa)
-            return out.transpose(1, 2), None
-
-        return self._graphs.forward(attend, qkv, plan.keep_graph)
+        gqa = q.shape[1] != k.shape[1]
+        out, _ = op(q, k, v, plan.bias_ST, 0.0, plan.causal, scale=plan.scale, enable_gqa=gqa)
+        return out.transpose(1, 2), None
 
     def backward(self, x: BackwardInputs, plan: Plan) -> Gradients:
         if plan.empty:

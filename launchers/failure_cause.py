@@ -80,7 +80,7 @@ class RankState:
     def _is_stopped(self) -> bool:
         """Whether its process is stopped by a signal (SIGSTOP) or a debugger."""
         with suppress(OSError):
-            stat = Path(f"/proc/{self.pid}/stat").read_text()
+            stat = Path(f"/proc/{self.pid}/stat").read_text("utf-8")
             return stat.rpartition(")")[2].split()[0] in "Tt"
         return False
 
@@ -138,7 +138,7 @@ def assign_exit_codes(
     ranks_by_pid = {rank.pid: rank.rank for rank in ranks if rank.pid is not None}
     rank_codes = {}
     if codes[0] and log.exists():
-        rank_codes = parse_exit_codes(log.read_text(errors="replace"), ranks_by_pid)
+        rank_codes = parse_exit_codes(log.read_text("utf-8", errors="replace"), ranks_by_pid)
     for rank in ranks:
         rank.exit_code = rank_codes.get(rank.rank) if codes[0] else 0
 
@@ -146,7 +146,7 @@ def assign_exit_codes(
 def oom_kill_count() -> int:
     """Number of processes that the kernel of this machine has killed for lack of memory."""
     with suppress(OSError):
-        match = re.search(r"^oom_kill (\d+)", Path("/proc/vmstat").read_text(), re.MULTILINE)
+        match = re.search(r"^oom_kill (\d+)", Path("/proc/vmstat").read_text("utf-8"), re.MULTILINE)
         return int(match[1]) if match else 0
     return 0
 

@@ -41,13 +41,13 @@ class Heartbeat:
         if time.monotonic() - self._last_beat > HEARTBEAT_INTERVAL_S:
             self._last_beat, self._count = time.monotonic(), self._count + 1
             with suppress(OSError):
-                self._path.write_text(str(self._count))
+                self._path.write_text(str(self._count), "utf-8")
 
     @property
     def timed_out(self) -> bool:
         """Whether the counter has not changed for ``HEARTBEAT_TIMEOUT_S``."""
         with suppress(OSError):
-            text = self._path.read_text()
+            text = self._path.read_text("utf-8")
             if text not in ("", self._last_text):
                 self._last_text, self._last_change = text, time.monotonic()
         return time.monotonic() - self._last_change > HEARTBEAT_TIMEOUT_S

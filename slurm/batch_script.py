@@ -45,7 +45,7 @@ def render_script(
         exclude: nodes to exclude, in addition to the profile's.
         after: ids of the jobs to wait for, separated by colons.
     """
-    template = resources.files("cpbench.slurm").joinpath("job.sbatch").read_text()
+    template = resources.files("cpbench.slurm").joinpath("job.sbatch").read_text("utf-8")
     values = {
         "DIRECTIVES": "\n".join(
             f"#SBATCH {_quote(option)}"

@@ -34,7 +34,11 @@ def _run(command: str, *arguments: str) -> str:
         raise SlurmError(f"{command} not found: run this on a host with Slurm's commands")
     try:
         result = subprocess.run(
-            (command, *arguments), capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S
+            (command, *arguments),
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=COMMAND_TIMEOUT_S,
         )
     except subprocess.TimeoutExpired:
         raise ControllerBusy(

@@ -37,7 +37,7 @@ def find_bad_nodes(
                 "srun", "--nodes=1", "--ntasks=1", f"--nodelist={host}", "--overlap",
                 "--export=ALL", "--input=none", *options, *program,
             ),
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace",
         )
         for host in hosts
     }  # fmt: skip

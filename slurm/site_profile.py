@@ -201,7 +201,7 @@ def load(path: Path) -> Profile:
         OSError: when the file cannot be read.
     """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not TOML: {' '.join(str(error).split())}") from None
     try:

@@ -277,7 +277,7 @@ def submission_lock(out: Path) -> Iterator[None]:
     """
     try:
         slurm_folder(out).mkdir(parents=True, exist_ok=True)
-        file = open(slurm_folder(out) / "lock", "w")  # noqa: SIM115
+        file = open(slurm_folder(out) / "lock", "wb")  # noqa: SIM115
     except OSError as error:
         raise StoreError(f"cannot write results to {out}: {error.strerror}") from error
     with file:

@@ -10,6 +10,7 @@ timeout (or oom, with ``--strict``); 2 for invalid input; 130 if interrupted.
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from typing import Annotated, Any
@@ -42,6 +43,11 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line and exit; exceptions become one-line messages and exit codes."""
+    if sys.stdout is None:
+        sys.exit(print_error("standard output is closed: redirect it to a file or /dev/null", 2))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # whatever the locale says
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         code = invoke()
         sys.stdout.flush()

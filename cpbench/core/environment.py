@@ -120,7 +120,7 @@ def machine_memory_bytes() -> int:
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
         with suppress(OSError, ValueError):  # "max" means no limit
-            memory_bytes = min(memory_bytes, int(Path("/sys/fs/cgroup", name).read_text()))
+            memory_bytes = min(memory_bytes, int(Path("/sys/fs/cgroup", name).read_text("utf-8")))
     return memory_bytes
 
 
@@ -130,10 +130,10 @@ def node_facts() -> dict[str, Any]:
     numa = {}
     for node in numa_nodes:
         with suppress(OSError):
-            numa[node.name] = (node / "cpulist").read_text().strip()
+            numa[node.name] = (node / "cpulist").read_text("utf-8").strip()
     clocks = []
     with suppress(OSError, ValueError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
         clocks = [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
     return {
         "host": platform.node(),
@@ -178,7 +178,10 @@ def commit() -> str | None:
 
     def git(*arguments: str) -> str | None:
         result = subprocess.run(
-            ["git", "-C", str(source_tree), *arguments], capture_output=True, text=True
+            ["git", "-C", str(source_tree), *arguments],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
         )
         return result.stdout.strip() if result.returncode == 0 else None
 
@@ -199,7 +202,7 @@ def _version(name: str) -> str | None:
 
 def _processor() -> str:
     try:
-        with open("/proc/cpuinfo") as lines:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
             for line in lines:
                 if line.startswith("model name"):
                     return line.partition(":")[2].strip()

@@ -81,7 +81,11 @@ def zero_gradients(qkv: QKV) -> Gradients:
 
 
 class Operator(Protocol):
-    """An attention operator.  All tensors are on one device, in ``problem.dtype``."""
+    """An attention operator.  All tensors are on one device, in ``problem.dtype``.
+
+    An operator whose backward pass needs more of the forward pass than out and lse has an attribute
+    ``states``, a :class:`~cpbench.core.output_state.OutputStates`.
+    """
 
     def unsupported(self, problem: Problem, mask: AttnMask, device: str) -> str | None:
         """Return why this case is not supported, and what to do instead; None if it is."""

@@ -42,10 +42,11 @@ def subprocesses(
     stderr_files = ExitStack()  # not pipes: one that nobody reads would fill up and block
     try:
         for request in requests:
-            stderr_file = stderr_files.enter_context(tempfile.TemporaryFile("w+"))  # noqa: SIM115
+            stderr_file = stderr_files.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8"))  # noqa: SIM115
             process = subprocess.Popen(
                 (sys.executable, "-m", module),
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", errors="replace",
+                env=environment,
                 stderr=stderr_file,
             )  # fmt: skip
             processes.append(Subprocess(process, stderr_file))

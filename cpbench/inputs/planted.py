@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from cpbench.core.problem import Case
-    from cpbench.masks.attn_mask import IntArray
+    from cpbench.masks.slices import IntArray
 
 
 class Needles:

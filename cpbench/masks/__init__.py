@@ -15,14 +15,17 @@ from types import FunctionType
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from cpbench.core import registry
 from cpbench.core.spec import Spec, Value
+from cpbench.core.untraced import untraced
 from cpbench.masks import head_patterns  # noqa: F401  registers its patterns
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.dilated_mask import DilatedMask
+from cpbench.masks.documents import MOST_TOKENS
 from cpbench.masks.head_masks import Mask, distinct_masks
-from cpbench.masks.patterns import PATTERNS, Pattern, pattern
+from cpbench.masks.patterns import PATTERNS, WIDE, Pattern, pattern
 
 __all__ = [
     "Pattern",
@@ -30,6 +33,7 @@ __all__ = [
     "build_heads",
     "content_files",
     "describe",
+    "from_cu_seqlens",
     "names",
     "pattern",
     "pattern_info",
@@ -38,6 +42,7 @@ __all__ = [
 GROUP = "cpbench.masks"
 
 
+@untraced
 def build(mask: str | Mapping[str, Any] | Spec, seq_len: int, **params: Any) -> AttnMask:
     """Build a mask that all heads share.
 
@@ -55,6 +60,7 @@ def build(mask: str | Mapping[str, Any] | Spec, seq_len: int, **params: Any) -> 
     return built
 
 
+@untraced
 def build_heads(
     mask: str | Mapping[str, Any] | Spec, seq_len: int, num_heads: int, **params: Any
 ) -> Mask:
@@ -84,7 +90,42 @@ def build_heads(
     pattern_info(spec)
     # The text distinguishes equal values (1, 1.0, true); a file that has changed is read again.
     cache_key = (str(spec), *content_files(spec).items())
-    return _build_cached(spec, int(seq_len), num_heads, cache_key)
+    built = _build_cached(spec, int(seq_len), num_heads, cache_key)
+    built.digest  # noqa: B018  computed once, so that compiled graphs can name the mask
+    return built
+
+
+def from_cu_seqlens(
+    cu_seqlens_q: npt.ArrayLike, cu_seqlens_k: npt.ArrayLike | None = None, causal: bool = True
+) -> AttnMask:
+    """The mask of packed documents, from the cumulative lengths of FlashAttention's calls.
+
+    Args:
+        cu_seqlens_q: ``(documents + 1,)`` integers: 0, and the end of each document's queries.
+        cu_seqlens_k: the same of its keys; those of the queries unless given.
+        causal: whether a query sees no later key; the last query and key of a document are aligned,
+            as in flash_attn from version 2.1.
+
+    Raises:
+        ValueError: for anything but integers that start at 0 and never fall.
+    """
+    ends = []
+    for name, given in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        raw = np.asarray(cu_seqlens_q if given is None else given)
+        if raw.ndim != 1 or raw.dtype.kind not in "iu" or len(raw) < 2 or (raw > MOST_TOKENS).any():
+            raise ValueError(f"{name} must be a flat list of integers up to 2**40, at least two")
+        values = raw.astype(np.int64)
+        if values[0] or (np.diff(values) < 0).any():
+            raise ValueError(f"{name} must start at 0 and never fall, unlike {raw[:8].tolist()}")
+        ends.append(values)
+    if len(ends[0]) != len(ends[1]):
+        raise ValueError(
+            f"cu_seqlens_q is of {len(ends[0]) - 1} documents, cu_seqlens_k of {len(ends[1]) - 1}"
+        )
+    (q0, q1), (k0, k1) = ((x[:-1], x[1:]) for x in ends)
+    last = k1 - q1 if causal else np.full_like(q0, WIDE)
+    slices = np.column_stack([q0, q1, k0, k1, np.full_like(q0, -WIDE), last])
+    return AttnMask.from_slices(int(q1[-1]), int(k1[-1]), slices)
 
 
 def rebuild(mask: Spec, seq_len: int, num_heads: int) -> Mask:

@@ -18,12 +18,29 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-IntArray = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
-
-Q0, Q1, K0, K1, LO, HI = range(6)
+from cpbench.masks import living
+from cpbench.masks.slices import (
+    HI,
+    K0,
+    K1,
+    LO,
+    Q0,
+    Q1,
+    BoolArray,
+    IntArray,
+    areas,
+    as_slices,
+    canonical,
+    canonical_indexed,
+    ceil_div,
+    cut_axis,
+    local_starts,
+    merge_neighbours,
+    row_overlaps,
+    shifted,
+    visible_keys_per_query,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +66,9 @@ class AttnMask:
         """A mask from any slices, which are clipped to ``seq_q x seq_k`` and made canonical.
 
         The slices must be disjoint; :meth:`overlap_area` checks it.
+
+        Raises:
+            ValueError: for anything but integers.
         """
         raw = as_slices(slices)
         raw = np.column_stack(
@@ -95,7 +115,8 @@ class AttnMask:
     def digest(self) -> str:
         """Hash of the extents and slices."""
         header = f"{self.seq_q},{self.seq_k};".encode()
-        return hashlib.sha256(header + self.slices.tobytes()).hexdigest()[:16]
+        digest = hashlib.sha256(header + self.slices.tobytes()).hexdigest()[:16]
+        return living.register(self, digest)
 
     @functools.cached_property
     def kind(self) -> str:
@@ -119,7 +140,7 @@ class AttnMask:
 
     def row_counts(self) -> IntArray:
         """``(seq_q,)`` number of visible keys of each query, in O(slices + seq_q)."""
-        return _visible_keys_per_query(self.slices, self.seq_q)
+        return visible_keys_per_query(self.slices, self.seq_q)
 
     def empty_rows(self) -> BoolArray:
         """``(seq_q,)`` true for queries without visible keys."""
@@ -128,7 +149,7 @@ class AttnMask:
 
     def overlap_area(self) -> int:
         """(query, key) pairs in two slices, summed over pairs of slices; 0 if all are disjoint."""
-        first, second = _row_overlaps(self.slices)
+        first, second = row_overlaps(self.slices)
         a, b = self.slices[first], self.slices[second]
         intersections = np.column_stack(
             [
@@ -186,8 +207,8 @@ class AttnMask:
         """
         cut, _, q_range = cut_axis(self.slices, q_ranges, axis=0)
         cut, source, k_range = cut_axis(cut, k_ranges, axis=1)
-        shift_q = (_local_starts(q_ranges) - q_ranges[:, 0])[q_range[source]]
-        shift_k = (_local_starts(k_ranges) - k_ranges[:, 0])[k_range]
+        shift_q = (local_starts(q_ranges) - q_ranges[:, 0])[q_range[source]]
+        shift_k = (local_starts(k_ranges) - k_ranges[:, 0])[k_range]
         moved = shifted(cut, shift_q, shift_k)
         return AttnMask._from_canonical(int(q_ranges[:, 1].sum()), int(k_ranges[:, 1].sum()), moved)
 
@@ -205,11 +226,11 @@ class AttnMask:
         slot = np.tile(np.arange(len(phases)), len(self.slices))
         raw = np.column_stack(
             [
-                _ceil_div(repeated[:, Q0] - q_phase, step),
-                _ceil_div(repeated[:, Q1] - q_phase, step),
-                _ceil_div(repeated[:, K0] - phase, step),
-                _ceil_div(repeated[:, K1] - phase, step),
-                _ceil_div(repeated[:, LO] + q_phase - phase, step),
+                ceil_div(repeated[:, Q0] - q_phase, step),
+                ceil_div(repeated[:, Q1] - q_phase, step),
+                ceil_div(repeated[:, K0] - phase, step),
+                ceil_div(repeated[:, K1] - phase, step),
+                ceil_div(repeated[:, LO] + q_phase - phase, step),
                 (repeated[:, HI] + q_phase - phase) // step,
             ]
         )
@@ -234,165 +255,6 @@ class AttnMask:
         while True:
             count = len(slices)
             for keys in ((LO, K0, Q0), (LO, Q0, K0)):
-                slices = _merge_neighbours(slices, keys)
+                slices = merge_neighbours(slices, keys)
             if len(slices) == count:
                 return AttnMask._from_canonical(self.seq_q, self.seq_k, slices)
-
-
-# --- arithmetic on arrays of slices -----------------------------------------------------------
-
-
-def as_slices(rows: IntArray | Iterable[Sequence[int]]) -> IntArray:
-    """``(n, 6)`` int64 from any iterable of six-tuples."""
-    if isinstance(rows, np.ndarray):
-        return rows.astype(np.int64, copy=False).reshape(-1, 6)
-    return np.array(list(rows), dtype=np.int64).reshape(-1, 6)
-
-
-def areas(slices: IntArray) -> IntArray:
-    """``(n,)`` visible pairs of each canonical slice.
-
-    O(1) per slice: the pairs of a rectangle with ``j - i <= h`` are a difference of triangular
-    numbers, and a band is the difference of two such counts.
-    """
-    q0, q1, k0, k1, lo, hi = slices.T
-    return _pairs_up_to(q0, q1, k0, k1, hi) - _pairs_up_to(q0, q1, k0, k1, lo - 1)
-
-
-def ragged_indices(counts: IntArray) -> tuple[IntArray, IntArray]:
-    """Row and position of each item of ragged rows: ``[2, 0, 1]`` is ``[0, 0, 2], [0, 1, 0]``."""
-    source = np.repeat(np.arange(len(counts)), counts)
-    return source, np.arange(len(source)) - np.repeat(np.cumsum(counts) - counts, counts)
-
-
-def canonical(slices: IntArray) -> IntArray:
-    """Slices with tight rectangles and offsets, in the same order, without empty ones."""
-    return canonical_indexed(slices)[0]
-
-
-def cut_axis(slices: IntArray, ranges: IntArray, axis: int) -> tuple[IntArray, IntArray, IntArray]:
-    """Cut slices along one axis at the borders of disjoint ranges; what is in no range is dropped.
-
-    Args:
-        slices: ``(n, 6)`` canonical.
-        ranges: ``(m, 2)`` rows ``(start, length)``, disjoint, in any order.
-        axis: 0 cuts queries, 1 cuts keys.
-
-    Returns:
-        ``(p, 6)`` canonical slices, and for each the index of its original slice ``(p,)`` and of
-        its range ``(p,)``.
-    """
-    order = np.lexsort((ranges[:, 1], ranges[:, 0]))
-    start, end = ranges[order, 0], ranges[order, 0] + ranges[order, 1]
-    low, high = (Q0, Q1) if axis == 0 else (K0, K1)
-    first = np.searchsorted(end, slices[:, low], side="right")
-    last = np.searchsorted(start, slices[:, high], side="left")
-    count = np.maximum(last - first, 0)
-    source, range_index = ragged_indices(count)
-    range_index += first[source]
-    cut = slices[source]
-    cut[:, low] = np.maximum(cut[:, low], start[range_index])
-    cut[:, high] = np.minimum(cut[:, high], end[range_index])
-    cut, kept = canonical_indexed(cut)
-    return cut, source[kept], order[range_index[kept]]
-
-
-def shifted(slices: IntArray, shift_q: IntArray, shift_k: IntArray) -> IntArray:
-    """Slices moved by ``(n,)`` numbers of queries and keys each, with their offsets."""
-    moved = slices.copy()
-    moved[:, Q0] += shift_q
-    moved[:, Q1] += shift_q
-    moved[:, K0] += shift_k
-    moved[:, K1] += shift_k
-    moved[:, LO] += shift_k - shift_q
-    moved[:, HI] += shift_k - shift_q
-    return moved
-
-
-def canonical_indexed(slices: IntArray) -> tuple[IntArray, IntArray]:
-    """:func:`canonical`, and the index of the input of each output.
-
-    One pass is exact.  It drops offsets outside the rectangle, rows without visible keys, columns
-    that no row sees, and the offsets that only those rows and columns had.
-    """
-    q0, q1, k0, k1, lo, hi = slices.T
-    lo = np.maximum(lo, k0 - q1 + 1)
-    hi = np.minimum(hi, k1 - 1 - q0)
-    q0, q1 = np.maximum(q0, k0 - hi), np.minimum(q1, k1 - lo)
-    k0, k1 = np.maximum(k0, q0 + lo), np.minimum(k1, q1 + hi)
-    lo = np.maximum(lo, k0 - q1 + 1)
-    hi = np.minimum(hi, k1 - 1 - q0)
-    index = np.flatnonzero((q0 < q1) & (k0 < k1) & (lo <= hi))
-    return np.column_stack([q0, q1, k0, k1, lo, hi])[index], index
-
-
-def _pairs_up_to(q0: IntArray, q1: IntArray, k0: IntArray, k1: IntArray, h: IntArray) -> IntArray:
-    """``(n,)`` pairs of each rectangle with ``j - i <= h``."""
-    # Row i has min(i + h + 1, k1) - k0 keys, at least 0: an arithmetic series, clamped.
-    last = q1 + h - k0
-    first = q0 + h - k0
-    width = k1 - k0
-    return _clamped_sum(last, width) - _clamped_sum(first, width)
-
-
-def _clamped_sum(x: IntArray, width: IntArray) -> IntArray:
-    """Sum over y = 1..x of min(y, width), for any integer x."""
-    terms = np.maximum(x, 0)
-    excess = np.maximum(x - width, 0)
-    total: IntArray = (terms * (terms + 1) - excess * (excess + 1)) // 2
-    return total
-
-
-def _visible_keys_per_query(slices: IntArray, length: int) -> IntArray:
-    """``(length,)`` visible keys: each slice adds a trapezoid, by its second differences."""
-    q0, q1, k0, k1, lo, hi = slices.T
-    slope = np.zeros(length + 2, dtype=np.int64)
-    offset = np.zeros(length + 2, dtype=np.int64)
-    np.add.at(slope, q0 + 1, 1)  # the last visible key moves with i ...
-    np.add.at(slope, np.clip(k1 - hi, q0 + 1, q1), -1)  # ... up to the right edge
-    np.add.at(slope, np.clip(k0 - lo + 1, q0 + 1, q1), -1)  # the first one moves from the left edge
-    np.add.at(slope, q1, 1)
-
-    for row, position, sign in ((q0, q0, 1), (q1 - 1, q1, -1)):
-        visible = np.minimum(k1 - 1, row + hi) - np.maximum(k0, row + lo) + 1
-        np.add.at(offset, position, sign * visible)
-    return np.cumsum(np.cumsum(slope) + offset)[:length]
-
-
-def _row_overlaps(slices: IntArray) -> tuple[IntArray, IntArray]:
-    """Index pairs (a < b) of slices with intersecting query ranges; slices are sorted by q0."""
-    end = np.searchsorted(slices[:, Q0], slices[:, Q1], side="left")
-    index = np.arange(len(slices))
-    count = np.maximum(end - index - 1, 0)
-    first, second = ragged_indices(count)
-    return first, second + first + 1
-
-
-def _merge_neighbours(slices: IntArray, keys: tuple[int, int, int]) -> IntArray:
-    """Merge slice 2m with 2m+1, then 2m+1 with 2m+2, in the order of ``keys`` (last is primary)."""
-    for parity in (0, 1):
-        slices = slices[np.lexsort([slices[:, c] for c in keys])]
-        a, b = slices[parity:-1:2], slices[parity + 1 :: 2]
-        a = a[: len(b)]
-        hull = np.column_stack(
-            [
-                np.minimum(a[:, c], b[:, c]) if c in (Q0, K0, LO) else np.maximum(a[:, c], b[:, c])
-                for c in range(6)
-            ]
-        )
-        fits = areas(hull) == areas(a) + areas(b)
-        slices = slices.copy()
-        slices[parity:-1:2][: len(b)][fits] = hull[fits]
-        keep = np.ones(len(slices), dtype=np.bool_)
-        keep[parity + 1 :: 2] = ~fits
-        slices = slices[keep]
-    return canonical(slices)
-
-
-def _local_starts(ranges: IntArray) -> IntArray:
-    """The start of each range in the concatenation of all."""
-    return np.cumsum(ranges[:, 1]) - ranges[:, 1]
-
-
-def _ceil_div(x: IntArray, y: int) -> IntArray:
-    return -(-x // y)

@@ -15,7 +15,8 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from cpbench.masks.attn_mask import AttnMask, BoolArray, IntArray
+from cpbench.masks.attn_mask import AttnMask
+from cpbench.masks.slices import BoolArray, IntArray
 from cpbench.masks.tiling import TileGrid, tiles
 
 Int32Array = npt.NDArray[np.int32]

@@ -14,20 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from cpbench.masks.attn_mask import (
-    HI,
-    K0,
-    K1,
-    LO,
-    Q0,
-    Q1,
-    AttnMask,
-    BoolArray,
-    IntArray,
-    canonical,
-    cut_axis,
-)
+from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.convert import Int32Array, row_intervals
+from cpbench.masks.slices import HI, K0, K1, LO, Q0, Q1, BoolArray, IntArray, canonical, cut_axis
 from cpbench.masks.tiling import TileGrid, tiles
 
 UNBOUNDED = -1

@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from cpbench.masks.attn_mask import BoolArray, IntArray
+from cpbench.masks import living
+from cpbench.masks.slices import BoolArray, IntArray
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class DilatedMask:
     @functools.cached_property
     def digest(self) -> str:
         """Hash of the attributes."""
-        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
+        return living.register(self, hashlib.sha256(repr(self).encode()).hexdigest()[:16])
 
     @property
     def slices(self) -> IntArray:

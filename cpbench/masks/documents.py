@@ -17,11 +17,12 @@ from typing import Any, TypedDict
 import numpy as np
 import numpy.typing as npt
 
-from cpbench.masks.attn_mask import IntArray
+from cpbench.masks.slices import IntArray
 
 DEFAULT_CORPUS = "pile"
 DEFAULT_SEED = 0
 
+MOST_TOKENS = 1 << 40  # of a document, and of all documents
 LONG_SHARE = (6, 10)  # of the tokens: 60 %, as a fraction to stay exact
 LONG_LOW, LONG_HIGH = 8 * 1024, 30 * 1024  # tokens
 
@@ -225,7 +226,7 @@ def _generator(seed: int, *stream: int) -> np.random.Generator:
 
 @functools.cache
 def _histograms() -> dict[str, list[list[float]]]:
-    text = (files("cpbench.masks") / "data" / "doc_length_histograms.json").read_text()
+    text = (files("cpbench.masks") / "data" / "doc_length_histograms.json").read_text("utf-8")
     histograms: dict[str, list[list[float]]] = json.loads(text)["histograms"]
     return histograms
 
@@ -245,7 +246,7 @@ class _BadFileError(ValueError):
 
 
 def _read_text(path: Path, _: str | None) -> npt.NDArray[Any]:
-    numbered = enumerate(path.read_text().splitlines(), start=1)
+    numbered = enumerate(path.read_text("utf-8-sig").splitlines(), start=1)
     lines = [(number, line.strip()) for number, line in numbered if line.strip()]
     try:
         return np.array([line for _, line in lines], dtype=np.str_).astype(np.int64)
@@ -263,7 +264,7 @@ def _read_text(path: Path, _: str | None) -> npt.NDArray[Any]:
 
 
 def _read_json(path: Path, _: str | None) -> npt.NDArray[Any]:
-    lens = json.loads(path.read_text())
+    lens = json.loads(path.read_text("utf-8-sig"))
     if not isinstance(lens, list) or not all(type(item) is int for item in lens):
         raise _BadFileError(f"file {str(path)!r} must hold one JSON list of integers")
     return np.array(lens)
@@ -305,11 +306,14 @@ def _checked(lens: npt.NDArray[Any], name: str) -> IntArray:
     if lens.ndim != 1 or lens.dtype.kind not in "iu":
         kind = f"{lens.ndim}-D {lens.dtype}"
         raise ValueError(f"{name} must be a flat list of integers >= 1, not {kind}")
-    invalid = np.flatnonzero(lens < 1)
+    invalid = np.flatnonzero((lens < 1) | (lens > MOST_TOKENS))
     if len(invalid):
         raise ValueError(
-            f"{name} must hold integers >= 1; number {invalid[0] + 1} is {lens[invalid[0]]}"
+            f"{name} must hold integers from 1 to 2**40; number {invalid[0] + 1} is "
+            f"{lens[invalid[0]]}"
         )
+    if lens.sum(dtype=np.float64) > MOST_TOKENS:
+        raise ValueError(f"{name} must sum to at most 2**40, not to {lens.sum(dtype=np.float64):g}")
     return lens.astype(np.int64)
 
 

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cpbench.masks.attn_mask import AttnMask, BoolArray, IntArray
+from cpbench.masks import living
+from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.dilated_mask import DilatedMask
+from cpbench.masks.slices import BoolArray, IntArray
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +71,7 @@ class HeadMasks:
     def digest(self) -> str:
         """Hash of the masks."""
         digests = ",".join(mask.digest for mask in self.masks)
-        return hashlib.sha256(digests.encode()).hexdigest()[:16]
+        return living.register(self, hashlib.sha256(digests.encode()).hexdigest()[:16])
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, HeadMasks) and self.digest == other.digest

@@ -13,10 +13,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from cpbench.masks.attn_mask import AttnMask, IntArray
+from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.dilated_mask import DilatedMask
 from cpbench.masks.head_masks import HeadMasks
 from cpbench.masks.patterns import WIDE, pattern
+from cpbench.masks.slices import IntArray
 
 MAX_SLICES = 1 << 22  # of all heads; a kept block may need a slice
 

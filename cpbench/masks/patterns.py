@@ -21,7 +21,7 @@ from typing import Any, TypeVar, Unpack
 import numpy as np
 
 from cpbench.core.registry import RegistrationError
-from cpbench.masks.attn_mask import AttnMask, IntArray
+from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.documents import (
     DEFAULT_CORPUS,
     DEFAULT_SEED,
@@ -31,6 +31,7 @@ from cpbench.masks.documents import (
     starts,
 )
 from cpbench.masks.head_masks import Mask
+from cpbench.masks.slices import IntArray
 
 Build = TypeVar("Build", bound=Callable[..., Mask])
 

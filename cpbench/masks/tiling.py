@@ -13,19 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from cpbench.masks.attn_mask import (
-    HI,
-    K0,
-    K1,
-    LO,
-    Q0,
-    Q1,
-    AttnMask,
-    BoolArray,
-    IntArray,
-    areas,
-    ragged_indices,
-)
+from cpbench.masks.attn_mask import AttnMask
+from cpbench.masks.slices import HI, K0, K1, LO, Q0, Q1, BoolArray, IntArray, areas, ragged_indices
 
 Int32Array = npt.NDArray[np.int32]
 

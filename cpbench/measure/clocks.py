@@ -44,7 +44,7 @@ def offsets(control: Control) -> list[Offset]:
 def _clock_domain() -> str:
     """An identifier that is equal for processes that read the same clock."""
     with suppress(OSError):
-        return BOOT_ID.read_text().strip() + str(Path("/proc/self/ns/time").readlink())
+        return BOOT_ID.read_text("utf-8").strip() + str(Path("/proc/self/ns/time").readlink())
     return socket.gethostname()
 
 

@@ -145,7 +145,7 @@ def resident_bytes(peak: bool = False) -> int | None:
     :func:`reset_resident_peak`; None where the system does not tell."""
     name = "VmHWM:" if peak else "VmRSS:"
     with suppress(OSError):
-        for line in (PROCESS / "status").read_text().splitlines():
+        for line in (PROCESS / "status").read_text("utf-8").splitlines():
             if line.startswith(name):
                 return int(line.split()[1]) << 10
     return None
@@ -157,6 +157,6 @@ def reset_resident_peak() -> bool:
     with suppress(AttributeError):  # glibc only
         ctypes.CDLL(None).malloc_trim(0)
     with suppress(OSError):
-        (PROCESS / "clear_refs").write_text("5")
+        (PROCESS / "clear_refs").write_text("5", "utf-8")
         return True
     return False

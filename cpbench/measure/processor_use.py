@@ -120,7 +120,7 @@ class ProcessorMeter:
                     self._is_transport.pop(thread, None)
                     self._files[thread] = os.open(TASKS / thread / "schedstat", os.O_RDONLY)
                 elif thread not in self._is_transport:
-                    name = (TASKS / thread / "comm").read_text()
+                    name = (TASKS / thread / "comm").read_text("utf-8")
                     self._is_transport[thread] = name.startswith(TRANSPORT_THREADS)
         return bool(self._files)
 

@@ -215,7 +215,7 @@ def main(argv: list[str]) -> int:
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     path, seconds = argv[0], float(argv[1])
-    with open(path, "a", buffering=1) as file:
+    with open(path, "a", buffering=1, encoding="utf-8") as file:
         try:
             nvml = Nvml()
         except OSError as error:

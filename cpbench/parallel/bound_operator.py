@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     import torch
 
     from cpbench.core.operator import Gradients, OutLse
+    from cpbench.core.output_state import OutputStates
+    from cpbench.core.problem import Problem
     from cpbench.masks.attn_mask import AttnMask
     from cpbench.parallel.world import KeySubset, Subproblem
 
@@ -162,12 +164,15 @@ class Planned:
 
     Attributes:
         plan: the plan of the operator.
+        problem, mask: what it is the plan of.
         area: visible pairs.
         crop: ``(q0, q1, k0, k1)`` if the plan covers only these queries and keys, as no others
             see or are seen; None if it covers all.
     """
 
     plan: Any
+    problem: Problem
+    mask: Any
     area: int
     crop: tuple[int, int, int, int] | None = None
 
@@ -239,7 +244,8 @@ class BoundOperator:
         reason = self.impl.unsupported(problem, mask, self.device)
         if reason is not None:
             raise Unsupported(reason)
-        return Planned(self.impl.prepare(mask, problem, self.device), subproblem.area, crop)
+        plan = self.impl.prepare(mask, problem, self.device)
+        return Planned(plan, problem, mask, subproblem.area, crop)
 
     def forward(self, qkv: QKV, plan: Any) -> OutLse:
         """See :meth:`Operator.forward`."""
@@ -263,6 +269,9 @@ class BoundOperator:
         if plan.crop is not None:
             q0, q1, k0, k1 = plan.crop
             qkv = QKV(q[:, q0:q1], k[:, k0:k1], v[:, k0:k1])
+        return self._forward(qkv, plan)
+
+    def _forward(self, qkv: QKV, plan: Planned) -> OutLse:
         return self.impl.forward(qkv, plan.plan)
 
     def backward(self, x: BackwardInputs, plan: Any) -> Gradients:
@@ -282,7 +291,19 @@ class BoundOperator:
             lse: Any = x.lse  # None for operators that return none
             lse = lse[:, :, q0:q1].contiguous() if lse is not None else None
             x = BackwardInputs(dout, q, x.k[:, k0:k1], x.v[:, k0:k1], out, lse)
+        return self._backward(x, plan)
+
+    def _backward(self, x: BackwardInputs, plan: Planned) -> Gradients:
         return self.impl.backward(x, plan.plan)
+
+    def take_state(self, x: torch.Tensor) -> Any:
+        """Take what the operator keeps for the backward pass of the output ``x``, or None."""
+        states: OutputStates | None = getattr(self.impl, "states", None)
+        return None if states is None else states.take(x)
+
+    def restore_state(self, out: torch.Tensor, state: Any) -> None:
+        """Give back what :meth:`take_state` took, for another tensor with the same values."""
+        self.impl.states.put(out, state)  # type: ignore[attr-defined]
 
     def sum_float32(
         self, total: torch.Tensor | None, gradients: Sequence[torch.Tensor]

@@ -19,8 +19,9 @@ import copy
 import socket
 import time
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol, Self
+
+from cpbench.parallel.process_group import create_group
 
 if TYPE_CHECKING:
     import torch
@@ -231,9 +232,7 @@ class TorchComm(GroupedComm):
         """Return the process group, created at its first collective, and count the bytes sent."""
         if self.group is None and self is not self._root:
             assert list(self._members) == sorted(self._members), "process groups sort their ranks"
-            global_ranks = self._dist.get_process_group_ranks(self._root_group)
-            ranks = [global_ranks[member] for member in self._members]
-            self.group = self._dist.new_group(ranks, use_local_synchronization=True)
+            self.group = create_group(self._root_group, self._members, "part")
         self._count_collective(nbytes, messages)
         return self.group
 
@@ -301,12 +300,8 @@ class Control:
         import torch.distributed as dist
 
         self._dist = dist
-        self._group = dist.new_group(
-            None if group is None else dist.get_process_group_ranks(group),
-            backend="gloo",
-            timeout=timedelta(seconds=timeout_s),
-            use_local_synchronization=group is not None,
-        )
+        members = range(dist.get_world_size(group))
+        self._group = create_group(group, members, "control", "gloo", timeout_s)
         self.rank, self.size = dist.get_rank(self._group), dist.get_world_size(self._group)
 
     def barrier(self) -> None:
@@ -318,6 +313,15 @@ class Control:
         values: list[Any] = [None] * self.size
         self._dist.all_gather_object(values, value, group=self._group)
         return values
+
+    def agree(self, checksum: int, ready: bool) -> bool:
+        """Whether all ranks are ready and have the same checksum (one all-reduce of 24 bytes)."""
+        import torch
+
+        cells = torch.tensor([checksum, -checksum, not ready], dtype=torch.int64)
+        self._dist.all_reduce(cells, op=self._dist.ReduceOp.MAX, group=self._group)
+        largest, minus_smallest, unready = cells.tolist()
+        return largest == -minus_smallest and not unready
 
     def max(self, value: float) -> float:
         """The maximum over ranks, on every rank (one small all-reduce)."""

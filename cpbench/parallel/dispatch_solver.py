@@ -20,7 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cpbench.masks.attn_mask import AttnMask, BoolArray, IntArray
+from cpbench.masks.attn_mask import AttnMask
+from cpbench.masks.slices import BoolArray, IntArray
 
 CHUNKS_PER_RANK = 64  # granularity of the split into heavy and light tokens
 IMBALANCE_TOLERANCE = 0.01  # relative to the mean area; below it no more tokens are swapped

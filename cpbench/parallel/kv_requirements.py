@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from cpbench.masks.attn_mask import AttnMask, IntArray, cut_axis, ragged_indices
+from cpbench.masks.attn_mask import AttnMask
+from cpbench.masks.slices import IntArray, cut_axis, ragged_indices
 from cpbench.parallel.layout import Layout
 
 if TYPE_CHECKING:

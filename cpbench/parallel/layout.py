@@ -19,7 +19,9 @@ import numpy as np
 
 from cpbench.core.registry import check_params
 from cpbench.core.spec import Spec
-from cpbench.masks.attn_mask import AttnMask, IntArray, areas, cut_axis, shifted
+from cpbench.core.untraced import untraced
+from cpbench.masks.attn_mask import AttnMask
+from cpbench.masks.slices import IntArray, areas, cut_axis, shifted
 from cpbench.parallel.dispatch_solver import assign_tokens
 
 if TYPE_CHECKING:
@@ -160,6 +162,7 @@ def summary(name: str) -> str:
     return (_LAYOUTS[name].__doc__ or "").splitlines()[0]
 
 
+@untraced
 def build(spec: Spec | str, seq_len: int, world_size: int, mask: AttnMask | None = None) -> Layout:
     """Build a layout by name.
 

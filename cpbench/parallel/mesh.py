@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cpbench.masks.attn_mask import IntArray
+from cpbench.masks.slices import IntArray
 
 
 @dataclass(frozen=True)

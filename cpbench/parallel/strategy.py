@@ -9,8 +9,9 @@ Legend: B batch, L local tokens, H query heads, G key/value heads, D head dim.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from cpbench.core.operator import BackwardInputs
 from cpbench.core.registry import missing_package
 from cpbench.masks.head_masks import per_head
 
@@ -24,6 +25,26 @@ if TYPE_CHECKING:
     from cpbench.parallel.world import World
 
     Forward = tuple[torch.Tensor, torch.Tensor | None, Any]  # out, lse, saved for backward
+
+
+class Saved(NamedTuple):
+    """What the backward pass of a strategy needs of the forward pass.
+
+    Attributes:
+        q, k, v, out, lse: of this rank, or of the tokens and heads that it has received.
+        last: other keys and values to keep.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    out: torch.Tensor
+    lse: torch.Tensor | None
+    last: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def backward_inputs(self, dout: torch.Tensor) -> BackwardInputs:
+        """The inputs of an operator's backward pass."""
+        return BackwardInputs(dout, *self[:5])  # type: ignore[arg-type]
 
 
 class Strategy(Protocol):
@@ -51,7 +72,8 @@ class Strategy(Protocol):
             need_lse: whether to return the local lse even if that costs communication.
 
         Returns:
-            out ``[B, L, H, D]``, lse ``[B, H, L]`` or None, and the values saved for ``backward``.
+            out ``[B, L, H, D]``, lse ``[B, H, L]`` or None, and the values saved for ``backward``:
+            a :class:`Saved` or a list of them (anything, if the strategy is not traced).
         """
         ...
 

@@ -16,9 +16,10 @@ import numpy as np
 
 from cpbench import masks
 from cpbench.core.problem import Case, Problem, local_problem
-from cpbench.masks.attn_mask import AttnMask, IntArray
+from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.dilated_mask import DilatedMask
 from cpbench.masks.head_masks import Mask, per_head
+from cpbench.masks.slices import IntArray
 from cpbench.parallel import layout as layouts
 from cpbench.parallel.layout import Layout, area_matrix, local_mask
 from cpbench.parallel.mesh import Mesh

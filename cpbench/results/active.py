@@ -246,6 +246,6 @@ def _namespace() -> str:
 def _start_time(pid: int) -> str:
     """Start time of a process, in clock ticks since boot; "" if there is none, or it has ended."""
     with suppress(OSError, IndexError):
-        stat_fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        stat_fields = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()
         return stat_fields[19] if stat_fields[0] not in "ZX" else ""
     return ""

@@ -68,7 +68,7 @@ class Burst(Ring):
     ) -> Gradients:
         import torch
 
-        q, k, v, out, lse = saved
+        q, k, v, out, lse, _ = saved
         dq_rotation = GradientRotation(
             (1, *q.shape), gradient_dtype.torch_dtype(self.grad_dtype), op, comm
         )

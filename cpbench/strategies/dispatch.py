@@ -21,6 +21,7 @@ import numpy as np
 from cpbench.core.registry import StrategyInfo
 from cpbench.parallel.comm import CompletedHandle
 from cpbench.parallel.kv_requirements import KeyTransfers, group_cast_transfers
+from cpbench.parallel.strategy import Saved
 from cpbench.strategies.common import gradient_dtype
 from cpbench.strategies.common.collectives import to_token_major
 from cpbench.strategies.common.return_results import ResultExchange
@@ -108,14 +109,14 @@ class Dispatch:
             if stage.plan is not None:
                 accumulator.add(k_s, v_s, stage.plan)
         out, lse = accumulator.finish()
-        return out, lse, (q, k, v, out, lse)
+        return out, lse, Saved(q, k, v, out, lse)
 
     def backward(
         self, dout: torch.Tensor, saved: Any, plan: tuple[Stage, ...], op: BoundOperator, comm: Comm
     ) -> Gradients:
         import torch
 
-        q, k, v, out, lse = saved
+        q, k, v, out, lse, _ = saved
         send_dtype = gradient_dtype.torch_dtype(self.grad_dtype)
         accumulator = op.backward_accumulator(dout, q, out, lse)
         results = ResultExchange(comm)

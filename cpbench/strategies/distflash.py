@@ -19,9 +19,10 @@ import numpy as np
 
 from cpbench.core.operator import QKV
 from cpbench.core.registry import StrategyInfo
-from cpbench.masks.attn_mask import BoolArray
+from cpbench.masks.slices import BoolArray
 from cpbench.parallel.bound_operator import row_delta
 from cpbench.parallel.comm import CompletedHandle
+from cpbench.parallel.strategy import Saved
 from cpbench.strategies.common import gradient_dtype
 from cpbench.strategies.common.return_results import ResultExchange
 
@@ -126,14 +127,14 @@ class DistFlash:
             results.post()
         results.wait()
         out, lse = accumulator.finish()
-        return out, lse, (q, k, v, out, lse)
+        return out, lse, Saved(q, k, v, out, lse)
 
     def backward(
         self, dout: torch.Tensor, saved: Any, plan: Plan, op: BoundOperator, comm: Comm
     ) -> Gradients:
         import torch
 
-        q, k, v, out, lse = saved
+        q, k, v, out, lse, _ = saved
         send_dtype = gradient_dtype.torch_dtype(self.grad_dtype)
         accumulator = op.backward_accumulator(dout, q, out, lse)
         dk_dv: torch.Tensor | None = None  # of the local keys, float32

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cpbench.core.registry import StrategyInfo
+from cpbench.parallel.strategy import Saved
 from cpbench.strategies.common import gradient_dtype, head_exchange
 from cpbench.strategies.common.collectives import all_gather_tokens, reduce_scatter_tokens
 from cpbench.strategies.common.rotation import GradientRotation, Step, rotate_blocks, rotation_steps
@@ -104,14 +105,14 @@ class Hierarchical:
             accumulator.add(keys, values, step.plan)
         out_all, lse_all = accumulator.finish()
         out, lse = head_exchange.result_to_tokens(out_all, lse_all, need_lse, node)
-        return out, lse, (q_all, k_all, v_all, out_all, lse_all)
+        return out, lse, Saved(q_all, k_all, v_all, out_all, lse_all)
 
     def backward(
         self, dout: torch.Tensor, saved: Any, plan: Plan, op: BoundOperator, comm: Comm
     ) -> Gradients:
         import torch
 
-        q_all, k_all, v_all, out_all, lse_all = saved
+        q_all, k_all, v_all, out_all, lse_all, _ = saved
         node, across, replicas = (
             comm.sub(ranks) for ranks in (plan.node, plan.across, plan.replicas)
         )

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cpbench.core.registry import StrategyInfo
+from cpbench.parallel.strategy import Saved
 from cpbench.strategies.common import gradient_dtype
 from cpbench.strategies.common.rotation import GradientRotation, Step, rotate_blocks, rotation_steps
 
@@ -81,12 +82,12 @@ class Ring:
             if step.computes:
                 accumulator.add(k_s, v_s, step.plan)
         out, lse = accumulator.finish()
-        return out, lse, (q, k, v, out, lse)
+        return out, lse, Saved(q, k, v, out, lse)
 
     def backward(
         self, dout: torch.Tensor, saved: Any, plan: Plan, op: BoundOperator, comm: Comm
     ) -> Gradients:
-        q, k, v, out, lse = saved
+        q, k, v, out, lse, _ = saved
         accumulator = op.backward_accumulator(dout, q, out, lse)
         gradients = GradientRotation(
             (2, *k.shape), gradient_dtype.torch_dtype(self.grad_dtype), op, comm

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpbench.core.operator import QKV, BackwardInputs
 from cpbench.core.registry import StrategyInfo
+from cpbench.parallel.strategy import Saved
 from cpbench.strategies.common.collectives import (
     all_gather_tokens,
     reduce_scatter_tokens,
@@ -76,12 +77,12 @@ class RingAllGather:
             outs.append(out)
             lses.append(lse)
         out, lse = _concat(outs, 2), None if lses[0] is None else _concat(lses, 1)
-        return out, lse, (q, k, v, out, lse)
+        return out, lse, Saved(q, k, v, out, lse)
 
     def backward(
         self, dout: torch.Tensor, saved: Any, plan: Any, op: BoundOperator, comm: Comm
     ) -> Gradients:
-        q, k, v, out, lse = saved
+        q, k, v, out, lse, _ = saved
         lses: list[Any] = self._head_chunks(lse, 1) if lse is not None else [None] * self.stages
         douts, qs, outs = (self._head_chunks(x) for x in (dout, q, out))
         stage_inputs = zip(douts, qs, self._gather_stages(k, v, comm), outs, lses, strict=True)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpbench.core.registry import StrategyInfo
 from cpbench.parallel.comm import CompletedHandle
+from cpbench.parallel.strategy import Saved
 from cpbench.strategies import ring
 from cpbench.strategies.common import gradient_dtype
 from cpbench.strategies.common.rotation import rotate_blocks
@@ -71,7 +72,7 @@ class RingReverse(ring.Ring):
             accumulator.add(k_s, v_s, step.plan)
             last = k_s, v_s
         out, lse = accumulator.finish()
-        return out, lse, (q, k, v, out, lse, last)
+        return out, lse, Saved(q, k, v, out, lse, last)
 
     def backward(
         self, dout: torch.Tensor, saved: Any, plan: ring.Plan, op: BoundOperator, comm: Comm

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cpbench.core.operator import BackwardInputs
 from cpbench.core.registry import StrategyInfo
+from cpbench.parallel.strategy import Saved
 
 if TYPE_CHECKING:
     import torch
@@ -40,9 +40,9 @@ class Single:
         self, qkv: QKV, plan: Any, op: BoundOperator, comm: Comm, need_lse: bool
     ) -> Forward:
         out, lse = op.forward(qkv, plan)
-        return out, lse, (*qkv, out, lse)
+        return out, lse, Saved(*qkv, out, lse)
 
     def backward(
         self, dout: torch.Tensor, saved: Any, plan: Any, op: BoundOperator, comm: Comm
     ) -> Gradients:
-        return op.backward(BackwardInputs(dout, *saved), plan)
+        return op.backward(saved.backward_inputs(dout), plan)

@@ -19,6 +19,7 @@ from cpbench.core.registry import StrategyInfo
 from cpbench.parallel.bound_operator import row_delta
 from cpbench.parallel.comm import CompletedHandle
 from cpbench.parallel.mesh import Mesh
+from cpbench.parallel.strategy import Saved
 from cpbench.strategies.common import gradient_dtype
 from cpbench.strategies.common.return_results import ResultExchange
 
@@ -159,14 +160,14 @@ class Tile:
         columns.finish()
         results.wait()
         out, lse = own.finish()
-        return out, lse, (q, k, v, out, lse)
+        return out, lse, Saved(q, k, v, out, lse)
 
     def backward(
         self, dout: torch.Tensor, saved: Any, plan: Plan, op: BoundOperator, comm: Comm
     ) -> Gradients:
         import torch
 
-        q, k, v, out, lse = saved
+        q, k, v, out, lse, _ = saved
         send_dtype = gradient_dtype.torch_dtype(self.grad_dtype)
         columns = _ColumnKeys(k, v, plan, comm)
         column_grads: dict[int, torch.Tensor] = {}  # dK and dV of each column, float32

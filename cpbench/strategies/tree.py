@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cpbench.core.operator import QKV
 from cpbench.core.registry import StrategyInfo
 from cpbench.parallel.bound_operator import row_delta
+from cpbench.parallel.strategy import Saved
 from cpbench.strategies.common.collectives import (
     all_gather_tokens,
     reduce_scatter_tokens,
@@ -70,14 +71,14 @@ class Tree:
         local_largest = largest.unflatten(0, (comm.size, -1))[comm.rank]
         lse = (local_largest + denominator.squeeze(-1).log()).permute(1, 2, 0).contiguous()
         out = out.transpose(0, 1).to(q.dtype).contiguous()
-        return out, lse, (q, k, v, out, lse)
+        return out, lse, Saved(q, k, v, out, lse)
 
     def backward(
         self, dout: torch.Tensor, saved: Any, plan: Any, op: BoundOperator, comm: Comm
     ) -> Gradients:
         import torch
 
-        q, k, v, out, lse = saved
+        q, k, v, out, lse, _ = saved
         per_query = [row_delta(dout, out), lse.transpose(1, 2)]
         local = [to_token_major(x) for x in (q, dout, *per_query)]
         q_all, dout_all, delta_all, lse_all = (

@@ -11,8 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cpbench.core.operator import QKV, BackwardInputs
+from cpbench.core.operator import QKV
 from cpbench.core.registry import StrategyInfo
+from cpbench.parallel.strategy import Saved
 from cpbench.strategies.common import head_exchange
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class Ulysses:
         inputs = self._chunk_inputs(qkv, comm.size)
         incoming = head_exchange.tokens_to_heads(inputs[0], comm)
         kv: list[torch.Tensor] = []
-        chunks: list[Any] = []
+        chunks: list[Saved] = []
         outgoing = []
         for i in range(self.chunks):
             q_all, *kv_all = incoming.wait()
@@ -89,13 +90,11 @@ class Ulysses:
                 incoming = head_exchange.tokens_to_heads(inputs[i + 1], comm)
             out_all, lse_all = op.forward(QKV(q_all, k_all, v_all), plan.op)
             outgoing.append(head_exchange.heads_to_tokens([out_all], comm))
-            chunks.append((q_all, k_all, v_all, out_all, lse_all))
+            chunks.append(Saved(q_all, k_all, v_all, out_all, lse_all))
         out = _join_heads([pending.wait()[0] for pending in outgoing], comm.size)
-        lse = None
-        if need_lse and chunks[0][-1] is not None:
-            lse = head_exchange.lse_to_tokens(
-                torch.cat([chunk[-1] for chunk in chunks], dim=1), comm
-            )
+        lse, lses = None, [chunk.lse for chunk in chunks if chunk.lse is not None]
+        if need_lse and lses:
+            lse = head_exchange.lse_to_tokens(torch.cat(lses, dim=1), comm)
         return out, lse, chunks
 
     def backward(
@@ -109,13 +108,13 @@ class Ulysses:
             (dout_all,) = incoming.wait()
             if i + 1 < self.chunks:
                 incoming = head_exchange.tokens_to_heads(douts[i + 1], comm)
-            dq, dk, dv = op.backward(BackwardInputs(dout_all, *chunk), plan.op)
+            dq, dk, dv = op.backward(chunk.backward_inputs(dout_all), plan.op)
             if dk_dv is None:
                 dk_dv = (dk, dv)
             else:
                 dk_dv = (dk_dv[0].float().add_(dk), dk_dv[1].float().add_(dv))
             grads = [dq]
-            if i + 1 == self.chunks or saved[i + 1][1] is not chunk[1]:
+            if i + 1 == self.chunks or saved[i + 1].k is not chunk.k:
                 grads += [grad.to(dq.dtype) for grad in dk_dv]
                 dk_dv = None
             outgoing.append(head_exchange.heads_to_tokens(grads, comm))

@@ -105,7 +105,7 @@ def packaged_sweeps() -> dict[str, str]:
     descriptions = {}
     for file in sorted(PACKAGED.iterdir(), key=lambda file: file.name):
         if file.name.endswith(".toml"):
-            table = tomllib.loads(file.read_text())
+            table = tomllib.loads(file.read_text("utf-8-sig"))
             descriptions[file.name.removesuffix(".toml")] = str(table.get("description", ""))
     return descriptions
 
@@ -121,7 +121,7 @@ def load(name: str) -> Sweep:
         if path.suffix == ".toml" or path.is_file():
             text, title = path.read_text(encoding="utf-8"), path.stem
         elif name in packaged_sweeps():
-            text = PACKAGED.joinpath(f"{name}.toml").read_text()
+            text = PACKAGED.joinpath(f"{name}.toml").read_text("utf-8")
             title = name
         else:
             raise SweepError(

@@ -147,12 +147,12 @@ def _ptxas_usage(ptx: str, capability: int) -> dict[str, int]:
     """Registers per thread and spilled bytes, from the log of Triton's own ptxas."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
+        source.write_text(ptx, "utf-8")
         suffix = "a" if capability >= 90 else ""
         result = subprocess.run(
             [_assembler(capability), "-v", f"--gpu-name=sm_{capability}{suffix}", source,
              "-o", f"{folder}/kernel.cubin"],
-            capture_output=True, text=True, check=True,
+            capture_output=True, encoding="utf-8", errors="replace", check=True,
         )  # fmt: skip
     log = result.stderr + result.stdout
     registers = re.search(r"Used (\d+) registers", log)

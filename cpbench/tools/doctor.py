@@ -37,7 +37,9 @@ def check_environment() -> list[dict[str, Any]]:
         _row("cpbench", "ok", commit() or "installed"),
         _row("cores", "ok", str(usable_cores())),
     ]
-    probe = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True)
+    probe = subprocess.run(
+        [sys.executable, "-c", _PROBE], capture_output=True, encoding="utf-8", errors="replace"
+    )
     if probe.returncode:
         last_line = (probe.stderr.strip().splitlines() or ["no output"])[-1]
         rows.append(_row("torch", "broken", last_line))

@@ -75,13 +75,13 @@ class LinkJob:
     def save(self, folder: Path) -> Path:
         """Write the job file and return its path."""
         path = folder / "job.json"
-        path.write_text(json.dumps(asdict(self)))
+        path.write_text(json.dumps(asdict(self)), "utf-8")
         return path
 
     @classmethod
     def load(cls, path: Path) -> LinkJob:
         """Read a job file."""
-        return cls(**json.loads(path.read_text()))
+        return cls(**json.loads(path.read_text("utf-8")))
 
 
 def journal_path(job: Path, rank: int) -> Path:

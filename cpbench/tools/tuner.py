@@ -95,7 +95,7 @@ def _save(key: str, best: dict[str, Any]) -> None:
     """Save the configurations of a problem class to the file; those of others are kept."""
     path = triton_configs.cache_file()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".lock"), "w") as lock:
+    with open(path.with_suffix(".lock"), "wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another tuner may write another class
         tuned = triton_configs.tuned_configs() | {key: best}
         table = {

@@ -13,9 +13,10 @@ import numpy as np
 
 from cpbench.core.problem import Problem
 from cpbench.inputs import Recipe
-from cpbench.masks.attn_mask import AttnMask, IntArray
+from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.dilated_mask import DilatedMask
 from cpbench.masks.head_masks import Mask, distinct_masks
+from cpbench.masks.slices import IntArray
 from cpbench.verify.check import RankContext, Tensors, as_index
 from cpbench.verify.errors import Errors, Floats, TensorErrorSums, combined_errors
 

@@ -18,9 +18,10 @@ import numpy as np
 from cpbench.core.operator import QKV, BackwardInputs
 from cpbench.core.problem import Problem
 from cpbench.inputs import Recipe
-from cpbench.masks.attn_mask import AttnMask, IntArray
+from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.dilated_mask import DilatedMask
 from cpbench.masks.head_masks import Mask
+from cpbench.masks.slices import IntArray
 from cpbench.parallel import layout as layouts
 from cpbench.parallel.world import World
 from cpbench.verify.errors import Errors, TensorErrorSums, combined_errors

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cpbench.core.tolerance import LIMITS
-from cpbench.masks.attn_mask import IntArray
+from cpbench.masks.slices import IntArray
 from cpbench.verify.errors import Floats
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cpbench.core.operator import QKV, BackwardInputs
-from cpbench.masks.attn_mask import AttnMask, IntArray
+from cpbench.masks.attn_mask import AttnMask
+from cpbench.masks.slices import IntArray
 from cpbench.selectors.common.base import Branch, SelectionResult, Selector
 from cpbench.selectors.common.pooling import Pool
 from cpbench.verify.at_size import sample_lines, visible_keys

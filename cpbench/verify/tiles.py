@@ -28,9 +28,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cpbench.inputs import Recipe
-from cpbench.masks.attn_mask import AttnMask, IntArray
+from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.dilated_mask import DilatedMask
 from cpbench.masks.head_masks import distinct_masks
+from cpbench.masks.slices import IntArray
 from cpbench.verify.at_size import Statistics
 from cpbench.verify.check import RankContext, Tensors, as_index
 from cpbench.verify.errors import Errors, TensorErrorSums

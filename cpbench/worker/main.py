@@ -233,7 +233,7 @@ def _launcher_has_exited() -> bool:
     while launcher is not None and pid != launcher:
         if pid in ("0", "1"):
             return True
-        pid = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+        pid = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[1]
     return False
 
 

@@ -121,14 +121,14 @@ def _share_address(path: Path, address: tuple[str, int]) -> tuple[str, int]:
     """Rank 0's address, on every rank: rank 0 writes it to a file, the others wait for that."""
     if address[0]:
         hidden = path.with_name(f".{path.name}")
-        hidden.write_text(f"{address[0]} {address[1]}\n")
+        hidden.write_text(f"{address[0]} {address[1]}\n", "utf-8")
         hidden.replace(path)
         return address
     deadline = time.monotonic() + ADDRESS_TIMEOUT_S
     while time.monotonic() < deadline:
         with suppress(OSError):
             list(path.parent.iterdir())  # makes network file systems refresh the directory
-            host, port = path.read_text().split()
+            host, port = path.read_text("utf-8").split()
             return host, int(port)
         time.sleep(0.05)
     raise TimeoutError(f"rank 0 did not write {path} within {ADDRESS_TIMEOUT_S:.0f} s")

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from cpbench.masks.attn_mask import Q0, Q1, AttnMask, canonical
+from cpbench.masks.attn_mask import AttnMask
+from cpbench.masks.slices import Q0, Q1, canonical
 from cpbench.parallel.bound_operator import merge
 
 if TYPE_CHECKING:

@@ -17,17 +17,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from cpbench.masks.attn_mask import (
-    K0,
-    K1,
-    Q0,
-    Q1,
-    AttnMask,
-    BoolArray,
-    IntArray,
-    areas,
-    cut_axis,
-)
+from cpbench.masks.attn_mask import AttnMask
+from cpbench.masks.slices import K0, K1, Q0, Q1, BoolArray, IntArray, areas, cut_axis
 
 # Adjacent row intervals shorter than this share a tile: a call costs more than hidden pairs.
 MIN_INTERVAL_ROWS = 16

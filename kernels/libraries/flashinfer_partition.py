@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cpbench.masks.attn_mask import K0, K1, Q0, Q1, AttnMask, IntArray, areas
+from cpbench.masks.attn_mask import AttnMask
+from cpbench.masks.slices import K0, K1, Q0, Q1, IntArray, areas
 
 if TYPE_CHECKING:
     import torch

@@ -171,7 +171,7 @@ def tuned_configs() -> dict[str, dict[str, Config]]:
 @functools.lru_cache(maxsize=4)
 def _read_tuned(path: Path, changed_ns: int) -> dict[str, dict[str, Config]]:
     try:
-        table = json.loads(path.read_text())
+        table = json.loads(path.read_text("utf-8"))
         return {
             key: {name: Config(**config) for name, config in kernels.items()}
             for key, kernels in table.items()

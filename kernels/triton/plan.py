@@ -15,17 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from cpbench.masks.attn_mask import (
-    K0,
-    K1,
-    LO,
-    Q0,
-    Q1,
-    AttnMask,
-    IntArray,
-    canonical_indexed,
-    ragged_indices,
-)
+from cpbench.masks.attn_mask import AttnMask
+from cpbench.masks.slices import K0, K1, LO, Q0, Q1, IntArray, canonical_indexed, ragged_indices
 from cpbench.masks.tiling import TileGrid, strips, tiles
 
 Int32Array = npt.NDArray[np.int32]

@@ -59,7 +59,7 @@ def packed_data_tables() -> tuple[str, str]:
 
 def read_web(*names: str) -> str:
     """Concatenate files of ``web/``."""
-    return "\n".join((WEB / name).read_text() for name in names)
+    return "\n".join((WEB / name).read_text("utf-8") for name in names)
 
 
 def security_policy(source: str, external_samples: bool) -> str:

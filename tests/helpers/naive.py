@@ -33,9 +33,11 @@ def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     if not torch.equal(torch.isneginf(actual), torch.isneginf(expected)):
         return float("inf")
     actual, expected = (x.masked_fill(torch.isneginf(x), 0.0) for x in (actual, expected))
-    difference = float((actual - expected).norm())
+    difference = float((actual - expected).detach().norm())
     return (
-        difference / (float(expected.norm()) or 1.0) if difference == difference else float("inf")
+        difference / (float(expected.detach().norm()) or 1.0)
+        if difference == difference
+        else float("inf")
     )
 
 

@@ -10,7 +10,8 @@ from any_mask import MANY, masks
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpbench.masks.attn_mask import AttnMask, areas, canonical, cut_axis
+from cpbench.masks.attn_mask import AttnMask
+from cpbench.masks.slices import areas, canonical, cut_axis
 from cpbench.masks.tiling import tiles
 
 

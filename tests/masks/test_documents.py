@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -176,8 +177,8 @@ def test_the_only_column_of_a_parquet_file_needs_no_name(tmp_path: Path) -> None
         ("a.csv", b"1\n", "must end in one of .txt, .json, .npy, .parquet"),
         ("a.txt", b"", "holds no lengths; give at least one"),
         ("a.txt", b"\n \n", "holds no lengths; give at least one"),
-        ("a.txt", b"3\n0\n", "must hold integers >= 1; number 2 is 0"),
-        ("a.txt", b"3\n\n-4\n", "must hold integers >= 1; number 2 is -4"),
+        ("a.txt", b"3\n0\n", "must hold integers from 1 to 2**40; number 2 is 0"),
+        ("a.txt", b"3\n\n-4\n", "must hold integers from 1 to 2**40; number 2 is -4"),
         ("a.txt", b"3\n\n4.5\n", "line 3: '4.5' is not an integer; write one length per line"),
         ("a.txt", b"3 4\n", "line 1: '3 4' is not an integer"),
         ("a.txt", b"99999999999999999999\n", "a length that does not fit 64 bits"),
@@ -238,3 +239,60 @@ def test_default_is_the_pile_with_seed_0() -> None:
         assert (documents.lengths(5000, **params) == expected).all()  # type: ignore[arg-type]
     assert documents.corpora() == CORPORA
     assert documents.starts(expected)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("lens", "message"),
+    [
+        (np.array([2**63 + 5, 3], dtype=np.uint64), "number 1 is 9223372036854775813"),
+        (np.array([3, 2**64 - 1], dtype=np.uint64), "number 2 is 18446744073709551615"),
+        ([2**40] * 3, "must sum to at most 2**40"),
+        ([2**63 - 1, 2**63 - 1, 10], "number 1 is 9223372036854775807"),
+        ([2**64, 3], "must be a flat list of integers"),
+    ],
+)
+def test_lengths_that_do_not_fit_64_bits_are_refused(lens: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        documents.from_list(8, lens)
+
+
+def test_unsigned_lengths() -> None:
+    for dtype in (np.uint8, np.uint32, np.uint64, np.int16):
+        assert documents.from_list(8, np.array([5, 3], dtype=dtype)).tolist() == [5, 3]
+
+
+def test_masks_from_cumulative_lengths() -> None:
+    mask = masks.from_cu_seqlens(np.array([0, 5, 5, 8], dtype=np.uint64))
+    assert mask == masks.build("causal_document", 8, doc_lens=[5, 3])
+    assert masks.from_cu_seqlens([0, 5, 8], causal=False) == masks.build(
+        "full_document", 8, doc_lens=[5, 3]
+    )
+    aligned = masks.from_cu_seqlens([0, 2, 3], [0, 4, 9])
+    assert aligned.to_dense().astype(int).tolist() == [
+        [1, 1, 1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0, 0, 0],
+        [0, 0, 0, 0, 1, 1, 1, 1, 1],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("cumulative", "message"),
+    [
+        ([0, 5, 3, 8], "must start at 0 and never fall, unlike [0, 5, 3, 8]"),
+        ([1, 5], "must start at 0"),
+        (np.array([0, 2**63 + 1], dtype=np.uint64), "integers up to 2**40"),
+        ([0.0, 4.0], "integers up to 2**40"),
+        ([0], "at least two"),
+    ],
+)
+def test_cumulative_lengths_that_are_refused(cumulative: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        masks.from_cu_seqlens(cumulative)
+
+
+@pytest.mark.parametrize(
+    "slices", [[[0, 4, 0, 4, 0.5, 1]], [[0, 4, 0, 4, -(2**62), 0]], [[0, 4, 0]], [["a"] * 6]]
+)
+def test_slices_that_are_refused(slices: Any) -> None:
+    with pytest.raises(ValueError, match="six integers"):
+        masks.AttnMask.from_slices(4, 4, slices)

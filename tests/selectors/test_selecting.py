@@ -121,10 +121,10 @@ def test_a_selection_is_freed_with_its_output(spec: str) -> None:
     for _ in range(3):
         out, lse = selector.forward(QKV(*inputs[:3]), plan)
         selector.backward(BackwardInputs(inputs[3], *inputs[:3], out, lse), plan)
-    assert len(selector._selections) == 1
+    assert len(selector.states) == 1
     del out, lse
     gc.collect()
-    assert len(selector._selections) == 0
+    assert len(selector.states) == 0
 
 
 # --- causality ----------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cpbench.core.operator import QKV, BackwardInputs, declared_refusal
+from cpbench.core.output_state import OutputStates
 from cpbench.core.registry import OperatorInfo, implementation, operator_info
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.selectors.common.pooling import NO_POOL, Pool
@@ -141,7 +142,7 @@ class Selector(ABC):
 
     def __init__(self, kernel: str = "") -> None:
         self._kernel_name = str(kernel)
-        self._selections: Any = None  # weak table by output, created once torch is imported
+        self.states = OutputStates(self.name)  # a SelectionResult each
         self.keep_selection = False
 
     @abstractmethod
@@ -226,16 +227,16 @@ class Selector(ABC):
         return total.to(q.dtype), None, results
 
     def forward(self, qkv: QKV, plan: Plan) -> OutLse:
-        prepared = self.prepare_branches(self.select(qkv.q, qkv.k, plan), plan)
+        return self.attend_to(qkv, self.select(qkv.q, qkv.k, plan), plan)
+
+    def attend_to(self, qkv: QKV, branches: tuple[Branch, ...], plan: Plan) -> OutLse:
+        """The forward pass after the selection."""
+        prepared = self.prepare_branches(branches, plan)
         computed, lse, results = self.compute(qkv, prepared)
         # A new tensor: as a key of the weak table it must not be one that the results refer to.
         out = computed.view_as(computed)
         if self.keep_selection or plan.problem.backward:
-            if self._selections is None:
-                from torch.utils.weak import WeakTensorKeyDictionary
-
-                self._selections = WeakTensorKeyDictionary()
-            self._selections[out] = SelectionResult(prepared, results)
+            self.states.put(out, SelectionResult(prepared, results))
         return out, lse
 
     def selection_of(self, out: torch.Tensor) -> SelectionResult:
@@ -244,9 +245,7 @@ class Selector(ABC):
         Raises:
             ValueError: for any other tensor.
         """
-        if self._selections is None or out not in self._selections:
-            raise ValueError(f"{self.name} needs the output that its own forward returned")
-        selection: SelectionResult = self._selections[out]
+        selection: SelectionResult = self.states.get(out)
         return selection
 
     def backward(self, x: BackwardInputs, plan: Plan) -> Gradients:

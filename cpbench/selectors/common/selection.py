@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cpbench.masks.attn_mask import AttnMask, IntArray, cut_axis
+from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.head_masks import HeadMasks
+from cpbench.masks.slices import IntArray, cut_axis
 from cpbench.masks.tiling import tiles
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from cpbench.masks.attn_mask import BoolArray, IntArray
+from cpbench.masks.slices import BoolArray, IntArray
 from cpbench.parallel.comm import CompletedHandle
 
 if TYPE_CHECKING:

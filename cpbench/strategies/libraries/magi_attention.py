@@ -28,7 +28,7 @@ from cpbench.strategies.libraries.call import LibraryStrategy, common_refusal
 
 if TYPE_CHECKING:
     from cpbench.core.operator import QKV, OutLse
-    from cpbench.masks.attn_mask import IntArray
+    from cpbench.masks.slices import IntArray
     from cpbench.parallel.bound_operator import BoundOperator
     from cpbench.parallel.world import World
 

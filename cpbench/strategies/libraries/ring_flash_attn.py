@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cpbench.core.registry import StrategyInfo
-from cpbench.masks.attn_mask import AttnMask, IntArray
+from cpbench.masks.attn_mask import AttnMask
+from cpbench.masks.slices import IntArray
 from cpbench.strategies.libraries import flash_attn_stand_in as stand_in
 from cpbench.strategies.libraries.blocks import BlockPlans, PackedDocuments
 from cpbench.strategies.libraries.call import LibraryStrategy, common_refusal

@@ -1,0 +1,17 @@
+"""The public functions: attention on one device, and on the shards of a process group.
+
+Shapes: q ``[B, S, H, D]``; k, v ``[B, T, G, D]``, ``H % G == 0``; out like q; lse ``[B, H, S]``
+float32, natural logarithm, -inf for queries that see nothing (whose output is 0).
+"""
+
+from cpbench.api.distributed import distributed_attention
+from cpbench.api.local import attention
+from cpbench.api.prepared import Attention, find_disagreement, require_agreement
+
+__all__ = [
+    "Attention",
+    "attention",
+    "distributed_attention",
+    "find_disagreement",
+    "require_agreement",
+]

@@ -1,0 +1,227 @@
+"""Context-parallel attention on the shards of a process group.
+
+Every call begins with one small all-reduce over Gloo, in which ranks compare what they are about to
+compute: so a rank that was given something else makes all ranks raise the same error, and none
+waits for messages that never come.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from cpbench.api.autograd import AttentionFunction
+from cpbench.api.inputs import (
+    Tensors,
+    make_problem,
+    need_gradients,
+    require_types,
+    under_autocast,
+)
+from cpbench.api.prepared import Attention, require_agreement
+from cpbench.api.public_operator import PublicOperator
+from cpbench.core.operator import Unsupported
+from cpbench.core.spec import Spec
+from cpbench.core.untraced import untraced
+from cpbench.parallel import layout as layouts
+from cpbench.parallel.comm import Control, TorchComm
+from cpbench.parallel.world import World
+
+if TYPE_CHECKING:
+    from cpbench.core.problem import Problem
+    from cpbench.masks.attn_mask import AttnMask
+
+AGREEMENT_TIMEOUT_S = 60.0
+MOST_PREPARED = 64  # computations kept for each group
+
+
+@untraced
+def distributed_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: AttnMask,
+    strategy: Spec | str = "ring",
+    layout: Spec | str = "zigzag",
+    operator: Spec | str = "bands",
+    group: Any = None,
+    scale: float | None = None,
+    placement: str = "",
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Context-parallel attention on local shards, differentiable in out and lse.
+
+    Every rank of ``group`` calls it with the tokens that ``layout`` assigns to it: see
+    ``cpbench.layout.build(layout, seq_len, world_size, mask)`` and its ``shard``,
+    ``unshard`` and ``positions``.  Under autocast it computes in the dtype of autocast.
+
+    Args:
+        q: ``[B, L, H, D]``; k, v: ``[B, L, G, D]``; L is the layout's ``local_len``.
+        mask: the global mask; if it has fewer queries than keys, the layout assigns both, each by
+            its own length.
+        strategy, layout, operator: names, with parameters.
+        group: a torch.distributed group or a ``DeviceMesh`` of one dimension; the default group
+            unless given.
+        scale: multiplies the scores; ``D ** -0.5`` unless given.
+        placement: the axis of the strategy's mesh to place inside nodes.
+
+    Returns:
+        out ``[B, L, H, D]`` and lse ``[B, H, L]``.
+
+    Raises:
+        ValueError: on every rank, if the tensors of one do not fit the mask or layout, or a name is
+            unknown.
+        Unsupported: on every rank, with the reason, before anything is sent.
+        RuntimeError: on every rank, if ranks disagree on the problem.  In the backward pass, for a
+            gradient through the lse of an operator or strategy that cannot compute it, and for a
+            second derivative.
+    """
+    member = _member_of(group)
+    call, work, refusal = None, None, ""
+    try:
+        require_types(q, k, v, mask)
+        q, k, v = under_autocast(q, k, v)
+        problem = make_problem(q, k, v, mask, scale, need_gradients(q, k, v))
+        method = (Spec.parse(operator), Spec.parse(strategy), Spec.parse(layout), placement)
+        call = Call(*method, mask, problem, str(q.device))
+        work = member.works.get(call)
+        refusal = _wrong_length(work.world, q, k, v) if work else ""
+    except (ValueError, TypeError) as error:
+        refusal = str(error)
+    checksum = call.checksum if call else 0
+    if not member.control.agree(checksum, ready=work is not None and not refusal):
+        work = member.prepare(call, refusal, (q, k, v))
+    assert work is not None
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    return AttentionFunction.apply(q, k, v, work, member.comm)  # type: ignore[no-any-return, no-untyped-call]
+
+
+@dataclass(frozen=True)
+class Call:
+    """What all ranks must call with the same values, but for the device."""
+
+    operator: Spec
+    strategy: Spec
+    layout: Spec
+    placement: str
+    mask: AttnMask
+    problem: Problem
+    device: str
+
+    @functools.cached_property
+    def text(self) -> str:
+        """The values in words, equal on all ranks."""
+        method = f"{self.operator} {self.strategy} {self.layout} {self.placement}".rstrip()
+        device = self.device.partition(":")[0]
+        return f"{method}, mask {self.mask.digest}, {self.problem}, on {device}"
+
+    @functools.cached_property
+    def checksum(self) -> int:
+        """63 bits."""
+        return int.from_bytes(hashlib.sha256(self.text.encode()).digest()[:8], "big") >> 1
+
+
+class GroupMember:
+    """One rank of a process group: its communicators, and the computations prepared on it.
+
+    The first call is collective.
+    """
+
+    def __init__(self, group: Any) -> None:
+        self.control = Control(group, AGREEMENT_TIMEOUT_S)
+        self.comm = TorchComm(group)
+        self.ranks_per_node = self.control.ranks_per_node()
+        self.works: dict[Call, Attention] = {}  # the last ones, in the order of preparation
+
+    def prepare(self, call: Call | None, refusal: str, inputs: Tensors) -> Attention:
+        """Prepare a call on all ranks; all of them raise if one refuses or disagrees.
+
+        Args:
+            call: None if ``refusal`` says why this rank has none.
+            inputs: q, k and v.
+        """
+        calls = self.control.all_gather((refusal, call.text if call else ""))
+        _raise_first([reason for reason, _ in calls], ValueError)
+        texts = [text for _, text in calls]
+        if len(set(texts)) > 1:
+            raise RuntimeError(f"ranks disagree on the problem: {_describe_texts(texts)}")
+        assert call is not None
+        work, wrong_length = None, ""
+        try:
+            mask, problem = call.mask, call.problem
+            keys = layouts.build(call.layout, mask.seq_k, self.control.size, mask)
+            world = World.of(problem, mask, keys, self.ranks_per_node, call.placement)
+            wrong_length = _wrong_length(world, *inputs)
+            method, rank = (call.operator, call.strategy), self.control.rank
+            work = Attention(*method, world, rank, call.device, PublicOperator)
+        except ValueError as error:
+            refusal = str(error)
+        fingerprint = work.fingerprint if work else ("", 0)
+        ranks = self.control.all_gather((wrong_length, refusal, fingerprint))
+        _raise_first([reason for reason, _, _ in ranks], ValueError)
+        _raise_first([reason for _, reason, _ in ranks], Unsupported)
+        assert work is not None
+        require_agreement(self.control, work, [fingerprint for _, _, fingerprint in ranks])
+        self.works[call] = work
+        if len(self.works) > MOST_PREPARED:
+            del self.works[next(iter(self.works))]
+        return work
+
+
+def _wrong_length(world: World, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str:
+    """Why the local tensors do not fit the layouts, or an empty text."""
+    tensors = (("q", q, world.queries), ("k", k, world.keys), ("v", v, world.keys))
+    for name, tensor, layout in tensors:
+        if tensor.shape[1] != layout.local_len:
+            return (
+                f"{name} has {tensor.shape[1]} tokens; layout {layout.name} assigns "
+                f"{layout.local_len} of {layout.seq_len} to each of {world.size} ranks"
+            )
+    return ""
+
+
+def _raise_first(refusals: list[str], kind: type[ValueError]) -> None:
+    """Raise the first refusal, with the number of its rank unless all ranks have the same."""
+    first = next((rank for rank, reason in enumerate(refusals) if reason), None)
+    if first is not None:
+        alone = len(set(refusals)) > 1
+        raise kind(f"rank {first}: {refusals[first]}" if alone else refusals[first])
+
+
+def _describe_texts(texts: list[str]) -> str:
+    """Which ranks have which text."""
+    return " vs. ".join(
+        f"{text} (rank {', '.join(str(rank) for rank, own in enumerate(texts) if own == text)})"
+        for text in dict.fromkeys(texts)
+    )
+
+
+_MEMBERS: weakref.WeakKeyDictionary[Any, GroupMember] = weakref.WeakKeyDictionary()
+
+
+def _member_of(group: Any) -> GroupMember:
+    """This rank's part of a process group.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if not dist.is_initialized():
+        raise ValueError("torch.distributed is not initialised: call init_process_group first")
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            names = group.mesh_dim_names or ()
+            example = f", such as mesh[{names[-1]!r}]" if names else ""
+            raise ValueError(f"group is a DeviceMesh of {group.ndim} dimensions: use one{example}")
+        group = group.get_group()
+    group = dist.group.WORLD if group is None else group
+    if not isinstance(group, dist.ProcessGroup):
+        raise ValueError(f"group must be a process group that this rank belongs to, not {group!r}")
+    if group not in _MEMBERS:
+        _MEMBERS[group] = GroupMember(group)
+    return _MEMBERS[group]

@@ -1,0 +1,73 @@
+"""Gradients that flow through the log-sum-exp, by any operator whose backward takes out and lse.
+
+With the scores s, probabilities P = exp(s - lse) and dlse the gradient of lse, the gradient of the
+scores has another term, P * dlse.  A second backward pass computes it: from v = 1 in a few lanes,
+dout = dlse in these lanes, and out = 0, a backward pass computes P * (dout v^T - sum(dout * out)) =
+P * dlse.  None of these depends on which tokens or heads a rank holds, so it is the same for every
+strategy.  In 16 bits dlse is split over three lanes, so that none of its float32 is lost.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from cpbench.parallel.strategy import Saved
+
+if TYPE_CHECKING:
+    from cpbench.api.prepared import Attention
+    from cpbench.core.operator import Gradients
+    from cpbench.parallel.comm import Comm
+
+MOST_LANES = 3  # 3 * 8 bits of bfloat16, 3 * 11 of float16
+
+
+def add_lse_gradient(
+    gradients: Gradients, dlse: torch.Tensor, saved: object, work: Attention, comm: Comm | None
+) -> Gradients:
+    """Add the gradient through lse to dq and dk.
+
+    Args:
+        gradients: dq, dk, dv through out.
+        dlse: ``[B, H, S]`` float32, finite.
+        saved: of the forward pass.
+
+    Raises:
+        RuntimeError: if the operator or strategy cannot compute it.
+    """
+    if not work.op.info.external_lse or not work.info.traced:
+        who = work.op.info.name if not work.op.info.external_lse else work.info.name
+        raise RuntimeError(
+            f"no gradient flows through the lse of {who}: use lse.detach(), or another "
+            f"{'operator' if not work.op.info.external_lse else 'strategy'}"
+        )
+    dq, dk, dv = gradients
+    lanes = min(MOST_LANES if dq.element_size() == 2 else 1, dq.shape[-1])
+    rest = dlse.float().transpose(1, 2)  # [B, S, H]
+    dout = torch.zeros_like(dq, memory_format=torch.contiguous_format)
+    for lane in range(lanes):
+        dout[..., lane] = rest
+        rest = rest - dout[..., lane].float()
+    more_dq, more_dk, _ = work.backward(dout, _with_constant_values(saved, lanes), comm)
+    return dq + more_dq, dk + more_dk, dv
+
+
+def _with_constant_values(saved: object, lanes: int) -> object:
+    """The saved values with v = 1 in the first lanes, 0 elsewhere, and out = 0."""
+    replaced: dict[int, torch.Tensor] = {}  # by identity: strategies compare tensors by it
+
+    def constant(v: torch.Tensor) -> torch.Tensor:
+        if id(v) not in replaced:
+            replaced[id(v)] = torch.zeros_like(v)
+            replaced[id(v)][..., :lanes] = 1
+        return replaced[id(v)]
+
+    def replace(part: object) -> object:
+        if isinstance(part, Saved):
+            last = part.last and (part.last[0], constant(part.last[1]))
+            return part._replace(v=constant(part.v), out=torch.zeros_like(part.out), last=last)
+        assert isinstance(part, list), "strategies save Saved, or lists of it"
+        return [replace(item) for item in part]
+
+    return replace(saved)

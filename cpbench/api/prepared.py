@@ -1,0 +1,144 @@
+"""A prepared computation: an operator under a strategy, on one rank."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from cpbench import __version__
+from cpbench.core.operator import QKV, Unsupported, declared_refusal
+from cpbench.core.problem import Problem
+from cpbench.core.registry import OperatorInfo, implementation, operator_info, strategy_info
+from cpbench.core.spec import Spec
+from cpbench.parallel.bound_operator import BoundOperator
+from cpbench.parallel.strategy import declared_refusal as strategy_refusal
+from cpbench.parallel.trace import MODULUS, RankTrace, describe_mismatch, trace_rank
+from cpbench.parallel.world import World
+
+if TYPE_CHECKING:
+    import torch
+
+    from cpbench.core.operator import Gradients
+    from cpbench.parallel.comm import Comm, Control
+    from cpbench.parallel.strategy import Forward, Strategy
+
+
+class Attention:
+    """One rank's prepared computation: an operator under a strategy in a world of ranks.
+
+    Args:
+        operator, strategy: specs, as objects or text.
+        world: the global computation.
+        rank: this rank.
+        device: ``"cpu"``, ``"cuda"`` (the current one) or ``"cuda:1"``.
+        operator_class: how the operator is bound.
+
+    Raises:
+        Unsupported: with the reason, before anything is computed or sent.
+        ValueError: for unknown names or parameters.
+    """
+
+    def __init__(
+        self,
+        operator: Spec | str,
+        strategy: Spec | str,
+        world: World,
+        rank: int,
+        device: str,
+        operator_class: type[BoundOperator] = BoundOperator,
+    ) -> None:
+        strategy_spec, operator_spec = Spec.parse(strategy), Spec.parse(operator)
+        self.info, op_info = strategy_info(strategy_spec.name), operator_info(operator_spec.name)
+        device_type = device.partition(":")[0]
+        reason = declared_refusal(op_info, world.problem, device_type)
+        reason = reason or strategy_refusal(self.info, world)
+        if reason is None and op_info.selects and self.info.name != "single":
+            reason = (
+                f"{op_info.name} selects from whole sequences: it runs on 1 rank, under the "
+                "strategy single"
+            )
+        if reason is None and self.info.merges and world.size > 1:
+            reason = _merge_refusal(op_info, self.info.name, world.problem, device_type)
+        if reason is not None:
+            raise Unsupported(reason)
+        self.op = operator_class.load(operator_spec, device)
+        self.strategy: Strategy = implementation(self.info, strategy_spec.kwargs)
+        self.world, self.rank = world, rank
+        self.mask, self.layout, self.problem = world.mask, world.keys, world.problem
+        reason = self.strategy.unsupported(world)
+        if reason is not None:
+            raise Unsupported(reason)
+        self._specs = f"{operator_spec} {strategy_spec}"
+        start = time.perf_counter()
+        self.plan = self.strategy.prepare(self.op, world, rank)
+        self.plan_us = (time.perf_counter() - start) * 1e6
+
+    @functools.cached_property
+    def fingerprint(self) -> tuple[str, int]:
+        """What ranks compare before anything is sent: a text, the same on all ranks, and a checksum
+        of their messages, whose sum over ranks is 0 (see ``cpbench.parallel.trace``)."""
+        world = self.world
+        nodes = f"{world.ranks_per_node} {world.placement}"
+        layout_names = f"{world.queries.name} {world.keys.name} x{world.size} {nodes}"
+        text = f"{__version__} {self._specs} {layout_names} {world.mask.digest} {world.problem}"
+        return text, self.trace.checksum if self.trace else 0
+
+    @functools.cached_property
+    def trace(self) -> RankTrace | None:
+        """The communication and work of this rank; None for strategies of libraries."""
+        return self.trace_messages() if self.info.traced else None
+
+    def trace_messages(self, log: bool = False) -> RankTrace:
+        """Trace this rank again, with a log of every message if requested."""
+        return trace_rank(self.strategy, self.op.info, self.world, self.rank, log)
+
+    def forward(self, qkv: QKV, comm: Comm | None, need_lse: bool = True) -> Forward:
+        """Return out, lse (None if the operator returns none) and the values saved for backward."""
+        assert comm is not None or self.world.size == 1
+        return self.strategy.forward(qkv, self.plan, self.op, comm, need_lse)  # type: ignore[arg-type]
+
+    def backward(self, dout: torch.Tensor, saved: Any, comm: Comm | None) -> Gradients:
+        """Return dq, dk, dv of the local shards."""
+        return self.strategy.backward(dout, saved, self.plan, self.op, comm)  # type: ignore[arg-type]
+
+
+def find_disagreement(fingerprints: Sequence[tuple[str, int]]) -> str | None:
+    """Compare the :attr:`Attention.fingerprint` of all ranks: what they disagree on, or None."""
+    texts = sorted({text for text, _ in fingerprints})
+    if len(texts) > 1:
+        return f"ranks disagree on the problem: {' vs. '.join(texts)}"
+    if sum(checksum for _, checksum in fingerprints) % MODULUS:
+        return "ranks disagree on the communication schedule"
+    return None
+
+
+def _merge_refusal(
+    operator: OperatorInfo, strategy: str, problem: Problem, device: str
+) -> str | None:
+    if not operator.mergeable or device not in operator.lse_on:
+        return f"{strategy} merges partial results and {operator.name} returns no log-sum-exp"
+    if problem.backward and not operator.external_lse:
+        return (
+            f"{strategy} needs a backward that takes the global lse, which {operator.name} "
+            "does not have; use direction fwd or a strategy that does not merge"
+        )
+    return None
+
+
+def require_agreement(
+    control: Control, work: Attention, fingerprints: Sequence[tuple[str, int]]
+) -> None:
+    """Raise a RuntimeError on every rank if their problems or communication schedules differ.
+
+    Args:
+        fingerprints: of all ranks.
+    """
+    message = find_disagreement(fingerprints)
+    if message is None:
+        return
+    if len({text for text, _ in fingerprints}) == 1:
+        logs = control.all_gather(work.trace_messages(log=True).log)
+        message += f": {describe_mismatch(logs)}"
+    raise RuntimeError(message)
