@@ -81,7 +81,7 @@ def commands(spec: GangSpec, mpi: tuple[str, str] | None = None) -> list[Command
     """
     command, implementation = mpi or find_mpiexec()
     place, environ = spec.place, spec.environ
-    ranks_per_node = place.ranks_per_node(spec.world_size)
+    ranks_per_node = -(-spec.world_size // place.nodes)  # the last node may have fewer
     env = {**spec.env, "CPBENCH_RANKS": "mpi", "CPBENCH_SIZE": str(spec.world_size)}
     if (library := mpi_library(command)) and "MPI4PY_LIBMPI" not in environ:
         env["MPI4PY_LIBMPI"] = library

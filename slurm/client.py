@@ -72,6 +72,16 @@ def expand_nodelist(nodelist: str) -> list[str]:
     return _run("scontrol", "show", "hostnames", nodelist).split()
 
 
+def max_array_tasks() -> int | None:
+    """The largest number of tasks of an array that the site allows (MaxArraySize), if it says."""
+    try:
+        text = _run("scontrol", "show", "config")
+    except SlurmError:
+        return None
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", text, re.MULTILINE)
+    return int(found[1]) if found and int(found[1]) > 0 else None
+
+
 def query_states(jobs: Iterable[str]) -> dict[str, JobState]:
     """The states of jobs by id; those of an array are the states of its tasks (``12_0``).
 

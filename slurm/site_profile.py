@@ -35,6 +35,7 @@ PACKING = ("size", "array", "one")
 CONTAINERS = ("pyxis", "apptainer")
 MAX_TIME_S = 366 * 86400
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_INTERFACE = re.compile(r"[A-Za-z0-9_.:@-]+")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -160,6 +161,11 @@ class Profile:
         container_lists = (self.container.mounts, self.container.options)
         if not all(isinstance(value, tuple) for value in container_lists):
             raise ValueError("container: mounts and options are lists of strings")
+        if not all(map(_INTERFACE.fullmatch, filter(None, self.interface.split(",")))):
+            raise ValueError(
+                f"interface = {self.interface!r} must be names of interfaces, such as 'ib0' or "
+                "'ib0,ib1', not a pattern"
+            )
         if self.signal_s >= parse_time_limit(self.time):
             raise ValueError(f"signal_s = {self.signal_s} must be less than time = {self.time!r}")
         for name in self.environment:

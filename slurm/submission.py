@@ -72,7 +72,7 @@ def slurm_folder(out: Path) -> Path:
 
 def plan_jobs(
     name: str, cases: Sequence[Case], settings: MeasureSettings, profile: Profile, out: Path,
-    stamp: str,
+    stamp: str, max_tasks: int | None = None,
 ) -> list[PlannedJob]:  # fmt: skip
     """The jobs for cases, smallest world size first.
 
@@ -80,6 +80,7 @@ def plan_jobs(
         name: of the sweep.
         out: run directory, absolute.
         stamp: part of the file names, so that no submission overwrites the files of another.
+        max_tasks: of an array; larger ones are split into several jobs.
     """
     title = re.sub(r"[^A-Za-z0-9._+-]", "_", name)[:MAX_NAME_LENGTH]
     jobs: list[PlannedJob] = []
@@ -89,22 +90,24 @@ def plan_jobs(
     for group in _group_cases(cases, profile):
         max_ranks = max(case.world_size for case in group)
         job_name = f"{title}-{'all' if profile.packing == 'one' else f'p{max_ranks}'}-{stamp}"
-        chunks = [list(group)]
-        if profile.packing == "array":
-            chunks = _split_chunks(group, profile.chunk, turns)
+        is_array = profile.packing == "array"
+        chunks = _split_chunks(group, profile.chunk, turns) if is_array else [list(group)]
         nodes = max(profile.node_count(case.world_size) for case in group) + profile.spare_nodes
-        command = batch_script.step_command(slurm_folder(out) / f"{job_name}.json")
-        tasks = len(chunks) if profile.packing == "array" else 0
-        jobs.append(
-            PlannedJob(
-                BatchJob(
-                    name=job_name, nodes=nodes, ranks=max_ranks, command=command, tasks=tasks,
-                    after=profile.chain and bool(jobs),
-                ),
-                chunks,
-            )
-        )  # fmt: skip
+        parts = list(_parts(chunks, max_tasks or len(chunks)))
+        for number, part in enumerate(parts, start=1):
+            part_name = f"{job_name}-{number}of{len(parts)}" if len(parts) > 1 else job_name
+            batch = BatchJob(
+                name=part_name, nodes=nodes, ranks=max_ranks, tasks=len(part) if is_array else 0,
+                command=batch_script.step_command(slurm_folder(out) / f"{part_name}.json"),
+                after=profile.chain and bool(jobs),
+            )  # fmt: skip
+            jobs.append(PlannedJob(batch, part))
     return jobs
+
+
+def _parts(chunks: list[list[Case]], most: int) -> Iterator[list[list[Case]]]:
+    for start in range(0, len(chunks), most):
+        yield chunks[start : start + most]
 
 
 def _split_chunks(
@@ -152,7 +155,8 @@ def submit(request: runs.Request, cases: Sequence[Case], profile: Profile) -> li
     stamp = f"{time.strftime('%m%dT%H%M%S')}-{secrets.token_hex(2)}"
     runs.write_sweep_json(request)
     submitted: list[SubmittedJob] = []
-    for job in plan_jobs(request.name, cases, request.settings, profile, out, stamp):
+    limit = max_tasks(profile)
+    for job in plan_jobs(request.name, cases, request.settings, profile, out, stamp, limit):
         spec = JobSpec(
             out, request.name, job.chunks, request.settings, profile_table(profile),
             tuple(sorted(request.retry)), min(request.since, last_sequence(out)),
@@ -162,6 +166,18 @@ def submit(request: runs.Request, cases: Sequence[Case], profile: Profile) -> li
         submitted.append(_submit_job(job.batch, job.cases, profile, out, submitted[-1:]))
     _submit_job(report_job(request.name, out, stamp), [], profile, out, submitted)
     return submitted
+
+
+def max_tasks(profile: Profile) -> int | None:
+    """The limit of the site on tasks of an array, for a profile that has arrays."""
+    return client.max_array_tasks() if profile.packing == "array" else None
+
+
+def describe_split(names: Sequence[str], profile: Profile) -> str:
+    """Why an array was split into several jobs, if one of these names says so; else empty."""
+    if not any(re.search(r"-1of\d+$", name) for name in names):
+        return ""
+    return f"arrays are split at {max_tasks(profile)} tasks, the MaxArraySize of this site"
 
 
 def _submit_job(

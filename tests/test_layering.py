@@ -35,6 +35,7 @@ WINGS = (
     "sweep",
     "slurm",
     "reports",
+    "integrations",
     "tools",
     "cli",
 )
@@ -45,7 +46,8 @@ PARENT = (
     "core", "results", "masks", "inputs", "launchers", "sweep", "slurm", "reports", "tools", "cli",
 )  # fmt: skip
 SUBPROCESSES = (
-    "tools.aot", "tools.links_operations", "tools.links_worker", "tools.tuner", "slurm.node_probe",
+    "integrations.capture", "tools.aot", "tools.links_operations", "tools.links_worker",
+    "tools.tuner", "slurm.node_probe",
 )  # fmt: skip
 
 MOST_LINES = 400

@@ -110,13 +110,15 @@ def launch_place(
     """A function from world size to the nodes that its ranks run on (not for Slurm).
 
     Raises:
-        ValueError: if ranks do not divide by nodes, or the launcher works on one node only.
+        ValueError: if ranks do not divide by nodes, the launcher works on one node only, or there
+            is no such network interface.
     """
     from cpbench.launchers import mpi
     from cpbench.launchers.gang import free_port
     from cpbench.launchers.protocol import Place
-    from cpbench.worker.rendezvous import own_address
+    from cpbench.worker.rendezvous import own_address, require_interface
 
+    require_interface(interface)
     host_names = tuple(filter(None, (name.strip() for name in hosts.split(","))))
     if launcher == "slurm":
         if nodes > 1 or host_names:
@@ -144,8 +146,9 @@ def launch_place(
         address = f"{own_address(interface)}:{free_port()}" if multi_node else "127.0.0.1"
         return Place(nodes=nodes, hosts=host_names, address=address, interface=interface)
 
-    for world_size in sorted({case.world_size for case in cases}):
-        place_of(world_size).ranks_per_node(world_size)
+    if launcher != "mpi":
+        for world_size in sorted({case.world_size for case in cases}):
+            place_of(world_size).ranks_per_node(world_size)
     return place_of
 
 
@@ -161,7 +164,9 @@ def print_job_scripts(request: Request, profile: Profile, as_json: bool) -> int:
     cost = {case.id: estimates.seconds(case, turns.get(case.id, 1)) for case in todo}
     jobs: list[dict[str, Any]] = []
     unit = "gpu_hours" if request.device == "cuda" else "rank_hours"
-    for job in submission.plan_jobs(request.name, todo, request.settings, profile, out, "STAMP"):
+    limit = submission.max_tasks(profile)
+    plan = (request.name, todo, request.settings, profile, out, "STAMP", limit)
+    for job in submission.plan_jobs(*plan):
         wall = max(sum(cost[case.id] for case in chunk) for chunk in job.chunks) / 3600
         hours = sum(cost[case.id] * case.world_size for case in job.cases) / 3600
         text = batch_script.render_script(job.batch, profile, out, tuple(submission.bad_nodes(out)))
@@ -177,8 +182,8 @@ def print_job_scripts(request: Request, profile: Profile, as_json: bool) -> int:
     if jobs:
         scripts[last.name] = batch_script.render_script(last, profile, out)
     if as_json:
-        plan = {"sweep": request.name, "out": str(out), "jobs": jobs, "scripts": scripts}
-        print(json.dumps(plan, indent=1))
+        table = {"sweep": request.name, "out": str(out), "jobs": jobs, "scripts": scripts}
+        print(json.dumps(table, indent=1))
         return 0
     for name, text in scripts.items():
         print(f"# ==> {out}/slurm/{name}.sbatch\n{text}")
@@ -188,6 +193,8 @@ def print_job_scripts(request: Request, profile: Profile, as_json: bool) -> int:
     total = sum(row[unit] for row in rows)
     print(f"\n{len(todo)} of {len(request.cases)} cases, about {total:.2f} {unit}; "
           f"{estimates.describe_sources(todo)}")  # fmt: skip
+    if note := submission.describe_split(list(scripts), profile):
+        print(note)
     if any(row["hours"] > row["limit_hours"] for row in rows):
         print("jobs that exceed their time limit are stopped; repeat the command to resume them")
     return 0
@@ -220,6 +227,8 @@ def submit(
         for job in jobs:
             size = f"ranks: {job.ranks}, nodes: {job.nodes}, cases: {len(job.cases)}"
             log(f"job {job.job}: {job.name}; {size}")
+        if note := submission.describe_split([job.name for job in jobs], profile):
+            log(note)
         recorded = f"{count - len(todo)} of {count} cases are recorded in {out}"
         log(f"{recorded}, {len(todo) - len(new)} are already in jobs")
         if not wait:
@@ -343,6 +352,8 @@ def join(
     ends with the run.
     """
     from cpbench.launchers import join
+    from cpbench.worker.rendezvous import require_interface
 
     with user_input():
+        require_interface(interface)
         return join.join_run(run_dir, interface, patience)

@@ -166,6 +166,11 @@ def run_directory(out: Path) -> Path:
     Raises:
         ValueError: if the path, or a parent of it, is a file or not writable.
     """
+    for path in (out, *out.absolute().parents):
+        if path.is_symlink() and not path.exists():
+            raise ValueError(
+                f"--out {out}: {path} is a link to {path.readlink()}, which is missing"
+            )
     existing = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise ValueError(f"--out {out}: {existing} is a file; give a folder, new or existing")

@@ -200,6 +200,63 @@ def links(
     )
 
 
+@commands.command()
+def capture(
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="MODEL",
+            help="Folder of a Hugging Face model, or module:function that makes one.",
+        ),
+    ],
+    prompt: Annotated[Path, file_option(help="Text file, or a .json list of token ids.")],
+    output: Annotated[Path, file_option("-o", help="File to write, .safetensors.")],
+    layers: Annotated[str, list_option(help="Layers, by number.")] = "0",
+    modules: Annotated[
+        str | None,
+        list_option(help="Attention modules of any other model, by name, instead of layers."),
+    ] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Capture q, k and v of a model's attention, as inputs of a sweep.
+
+    Several layers go to files of their own: qkv-0.safetensors, qkv-12.safetensors.
+    """
+    import shlex
+
+    from cpbench.cli.options import check_output
+    from cpbench.core.subprocess_call import RequestRefused, read_reply, subprocesses
+    from cpbench.sweep.sweep_file import split_list
+
+    with user_input():
+        check_output(output)
+        if output.suffix != ".safetensors":
+            raise ValueError(f"-o {output}: the name must end in .safetensors")
+        if not prompt.is_file():
+            raise ValueError(f"--prompt: there is no file {prompt}")
+        if not all(text.isdecimal() for text in split_list(layers)):
+            raise ValueError(f"--layers {layers}: must be numbers of layers, such as 0,12")
+        numbers = [int(text) for text in split_list(layers)]
+        request = {
+            "model": model, "prompt": str(prompt), "output": str(output),
+            "layers": numbers,
+            "modules": split_list(modules) if modules else [],
+        }  # fmt: skip
+        try:
+            with subprocesses("cpbench.integrations.capture", [request]) as (process,):
+                rows = json.loads(read_reply(process, "the capture"))
+        except RequestRefused as error:
+            raise ValueError(str(error)) from None
+    print_rows(rows, as_json)
+    if not as_json:
+        row = rows[0]
+        names = ("num_heads_q", "num_heads_kv", "head_dim")
+        options = " ".join(f"--{name.replace('_', '-')} {row[name]}" for name in names)
+        file = shlex.quote(f"file:{row['file']}")
+        print(f"\nto measure: cpbench bench --inputs {file} --seq-len {row['tokens']} {options}")
+    return 0
+
+
 @commands.command("compile")
 def compile_(
     operator: Annotated[str | None, list_option(help="Triton operators.  [default: all]")] = None,

@@ -1,14 +1,17 @@
-"""Conversions of ``AttnMask`` to formats of attention libraries that can express any mask.
+"""Conversions of ``AttnMask`` to formats of attention libraries that can express any mask, and from
+booleans.
 
 All formats are numpy arrays.
 
 * :func:`to_typed_slices`: rectangles of type full, causal, inverse or bi-causal (MagiAttention).
 * :func:`to_block_mask_tables` and :func:`row_intervals`: lists of blocks and a table of visible
   keys per query (FlexAttention).
+* :func:`from_dense`: a mask from booleans.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -52,6 +55,25 @@ class TypedSlices:
             above_lower = (j - k0 >= i - q0) | (code in (FULL, CAUSAL))
             dense[q0:q1, k0:k1] |= below_upper & above_lower
         return dense
+
+
+def from_dense(parts: Sequence[BoolArray]) -> AttnMask:
+    """The mask that shows the true pairs, with as few slices as neighbours can be merged into.
+
+    Args:
+        parts: ``[s, T]`` booleans, of consecutive queries.
+    """
+    seq_k, row, found = parts[0].shape[1], 0, []
+    for part in parts:
+        edges = np.diff(part.astype(np.int8), axis=1, prepend=0, append=0)
+        queries, starts = np.nonzero(edges == 1)
+        _, ends = np.nonzero(edges == -1)
+        queries = queries + row
+        low, high = starts - queries, ends - 1 - queries
+        slices = np.column_stack([queries, queries + 1, starts, ends, low, high])
+        found.append(AttnMask.from_slices(row + len(part), seq_k, slices).simplify().slices)
+        row += len(part)
+    return AttnMask.from_slices(row, seq_k, np.concatenate(found)).simplify()
 
 
 def to_typed_slices(mask: AttnMask) -> TypedSlices:

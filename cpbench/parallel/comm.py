@@ -358,12 +358,13 @@ class Control:
         self._dist.send(cell, group=self._group, group_dst=0)
 
     def ranks_per_node(self) -> int:
-        """Ranks per node where ranks are numbered node by node, equally many on each; else 1."""
+        """Ranks per node where ranks are numbered node by node, equally many on each but the last,
+        which may have fewer; else 1."""
         hosts = self.all_gather(socket.gethostname())
         per_node = hosts.count(hosts[0])
         nodes = [hosts[i : i + per_node] for i in range(0, len(hosts), per_node)]
-        even = all(len(node) == per_node and len(set(node)) == 1 for node in nodes)
-        return per_node if even and len(set(hosts)) == len(nodes) else 1
+        by_node = all(len(set(node)) == 1 for node in nodes)
+        return per_node if by_node and len(set(hosts)) == len(nodes) else 1
 
 
 def _nbytes(tensor: torch.Tensor) -> int:

@@ -69,6 +69,11 @@ class Hierarchical:
 
     def unsupported(self, world: World) -> str | None:
         size = self.local or world.ranks_per_node
+        if world.size % size and not self.local:
+            return (
+                f"hierarchical needs equally many ranks on every node, not {world.size} ranks on "
+                f"nodes of {size}; set local, which must divide {world.size}"
+            )
         if world.size % size:
             return f"hierarchical: local = {size} must divide the {world.size} ranks"
         reason = head_exchange.refusal("hierarchical", world.problem, size)

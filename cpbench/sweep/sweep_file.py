@@ -322,11 +322,6 @@ def _build_case(values: dict[str, Any]) -> Case:
         raise ValueError(
             f"queries ({case.queries}) must be fewer than seq_len ({case.seq_len}), or 0 for all"
         )
-    if case.ranks_per_node and case.world_size % case.ranks_per_node:
-        raise ValueError(
-            f"world_size ({case.world_size}) must be a multiple of ranks_per_node "
-            f"({case.ranks_per_node})"
-        )
     if operator_info(case.operator.name).selects:
         _check_selector(case.operator)
     inputs.check_case(case)

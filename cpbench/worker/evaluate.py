@@ -71,9 +71,7 @@ class Evaluator:
         self.telemetry: Telemetry | None = None
         self.peaks: dict[str, float] | None = None
         self.timelines: list[RankTimeline] | None = None
-        # Nodes with different numbers of ranks form no mesh: treated as one rank per node.
-        local_world_sizes = set(control.all_gather(local_world_size))
-        self._ranks_per_node = local_world_size if len(local_world_sizes) == 1 else 1
+        self._ranks_per_node = _ranks_per_node(control.all_gather(local_world_size))
         context = check.RankContext(device.type, comm, control)
         self._checks = Checks(context, settings, check_seed, report_phase)
         self._expected: dict[str, Expected] = {}  # of the results of the cases of one problem
@@ -359,6 +357,18 @@ class Evaluator:
             record.fail_check(
                 f"{rate:.3g} TFLOP/s per rank cannot be: a large matrix product reaches {peak:.3g}"
             )
+
+
+def _ranks_per_node(local_world_sizes: Sequence[int]) -> int:
+    """Ranks per node, of which the last may have fewer; 1 where others have, too.
+
+    Args:
+        local_world_sizes: of the node of each rank.
+    """
+    size, per_node = len(local_world_sizes), local_world_sizes[0]
+    partial = size % per_node
+    expected = [per_node] * (size - partial) + [partial] * partial
+    return per_node if list(local_world_sizes) == expected else 1
 
 
 def _best_product(peaks: dict[str, float]) -> float:

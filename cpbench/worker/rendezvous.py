@@ -134,6 +134,25 @@ def _share_address(path: Path, address: tuple[str, int]) -> tuple[str, int]:
     raise TimeoutError(f"rank 0 did not write {path} within {ADDRESS_TIMEOUT_S:.0f} s")
 
 
+def require_interface(interface: str) -> None:
+    """Check the names of network interfaces of this machine, as for :func:`own_address`.
+
+    Raises:
+        ValueError: for one that does not exist or has no IPv4 address.
+    """
+    existing = [name for _, name in socket.if_nameindex()]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for name in filter(None, interface.split(",")):
+            if name not in existing:
+                raise ValueError(
+                    f"there is no network interface {name!r}; there are: {', '.join(existing)}"
+                )
+            try:
+                interface_address(probe, name)
+            except OSError:
+                raise ValueError(f"network interface {name!r} has no IPv4 address") from None
+
+
 def own_address(interface: str) -> str:
     """An IPv4 address of this machine for other machines to connect to: that of the interface if
     one is named, else of the default route, else the loopback address.

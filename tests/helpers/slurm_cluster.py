@@ -35,6 +35,7 @@ SlurmctldPidFile={home}/ctld.pid
 SlurmdPidFile={home}/slurmd.%n.pid
 SlurmdSpoolDir={home}/spool.%n
 StateSaveLocation={home}/state
+MaxArraySize=2
 SlurmctldLogFile={home}/log/ctld.log
 SlurmdLogFile={home}/log/slurmd.%n.log
 SlurmdParameters=config_overrides

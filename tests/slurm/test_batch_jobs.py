@@ -284,6 +284,17 @@ def test_ids_of_array_tasks() -> None:
     assert [is_task_of(*pair) for pair in pairs] == [True, True, False, False]
 
 
+def test_arrays_are_split_at_the_limit_of_the_site() -> None:
+    site = from_table({"packing": "array", "chunk": 2})
+    jobs = submission.plan_jobs("x", CASES, MeasureSettings(), site, Path("/o"), "T", 1)
+    whole = plan_jobs(CASES, packing="array", chunk=2)
+    assert [case for job in jobs for case in job.cases] == [c for job in whole for c in job.cases]
+    assert {job.batch.tasks for job in jobs} == {1}
+    names = [job.batch.name for job in jobs]
+    assert len(set(names)) == len(names) > len(whole)
+    assert names[0].endswith("-1of2")
+
+
 def test_interleaved_cases_stay_in_one_array_task() -> None:
     cases = [
         Case.from_json({**Case().to_json(), "seq_len": 64 * n, "operator": name})

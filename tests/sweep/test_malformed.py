@@ -77,7 +77,10 @@ SWEEPS: dict[str, tuple[str, list[str]]] = {
     "mask corpus": ("[sweep]\nmask = 'full_document:corpus=bible'", ["'bible'", "pile, "]),
     "mask seed": ("[sweep]\nmask = 'full_document:seed=-1'", ["seed", ">= 0", "-1"]),
     "doc_lens sum": ("[sweep]\nmask = 'full_document:doc_lens=[1,2]'", ["1024", "not to 3"]),
-    "doc_lens zero": ("[sweep]\nmask = 'full_document:doc_lens=[0,1024]'", ["doc_lens", "from 1 to 2**40"]),
+    "doc_lens zero": (
+        "[sweep]\nmask = 'full_document:doc_lens=[0,1024]'",
+        ["doc_lens", "from 1 to 2**40"],
+    ),
     "doc_lens empty": ("[sweep]\nmask = 'full_document:doc_lens=[]'", ["doc_lens", "at least one"]),
     "doc_lens words": ("[sweep]\nmask = 'full_document:doc_lens=[a,b]'", ["'a'", "size"]),
     "two document sources": (

@@ -132,11 +132,22 @@ def lse_to_tokens(lse_BHS: torch.Tensor, comm: Comm) -> torch.Tensor:
 
 
 def group_size(world: World, requested_size: int) -> int:
-    """The ranks that exchange heads: as requested, or (0) as many per node as the heads allow."""
+    """The ranks that exchange heads: as requested, or (0) as many per node as the heads allow.
+
+    If the last node has fewer ranks, the size divides those of a full node, so that no group is on
+    two nodes.
+    """
     if requested_size:
         return requested_size
-    sizes = range(min(world.size, world.ranks_per_node), 0, -1)
-    return next(n for n in sizes if world.size % n == 0 and refusal("", world.problem, n) is None)
+    per_node = world.ranks_per_node
+    whole = world.size % per_node == 0
+    return next(
+        n
+        for n in range(min(world.size, per_node), 0, -1)
+        if world.size % n == 0
+        and (whole or per_node % n == 0)
+        and refusal("", world.problem, n) is None
+    )
 
 
 def world_after_exchange(world: World, groups: tuple[tuple[int, ...], ...]) -> World:

@@ -1,0 +1,237 @@
+"""q, k and v of a model's attention layers, for ``inputs = "file:…"`` of a sweep.
+
+Models of transformers are run with the attention of :mod:`cpbench.integrations.transformers`, which
+sees keys and values before they are repeated for GQA.  Of other modules, calls of
+``scaled_dot_product_attention`` are seen while one of the named modules runs.
+
+``python -m cpbench.integrations.capture``: reads a request as JSON from stdin and prints one JSON
+row per file; see ``cpbench capture``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+Captured = dict[str, torch.Tensor]  # q, k, v, each [B, S, heads, D]
+
+
+class Capture(TorchFunctionMode):
+    """Inside, the q, k and v of ``scaled_dot_product_attention`` are kept, of the last call of each
+    module.
+
+    Args:
+        model: the module that runs.
+        names: of its attention modules, as in ``model.named_modules()``.
+
+    Attributes:
+        found: by name of the module.
+
+    Raises:
+        ValueError: for a name that is no module of the model.
+    """
+
+    def __init__(self, model: torch.nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        modules = dict(model.named_modules())
+        for name in names:
+            if name not in modules:
+                raise ValueError(f"the model has no module {name!r}; {_suggest(name, modules)}")
+        self.found: dict[str, Captured] = {}
+        self._modules = {name: modules[name] for name in names}
+        self._running: list[str] = []
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> Capture:
+        for name, module in self._modules.items():
+            begin = partial(self._begin, name)
+            self._hooks.append(module.register_forward_pre_hook(begin))
+            self._hooks.append(module.register_forward_hook(self._end))
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _begin(self, name: str, *_: Any) -> None:
+        self._running.append(name)
+
+    def _end(self, *_: Any) -> None:
+        self._running.pop()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.scaled_dot_product_attention and self._running:
+            given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+            inputs = (given["query"], given["key"], given["value"])
+            self.found[self._running[-1]] = _kept(*(x.transpose(1, 2) for x in inputs))
+        return func(*args, **kwargs)
+
+
+def capture_modules(
+    model: torch.nn.Module, names: Sequence[str], *inputs: Any, **options: Any
+) -> dict[str, Captured]:
+    """Run ``model(*inputs, **options)`` and return q, k and v of its attention modules, by name.
+
+    Raises:
+        ValueError: for a name that is no module, or of one that does not call
+            ``scaled_dot_product_attention``.
+    """
+    with Capture(model, names) as capture, torch.no_grad():
+        model(*inputs, **options)
+    for name in names:
+        if name not in capture.found:
+            raise ValueError(f"module {name!r} did not call scaled_dot_product_attention")
+    return capture.found
+
+
+def capture_layers(model: Any, layers: Sequence[int], tokens: torch.Tensor) -> dict[int, Captured]:
+    """Run a model of transformers and return q, k and v of some layers, by number.
+
+    Args:
+        tokens: ``[B, S]`` token ids.
+
+    Raises:
+        ValueError: for a layer that the model does not have.
+    """
+    from cpbench.integrations import transformers
+
+    transformers.register(name="cpbench_capture")
+    model.set_attn_implementation("cpbench_capture")
+    found: dict[int, Captured] = {}
+    seen: set[int] = set()
+
+    def keep(module: torch.nn.Module, *qkv: torch.Tensor) -> None:
+        layer = int(getattr(module, "layer_idx", len(seen)))
+        seen.add(layer)
+        if layer in layers:
+            found[layer] = _kept(*qkv)
+
+    with transformers.observed(keep), torch.no_grad():
+        model(tokens)
+    for layer in layers:
+        if layer not in found:
+            raise ValueError(f"the model has no layer {layer}; it has {_ranges(seen)}")
+    return found
+
+
+def save(tensors: Captured, path: Path) -> None:
+    """Write q, k and v to a safetensors file."""
+    from safetensors.torch import save_file
+
+    save_file({name: x.contiguous() for name, x in tensors.items()}, path)
+
+
+def _kept(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Captured:
+    return {name: x.detach().cpu() for name, x in (("q", q), ("k", k), ("v", v))}
+
+
+def _suggest(name: str, modules: dict[str, torch.nn.Module]) -> str:
+    like = [other for other in modules if other.rpartition(".")[2] == name.rpartition(".")[2]]
+    return f"there are: {', '.join((like or [n for n in modules if n])[:12])}"
+
+
+def _ranges(layers: set[int]) -> str:
+    return f"layers 0 to {max(layers)}" if layers else "no attention that could be seen"
+
+
+# --- the command ------------------------------------------------------------------------------
+
+
+def _load(model: str) -> Any:
+    """A model of transformers from a folder, or what ``module:function`` returns."""
+    module, _, function = model.partition(":")
+    if Path(model).is_dir():
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(model, local_files_only=True).eval()  # type: ignore[no-untyped-call]
+    if not function:
+        raise ValueError(f"--model {model!r} is neither a folder nor module:function")
+    sys.path.insert(0, "")
+    try:
+        make: Callable[[], Any] = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"--model {model}: {error}") from None
+    return make().eval()
+
+
+def _tokens(model: str, prompt: Path) -> torch.Tensor:
+    """Token ids of a text, by the tokenizer of the model; or the list of a .json file."""
+    if prompt.suffix == ".json":
+        listed = json.loads(prompt.read_text("utf-8-sig"))
+        if not isinstance(listed, list) or not listed or any(type(x) is not int for x in listed):
+            raise ValueError(f"--prompt {prompt} must hold one JSON list of token ids")
+        return torch.tensor([listed])
+    if not Path(model).is_dir():
+        raise ValueError("a text needs the tokenizer of a model folder: give token ids as .json")
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    except Exception as error:  # it raises many types
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{model} has no tokenizer: give token ids as .json ({reason})") from None
+    ids: torch.Tensor = tokenizer(prompt.read_text("utf-8-sig"), return_tensors="pt").input_ids
+    if not ids.numel():
+        raise ValueError(f"--prompt {prompt} holds no tokens")
+    return ids
+
+
+def _run(request: dict[str, Any]) -> list[dict[str, Any]]:
+    model, output = _load(request["model"]), Path(request["output"])
+    tokens = _tokens(request["model"], Path(request["prompt"]))
+    found: dict[Any, Captured]
+    if request["modules"]:
+        found = dict(capture_modules(model, request["modules"], tokens))
+    elif hasattr(model, "set_attn_implementation"):
+        found = dict(capture_layers(model, request["layers"], tokens))
+    else:
+        raise ValueError("the model is not one of transformers: name its modules with --modules")
+    rows = []
+    for key, tensors in found.items():
+        path = output if len(found) == 1 else output.with_stem(f"{output.stem}-{key}")
+        save(tensors, path)
+        q, k = tensors["q"], tensors["k"]
+        rows.append(
+            {
+                "file": str(path), "layer": key, "tokens": q.shape[1], "batch": len(q),
+                "num_heads_q": q.shape[2], "num_heads_kv": k.shape[2], "head_dim": q.shape[3],
+                "dtype": str(q.dtype).removeprefix("torch."),
+            }
+        )  # fmt: skip
+    return rows
+
+
+def main() -> int:
+    try:
+        rows = _run(json.load(sys.stdin))
+    except (ValueError, ImportError, OSError) as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return 2
+    print(json.dumps(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""Any operator as the attention of Hugging Face models.
+
+::
+
+    from cpbench.integrations import transformers as cpbench_transformers
+
+    cpbench_transformers.register()
+    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="cpbench")
+
+Source: the attention interface and the mask interface of transformers, from version 4.56 on.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import cpbench
+from cpbench import masks
+from cpbench.masks.attn_mask import AttnMask
+from cpbench.masks.convert import from_dense
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+NAME = "cpbench"
+CHUNK_PAIRS = 1 << 26  # pairs of a mask that are evaluated at once
+REFUSED = ("softcap", "position_bias", "s_aux")  # changes of the scores that no operator computes
+
+Observer = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], None]
+_observers: list[Observer] = []
+
+
+@dataclass(frozen=True)
+class BatchMasks:
+    """The mask of each sequence of a batch; one mask if all are equal."""
+
+    masks: tuple[AttnMask, ...]
+
+
+def register(operator: str = "bands", name: str = NAME) -> None:
+    """Register an operator as an implementation of attention.
+
+    Args:
+        operator: an operator with parameters; a selector is an approximation.
+        name: for ``attn_implementation``.
+
+    Raises:
+        ImportError: without transformers, or with one that has no such interfaces.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(name, functools.partial(attention_forward, operator=operator))
+    AttentionMaskInterface.register(name, make_masks)
+
+
+@contextmanager
+def observed(observer: Observer) -> Iterator[None]:
+    """Inside, ``observer`` is called with the module, q, k and v (``[B, S, H, D]``) of every
+    attention that is computed by an implementation of :func:`register`."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: BatchMasks | torch.Tensor | None,
+    *,
+    operator: str,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention with the signature of transformers.
+
+    Args:
+        module: the attention layer.
+        query: ``[B, H, S, D]``; key, value: ``[B, G, T, D]``.
+        attention_mask: of :func:`make_masks`; a boolean or additive ``[B, 1 or H, S, T]``; or None
+            for the causal or full mask of the module.
+
+    Returns:
+        out ``[B, S, H, D]`` and None.
+
+    Raises:
+        ValueError: for dropout, or a change of the scores that no operator computes.
+    """
+    if dropout:
+        raise ValueError(f"cpbench has no dropout: set attention_dropout = 0, not {dropout}")
+    for option in REFUSED:
+        if options.get(option) is not None:
+            raise ValueError(f"cpbench computes no {option}; use another attn_implementation")
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    for observer in _observers:
+        observer(module, q, k, v)
+    if attention_mask is None:
+        causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+        if causal and q.shape[1] > 1:
+            k, v = k[:, : q.shape[1]], v[:, : q.shape[1]]  # of a cache that is not filled yet
+        batch: tuple[AttnMask, ...] = (
+            _unpadded(q.shape[1], k.shape[1], bool(causal) and q.shape[1] > 1),
+        )
+    elif isinstance(attention_mask, BatchMasks):
+        batch = attention_mask.masks
+    else:
+        batch = _masks_of_tensor(attention_mask, len(q))
+    if len(batch) == 1:
+        out, _ = cpbench.attention(q, k, v, batch[0], operator=operator, scale=scaling)
+        return out.contiguous(), None
+    outs = [
+        cpbench.attention(q[i][None], k[i][None], v[i][None], mask, operator, scaling)[0]
+        for i, mask in enumerate(batch)
+    ]
+    return torch.cat(outs), None
+
+
+def make_masks(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Any = None,
+    attention_mask: torch.Tensor | None = None,
+    **options: Any,
+) -> BatchMasks | None:
+    """The masks of a batch, with the signature of transformers.
+
+    The pattern is evaluated by transformers, some queries at a time, so that no ``[S, T]`` mask is
+    held for long sequences.
+    """
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+    pattern = causal_mask_function if mask_function is None else mask_function
+    padded = attention_mask is not None and not bool(attention_mask.all())
+    whole = q_length == kv_length and q_offset == kv_offset == 0
+    if pattern is causal_mask_function and whole and not padded:
+        return None
+    options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    step = max(1, CHUNK_PAIRS // max(1, batch_size * kv_length))
+    parts: list[torch.Tensor] = []
+    for start in range(0, q_length, step):
+        rows = sdpa_mask(
+            batch_size=batch_size, q_length=min(step, q_length - start), kv_length=kv_length,
+            q_offset=q_offset + start, kv_offset=kv_offset, mask_function=pattern,
+            attention_mask=attention_mask, **options,
+        )  # fmt: skip
+        assert rows is not None
+        parts.append(rows)
+    return BatchMasks(_masks_of_parts(parts, batch_size))
+
+
+def _unpadded(queries: int, keys: int, causal: bool) -> AttnMask:
+    if causal:
+        return masks.build("causal", keys)
+    return AttnMask.from_slices(queries, keys, [[0, queries, 0, keys, -queries, keys]])
+
+
+def _masks_of_tensor(mask: torch.Tensor, batch: int) -> tuple[AttnMask, ...]:
+    if mask.shape[1] != 1:
+        raise ValueError(f"attention_mask {list(mask.shape)} differs from head to head")
+    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return _masks_of_parts([visible], batch)
+
+
+def _masks_of_parts(parts: list[torch.Tensor], batch: int) -> tuple[AttnMask, ...]:
+    """The mask of each sequence from ``[B or 1, 1, s, T]`` booleans; one if all are equal."""
+    found = tuple(
+        from_dense([part[i, 0].cpu().numpy() for part in parts]) for i in range(len(parts[0]))
+    )
+    return found[:1] if len(set(found)) == 1 or batch == 1 else found
