@@ -36,7 +36,7 @@ class GraphStore:
 
         if not keep_graph:
             with torch.no_grad():
-                return attend(qkv)
+                return attend(QKV(*(x.detach() for x in qkv)))
         leaves = QKV(*(x.detach().requires_grad_() for x in qkv))
         with torch.enable_grad():
             out, lse = attend(leaves)

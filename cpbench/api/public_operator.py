@@ -8,6 +8,7 @@ sum over q, k and v to know that there is none; otherwise the float64 reference 
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 def are_finite(tensors: tuple[torch.Tensor, ...]) -> bool:
     """Whether all sums are finite; if they are, so are all values."""
-    return all(bool(x.sum(dtype=_sum_dtype(x)).isfinite()) for x in tensors)
+    return all(math.isfinite(float(x.sum(dtype=_sum_dtype(x)))) for x in tensors)
 
 
 def autograd_records(op: BoundOperator, qkv: QKV, plan: Planned) -> bool:

@@ -47,7 +47,7 @@ def main() -> None:
         sys.exit(print_error("standard output is closed: redirect it to a file or /dev/null", 2))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # whatever the locale says
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     try:
         code = invoke()
         sys.stdout.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -224,5 +225,14 @@ def write_text(path: Path, text: str) -> None:
 
 def print_error(text: str, code: int) -> int:
     """Print an error on stderr, in one line, and return the exit code ``code``."""
-    print(f"cpbench: {' '.join(text.split())}", file=sys.stderr)
+    line = _ESCAPED_BYTES.sub(_unescape, " ".join(text.split()))
+    print(f"cpbench: {line}", file=sys.stderr)
     return code
+
+
+# How repr shows bytes of an argument that the locale cannot decode.
+_ESCAPED_BYTES = re.compile(r"(?:\\udc[89a-f][0-9a-f])+")
+
+
+def _unescape(match: re.Match[str]) -> str:
+    return bytes.fromhex(match[0].replace("\\udc", "")).decode(errors="replace")

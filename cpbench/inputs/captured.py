@@ -11,6 +11,7 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cpbench.core.problem import DTYPE_BYTES
 from cpbench.inputs.normal import Normal
 
 if TYPE_CHECKING:
@@ -94,8 +95,11 @@ def _tensor(path: str, modified_ns: int, name: str) -> torch.Tensor:
     """A tensor of a file, checked."""
     with _open_safetensors(path, "pt") as file:
         tensor: torch.Tensor = file.get_tensor(name)
-    if not (tensor.is_floating_point() and bool(tensor.isfinite().all())):
-        raise ValueError(f"inputs: {name} of {path} has values that are not finite floats")
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in DTYPE_BYTES:
+        raise ValueError(f"inputs: {name} of {path} is {dtype}, not {', '.join(DTYPE_BYTES)}")
+    if not bool(tensor.isfinite().all()):
+        raise ValueError(f"inputs: {name} of {path} has values that are not finite")
     return tensor
 
 

@@ -119,7 +119,7 @@ def load(name: str) -> Sweep:
     path = Path(name)
     try:
         if path.suffix == ".toml" or path.is_file():
-            text, title = path.read_text(encoding="utf-8"), path.stem
+            text, title = path.read_text(encoding="utf-8-sig"), path.stem
         elif name in packaged_sweeps():
             text = PACKAGED.joinpath(f"{name}.toml").read_text("utf-8")
             title = name
