@@ -13,6 +13,7 @@ import errno
 import io
 import os
 import sys
+from importlib import metadata
 from typing import Annotated, Any
 
 import typer
@@ -34,7 +35,6 @@ from cpbench.reports.tables.terminal import print_rows
 app = typer.Typer(
     name="cpbench",
     help="Benchmark and verify attention kernels and context-parallel strategies.",
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -93,7 +93,7 @@ def _usage_error(error: Any) -> str:
 
 def _print_version(requested: bool) -> None:
     if requested:
-        print(f"cpbench {__version__}")
+        print(f"cpbench {__version__}, torch {metadata.version('torch')}")
         raise typer.Exit
 
 
@@ -105,7 +105,7 @@ def _root(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version."
+            "--version", callback=_print_version, is_eager=True, help="Print the versions."
         ),
     ] = False,
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -246,6 +247,20 @@ def bench(
             launcher=launcher.value, device=device_name(device), settings=definition.settings,
         )  # fmt: skip
     return _execute(request, as_json)
+
+
+@commands.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="An existing folder.")] = Path(),
+) -> int:
+    """Write a commented sweep and Slurm profile to start from: sweep.toml, site.toml."""
+    from cpbench.sweep.templates import write_templates
+
+    with user_input():
+        for path in write_templates(folder):
+            print(f"wrote {path}")
+    print(f"next: cpbench run {shlex.quote(str(folder / 'sweep.toml'))} --dry-run")
+    return 0
 
 
 @commands.command()

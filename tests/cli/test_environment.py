@@ -122,3 +122,48 @@ def _names_encoding(call: ast.Call) -> bool:
     return "encoding" in {keyword.arg for keyword in call.keywords} or any(
         text.startswith("utf-8") for text in texts
     )
+
+
+def test_files_to_start_from(tmp_path: Path) -> None:
+    code, out, err = run("init", cwd=tmp_path)
+    assert code == 0, err
+    assert b"next: cpbench run sweep.toml --dry-run" in out
+    code, out, err = run("run", "sweep.toml", "--dry-run", cwd=tmp_path)
+    assert code == 0, err
+    options = ("--launcher", "slurm", "--profile", "site.toml", "--out", "run", "--dry-run")
+    code, out, err = run("run", "sweep.toml", *options, cwd=tmp_path)
+    assert code == 0, err
+    assert b"#SBATCH" in out
+    code, _, err = run("init", cwd=tmp_path)
+    assert (code, err) == (
+        2, b"cpbench: sweep.toml exists: move it away, or give another folder\n"
+    )  # fmt: skip
+    code, _, err = run("init", "nowhere", cwd=tmp_path)
+    assert (code, err) == (2, b"cpbench: there is no folder nowhere\n")
+
+
+def test_every_key_of_the_templates_exists(tmp_path: Path) -> None:
+    """The commented lines too."""
+    run("init", cwd=tmp_path)
+    site = (tmp_path / "site.toml").read_text(encoding="utf-8")
+    uncommented = re.sub(r"(?m)^# (?=\w+ = |\[)", "", site)
+    (tmp_path / "site.toml").write_text(uncommented, encoding="utf-8")
+    sweep = (tmp_path / "sweep.toml").read_text(encoding="utf-8")
+    uncommented = re.sub(r"(?m)^# (?=\w+ = )", "", sweep).replace('inputs = "file', '# "file')
+    (tmp_path / "sweep.toml").write_text(uncommented, encoding="utf-8")
+    options = ("--launcher", "slurm", "--profile", "site.toml", "--out", "run", "--dry-run")
+    code, _, err = run("run", "sweep.toml", *options, cwd=tmp_path)
+    assert code == 0, err
+
+
+def test_version_and_completion() -> None:
+    code, out, _ = run("--version")
+    assert code == 0
+    assert re.fullmatch(rb"cpbench \S+, torch \d+\.\d+\S*\n", out)
+    for words, expected in (("cpbench ve", b"verify"), ("cpbench bench --laun", b"--launcher")):
+        env = {
+            "_CPBENCH_COMPLETE": "complete_bash", "COMP_WORDS": words,
+            "COMP_CWORD": str(words.count(" ")),
+        }  # fmt: skip
+        code, out, _ = run(env=env)
+        assert (code, out.split()) == (0, [expected])
