@@ -15,8 +15,10 @@ from torch.utils import _pytree as pytree
 
 from cpbench.api.lse_gradient import add_lse_gradient
 from cpbench.core.operator import QKV
+from cpbench.parallel.strategy import Saved
 
 if TYPE_CHECKING:
+    from cpbench.api.inputs import Tensors
     from cpbench.api.prepared import Attention
     from cpbench.core.operator import Gradients
     from cpbench.parallel.comm import Comm
@@ -43,8 +45,8 @@ class AttentionFunction(torch.autograd.Function):
         with no_autocast(q.device):
             out, lse, saved = work.forward(QKV(q, k, v), comm)
         if any(ctx.needs_input_grad):
-            _save(ctx, saved, work, (q, k, v, lse))
-        ctx.work, ctx.comm = work, comm
+            _save(ctx, saved, work, (q, k, v), lse)
+        ctx.work, ctx.comm, ctx.out_shape, ctx.out_dtype = work, comm, out.shape, out.dtype
         return out, lse
 
     @staticmethod
@@ -52,8 +54,10 @@ class AttentionFunction(torch.autograd.Function):
     def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[Any, ...]:
         if dout is None and dlse is None:
             return (None,) * 5
-        saved, (q, _, _, lse) = _restore(ctx)
-        dout = torch.zeros_like(q) if dout is None else dout
+        saved, lse = _restore(ctx)
+        if dout is None:
+            assert dlse is not None
+            dout = dlse.new_zeros(ctx.out_shape, dtype=ctx.out_dtype)
         return *differentiate(ctx.work, saved, lse, dout, dlse, ctx.comm), None, None
 
 
@@ -82,12 +86,10 @@ def differentiate(
     return gradients
 
 
-def _save(ctx: Any, saved: Any, work: Attention, others: tuple[Any, ...]) -> None:
-    """Save the values of a forward pass, with what the operator keeps for its outputs.
-
-    Args:
-        others: q, k, v and lse.
-    """
+def _save(ctx: Any, saved: Any, work: Attention, qkv: Tensors, lse: torch.Tensor | None) -> None:
+    """Save the values of a forward pass, with what the operator keeps for its outputs."""
+    graph = not isinstance(saved, Saved | list)  # inside a library: hold its inputs to be unchanged
+    others = (lse, qkv if graph else ())
     leaves = pytree.tree_leaves(saved)
     states = [work.op.take_state(x) if isinstance(x, torch.Tensor) else None for x in leaves]
     values, ctx.structure = pytree.tree_flatten((saved, states, others))
@@ -95,7 +97,7 @@ def _save(ctx: Any, saved: Any, work: Attention, others: tuple[Any, ...]) -> Non
     tensors: list[torch.Tensor] = []
     ctx.values = []
     for value in values:
-        if not isinstance(value, torch.Tensor) or _has_inner_graph(value, others):
+        if not isinstance(value, torch.Tensor) or _has_inner_graph(value, qkv):
             ctx.values.append(value)
             continue
         if id(value) not in indices:
@@ -105,21 +107,21 @@ def _save(ctx: Any, saved: Any, work: Attention, others: tuple[Any, ...]) -> Non
     ctx.save_for_backward(*tensors)
 
 
-def _restore(ctx: Any) -> tuple[Any, tuple[Any, ...]]:
-    """The saved values; q, k, v and lse."""
+def _restore(ctx: Any) -> tuple[Any, torch.Tensor | None]:
+    """The saved values, and lse."""
     tensors = ctx.saved_tensors
     values = [tensors[value] if isinstance(value, _Index) else value for value in ctx.values]
-    saved, states, others = pytree.tree_unflatten(values, ctx.structure)
+    saved, states, (lse, _) = pytree.tree_unflatten(values, ctx.structure)
     for leaf, state in zip(pytree.tree_leaves(saved), states, strict=True):
         if state is not None:
             ctx.work.op.restore_state(leaf, state)
-    return saved, others
+    return saved, lse
 
 
 class _Index(int):
     """The position of a tensor among those saved for the backward pass."""
 
 
-def _has_inner_graph(x: torch.Tensor, inputs: tuple[Any, ...]) -> bool:
+def _has_inner_graph(x: torch.Tensor, inputs: Tensors) -> bool:
     """Whether a tensor belongs to a graph that was recorded inside the forward pass."""
     return x.requires_grad and not any(x is tensor for tensor in inputs)

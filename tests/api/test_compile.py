@@ -9,6 +9,7 @@ from typing import Any
 import naive
 import pytest
 import torch
+from limits import LIMIT_S
 from ranks import run_ranks
 
 import cpbench
@@ -148,3 +149,27 @@ def _compiled_on_shards(rank: int, size: int, backend: str) -> list[bool]:
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_strategies_break_the_graph(backend: str) -> None:
     assert run_ranks(2, _compiled_on_shards, backend) == [[True] * 4] * 2
+
+
+FRESH = """
+import torch, cpbench
+from cpbench import masks
+mask = masks.build("causal", 64)
+def f(q, k, v):
+    return cpbench.attention(q.sin(), k, v, mask, "{operator}")[0].relu()
+inputs = [torch.randn(1, 64, 2, 16, requires_grad=True) for _ in range(3)]
+out = torch.compile(f, backend="{backend}")(*inputs)
+found = torch.autograd.grad(out.sum(), inputs)
+expected = torch.autograd.grad(f(*inputs).sum(), inputs)
+assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(found, expected))
+"""
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("operator", ["bands", "moba"])
+def test_the_first_call_of_a_process_may_be_compiled(backend: str, operator: str) -> None:
+    code = FRESH.format(backend=backend, operator=operator)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
+    assert result.returncode == 0, result.stderr
