@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -47,11 +46,17 @@ def test_torchrun_on_one_and_two_nodes() -> None:
     assert first.env["NCCL_SOCKET_IFNAME"] == first.env["GLOO_SOCKET_IFNAME"] == "ib0"
 
 
-@pytest.mark.parametrize("commands", [torchrun.commands, mpi.commands])
-def test_ranks_that_do_not_divide_are_refused(commands: Any) -> None:
-    mpiexec = {"mpi": ("mpiexec", mpi.MPICH)} if commands is mpi.commands else {}
+def test_ranks_that_do_not_divide_are_refused_by_torchrun() -> None:
     with pytest.raises(ValueError, match="5 ranks do not divide evenly over 2 nodes"):
-        commands(GangSpec(JOB, 5, Place(nodes=2, hosts=("a", "b")), environ={}), **mpiexec)
+        torchrun.commands(GangSpec(JOB, 5, Place(nodes=2, hosts=("a", "b")), environ={}))
+
+
+def test_the_last_node_of_mpi_may_have_fewer_ranks() -> None:
+    spec = GangSpec(JOB, 5, Place(nodes=2, hosts=("a", "b")), environ={})
+    (open_mpi,) = mpi.commands(spec, mpi=("/x/mpiexec", mpi.OPEN_MPI))
+    assert "-n 5 --host a:3,b:3 --map-by ppr:3:node:oversubscribe -x " in command_line(open_mpi)
+    (mpich,) = mpi.commands(spec, mpi=("/x/mpiexec", mpi.MPICH))
+    assert "-n 5 -hosts a,b -ppn 3 " in command_line(mpich)
 
 
 def test_mpi_commands_of_open_mpi_and_mpich() -> None:
