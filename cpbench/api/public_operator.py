@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def are_finite(tensors: tuple[torch.Tensor, ...]) -> bool:
     """Whether all sums are finite; if they are, so are all values."""
-    return all(math.isfinite(float(x.sum(dtype=_sum_dtype(x)))) for x in tensors)
+    return all(math.isfinite(float(x.detach().sum(dtype=_sum_dtype(x)))) for x in tensors)
 
 
 def autograd_records(op: BoundOperator, qkv: QKV, plan: Planned) -> bool:
