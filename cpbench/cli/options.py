@@ -14,6 +14,8 @@ from typing import Annotated
 
 import typer
 
+from cpbench.cli.completion import complete
+
 
 class ListKind(str, Enum):
     """What ``cpbench list`` lists."""
@@ -103,6 +105,11 @@ class PlotKind(str, Enum):
 
 
 list_option = partial(typer.Option, metavar="LIST")
+operator_list = partial(list_option, autocompletion=complete("operators"))
+strategy_list = partial(list_option, autocompletion=complete("strategies"))
+layout_list = partial(list_option, autocompletion=complete("layouts"))
+mask_list = partial(list_option, autocompletion=complete("masks"))
+mask_option = partial(typer.Option, metavar="MASK", autocompletion=complete("masks"))
 folder_option = partial(typer.Option, metavar="FOLDER")
 file_option = partial(typer.Option, metavar="FILE")
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cpbench.cli import jobs
+from cpbench.cli.completion import complete
 from cpbench.cli.options import (
     INTERRUPTED,
     AnyLauncher,
@@ -27,6 +28,7 @@ from cpbench.cli.options import (
     file_option,
     folder_option,
     list_option,
+    mask_list,
     print_error,
     run_directory,
     user_input,
@@ -46,6 +48,7 @@ def run_(
         typer.Argument(
             metavar="SWEEP",
             help="TOML file or name of a packaged sweep (see: cpbench list sweeps).",
+            autocompletion=complete("sweeps"),
         ),
     ],
     out: Annotated[
@@ -170,17 +173,30 @@ def run_(
 @commands.command()
 def bench(
     operator: Annotated[
-        str, list_option(help="Operators: registered names, or ./mine.py:my_op.")
+        str,
+        list_option(
+            autocompletion=complete("operators"),
+            help="Operators: registered names, or ./mine.py:my_op.",
+        ),
     ] = "bands",
     mask: Annotated[
-        list[str] | None, list_option(help="Masks; repeatable.  [default: causal]")
+        list[str] | None,
+        mask_list(help="Masks; repeatable.  [default: causal]"),
     ] = None,
     seq_len: Annotated[str, list_option(help="Sequence lengths, in tokens.")] = "1k,4k",
     strategy: Annotated[
-        str | None, list_option(help="Strategies, e.g. ring,ulysses.  [default: single]")
+        str | None,
+        list_option(
+            autocompletion=complete("strategies"),
+            help="Strategies, e.g. ring,ulysses.  [default: single]",
+        ),
     ] = None,
     layout: Annotated[
-        str | None, list_option(help="Layouts, e.g. zigzag,striped.  [default: contiguous]")
+        str | None,
+        list_option(
+            autocompletion=complete("layouts"),
+            help="Layouts, e.g. zigzag,striped.  [default: contiguous]",
+        ),
     ] = None,
     world_size: Annotated[str, list_option(help="Numbers of ranks.")] = "1",
     ranks_per_node: Annotated[str, list_option(help="Ranks per node; 0: as launched.")] = "0",
@@ -265,12 +281,23 @@ def init(
 
 @commands.command()
 def verify(
-    operator: Annotated[str | None, list_option(help="Operators to check.  [default: all]")] = None,
+    operator: Annotated[
+        str | None,
+        list_option(
+            autocompletion=complete("operators"), help="Operators to check.  [default: all]"
+        ),
+    ] = None,
     strategy: Annotated[
-        str | None, list_option(help="Strategies to check.  [default: all]")
+        str | None,
+        list_option(
+            autocompletion=complete("strategies"), help="Strategies to check.  [default: all]"
+        ),
     ] = None,
     mask: Annotated[
-        list[str] | None, list_option(help="Masks to check; repeatable.  [default: all]")
+        list[str] | None,
+        list_option(
+            autocompletion=complete("masks"), help="Masks to check; repeatable.  [default: all]"
+        ),
     ] = None,
     world_size: Annotated[
         str | None, list_option(help="Numbers of ranks.  [default: 1,2,3,4]")

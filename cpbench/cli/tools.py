@@ -17,6 +17,7 @@ from cpbench.cli.options import (
     device_name,
     file_option,
     list_option,
+    mask_option,
     user_input,
 )
 from cpbench.reports.tables.terminal import print_rows
@@ -108,7 +109,10 @@ def traffic(
     strategy: Annotated[
         str, typer.Argument(metavar="STRATEGY", help="Strategy, e.g. usp:ulysses=8.")
     ],
-    mask: Annotated[str, typer.Option(metavar="MASK", help="See: cpbench list masks.")] = "causal",
+    mask: Annotated[
+        str,
+        mask_option(help="See: cpbench list masks."),
+    ] = "causal",
     seq_len: Annotated[
         str, typer.Option(metavar="TOKENS", help="Global sequence length.")
     ] = "128k",
