@@ -90,7 +90,7 @@ def distributed_attention(
         problem = make_problem(q, k, v, mask, scale, need_gradients(q, k, v))
         method = (Spec.parse(operator), Spec.parse(strategy), Spec.parse(layout), placement)
         call = Call(*method, mask, problem, str(q.device))
-        work = member.works.get(call)
+        call, work = member.prepared.get(call, (call, None))  # the former has its checksum
         refusal = _wrong_length(work.world, q, k, v) if work else ""
     except (ValueError, TypeError) as error:
         refusal = str(error)
@@ -137,7 +137,7 @@ class GroupMember:
         self.control = Control(group, AGREEMENT_TIMEOUT_S)
         self.comm = TorchComm(group)
         self.ranks_per_node = self.control.ranks_per_node()
-        self.works: dict[Call, Attention] = {}  # the last ones, in the order of preparation
+        self.prepared: dict[Call, tuple[Call, Attention]] = {}  # the last ones, in their order
 
     def prepare(self, call: Call | None, refusal: str, inputs: Tensors) -> Attention:
         """Prepare a call on all ranks; all of them raise if one refuses or disagrees.
@@ -168,9 +168,9 @@ class GroupMember:
         _raise_first([reason for _, reason, _ in ranks], Unsupported)
         assert work is not None
         require_agreement(self.control, work, [fingerprint for _, _, fingerprint in ranks])
-        self.works[call] = work
-        if len(self.works) > MOST_PREPARED:
-            del self.works[next(iter(self.works))]
+        self.prepared[call] = (call, work)
+        if len(self.prepared) > MOST_PREPARED:
+            del self.prepared[next(iter(self.prepared))]
         return work
 
 
