@@ -18,10 +18,10 @@ from cpbench.core.operator import QKV
 from cpbench.parallel.strategy import Saved
 
 if TYPE_CHECKING:
+    from cpbench.api.distributed import GroupMember
     from cpbench.api.inputs import Tensors
     from cpbench.api.prepared import Attention
     from cpbench.core.operator import Gradients
-    from cpbench.parallel.comm import Comm
 
 
 def no_autocast(device: torch.device) -> Any:
@@ -39,26 +39,32 @@ class AttentionFunction(torch.autograd.Function):
         k: torch.Tensor,
         v: torch.Tensor,
         work: Attention,
-        comm: Comm | None,
+        member: GroupMember | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         ctx.set_materialize_grads(False)
         with no_autocast(q.device):
-            out, lse, saved = work.forward(QKV(q, k, v), comm)
+            out, lse, saved = work.forward(QKV(q, k, v), member.comm if member else None)
         if any(ctx.needs_input_grad):
             _save(ctx, saved, work, (q, k, v), lse)
-        ctx.work, ctx.comm, ctx.out_shape, ctx.out_dtype = work, comm, out.shape, out.dtype
+        ctx.work, ctx.member, ctx.out_shape, ctx.out_dtype = work, member, out.shape, out.dtype
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[Any, ...]:
-        if dout is None and dlse is None:
-            return (None,) * 5
         saved, lse = _restore(ctx)
+        if lse is not None and _some_rank_has(dlse, ctx.member) and dlse is None:
+            dlse = torch.zeros_like(lse)
         if dout is None:
-            assert dlse is not None
-            dout = dlse.new_zeros(ctx.out_shape, dtype=ctx.out_dtype)
-        return *differentiate(ctx.work, saved, lse, dout, dlse, ctx.comm), None, None
+            device = ctx.saved_tensors[0].device
+            dout = torch.zeros(ctx.out_shape, dtype=ctx.out_dtype, device=device)
+        return *differentiate(ctx.work, saved, lse, dout, dlse, ctx.member), None, None
+
+
+def _some_rank_has(dlse: torch.Tensor | None, member: GroupMember | None) -> bool:
+    """Whether any rank has a gradient of lse, which is another pass: all ranks take it, or none."""
+    has_own = dlse is not None
+    return has_own if member is None else bool(member.control.max(float(has_own)))
 
 
 def differentiate(
@@ -67,7 +73,7 @@ def differentiate(
     lse: torch.Tensor | None,
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
-    comm: Comm | None,
+    member: GroupMember | None,
 ) -> Gradients:
     """dq, dk and dv from the gradients of out and lse.
 
@@ -77,12 +83,12 @@ def differentiate(
         dlse: None if nothing depends on lse.
     """
     with no_autocast(dout.device):
-        gradients = work.backward(dout.contiguous(), saved, comm)
+        gradients = work.backward(dout.contiguous(), saved, member.comm if member else None)
         if dlse is not None:
             # Queries that see nothing have no lse: its gradient may be infinite.
             assert lse is not None
             dlse = dlse.masked_fill(torch.isneginf(lse), 0.0)
-            gradients = add_lse_gradient(gradients, dlse, saved, work, comm)
+            gradients = add_lse_gradient(gradients, dlse, saved, work, member)
     return gradients
 
 

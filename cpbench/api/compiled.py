@@ -16,13 +16,18 @@ from cpbench.api.on_one_rank import prepare_on_one_rank
 from cpbench.core.operator import QKV
 from cpbench.core.registry import operator_info
 from cpbench.core.spec import Spec
-from cpbench.masks.head_masks import Mask
+from cpbench.masks.attn_mask import AttnMask
+from cpbench.masks.dilated_mask import DilatedMask
+from cpbench.masks.head_masks import HeadMasks, Mask
 from cpbench.masks.living import find_mask
 from cpbench.parallel.strategy import Saved
 
 
 def _is_stateless(operator: str) -> bool:
-    info = operator_info(Spec.parse(operator).name)
+    try:
+        info = operator_info(Spec.parse(operator).name)
+    except ValueError:
+        return False  # said outside of the graph
     return info.external_lse and info.mergeable and not info.selects
 
 
@@ -30,9 +35,24 @@ def _is_stateless(operator: str) -> bool:
 _is_stateless._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def stays_in_graph(mask: Mask, operator: Spec | str) -> bool:
-    """Whether :func:`attention` can compute this while a graph is traced."""
-    return isinstance(operator, str) and "digest" in mask.__dict__ and _is_stateless(operator)
+def stays_in_graph(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: Mask,
+    operator: Spec | str,
+    scale: float | None,
+) -> bool:
+    """Whether :func:`attention` can compute this while a graph is traced; mistakes are reported
+    outside of it."""
+    return (
+        isinstance(operator, str)
+        and isinstance(mask, AttnMask | HeadMasks | DilatedMask)
+        and "digest" in mask.__dict__
+        and q.ndim == k.ndim == v.ndim == 4
+        and (scale is None or (isinstance(scale, float) and scale > 0))
+        and _is_stateless(operator)
+    )
 
 
 def attention(

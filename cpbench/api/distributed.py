@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +21,10 @@ from cpbench.api.inputs import (
     Tensors,
     make_problem,
     need_gradients,
+    require_scale,
     require_types,
     under_autocast,
+    with_positive_scale,
 )
 from cpbench.api.prepared import Attention, require_agreement
 from cpbench.api.public_operator import PublicOperator
@@ -32,13 +33,13 @@ from cpbench.core.spec import Spec
 from cpbench.core.untraced import untraced
 from cpbench.parallel import layout as layouts
 from cpbench.parallel.comm import Control, TorchComm
+from cpbench.parallel.process_group import is_alive
 from cpbench.parallel.world import World
 
 if TYPE_CHECKING:
     from cpbench.core.problem import Problem
     from cpbench.masks.attn_mask import AttnMask
 
-AGREEMENT_TIMEOUT_S = 60.0
 MOST_PREPARED = 64  # computations kept for each group
 
 
@@ -86,20 +87,22 @@ def distributed_attention(
     call, work, refusal = None, None, ""
     try:
         require_types(q, k, v, mask)
+        require_scale(scale)
         q, k, v = under_autocast(q, k, v)
+        q, scale = with_positive_scale(q, scale)
         problem = make_problem(q, k, v, mask, scale, need_gradients(q, k, v))
         method = (Spec.parse(operator), Spec.parse(strategy), Spec.parse(layout), placement)
         call = Call(*method, mask, problem, str(q.device))
         call, work = member.prepared.get(call, (call, None))  # the former has its checksum
         refusal = _wrong_length(work.world, q, k, v) if work else ""
-    except (ValueError, TypeError) as error:
-        refusal = str(error)
+    except Exception as error:  # whatever it is, the other ranks must hear of it
+        refusal = " ".join(str(error).split()) or type(error).__name__
     checksum = call.checksum if call else 0
     if not member.control.agree(checksum, ready=work is not None and not refusal):
         work = member.prepare(call, refusal, (q, k, v))
     assert work is not None
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    return AttentionFunction.apply(q, k, v, work, member.comm)  # type: ignore[no-any-return, no-untyped-call]
+    return AttentionFunction.apply(q, k, v, work, member)  # type: ignore[no-any-return, no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ class GroupMember:
     """
 
     def __init__(self, group: Any) -> None:
-        self.control = Control(group, AGREEMENT_TIMEOUT_S)
+        self.control = Control(group)
         self.comm = TorchComm(group)
         self.ranks_per_node = self.control.ranks_per_node()
         self.prepared: dict[Call, tuple[Call, Attention]] = {}  # the last ones, in their order
@@ -202,7 +205,7 @@ def _describe_texts(texts: list[str]) -> str:
     )
 
 
-_MEMBERS: weakref.WeakKeyDictionary[Any, GroupMember] = weakref.WeakKeyDictionary()
+_MEMBERS: dict[Any, GroupMember] = {}
 
 
 def _member_of(group: Any) -> GroupMember:
@@ -223,5 +226,9 @@ def _member_of(group: Any) -> GroupMember:
     if not isinstance(group, dist.ProcessGroup):
         raise ValueError(f"group must be a process group that this rank belongs to, not {group!r}")
     if group not in _MEMBERS:
+        for other in [other for other in _MEMBERS if not is_alive(other)]:
+            member = _MEMBERS.pop(other)
+            member.comm.destroy()
+            member.control.destroy()
         _MEMBERS[group] = GroupMember(group)
     return _MEMBERS[group]

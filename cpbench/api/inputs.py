@@ -24,6 +24,9 @@ def require_types(q: Any, k: Any, v: Any, mask: Any) -> None:
             raise ValueError(f"{name} has shape {list(x.shape)}; shapes are [B, S, H, D]")
         if x.device != q.device:
             raise ValueError(f"q is on {q.device} and {name} on {x.device}")
+        if x.device.type not in ("cpu", "cuda") or x.layout != torch.strided:
+            kind = f"{x.layout} on {x.device}"
+            raise ValueError(f"{name} must be a dense tensor on cpu or cuda, not {kind}")
     if not isinstance(mask, AttnMask | HeadMasks | DilatedMask):
         raise ValueError(
             f"mask must be one of cpbench.masks, such as cpbench.masks.build('causal', seq_len=8), "
@@ -38,14 +41,33 @@ def under_autocast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Tensors
     if not torch.is_autocast_enabled(device):
         return q, k, v
     dtype = torch.get_autocast_dtype(device)
-    q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
+    q, k, v = (
+        x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v)
+    )
     return q, k, v
+
+
+def with_positive_scale(q: torch.Tensor, scale: float | None) -> tuple[torch.Tensor, float | None]:
+    """The same scores with a positive scale: kernels multiply the -inf of hidden pairs by it."""
+    if scale is None or scale > 0:
+        return q, scale
+    return (q * -1, -scale) if scale < 0 else (q * 0, 1.0)
 
 
 def with_contiguous_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Tensors:
     """Copies of the inputs whose last axis is strided."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     return q, k, v
+
+
+def require_scale(scale: Any) -> None:
+    """Raise a ValueError for anything but a finite number or None."""
+    try:
+        finite = scale is None or (isinstance(scale, int | float) and math.isfinite(scale))
+    except OverflowError:
+        finite = False
+    if not finite:
+        raise ValueError(f"scale must be a finite number or None, not {_short(scale)}")
 
 
 def need_gradients(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
@@ -84,8 +106,7 @@ def make_problem(
     dtype = str(q.dtype).removeprefix("torch.")
     if dtype not in DTYPE_BYTES:
         raise ValueError(f"q, k and v must be {', '.join(DTYPE_BYTES)}, not {dtype}")
-    if scale is not None and not (isinstance(scale, int | float) and math.isfinite(scale)):
-        raise ValueError(f"scale must be a finite number or None, not {_short(scale)}")
+    require_scale(scale)
     return Problem(
         batch=q.shape[0],
         seq_q=mask.seq_q,

@@ -8,9 +8,11 @@ from cpbench.api import compiled
 from cpbench.api.autograd import AttentionFunction, no_autocast
 from cpbench.api.inputs import (
     need_gradients,
+    require_scale,
     require_types,
     under_autocast,
     with_contiguous_heads,
+    with_positive_scale,
 )
 from cpbench.api.on_one_rank import prepare_on_one_rank
 from cpbench.api.public_operator import autograd_records
@@ -50,7 +52,7 @@ def attention(
         RuntimeError: in the backward pass, for a gradient through the lse of an operator whose
             backward does not take the lse, and for a second derivative.
     """
-    if torch.compiler.is_compiling() and compiled.stays_in_graph(mask, operator):
+    if torch.compiler.is_compiling() and compiled.stays_in_graph(q, k, v, mask, operator, scale):
         q, k, v = under_autocast(q, k, v)
         return compiled.attention(q, k, v, mask, str(operator), scale)
     return _attention(q, k, v, mask, operator, scale)
@@ -66,7 +68,9 @@ def _attention(
     scale: float | None,
 ) -> OutLse:
     require_types(q, k, v, mask)
+    require_scale(scale)
     q, k, v = under_autocast(q, k, v)
+    q, scale = with_positive_scale(q, scale)
     work = prepare_on_one_rank(q, k, v, mask, operator, scale, need_gradients(q, k, v))
     q, k, v = with_contiguous_heads(q, k, v)
     if work.problem.backward and autograd_records(work.op, QKV(q, k, v), work.plan):

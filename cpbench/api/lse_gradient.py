@@ -4,11 +4,13 @@ With the scores s, probabilities P = exp(s - lse) and dlse the gradient of lse, 
 scores has another term, P * dlse.  A second backward pass computes it: from v = 1 in a few lanes,
 dout = dlse in these lanes, and out = 0, a backward pass computes P * (dout v^T - sum(dout * out)) =
 P * dlse.  None of these depends on which tokens or heads a rank holds, so it is the same for every
-strategy.  In 16 bits dlse is split over three lanes, so that none of its float32 is lost.
+strategy.  In 16 bits dlse is split over three lanes, so that none of its float32 is lost; in
+float16 it is scaled by a power of two.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,15 +18,19 @@ import torch
 from cpbench.parallel.strategy import Saved
 
 if TYPE_CHECKING:
+    from cpbench.api.distributed import GroupMember
     from cpbench.api.prepared import Attention
     from cpbench.core.operator import Gradients
-    from cpbench.parallel.comm import Comm
 
 MOST_LANES = 3  # 3 * 8 bits of bfloat16, 3 * 11 of float16
 
 
 def add_lse_gradient(
-    gradients: Gradients, dlse: torch.Tensor, saved: object, work: Attention, comm: Comm | None
+    gradients: Gradients,
+    dlse: torch.Tensor,
+    saved: object,
+    work: Attention,
+    member: GroupMember | None,
 ) -> Gradients:
     """Add the gradient through lse to dq and dk.
 
@@ -44,13 +50,27 @@ def add_lse_gradient(
         )
     dq, dk, dv = gradients
     lanes = min(MOST_LANES if dq.element_size() == 2 else 1, dq.shape[-1])
-    rest = dlse.float().transpose(1, 2)  # [B, S, H]
+    factor = _power_of_two(dlse, member) if dq.dtype == torch.float16 else 1.0
+    rest = dlse.float().transpose(1, 2) / factor  # [B, S, H]
     dout = torch.zeros_like(dq, memory_format=torch.contiguous_format)
     for lane in range(lanes):
         dout[..., lane] = rest
         rest = rest - dout[..., lane].float()
+    comm = member.comm if member else None
     more_dq, more_dk, _ = work.backward(dout, _with_constant_values(saved, lanes), comm)
-    return dq + more_dq, dk + more_dk, dv
+    if factor == 1.0:
+        return dq + more_dq, dk + more_dk, dv
+    sums = (x.float().add(more.float(), alpha=factor) for x, more in ((dq, more_dq), (dk, more_dk)))
+    dq, dk = (x.to(dv.dtype) for x in sums)
+    return dq, dk, dv
+
+
+def _power_of_two(dlse: torch.Tensor, member: GroupMember | None) -> float:
+    """The power of two next to the largest value, over all ranks; 1 for zeros."""
+    largest = float(dlse.abs().max()) if dlse.numel() else 0.0
+    if member is not None:
+        largest = member.control.max(largest)
+    return 2.0 ** math.ceil(math.log2(largest)) if 0 < largest < math.inf else 1.0
 
 
 def _with_constant_values(saved: object, lanes: int) -> object:

@@ -38,7 +38,7 @@ def prepare_on_one_rank(
     return _cached_on_one_rank(Spec.parse(operator), mask, problem, str(q.device))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 def _cached_on_one_rank(operator: Spec, mask: Mask, problem: Problem, device: str) -> Attention:
     world = World(
         problem,

@@ -22,6 +22,7 @@ import torch
 
 import cpbench
 from cpbench import masks
+from cpbench.core.untraced import untraced
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.convert import from_dense
 
@@ -32,15 +33,31 @@ NAME = "cpbench"
 CHUNK_PAIRS = 1 << 26  # pairs of a mask that are evaluated at once
 REFUSED = ("softcap", "position_bias", "s_aux")  # changes of the scores that no operator computes
 
+# From which value on a number that is added to scores hides a pair.
+HIDING = {
+    torch.float32: -1e4, torch.float64: -1e4, torch.bfloat16: -9e3, torch.float16: -9e3,
+}  # fmt: skip
+
 Observer = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], None]
 _observers: list[Observer] = []
 
 
 @dataclass(frozen=True)
 class BatchMasks:
-    """The mask of each sequence of a batch; one mask if all are equal."""
+    """The mask of each sequence of a batch; one mask if all are equal.
+
+    ``ndim`` and ``shape`` are for transformers: those of a mask that needs no more preparation.
+    """
 
     masks: tuple[AttnMask, ...]
+
+    @property
+    def ndim(self) -> int:
+        return 4
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.masks), 1, self.masks[0].seq_q, self.masks[0].seq_k)
 
 
 def register(operator: str = "bands", name: str = NAME) -> None:
@@ -115,7 +132,7 @@ def attention_forward(
     elif isinstance(attention_mask, BatchMasks):
         batch = attention_mask.masks
     else:
-        batch = _masks_of_tensor(attention_mask, len(q))
+        batch = _masks_of_tensor(attention_mask, len(q), q.shape[1], k.shape[1])
     if len(batch) == 1:
         out, _ = cpbench.attention(q, k, v, batch[0], operator=operator, scale=scaling)
         return out.contiguous(), None
@@ -126,6 +143,7 @@ def attention_forward(
     return torch.cat(outs), None
 
 
+@untraced
 def make_masks(
     batch_size: int,
     q_length: int,
@@ -133,7 +151,7 @@ def make_masks(
     q_offset: int = 0,
     kv_offset: int = 0,
     mask_function: Any = None,
-    attention_mask: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | BatchMasks | None = None,
     **options: Any,
 ) -> BatchMasks | None:
     """The masks of a batch, with the signature of transformers.
@@ -143,6 +161,8 @@ def make_masks(
     """
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+    if isinstance(attention_mask, BatchMasks):  # made before, for a static cache
+        return attention_mask
     pattern = causal_mask_function if mask_function is None else mask_function
     padded = attention_mask is not None and not bool(attention_mask.all())
     whole = q_length == kv_length and q_offset == kv_offset == 0
@@ -168,10 +188,25 @@ def _unpadded(queries: int, keys: int, causal: bool) -> AttnMask:
     return AttnMask.from_slices(queries, keys, [[0, queries, 0, keys, -queries, keys]])
 
 
-def _masks_of_tensor(mask: torch.Tensor, batch: int) -> tuple[AttnMask, ...]:
-    if mask.shape[1] != 1:
-        raise ValueError(f"attention_mask {list(mask.shape)} differs from head to head")
-    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+@untraced
+def _masks_of_tensor(
+    mask: torch.Tensor, batch: int, queries: int, keys: int
+) -> tuple[AttnMask, ...]:
+    """Masks from booleans, or from what is added to scores: 0, or a number that hides a pair."""
+    shape = list(mask.shape)
+    if mask.ndim != 4 or mask.dtype not in (torch.bool, *HIDING):
+        raise ValueError(
+            f"attention_mask must be boolean or floating-point [B, 1 or H, S, T], not {mask.dtype} "
+            f"{shape}"
+        )
+    visible = mask
+    if mask.dtype != torch.bool:
+        visible = mask == 0
+        if bool((~visible & ~(mask <= HIDING[mask.dtype])).any()):
+            raise ValueError("attention_mask holds a bias: cpbench adds none to scores")
+    if mask.shape[1] > 1 and bool((visible != visible[:, :1]).any()):
+        raise ValueError(f"attention_mask {shape} differs from head to head")
+    visible = visible[:, :1].expand(-1, -1, queries, keys)
     return _masks_of_parts([visible], batch)
 
 

@@ -95,6 +95,7 @@ def build_heads(
     return built
 
 
+@untraced
 def from_cu_seqlens(
     cu_seqlens_q: npt.ArrayLike, cu_seqlens_k: npt.ArrayLike | None = None, causal: bool = True
 ) -> AttnMask:
@@ -111,7 +112,7 @@ def from_cu_seqlens(
     """
     ends = []
     for name, given in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        raw = np.asarray(cu_seqlens_q if given is None else given)
+        raw = _to_numpy(cu_seqlens_q if given is None else given)
         if raw.ndim != 1 or raw.dtype.kind not in "iu" or len(raw) < 2 or (raw > MOST_TOKENS).any():
             raise ValueError(f"{name} must be a flat list of integers up to 2**40, at least two")
         values = raw.astype(np.int64)
@@ -126,6 +127,11 @@ def from_cu_seqlens(
     last = k1 - q1 if causal else np.full_like(q0, WIDE)
     slices = np.column_stack([q0, q1, k0, k1, np.full_like(q0, -WIDE), last])
     return AttnMask.from_slices(int(q1[-1]), int(k1[-1]), slices)
+
+
+def _to_numpy(values: Any) -> npt.NDArray[Any]:
+    """An array of numbers, of a tensor on any device too."""
+    return np.asarray(values.cpu() if hasattr(values, "cpu") else values)
 
 
 def rebuild(mask: Spec, seq_len: int, num_heads: int) -> Mask:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cpbench.core.untraced import untraced
 from cpbench.masks import living
 from cpbench.masks.slices import (
     HI,
@@ -44,7 +45,7 @@ from cpbench.masks.slices import (
 
 
 @dataclass(frozen=True, eq=False)
-class AttnMask:
+class AttnMask(living.PickledByFields):
     """An attention mask, as canonical band slices.
 
     Create one with :meth:`from_slices` (which canonicalises) or with ``cpbench.masks.build``.
@@ -60,6 +61,7 @@ class AttnMask:
     slices: IntArray
 
     @classmethod
+    @untraced
     def from_slices(
         cls, seq_q: int, seq_k: int, slices: IntArray | Iterable[Sequence[int]]
     ) -> AttnMask:
@@ -184,6 +186,7 @@ class AttnMask:
 
     # --- derived masks ------------------------------------------------------------------------
 
+    @untraced
     def crop(self, q0: int, q1: int, k0: int, k1: int) -> AttnMask:
         """The mask of queries ``[q0, q1)`` and keys ``[k0, k1)``, in local coordinates.
 
@@ -196,6 +199,7 @@ class AttnMask:
             )
         return self.restrict(np.array([[q0, q1 - q0]]), np.array([[k0, k1 - k0]]))
 
+    @untraced
     def restrict(self, q_ranges: IntArray, k_ranges: IntArray) -> AttnMask:
         """The mask of subsets of queries and keys, in local coordinates.
 
@@ -212,6 +216,7 @@ class AttnMask:
         moved = shifted(cut, shift_q, shift_k)
         return AttnMask._from_canonical(int(q_ranges[:, 1].sum()), int(k_ranges[:, 1].sum()), moved)
 
+    @untraced
     def stride(self, step: int, q_phase: int, k_phases: IntArray | Sequence[int]) -> AttnMask:
         """The mask between queries ``q_phase + step * i`` and keys ``k_phase + step * j``.
 
@@ -238,12 +243,14 @@ class AttnMask:
         moved = shifted(kept, np.zeros(len(kept), np.int64), slot[index] * local_k)
         return AttnMask._from_canonical(local_q, local_k * len(phases), moved)
 
+    @untraced
     def transpose(self) -> AttnMask:
         """The mask with queries and keys exchanged."""
         s = self.slices
         swapped = np.column_stack([s[:, K0], s[:, K1], s[:, Q0], s[:, Q1], -s[:, HI], -s[:, LO]])
         return AttnMask._from_canonical(self.seq_k, self.seq_q, swapped)
 
+    @untraced
     def simplify(self) -> AttnMask:
         """The same mask with neighbouring slices merged where possible.
 

@@ -18,6 +18,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from cpbench.core.untraced import untraced
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.slices import BoolArray, IntArray
 from cpbench.masks.tiling import TileGrid, tiles
@@ -57,6 +58,7 @@ class TypedSlices:
         return dense
 
 
+@untraced
 def from_dense(parts: Sequence[BoolArray]) -> AttnMask:
     """The mask that shows the true pairs, with as few slices as neighbours can be merged into.
 

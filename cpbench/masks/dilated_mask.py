@@ -22,7 +22,7 @@ from cpbench.masks.slices import BoolArray, IntArray
 
 
 @dataclass(frozen=True)
-class DilatedMask:
+class DilatedMask(living.PickledByFields):
     """The visible pairs of every head, with multiplicities.
 
     Attributes:

@@ -21,7 +21,7 @@ from cpbench.masks.slices import BoolArray, IntArray
 
 
 @dataclass(frozen=True, eq=False)
-class HeadMasks:
+class HeadMasks(living.PickledByFields):
     """One mask per query head, the same for every batch.
 
     Attributes:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from typing import TYPE_CHECKING
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cpbench.masks.head_masks import Mask
@@ -13,6 +14,16 @@ MOST_KEPT = 1024  # masks that were looked up last are kept alive, for backward 
 
 _LIVING: weakref.WeakValueDictionary[str, Mask] = weakref.WeakValueDictionary()
 _KEPT: OrderedDict[str, Mask] = OrderedDict()
+
+
+class PickledByFields:
+    """A frozen dataclass whose copies hold its fields alone, not what was computed from them."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {item.name: getattr(self, item.name) for item in fields(self)}  # type: ignore[arg-type]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
 
 
 def register(mask: Mask, digest: str) -> str:

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from cpbench.parallel.process_group import create_group
+from cpbench.parallel.process_group import create_group, destroy_group
 
 if TYPE_CHECKING:
     import torch
@@ -228,6 +228,14 @@ class TorchComm(GroupedComm):
     def _init_sub(self) -> None:
         self.group = None
 
+    def destroy(self) -> None:
+        """Destroy the groups of all sub-communicators, and let go of the own one."""
+        for sub in self._subs.values():
+            if sub is not self and sub.group is not None:
+                destroy_group(sub.group)
+        self._subs = {}
+        self._root_group = self.group = None
+
     def _collective(self, nbytes: int, messages: int = 1) -> Any:
         """Return the process group, created at its first collective, and count the bytes sent."""
         if self.group is None and self is not self._root:
@@ -296,13 +304,17 @@ class Control:
     Uses a Gloo group of its own, so it neither disturbs nor waits for the transport under test.
     """
 
-    def __init__(self, group: Any = None, timeout_s: float = 1800.0) -> None:
+    def __init__(self, group: Any = None, timeout_s: float = 0.0) -> None:
         import torch.distributed as dist
 
         self._dist = dist
         members = range(dist.get_world_size(group))
         self._group = create_group(group, members, "control", "gloo", timeout_s)
         self.rank, self.size = dist.get_rank(self._group), dist.get_world_size(self._group)
+
+    def destroy(self) -> None:
+        """Destroy the group."""
+        destroy_group(self._group)
 
     def barrier(self) -> None:
         """Wait until every rank has reached this call."""
@@ -318,7 +330,7 @@ class Control:
         """Whether all ranks are ready and have the same checksum (one all-reduce of 24 bytes)."""
         import torch
 
-        cells = torch.tensor([checksum, -checksum, not ready], dtype=torch.int64)
+        cells = torch.tensor([checksum, -checksum, not ready], dtype=torch.int64, device="cpu")
         self._dist.all_reduce(cells, op=self._dist.ReduceOp.MAX, group=self._group)
         largest, minus_smallest, unready = cells.tolist()
         return largest == -minus_smallest and not unready
@@ -327,7 +339,7 @@ class Control:
         """The maximum over ranks, on every rank (one small all-reduce)."""
         import torch
 
-        cell = torch.tensor([value], dtype=torch.float64)
+        cell = torch.tensor([value], dtype=torch.float64, device="cpu")
         self._dist.all_reduce(cell, op=self._dist.ReduceOp.MAX, group=self._group)
         return float(cell.item())
 
@@ -335,7 +347,7 @@ class Control:
         """The flag of rank 0, on every rank."""
         import torch
 
-        cell = torch.tensor([int(flag)])
+        cell = torch.tensor([int(flag)], device="cpu")
         self._dist.broadcast(cell, group=self._group, group_src=0)
         return bool(cell.item())
 
@@ -343,7 +355,7 @@ class Control:
         """On rank 0: the value that ``rank`` computes in :meth:`reply_value`."""
         import torch
 
-        cell = torch.zeros(1, dtype=torch.float64)
+        cell = torch.zeros(1, dtype=torch.float64, device="cpu")
         self._dist.send(cell, group=self._group, group_dst=rank)
         self._dist.recv(cell, group=self._group, group_src=rank)
         return float(cell.item())
@@ -352,7 +364,7 @@ class Control:
         """Wait for a request of rank 0 and send it a value computed at that moment."""
         import torch
 
-        cell = torch.zeros(1, dtype=torch.float64)
+        cell = torch.zeros(1, dtype=torch.float64, device="cpu")
         self._dist.recv(cell, group=self._group, group_src=0)
         cell[0] = compute()
         self._dist.send(cell, group=self._group, group_dst=0)

@@ -23,7 +23,7 @@ def create_group(
         members: ranks in ``parent``, ascending.
         purpose: part of the name of the group.
         backend: as for ``new_group``; that of the parent unless given.
-        timeout_s: of its operations; the default of torch unless given.
+        timeout_s: of its operations; that of the parent unless given.
     """
     import torch.distributed as dist
     from torch.distributed import distributed_c10d as c10d
@@ -40,7 +40,35 @@ def create_group(
         c10d.Backend(backend or dist.get_backend_config(parent)),
         c10d._get_default_store(),
         name,  # type: ignore[arg-type]
-        timeout=timedelta(seconds=timeout_s or DEFAULT_TIMEOUT_S),
+        timeout=timedelta(seconds=timeout_s) if timeout_s else _timeout(parent),
     )
     c10d._world.pg_group_ranks[group] = {rank: i for i, rank in enumerate(ranks)}
     return group
+
+
+def destroy_group(group: Any) -> None:
+    """Destroy a group of :func:`create_group`, if it has not been with all others."""
+    import torch.distributed as dist
+
+    if is_alive(group):
+        dist.destroy_process_group(group)
+
+
+def is_alive(group: Any) -> bool:
+    """Whether a process group has not been destroyed."""
+    from torch.distributed import distributed_c10d as c10d
+
+    return group in c10d._world.pg_map
+
+
+def _timeout(group: Any) -> timedelta:
+    """The timeout of the operations of a group."""
+    import torch
+
+    for device in ("cpu", "cuda"):
+        try:
+            timeout: timedelta = group._get_backend(torch.device(device)).options._timeout
+        except (RuntimeError, AttributeError):
+            continue
+        return timeout
+    return timedelta(seconds=DEFAULT_TIMEOUT_S)

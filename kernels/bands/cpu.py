@@ -225,9 +225,10 @@ class _Workspace:
         longest = max((square.q1 - square.q0 for square in layout.squares), default=0)
         if longest * q.shape[3] >= LONG_SQUARE_ELEMENTS:
             self.max_heads = 1
-        self.buffers = torch.empty((2, self.max_heads * max_scores), dtype=self.dtype)
+        shape = (2, self.max_heads * max_scores)
+        self.buffers = torch.empty(shape, dtype=self.dtype, device="cpu")
         self.views: dict[tuple[int, int, int], tuple[torch.Tensor, ...]] = {}
-        hidden = torch.full((rows, rows), -math.inf, dtype=self.dtype)
+        hidden = torch.full((rows, rows), -math.inf, dtype=self.dtype, device="cpu")
         self.above, self.below = hidden.triu(1), hidden.tril(-1)
 
     @staticmethod

@@ -191,7 +191,7 @@ def contest_notes(rankings: Sequence[MethodRanking]) -> list[str]:
     lines, verdicts = [], {ranking.verdict for ranking in rankings}
     if "tie" in verdicts:
         lines.append(
-            "tie: no method is faster than every other one at the 5 % level, over launches or turns."
+            "tie: no method is faster than all others at the 5 % level, over launches or turns."
         )
     shortages = Counter(
         str(ranking.contest.shortage) for ranking in rankings if ranking.verdict == "inconclusive"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
 import subprocess
 import sys
 from typing import Any
@@ -102,6 +105,37 @@ def test_masks_that_are_built_inside_or_have_no_name() -> None:
         torch.testing.assert_close(x, y)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: masks.from_cu_seqlens(torch.tensor([0, 50, TOKENS])),
+        lambda: masks.AttnMask.from_slices(TOKENS, TOKENS, [[0, TOKENS, 0, TOKENS, -9, 0]]),
+        lambda: masks.build("causal", TOKENS * 2).crop(0, TOKENS, 0, TOKENS),
+        lambda: masks.build("causal", TOKENS).transpose().transpose().simplify(),
+    ],
+    ids=["cu_seqlens", "slices", "crop", "transpose"],
+)
+def test_masks_of_any_making_inside(make: Any) -> None:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return cpbench.attention(q * 1, k, v, make())[0] + 1
+
+    inputs = inputs_of()
+    compiled = torch.compile(attend, backend="aot_eager")
+    for x, y in zip(run(attend, inputs), run(compiled, inputs), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_copies_of_masks() -> None:
+    inputs = inputs_of()
+    for copied in (pickle.loads(pickle.dumps(masks.build("sliding_window:window=31", TOKENS))),
+                   copy.deepcopy(masks.build("sliding_window:window=33", TOKENS))):  # fmt: skip
+        block = Block("bands")
+        block.mask = copied
+        masks._build_cached.cache_clear()
+        gc.collect()
+        assert_same(block, torch.compile(block, backend="aot_eager"), inputs)
+
+
 def test_importing_does_not_import_the_compiler() -> None:
     code = "import sys, cpbench.api; print('torch._dynamo' in sys.modules)"
     command = [sys.executable, "-c", code]
@@ -128,6 +162,27 @@ def test_bad_input_is_the_same_error() -> None:
     q, k, v, _ = inputs_of()
     with pytest.raises(ValueError, match="do not fit a mask of 128 queries"):
         compiled(q[:, :64], k[:, :64], v[:, :64])
+
+
+@pytest.mark.parametrize("how", ["mask", "operator", "axes", "scale"])
+def test_mistakes_are_one_line(how: str) -> None:
+    mask = masks.build("causal", TOKENS)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+        if how == "mask":
+            return cpbench.attention(q, k, v, torch.ones(2, 2))
+        if how == "axes":
+            return cpbench.attention(q[0], k, v, mask)
+        options: dict[str, Any] = (
+            {"scale": float("nan")} if how == "scale" else {"operator": "band"}
+        )
+        return cpbench.attention(q, k, v, mask, **options)
+
+    with pytest.raises(
+        ValueError, match=r"mask must be|no operator|shapes are|scale must"
+    ) as error:
+        torch.compile(attend, backend="eager")(*inputs_of()[:3])
+    assert "\n" not in str(error.value)
 
 
 def _compiled_on_shards(rank: int, size: int, backend: str) -> list[bool]:

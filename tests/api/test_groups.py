@@ -120,6 +120,8 @@ def _wrong_on_one_rank(rank: int, size: int, warm: bool) -> list[str]:
         {"strategy": "rink"},
         {"strategy": "ring_allgather"},
         {"scale": float("nan")},
+        {"scale": 10**400},
+        {"inputs": [x.to("meta") for x in shards(rank, size)]},
         {"inputs": [x.requires_grad_() for x in shards(rank, size)]},
     ]
     found = []
@@ -140,7 +142,10 @@ def test_all_ranks_raise_what_one_has_wrong_and_go_on() -> None:
     for warm in (False, True):
         first, second = run_ranks(2, _wrong_on_one_rank, warm)
         assert first == second
-        length, dtype, head_dim, ndim, lists, text, mask, name, strategy, scale, gradients = first
+        length, dtype, head_dim, ndim, lists, text, mask, name, strategy, scale, *rest = first
+        huge, meta, gradients = rest
+        assert huge.startswith("ValueError: rank 1: scale must be a finite number or None, not 100")
+        assert meta.startswith("ValueError: rank 1: q must be a dense tensor on cpu or cuda")
         assert length == (
             "ValueError: rank 1: q has 4 tokens; layout zigzag assigns 16 of 32 to each of 2 ranks"
         )
@@ -158,3 +163,62 @@ def test_all_ranks_raise_what_one_has_wrong_and_go_on() -> None:
         assert text.startswith("ValueError: rank 1: mask must be one of cpbench.masks")
         assert "bands rink zigzag" in name
         assert scale == "ValueError: rank 1: scale must be a finite number or None, not nan"
+
+
+def _destroyed_groups(rank: int, size: int) -> int:
+    """Open files that each of six groups leaves behind."""
+    import os
+
+    import torch.distributed as dist
+
+    counts = []
+    for _ in range(7):
+        group = dist.new_group([0, 1])
+        assert call(rank, size, group=group)
+        dist.destroy_process_group(group)
+        del group
+        counts.append(len(os.listdir("/proc/self/fd")))
+    return (counts[-1] - counts[0]) // 6
+
+
+def test_groups_that_are_destroyed_are_freed() -> None:
+    assert run_ranks(2, _destroyed_groups) == [0, 0]
+
+
+def _lse_on_one_rank(rank: int, size: int) -> list[bool]:
+    mask = masks.build("causal", TOKENS)
+    inputs = [x.requires_grad_() for x in shards(rank, size)]
+    out, lse = cpbench.distributed_attention(*inputs, mask)
+    loss = out.sum() + (lse.square().sum() if rank == 0 else 0)
+    gradients = torch.autograd.grad(loss, inputs)
+    layout = build_layout("zigzag", TOKENS, size)
+    whole = [
+        x.requires_grad_() for x in naive.random_inputs(1, TOKENS, 4, 2, 16, torch.float32)[:3]
+    ]
+    out, lse = cpbench.attention(*whole, mask)
+    first = torch.as_tensor(layout.positions(0))
+    loss = out.sum() + lse[:, :, first].square().sum()
+    expected = [layout.shard(x, rank) for x in torch.autograd.grad(loss, whole)]
+    agrees = [torch.allclose(x, y, atol=1e-4) for x, y in zip(gradients, expected, strict=True)]
+    return [*agrees, call(rank, size)]
+
+
+def test_a_loss_that_uses_lse_on_one_rank() -> None:
+    assert run_ranks(2, _lse_on_one_rank) == [[True] * 4] * 2
+
+
+def _default_device(rank: int, size: int) -> bool:
+    torch.set_default_device("meta")
+    inputs = [x.cpu() for x in _on_cpu(rank, size)]
+    mask = masks.build("sliding_window_causal:window=5", TOKENS)
+    out, _ = cpbench.distributed_attention(*inputs, mask)
+    return out.device.type == "cpu"
+
+
+def _on_cpu(rank: int, size: int) -> list[torch.Tensor]:
+    with torch.device("cpu"):
+        return shards(rank, size)
+
+
+def test_another_default_device() -> None:
+    assert run_ranks(2, _default_device) == [True, True]

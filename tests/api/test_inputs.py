@@ -25,6 +25,9 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "scale nan": ({"scale": math.nan}, "scale must be a finite number or None, not nan"),
     "scale inf": ({"scale": math.inf}, "scale must be a finite number or None, not inf"),
     "scale text": ({"scale": "1"}, "scale must be a finite number or None, not '1'"),
+    "scale huge": ({"scale": 10**400}, "scale must be a finite number or None, not 1000"),
+    "sparse": ({n: torch.zeros(1, 16, 2, 16).to_sparse() for n in "qkv"}, "must be a dense tensor"),
+    "meta": ({n: torch.zeros(1, 16, 2, 16, device="meta") for n in "qkv"}, "on cpu or cuda, not"),
     "mask text": ({"mask": "causal"}, "mask must be one of cpbench.masks, such as cpbench.masks"),
     "mask tensor": ({"mask": torch.ones(2, 2)}, "mask must be one of cpbench.masks"),
     "no heads": ({"k": torch.zeros(1, 16, 0, 16), "v": torch.zeros(1, 16, 0, 16)}, "a multiple of"),
@@ -109,3 +112,23 @@ def test_an_empty_mask_has_zero_gradients() -> None:
         gradients = torch.autograd.grad(out.sum(), inputs)
         assert not out.any()
         assert not any(x.any() for x in gradients)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0, -1, 2])
+@pytest.mark.parametrize("operator", ["bands", "reference", "sdpa.cpu_flash", "sdpa.math"])
+def test_any_finite_scale(operator: str, scale: float) -> None:
+    q, k, v = (x.requires_grad_() for x in qkv(kv_heads=4))
+    out, _ = cpbench.attention(q, k, v, MASK, operator=operator, scale=scale)
+    scores = torch.einsum("bshd,bthd->bhst", q, k) * scale
+    scores = scores.masked_fill(~torch.as_tensor(MASK.to_dense()), -torch.inf)
+    expected = torch.einsum("bhst,bthd->bshd", scores.softmax(-1), v)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+    found = torch.autograd.grad(out.square().sum(), (q, k, v))
+    wanted = torch.autograd.grad(expected.square().sum(), (q, k, v))
+    for x, y in zip(found, wanted, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
+
+
+def test_autocast_casts_no_integers() -> None:
+    with torch.autocast("cpu"), pytest.raises(ValueError, match="must be float64"):
+        cpbench.attention(*(x.int() for x in qkv()), MASK)

@@ -92,6 +92,59 @@ def test_generation_and_training(name: str) -> None:
     torch.testing.assert_close(gradients["cpbench"], gradients["sdpa"], atol=1e-6, rtol=1e-4)
 
 
+def test_a_static_cache() -> None:
+    model, tokens = tiny("Llama"), tokens_of()
+    texts = []
+    for attention in ("sdpa", "cpbench"):
+        model.set_attn_implementation(attention)
+        texts.append(
+            model.generate(
+                tokens, max_new_tokens=4, cache_implementation="static", disable_compile=True,
+                pad_token_id=0, do_sample=False,
+            )
+        )  # fmt: skip
+    assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("hidden", [-1e9, -1e4, -torch.inf, torch.finfo(torch.float32).min])
+def test_masks_that_are_added(hidden: float) -> None:
+    model, tokens = tiny("Llama"), tokens_of(2, 12)
+    visible = torch.ones(12, 12, dtype=torch.bool).tril(-1) | torch.eye(12, dtype=torch.bool)
+    mask = torch.zeros(2, 1, 12, 12).masked_fill(~visible, hidden)
+    logits = []
+    for attention in ("sdpa", "cpbench"):
+        model.set_attn_implementation(attention)
+        with torch.no_grad():
+            logits.append(model(tokens, attention_mask=mask).logits)
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.full((1, 1, 8, 8), -0.5), "holds a bias: cpbench adds none to scores"),
+        (torch.ones(1, 1, 8, 8, dtype=torch.int64), "must be boolean or floating-point"),
+        (torch.ones(1, 8, dtype=torch.bool), "must be boolean or floating-point"),
+        (torch.rand(1, 2, 8, 8) > 0.5, "differs from head to head"),
+    ],
+)
+def test_masks_that_are_refused(mask: torch.Tensor, message: str) -> None:
+    q = torch.randn(1, 2, 8, 16)
+    with pytest.raises(ValueError, match=message):
+        cpbench_transformers.attention_forward(torch.nn.Module(), q, q, q, mask, operator="bands")
+
+
+def test_masks_that_are_broadcast() -> None:
+    q = torch.randn(1, 2, 8, 16)
+    keys = (torch.arange(8) < 5).view(1, 1, 1, 8)
+    for mask in (keys, keys.expand(1, 2, 8, 8)):
+        out, _ = cpbench_transformers.attention_forward(
+            torch.nn.Module(), q, q, q, mask, operator="bands"
+        )
+        expected = torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=keys)
+        torch.testing.assert_close(out, expected.transpose(1, 2))
+
+
 def test_packed_sequences_and_a_selector() -> None:
     model, tokens = tiny("Llama"), tokens_of(1, 40)
     positions = torch.cat([torch.arange(25), torch.arange(15)])[None]
