@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import naive
@@ -167,8 +168,6 @@ def test_all_ranks_raise_what_one_has_wrong_and_go_on() -> None:
 
 def _destroyed_groups(rank: int, size: int) -> int:
     """Open files that each of six groups leaves behind."""
-    import os
-
     import torch.distributed as dist
 
     counts = []
@@ -177,7 +176,7 @@ def _destroyed_groups(rank: int, size: int) -> int:
         assert call(rank, size, group=group)
         dist.destroy_process_group(group)
         del group
-        counts.append(len(os.listdir("/proc/self/fd")))
+        counts.append(len(list(Path("/proc/self/fd").iterdir())))
     return (counts[-1] - counts[0]) // 6
 
 
