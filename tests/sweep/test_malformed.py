@@ -148,7 +148,7 @@ LINES: dict[str, tuple[list[str], list[str]]] = {
         ["benchmark"],
         [
             "'benchmark'",
-            "list, run, bench, verify, report, compare, gate, plot, mask, traffic, links",
+            "list, run, bench, init, verify, report, compare, gate, plot, mask, traffic, links",
         ],
     ),
     "option": (["run", "quick", "--fast"], ["--fast", "cpbench run --help"]),
