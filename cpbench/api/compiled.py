@@ -16,9 +16,7 @@ from cpbench.api.on_one_rank import prepare_on_one_rank
 from cpbench.core.operator import QKV
 from cpbench.core.registry import operator_info
 from cpbench.core.spec import Spec
-from cpbench.masks.attn_mask import AttnMask
-from cpbench.masks.dilated_mask import DilatedMask
-from cpbench.masks.head_masks import HeadMasks, Mask
+from cpbench.masks.head_masks import Mask
 from cpbench.masks.living import find_mask
 from cpbench.parallel.strategy import Saved
 
@@ -47,7 +45,7 @@ def stays_in_graph(
     outside of it."""
     return (
         isinstance(operator, str)
-        and isinstance(mask, AttnMask | HeadMasks | DilatedMask)
+        and isinstance(mask, Mask)
         and "digest" in mask.__dict__
         and q.ndim == k.ndim == v.ndim == 4
         and (scale is None or (isinstance(scale, float) and scale > 0))

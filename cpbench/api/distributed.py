@@ -26,7 +26,7 @@ from cpbench.api.inputs import (
     under_autocast,
     with_positive_scale,
 )
-from cpbench.api.prepared import Attention, require_agreement
+from cpbench.api.prepared import Attention, find_disagreement, require_agreement
 from cpbench.api.public_operator import PublicOperator
 from cpbench.core.operator import Unsupported
 from cpbench.core.spec import Spec
@@ -84,7 +84,7 @@ def distributed_attention(
             second derivative.
     """
     member = _member_of(group)
-    call, work, refusal = None, None, ""
+    call, work, refusal, cause = None, None, "", None
     try:
         require_types(q, k, v, mask)
         require_scale(scale)
@@ -96,10 +96,13 @@ def distributed_attention(
         call, work = member.prepared.get(call, (call, None))  # the former has its checksum
         refusal = _wrong_length(work.world, q, k, v) if work else ""
     except Exception as error:  # whatever it is, the other ranks must hear of it
-        refusal = " ".join(str(error).split()) or type(error).__name__
+        refusal, cause = " ".join(str(error).split()) or type(error).__name__, error
     checksum = call.checksum if call else 0
     if not member.control.agree(checksum, ready=work is not None and not refusal):
-        work = member.prepare(call, refusal, (q, k, v))
+        try:
+            work = member.prepare(call, refusal, (q, k, v))
+        except ValueError as refused:
+            raise refused from cause
     assert work is not None
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     return AttentionFunction.apply(q, k, v, work, member)  # type: ignore[no-any-return, no-untyped-call]
@@ -151,9 +154,8 @@ class GroupMember:
         """
         calls = self.control.all_gather((refusal, call.text if call else ""))
         _raise_first([reason for reason, _ in calls], ValueError)
-        texts = [text for _, text in calls]
-        if len(set(texts)) > 1:
-            raise RuntimeError(f"ranks disagree on the problem: {_describe_texts(texts)}")
+        if message := find_disagreement([(text, 0) for _, text in calls]):
+            raise RuntimeError(message)
         assert call is not None
         work, wrong_length = None, ""
         try:
@@ -195,14 +197,6 @@ def _raise_first(refusals: list[str], kind: type[ValueError]) -> None:
     if first is not None:
         alone = len(set(refusals)) > 1
         raise kind(f"rank {first}: {refusals[first]}" if alone else refusals[first])
-
-
-def _describe_texts(texts: list[str]) -> str:
-    """Which ranks have which text."""
-    return " vs. ".join(
-        f"{text} (rank {', '.join(str(rank) for rank, own in enumerate(texts) if own == text)})"
-        for text in dict.fromkeys(texts)
-    )
 
 
 _MEMBERS: dict[Any, GroupMember] = {}

@@ -8,9 +8,7 @@ from typing import Any
 import torch
 
 from cpbench.core.problem import DTYPE_BYTES, Problem
-from cpbench.masks.attn_mask import AttnMask
-from cpbench.masks.dilated_mask import DilatedMask
-from cpbench.masks.head_masks import HeadMasks, Mask
+from cpbench.masks.head_masks import Mask
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -27,7 +25,7 @@ def require_types(q: Any, k: Any, v: Any, mask: Any) -> None:
         if x.device.type not in ("cpu", "cuda") or x.layout != torch.strided:
             kind = f"{x.layout} on {x.device}"
             raise ValueError(f"{name} must be a dense tensor on cpu or cuda, not {kind}")
-    if not isinstance(mask, AttnMask | HeadMasks | DilatedMask):
+    if not isinstance(mask, Mask):
         raise ValueError(
             f"mask must be one of cpbench.masks, such as cpbench.masks.build('causal', seq_len=8), "
             f"not {_short(mask)}"

@@ -106,9 +106,11 @@ class Attention:
 
 def find_disagreement(fingerprints: Sequence[tuple[str, int]]) -> str | None:
     """Compare the :attr:`Attention.fingerprint` of all ranks: what they disagree on, or None."""
-    texts = sorted({text for text, _ in fingerprints})
-    if len(texts) > 1:
-        return f"ranks disagree on the problem: {' vs. '.join(texts)}"
+    texts = [text for text, _ in fingerprints]
+    if len(set(texts)) > 1:
+        by_text = {text: [r for r, own in enumerate(texts) if own == text] for text in texts}
+        described = (f"{text} (rank {', '.join(map(str, r))})" for text, r in by_text.items())
+        return f"ranks disagree on the problem: {' vs. '.join(described)}"
     if sum(checksum for _, checksum in fingerprints) % MODULUS:
         return "ranks disagree on the communication schedule"
     return None

@@ -27,10 +27,13 @@ from cpbench.cli.options import (
     device_name,
     file_option,
     folder_option,
+    layout_list,
     list_option,
     mask_list,
+    operator_list,
     print_error,
     run_directory,
+    strategy_list,
     user_input,
 )
 from cpbench.reports.tables.terminal import print_rows
@@ -174,10 +177,7 @@ def run_(
 def bench(
     operator: Annotated[
         str,
-        list_option(
-            autocompletion=complete("operators"),
-            help="Operators: registered names, or ./mine.py:my_op.",
-        ),
+        operator_list(help="Operators: registered names, or ./mine.py:my_op."),
     ] = "bands",
     mask: Annotated[
         list[str] | None,
@@ -186,17 +186,11 @@ def bench(
     seq_len: Annotated[str, list_option(help="Sequence lengths, in tokens.")] = "1k,4k",
     strategy: Annotated[
         str | None,
-        list_option(
-            autocompletion=complete("strategies"),
-            help="Strategies, e.g. ring,ulysses.  [default: single]",
-        ),
+        strategy_list(help="Strategies, e.g. ring,ulysses.  [default: single]"),
     ] = None,
     layout: Annotated[
         str | None,
-        list_option(
-            autocompletion=complete("layouts"),
-            help="Layouts, e.g. zigzag,striped.  [default: contiguous]",
-        ),
+        layout_list(help="Layouts, e.g. zigzag,striped.  [default: contiguous]"),
     ] = None,
     world_size: Annotated[str, list_option(help="Numbers of ranks.")] = "1",
     ranks_per_node: Annotated[str, list_option(help="Ranks per node; 0: as launched.")] = "0",
@@ -283,21 +277,15 @@ def init(
 def verify(
     operator: Annotated[
         str | None,
-        list_option(
-            autocompletion=complete("operators"), help="Operators to check.  [default: all]"
-        ),
+        operator_list(help="Operators to check.  [default: all]"),
     ] = None,
     strategy: Annotated[
         str | None,
-        list_option(
-            autocompletion=complete("strategies"), help="Strategies to check.  [default: all]"
-        ),
+        strategy_list(help="Strategies to check.  [default: all]"),
     ] = None,
     mask: Annotated[
         list[str] | None,
-        list_option(
-            autocompletion=complete("masks"), help="Masks to check; repeatable.  [default: all]"
-        ),
+        mask_list(help="Masks to check; repeatable.  [default: all]"),
     ] = None,
     world_size: Annotated[
         str | None, list_option(help="Numbers of ranks.  [default: 1,2,3,4]")

@@ -12,9 +12,13 @@ from cpbench import masks
 from cpbench.core.problem import Problem
 from cpbench.core.registry import implementation, operator_info, strategy_info
 from cpbench.core.spec import Spec
+from cpbench.parallel.comm import Traffic
 from cpbench.parallel.layout import build as build_layout
 from cpbench.parallel.trace import MODULUS, RankTrace, trace_rank
 from cpbench.parallel.world import World
+from cpbench.strategies.common import head_exchange
+from cpbench.strategies.hierarchical import Hierarchical
+from cpbench.worker.evaluate import _ranks_per_node
 
 SIZES = (2, 3, 4, 8)
 
@@ -261,3 +265,36 @@ def test_traces_of_many_ranks_cover_the_whole_area(strategy: str) -> None:
     ranks, _ = _large(strategy)
     mask = masks.build("causal_document:corpus=prolong64k,seed=0", 1 << 20)
     assert sum(trace.phases["fwd"].pairs for trace in ranks) == 64 * mask.area
+
+
+def _world(size: int, ranks_per_node: int) -> World:
+    tokens = 64 * size
+    problem = Problem(
+        batch=1, seq_q=tokens, seq_k=tokens, heads_q=24, heads_kv=12, head_dim=8, dtype="float32"
+    )
+    mask = masks.build("full", tokens)
+    return World.of(problem, mask, build_layout("contiguous", tokens, size), ranks_per_node)
+
+
+def test_the_last_node_may_have_fewer_ranks() -> None:
+    """12 ranks on nodes of 8: bytes across nodes by hand, groups of heads inside nodes."""
+    world = _world(12, 8)
+    sent = [Traffic(12) for _ in range(12)]
+    for rank, traffic in enumerate(sent):
+        traffic.add((rank + 1) % 12, 100)
+    across = [traffic.bytes_across_nodes(rank, 8) for rank, traffic in enumerate(sent)]
+    assert across == [100 if rank in (7, 11) else 0 for rank in range(12)]
+    size = head_exchange.group_size(world, 0)
+    assert size == 4  # 6 divides the ranks, but would put a group on two nodes
+    assert head_exchange.group_size(_world(16, 8), 0) == 4
+    refusal = Hierarchical().unsupported(world)
+    assert refusal is not None
+    assert "equally many ranks on every node, not 12 ranks on nodes of 8" in refusal
+    assert Hierarchical(local=4).unsupported(world) is None
+
+
+def test_ranks_per_node_from_the_sizes_of_nodes() -> None:
+    assert _ranks_per_node([8] * 16) == 8
+    assert _ranks_per_node([8] * 8 + [4] * 4) == 8
+    assert _ranks_per_node([4] * 4 + [8] * 8) == 1
+    assert _ranks_per_node([2, 2, 3, 3, 3]) == 1
