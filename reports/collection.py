@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpbench.reports.frame import tidy_table
 from cpbench.reports.labels import pluralize
+from cpbench.reports.where import filter_rows, filter_run
 from cpbench.results.store import Run, read_run
 
 if TYPE_CHECKING:
@@ -42,11 +43,16 @@ class Collection:
         return {key: facts for run in self.runs.values() for key, facts in run.environments.items()}
 
 
-def collect(folders: Sequence[Path]) -> Collection:
+def collect(folders: Sequence[Path], where: Sequence[str] = ()) -> Collection:
     """Read run directories.
 
+    Args:
+        where: conditions ``key=value[,value]``, see ``cpbench.reports.where``; other cases are left
+            out.
+
     Raises:
-        ValueError: for a folder that is not a run directory, or when no case is finished.
+        ValueError: for a folder that is not a run directory, when no case is finished, or when none
+            meets the conditions.
     """
     for folder in folders:
         if not (folder / "records").is_dir():
@@ -58,7 +64,13 @@ def collect(folders: Sequence[Path]) -> Collection:
         hint = [warning for run in runs.values() for warning in run.warnings[:1]]
         hold = "hold" if len(runs) > 1 else "holds"
         raise ValueError("; ".join([f"{names} {hold} no finished case yet", *hint[:1]]))
-    return merge_runs(runs)
+    collection = merge_runs(runs)
+    if not where:
+        return collection
+    table = filter_rows(collection.table, where).reset_index(drop=True)
+    ids = {name: set(rows["id"]) for name, rows in table.groupby("run")}
+    filtered = {name: filter_run(run, ids.get(name, set())) for name, run in runs.items()}
+    return replace(collection, table=table, runs=filtered)
 
 
 @contextmanager

@@ -91,6 +91,13 @@ class CompareFormat(str, Enum):
     json = "json"
 
 
+class Undecided(str, Enum):
+    """What ``cpbench gate --undecided`` makes of undecided cases."""
+
+    passes = "pass"
+    fails = "fail"
+
+
 class PlotKind(str, Enum):
     """Figures of ``cpbench plot``."""
 

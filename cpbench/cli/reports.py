@@ -12,6 +12,7 @@ from cpbench.cli.options import (
     CompareFormat,
     Format,
     PlotKind,
+    Undecided,
     UserError,
     check_output,
     file_option,
@@ -32,6 +33,12 @@ Output = Annotated[
     file_option("-o", "--output", help="Write to this file; its suffix selects the format."),
 ]
 Base = Annotated[Path, typer.Argument(metavar="BASE", help="Run directory of the baseline.")]
+Where = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY=VALUE", help="Only cases that match, e.g. mask=causal,full; repeatable."
+    ),
+]
 SUFFIXES = {
     ".html": "html", ".htm": "html", ".md": "md", ".tex": "latex", ".csv": "csv",
     ".parquet": "parquet", ".json": "json",
@@ -50,6 +57,7 @@ def report(
         ),
     ] = None,
     output: Output = None,
+    where: Where = None,
     columns: Annotated[
         bool, typer.Option("--columns", help="Explain the columns of csv, parquet and json.")
     ] = False,
@@ -74,7 +82,7 @@ def report(
             raise ValueError(f"--format {name} needs a file: -o report.{name}")
         if output is not None:
             check_output(output)
-        results = collection.collect(folders)
+        results = collection.collect(folders, where or [])
         if name in ("csv", "json", "parquet"):  # the others show them
             _print_warnings(results)
         if name == "html":
@@ -106,6 +114,7 @@ def compare(
         typer.Option("--format", help="As for report.  [default: by the suffix of -o, else table]"),
     ] = None,
     output: Output = None,
+    where: Where = None,
 ) -> None:
     """Compare two runs.
 
@@ -125,7 +134,9 @@ def compare(
         if output is not None:
             check_output(output)
         comparisons = comparison.compare_runs(
-            _open_run(base), [_open_run(folder) for folder in new], percent("--floor", floor)
+            _open_run(base, where),
+            [_open_run(folder, where) for folder in new],
+            percent("--floor", floor),
         )
         text = render.render(comparisons, name)
         if output is None:
@@ -144,34 +155,45 @@ def gate(
     max_memory: Annotated[
         str, typer.Option(metavar="SHARE", help="Allowed growth of its peak memory.")
     ] = "2%",
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Also fail cases that are unclear.")
-    ] = False,
+    undecided: Annotated[
+        Undecided | None,
+        typer.Option(help="Let undecided cases pass or fail.  [default: exit code 3]"),
+    ] = None,
     junit: Annotated[Path | None, file_option(help="Write JUnit XML to this file.")] = None,
+    where: Where = None,
 ) -> int:
     """Pass or fail a run against a baseline, for CI.
 
-    Exit code 0 or 1, or 2 when the runs cannot be compared.
+    Exit code 0: passed; 1: failed; 3: undecided; 2: the runs cannot be compared.
 
     A case fails when it is significantly slower than --max-slowdown allows, needs more memory than
-    --max-memory allows, was ok and is not, or is missing.
+    --max-memory allows, was ok and is not, is missing, or is unchecked. It passes when the interval
+    of its slowdown lies below --max-slowdown, and is undecided otherwise.
     """
     from cpbench.reports.compare import gate as gates
+    from cpbench.reports.compare.junit import junit_xml
+    from cpbench.reports.compare.next_launches import commands as next_commands
     from cpbench.reports.compare.verdicts import comparison_caveats
 
     with user_input():
         limits = percent("--max-slowdown", max_slowdown), percent("--max-memory", max_memory)
         if junit is not None:
             check_output(junit)
-        (_, base_run), (_, new_run) = _open_run(base), _open_run(new)
-        result = gates.evaluate_gate(base_run, new_run, *limits, strict)
+        (_, base_run), (_, new_run) = _open_run(base, where), _open_run(new, where)
+        result = gates.evaluate_gate(base_run, new_run, *limits)
         caveats = comparison_caveats(result.table, base_run, new_run, limits[0])
         if junit is not None:
-            write_text(junit, gates.junit_xml(result, caveats))
+            write_text(junit, junit_xml(result, caveats))
     for line in caveats:
         print(f"cpbench: {line}", file=sys.stderr)
     print("\n".join(gates.result_lines(result)))
-    return 0 if result.passed else 1
+    if result.launches is not None:
+        print("\n".join(next_commands(base, new, result.launches)))
+    code = gates.EXIT_CODES[result.outcome]
+    if result.outcome == gates.UNDECIDED and undecided:
+        code = gates.EXIT_CODES[undecided.value]
+        print(f"--undecided {undecided.value}: exit code {code}")
+    return code
 
 
 @commands.command()
@@ -181,12 +203,7 @@ def plot(
     output: Annotated[
         Path | None, file_option("-o", "--output", help="Write to this .svg, .png or .pdf file.")
     ] = None,
-    where: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="KEY=VALUE", help="Only matching cases, e.g. mask=causal; may be repeated."
-        ),
-    ] = None,
+    where: Where = None,
 ) -> None:
     """Draw a figure for a paper."""
     from cpbench.reports import collection
@@ -206,13 +223,13 @@ def _print_warnings(results: Collection) -> None:
         print(f"cpbench: {warning}", file=sys.stderr)
 
 
-def _open_run(folder: Path) -> tuple[str, Run]:
-    """Name and records of a run directory.
+def _open_run(folder: Path, where: list[str] | None) -> tuple[str, Run]:
+    """Name and records of a run directory, of the cases that match.
 
     Raises:
-        ValueError: when it is not a run directory, or is empty.
+        ValueError: when it is not a run directory, is empty, or no case matches.
     """
     from cpbench.reports import collection
 
-    (item,) = collection.collect([folder]).runs.items()
+    (item,) = collection.collect([folder], where or []).runs.items()
     return item

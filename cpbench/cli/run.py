@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -158,6 +159,7 @@ def run_(
             if site and site.gpu_memory
             else None,
             place=jobs.launch_place(launcher.value, nodes, hosts, interface, cases),
+            command=sys.argv[1:],
         )
     if site:
         if dry_run:
@@ -255,6 +257,7 @@ def bench(
             name="bench", cases=list(definition.cases),
             out=run_directory(out) if out else Path(tempfile.mkdtemp(prefix="cpbench-")),
             launcher=launcher.value, device=device_name(device), settings=definition.settings,
+            command=sys.argv[1:],
         )  # fmt: skip
     return _execute(request, as_json)
 

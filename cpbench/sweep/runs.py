@@ -58,6 +58,7 @@ class Request:
         capacity: bytes of memory per rank, if a site profile gives it.
         profiler: ``"nsys"`` or ``"ncu"``, to run the ranks of a single case under; "" for none.
             Such a run has a directory of its own, since profiling changes the times.
+        command: words of the command line, without the name of the program; recorded.
 
     Raises:
         ValueError: when the run directory holds results of another device, number of threads,
@@ -76,6 +77,7 @@ class Request:
     place: Callable[[int], Place] = lambda world_size: Place()
     capacity: int | None = None
     profiler: str = ""
+    command: Sequence[str] = ()
 
     def memory_per_rank(self, case: Case) -> tuple[int | None, str]:
         """Bytes of memory per rank (None if unknown), and where the number comes from."""
@@ -361,6 +363,7 @@ def _sweep_table(request: Request) -> dict[str, Any]:
     """The contents of ``sweep.json``."""
     return {
         "name": request.name,
+        "command": list(request.command),
         "launcher": request.launcher,
         "device": request.device,
         "settings": asdict(request.settings),

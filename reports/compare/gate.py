@@ -1,23 +1,51 @@
-"""A gate for continuous integration: pass or fail a run against a base."""
+"""A gate for continuous integration: does a run pass or fail against a base, or is it undecided?"""
 
 from __future__ import annotations
 
 import math
-import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from xml.etree import ElementTree
 
-from cpbench.reports.compare.statistics import SLOWER, UNCLEAR
-from cpbench.reports.compare.verdicts import FAILS, MISSING, compare
+from cpbench.reports.compare.statistics import ALPHA, SLOWER, launches_to_decide
+from cpbench.reports.compare.verdicts import ADDED, FAILS, MISSING, NEITHER, WORKS, compare
 from cpbench.reports.labels import pluralize
-from cpbench.results.contest import MIN_LAUNCHES
+from cpbench.results.contest import MIN_LAUNCHES, launches_needed
+from cpbench.results.record import FAILURES
 from cpbench.results.store import Run
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_NOT_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # XML 1.0
+PASS, FAIL, UNDECIDED = "pass", "fail", "undecided"
+EXIT_CODES = {PASS: 0, FAIL: 1, UNDECIDED: 3}  # 2 is for a command that cannot be carried out
+MAX_LAUNCHES = 100  # per side, that are recommended
+_OUTCOMES = {PASS: "passed", FAIL: "failed", UNDECIDED: "undecided"}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The decision on one case.
+
+    Attributes:
+        outcome: ``PASS``, ``FAIL`` or ``UNDECIDED``.
+        reasons: kind and text of each reason; none for a case that passes.
+        launches: about how many launches per side would decide an undecided time; None where no
+            reasonable number would.
+    """
+
+    outcome: str
+    reasons: tuple[tuple[str, str], ...] = ()
+    launches: int | None = None
+
+    @property
+    def kinds(self) -> str:
+        return "+".join(kind for kind, _ in self.reasons)
+
+    @property
+    def text(self) -> str:
+        return "; ".join(text for _, text in self.reasons)
 
 
 @dataclass(frozen=True)
@@ -26,129 +54,163 @@ class GateResult:
 
     Attributes:
         table: of :func:`compare`, with the allowed slowdown as its floor.
-        failures: by case id, kind and text of each failure.
-        unclear: by case id, why its time is unclear.
+        decisions: by case id.
     """
 
     table: pd.DataFrame
-    failures: dict[str, list[tuple[str, str]]]
-    unclear: dict[str, str]
+    decisions: Mapping[str, Decision]
 
     @property
-    def passed(self) -> bool:
-        return not self.failures
+    def outcome(self) -> str:
+        """``FAIL`` if a case fails, else ``UNDECIDED`` if one is undecided, else ``PASS``."""
+        counts = self.counts
+        return next((outcome for outcome in (FAIL, UNDECIDED) if counts[outcome]), PASS)
+
+    @property
+    def counts(self) -> Counter[str]:
+        """Number of cases by outcome."""
+        return Counter(decision.outcome for decision in self.decisions.values())
+
+    @property
+    def launches(self) -> int | None:
+        """About how many launches per side would decide every case that launches can decide; None
+        where there is no such case."""
+        return max((d.launches for d in self.decisions.values() if d.launches), default=None)
 
 
 def evaluate_gate(
-    base: Run, new: Run, max_slowdown: float, max_memory: float, strict: bool = False
+    base: Run, new: Run, max_slowdown: float, max_memory: float, alpha: float = ALPHA
 ) -> GateResult:
     """Check a new run against a base.
 
-    A case fails when it is significantly slower by more than ``max_slowdown``, when its peak memory
-    grew by more than ``max_memory``, when it was ok and is not, when it is missing, or when its
-    result does not count (``unchecked``).
+    A case **fails** when it is significantly slower by more than ``max_slowdown``, when its peak
+    memory grew by more than ``max_memory``, when it was ok and is not, when it is missing, when it
+    is new and failed, or when its result does not count (``unchecked``).  It **passes** when the
+    interval of the ratio of times lies below that limit.  Otherwise it is **undecided**: launches
+    are too few or too noisy, one run lacks what the other has measured, or times of the base do not
+    count.
 
     Args:
         max_slowdown, max_memory: 0.05 for 5 %.
-        strict: also fail where the interval of the ratio reaches beyond ``max_slowdown``, or
-            launches are too few.
+        alpha: false discovery rate of failures; half of it is the risk that a case passes which is
+            slower than allowed.
 
     Raises:
-        ValueError: when the runs cannot be compared at all: no common case, or too few launches in
-            every case.
+        ValueError: when the runs have no case in common.
     """
-    table = compare(base, new, max_slowdown)
-    both = table[table["base_ms"].notna() & table["new_ms"].notna()]
+    table = compare(base, new, max_slowdown, alpha)
     if not (table["base_status"].notna() & table["new_status"].notna()).any():
         raise ValueError("the runs have no case in common: nothing can be compared")
-    least = both[["base_launches", "new_launches"]].min(axis=1)
-    if len(both) and least.max() < MIN_LAUNCHES and not strict:
-        raise ValueError(
-            f"no case has {MIN_LAUNCHES} launches on both sides (at most {least.max()}): nothing "
-            f"can be compared; cpbench run SWEEP --launches {MIN_LAUNCHES}"
+    timed = int((table["base_ms"].notna() & table["new_ms"].notna()).sum())
+    decisions = {row["id"]: _decide(row, max_slowdown, max_memory, timed) for row in rows(table)}
+    return GateResult(table, decisions)
+
+
+def rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows of a table of :func:`compare`."""
+    return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
+
+
+def _decide(row: dict[str, Any], max_slowdown: float, max_memory: float, timed: int) -> Decision:
+    """The decision on a case, of so many that are timed on both sides."""
+    if failures := tuple(_failures(row, max_slowdown, max_memory)):
+        return Decision(FAIL, failures)
+    if row["verdict"] in (WORKS, NEITHER) and not math.isnan(row["ratio"]):
+        text = f"{row['why']}: times of the base do not count"
+        return Decision(UNDECIDED, (("base", text),))
+    reasons, launches = [], None
+    if text := _undecided_time(row, max_slowdown):
+        launches = _launches_to_decide(row, max_slowdown, timed)
+        reasons.append(("time", f"{text}; {_remedy(launches)}"))
+    lacking = [
+        f"{what} in {'the base' if base_has else 'the new run'} only"
+        for what, column in (("time", "ms"), ("peak memory", "peak_mb"))
+        if _both_ok(row)
+        and (base_has := not math.isnan(row[f"base_{column}"]))
+        != (not math.isnan(row[f"new_{column}"]))
+    ]
+    reasons += [("not-measured", text) for text in lacking]
+    return Decision(UNDECIDED, tuple(reasons), launches) if reasons else Decision(PASS)
+
+
+def _failures(
+    row: dict[str, Any], max_slowdown: float, max_memory: float
+) -> Iterator[tuple[str, str]]:
+    """Kind and text of each reason for which a case fails."""
+    if row["new_flaws"]:
+        for flag in row["new_flaws"].split():
+            yield flag, f"the result of the new run is {flag}"
+    elif row["verdict"] in (FAILS, MISSING) or (
+        row["verdict"] == ADDED and row["new_status"] in (*FAILURES, "oom")
+    ):
+        yield "status", str(row["why"])
+    if row["verdict"] == SLOWER:
+        yield "slowdown", f"{_times_text(row)}; at most {max_slowdown:.1%} is allowed"
+    if row["memory_ratio"] > 1 + max_memory:
+        yield (
+            "memory",
+            f"peak {row['base_peak_mb']:.1f} to {row['new_peak_mb']:.1f} MB, "
+            f"{row['memory_ratio'] - 1:+.1%}; at most {max_memory:.1%} is allowed",
         )
-    failures: dict[str, list[tuple[str, str]]] = {}
-    unclear: dict[str, str] = {}
-    for row in _rows(table):
-        case_failures = []
-        if row["new_flaws"]:
-            case_failures += [
-                (flag, f"the result of the new run is {flag}") for flag in row["new_flaws"].split()
-            ]
-        elif row["verdict"] in (FAILS, MISSING):
-            case_failures.append(("status", str(row["why"])))
-        if row["verdict"] == SLOWER:
-            text = f"{_times_text(row)}; at most {max_slowdown:.1%} is allowed"
-            case_failures.append(("slowdown", text))
-        if row["verdict"] == UNCLEAR and not row["high"] <= 1 + max_slowdown:
-            times = "" if math.isnan(row["high"]) else f"{_times_text(row)}; "
-            unclear[row["id"]] = f"{times}{row['why']}"
-            if strict:
-                text = f"{unclear[row['id']]}; --strict fails unclear cases"
-                case_failures.append(("unclear", text))
-        if row["memory_ratio"] > 1 + max_memory:
-            case_failures.append(
-                ("memory", f"peak {row['base_peak_mb']:.1f} to {row['new_peak_mb']:.1f} MB, "
-                 f"{row['memory_ratio'] - 1:+.1%}; at most {max_memory:.1%} is allowed")
-            )  # fmt: skip
-        if case_failures:
-            failures[row["id"]] = case_failures
-    return GateResult(table, failures, unclear)
+
+
+def _both_ok(row: dict[str, Any]) -> bool:
+    return (row["base_status"], row["new_status"]) == ("ok", "ok")
+
+
+def _undecided_time(row: dict[str, Any], max_slowdown: float) -> str:
+    """Why a time that both runs have is undecided; "" where it passes."""
+    if math.isnan(row["ratio"]) or row["high"] <= 1 + max_slowdown or not _both_ok(row):
+        return ""
+    launches = f"{row['base_launches']} and {row['new_launches']} launches"
+    if math.isnan(row["high"]):
+        return (
+            f"{row['base_ms']:.3g} to {row['new_ms']:.3g} ms, {row['ratio'] - 1:+.1%}, over "
+            f"{launches}; the test takes {MIN_LAUNCHES} per side"
+        )
+    if row["low"] <= 1 + max_slowdown:
+        problem = f"the interval has the limit of {max_slowdown:.1%} in it"
+    else:
+        problem = f"above the limit of {max_slowdown:.1%}, but not yet significant among all cases"
+    return f"{_times_text(row)}, over {launches}; {problem}"
+
+
+def _launches_to_decide(row: dict[str, Any], max_slowdown: float, timed: int) -> int | None:
+    """About how many launches per side would decide a case; more than it has."""
+    least: int = min(row["base_launches"], row["new_launches"])
+    if math.isnan(row["spread"]):  # one launch per side
+        return launches_needed(2 * timed)
+    launches = launches_to_decide(row["ratio"], row["spread"], max_slowdown, timed)
+    if launches is None or launches > MAX_LAUNCHES:
+        return None
+    return max(launches, least + 1)
+
+
+def _remedy(launches: int | None) -> str:
+    if launches is None:
+        return f"too near to the limit to be decided by {MAX_LAUNCHES} launches per side"
+    return f"about {launches} launches per side would decide"
 
 
 def result_lines(result: GateResult) -> list[str]:
-    """Failures, unclear cases and the verdict, a line each."""
+    """Failures, undecided cases and the outcome, a line each."""
     labels = dict(zip(result.table["id"], result.table["case"], strict=True))
     lines = [
         f"FAIL {labels[key]}: {kind}: {text}"
-        for key, case_failures in result.failures.items()
-        for kind, text in case_failures
+        for key, decision in result.decisions.items()
+        if decision.outcome == FAIL
+        for kind, text in decision.reasons
     ]
-    ids_by_reason: dict[str, list[str]] = {}
-    for key, reason in result.unclear.items():
-        ids_by_reason.setdefault(reason, []).append(key)
-    for reason, ids in ids_by_reason.items():
-        cases = labels[ids[0]] if len(ids) == 1 else pluralize(len(ids), "case")
-        lines.append(f"unclear: {cases}: {reason}")
-    verdict = "passed" if result.passed else "failed"
-    lines.append(
-        f"gate {verdict}: {pluralize(len(result.table), 'case')}, {len(result.failures)} failed, "
-        f"{len(result.unclear)} unclear"
-    )
-    return lines
-
-
-def junit_xml(result: GateResult, caveats: list[str]) -> str:
-    """JUnit XML: a test case per case, with a failure, or skipped where unclear."""
-    suite = ElementTree.Element(
-        "testsuite", name="cpbench gate", tests=str(len(result.table)),
-        failures=str(len(result.failures)), errors="0",
-        skipped=str(len(set(result.unclear) - set(result.failures))),
-    )  # fmt: skip
-    for row in _rows(result.table):
-        seconds = row["new_ms"] / 1e3 if row["new_ms"] == row["new_ms"] else 0.0
-        operator, _, rest = str(row["case"]).partition(" ")
-        case = ElementTree.SubElement(
-            suite, "testcase", classname=_xml_text(f"cpbench.{operator.replace('.', '_')}"),
-            name=_xml_text(f"{rest} [{row['id']}]"), time=f"{seconds:.6f}",
-        )  # fmt: skip
-        failures = result.failures.get(row["id"], [])
-        if failures:  # readers of JUnit XML take one failure per case
-            kinds = "+".join(kind for kind, _ in failures)
-            message = _xml_text("; ".join(text for _, text in failures))
-            ElementTree.SubElement(case, "failure", type=kinds, message=message)
-        elif row["id"] in result.unclear:
-            ElementTree.SubElement(case, "skipped", message=_xml_text(result.unclear[row["id"]]))
-    if caveats:
-        ElementTree.SubElement(suite, "system-out").text = _xml_text("\n".join(caveats))
-    suites = ElementTree.Element("testsuites")
-    suites.append(suite)
-    ElementTree.indent(suites)
-    return ElementTree.tostring(suites, encoding="unicode", xml_declaration=True) + "\n"
-
-
-def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
-    return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
+    lines += [
+        f"UNDECIDED {labels[key]}: {text}"
+        for key, decision in result.decisions.items()
+        if decision.outcome == UNDECIDED
+        for _, text in decision.reasons
+    ]
+    counts = result.counts
+    numbers = ", ".join(f"{counts[name]} {_OUTCOMES[name]}" for name in (FAIL, UNDECIDED, PASS))
+    cases = pluralize(len(result.decisions), "case")
+    return [*lines, f"gate {_OUTCOMES[result.outcome]}: {cases}: {numbers}"]
 
 
 def _times_text(row: dict[str, Any]) -> str:
@@ -156,7 +218,3 @@ def _times_text(row: dict[str, Any]) -> str:
         f"{row['base_ms']:.3g} to {row['new_ms']:.3g} ms, {row['ratio'] - 1:+.1%} "
         f"({row['low'] - 1:+.1%} to {row['high'] - 1:+.1%})"
     )
-
-
-def _xml_text(text: str) -> str:
-    return _NOT_XML.sub("?", text)

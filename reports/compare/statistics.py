@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
-from cpbench.results.contest import launches_needed
+from cpbench.results.contest import MIN_LAUNCHES, launches_needed
 
 ALPHA = 0.05  # false discovery rate; also one minus the level of intervals
 POWER = 0.8  # chance with which a detectable change is found
@@ -39,12 +39,15 @@ class RatioTest:
     faster: float
 
 
-def compare_medians(base: Sequence[float], new: Sequence[float], floor: float) -> RatioTest:
+def compare_medians(
+    base: Sequence[float], new: Sequence[float], floor: float, alpha: float = ALPHA
+) -> RatioTest:
     """Test the medians of launches of two sides.
 
     Args:
         base, new: at least one positive time each.
         floor: relative difference that is ignored, 0.02 for 2 %.
+        alpha: one minus the level of the interval.
     """
     from scipy.stats import mannwhitneyu
 
@@ -57,7 +60,7 @@ def compare_medians(base: Sequence[float], new: Sequence[float], floor: float) -
         return float(mannwhitneyu(b, shifted, alternative=alternative, method=method).pvalue)
 
     differences = sorted(y - x for x in a for y in b)
-    trimmed = _trimmed_differences(len(a), len(b))
+    trimmed = _trimmed_differences(len(a), len(b), alpha)
     return RatioTest(
         ratio=math.exp(_median(differences)),
         low=math.exp(differences[trimmed]),
@@ -67,10 +70,12 @@ def compare_medians(base: Sequence[float], new: Sequence[float], floor: float) -
     )
 
 
-def decide_verdicts(tests: Sequence[RatioTest | None], floor: float) -> list[str]:
+def decide_verdicts(
+    tests: Sequence[RatioTest | None], floor: float, alpha: float = ALPHA
+) -> list[str]:
     """A verdict for each case, corrected for the number of cases; None is too few launches.
 
-    SLOWER and FASTER: by more than the floor, with a false discovery rate of 5 %.  SAME: the
+    SLOWER and FASTER: by more than the floor, with a false discovery rate of ``alpha``.  SAME: the
     interval of the ratio lies within the floor on both sides.  UNCLEAR: neither.
     """
     from scipy.stats import false_discovery_control
@@ -83,7 +88,7 @@ def decide_verdicts(tests: Sequence[RatioTest | None], floor: float) -> list[str
             verdicts.append(UNCLEAR)
             continue
         slower, faster = next(adjusted), next(adjusted)
-        if min(slower, faster) <= ALPHA:
+        if min(slower, faster) <= alpha:
             verdicts.append(SLOWER if slower < faster else FASTER)
         else:
             within = 1 / (1 + floor) <= test.low and test.high <= 1 + floor
@@ -118,9 +123,30 @@ def detectable_change(
 def launches_to_detect(change: float, spread: float, floor: float, cases: int) -> int:
     """About how many launches per side show a slowdown (above the floor), see
     :func:`detectable_change`."""
-    distance = math.log1p(change) - math.log1p(floor)
-    n = math.ceil(2 * math.pi / 3 * (_quantiles(cases) * spread / distance) ** 2)
-    return max(n, launches_needed(2 * cases))
+    return max(
+        _launches_to_tell(change, floor, spread, _quantiles(cases)), launches_needed(2 * cases)
+    )
+
+
+def launches_to_decide(ratio: float, spread: float, limit: float, cases: int) -> int | None:
+    """About how many launches per side tell a ratio of times from a limit, with a chance of
+    ``POWER``: below the limit by the interval of the ratio, above it by the test, which is
+    corrected for the number of cases.  None for a ratio at the limit.
+
+    Args:
+        limit: allowed slowdown, 0.05 for 5 %.
+    """
+    if abs(math.log(ratio) - math.log1p(limit)) < 1e-9:
+        return None
+    below = ratio < 1 + limit
+    n = _launches_to_tell(ratio - 1, limit, spread, _quantiles(1 if below else cases))
+    return max(n, MIN_LAUNCHES if below else launches_needed(2 * cases))
+
+
+def _launches_to_tell(change: float, limit: float, spread: float, quantiles: float) -> int:
+    """Launches per side that tell a change from a limit, by the normal approximation."""
+    distance = math.log1p(change) - math.log1p(limit)
+    return math.ceil(2 * math.pi / 3 * (quantiles * spread / distance) ** 2)
 
 
 def _quantiles(cases: int) -> float:
@@ -129,13 +155,13 @@ def _quantiles(cases: int) -> float:
     return normal.inv_cdf(1 - ALPHA / (2 * cases)) + normal.inv_cdf(POWER)
 
 
-def _trimmed_differences(m: int, n: int) -> int:
+def _trimmed_differences(m: int, n: int, alpha: float = ALPHA) -> int:
     """Number of ordered differences outside of the interval at either end: the largest u for which
-    the Mann-Whitney statistic U has P(U <= u) of at most 2.5 %."""
+    the Mann-Whitney statistic U has P(U <= u) of at most half of ``alpha``."""
     total, below = math.comb(m + n, n), 0
     for value, count in enumerate(_statistic_counts(m, n)):
         below += count
-        if below / total > ALPHA / 2:
+        if below / total > alpha / 2:
             return max(value - 1, 0)
     raise AssertionError
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpbench.core.problem import Case
 from cpbench.reports.compare.statistics import (
+    ALPHA,
     UNCLEAR,
     RatioTest,
     compare_medians,
@@ -59,7 +60,9 @@ COLUMNS = {
 }
 
 
-def compare(base: Run, new: Run, floor: float = DEFAULT_FLOOR) -> pd.DataFrame:
+def compare(
+    base: Run, new: Run, floor: float = DEFAULT_FLOOR, alpha: float = ALPHA
+) -> pd.DataFrame:
     """Compare two runs: a row for each case in either run, with the columns of ``COLUMNS``.
 
     Cases with fewer than ``MIN_LAUNCHES`` launches on a side are UNCLEAR, whatever the times (see
@@ -67,20 +70,21 @@ def compare(base: Run, new: Run, floor: float = DEFAULT_FLOOR) -> pd.DataFrame:
 
     Args:
         floor: relative difference that is ignored, 0.02 for 2 %.
+        alpha: false discovery rate; also one minus the level of intervals.
     """
     import pandas as pd
 
     pairs = _case_pairs(base, new)
     times = [_comparable_times(*pair) for pair in pairs.values()]
     tests = [
-        compare_medians(a, b, floor) if min(len(a), len(b)) >= MIN_LAUNCHES else None
+        compare_medians(a, b, floor, alpha) if min(len(a), len(b)) >= MIN_LAUNCHES else None
         for a, b in times
     ]
     cases = sum(bool(a and b) for a, b in times)
     rows = [
         _row(key, pair, test, verdict) | _evidence(*sides, floor, cases)
         for (key, pair), sides, test, verdict in zip(
-            pairs.items(), times, tests, decide_verdicts(tests, floor), strict=True
+            pairs.items(), times, tests, decide_verdicts(tests, floor, alpha), strict=True
         )
     ]
     table = pd.DataFrame(rows, columns=list(COLUMNS))

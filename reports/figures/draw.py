@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpbench.core.spec import Spec, format_size
 from cpbench.reports.collection import Collection
 from cpbench.reports.columns import UNKNOWN_MACHINE
 from cpbench.reports.figures import kinds, pareto
@@ -17,8 +16,9 @@ from cpbench.reports.figures.sheet import SETTINGS, Sheet
 from cpbench.reports.figures.style import method_styles, with_hollow_styles
 from cpbench.reports.labels import pluralize
 from cpbench.reports.tables.summary import method_labels, method_names
+from cpbench.reports.where import filter_rows
 from cpbench.results.store import write_atomically
-from cpbench.sweep.sweep_file import INT_KEYS, KEYS, SPEC_KEYS, parse_integer, split_list
+from cpbench.sweep.sweep_file import KEYS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".svg", ".png", ".pdf")
 DPI = 200
-MAX_LISTED = 20  # values in a message
 # What is the same throughout a chart: facts of the problem other than mask, tokens and ranks, and
 # how it was measured.
 CONSTANT_KEYS = (
@@ -115,7 +114,7 @@ def draw(collection: Collection, kind: str, path: Path, where: Sequence[str]) ->
     Args:
         kind: a key of ``CHARTS``.
         path: ends in one of ``SUFFIXES``.
-        where: conditions ``key=value[,value]``, see :func:`filter_rows`.
+        where: conditions ``key=value[,value]``, see ``cpbench.reports.where``.
 
     Raises:
         ValueError: in one line, for another suffix or kind, a condition that cannot be met, or
@@ -147,63 +146,6 @@ def draw(collection: Collection, kind: str, path: Path, where: Sequence[str]) ->
         chart.draw(table.assign(method=labels), sheet)
         sheet.draw_legend()
         _save(sheet.figure, path)
-
-
-def filter_rows(table: pd.DataFrame, conditions: Sequence[str]) -> pd.DataFrame:
-    """The rows that meet every condition ``key=value[,value]``.
-
-    Keys are those of a sweep.  An operator, strategy, layout or mask matches by its text or by its
-    name before the colon, a mask also without its seed; a number may be written ``4k``.
-
-    Raises:
-        ValueError: for a condition that is not of that form, an unknown key, or no row left.
-    """
-    for condition in conditions:
-        key, equals, value = (part.strip() for part in condition.partition("="))
-        if not equals:
-            raise ValueError(f"{condition!r} is not of the form key=value; keys: {', '.join(KEYS)}")
-        if key not in KEYS:
-            raise ValueError(f"no key {key!r}; keys: {', '.join(KEYS)}")
-        values = {_parse_value(key, item) for item in split_list(value)}
-        cells = table[key].fillna("")
-        matches = {
-            cell: not values.isdisjoint(_matching_values(key, cell)) for cell in cells.unique()
-        }
-        filtered = table[cells.map(matches)]
-        if filtered.empty:
-            listed = _list_values(key, table["mask_family"] if key == "mask" else cells)
-            raise ValueError(f"no case has {condition}; {key} is one of: {listed}")
-        table = filtered
-    return table
-
-
-def _parse_value(key: str, item: str) -> object:
-    if key in INT_KEYS:
-        return parse_integer(key, item)
-    try:
-        return str(Spec.parse(item)) if key in SPEC_KEYS else item
-    except ValueError:
-        return item  # records of a user's own code may hold it
-
-
-def _matching_values(key: str, cell: Any) -> set[object]:
-    """All values of a condition that a cell matches."""
-    if key not in SPEC_KEYS:
-        return {cell}
-    try:
-        spec = Spec.parse(cell)
-    except ValueError:
-        return {cell, str(cell).partition(":")[0]}
-    seedless = tuple((name, value) for name, value in spec.params if name != "seed")
-    return {cell, spec.name, *([str(Spec(spec.name, seedless))] if key == "mask" else [])}
-
-
-def _list_values(key: str, cells: pd.Series[Any]) -> str:
-    values = sorted(cells.unique())
-    sized = key in ("seq_len", "queries")
-    texts = [format_size(int(v)) if sized else str(v) or '""' for v in values[:MAX_LISTED]]
-    more = [f"and {len(values) - MAX_LISTED} more"] if len(values) > MAX_LISTED else []
-    return ", ".join([*texts, *more])
 
 
 def _select_problem(table: pd.DataFrame, chart: ChartKind) -> pd.DataFrame:

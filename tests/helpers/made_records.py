@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from cpbench.reports.collection import merge_runs
 from cpbench.reports.frame import tidy_table
 from cpbench.reports.tables import render
 from cpbench.results.record import Record
-from cpbench.results.store import Run
+from cpbench.results.store import RecordWriter, Run, read_run
 
 OUT = Path("results/night")
 CONDITIONS = {"device": "cpu", "threads": 1, "checked": True, "timed": True, "clock": "wall"}
@@ -70,3 +71,27 @@ def report_text(*records: Record, form: str = "table") -> str:
 
 def section_lines(text: str, title: str) -> list[str]:
     return text.split(f"## {title}")[1].split("\n## ")[0].strip().splitlines()
+
+
+def launches(operator: str, medians_ms: list[float], **fields: Any) -> list[Record]:
+    """One record per launch."""
+    records = []
+    for i, ms in enumerate(medians_ms):
+        launch = record(operator, ms, writer=f"w{i}", started=float(i), **fields)
+        launch.memory_bytes = {"inputs": [1], "peak": [10**6]}
+        records.append(launch)
+    return records
+
+
+def write_run(folder: Path, records: list[Record]) -> Run:
+    """A run directory with these records, as it is read."""
+    with RecordWriter(folder / "records" / "w.jsonl") as writer:
+        for case_record in records:
+            writer.append(case_record.to_json())
+    return read_run(folder)
+
+
+def noisy(mean: float, count: int, seed: int, spread: float = 0.01) -> list[float]:
+    """Times around a mean, lognormal."""
+    generator = random.Random(seed)
+    return [mean * math.exp(generator.gauss(0, spread)) for _ in range(count)]

@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="keep the runs here; those there are not rerun")
     given = parser.parse_args()
     folder = given.folder or Path(tempfile.mkdtemp(prefix="cpbench-alarms-"))
-    alarms, found, total, passed, stopped = Counter[str](), Counter[str](), 0, 0, 0
+    alarms, found, total, outcomes = Counter[str](), Counter[str](), 0, list[tuple[str, ...]]()
     for number in range(given.rounds):
         here = folder / f"round{number}"
         if not here.exists():
@@ -108,8 +108,8 @@ def main() -> None:
         for which, other in ((alarms, same), (found, slowed)):
             which.update(compare(base, other)["verdict"])
         total += len(base.records)
-        passed += evaluate_gate(base, same, 0.05, 0.02).passed
-        stopped += not evaluate_gate(base, slowed, 0.05, 0.02).passed
+        outcomes.append(tuple(evaluate_gate(base, side, 0.05, 0.02).outcome
+                              for side in (same, slowed)))  # fmt: skip
         wrong = alarms["SLOWER"] + alarms["FASTER"]
         print(f"after round {number + 1}: {total} cases a side")
         print(
@@ -118,8 +118,8 @@ def main() -> None:
         print(
             f"  10 % slower: {found['SLOWER']} found ({found['SLOWER'] / total:.1%}); {dict(found)}"
         )
-        print(f"  gate at 5 %: passed {passed} of {number + 1} identical, "
-              f"stopped {stopped} of {number + 1} slowed", flush=True)  # fmt: skip
+        for name, side in zip(("identical", "slowed"), zip(*outcomes, strict=True), strict=True):
+            print(f"  gate at 5 %, {name}: {', '.join(side)}", flush=True)
 
 
 if __name__ == "__main__":

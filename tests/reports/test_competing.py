@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from run_cpbench import cpbench
 
 from cpbench.reports.collection import Collection, collect, merge_runs
-from cpbench.reports.compare.gate import evaluate_gate, result_lines
+from cpbench.reports.compare.gate import FAIL, UNDECIDED, evaluate_gate, result_lines
 from cpbench.reports.compare.verdicts import compare
 from cpbench.reports.page.data import chart_data
 from cpbench.reports.tables.mask_seeds import split_seed_groups
@@ -173,10 +173,13 @@ def launches(count: int, ms: float = 10.0, **fields: Any) -> Run:
 def test_an_unchecked_run_fails_the_gate() -> None:
     good, bad = launches(6), launches(6, flags=["unchecked"], conditions=UNCHECKED)
     result = evaluate_gate(good, bad, 0.05, 0.02)
-    assert [kind for failures in result.failures.values() for kind, _ in failures] == ["unchecked"]
+    assert [decision.kinds for decision in result.decisions.values()] == ["unchecked"]
     assert result_lines(result)[0].endswith("unchecked: the result of the new run is unchecked")
-    assert not evaluate_gate(bad, bad, 0.05, 0.02).passed
-    assert evaluate_gate(bad, good, 0.05, 0.02).passed
+    assert evaluate_gate(bad, bad, 0.05, 0.02).outcome == FAIL
+    (decision,) = evaluate_gate(bad, good, 0.05, 0.02).decisions.values()
+    assert (decision.outcome, decision.text) == (
+        UNDECIDED, "unchecked in the base: times of the base do not count",
+    )  # fmt: skip
     rows = {
         name: (row["verdict"], row["why"])
         for name, sides in (("new", (good, bad)), ("base", (bad, good)), ("both", (bad, bad)))
@@ -209,5 +212,5 @@ def test_a_run_without_checks_end_to_end(tmp_path: Path) -> None:
         for line in path.read_text().splitlines():
             made = json.loads(line)
             assert made["kind"] != "case" or not made["conditions"]["checked"]
-    assert cpbench("gate", out, out, "--strict")[0] == 1
+    assert cpbench("gate", out, out)[0] == 1
     assert section_lines(report_text(*collect([out]).runs[str(out)].records.values()), "All cases")
