@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cpbench.core.subprocess_call import MODULE
+
 
 @dataclass(frozen=True)
 class Command:
@@ -77,7 +79,7 @@ class GangSpec:
         world_size: number of ranks.
         place: where they run.
         environ: the user's environment, whose variables are not overridden.
-        module: run by each rank as ``python -m``.
+        module: run by each rank as ``python -P -m``.
     """
 
     job: Path
@@ -99,7 +101,7 @@ class GangSpec:
     @property
     def program(self) -> tuple[str, ...]:
         """The command of a rank."""
-        return (*self.python, "-m", self.module, str(self.job))
+        return (*self.python, *MODULE, self.module, str(self.job))
 
     @property
     def env(self) -> dict[str, str]:

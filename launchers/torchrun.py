@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from cpbench.core.subprocess_call import MODULE
 from cpbench.launchers.protocol import Command, GangSpec, Launcher
 
 JOIN_TIMEOUT_S = 300  # for all agents to join
@@ -30,7 +31,7 @@ def agent_command(
     conf = f"join_timeout={JOIN_TIMEOUT_S}"
     conf += "" if host is None else f",is_host={str(host).lower()}"
     return (
-        *spec.python, "-m", "torch.distributed.run",
+        *spec.python, *MODULE, "torch.distributed.run",
         "--nnodes", str(place.nodes),
         "--nproc-per-node", str(place.ranks_per_node(spec.world_size)),
         "--rdzv-backend", "c10d",
@@ -38,7 +39,7 @@ def agent_command(
         *(("--rdzv-id", spec.job.parent.name) if multi_node else ()),
         *(("--rdzv-conf", conf) if multi_node else ()),
         *(("--local-addr", local_address) if local_address else ()),
-        "-m", spec.module, str(spec.job),
+        "--no-python", *spec.program,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from cpbench.core.subprocess_call import MODULE
 from cpbench.slurm.site_profile import Profile, parse_bytes
 
 
@@ -129,7 +130,7 @@ def _escape_percent(path: Path) -> str:
 
 def step_command(spec: Path, python: Iterable[str] = (sys.executable,)) -> tuple[str, ...]:
     """The command of a job: the supervisor of the cases of a job file, on the first node."""
-    return (*python, "-m", "cpbench.slurm.job_step", str(spec))
+    return (*python, *MODULE, "cpbench.slurm.job_step", str(spec))
 
 
 def report_command(out: Path) -> tuple[str, ...]:
@@ -137,7 +138,7 @@ def report_command(out: Path) -> tuple[str, ...]:
     report = str(out / "report.md")
     return (
         sys.executable,
-        "-m",
+        *MODULE,
         "cpbench",
         "report",
         str(out),

@@ -15,13 +15,14 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from cpbench.core.problem import Case
 from cpbench.core.settings import MeasureSettings
+from cpbench.core.user_files import count_from, counted_from
 from cpbench.launchers.gang import free_port
 from cpbench.launchers.protocol import Place
 from cpbench.launchers.supervisor import LaunchError, TimeUp
@@ -49,6 +50,7 @@ class JobSpec:
         profile: site profile as a table.
         retry: statuses whose cases are run again, unless they were recorded after ``since``.
         since: sequence number of a record.
+        files_from: folder from which relative paths in cases count.
     """
 
     out: Path
@@ -58,12 +60,14 @@ class JobSpec:
     profile: dict[str, Any]
     retry: tuple[str, ...]
     since: float
+    files_from: Path = field(default_factory=counted_from)
 
     def to_json(self) -> dict[str, Any]:
         return {
             "out": str(self.out), "name": self.name, "profile": self.profile,
             "chunks": [[case.to_json() for case in chunk] for chunk in self.chunks],
             "settings": vars(self.settings), "retry": list(self.retry), "since": self.since,
+            "files_from": str(self.files_from.absolute()),
         }  # fmt: skip
 
     @classmethod
@@ -73,7 +77,7 @@ class JobSpec:
             Path(table["out"]), table["name"],
             [[Case.from_json(case) for case in chunk] for chunk in table["chunks"]],
             MeasureSettings(**table["settings"]), table["profile"], tuple(table["retry"]),
-            table["since"],
+            table["since"], Path(table.get("files_from", "")),
         )  # fmt: skip
 
 
@@ -200,6 +204,7 @@ def main(argv: list[str]) -> int:
     except DamagedError as error:
         _log(str(error))
         return EXIT_LAUNCH
+    count_from(spec.files_from)
     profile = from_table(spec.profile)
     _stop_on_sigusr1(parse_time_limit(profile.time))
     task = int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))

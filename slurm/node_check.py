@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from cpbench.core.subprocess_call import MODULE
 from cpbench.slurm.node_probe import LINE_PREFIX
 
 CHECK_TIMEOUT_S = 180.0  # importing torch from a cold network file system takes long
@@ -30,7 +31,7 @@ def find_bad_nodes(
         out: run directory.
         ranks: number of ranks per node.
     """
-    program = (*python, "-m", "cpbench.slurm.node_probe", str(out), device, str(ranks))
+    program = (*python, *MODULE, "cpbench.slurm.node_probe", str(out), device, str(ranks))
     steps = {
         host: subprocess.Popen(
             (

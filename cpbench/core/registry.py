@@ -15,14 +15,13 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
-import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
+
+from cpbench.core.user_files import load_from_file
 
 T = TypeVar("T")
 
@@ -253,38 +252,3 @@ def _lookup(name: str, registered: dict[str, T], kind: Any, what: str) -> T:
     if name not in registered:
         raise ValueError(f"no {what} {name!r}; there are: {', '.join(sorted(registered))}")
     return registered[name]
-
-
-@functools.cache
-def load_from_file(name: str, kind: Any, what: str) -> Any:
-    """The object that ``path/file.py:attribute`` names, loaded once.
-
-    Args:
-        kind: class that it must be an instance of.
-        what: the same in words (``"operator"``), for messages.
-
-    Raises:
-        ValueError: when there is no such file or attribute, or the file cannot be loaded.
-    """
-    path, _, attribute = name.rpartition(":")
-    if not Path(path).is_file():
-        raise ValueError(f"{what} {name!r}: there is no file {path!r}")
-    module_name = "cpbench_user_" + Path(path).stem
-    module_spec = importlib.util.spec_from_file_location(module_name, path)
-    assert module_spec is not None
-    assert module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_name] = module
-    try:
-        with redirect_stdout(sys.stderr):  # stdout may carry JSON
-            module_spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # the user's code may raise anything
-        raise ValueError(f"{what} {name!r}: {type(error).__name__}: {error}") from error
-    info = getattr(module, attribute, None)
-    if not isinstance(info, kind):
-        names = [key for key, value in vars(module).items() if isinstance(value, kind)]
-        raise ValueError(
-            f"{what} {name!r}: {attribute!r} is not among the {kind.__name__} objects of {path!r}: "
-            f"{', '.join(names) or 'it has none'}"
-        )
-    return info

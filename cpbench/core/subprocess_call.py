@@ -15,6 +15,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, TextIO
 
+# Options of Python before the name of a module.  The working directory is not searched: a folder
+# there that is named like a package would hide it.
+MODULE = ("-P", "-m")
+
 
 class RequestRefused(ValueError):
     """The module cannot do what was requested; the message says why, in one line."""
@@ -34,7 +38,7 @@ def subprocesses(
     """Start one subprocess per request; those still running are killed when the context is left.
 
     Args:
-        module: run as ``python -m``.
+        module: run as ``python -P -m``.
         without: environment variables to unset.
     """
     environment = {key: value for key, value in os.environ.items() if key not in without}
@@ -44,7 +48,7 @@ def subprocesses(
         for request in requests:
             stderr_file = stderr_files.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8"))  # noqa: SIM115
             process = subprocess.Popen(
-                (sys.executable, "-m", module),
+                (sys.executable, *MODULE, module),
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", errors="replace",
                 env=environment,
                 stderr=stderr_file,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpbench.core.problem import DTYPE_BYTES
+from cpbench.core.user_files import locate
 from cpbench.inputs.normal import Normal
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class Captured:
     """
 
     def __init__(self, file: str) -> None:
-        path = Path(file)
+        path = locate(file)
         if not file or not path.is_file():
             raise ValueError(f"inputs: there is no file {file!r}; write file:qkv.safetensors")
         # The time of modification is part of the cache key: a changed file is read again.

@@ -168,7 +168,7 @@ def _load(model: str) -> Any:
         return AutoModelForCausalLM.from_pretrained(model, local_files_only=True).eval()  # type: ignore[no-untyped-call]
     if not function:
         raise ValueError(f"--model {model!r} is neither a folder nor module:function")
-    sys.path.insert(0, "")
+    sys.path.append("")  # last, so that no folder there hides a package
     try:
         make: Callable[[], Any] = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from cpbench.core import registry
 from cpbench.core.spec import Spec, Value
 from cpbench.core.untraced import untraced
+from cpbench.core.user_files import load_from_file, locate
 from cpbench.masks import head_patterns  # noqa: F401  registers its patterns
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.dilated_mask import DilatedMask
@@ -157,7 +158,7 @@ def pattern_info(mask: str | Mapping[str, Any] | Spec) -> Pattern:
     """
     spec = Spec.parse(mask)
     if ".py:" in spec.name:
-        info = Pattern.of(registry.load_from_file(spec.name, FunctionType, "mask"))
+        info = Pattern.of(load_from_file(spec.name, FunctionType, "mask"))
     elif spec.name in _registered():
         info = _registered()[spec.name]
     else:
@@ -250,6 +251,6 @@ def _spec_value(key: str, value: Any) -> Value:
 
 def _sha256(path: str) -> str:
     try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        return hashlib.sha256(locate(path).read_bytes()).hexdigest()
     except OSError:
         raise ValueError(f"there is no file {path!r} to read a mask from") from None

@@ -17,6 +17,7 @@ from typing import Any, TypedDict
 import numpy as np
 import numpy.typing as npt
 
+from cpbench.core.user_files import locate
 from cpbench.masks.slices import IntArray
 
 DEFAULT_CORPUS = "pile"
@@ -153,7 +154,7 @@ def from_file(seq_len: int, file: str, column: str | None = None) -> IntArray:
         ValueError: for a file that is missing, empty, of another type, or that holds anything but
             integers >= 1.
     """
-    path = Path(file)
+    path = locate(file)
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise ValueError(f"file {file!r} must end in one of {', '.join(_READERS)}")

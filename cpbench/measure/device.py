@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 from cpbench.core.environment import usable_cores
-from cpbench.core.vector_math import initialise_vector_math
+from cpbench.inputs.normal import initialise_vector_math
 from cpbench.measure import memory
 from cpbench.measure.processor_use import ProcessorMeter, ProcessorUse, contended, more_threads
 

@@ -22,6 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cpbench.core.subprocess_call import MODULE
 from cpbench.results.store import Tail
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ class Telemetry:
             handle, path = tempfile.mkstemp(prefix="cpbench-telemetry-", suffix=".jsonl")
             os.close(handle)
             self._process = subprocess.Popen(
-                (sys.executable, "-m", "cpbench.measure.telemetry", path, str(seconds)),
+                (sys.executable, *MODULE, "cpbench.measure.telemetry", path, str(seconds)),
                 stdin=subprocess.DEVNULL,
             )
         self._own_path = path

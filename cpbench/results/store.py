@@ -29,6 +29,7 @@ from typing import Any, Self
 
 from cpbench.core.problem import Case
 from cpbench.core.settings import MeasureSettings
+from cpbench.core.user_files import counted_from
 from cpbench.results import worlds
 from cpbench.results.launches import flag_differing_results, split_launches
 from cpbench.results.record import SCHEMA, Record
@@ -175,6 +176,7 @@ class Job:
     Attributes:
         turns: by the id of a case, in how many turns it is measured, where that is several; the
             adjacent cases of one problem take them in turn.
+        files_from: folder from which relative paths in cases count.
     """
 
     cases: list[Case]
@@ -183,6 +185,7 @@ class Job:
     out: Path
     writer: str
     turns: Mapping[str, int] = field(default_factory=dict)
+    files_from: Path = field(default_factory=counted_from)
 
     @property
     def folder(self) -> Path:
@@ -203,6 +206,7 @@ class Job:
             "device": self.device,
             "out": str(self.out.resolve()),
             "writer": self.writer,
+            "files_from": str(self.files_from.absolute()),
             "turns": {case.id: self.turns[case.id] for case in self.cases if case.id in self.turns},
         }
         path = self.folder / "job.json"
@@ -225,6 +229,7 @@ class Job:
             Path(table["out"]),
             table["writer"],
             table.get("turns", {}),
+            Path(table.get("files_from", "")),
         )
 
 

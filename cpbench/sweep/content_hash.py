@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 
 from cpbench import masks
 from cpbench.core.problem import Case
+from cpbench.core.user_files import locate
 
 
 def with_content_hashes(cases: Sequence[Case]) -> list[Case]:
@@ -32,10 +32,10 @@ def _content_hashes(case: Case) -> dict[str, str]:
     content = dict(masks.content_files(case.mask))
     captured = case.inputs.kwargs.get("file")
     if captured is not None:
-        content[str(captured)] = hashlib.sha256(Path(str(captured)).read_bytes()).hexdigest()
+        content[str(captured)] = hashlib.sha256(locate(str(captured)).read_bytes()).hexdigest()
     for name in (*case.code, case.mask.name):
         path, colon, attribute = name.rpartition(":")
         if colon:  # a file may define several attributes
-            digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+            digest = hashlib.sha256(locate(path).read_bytes()).hexdigest()
             content[name] = f"{digest}:{attribute}"
     return content

@@ -45,6 +45,7 @@ from cpbench.core.registry import (
 )
 from cpbench.core.settings import MeasureSettings
 from cpbench.core.spec import Spec, Value, format_size, parse_size
+from cpbench.core.user_files import count_from
 from cpbench.parallel import layout
 from cpbench.sweep.content_hash import with_content_hashes
 
@@ -136,6 +137,7 @@ def load(name: str) -> Sweep:
         raise SweepError(f"{name} is nested too deeply") from None
     except ValueError as error:  # TOMLDecodeError, or an integer of too many digits
         raise SweepError(f"{name} is not TOML: {' '.join(str(error).split())}") from None
+    count_from(path.parent if path.is_file() else Path())
     try:
         return expand(table, title)
     except ValueError as error:

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpbench.core.environment import collect_environment, environment_id, node_facts, usable_cores
 from cpbench.core.problem import Case
+from cpbench.core.user_files import count_from
 from cpbench.measure.peaks import measure_peaks
 from cpbench.measure.timeline_slices import chrome_trace
 from cpbench.results.record import UNFINISHED, Record
@@ -265,6 +266,7 @@ def main(argv: list[str]) -> int:
     path = Path(argv[0])
     try:
         job = Job.load(path)
+        count_from(job.files_from)
         place = rendezvous.rank_place()
     except ValueError as error:
         print(f"cpbench.worker.main: {error}", file=sys.stderr)

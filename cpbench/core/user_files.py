@@ -1,0 +1,90 @@
+"""Files that users name: code of operators, strategies and masks, document lengths, tensors.
+
+A relative path in a sweep counts from the folder of the sweep; where that has no such file, and on
+the command line, from the working directory.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+_folder = Path()
+
+
+def count_from(folder: Path) -> None:
+    """Let relative paths count from a folder first, in this process."""
+    global _folder
+    _folder = folder
+
+
+def counted_from() -> Path:
+    """The folder from which relative paths count first."""
+    return _folder
+
+
+def locate(name: str) -> Path:
+    """The path of a file that a user names; it need not exist."""
+    in_folder = _folder / name
+    return in_folder if in_folder.exists() else Path(name)
+
+
+def load_from_file(name: str, kind: Any, what: str) -> Any:
+    """The object that ``path/file.py:attribute`` names; a file is loaded once.
+
+    Args:
+        kind: class that it must be an instance of.
+        what: the same in words (``"operator"``), for messages.
+
+    Raises:
+        ValueError: when there is no such file or attribute, or the file cannot be loaded.
+    """
+    given, _, attribute = name.rpartition(":")
+    path = locate(given)
+    if not path.is_file():
+        raise ValueError(f"{what} {name!r}: there is no file {given!r}{_searched(given)}")
+    try:
+        module = _load_module(path.resolve())
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
+        raise ValueError(f"{what} {name!r}: {type(error).__name__}: {error}") from error
+    info = getattr(module, attribute, None)
+    if not isinstance(info, kind):
+        names = [key for key, value in vars(module).items() if isinstance(value, kind)]
+        raise ValueError(
+            f"{what} {name!r}: {attribute!r} is not among the {kind.__name__} objects of "
+            f"{given!r}: {', '.join(names) or 'it has none'}"
+        )
+    return info
+
+
+@functools.cache
+def _load_module(path: Path) -> ModuleType:
+    """Import a file as a module of its own.  Anything may be raised."""
+    module_name = f"cpbench_user_{path.stem}"
+    if module_name in sys.modules:  # another file of that name
+        module_name += f"_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    module_spec = importlib.util.spec_from_file_location(module_name, path)
+    assert module_spec is not None
+    assert module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_name] = module
+    try:
+        with redirect_stdout(sys.stderr):  # stdout may carry JSON
+            module_spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[module_name]
+        raise
+    return module
+
+
+def _searched(name: str) -> str:
+    """Where a file was looked for, if that is not the working directory alone."""
+    if Path(name).is_absolute() or _folder.resolve() == Path.cwd():
+        return ""
+    return f" in {_folder} or here"
