@@ -32,6 +32,8 @@ from cpbench.slurm import client, node_check
 from cpbench.slurm.job_states import EXIT_NODES, EXIT_STORE, EXIT_TIME
 from cpbench.slurm.site_profile import Profile, from_table, parse_time_limit
 from cpbench.sweep import runs
+from cpbench.sweep.remaining import remaining_cases
+from cpbench.sweep.request import Request
 from cpbench.worker.rendezvous import own_address
 
 EXIT_LAUNCH = 70
@@ -50,6 +52,7 @@ class JobSpec:
         profile: site profile as a table.
         retry: statuses whose cases are run again, unless they were recorded after ``since``.
         since: sequence number of a record.
+        remeasure: whether cases are run again that were measured with other settings.
         files_from: folder from which relative paths in cases count.
     """
 
@@ -60,6 +63,7 @@ class JobSpec:
     profile: dict[str, Any]
     retry: tuple[str, ...]
     since: float
+    remeasure: bool = False
     files_from: Path = field(default_factory=counted_from)
 
     def to_json(self) -> dict[str, Any]:
@@ -67,7 +71,7 @@ class JobSpec:
             "out": str(self.out), "name": self.name, "profile": self.profile,
             "chunks": [[case.to_json() for case in chunk] for chunk in self.chunks],
             "settings": vars(self.settings), "retry": list(self.retry), "since": self.since,
-            "files_from": str(self.files_from.absolute()),
+            "remeasure": self.remeasure, "files_from": str(self.files_from.absolute()),
         }  # fmt: skip
 
     @classmethod
@@ -77,7 +81,7 @@ class JobSpec:
             Path(table["out"]), table["name"],
             [[Case.from_json(case) for case in chunk] for chunk in table["chunks"]],
             MeasureSettings(**table["settings"]), table["profile"], tuple(table["retry"]),
-            table["since"], Path(table.get("files_from", "")),
+            table["since"], table.get("remeasure", False), Path(table.get("files_from", "")),
         )  # fmt: skip
 
 
@@ -212,16 +216,16 @@ def main(argv: list[str]) -> int:
         hosts = client.expand_nodelist(os.environ["SLURM_JOB_NODELIST"])
         bad = _check_nodes(spec, profile, hosts) if profile.preflight else []
         nodes = AllocatedNodes(profile, hosts, bad)
-        request = runs.Request(
+        request = Request(
             name=spec.name, cases=spec.chunks[task], out=spec.out, launcher=profile.launcher,
             device=profile.rank_device, settings=spec.settings, retry=frozenset(spec.retry),
-            since=spec.since, place=nodes.place,
+            remeasure=spec.remeasure, since=spec.since, place=nodes.place,
         )  # fmt: skip
         required = max(profile.node_count(case.world_size) for case in request.cases)
         if len(nodes.good) < required or hosts[0] in bad:
             _log(f"good nodes: {len(nodes.good)} of {len(hosts)}")
             return EXIT_NODES
-        runs.run_cases(request, runs.remaining_cases(request), quiet=False)
+        runs.run_cases(request, remaining_cases(request), quiet=False)
     except TimeUp as time_up:
         _log(f"stopped before {time_up}; cases remain")
         return EXIT_TIME

@@ -36,7 +36,8 @@ from cpbench.slurm.batch_script import BatchJob
 from cpbench.slurm.job_states import JobState
 from cpbench.slurm.job_step import JobSpec, profile_table
 from cpbench.slurm.site_profile import Profile
-from cpbench.sweep import estimate, runs
+from cpbench.sweep import estimate
+from cpbench.sweep.request import Request, write_sweep_json
 
 REPORT_MINUTES = 15
 MAX_NAME_LENGTH = 40
@@ -144,7 +145,7 @@ def report_job(name: str, out: Path, stamp: str) -> BatchJob:
     )  # fmt: skip
 
 
-def submit(request: runs.Request, cases: Sequence[Case], profile: Profile) -> list[SubmittedJob]:
+def submit(request: Request, cases: Sequence[Case], profile: Profile) -> list[SubmittedJob]:
     """Write the scripts of the jobs of cases, and submit them.
 
     Raises:
@@ -153,13 +154,14 @@ def submit(request: runs.Request, cases: Sequence[Case], profile: Profile) -> li
     """
     out = request.out.resolve()
     stamp = f"{time.strftime('%m%dT%H%M%S')}-{secrets.token_hex(2)}"
-    runs.write_sweep_json(request)
+    write_sweep_json(request)
     submitted: list[SubmittedJob] = []
     limit = max_tasks(profile)
     for job in plan_jobs(request.name, cases, request.settings, profile, out, stamp, limit):
         spec = JobSpec(
             out, request.name, job.chunks, request.settings, profile_table(profile),
             tuple(sorted(request.retry)), min(request.since, last_sequence(out)),
+            request.remeasure,
         )  # fmt: skip
         path = slurm_folder(out) / f"{job.batch.name}.json"
         _write(path, seal(json.dumps(spec.to_json())))

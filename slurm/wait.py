@@ -11,7 +11,9 @@ from cpbench.slurm import client, submission
 from cpbench.slurm.job_states import JobState
 from cpbench.slurm.site_profile import Profile
 from cpbench.slurm.submission import JobTracker
-from cpbench.sweep import progress, runs
+from cpbench.sweep import progress
+from cpbench.sweep.remaining import remaining_cases
+from cpbench.sweep.request import Request
 
 RECORD_POLL_S = 1.0  # interval of reading the records, which needs no controller
 MIN_POLL_S = 2.0  # first interval of requests to the controller
@@ -29,7 +31,7 @@ class JobWaiter:
         quiet: whether to print nothing.
     """
 
-    request: runs.Request
+    request: Request
     profile: Profile
     resubmit: int = 0
     quiet: bool = False
@@ -41,7 +43,7 @@ class JobWaiter:
         Raises:
             SlurmError: when a resubmission is refused.
         """
-        pending_ids = {case.id for case in runs.remaining_cases(self.request)}
+        pending_ids = {case.id for case in remaining_cases(self.request)}
         with progress.progress_display(len(pending_ids), self.quiet) as display:
             tails: dict[str, Tail] = {}
             poll_s, next_poll = MIN_POLL_S, 0.0
@@ -79,7 +81,7 @@ class JobWaiter:
         if changed:
             records = read_run(self.request.out).records
             for key in sorted(pending_ids & set(records), key=lambda key: records[key].order):
-                if key not in {case.id for case in runs.remaining_cases(self.request)}:
+                if key not in {case.id for case in remaining_cases(self.request)}:
                     pending_ids.discard(key)
                     display.case_finished(records[key])
 
@@ -98,7 +100,7 @@ class JobWaiter:
 
     def _resubmit_interrupted(self, states: dict[str, JobState]) -> bool:
         """Resubmit the remaining cases of interrupted jobs, if allowed; whether it was done."""
-        todo = runs.remaining_cases(self.request)
+        todo = remaining_cases(self.request)
         todo_ids = {case.id for case in todo}
         interrupted_ids: set[str] = set()
         for job in submission.submitted_jobs(self.request.out):

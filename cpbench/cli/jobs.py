@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from cpbench.launchers.protocol import Place
     from cpbench.results.active import ActiveProcess
     from cpbench.slurm.site_profile import Profile
-    from cpbench.sweep.runs import Request
+    from cpbench.sweep.request import Request
 
 commands = typer.Typer()
 RunFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Run directory.")]
@@ -157,8 +157,9 @@ def print_job_scripts(request: Request, profile: Profile, as_json: bool) -> int:
     from cpbench.slurm import batch_script, submission
     from cpbench.slurm.site_profile import parse_time_limit
     from cpbench.sweep import runs
+    from cpbench.sweep.remaining import remaining_cases
 
-    todo, out = runs.remaining_cases(request), request.out.resolve()
+    todo, out = remaining_cases(request), request.out.resolve()
     estimates = runs.estimator(request)
     turns = estimates.turns(todo)
     cost = {case.id: estimates.seconds(case, turns.get(case.id, 1)) for case in todo}
@@ -212,13 +213,14 @@ def submit(
     from cpbench.slurm import client, submission
     from cpbench.slurm.wait import JobWaiter
     from cpbench.sweep import runs
+    from cpbench.sweep.remaining import remaining_cases
 
     def log(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
     out, count, quoted_out = request.out, len(request.cases), shlex.quote(str(request.out))
     try:
-        todo = runs.remaining_cases(request)
+        todo = remaining_cases(request)
         with submission.submission_lock(out):
             submitted_ids = submission.cases_in_live_jobs(out, submission.JobTracker(out).query())
             new = [case for case in todo if case.id not in submitted_ids]
@@ -245,7 +247,7 @@ def submit(
     except KeyboardInterrupt:
         log(f"cpbench: the jobs continue; cpbench status {quoted_out}, cpbench cancel {quoted_out}")
         return 130
-    left = len(runs.remaining_cases(request))
+    left = len(remaining_cases(request))
     if left:
         log(f"cpbench: {left} of {count} cases have no result; see cpbench status {quoted_out}, "
             "and repeat the command to resume")  # fmt: skip
@@ -255,7 +257,7 @@ def submit(
 def check_no_live_jobs(request: Request) -> None:
     """Raise ``ValueError`` if live Slurm jobs are to run some of the same cases."""
     from cpbench.slurm import client, submission
-    from cpbench.sweep import runs
+    from cpbench.sweep.remaining import remaining_cases
 
     if not submission.submitted_jobs(request.out):
         return
@@ -265,7 +267,7 @@ def check_no_live_jobs(request: Request) -> None:
         )
     except client.SlurmError as error:
         raise ValueError(f"cannot tell whether {request.out} has live jobs: {error}") from None
-    overlap = [case for case in runs.remaining_cases(request) if case.id in live_ids]
+    overlap = [case for case in remaining_cases(request) if case.id in live_ids]
     if overlap:
         raise ValueError(
             f"{len(overlap)} of these cases are in jobs; wait for them, or run: cpbench cancel "

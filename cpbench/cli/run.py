@@ -40,7 +40,7 @@ from cpbench.cli.options import (
 from cpbench.reports.tables.terminal import print_rows
 
 if TYPE_CHECKING:
-    from cpbench.sweep.runs import Request
+    from cpbench.sweep.request import Request
 
 commands = typer.Typer()
 
@@ -110,6 +110,10 @@ def run_(
         str,
         typer.Option(metavar="STATUSES", help="Rerun cases with these statuses, e.g. oom,timeout."),
     ] = "",
+    remeasure: Annotated[
+        bool,
+        typer.Option("--remeasure", help="Rerun cases measured with other [measure] settings."),
+    ] = False,
     where: Annotated[
         list[str] | None,
         typer.Option(
@@ -122,19 +126,23 @@ def run_(
     """Run a sweep, or resume one: recorded cases are not run again."""
     from cpbench.results.store import last_sequence
     from cpbench.slurm.site_profile import parse_bytes
-    from cpbench.sweep import runs, sweep_file
+    from cpbench.sweep import refusals, sweep_file
     from cpbench.sweep.dry_run import print_plan
+    from cpbench.sweep.remaining import parse_statuses, remaining_cases
+    from cpbench.sweep.request import Request
 
     with user_input():
         definition = sweep_file.load(sweep)
         cases = sweep_file.select_cases(definition.cases, where or [])
+        if definition.left_out and not as_json:
+            print(f"cpbench: {refusals.describe(definition.left_out)}", file=sys.stderr)
         site = jobs.slurm_profile(
             launcher.value, profile, wait, resubmit, profiler.value if profiler else ""
         )
         folder = jobs.output_folder(
             run_directory(out or Path("results") / definition.name), profiler
         )
-        request = runs.Request(
+        request = Request(
             name=definition.name,
             cases=cases,
             out=folder,
@@ -152,7 +160,8 @@ def run_(
                 site,
             ),
             profiler=profiler.value if profiler else "",
-            retry=runs.parse_statuses(retry),
+            retry=parse_statuses(retry),
+            remeasure=remeasure,
             since=last_sequence(folder),
             strict=strict,
             capacity=parse_bytes(site.gpu_memory, "gpu_memory")
@@ -167,7 +176,7 @@ def run_(
         code = jobs.submit(request, site, wait, resubmit, as_json)
         if code is not None:
             return code
-        return max(_print_report(request, as_json), bool(runs.remaining_cases(request)))
+        return max(_print_report(request, as_json), bool(remaining_cases(request)))
     if dry_run:
         return print_plan(request, as_json)
     with user_input():
@@ -235,7 +244,8 @@ def bench(
     """
     import tempfile
 
-    from cpbench.sweep import runs, sweep_file
+    from cpbench.sweep import sweep_file
+    from cpbench.sweep.request import Request
 
     lists = {
         "operator": operator, "strategy": strategy, "layout": layout, "seq_len": seq_len,
@@ -253,7 +263,7 @@ def bench(
         ]
         measure = {"precision": precision, "max_seconds": max_seconds, "timeout_s": timeout}
         definition = sweep_file.expand({"sweep": table, "measure": measure}, "bench")
-        request = runs.Request(
+        request = Request(
             name="bench", cases=list(definition.cases),
             out=run_directory(out) if out else Path(tempfile.mkdtemp(prefix="cpbench-")),
             launcher=launcher.value, device=device_name(device), settings=definition.settings,
@@ -358,6 +368,7 @@ def _run_request(request: Request, quiet: bool) -> int:
     from cpbench.launchers.supervisor import LaunchError
     from cpbench.results.store import StoreError
     from cpbench.sweep import runs
+    from cpbench.sweep.remaining import remaining_cases
 
     try:
         return runs.execute(request, quiet)
@@ -366,7 +377,7 @@ def _run_request(request: Request, quiet: bool) -> int:
     except ValueError as error:  # another process is running the same cases
         raise UserError(str(error)) from None
     except KeyboardInterrupt:
-        recorded = len(request.cases) - len(runs.remaining_cases(request))
+        recorded = len(request.cases) - len(remaining_cases(request))
         text = (
             f"interrupted: {recorded} of {len(request.cases)} cases are recorded in {request.out}; "
             "repeat the command to resume"

@@ -78,6 +78,7 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
+_SOURCES = ("cpbench", "kernels", "launchers", "reports", "slurm")  # folders of the package
 RECORDED_PACKAGES = (
     "torch",
     "triton",
@@ -171,7 +172,11 @@ def format_ranges(numbers: Iterable[int]) -> str:
 
 @functools.cache
 def commit() -> str | None:
-    """The commit of the source tree, with ``+`` if that has changes; None without a git tree."""
+    """The commit of the source tree, such as ``1a2b3c4d5e6f``; None without a git tree.
+
+    Where the source differs from it, ``+`` and a hash of the difference follow: of changed files,
+    and of Python files that git does not track (or ignores), which may be imported.
+    """
     source_tree = Path(__file__).resolve().parents[2]
     if not (source_tree / ".git").exists():
         return None
@@ -187,10 +192,17 @@ def commit() -> str | None:
 
     try:
         head = git("rev-parse", "--short=12", "HEAD")
-        changed = git("status", "--porcelain", "--untracked-files=no")
+        if not head:
+            return None
+        difference = git("diff", "HEAD", "--", *_SOURCES) or ""
+        untracked = git("ls-files", "--others", "--", *(f"{name}/**.py" for name in _SOURCES))
     except FileNotFoundError:
         return None
-    return head + ("+" if changed else "") if head else None
+    for name in (untracked or "").splitlines():
+        with suppress(OSError):
+            difference += f"{name}\n{(source_tree / name).read_text('utf-8', 'replace')}"
+    changes = hashlib.sha256(difference.encode()).hexdigest()[:6]
+    return f"{head}+{changes}" if difference else head
 
 
 def _version(name: str) -> str | None:

@@ -12,6 +12,10 @@ _TYPES = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
 MIN_TELEMETRY_S = 0.02
 TRANSPORTS = ("torch", "mpi")
 CLOCKS = ("wall", "cpu")
+# Settings that decide how precise a time is; launches that differ in them are not pooled.
+PRECISION_SETTINGS = ("precision", "min_iterations", "max_iterations", "max_seconds", "warmup")
+# Settings that decide what is measured beside the time, and how the methods of a problem alternate.
+SCOPE_SETTINGS = ("interleave", "memory", "exposure", "thorough", "quality")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +110,8 @@ class MeasureSettings:
             raise ValueError(f"measure.threads = {self.threads} must be at most {MAX_THREADS}")
 
     def conditions(self, device: str) -> dict[str, Any]:
-        """Conditions that records must share to be comparable."""
+        """Conditions of a measurement: those that records must share to be comparable, and the
+        settings that may differ between the runs of a directory."""
         return {
             "device": device,
             "threads": self.threads,
@@ -114,6 +119,7 @@ class MeasureSettings:
             "timed": self.time,
             "clock": "events" if device == "cuda" else self.clock,
             **({"transport": self.transport} if self.transport != "torch" else {}),
+            **{name: getattr(self, name) for name in (*PRECISION_SETTINGS, *SCOPE_SETTINGS)},
         }
 
     def of_turn(self, turns: int, earlier: int) -> MeasureSettings:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from cpbench.core.environment import concerns_job
+from cpbench.core.settings import PRECISION_SETTINGS, SCOPE_SETTINGS
 
 if TYPE_CHECKING:
     from cpbench.results.record import Record
@@ -28,7 +29,7 @@ _OF_DEVICE = {
     "threads per rank": "threads",
 }  # fmt: skip
 # Where a record has none of these, they are unknown; packages and variables were not there.
-_MAY_BE_UNKNOWN = frozenset((*_OF_HOST, *_OF_DEVICE, "cpbench"))
+_MAY_BE_UNKNOWN = frozenset((*_OF_HOST, *_OF_DEVICE, "cpbench", *PRECISION_SETTINGS))
 _MACHINE = ("host", "processor", "GPU")  # reports show machines apart
 _ENVIRONMENT = "environment"  # a fact of records whose environment is not in their directory
 _MAX_NAMED = 4  # facts in a line
@@ -47,7 +48,7 @@ def world_of(environment: Mapping[str, Any], conditions: Mapping[str, Any]) -> d
             facts[name] = value
     if hosts := {str(rank.get("host")) for rank in environment.get("ranks", ())}:
         facts["host"] = ", ".join(sorted(hosts))
-    facts |= conditions
+    facts |= {name: value for name, value in conditions.items() if name not in SCOPE_SETTINGS}
     return {name: str(value) for name, value in facts.items() if value not in (None, "")}
 
 

@@ -9,7 +9,9 @@ from typing import Any
 from cpbench.launchers import supervisor
 from cpbench.launchers.protocol import GangSpec
 from cpbench.launchers.registry import LAUNCHERS
-from cpbench.sweep.runs import Request, estimator, order_cases, remaining_cases
+from cpbench.sweep.remaining import remaining_cases
+from cpbench.sweep.request import Request
+from cpbench.sweep.runs import estimator, order_cases
 
 
 def print_plan(request: Request, as_json: bool) -> int:

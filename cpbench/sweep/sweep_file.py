@@ -28,8 +28,9 @@ import itertools
 import math
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ from cpbench.core.spec import Spec, Value, format_size, parse_size
 from cpbench.core.user_files import count_from
 from cpbench.parallel import layout
 from cpbench.sweep.content_hash import with_content_hashes
+from cpbench.sweep.refusals import leave_out_refused
 
 SPEC_KEYS = ("operator", "strategy", "layout", "mask", "inputs")
 INT_KEYS = (
@@ -94,11 +96,13 @@ class Sweep:
         name: of the file, for people.
         cases: without duplicates, in the order written.
         settings: how the cases are measured.
+        left_out: number of combinations that no machine can run, by reason.
     """
 
     name: str
     cases: tuple[Case, ...]
     settings: MeasureSettings
+    left_out: Counter[str] = field(default_factory=Counter)
 
 
 def packaged_sweeps() -> dict[str, str]:
@@ -174,7 +178,10 @@ def expand(table: Mapping[str, Any], name: str) -> Sweep:
             cases.setdefault(case.id, case)
     if not cases:
         raise ValueError("every case is excluded: nothing to run")
-    return Sweep(name, tuple(cases.values()), settings)
+    kept, left_out = leave_out_refused(cases.values())
+    if not kept:
+        raise ValueError(f"nothing to run: {', '.join(left_out)}; give a strategy for more ranks")
+    return Sweep(name, tuple(kept), settings, left_out)
 
 
 def expand_table(table: Mapping[str, Any]) -> list[Case]:

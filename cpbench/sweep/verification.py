@@ -15,7 +15,7 @@ from cpbench.core.spec import Spec
 from cpbench.results.record import FAILURES, Record
 from cpbench.results.store import Run
 from cpbench.sweep import sweep_file
-from cpbench.sweep.runs import Request
+from cpbench.sweep.request import Request
 
 SEQ_LEN = 293  # prime: no block size divides it
 DOCUMENTS = "doc_lens=[1,60,100,7,125]"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from paths import ROOT
@@ -20,7 +22,45 @@ def test_the_commit_of_a_checkout() -> None:
     )
     recorded = environment.commit()
     assert recorded
-    assert git.stdout.startswith(recorded.removesuffix("+"))
+    assert git.stdout.startswith(recorded.partition("+")[0])
+
+
+def test_changed_and_untracked_source_is_another_commit(tmp_path: Path) -> None:
+    """Documents are not source; ignored Python files are, for they may be imported."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    def commit() -> str:
+        code = "from cpbench.core import environment; print(environment.commit())"
+        env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    for name in ("cpbench", "kernels", "launchers", "reports", "slurm"):
+        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True,
+                        ignore=shutil.ignore_patterns("__pycache__"))  # fmt: skip
+    git("init", "-q")
+    (tmp_path / ".gitignore").write_text("__pycache__\n/kernels/private.py\n")
+    git("add", "-A")
+    git("commit", "-qm", "first")
+    head = git("rev-parse", "--short=12", "HEAD")
+    found = [commit()]
+    (tmp_path / "README.md").write_text("words\n")
+    found.append(commit())
+    assert found == [head, head]
+    for file in ("kernels/reference.py", "kernels/new.py", "kernels/private.py"):
+        with open(tmp_path / file, "a", encoding="utf-8") as lines:
+            lines.write("# changed\n")
+        found.append(commit())
+    assert all(name.startswith(f"{head}+") for name in found[2:])
+    assert len(set(found)) == 4
 
 
 def test_the_affinity_is_recorded_as_ranges() -> None:

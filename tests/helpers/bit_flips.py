@@ -27,10 +27,12 @@ from cpbench.results.store import (
 )
 from cpbench.slurm import submission
 from cpbench.sweep import runs
+from cpbench.sweep.remaining import remaining_cases
+from cpbench.sweep.request import Request
 from cpbench.tools.status import read_status
 
 
-def make_run(out: Path) -> runs.Request:
+def make_run(out: Path) -> Request:
     """A run directory of an old version, as this one would have written it, with a file of every
     kind; the request that it is of."""
     shutil.copytree(DATA / "run_before_wings", out)
@@ -60,7 +62,7 @@ def make_run(out: Path) -> runs.Request:
     (job.parent / "over").unlink()  # as if its run had been killed
     cases = Job.load(job).cases
     settings = MeasureSettings(trace=True)
-    return runs.Request(
+    return Request(
         name="x", cases=cases, out=out, launcher="local", device="cpu", settings=settings
     )
 
@@ -73,7 +75,7 @@ class Contents:
     warnings: list[str]
 
 
-def read_everything(request: runs.Request) -> Contents:
+def read_everything(request: Request) -> Contents:
     """Read a run directory as all commands together do.
 
     Raises:
@@ -98,7 +100,7 @@ def read_everything(request: runs.Request) -> Contents:
         return {**state, "under_way": [case["case"] for case in state["under_way"]]}
 
     read("status", status)
-    read("remaining", lambda: runs.remaining_cases(request))
+    read("remaining", lambda: remaining_cases(request))
     read("killed", lambda: runs.count_killed_runs(out))
     read("timelines", lambda: runs.describe_timelines(request))
     read("jobs", lambda: [Job.load(path) for path in sorted(out.glob("jobs/*/job.json"))])
@@ -118,7 +120,7 @@ def flips(out: Path, count: int, seed: int) -> Iterator[tuple[Path, int, int]]:
         yield path, draw.randrange(path.stat().st_size), draw.randrange(8)
 
 
-def silent_damage(request: runs.Request, count: int, seed: int = 0) -> tuple[list[str], int]:
+def silent_damage(request: Request, count: int, seed: int = 0) -> tuple[list[str], int]:
     """Flip single bits, one at a time.
 
     Returns:

@@ -7,6 +7,7 @@ from typing import Any
 
 from cpbench.results.record import Record
 from cpbench.sweep import runs, sweep_file
+from cpbench.sweep.request import Request
 
 
 def run_cases(
@@ -16,7 +17,7 @@ def run_cases(
     table = {"seq_len": 1100, "num_heads_q": 2, "head_dim": 16, **sweep_table}
     settings = {"max_seconds": 0.2, "max_iterations": 7, **(measure or {})}
     loaded = sweep_file.expand({"sweep": table, "measure": settings}, "truth")
-    request = runs.Request(
+    request = Request(
         name="truth", cases=list(loaded.cases), out=out, launcher="local", device=device,
         settings=loaded.settings,
     )  # fmt: skip

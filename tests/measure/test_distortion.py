@@ -12,6 +12,7 @@ from paths import HELPERS
 
 from cpbench.results.record import Record
 from cpbench.sweep import runs, sweep_file
+from cpbench.sweep.request import Request
 
 OPERATORS = HELPERS / "distorting_operators.py"
 MIB = 1 << 20
@@ -25,7 +26,7 @@ def _run(out: Path, names: list[str], measure: Any = None, **sweep_table: Any) -
     }  # fmt: skip
     settings = {"max_seconds": 0.2, "max_iterations": 7, **(measure or {})}
     loaded = sweep_file.expand({"sweep": table, "measure": settings}, "distortion")
-    request = runs.Request(
+    request = Request(
         name="distortion", cases=list(loaded.cases), out=out, launcher="local", device="cpu",
         settings=loaded.settings,
     )  # fmt: skip

@@ -15,8 +15,10 @@ from cpbench.core.settings import MeasureSettings
 from cpbench.core.spec import Spec
 from cpbench.results.record import Record
 from cpbench.results.store import RecordWriter, read_run
+from cpbench.sweep import request as sweep_request
 from cpbench.sweep import runs
 from cpbench.sweep.estimate import Estimator, min_bytes_per_rank, oom_reason, order_cases
+from cpbench.sweep.request import Request
 
 SETTINGS = MeasureSettings()
 
@@ -143,7 +145,7 @@ def test_interleaved_measurement(tmp_path: Path) -> None:
 def test_cases_that_do_not_fit_are_recorded_as_oom(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runs, "machine_memory_bytes", lambda: 40 << 10)
+    monkeypatch.setattr(sweep_request, "machine_memory_bytes", lambda: 40 << 10)
     file, out = tmp_path / "s.toml", tmp_path / "run"
     file.write_text(SWEEP)
     arguments = ["run", str(file), "--out", str(out), "--device", "cpu"]
@@ -168,7 +170,7 @@ def test_a_case_during_which_runs_were_killed_is_given_up(tmp_path: Path) -> Non
         ]
         (folder / "rank0.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     assert runs.count_killed_runs(tmp_path) == {a.id: runs.MAX_KILLED_RUNS}
-    request = runs.Request(
+    request = Request(
         name="x", cases=[a, b], out=tmp_path, launcher="local", device="cpu", settings=SETTINGS
     )
     assert runs.feasible_cases(request, [a, b]) == [b]

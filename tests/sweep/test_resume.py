@@ -138,3 +138,29 @@ def test_a_full_disk(small_disk: Path, tmp_path: Path) -> None:  # noqa: F811
     code, stderr_lines = run_sweep(file, out, *options, no_faults=True)
     assert code == 0, stderr_lines
     assert record_counts(out) == [2]  # the two operators, once each
+
+
+def test_changed_settings_are_said_and_can_be_remeasured(tmp_path: Path) -> None:
+    file, out = write_sweep(tmp_path / "s.toml", "reference"), tmp_path / "run"
+    assert run_sweep(file, out)[0] == 0
+    text = file.read_text()
+    file.write_text(text.replace("max_iterations = 1", "max_iterations = 3\nprecision = 0.5"))
+    for _ in range(2):  # it is said each time, also once sweep.json has the new settings
+        code, lines = run_sweep(file, out)
+        assert code == 0
+        (line,) = (line for line in lines if "kept" in line)
+        assert line == (
+            f"cpbench: {out}: 3 recorded cases measured with precision 0.03, now 0.5; "
+            "max_iterations 1, now 3: kept; --remeasure measures them again"
+        )
+        assert record_counts(out) == [1, 1, 1]
+    for _ in range(2):
+        code, lines = run_sweep(file, out, "--remeasure")
+        assert (code, record_counts(out)) == (0, [2, 2, 2])
+    assert not any("kept" in line for line in lines)
+    # Times of other settings are no launches of the same measurement.
+    run = read_run(out)
+    assert [len(launches) for launches in run.launches.values()] == [1, 1, 1]
+    assert any("had precision 0.03 instead of 0.5, max_iterations 1" in w for w in run.warnings)
+    assert run_sweep(file, out, "--launches", "2")[0] == 0
+    assert record_counts(out) == [3, 3, 3]

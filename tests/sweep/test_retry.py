@@ -10,6 +10,8 @@ from cpbench.core.settings import MeasureSettings
 from cpbench.results.record import Record
 from cpbench.results.store import RecordWriter, last_sequence
 from cpbench.sweep import runs
+from cpbench.sweep.remaining import remaining_cases
+from cpbench.sweep.request import Request
 
 CASE = Case(seq_len=64)
 YEAR_S = 365 * 86400.0
@@ -24,8 +26,8 @@ def write(out: Path, name: str, status: str, ahead_s: float) -> None:
         writer.append(record.to_json())
 
 
-def request(out: Path, since: float) -> runs.Request:
-    return runs.Request(
+def request(out: Path, since: float) -> Request:
+    return Request(
         name="x", cases=[CASE], out=out, launcher="local", device="cpu", since=since,
         settings=MeasureSettings(), retry=frozenset({"crash"}),
     )  # fmt: skip
@@ -34,10 +36,10 @@ def request(out: Path, since: float) -> runs.Request:
 def test_a_record_ahead_of_the_clock_is_retried_once(tmp_path: Path) -> None:
     write(tmp_path, "z", "crash", ahead_s=YEAR_S)
     since = last_sequence(tmp_path)
-    assert runs.remaining_cases(request(tmp_path, since)) == [CASE]
+    assert remaining_cases(request(tmp_path, since)) == [CASE]
     write(tmp_path, "a", "crash", ahead_s=0.0)  # by the retry, which is not repeated
-    assert runs.remaining_cases(request(tmp_path, since)) == []
-    assert runs.remaining_cases(request(tmp_path, last_sequence(tmp_path))) == [CASE]
+    assert remaining_cases(request(tmp_path, since)) == []
+    assert remaining_cases(request(tmp_path, last_sequence(tmp_path))) == [CASE]
 
 
 def test_a_record_ahead_of_the_clock_hides_no_later_one(tmp_path: Path) -> None:

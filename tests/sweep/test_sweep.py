@@ -15,7 +15,7 @@ from cpbench.core import registry
 from cpbench.core.problem import Case
 from cpbench.core.spec import Spec
 from cpbench.parallel import layout
-from cpbench.sweep import sweep_file
+from cpbench.sweep import refusals, sweep_file
 
 SMALL = st.lists(st.integers(1, 64), min_size=1, max_size=3, unique=True)
 
@@ -274,3 +274,26 @@ def test_packaged(name: str) -> None:
     for case in expanded.cases:
         accepted = registry.strategies()[case.strategy.name].layouts
         assert case.layout.name in accepted, f"{case.label} can only ever be refused"
+
+
+def test_cases_that_no_machine_can_run_are_left_out() -> None:
+    """A [sweep] with several ranks beside strategies in [[include]] does not ask for ``single``."""
+    table: dict[str, Any] = {
+        "sweep": {"world_size": 64, "seq_len": "64k"},
+        "include": [{"strategy": ["ring", "ring_flash_attn.zigzag"],
+                     "layout": ["contiguous", "zigzag"]}],
+    }  # fmt: skip
+    sweep = sweep_file.expand(table, "s")
+    assert [(case.strategy.name, case.layout.name) for case in sweep.cases] == [
+        ("ring", "contiguous"), ("ring", "zigzag"), ("ring_flash_attn.zigzag", "zigzag"),
+    ]  # fmt: skip
+    assert refusals.describe(sweep.left_out) == (
+        "left out, since no machine can run them: 1 case (single runs on one rank); "
+        "1 case (ring_flash_attn.zigzag takes layouts zigzag)"
+    )
+    # Where a strategy has no other case, the report is to say why.
+    table["include"] = [{"strategy": "ring_flash_attn.zigzag", "layout": "contiguous"}]
+    (case,) = sweep_file.expand(table, "s").cases
+    assert refusals.certain_refusal(case) == "ring_flash_attn.zigzag takes layouts zigzag"
+    with pytest.raises(ValueError, match="nothing to run: single runs on one rank; give a strat"):
+        sweep_file.expand({"sweep": {"world_size": 64}}, "s")
