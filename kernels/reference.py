@@ -135,10 +135,12 @@ def _scores(
 def _probabilities(
     scores: torch.Tensor, lse_BGRS: torch.Tensor, bias_ST: torch.Tensor
 ) -> torch.Tensor:
-    """exp(scores - lse), in place of the scores; 0 for queries that see nothing."""
+    """exp(scores - lse), in place of the scores; 0 for queries that see nothing, NaN for all that a
+    query sees where one of its scores is infinite."""
     import torch
 
-    lse = lse_BGRS.masked_fill(lse_BGRS == -torch.inf, torch.inf)
+    lse = lse_BGRS.masked_fill(lse_BGRS == torch.inf, torch.nan)
+    lse = lse.masked_fill_(lse == -torch.inf, torch.inf)
     probs = scores.sub_(lse.unsqueeze(-1)).exp_()
     return probs if _is_finite(lse) else probs.masked_fill_(bias_ST == -torch.inf, 0.0)
 
@@ -150,13 +152,16 @@ def _product(weights_ST: torch.Tensor, x_TD: torch.Tensor, bias_ST: torch.Tensor
     if _is_finite(x_TD):
         return weights_ST @ x_TD
     product = weights_ST @ x_TD.nan_to_num(0.0, 0.0, 0.0)
-    visible = (bias_ST > -torch.inf).double()
-    for value, found in (
-        (torch.nan, x_TD.isnan()),
-        (torch.inf, x_TD == torch.inf),
-        (-torch.inf, x_TD == -torch.inf),
-    ):
-        seen = visible @ found.double() > 0
+    visible = bias_ST > -torch.inf
+    positive, negative = visible & (weights_ST > 0), visible & (weights_ST < 0)
+    infinite, minus_infinite = x_TD == torch.inf, x_TD == -torch.inf
+    for value, pairs, found in (
+        (torch.nan, visible, x_TD.isnan()),
+        (torch.nan, visible & (weights_ST == 0), infinite | minus_infinite),
+        (torch.inf, positive, infinite), (torch.inf, negative, minus_infinite),
+        (-torch.inf, positive, minus_infinite), (-torch.inf, negative, infinite),
+    ):  # fmt: skip
+        seen = pairs.double() @ found.double() > 0
         product = torch.where(seen, product + value, product)
     return product
 

@@ -29,8 +29,8 @@ def filter_rows(table: pd.DataFrame, conditions: Sequence[str]) -> pd.DataFrame:
         key, equals, value = (part.strip() for part in condition.partition("="))
         if not equals:
             raise ValueError(f"{condition!r} is not of the form key=value; keys: {', '.join(KEYS)}")
-        if key not in KEYS:
-            raise ValueError(f"no key {key!r}; keys: {', '.join(KEYS)}")
+        if key not in (*KEYS, "id"):
+            raise ValueError(f"no key {key!r}; keys: {', '.join(KEYS)}, id")
         values = {_parse_value(key, item) for item in split_list(value)}
         cells = table[key].fillna("")
         matches = {

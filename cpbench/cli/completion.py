@@ -1,4 +1,4 @@
-"""Names for the shell's completion: operators, strategies, layouts, masks, sweeps."""
+"""Names for the shell's completion: operators, strategies, layouts, masks, sweeps and more."""
 
 from __future__ import annotations
 
@@ -9,19 +9,26 @@ def complete(kind: str) -> Callable[[str], list[str]]:
     """A function from the beginning of a list of names to the lists that it can become.
 
     Args:
-        kind: ``"operators"``, ``"strategies"``, ``"layouts"``, ``"masks"`` or ``"sweeps"``.
+        kind: ``"operators"``, ``"strategies"``, ``"layouts"``, ``"masks"``, ``"inputs"``,
+            ``"dtypes"``, ``"directions"`` or ``"sweeps"``.
     """
 
     def complete_names(incomplete: str) -> list[str]:
         before, comma, last = incomplete.rpartition(",")
-        return [f"{before}{comma}{name}" for name in _names(kind) if name.startswith(last)]
+        given = before.split(",")
+        return [
+            f"{before}{comma}{name}"
+            for name in _names(kind)
+            if name.startswith(last) and name not in given
+        ]
 
     return complete_names
 
 
 def _names(kind: str) -> list[str]:
-    from cpbench import masks
+    from cpbench import inputs, masks
     from cpbench.core import registry
+    from cpbench.core.problem import DIRECTIONS, DTYPES
     from cpbench.parallel import layout
     from cpbench.sweep import sweep_file
 
@@ -30,6 +37,9 @@ def _names(kind: str) -> list[str]:
         "strategies": registry.strategies,
         "layouts": layout.names,
         "masks": masks.names,
+        "inputs": lambda: inputs.KINDS,
+        "dtypes": lambda: DTYPES,
+        "directions": lambda: DIRECTIONS,
         "sweeps": sweep_file.packaged_sweeps,
     }
     return sorted(names[kind]())

@@ -1,4 +1,4 @@
-"""Commands that read results: report, compare, gate, plot."""
+"""Commands that read results: report, compare, gate, race, plot."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cpbench.cli.options import (
+    INTERRUPTED,
     CompareFormat,
     Format,
     PlotKind,
@@ -16,13 +17,17 @@ from cpbench.cli.options import (
     UserError,
     check_output,
     file_option,
+    folder_option,
     percent,
+    print_error,
+    run_directory,
     user_input,
     write_text,
 )
 
 if TYPE_CHECKING:
     from cpbench.reports.collection import Collection
+    from cpbench.reports.compare.gate import GateResult
     from cpbench.results.store import Run
 
 commands = typer.Typer()
@@ -39,6 +44,13 @@ Where = Annotated[
         metavar="KEY=VALUE", help="Only cases that match, e.g. mask=causal,full; repeatable."
     ),
 ]
+MaxSlowdown = Annotated[str, typer.Option(metavar="SHARE", help="Allowed slowdown of a case.")]
+MaxMemory = Annotated[str, typer.Option(metavar="SHARE", help="Allowed growth of its peak memory.")]
+OfUndecided = Annotated[
+    Undecided | None,
+    typer.Option("--undecided", help="Let undecided cases pass or fail.  [default: exit code 3]"),
+]
+Junit = Annotated[Path | None, file_option(help="Write JUnit XML to this file.")]
 SUFFIXES = {
     ".html": "html", ".htm": "html", ".md": "md", ".tex": "latex", ".csv": "csv",
     ".parquet": "parquet", ".json": "json",
@@ -149,17 +161,10 @@ def compare(
 def gate(
     base: Base,
     new: Annotated[Path, typer.Argument(metavar="NEW", help="Run directory to check.")],
-    max_slowdown: Annotated[
-        str, typer.Option(metavar="SHARE", help="Allowed slowdown of a case.")
-    ] = "5%",
-    max_memory: Annotated[
-        str, typer.Option(metavar="SHARE", help="Allowed growth of its peak memory.")
-    ] = "2%",
-    undecided: Annotated[
-        Undecided | None,
-        typer.Option(help="Let undecided cases pass or fail.  [default: exit code 3]"),
-    ] = None,
-    junit: Annotated[Path | None, file_option(help="Write JUnit XML to this file.")] = None,
+    max_slowdown: MaxSlowdown = "5%",
+    max_memory: MaxMemory = "2%",
+    undecided: OfUndecided = None,
+    junit: Junit = None,
     where: Where = None,
 ) -> int:
     """Pass or fail a run against a baseline, for CI.
@@ -171,9 +176,7 @@ def gate(
     of its slowdown lies below --max-slowdown, and is undecided otherwise.
     """
     from cpbench.reports.compare import gate as gates
-    from cpbench.reports.compare.junit import junit_xml
     from cpbench.reports.compare.next_launches import commands as next_commands
-    from cpbench.reports.compare.verdicts import comparison_caveats
 
     with user_input():
         limits = percent("--max-slowdown", max_slowdown), percent("--max-memory", max_memory)
@@ -181,19 +184,74 @@ def gate(
             check_output(junit)
         (_, base_run), (_, new_run) = _open_run(base, where), _open_run(new, where)
         result = gates.evaluate_gate(base_run, new_run, *limits)
-        caveats = comparison_caveats(result.table, base_run, new_run, limits[0])
-        if junit is not None:
-            write_text(junit, junit_xml(result, caveats))
-    for line in caveats:
-        print(f"cpbench: {line}", file=sys.stderr)
-    print("\n".join(gates.result_lines(result)))
+        code = _conclude(result, base_run, new_run, limits[0], junit)
     if result.launches is not None:
         print("\n".join(next_commands(base, new, result.launches)))
-    code = gates.EXIT_CODES[result.outcome]
-    if result.outcome == gates.UNDECIDED and undecided:
-        code = gates.EXIT_CODES[undecided.value]
-        print(f"--undecided {undecided.value}: exit code {code}")
-    return code
+    return _decide_otherwise(code, undecided)
+
+
+@commands.command()
+def race(
+    versions: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[OLD NEW] SWEEP",
+            help="Two virtual environments with cpbench, unless --against is given; and a sweep.",
+        ),
+    ],
+    against: Annotated[
+        str,
+        typer.Option(
+            metavar="REVISION", help="Race the working tree against this commit of its repository."
+        ),
+    ] = "",
+    max_slowdown: MaxSlowdown = "5%",
+    max_memory: MaxMemory = "2%",
+    max_launches: Annotated[
+        int, typer.Option(metavar="N", min=5, max=200, help="Launches of each case per version.")
+    ] = 20,
+    undecided: OfUndecided = None,
+    out: Annotated[
+        Path | None, folder_option(help="Run directories base and new go here.  [default: race]")
+    ] = None,
+    where: Where = None,
+    junit: Junit = None,
+) -> int:
+    """Measure two versions in turn until it is decided whether the new one passes the gate.
+
+    Launches of both alternate, and cases are run until they pass or fail, so no longer than that
+    takes. Exit codes as of gate. The same command with more --max-launches goes on.
+    """
+    from cpbench.reports.compare import gate as gates
+    from cpbench.tools.race import side
+    from cpbench.tools.race.race import Race
+
+    *environments, sweep = versions
+    with user_input():
+        limits = percent("--max-slowdown", max_slowdown), percent("--max-memory", max_memory)
+        if len(environments) != (0 if against else 2):
+            raise ValueError("give OLD_ENV NEW_ENV SWEEP, or --against REVISION SWEEP")
+        if junit is not None:
+            check_output(junit)
+        folder = run_directory(out or Path("race"))
+        if against:
+            sides = side.of_revision(against, sweep, folder)
+        else:
+            sides = side.of_environments(
+                Path(environments[0]), Path(environments[1]), sweep, folder
+            )
+        options = tuple(word for text in where or () for word in ("--where", text))
+        try:
+            result = Race(sides, *limits, max_launches, options).run()
+        except KeyboardInterrupt:
+            text = f"interrupted; launches are kept in {folder}: repeat the command to go on"
+            return print_error(text, INTERRUPTED)
+        base_run, new_run = (_open_run(one.out, None)[1] for one in sides)
+        code = _conclude(result, base_run, new_run, limits[0], junit)
+    if result.outcome == gates.UNDECIDED and result.launches:
+        more = max(result.launches, max_launches + 1)
+        print(f"To decide, repeat the command with --max-launches {more}.")
+    return _decide_otherwise(code, undecided)
 
 
 @commands.command()
@@ -216,6 +274,33 @@ def plot(
         results = collection.collect(folders)
         _print_warnings(results)
         draw.draw(results, kind.value, output, where or [])
+
+
+def _conclude(
+    result: GateResult, base: Run, new: Run, max_slowdown: float, junit: Path | None
+) -> int:
+    """Print the result of a gate and its caveats, write the JUnit file; the exit code."""
+    from cpbench.reports.compare import gate as gates
+    from cpbench.reports.compare.junit import junit_xml
+    from cpbench.reports.compare.verdicts import comparison_caveats
+
+    caveats = comparison_caveats(result.table, base, new, max_slowdown)
+    if junit is not None:
+        write_text(junit, junit_xml(result, caveats))
+    for line in caveats:
+        print(f"cpbench: {line}", file=sys.stderr)
+    print("\n".join(gates.result_lines(result)))
+    return gates.EXIT_CODES[result.outcome]
+
+
+def _decide_otherwise(code: int, undecided: Undecided | None) -> int:
+    """The exit code of a gate after ``--undecided``."""
+    from cpbench.reports.compare.gate import EXIT_CODES, UNDECIDED
+
+    if code == EXIT_CODES[UNDECIDED] and undecided:
+        code = EXIT_CODES[undecided.value]
+        print(f"--undecided {undecided.value}: exit code {code}")
+    return code
 
 
 def _print_warnings(results: Collection) -> None:

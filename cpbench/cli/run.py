@@ -26,8 +26,11 @@ from cpbench.cli.options import (
     Transport,
     UserError,
     device_name,
+    direction_list,
+    dtype_list,
     file_option,
     folder_option,
+    inputs_list,
     layout_list,
     list_option,
     mask_list,
@@ -217,11 +220,11 @@ def bench(
         str | None, list_option(help="Key/value heads.  [default: as --num-heads-q]")
     ] = None,
     head_dim: Annotated[str, list_option(help="Head dimensions.")] = "64",
-    dtype: Annotated[str, list_option(help="Data types: float32, bfloat16, float16.")] = "float32",
-    direction: Annotated[str, list_option(help="Passes: fwd, bwd, fwd_bwd.")] = "fwd_bwd",
+    dtype: Annotated[str, dtype_list(help="Data types: float32, bfloat16, float16.")] = "float32",
+    direction: Annotated[str, direction_list(help="Passes: fwd, bwd, fwd_bwd.")] = "fwd_bwd",
     seed: Annotated[str, list_option(help="Seeds of the inputs.")] = "0",
     inputs: Annotated[
-        str, list_option(help="Inputs, e.g. normal,needles,file:qkv.safetensors.")
+        str, inputs_list(help="Inputs, e.g. normal,needles,file:qkv.safetensors.")
     ] = "normal",
     precision: Annotated[
         float,
@@ -304,7 +307,7 @@ def verify(
         str | None, list_option(help="Numbers of ranks.  [default: 1,2,3,4]")
     ] = None,
     dtype: Annotated[
-        str | None, list_option(help="Data types.  [default: float32,bfloat16]")
+        str | None, dtype_list(help="Data types.  [default: float32,bfloat16]")
     ] = None,
     timeout: Timeout = 300.0,
     device: OnDevice = None,

@@ -9,15 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cpbench.cli.completion import complete
 from cpbench.cli.options import (
     AsJson,
     Launcher,
     LauncherName,
     OnDevice,
     device_name,
+    dtype_list,
+    dtype_option,
     file_option,
     list_option,
     mask_option,
+    operator_list,
     user_input,
 )
 from cpbench.reports.tables.terminal import print_rows
@@ -31,7 +35,12 @@ commands = typer.Typer()
 @commands.command()
 def mask(
     mask: Annotated[
-        str, typer.Argument(metavar="MASK", help="Mask, e.g. causal_document:corpus=pile,seed=3.")
+        str,
+        typer.Argument(
+            metavar="MASK",
+            help="Mask, e.g. causal_document:corpus=pile,seed=3.",
+            autocompletion=complete("masks"),
+        ),
     ],
     seq_len: Annotated[
         str, typer.Option(metavar="TOKENS", help="Sequence length, e.g. 8192 or 64k.")
@@ -107,7 +116,12 @@ def _without_point(value: Any) -> Any:
 @commands.command()
 def traffic(
     strategy: Annotated[
-        str, typer.Argument(metavar="STRATEGY", help="Strategy, e.g. usp:ulysses=8.")
+        str,
+        typer.Argument(
+            metavar="STRATEGY",
+            help="Strategy, e.g. usp:ulysses=8.",
+            autocompletion=complete("strategies"),
+        ),
     ],
     mask: Annotated[
         str,
@@ -119,7 +133,10 @@ def traffic(
     world_size: Annotated[str, typer.Option(metavar="RANKS", help="Number of ranks.")] = "8",
     gpus_per_node: Annotated[str, typer.Option(metavar="RANKS", help="Ranks per node.")] = "8",
     layout: Annotated[
-        str, typer.Option(metavar="LAYOUT", help="See: cpbench list layouts.")
+        str,
+        typer.Option(
+            metavar="LAYOUT", help="See: cpbench list layouts.", autocompletion=complete("layouts")
+        ),
     ] = "contiguous",
     placement: Annotated[
         str,
@@ -135,9 +152,12 @@ def traffic(
     num_heads_kv: Annotated[str, typer.Option(metavar="HEADS", help="Key/value heads.")] = "8",
     head_dim: Annotated[str, typer.Option(metavar="DIM", help="Head dimension.")] = "128",
     batch: Annotated[str, typer.Option(metavar="SEQUENCES", help="Batch size.")] = "1",
-    dtype: Annotated[str, typer.Option(metavar="DTYPE", help="Data type.")] = "bfloat16",
+    dtype: Annotated[str, dtype_option(help="Data type.")] = "bfloat16",
     direction: Annotated[
-        str, typer.Option(metavar="DIRECTION", help="fwd, bwd or fwd_bwd.")
+        str,
+        typer.Option(
+            metavar="DIRECTION", help="fwd, bwd or fwd_bwd.", autocompletion=complete("directions")
+        ),
     ] = "fwd_bwd",
     as_json: AsJson = False,
 ) -> None:
@@ -256,19 +276,23 @@ def capture(
         row = rows[0]
         names = ("num_heads_q", "num_heads_kv", "head_dim")
         options = " ".join(f"--{name.replace('_', '-')} {row[name]}" for name in names)
+        options += f" --mask {row['mask']}" if row["mask"] else ""
         file = shlex.quote(f"file:{row['file']}")
+        if row["q times"]:
+            print(f"\nq is multiplied by {row['q times']}: scores of a sweep are scaled by "
+                  "head_dim ** -0.5, those of this layer are not")  # fmt: skip
         print(f"\nto measure: cpbench bench --inputs {file} --seq-len {row['tokens']} {options}")
     return 0
 
 
 @commands.command("compile")
 def compile_(
-    operator: Annotated[str | None, list_option(help="Triton operators.  [default: all]")] = None,
+    operator: Annotated[str | None, operator_list(help="Triton operators.  [default: all]")] = None,
     target: Annotated[
         str,
         list_option(help="GPUs, e.g. cuda:80 (A100), cuda:90 (H100), cuda:100 (B200), hip:gfx942."),
     ] = "cuda:80,cuda:90,cuda:100",
-    dtype: Annotated[str, list_option(help="Data types.")] = "bfloat16,float16",
+    dtype: Annotated[str, dtype_list(help="Data types.")] = "bfloat16,float16",
     head_dim: Annotated[str, list_option(help="Head dimensions.")] = "64,96,128",
     config: Annotated[
         str | None,
@@ -306,16 +330,20 @@ def compile_(
 @commands.command()
 def tune(
     operator: Annotated[
-        str, typer.Option(metavar="OPERATOR", help="triton_band or triton_block_sparse.")
+        str,
+        typer.Option(
+            metavar="OPERATOR",
+            help="triton_band or triton_block_sparse.",
+            autocompletion=complete("operators"),
+        ),
     ] = "triton_band",
     mask: Annotated[
         str | None,
-        typer.Option(
-            metavar="MASK",
+        mask_option(
             help="Mask to measure on.  [default: causal, or block_sparse_uniform:keep=0.2]",
         ),
     ] = None,
-    dtype: Annotated[str, typer.Option(metavar="DTYPE", help="Data type.")] = "bfloat16",
+    dtype: Annotated[str, dtype_option(help="Data type.")] = "bfloat16",
     head_dim: Annotated[str, typer.Option(metavar="DIM", help="Head dimension.")] = "128",
     seq_len: Annotated[str, typer.Option(metavar="TOKENS", help="Sequence length.")] = "8k",
     num_heads_q: Annotated[str, typer.Option(metavar="HEADS", help="Query heads.")] = "32",

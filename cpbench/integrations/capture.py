@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,15 +23,48 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from cpbench.results.store import write_atomically
+
 if TYPE_CHECKING:
     from types import TracebackType
 
-Captured = dict[str, torch.Tensor]  # q, k, v, each [B, S, heads, D]
+    from cpbench.integrations import transformers
+
+
+@dataclass(frozen=True)
+class Captured:
+    """q, k and v of a call, each ``[B, S, heads, D]``.
+
+    Scores of a sweep are scaled by head_dim ** -0.5.  Where a layer has another scale, q is
+    multiplied by the quotient, in float32 unless that is exact.
+
+    Attributes:
+        factor: by which q was multiplied.
+        window: see :class:`cpbench.integrations.transformers.Call`.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    factor: float = 1.0
+    window: int | None = None
+
+    @classmethod
+    def of(
+        cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None,
+        window: int | None = None,
+    ) -> Captured:  # fmt: skip
+        factor = 1.0 if scale is None else scale * math.sqrt(q.shape[-1])
+        if math.isclose(factor, 1.0, rel_tol=1e-6):
+            factor = 1.0
+        exact = math.frexp(factor)[0] == 0.5  # a power of two
+        scaled = q.detach() if exact else q.detach().float()
+        return cls((scaled * factor).cpu(), k.detach().cpu(), v.detach().cpu(), factor, window)
 
 
 class Capture(TorchFunctionMode):
-    """Inside, the q, k and v of ``scaled_dot_product_attention`` are kept, of the last call of each
-    module.
+    """Inside, the q, k and v of ``scaled_dot_product_attention`` are kept, of the last call in each
+    module, that of a module inside it included.
 
     Args:
         model: the module that runs.
@@ -84,8 +119,9 @@ class Capture(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.nn.functional.scaled_dot_product_attention and self._running:
             given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
-            inputs = (given["query"], given["key"], given["value"])
-            self.found[self._running[-1]] = _kept(*(x.transpose(1, 2) for x in inputs))
+            q, k, v = (given[name].transpose(1, 2) for name in ("query", "key", "value"))
+            captured = Captured.of(q, k, v, given.get("scale"))
+            self.found |= dict.fromkeys(self._running, captured)
         return func(*args, **kwargs)
 
 
@@ -122,11 +158,11 @@ def capture_layers(model: Any, layers: Sequence[int], tokens: torch.Tensor) -> d
     found: dict[int, Captured] = {}
     seen: set[int] = set()
 
-    def keep(module: torch.nn.Module, *qkv: torch.Tensor) -> None:
-        layer = int(getattr(module, "layer_idx", len(seen)))
+    def keep(call: transformers.Call) -> None:
+        layer = int(getattr(call.module, "layer_idx", len(seen)))
         seen.add(layer)
         if layer in layers:
-            found[layer] = _kept(*qkv)
+            found[layer] = Captured.of(call.q, call.k, call.v, call.scale, call.window)
 
     with transformers.observed(keep), torch.no_grad():
         model(tokens)
@@ -138,13 +174,10 @@ def capture_layers(model: Any, layers: Sequence[int], tokens: torch.Tensor) -> d
 
 def save(tensors: Captured, path: Path) -> None:
     """Write q, k and v to a safetensors file."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save as serialised
 
-    save_file({name: x.contiguous() for name, x in tensors.items()}, path)
-
-
-def _kept(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Captured:
-    return {name: x.detach().cpu() for name, x in (("q", q), ("k", k), ("v", v))}
+    by_name = {"q": tensors.q, "k": tensors.k, "v": tensors.v}
+    write_atomically(path, serialised({name: x.contiguous() for name, x in by_name.items()}))
 
 
 def _suggest(name: str, modules: dict[str, torch.nn.Module]) -> str:
@@ -173,13 +206,21 @@ def _load(model: str) -> Any:
         make: Callable[[], Any] = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"--model {model}: {error}") from None
-    return make().eval()
+    if not callable(make):
+        raise ValueError(f"--model {model} is no function")
+    made = make()
+    if not isinstance(made, torch.nn.Module):
+        raise ValueError(f"--model {model} returned {type(made).__name__}, not a torch.nn.Module")
+    return made.eval()
 
 
 def _tokens(model: str, prompt: Path) -> torch.Tensor:
     """Token ids of a text, by the tokenizer of the model; or the list of a .json file."""
     if prompt.suffix == ".json":
-        listed = json.loads(prompt.read_text("utf-8-sig"))
+        try:
+            listed = json.loads(prompt.read_text("utf-8-sig"))
+        except ValueError as error:
+            raise ValueError(f"--prompt {prompt} is not JSON: {error}") from None
         if not isinstance(listed, list) or not listed or any(type(x) is not int for x in listed):
             raise ValueError(f"--prompt {prompt} must hold one JSON list of token ids")
         return torch.tensor([listed])
@@ -212,22 +253,30 @@ def _run(request: dict[str, Any]) -> list[dict[str, Any]]:
     for key, tensors in found.items():
         path = output if len(found) == 1 else output.with_stem(f"{output.stem}-{key}")
         save(tensors, path)
-        q, k = tensors["q"], tensors["k"]
+        q, k = tensors.q, tensors.k
+        window = tensors.window if tensors.window and tensors.window <= q.shape[1] else None
         rows.append(
             {
                 "file": str(path), "layer": key, "tokens": q.shape[1], "batch": len(q),
                 "num_heads_q": q.shape[2], "num_heads_kv": k.shape[2], "head_dim": q.shape[3],
                 "dtype": str(q.dtype).removeprefix("torch."),
+                "q times": f"{tensors.factor:.4g}" if tensors.factor != 1 else "",
+                "mask": f"sliding_window_causal:window={window - 1}" if window else "",
             }
         )  # fmt: skip
     return rows
 
 
 def main() -> int:
+    request = json.load(sys.stdin)
     try:
-        rows = _run(json.load(sys.stdin))
+        rows = _run(request)
     except (ValueError, ImportError, OSError) as error:
         print(" ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except Exception as error:  # a user's model may raise anything
+        reason = " ".join(str(error).split())
+        print(f"{request['model']}: {type(error).__name__}: {reason}", file=sys.stderr)
         return 2
     print(json.dumps(rows))
     return 0

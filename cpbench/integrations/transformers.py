@@ -22,6 +22,8 @@ import torch
 
 import cpbench
 from cpbench import masks
+from cpbench.core.registry import check_params, operator_info
+from cpbench.core.spec import Spec
 from cpbench.core.untraced import untraced
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.convert import from_dense
@@ -38,8 +40,27 @@ HIDING = {
     torch.float32: -1e4, torch.float64: -1e4, torch.bfloat16: -9e3, torch.float16: -9e3,
 }  # fmt: skip
 
-Observer = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], None]
+Observer = Callable[["Call"], None]
 _observers: list[Observer] = []
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of an attention layer.
+
+    Attributes:
+        module: the layer.
+        q, k, v: ``[B, S, H, D]``.
+        scale: of the scores; None for head_dim ** -0.5.
+        window: number of keys that a query sees, itself included, in a layer with a sliding window.
+    """
+
+    module: torch.nn.Module
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    scale: float | None
+    window: int | None
 
 
 @dataclass(frozen=True)
@@ -69,8 +90,15 @@ def register(operator: str = "bands", name: str = NAME) -> None:
 
     Raises:
         ImportError: without transformers, or with one that has no such interfaces.
+        ValueError: for an operator that does not exist, or a name that transformers would take for
+            one of FlashAttention's.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
+
+    spec = Spec.parse(operator)
+    check_params("operator", spec.name, spec.kwargs, operator_info(spec.name).params)
+    if "flash" in name:
+        raise ValueError(f"name = {name!r}: transformers takes names with flash for FlashAttention")
 
     AttentionInterface.register(name, functools.partial(attention_forward, operator=operator))
     AttentionMaskInterface.register(name, make_masks)
@@ -78,8 +106,8 @@ def register(operator: str = "bands", name: str = NAME) -> None:
 
 @contextmanager
 def observed(observer: Observer) -> Iterator[None]:
-    """Inside, ``observer`` is called with the module, q, k and v (``[B, S, H, D]``) of every
-    attention that is computed by an implementation of :func:`register`."""
+    """Inside, ``observer`` is called before every attention that is computed by an implementation
+    of :func:`register`."""
     _observers.append(observer)
     try:
         yield
@@ -115,13 +143,15 @@ def attention_forward(
         ValueError: for dropout, or a change of the scores that no operator computes.
     """
     if dropout:
-        raise ValueError(f"cpbench has no dropout: set attention_dropout = 0, not {dropout}")
+        raise ValueError(
+            f"cpbench has no dropout: set that of the model's attention to 0, not {dropout}"
+        )
     for option in REFUSED:
         if options.get(option) is not None:
-            raise ValueError(f"cpbench computes no {option}; use another attn_implementation")
+            raise ValueError(f"the attention of this model has {option}, which cpbench has not")
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     for observer in _observers:
-        observer(module, q, k, v)
+        observer(Call(module, q, k, v, scaling, options.get("sliding_window")))
     if attention_mask is None:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         if causal and q.shape[1] > 1:

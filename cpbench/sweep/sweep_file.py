@@ -139,6 +139,8 @@ def load(name: str) -> Sweep:
         raise SweepError(f"cannot read {name}: it is not UTF-8 text") from None
     except RecursionError:
         raise SweepError(f"{name} is nested too deeply") from None
+    except SweepError:
+        raise
     except ValueError as error:  # TOMLDecodeError, or an integer of too many digits
         raise SweepError(f"{name} is not TOML: {' '.join(str(error).split())}") from None
     count_from(path.parent if path.is_file() else Path())
@@ -227,7 +229,8 @@ def parse_integer(key: str, item: Any) -> int:
 
 
 def select_cases(cases: Iterable[Case], conditions: Sequence[str]) -> list[Case]:
-    """The cases that match every ``key=value`` (a spec matches by its text or its name).
+    """The cases that match every ``key=value`` (a spec matches by its text or its name); the key
+    may also be ``id``.
 
     Raises:
         ValueError: for a condition that is not of that form, for an unknown key, or when no case
@@ -238,8 +241,11 @@ def select_cases(cases: Iterable[Case], conditions: Sequence[str]) -> list[Case]
         key, equals, value = (part.strip() for part in condition.partition("="))
         if not equals:
             raise ValueError(f"{condition!r} is not of the form key=value; keys: {', '.join(KEYS)}")
-        _check_key(key)
-        rule = {key: _parse_values(key, split_list(value))}
+        if key == "id":
+            rule = {key: split_list(value)}
+        else:
+            _check_key(key)
+            rule = {key: _parse_values(key, split_list(value))}
         values = dict.fromkeys(str(getattr(case, key)) for case in selected)
         selected = [case for case in selected if _matches(case, rule)]
         if not selected:

@@ -195,12 +195,13 @@ def _case_pairs(base: Run, new: Run) -> dict[str, tuple[_Side, _Side]]:
     sides: list[dict[str, _Side]] = []
     for run in (base, new):
         by_age = sorted(run.records.items(), key=lambda item: item[1].order)
-        sides.append({_case_key(r.case): _Side(r, run.launches.get(i, ())) for i, r in by_age})
-    keys = dict.fromkeys(_case_key(r.case) for run in (base, new) for r in run.records.values())
+        sides.append({case_key(r.case): _Side(r, run.launches.get(i, ())) for i, r in by_age})
+    keys = dict.fromkeys(case_key(r.case) for run in (base, new) for r in run.records.values())
     return {key: (sides[0].get(key, _Side()), sides[1].get(key, _Side())) for key in keys}
 
 
-def _case_key(case: Case) -> str:
+def case_key(case: Case) -> str:
+    """Id of a case in a comparison: the same for other versions of the code that it names."""
     return replace(case, content=case.data_content).id if case.content else case.id
 
 

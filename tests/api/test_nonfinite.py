@@ -57,6 +57,8 @@ WHERE = {
     "q": lambda x, n: x[0].__setitem__((0, n // 2, 1, 3), math.nan),
     "k": lambda x, n: x[1].__setitem__((0, 3, 0, 1), math.nan),
     "v": lambda x, n: x[2].__setitem__((0, 3, 0, 1), math.nan),
+    "q_inf": lambda x, n: x[0].__setitem__((0, n // 2, 1, 3), math.inf),
+    "k_inf": lambda x, n: x[1].__setitem__((0, 2, 0, 1), math.inf),
     "v_inf": lambda x, n: x[2].__setitem__((0, 2, 0, 1), math.inf),
     "dout": lambda x, n: x[3].__setitem__((0, n // 2, 1, 3), math.nan),
     "all_of_q": lambda x, n: x[0].fill_(math.nan),

@@ -175,3 +175,27 @@ def test_version_and_completion() -> None:
         code, out, _ = run(env=env)
         assert code == 0
         assert expected in out.split()
+
+
+NAMED = {
+    "operator": "operators", "strategy": "strategies", "layout": "layouts", "mask": "masks",
+    "inputs": "inputs", "dtype": "dtypes", "direction": "directions", "sweep": "sweeps",
+}  # fmt: skip
+
+
+def test_every_option_that_takes_a_name_completes_it() -> None:
+    import typer.main
+
+    from cpbench.cli.completion import complete
+    from cpbench.cli.main import app
+
+    found = {}
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        for parameter in command.params:
+            if parameter.name in NAMED:
+                items = parameter.shell_complete(None, "")
+                found[name, parameter.name] = bool(items)
+    assert len(found) >= 20
+    assert not [where for where, completes in found.items() if not completes]
+    assert complete("operators")("bands,band") == []
+    assert complete("dtypes")("float32,bf") == ["float32,bfloat16"]

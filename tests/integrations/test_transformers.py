@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 from limits import LIMIT_S
-from run_cpbench import cpbench
+from run_cpbench import cpbench as run_cpbench
 
+import cpbench
 from cpbench import masks
 from cpbench.integrations import transformers as cpbench_transformers
 from cpbench.integrations.capture import capture_layers, capture_modules
@@ -38,6 +39,13 @@ def llama():
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**{TINY!r}))
+
+
+def text():
+    return "text"
+
+
+TEXT = "text"
 """
 
 
@@ -164,9 +172,9 @@ def test_what_no_operator_computes_is_refused() -> None:
     module = torch.nn.Module()
     q = torch.randn(1, 2, 8, 16)
     for options, words in (
-        ({"dropout": 0.1}, "cpbench has no dropout: set attention_dropout = 0"),
-        ({"softcap": 50.0}, "cpbench computes no softcap"),
-        ({"s_aux": torch.zeros(2)}, "cpbench computes no s_aux"),
+        ({"dropout": 0.1}, "set that of the model.s attention to 0, not 0.1"),
+        ({"softcap": 50.0}, "has softcap, which cpbench has not"),
+        ({"s_aux": torch.zeros(2)}, "has s_aux, which cpbench has not"),
     ):
         with pytest.raises(ValueError, match=words):
             cpbench_transformers.attention_forward(
@@ -188,16 +196,42 @@ def test_a_mask_from_booleans() -> None:
 def test_layers_of_a_model() -> None:
     model, tokens = tiny("Llama"), tokens_of(1)
     found = capture_layers(model, [0, 2], tokens)
-    assert {layer: list(x["k"].shape) for layer, x in found.items()} == {
+    assert {layer: list(x.k.shape) for layer, x in found.items()} == {
         0: [1, 48, 2, 16],
         2: [1, 48, 2, 16],
     }
     layer = model.model.layers[0]
     hidden = layer.input_layernorm(model.model.embed_tokens(tokens))
     values = layer.self_attn.v_proj(hidden).unflatten(-1, (2, 16))
-    torch.testing.assert_close(found[0]["v"], values.detach())
+    torch.testing.assert_close(found[0].v, values.detach())
     with pytest.raises(ValueError, match="no layer 7; it has layers 0 to 2"):
         capture_layers(model, [7], tokens)
+
+
+@pytest.mark.parametrize("scale", [0.1, 0.5, 16**-0.5])
+def test_the_scale_of_a_layer_is_in_q(scale: float) -> None:
+    """Inputs of a sweep have no scale: attention with the default one is the layer's."""
+    model, tokens = tiny("Mistral"), tokens_of(1)
+    attention = model.model.layers[1].self_attn
+    attention.scaling = scale
+    outputs: list[torch.Tensor] = []
+    attention.o_proj.register_forward_pre_hook(lambda module, inputs: outputs.append(inputs[0]))
+    captured = capture_layers(model, [1], tokens)[1]
+    assert captured.window == 16
+    assert captured.factor == pytest.approx(scale * 4)
+    mask = masks.build("sliding_window_causal", tokens.shape[1], window=15)
+    out, _ = cpbench.attention(captured.q, captured.k, captured.v, mask)
+    torch.testing.assert_close(out.flatten(2), outputs[0], atol=1e-5, rtol=1e-4)
+
+
+def test_names_that_cannot_work_are_refused_at_once() -> None:
+    for words, message in (
+        ({"operator": "bnds"}, "no operator 'bnds'"),
+        ({"operator": "bands:size=3"}, "has no parameter 'size'"),
+        ({"name": "cpb_flash"}, "transformers takes names with flash for FlashAttention"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cpbench_transformers.register(**words)
 
 
 class Plain(torch.nn.Module):
@@ -225,8 +259,10 @@ def test_modules_by_name() -> None:
     model, tokens = Plain(), tokens_of(1)
     found = capture_modules(model.block, ["1"], tokens)
     q, _, v = model.block[1].project(model.block[0](tokens)).unflatten(-1, (3, 4, 16)).unbind(2)
-    torch.testing.assert_close(found["1"]["q"], q.detach())
-    torch.testing.assert_close(found["1"]["v"], v.detach())
+    torch.testing.assert_close(found["1"].q, q.detach())
+    torch.testing.assert_close(found["1"].v, v.detach())
+    both = capture_modules(torch.nn.Sequential(model.block), ["0", "0.1"], tokens)
+    assert torch.equal(both["0"].q, both["0.1"].q)
     with pytest.raises(ValueError, match=r"no module 'two'; there are: 0, 1, 1\.project"):
         capture_modules(model.block, ["two"], tokens)
     with pytest.raises(ValueError, match="'0' did not call scaled_dot_product_attention"):
@@ -244,13 +280,16 @@ def capture(folder: Path, *arguments: object) -> tuple[int, str, str]:
 def test_the_command_writes_inputs_of_a_sweep(tmp_path: Path) -> None:
     (tmp_path / "tiny_model.py").write_text(MODULE)
     (tmp_path / "ids.json").write_text(json.dumps(list(range(100))))
+    (tmp_path / "far.json").write_text("[1, 500]")
+    (tmp_path / "broken.json").write_text("[1 2")
     options = ("--model", "tiny_model:llama", "--prompt", "ids.json", "-o", "qkv.safetensors")
     code, out, err = capture(tmp_path, *options, "--layers", "0,2", "--json")
     assert code == 0, err
     assert [row["file"] for row in json.loads(out)] == ["qkv-0.safetensors", "qkv-2.safetensors"]
     shape = ("--num-heads-q", "4", "--num-heads-kv", "2", "--head-dim", "16", "--seq-len", "100")
     file = tmp_path / "qkv-2.safetensors"
-    code, err = cpbench("bench", "--inputs", f"file:{file}", *shape, "--out", tmp_path / "run")
+    assert file.stat().st_mode == (tmp_path / "ids.json").stat().st_mode
+    code, err = run_cpbench("bench", "--inputs", f"file:{file}", *shape, "--out", tmp_path / "run")
     assert code == 0, err
     for wrong, message in (
         (("--layers", "9"), "the model has no layer 9; it has layers 0 to 2"),
@@ -259,6 +298,10 @@ def test_the_command_writes_inputs_of_a_sweep(tmp_path: Path) -> None:
         (("--model", "tiny_model:none"), "module 'tiny_model' has no attribute 'none'"),
         (("--prompt", "no.txt"), "there is no file no.txt"),
         (("-o", "qkv.bin"), "the name must end in .safetensors"),
+        (("--model", "tiny_model:text"), "tiny_model:text returned str, not a torch.nn.Module"),
+        (("--model", "tiny_model:TEXT"), "tiny_model:TEXT is no function"),
+        (("--prompt", "far.json"), "tiny_model:llama: IndexError: index out of range"),
+        (("--prompt", "broken.json"), "--prompt broken.json is not JSON"),
     ):
         code, _, err = capture(tmp_path, *options, *wrong)
         assert (code, len(err.splitlines())) == (2, 1), err
