@@ -60,6 +60,12 @@ COLUMNS = {
 }
 
 
+_NUMBERS = (
+    "base_ms", "new_ms", "ratio", "spread", "detectable", "needed_launches", "low", "high",
+    "base_peak_mb", "new_peak_mb", "memory_ratio",
+)  # fmt: skip
+
+
 def compare(
     base: Run, new: Run, floor: float = DEFAULT_FLOOR, alpha: float = ALPHA
 ) -> pd.DataFrame:
@@ -88,6 +94,8 @@ def compare(
         )
     ]
     table = pd.DataFrame(rows, columns=list(COLUMNS))
+    for column in _NUMBERS:  # nan where unknown, in all rows too
+        table[column] = pd.to_numeric(table[column])
     unclear = table["verdict"] == UNCLEAR
     table.loc[unclear, "why"] = [
         _what_it_takes(row, floor) for row in table[unclear].to_dict("records")

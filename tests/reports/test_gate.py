@@ -199,3 +199,14 @@ def test_exit_codes_and_the_commands_that_decide(tmp_path: Path) -> None:
         done = gate(*arguments)
         assert done.returncode == 2, arguments
         assert line in done.stderr
+
+
+def test_many_cases_with_few_launches(tmp_path: Path) -> None:
+    """Five launches a side show nothing of a single one of thirty cases, and that is no crash."""
+    sides = [
+        [launch for i in range(30) for launch in launches(f"a{i}", noisy(10, 5, 7 * i + side))]
+        for side in (1, 2)
+    ]
+    result = gate_of(tmp_path, *sides)
+    assert result.counts[FAIL] == 0
+    assert result.table["detectable"].isna().all()
