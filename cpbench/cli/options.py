@@ -91,6 +91,13 @@ class CompareFormat(str, Enum):
     json = "json"
 
 
+class Metric(str, Enum):
+    """What ``cpbench history`` follows."""
+
+    ms = "ms"
+    peak = "peak"
+
+
 class Undecided(str, Enum):
     """What ``cpbench gate --undecided`` makes of undecided cases."""
 

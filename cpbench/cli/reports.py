@@ -1,4 +1,4 @@
-"""Commands that read results: report, compare, gate, race, plot."""
+"""Commands that read results: report, compare, gate, race, history, plot."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from cpbench.cli.options import (
     INTERRUPTED,
     CompareFormat,
     Format,
+    Metric,
     PlotKind,
     Undecided,
     UserError,
@@ -43,6 +44,9 @@ Where = Annotated[
     typer.Option(
         metavar="KEY=VALUE", help="Only cases that match, e.g. mask=causal,full; repeatable."
     ),
+]
+Floor = Annotated[
+    str, typer.Option(metavar="SHARE", help="Ignore relative differences up to this.")
 ]
 MaxSlowdown = Annotated[str, typer.Option(metavar="SHARE", help="Allowed slowdown of a case.")]
 MaxMemory = Annotated[str, typer.Option(metavar="SHARE", help="Allowed growth of its peak memory.")]
@@ -118,9 +122,7 @@ def compare(
         list[Path],
         typer.Argument(metavar="NEW...", help="Run directories to compare with the baseline."),
     ],
-    floor: Annotated[
-        str, typer.Option(metavar="SHARE", help="Ignore relative differences up to this.")
-    ] = "2%",
+    floor: Floor = "2%",
     form: Annotated[
         CompareFormat | None,
         typer.Option("--format", help="As for report.  [default: by the suffix of -o, else table]"),
@@ -137,14 +139,8 @@ def compare(
     """
     from cpbench.reports.compare import comparison, render
 
-    name = form.value if form else SUFFIXES.get(output.suffix, "table") if output else "table"
     with user_input():
-        if output is None and name == "html":
-            raise ValueError("--format html needs a file: -o compare.html")
-        if name not in CompareFormat.__members__:
-            raise ValueError(f"-o {output}: compare writes {', '.join(CompareFormat.__members__)}")
-        if output is not None:
-            check_output(output)
+        name = _text_format(form, output, "compare")
         comparisons = comparison.compare_runs(
             _open_run(base, where),
             [_open_run(folder, where) for folder in new],
@@ -255,6 +251,40 @@ def race(
 
 
 @commands.command()
+def history(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="FOLDER...", help="Run directories of many commits.")
+    ],
+    metric: Annotated[Metric, typer.Option(help="Time, or peak memory.")] = Metric.ms,
+    floor: Floor = "2%",
+    where: Where = None,
+    form: Annotated[
+        CompareFormat | None,
+        typer.Option("--format", help="As for report.  [default: by the suffix of -o, else table]"),
+    ] = None,
+    output: Output = None,
+) -> None:
+    """Find the commits at which cases became slower or faster.
+
+    Each case is a series over commits; a step is a lasting change of its level that is significant
+    over launches. -o history.html draws every series.
+    """
+    from cpbench.reports.history import history as histories
+    from cpbench.reports.history import render
+
+    with user_input():
+        name = _text_format(form, output, "history")
+        found = histories.read_history(
+            folders, metric.value, percent("--floor", floor), where or []
+        )
+        text = render.render(found, name)
+        if output is None:
+            print(text, end="")
+        else:
+            write_text(output, text)
+
+
+@commands.command()
 def plot(
     folders: Folders = None,
     kind: Annotated[PlotKind, typer.Option(help="Kind of chart.")] = PlotKind.throughput,
@@ -301,6 +331,18 @@ def _decide_otherwise(code: int, undecided: Undecided | None) -> int:
         code = EXIT_CODES[undecided.value]
         print(f"--undecided {undecided.value}: exit code {code}")
     return code
+
+
+def _text_format(form: CompareFormat | None, output: Path | None, command: str) -> str:
+    """The format of a command that writes those of ``CompareFormat``; the file is checked."""
+    name = form.value if form else SUFFIXES.get(output.suffix, "table") if output else "table"
+    if output is None and name == "html":
+        raise ValueError(f"--format html needs a file: -o {command}.html")
+    if name not in CompareFormat.__members__:
+        raise ValueError(f"-o {output}: {command} writes {', '.join(CompareFormat.__members__)}")
+    if output is not None:
+        check_output(output)
+    return name
 
 
 def _print_warnings(results: Collection) -> None:

@@ -13,11 +13,13 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from cpbench.core.user_files import counted_from
 
 VARIABLE_PREFIXES = (
     "NCCL_",
@@ -110,6 +112,7 @@ def collect_environment(variables: Mapping[str, str] = os.environ) -> dict[str, 
         },
         "cpbench": _version("cpbench"),
         "commit": commit(),
+        "files_commit": files_commit(counted_from()),
         "variables": {
             name: value for name, value in sorted(variables.items()) if _is_recorded(name, value)
         },
@@ -180,10 +183,29 @@ def commit() -> str | None:
     source_tree = Path(__file__).resolve().parents[2]
     if not (source_tree / ".git").exists():
         return None
+    return _tree_commit(source_tree, _SOURCES, ("--others",))
+
+
+@functools.cache
+def files_commit(folder: Path) -> str | None:
+    """The commit of the repository of a folder, as :func:`commit`, with changes in the folder; None
+    without git, and for the repository of cpbench itself."""
+    source_tree = Path(__file__).resolve().parents[2]
+    if folder.resolve().is_relative_to(source_tree):
+        return None
+    return _tree_commit(folder, (".",), ("--others", "--exclude-standard"))
+
+
+def _tree_commit(tree: Path, folders: Sequence[str], others: Sequence[str]) -> str | None:
+    """The commit of a tree, with a hash of changes in folders; None without git.
+
+    Args:
+        others: options of ``git ls-files`` for files that git does not track.
+    """
 
     def git(*arguments: str) -> str | None:
         result = subprocess.run(
-            ["git", "-C", str(source_tree), *arguments],
+            ["git", "-C", str(tree), *arguments],
             capture_output=True,
             encoding="utf-8",
             errors="replace",
@@ -194,13 +216,13 @@ def commit() -> str | None:
         head = git("rev-parse", "--short=12", "HEAD")
         if not head:
             return None
-        difference = git("diff", "HEAD", "--", *_SOURCES) or ""
-        untracked = git("ls-files", "--others", "--", *(f"{name}/**.py" for name in _SOURCES))
+        difference = git("diff", "HEAD", "--", *folders) or ""
+        untracked = git("ls-files", *others, "--", *(f"{name}/**.py" for name in folders))
     except FileNotFoundError:
         return None
     for name in (untracked or "").splitlines():
         with suppress(OSError):
-            difference += f"{name}\n{(source_tree / name).read_text('utf-8', 'replace')}"
+            difference += f"{name}\n{(tree / name).read_text('utf-8', 'replace')}"
     changes = hashlib.sha256(difference.encode()).hexdigest()[:6]
     return f"{head}+{changes}" if difference else head
 

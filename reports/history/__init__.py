@@ -1,0 +1,1 @@
+"""Times over many versions: series, steps, tables and a page."""
