@@ -1,4 +1,4 @@
-"""Commands without a run directory: mask, traffic, links, compile, tune, doctor."""
+"""Commands without a run directory: mask, capture, compile, tune, doctor."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ import typer
 from cpbench.cli.completion import complete
 from cpbench.cli.options import (
     AsJson,
-    Launcher,
-    LauncherName,
     OnDevice,
     device_name,
     dtype_list,
@@ -111,117 +109,6 @@ def _slice_statistics(mask: Mask) -> dict[str, Any]:
 def _without_point(value: Any) -> Any:
     """A whole float, such as some means over heads, as an integer."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-@commands.command()
-def traffic(
-    strategy: Annotated[
-        str,
-        typer.Argument(
-            metavar="STRATEGY",
-            help="Strategy, e.g. usp:ulysses=8.",
-            autocompletion=complete("strategies"),
-        ),
-    ],
-    mask: Annotated[
-        str,
-        mask_option(help="See: cpbench list masks."),
-    ] = "causal",
-    seq_len: Annotated[
-        str, typer.Option(metavar="TOKENS", help="Global sequence length.")
-    ] = "128k",
-    world_size: Annotated[str, typer.Option(metavar="RANKS", help="Number of ranks.")] = "8",
-    gpus_per_node: Annotated[str, typer.Option(metavar="RANKS", help="Ranks per node.")] = "8",
-    layout: Annotated[
-        str,
-        typer.Option(
-            metavar="LAYOUT", help="See: cpbench list layouts.", autocompletion=complete("layouts")
-        ),
-    ] = "contiguous",
-    placement: Annotated[
-        str,
-        typer.Option(
-            metavar="AXIS", help="Mesh axis inside a node.  [default: set by the strategy]"
-        ),
-    ] = "",
-    queries: Annotated[
-        str,
-        typer.Option(metavar="TOKENS", help="Number of queries, the last tokens; 0: all tokens."),
-    ] = "0",
-    num_heads_q: Annotated[str, typer.Option(metavar="HEADS", help="Query heads.")] = "64",
-    num_heads_kv: Annotated[str, typer.Option(metavar="HEADS", help="Key/value heads.")] = "8",
-    head_dim: Annotated[str, typer.Option(metavar="DIM", help="Head dimension.")] = "128",
-    batch: Annotated[str, typer.Option(metavar="SEQUENCES", help="Batch size.")] = "1",
-    dtype: Annotated[str, dtype_option(help="Data type.")] = "bfloat16",
-    direction: Annotated[
-        str,
-        typer.Option(
-            metavar="DIRECTION", help="fwd, bwd or fwd_bwd.", autocompletion=complete("directions")
-        ),
-    ] = "fwd_bwd",
-    as_json: AsJson = False,
-) -> None:
-    """Predict the communication volume of every rank, exactly.
-
-    Runs the strategy's own code on tensors without data. 1,024 ranks take one or two minutes.
-    """
-    from cpbench.sweep import sweep_file
-    from cpbench.tools import traffic
-
-    with user_input():
-        ranks = sweep_file.parse_integer("world_size", world_size)
-        ranks_per_node = sweep_file.parse_integer("ranks_per_node", gpus_per_node) or ranks
-        (case,) = sweep_file.expand_table(
-            {
-                "strategy": strategy, "layout": layout, "mask": mask, "seq_len": seq_len,
-                "queries": queries, "world_size": ranks,
-                "ranks_per_node": min(ranks_per_node, ranks), "batch": batch,
-                "num_heads_q": num_heads_q, "num_heads_kv": num_heads_kv, "head_dim": head_dim,
-                "dtype": dtype, "direction": direction, "placement": placement,
-            }
-        )  # fmt: skip
-        prediction = traffic.predict_traffic(case)
-    if as_json:
-        print(json.dumps(prediction))
-    else:
-        print(case.label)
-        print_rows(traffic.table(prediction), False)
-        buffers_mb = max(prediction["buffers_bytes"].values()) / 1e6
-        print(f"strategy buffers per rank, without inputs and temporaries of the operator: "
-              f"{buffers_mb:,.1f} MB")  # fmt: skip
-        if prediction["imbalance"]:
-            print(f"load imbalance, max/mean: {prediction['imbalance']:.2f}")
-
-
-@commands.command()
-def links(
-    world_size: Annotated[
-        int, typer.Option(metavar="RANKS", help="Number of ranks, on this machine.")
-    ] = 2,
-    ranks_per_node: Annotated[
-        int, typer.Option(metavar="RANKS", help="Ranks per node; 0: found from host names.")
-    ] = 0,
-    sizes: Annotated[str, list_option(help="Message sizes, in bytes.")] = "8,1k,32k,1m,16m,64m",
-    seconds: Annotated[
-        float, typer.Option(metavar="SECONDS", help="Sampling time per operation and size.")
-    ] = 0.3,
-    device: OnDevice = None,
-    launcher: Launcher = LauncherName.local,
-    as_json: AsJson = False,
-) -> int:
-    """Measure latency and bandwidth between ranks.
-
-    Times point-to-point messages and collectives, inside and across nodes, and checks the received
-    data. Exits with 1 if a rank dies, hangs or receives wrong data.
-    """
-    from cpbench.tools import links
-
-    with user_input():
-        nbytes = links.parse_sizes(sizes)
-        links.check_arguments(world_size, ranks_per_node, seconds)
-    return links.run(
-        world_size, device_name(device), launcher.value, nbytes, ranks_per_node, as_json, seconds
-    )
 
 
 @commands.command()

@@ -1,7 +1,8 @@
-"""Trace a subset of the ranks of a case: ``python -m cpbench.parallel.trace_ranks``, a subprocess.
+"""Trace a subset of the ranks of cases: ``python -m cpbench.parallel.trace_ranks``, a subprocess.
 
-Started by ``cpbench.tools.traffic``.  Reads a JSON request from stdin and prints a JSON reply: the
-communication, work and memory of the requested ranks.
+Started by ``cpbench.tools.traffic``.  Reads a JSON list of requests from stdin and prints a JSON
+list of replies: the communication, work and memory of the requested ranks of each case, or the
+reason why its strategy refuses it.
 """
 
 from __future__ import annotations
@@ -62,14 +63,15 @@ def _phase_row(trace: RankTrace, phase: str, rank: int, world: World) -> dict[st
 
 
 def main() -> int:
-    """Handle one request from stdin; a refusal is one line on stderr and exit code 2."""
-    request = json.load(sys.stdin)
-    try:
-        reply = trace_case(Case.from_json(request["case"]), request["ranks"], request["buffers"])
-    except ValueError as refusal:
-        print(refusal, file=sys.stderr)
-        return 2
-    print(json.dumps(reply))
+    """Handle the requests from stdin."""
+    replies: list[dict[str, Any]] = []
+    for request in json.load(sys.stdin):
+        case = Case.from_json(request["case"])
+        try:
+            replies.append(trace_case(case, request["ranks"], request["buffers"]))
+        except ValueError as refusal:
+            replies.append({"refused": str(refusal)})
+    print(json.dumps(replies))
     return 0
 
 

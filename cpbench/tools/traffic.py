@@ -6,12 +6,27 @@ subprocesses with a share of the ranks each, since this one loads no torch.
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from cpbench.core.environment import usable_cores
 from cpbench.core.problem import Case
-from cpbench.core.subprocess_call import read_reply, subprocesses
+from cpbench.core.spec import format_size
+from cpbench.core.subprocess_call import RequestRefused, read_reply, subprocesses
+from cpbench.reports.tables.terminal import row_lines, wrap_sentence
+from cpbench.tools.link_rates import LinkRates
+
+# Sizes of a case, and its facts in a sentence.
+_SIZES = ("seq_len", "world_size", "ranks_per_node", "queries", "num_heads_q", "num_heads_kv",
+          "head_dim", "batch", "dtype", "direction")  # fmt: skip
+_NAMED = {
+    "mask": "{}", "seq_len": "{} tokens", "world_size": "world size {}",
+    "ranks_per_node": "{} ranks per node", "queries": "last {} queries", "num_heads_q": "{} heads",
+    "num_heads_kv": "{} KV heads", "head_dim": "head_dim {}", "batch": "batch {}", "dtype": "{}",
+    "direction": "{}",
+}  # fmt: skip
 
 
 def predict_traffic(case: Case) -> dict[str, Any]:
@@ -23,20 +38,34 @@ def predict_traffic(case: Case) -> dict[str, Any]:
     Raises:
         RequestRefused: if the strategy cannot run this case; the reason in one line.
     """
-    size = case.world_size
-    shares = min(usable_cores(), 1 + size // 32)
-    sampled = sorted({0, size - 1})  # ranks whose memory is traced, which is slow
+    (prediction,) = predict_all([case])
+    if isinstance(prediction, str):
+        raise RequestRefused(prediction)
+    return prediction
+
+
+def predict_all(cases: Sequence[Case]) -> list[dict[str, Any] | str]:
+    """:func:`predict_traffic` of several cases, or why their strategy cannot run them."""
+    shares = min(usable_cores(), 1 + sum(case.world_size for case in cases) // 32)
     requests = [
-        {
-            "case": case.to_json(),
-            "ranks": list(range(share, size, shares)),
-            "buffers": sampled[share::shares],
-        }
+        [
+            {
+                "case": case.to_json(),
+                "ranks": list(range(share, case.world_size, shares)),
+                # Ranks whose memory is traced, which is slow.
+                "buffers": sorted({0, case.world_size - 1})[share::shares],
+            }
+            for case in cases
+        ]
         for share in range(shares)
     ]
     with subprocesses("cpbench.parallel.trace_ranks", requests) as processes:
         replies = [json.loads(read_reply(process, "tracing")) for process in processes]
-    return _summarise(case, replies)
+    predictions: list[dict[str, Any] | str] = []
+    for case, *of_case in zip(cases, *replies, strict=True):
+        refused = [reply["refused"] for reply in of_case if "refused" in reply]
+        predictions.append(refused[0] if refused else _summarise(case, of_case))
+    return predictions
 
 
 def _summarise(case: Case, replies: list[dict[str, Any]]) -> dict[str, Any]:
@@ -109,3 +138,119 @@ def table(prediction: dict[str, Any]) -> list[dict[str, Any]]:
         }
         for name, phase in phases.items()
     ]
+
+
+def link_ms(prediction: Mapping[str, Any], rates: LinkRates) -> float:
+    """Milliseconds that the links of the busiest rank need for its bytes, at the measured rates of
+    messages of their mean size; without waiting, overlap with other links, or computation.
+
+    Raises:
+        ValueError: when a class of link that it uses was not measured.
+    """
+    slowest = 0.0
+    for inside, across, messages in zip(
+        *(prediction[f"{name}_per_rank"] for name in (
+            "bytes_same_node", "bytes_across_nodes", "messages")),
+        strict=True,
+    ):  # fmt: skip
+        mean = (inside + across) / messages if messages else 0
+        seconds = sum(
+            nbytes / rates.gb_per_s(link, mean) / 1e9
+            for link, nbytes in (("node", inside), ("across", across))
+            if nbytes
+        )
+        slowest = max(slowest, seconds)
+    return slowest * 1e3
+
+
+def comparison(cases: Sequence[Case], rates: LinkRates | None) -> list[dict[str, Any]]:
+    """A row for each case, for programs: by problem, the best strategy first, refused ones last.
+
+    Ranked by the time of links, where their rates are given, else by the bytes across nodes, and
+    then all bytes, of the busiest rank.
+
+    Raises:
+        ValueError: see :func:`link_ms`; or when every case is refused.
+    """
+    rows = []
+    for case, prediction in zip(cases, predict_all(cases), strict=True):
+        row: dict[str, Any] = {
+            "strategy": str(case.strategy), "layout": str(case.layout),
+            "placement": case.placement, "mask": str(case.mask),
+            **{name: getattr(case, name) for name in _SIZES}, "refused": None,
+        }  # fmt: skip
+        if isinstance(prediction, str):
+            rows.append(row | {"refused": prediction})
+            continue
+        row |= {
+            "across_bytes": max(prediction["bytes_across_nodes_per_rank"]),
+            "sent_bytes": max(prediction["bytes_sent_per_rank"]),
+            "messages": max(prediction["messages_per_rank"]),
+            "buffers_bytes": max(prediction["buffers_bytes"].values()),
+            "imbalance": prediction["imbalance"],
+        }
+        if rates is not None:
+            row["link_ms"] = link_ms(prediction, rates)
+        rows.append(row)
+    if all(row["refused"] for row in rows):
+        raise ValueError("; ".join(dict.fromkeys(row["refused"] for row in rows)))
+
+    def order(row: dict[str, Any]) -> tuple[Any, ...]:
+        if row["refused"]:
+            return (*_problem(row), True)
+        return (*_problem(row), False, row.get("link_ms", 0.0), row["across_bytes"],
+                row["sent_bytes"])  # fmt: skip
+
+    return sorted(rows, key=order)
+
+
+def _problem(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("mask", *_SIZES))
+
+
+def comparison_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The rows of :func:`comparison` for a terminal: what they have in common, then a block for
+    each problem, and the refusals."""
+    varying = [name for name in _NAMED if len({row[name] for row in rows}) > 1]
+    common = _describe(rows[0], [name for name in _NAMED if name not in varying])
+    possible = [row for row in rows if row["refused"] is None]
+    layouts = len({row["layout"] for row in possible}) > 1
+    cells = [
+        {
+            "strategy": row["strategy"] + (f" {row['placement']} inside" * bool(row["placement"])),
+            "layout": row["layout"] if layouts else "",
+            "MB across": f"{row['across_bytes'] / 1e6:,.1f}",
+            "MB sent": f"{row['sent_bytes'] / 1e6:,.1f}",
+            "messages": f"{row['messages']:,}",
+            "MB buffers": f"{row['buffers_bytes'] / 1e6:,.1f}",
+            "imbalance": f"{row['imbalance']:.2f}" if row["imbalance"] else "",
+            "ms links": f"{row['link_ms']:,.3g}" if "link_ms" in row else "",
+        }
+        for row in possible
+    ]
+    head, *bodies = row_lines(cells, whole_names=True)
+    common += "" if layouts else f", layout {possible[0]['layout']}"
+    lines = [*wrap_sentence(f"{common}; of the busiest rank:"), "", *head]
+    remaining = iter(bodies)
+    for _, group in itertools.groupby(possible, key=_problem):
+        members = list(group)
+        lines += [f"{_describe(members[0], varying)}:"] if varying else []
+        lines += itertools.chain.from_iterable(itertools.islice(remaining, len(members)))
+    refusals = dict.fromkeys(
+        f"refused: {row['strategy']}, layout {row['layout']}: {row['refused']}"
+        for row in rows if row["refused"]
+    )  # fmt: skip
+    lines += ["", *itertools.chain.from_iterable(map(wrap_sentence, refusals))] if refusals else []
+    return lines
+
+
+def _describe(row: Mapping[str, Any], names: Iterable[str]) -> str:
+    return ", ".join(
+        _NAMED[name].format(_size_text(name, row[name]))
+        for name in names
+        if row[name] not in ("", 0)
+    )
+
+
+def _size_text(name: str, value: Any) -> str:
+    return format_size(value) if name in ("seq_len", "queries") else str(value)
