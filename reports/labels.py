@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
 from typing import Any
@@ -14,6 +15,8 @@ _AS_LAUNCHED = "as launched"
 _ALL_QUERIES = "all"
 _DEFAULTS = ("", "none", "normal", "unknown", _AS_LAUNCHED)  # left out where all cases have them
 _MAX_SEED_RANGES = 5  # that are listed
+_PIECE = re.compile(r"[^\s,:/]*(?:[,:/]+\s?|\s|$)")
+_BREAKS = "_="  # where a piece that is too long is broken
 
 # Facts of a problem by heading: their value, from a row of the tidy table, and form in a sentence.
 FACTS: dict[str, tuple[Callable[[Any], object], str]] = {
@@ -128,3 +131,18 @@ class RateFormat:
 
     def __call__(self, tflops: float) -> str:
         return three_digits(tflops if self._tera else tflops * 1e3)
+
+
+def wrap_name(text: str, width: int) -> list[str]:
+    """Lines of a label in a figure, of at most ``width``, broken after spaces and punctuation where
+    possible."""
+    lines = [""]
+    for piece in _PIECE.findall(text):
+        if len((lines[-1] + piece).rstrip()) > width and lines[-1]:
+            lines.append("")
+        while len(piece.rstrip()) > width:
+            cut = max(piece.rfind(letter, 0, width) for letter in _BREAKS) + 1 or width
+            lines[-1:] = [piece[:cut], ""]
+            piece = piece[cut:]
+        lines[-1] += piece
+    return [line.rstrip() for line in lines]

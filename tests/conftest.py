@@ -1,7 +1,7 @@
-"""Triton kernels run under Triton's interpreter here, as they must where there is no GPU.
+"""Settings of all tests, made before anything is imported.
 
-Triton reads this when it is first imported, so it stands before anything else.  Benchmarks are of
-what is compiled.
+Triton kernels run under Triton's interpreter, as they must where there is no GPU (benchmarks are of
+what is compiled).  Terminals have 100 columns, whatever the tests run in.
 """
 
 from __future__ import annotations
@@ -11,3 +11,4 @@ import sys
 
 if "--benchmark-only" not in sys.argv:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ["COLUMNS"] = "100"

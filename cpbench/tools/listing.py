@@ -15,7 +15,6 @@ from cpbench.sweep import sweep_file
 # Headings of printed tables whose keys in JSON differ.
 HEADINGS = {
     "here": "available",
-    "stable": "determ.",
     "of all heads alike": "shared masks",
     "of each head": "per-head masks",
     "of selectors": "selections",
@@ -53,6 +52,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             cells["here"] = verdict.removesuffix(", never run")
             if reason:
                 cells["summary"] = f"{row['summary']}; not available: {reason}"
+        if cells.pop("stable", "yes") == "no":
+            cells["summary"] = f"{cells['summary']}; not deterministic"
         shown.append({HEADINGS.get(key, key): value for key, value in cells.items()})
     return shown
 

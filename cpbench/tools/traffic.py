@@ -15,7 +15,7 @@ from cpbench.core.environment import usable_cores
 from cpbench.core.problem import Case
 from cpbench.core.spec import format_size
 from cpbench.core.subprocess_call import RequestRefused, read_reply, subprocesses
-from cpbench.reports.tables.terminal import row_lines, wrap_sentence
+from cpbench.reports.tables.terminal import fit_table, wrap
 from cpbench.tools.link_rates import LinkRates
 
 # Sizes of a case, and its facts in a sentence.
@@ -228,10 +228,10 @@ def comparison_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         }
         for row in possible
     ]
-    head, *bodies = row_lines(cells, whole_names=True)
+    table = fit_table(cells)
     common += "" if layouts else f", layout {possible[0]['layout']}"
-    lines = [*wrap_sentence(f"{common}; of the busiest rank:"), "", *head]
-    remaining = iter(bodies)
+    lines = [*wrap(f"{common}; of the busiest rank:"), "", *table.head]
+    remaining = iter(table.bodies)
     for _, group in itertools.groupby(possible, key=_problem):
         members = list(group)
         lines += [f"{_describe(members[0], varying)}:"] if varying else []
@@ -240,7 +240,8 @@ def comparison_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         f"refused: {row['strategy']}, layout {row['layout']}: {row['refused']}"
         for row in rows if row["refused"]
     )  # fmt: skip
-    lines += ["", *itertools.chain.from_iterable(map(wrap_sentence, refusals))] if refusals else []
+    lines += ["", *table.legend_lines] if table.legend else []
+    lines += ["", *itertools.chain.from_iterable(map(wrap, refusals))] if refusals else []
     return lines
 
 

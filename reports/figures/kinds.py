@@ -24,11 +24,10 @@ from cpbench.reports.figures.sheet import (
     set_ticks,
     wrap_label,
 )
-from cpbench.reports.labels import RateFormat, three_digits
+from cpbench.reports.labels import RateFormat, three_digits, wrap_name
 from cpbench.reports.tables.fastest_grids import FastestMethod, fastest_methods
 from cpbench.reports.tables.mask_seeds import split_seed_groups
 from cpbench.reports.tables.summary import rank_methods
-from cpbench.reports.tables.terminal import wrap_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -373,7 +372,7 @@ def _draw_cell(
                   linewidth=0)
     )  # fmt: skip
     lead = f"{fastest.lead:.2f}x" if fastest.verdict == "won" else fastest.verdict
-    lines = [*wrap_text(printable(name), max(chars, 6))[:2], lead]
+    lines = [*wrap_name(printable(name), max(chars, 6))[:2], lead]
     axes.text(
         x, y, "\n".join(lines), ha="center", va="center", fontsize=SMALL_FONT - 0.5,
         linespacing=1.0, bbox={"facecolor": pale, "linewidth": 0, "pad": 0.6} if hatch else None,

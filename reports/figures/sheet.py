@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpbench.core.spec import format_size
 from cpbench.reports.figures.style import MethodStyle
-from cpbench.reports.tables.terminal import wrap_text
+from cpbench.reports.labels import wrap_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -163,7 +163,7 @@ def wrap_label(text: str, chars: int) -> str:
     """A label broken into lines of about ``chars`` characters; its own line breaks are kept."""
     width = max(chars, 8)
     return "\n".join(
-        line for part in text.split("\n") for line in wrap_text(printable(part), width)
+        line for part in text.split("\n") for line in wrap_name(printable(part), width)
     )
 
 

@@ -23,6 +23,6 @@ def render(history: History, form: str) -> str:
     markup = MARKUPS[form]
     ends = f"{history.names[0]} to {history.names[-1]}"
     title = f"History of {METRICS[history.metric]}: {ends}"
-    lines = [*markup.title(title), markup.text(history.answer), ""]
+    lines = [*markup.title(title), *markup.paragraph(history.answer), ""]
     lines += markup.table(rows(history))
     return markup.document([*lines, *markup.notes(history.notes)])

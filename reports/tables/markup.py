@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cpbench.reports.tables.terminal import row_lines, text_columns
+from cpbench.reports.tables.terminal import fit_table, text_columns, wrap
 
 _LATEX_ESCAPES = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "&": r"\&", "%": r"\%", "$": r"\$",
@@ -26,22 +26,27 @@ class Markup:
         """Escape text of any origin."""
         return text
 
+    def paragraph(self, text: str) -> list[str]:
+        """Lines of a sentence or more."""
+        return wrap(text)
+
     def title(self, text: str) -> list[str]:
-        return [f"# {self.text(text)}", ""]
+        return [*wrap(f"# {text}"), ""]
 
     def section(self, text: str) -> list[str]:
         return [f"## {self.text(text)}", ""]
 
     def table(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         """A table of rows with equal keys; empty columns are left out."""
-        return [*(line for row in row_lines(rows) for line in row), ""]
+        return [*fit_table(rows).lines, ""]
 
     def notes(self, notes: Sequence[str]) -> list[str]:
-        return list(notes)
+        return [line for note in notes for line in wrap(note, "  ")]
 
     def failure(self, status: str, case: str, reason: str, log: str, more: str) -> list[str]:
-        lines = [f"{status:8} {case}", f"{'':8} {reason}"]
-        return lines + ([f"{'':8} log: {log}{more}"] if log else [])
+        indent = " " * 9
+        lines = [*wrap(f"{status:8} {case}", indent), *wrap(indent + reason, indent)]
+        return lines + (wrap(f"{indent}log: {log}{more}", indent) if log else [])
 
     def document(self, lines: Sequence[str]) -> str:
         return "\n".join(lines) + "\n"
@@ -50,6 +55,12 @@ class Markup:
 class Markdown(Markup):
     def text(self, text: str) -> str:
         return re.sub(r"([\\|*`<>])", r"\\\1", text)
+
+    def paragraph(self, text: str) -> list[str]:
+        return [self.text(text)]
+
+    def title(self, text: str) -> list[str]:
+        return [f"# {self.text(text)}", ""]
 
     def table(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         return [self._tabulate(rows, "github"), ""]

@@ -35,7 +35,7 @@ from cpbench.reports.tables.summary import (
     is_checked,
     rank_methods,
 )
-from cpbench.reports.tables.terminal import row_lines, wrap_sentence
+from cpbench.reports.tables.terminal import fit_table, wrap
 from cpbench.results.contest import MIN_LAUNCHES, turns_needed
 from cpbench.results.record import APPROXIMATE, LAUNCHES_DIFFER, UNCHECKED, UNFINISHED
 
@@ -156,12 +156,13 @@ def render(collection: Collection, form: str) -> str:
     markup, contents = MARKUPS[form], ReportContents.from_collection(collection)
     facts, rate = contents.varying_facts, contents.rate
     lines = markup.title(contents.headline)
+    lines += [*markup.paragraph(contents.summary), ""]
     if contents.common_facts:
-        lines += [markup.text(f"Common to all cases: {contents.common_facts}."), ""]
-    fastest = tables.fastest_rows(contents.rankings, facts, rate)
-    fastest += tables.fastest_rows_across_seeds(contents.seed_groups, facts, rate)
-    lines += _section("Fastest method per problem", fastest, markup)
-    lines += [markup.text(contents.summary), ""]
+        lines += [*markup.paragraph(f"Common to all cases: {contents.common_facts}."), ""]
+    marks = contents.marks
+    fastest = tables.fastest_rows(contents.rankings, facts, rate, marks)
+    fastest += tables.fastest_rows_across_seeds(contents.seed_groups, facts, rate, marks)
+    lines += _fitting_section("Fastest method per problem", fastest, markup, form)
     lines += _selection_sections(contents, markup, form)
     unsupported = tables.unsupported_rows(table)
     if form != "short":
@@ -200,8 +201,8 @@ def contest_notes(rankings: Sequence[MethodRanking]) -> list[str]:
         lines.append(f"inconclusive: {pluralize(count, 'problem')} with {shortage}.")
     if shortages:
         lines.append(
-            f"More evidence: cpbench run SWEEP --launches {MIN_LAUNCHES}, or in turn within one "
-            f"launch, --interleave {turns_needed(2)}."
+            f"More evidence: cpbench run SWEEP --launches {MIN_LAUNCHES}, which adds launches; or "
+            f"measured again in turn within one launch, --interleave {turns_needed(2)} --remeasure."
         )
     return lines
 
@@ -330,6 +331,13 @@ def _selection_sections(contents: ReportContents, markup: Markup, form: str) -> 
     return lines + _section_by_problem(title, lengths, markup, form)
 
 
+def _fitting_section(title: str, rows: list[tables.Row], markup: Markup, form: str) -> list[str]:
+    """A table; in a terminal that is too narrow for it, the problem is on a line above its row."""
+    if rows and form in ("table", "short") and not fit_table(rows).fits:
+        return _section_by_problem(title, rows, markup, form)
+    return _section(title, rows, markup)
+
+
 def _section_by_problem(title: str, rows: list[tables.Row], markup: Markup, form: str) -> list[str]:
     """A table; in a terminal the problem is on a line of its own, for its mask may be long."""
     if form not in ("table", "short"):
@@ -351,13 +359,13 @@ def _block_section(title: str, blocks: Sequence[Block], markup: Markup, form: st
             lines += markup.table(rows)
             lines += [*markup.notes(below), *([""] if below else [])]
         return lines
-    head, *bodies = row_lines([row for _, rows, _ in blocks for row in rows])
-    lines, remaining = [*lines, *head], iter(bodies)
+    table = fit_table([row for _, rows, _ in blocks for row in rows])
+    lines, remaining = [*lines, *table.head], iter(table.bodies)
     for above, rows, below in blocks:
-        lines += ["", *itertools.chain.from_iterable(map(wrap_sentence, above))]
+        lines += ["", *itertools.chain.from_iterable(map(wrap, above))]
         lines += itertools.chain.from_iterable(itertools.islice(remaining, len(rows)))
-        lines += itertools.chain.from_iterable(map(wrap_sentence, below))
-    return [*lines, ""]
+        lines += itertools.chain.from_iterable(map(wrap, below))
+    return [*lines, *(["", *table.legend_lines] if table.legend else []), ""]
 
 
 def _caveat_marks(ok_rows: pd.DataFrame) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,9 +30,13 @@ UNCONTESTED = "uncontested"
 
 
 def fastest_rows(
-    rankings: Sequence[MethodRanking], varying_facts: Sequence[str], rate: RateFormat
+    rankings: Sequence[MethodRanking],
+    varying_facts: Sequence[str],
+    rate: RateFormat,
+    marks: Mapping[str, str],
 ) -> list[Row]:
-    """The fastest method of each problem, and its lead over the runner-up."""
+    """The fastest method of each problem, with the marks of its caveats, and its lead over the
+    runner-up."""
     rows = []
     for ranking in rankings:
         first = ranking.rows.iloc[0]
@@ -44,6 +48,7 @@ def fastest_rows(
                 "seeds": "",
                 "fastest": method_name(first),
                 "ms": three_digits(first["time_ms"]),
+                "": _marks_of(first["flags"], marks),
                 rate.unit: rate(first["tflops_per_rank"]),
                 "lead": f"{ranking.lead:.2f}x" if won else ranking.verdict if contested else "",
                 "runner-up": method_name(ranking.rows.iloc[1]) if contested else UNCONTESTED,
@@ -55,7 +60,10 @@ def fastest_rows(
 
 
 def fastest_rows_across_seeds(
-    seed_groups: Sequence[SeedGroup], varying_facts: Sequence[str], rate: RateFormat
+    seed_groups: Sequence[SeedGroup],
+    varying_facts: Sequence[str],
+    rate: RateFormat,
+    marks: Mapping[str, str],
 ) -> list[Row]:
     """The same for seed groups: the fastest method in the median, and in the tail."""
     rows = []
@@ -75,6 +83,7 @@ def fastest_rows_across_seeds(
                 "seeds": _seed_count(fastest, group),
                 "fastest": fastest.method,
                 "ms": three_digits(fastest.median("time_ms")),
+                "": _marks_of(" ".join(row["flags"] for row in fastest.rows.values()), marks),
                 rate.unit: rate(fastest.median("tflops_per_rank")),
                 "lead": lead,
                 "runner-up": others[0].method if others else UNCONTESTED,
@@ -86,23 +95,49 @@ def fastest_rows_across_seeds(
 
 
 def fastest_summary(rankings: Sequence[MethodRanking], seed_groups: Sequence[SeedGroup]) -> str:
-    """One sentence: in how many problems each method was the fastest."""
-    compared = [group for group in seed_groups if group.compared]
-    names = [method_name(ranking.rows.iloc[0]) for ranking in rankings]
-    names += [group.compared[0].method for group in compared]
-    verdicts = [ranking.verdict for ranking in rankings] + [group.verdict for group in compared]
-    if not names:
+    """The answer in a sentence: on how many problems each method is the fastest, and by how much;
+    and how many are open, and why."""
+    problems = [(method_name(r.rows.iloc[0]), r.verdict, r.lead, "") for r in rankings]
+    for group in seed_groups:
+        if group.compared:
+            fastest, *others = group.compared
+            lead = others[0].time_ratio(fastest) if others else None
+            problems.append((fastest.method, group.verdict, lead, "mask seeds"))
+    if not problems:
         return "Nothing to compare: no case was exact, timed and checked."
-    pairs = zip(names, verdicts, strict=True)
-    won = Counter(name for name, verdict in pairs if verdict == "won")
-    texts = [f"{name} fastest in {count}" for name, count in won.most_common()]
-    if ties := verdicts.count("tie"):
-        texts.append(pluralize(ties, "tie"))
-    if inconclusive := verdicts.count("inconclusive"):
-        texts.append(f"{inconclusive} inconclusive")
-    if uncontested := verdicts.count(UNCONTESTED):
-        texts.append(f"{uncontested} {UNCONTESTED}")
-    return f"Of {pluralize(len(names), 'problem')}: {', '.join(texts)}."
+    won = Counter(name for name, verdict, _, _ in problems if verdict == "won")
+    parts: list[str] = []
+    for name, count in won.most_common():
+        leads = [
+            lead for one, verdict, lead, _ in problems if (one, verdict) == (name, "won") and lead
+        ]
+        verb = f"is fastest on {count} of {len(problems)} problems" if not parts else f"on {count}"
+        parts.append(f"{name} {verb}, by {'up to ' if count > 1 else ''}{max(leads):.2f}x")
+    verdicts = Counter(verdict for _, verdict, _, _ in problems)
+    total = "" if parts else f" of {pluralize(len(problems), 'problem')}"
+    if ties := verdicts["tie"]:
+        parts.append(f"{ties}{total} {'is a tie' if ties == 1 else 'are ties'}")
+        total = ""
+    if count := verdicts["inconclusive"]:
+        units = [r.contest.shortage.unit for r in rankings
+                 if r.verdict == "inconclusive" and r.contest.shortage]  # fmt: skip
+        units += [unit for _, verdict, _, unit in problems if verdict == "inconclusive" and unit]
+        lacking = " or ".join(dict.fromkeys(_plural(unit) for unit in units))
+        verb = "is" if count == 1 else "are"
+        parts.append(f"{count}{total} {verb} inconclusive: too few {lacking}")
+        total = ""
+    if count := verdicts[UNCONTESTED]:
+        parts.append(f"{count}{total} {'has' if count == 1 else 'have'} a single method")
+    return f"{'; '.join(parts)}."
+
+
+def _plural(unit: str) -> str:
+    return unit if unit.endswith("s") else pluralize(2, unit).partition(" ")[2]
+
+
+def _marks_of(flags: str, marks: Mapping[str, str]) -> str:
+    """The marks of flags in a text."""
+    return "".join(mark for flag, mark in marks.items() if flag in flags.split())
 
 
 def case_rows(
@@ -126,7 +161,7 @@ def case_rows(
             "method": method_name(row),
             "ms": three_digits(row["time_ms"]),
             "±%": format_number(row["noise"] * 100, ".1f"),
-            "": "".join(mark for flag, mark in marks.items() if flag in row["flags"].split()),
+            "": _marks_of(row["flags"], marks),
             "vs best": format_number(row["time_ms"] / best, ".2f", "x"),
             rate.unit: rate(row["tflops_per_rank"]),
             "peak MB": format_number(row["peak_mb"], ".1f"),

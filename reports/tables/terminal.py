@@ -1,4 +1,9 @@
-"""Tables for a terminal: aligned columns, headings and cells wrapped to its width."""
+"""Tables and sentences for a terminal, no wider than it.
+
+Cells are wrapped between words, headings first.  Where that is not enough, names with parameters
+get a short label (``causal_document#1``), which is explained below the table; then words may be
+broken after a slash, too.
+"""
 
 from __future__ import annotations
 
@@ -7,41 +12,77 @@ import re
 import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-MIN_WIDTH = 14  # a column of texts is not wrapped below this, unless all pieces are shorter
+DEFAULT_WIDTH = 100  # without a terminal
 _NUMBER = re.compile(r"(?:<= )?[\d.,]+(?:e[+-]?\d+)?[kmx]?(?: (?:of|/) [\d.,]+)?|tie|inconclusive|")
-_PIECE = re.compile(r"[^\s,:/]*(?:[,:/]+\s?|\s|$)")
-_BREAKS = "_="  # where a piece that is too long is broken
+_SAVING = 4  # characters that a short label saves at least
+
+Rows = Sequence[Mapping[str, Any]]
 
 
-def row_lines(
-    rows: Sequence[Mapping[str, Any]], width: int | None = None, whole_names: bool = False
-) -> list[list[str]]:
-    """Lines of the head, then lines of each row.
+def terminal_width() -> int:
+    """Characters per line."""
+    return shutil.get_terminal_size((DEFAULT_WIDTH, 24)).columns
+
+
+@dataclass(frozen=True)
+class FittedTable:
+    """A table in lines.
+
+    Attributes:
+        head: lines of the headings and the rule below them.
+        bodies: lines of each row.
+        legend: short labels and what they stand for.
+        fits: whether it is no wider than requested.
+    """
+
+    head: list[str]
+    bodies: list[list[str]]
+    legend: dict[str, str] = field(default_factory=dict)
+    fits: bool = True
+
+    @property
+    def lines(self) -> list[str]:
+        """All lines, with the legend below a blank one."""
+        rows = [line for body in self.bodies for line in body]
+        return [*self.head, *rows, *(["", *self.legend_lines] if self.legend else [])]
+
+    @property
+    def legend_lines(self) -> list[str]:
+        return [
+            line for label, name in self.legend.items() for line in wrap(f"{label}: {name}", "  ")
+        ]
+
+
+def fit_table(rows: Rows, width: int | None = None) -> FittedTable:
+    """The table of rows with equal keys; empty columns are left out.
 
     Args:
-        width: characters per line; by default those of the terminal, or 100 without one.
-        whole_names: do not wrap the first column.
+        width: characters per line; by default those of the terminal.
     """
     columns, numeric = text_columns(rows)
+    limit = (width or terminal_width()) - 2 * (len(columns) - 1)
+    least = _least_widths(columns, numeric, slashes=False)
+    legend: dict[str, str] = {}
+    if sum(least.values()) > limit:
+        columns, legend = _shorten(columns, numeric)
+        least = _least_widths(columns, numeric, slashes=False)
+    slashes = sum(least.values()) > limit
+    if slashes:
+        least = _least_widths(columns, numeric, slashes=True)
     widths = {key: max(map(len, [key, *cells])) for key, cells in columns.items()}
-    limit = (width or _terminal_width()) - 2 * (len(widths) - 1)
     if sum(widths.values()) > limit:  # headings are wrapped first, then texts
-        widths = {key: max(_heading_width(key), *map(len, columns[key])) for key in columns}
-    least = {
-        key: widths[key] if numeric[key] else max(_heading_width(key), _min_width(cells))
-        for key, cells in columns.items()
-    }
-    shrinkable = list(columns)[1:] if whole_names else list(columns)
+        widths = {key: max(_longest_word(key), *map(len, columns[key])) for key in columns}
     while sum(widths.values()) > limit:
-        shrinkable = [key for key in shrinkable if widths[key] > least[key]]
+        shrinkable = [key for key in columns if widths[key] > least[key]]
         if not shrinkable:
-            break  # too wide is more readable than broken words
+            break
         widths[max(shrinkable, key=lambda key: widths[key])] -= 1
 
     def layout(cells: Mapping[str, str]) -> list[str]:
-        wraps = {key: wrap_text(text, widths[key]) for key, text in cells.items()}
+        wraps = {key: _wrap_cell(text, widths[key], slashes) for key, text in cells.items()}
         lines = []
         for i in range(max(map(len, wraps.values()))):
             parts = [(wrap[i] if i < len(wrap) else "", key) for key, wrap in wraps.items()]
@@ -53,56 +94,94 @@ def row_lines(
         return lines
 
     head = [*layout({key: key for key in columns}), "  ".join("-" * n for n in widths.values())]
-    return [head, *(layout({key: columns[key][i] for key in columns}) for i in range(len(rows)))]
+    bodies = [layout({key: columns[key][i] for key in columns}) for i in range(len(rows))]
+    texts = (cell for cells in columns.values() for cell in cells)
+    shown = {part for text in texts for part in re.split(r"[\s/]", text)}
+    legend = {label: name for label, name in legend.items() if label in shown}
+    return FittedTable(head, bodies, legend, sum(widths.values()) <= limit)
 
 
-def _heading_width(heading: str) -> int:
-    """Characters of the longest word."""
-    return max(map(len, heading.split()), default=0)
+def _least_widths(
+    columns: Mapping[str, Sequence[str]], numeric: Mapping[str, bool], slashes: bool
+) -> dict[str, int]:
+    """Characters below which a column is not wrapped: numbers stay whole, and so do words."""
+    return {
+        key: max(
+            _longest_word(key),
+            *(len(cell) if numeric[key] else _longest_word(cell, slashes) for cell in cells),
+        )
+        for key, cells in columns.items()
+    }
 
 
-def _min_width(cells: Sequence[str]) -> int:
-    """Characters below which a column of texts is not wrapped."""
-    pieces = [piece.rstrip() for cell in cells for piece in _PIECE.findall(cell)]
-    parts = [part for piece in pieces for part in re.split(f"(?<=[{_BREAKS}])", piece)]
-    return min(MIN_WIDTH, max(map(len, parts)))
+def _shorten(
+    columns: Mapping[str, list[str]], numeric: Mapping[str, bool]
+) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """The columns with short labels for names with parameters, and the legend."""
+    texts = [cell for key, cells in columns.items() if not numeric[key] for cell in cells]
+    parts = [part for text in texts for part in re.split(r"[\s/]", text)]
+    names = dict.fromkeys(part for part in parts if ":" in part)
+    by_base: dict[str, list[str]] = {}
+    for name in names:
+        by_base.setdefault(name.partition(":")[0], []).append(name)
+    plain = set(parts)
+    labels = {}
+    for base, of_base in by_base.items():
+        single = len(of_base) == 1 and base not in plain
+        for number, name in enumerate(of_base, start=1):
+            label = base if single else f"{base}#{number}"
+            if base and len(label) + _SAVING <= len(name):
+                labels[name] = label
+    shortened = {
+        key: list(cells) if numeric[key] else [_relabel(cell, labels) for cell in cells]
+        for key, cells in columns.items()
+    }
+    return shortened, {label: name for name, label in labels.items()}
 
 
-def listing(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table for a terminal; with more than two columns, the ``summary`` of a row is a line below
-    it, since a sentence does not fit beside the other columns."""
-    below = "summary" if len(rows[0]) > 2 else ""
-    hidden = (below, "source")  # JSON has the source too
-    visible = [{k: v for k, v in row.items() if k not in hidden} for row in rows]
-    head, *bodies = row_lines(visible, whole_names=len(visible[0]) > 1)
-    lines = list(head)
-    for row, body in zip(rows, bodies, strict=True):
-        lines += [*body, *([f"    {row[below]}"] if below in row else [])]
-    return "\n".join(lines)
+def _relabel(text: str, labels: Mapping[str, str]) -> str:
+    return "".join(labels.get(part, part) for part in re.split(r"([\s/])", text))
 
 
-def wrap_text(text: str, width: int) -> list[str]:
-    """Lines of at most ``width``, broken after spaces and punctuation where possible."""
+def _pieces(text: str, slashes: bool) -> list[str]:
+    """Words, and with ``slashes`` their parts up to a slash."""
+    return re.findall(r"[^\s/]*(?:/|\s|$)" if slashes else r"\S*(?:\s|$)", text)
+
+
+def _longest_word(text: str, slashes: bool = False) -> int:
+    return max((len(piece.rstrip()) for piece in _pieces(text, slashes)), default=0)
+
+
+def _wrap_cell(text: str, width: int, slashes: bool) -> list[str]:
     lines = [""]
-    for piece in _PIECE.findall(text):
+    for piece in _pieces(text, slashes):
         if len((lines[-1] + piece).rstrip()) > width and lines[-1]:
             lines.append("")
-        while len(piece.rstrip()) > width:
-            cut = max(piece.rfind(letter, 0, width) for letter in _BREAKS) + 1 or width
-            lines[-1:] = [piece[:cut], ""]
-            piece = piece[cut:]
         lines[-1] += piece
     return [line.rstrip() for line in lines]
 
 
-def wrap_sentence(text: str) -> list[str]:
-    """A sentence wrapped to the width of the terminal, words kept whole."""
-    return textwrap.wrap(text, _terminal_width(), break_long_words=False, break_on_hyphens=False)
+def wrap(text: str, indent: str = "") -> list[str]:
+    """A sentence wrapped to the width of the terminal, words kept whole, lines after the first
+    indented."""
+    return textwrap.wrap(
+        text, terminal_width(), subsequent_indent=indent, break_long_words=False,
+        break_on_hyphens=False,
+    )  # fmt: skip
 
 
-def _terminal_width() -> int:
-    """Characters per line."""
-    return shutil.get_terminal_size((100, 24)).columns
+def listing(rows: Rows) -> str:
+    """A table for a terminal; with more than two columns, the ``summary`` of a row is below it,
+    since a sentence does not fit beside the other columns."""
+    below = "summary" if len(rows[0]) > 2 else ""
+    hidden = (below, "source")  # JSON has the source too
+    table = fit_table([{k: v for k, v in row.items() if k not in hidden} for row in rows])
+    lines = list(table.head)
+    for row, body in zip(rows, table.bodies, strict=True):
+        lines += body
+        if row.get(below):
+            lines += wrap(f"    {row[below]}", "    ")
+    return "\n".join([*lines, *(["", *table.legend_lines] if table.legend else [])])
 
 
 def _cell_text(value: Any) -> str:
@@ -110,16 +189,14 @@ def _cell_text(value: Any) -> str:
     return " ".join(map(str, words))
 
 
-def text_columns(
-    rows: Sequence[Mapping[str, Any]],
-) -> tuple[dict[str, list[str]], dict[str, bool]]:
+def text_columns(rows: Rows) -> tuple[dict[str, list[str]], dict[str, bool]]:
     """The columns that are not empty, as texts, and whether each holds numbers."""
     columns = {key: [_cell_text(row[key]) for row in rows] for key in rows[0]}
     columns = {key: cells for key, cells in columns.items() if any(cells)}
     return columns, {key: all(map(_NUMBER.fullmatch, c)) for key, c in columns.items()}
 
 
-def print_rows(rows: Sequence[Mapping[str, Any]], as_json: bool = False) -> None:
+def print_rows(rows: Rows, as_json: bool = False) -> None:
     """Print rows as a table, or as JSON."""
     if as_json:
         print(json.dumps(rows, indent=1))

@@ -59,9 +59,10 @@ def test_one_launch_decides_nothing() -> None:
     records = [one_launch("a", 2.0), one_launch("b", 6.0)]
     assert verdict(*records) == "inconclusive"
     text = report_text(*records)
-    assert "Of 1 problem: 1 inconclusive." in text
+    assert "1 of 1 problem is inconclusive: too few launches." in text
     assert "inconclusive: 1 problem with 1 launch, 5 needed." in text
-    assert "--launches 5, or in turn within one launch, --interleave 6" in text
+    assert "--launches 5, which adds launches; or measured again" in text
+    assert "--interleave 6 --remeasure" in text
     assert "inconclusive" in section_lines(text, FASTEST)[2]
     (cell,) = fastest_methods(rank_methods(table_of(*records)), [])
     assert verdict_text(cell) == "inconclusive against b: 1 launch, 5 needed"

@@ -12,11 +12,11 @@ from made_records import record, report_text, section_lines, table_of
 
 from cpbench.reports.columns import COLUMNS
 from cpbench.reports.frame import load
-from cpbench.reports.labels import three_digits
+from cpbench.reports.labels import three_digits, wrap_name
 from cpbench.reports.tables import render
 from cpbench.reports.tables.markup import MARKUPS
 from cpbench.reports.tables.summary import rank_methods
-from cpbench.reports.tables.terminal import row_lines, wrap_text
+from cpbench.reports.tables.terminal import fit_table
 
 
 def test_fastest_and_lead() -> None:
@@ -106,7 +106,7 @@ def test_table() -> None:
         ["causal", "1k", "quick", "2.00", "500", "1.50x", "slow"],
         ["causal", "4k", "same", "3.00", "333", "tie", "alike"],
     ]
-    assert "Of 2 problems: quick fastest in 1, 1 tie." in text
+    assert "quick is fastest on 1 of 2 problems, by 1.50x; 1 is a tie." in text
     assert [line.split()[0] for line in section_lines(text, "All cases, fastest first") if line][
         :5
     ] == [
@@ -182,9 +182,10 @@ def test_failures_have_a_reason_and_a_log() -> None:
     crash = record("a", status="crash", reason="rank 1 was killed\nby SIGSEGV", log="jobs/x/r1.log")
     text = report_text(crash, record("b", 2.0), record("c", status="oom", reason="out of memory"))
     lines = section_lines(text, "Failed")
-    assert lines[:3] == [
+    assert lines[:4] == [
         "crash    a, causal, 1k tokens, world size 1, fwd_bwd, float32, batch 1, 4:4 heads, "
-        "head_dim 64, input seed 0",
+        "head_dim 64,",
+        "         input seed 0",
         "         rank 1 was killed by SIGSEGV",
         "         log: results/night/jobs/x/r1.log",
     ]
@@ -301,30 +302,56 @@ def test_three_digits(value: float, text: str) -> None:
     assert three_digits(value) == text
 
 
-def test_wrap_text() -> None:
-    assert wrap_text("a:b=1,c=2", 20) == ["a:b=1,c=2"]
-    assert wrap_text("sliding_window:window=512,sinks=4", 16) == [
+def test_wrap_name() -> None:
+    assert wrap_name("a:b=1,c=2", 20) == ["a:b=1,c=2"]
+    assert wrap_name("sliding_window:window=512,sinks=4", 16) == [
         "sliding_window:",
         "window=512,",
         "sinks=4",
     ]
-    assert wrap_text("one_word_that_is_long", 10) == ["one_word_", "that_is_", "long"]
-    assert wrap_text("x" * 25, 10) == ["x" * 10, "x" * 10, "x" * 5]
-    assert wrap_text("", 10) == [""]
+    assert wrap_name("one_word_that_is_long", 10) == ["one_word_", "that_is_", "long"]
+    assert wrap_name("x" * 25, 10) == ["x" * 10, "x" * 10, "x" * 5]
+    assert wrap_name("", 10) == [""]
 
 
-def test_row_lines() -> None:
+def test_a_table_for_a_terminal() -> None:
     rows = [{"name": "a", "n": "1.5", "empty": ""}, {"name": "bb", "n": "10", "empty": ""}]
-    assert row_lines(rows, 80) == [["name    n", "----  ---"], ["a     1.5"], ["bb     10"]]
+    table = fit_table(rows, 80)
+    assert [table.head, *table.bodies] == [["name    n", "----  ---"], ["a     1.5"], ["bb     10"]]
     assert MARKUPS["table"].table([{"x": ["a", "b"]}]) == ["x", "---", "a b", ""]
 
 
-def test_headings_are_wrapped_before_texts() -> None:
-    rows = [{"name": "full:corpus=pile", "fastest on": "3"}]
-    assert row_lines(rows, 28) == [["name              fastest on", f"{'-' * 16}  {'-' * 10}"],
-                                   ["full:corpus=pile           3"]]  # fmt: skip
-    assert row_lines(rows, 25) == [["name              fastest", f"{'':16}       on",
-                                    f"{'-' * 16}  {'-' * 7}"],
-                                   ["full:corpus=pile        3"]]  # fmt: skip
-    assert row_lines(rows, 20)[1] == ["full:              3", "corpus=pile"]
-    assert max(map(len, row_lines(rows, 3)[0])) == 16  # words are not broken
+def test_headings_are_wrapped_before_texts_and_names_stay_whole() -> None:
+    rows = [{"name": "full by rows", "fastest on": "3"}]
+    assert fit_table(rows, 28).lines == ["name          fastest on", f"{'-' * 12}  {'-' * 10}",
+                                         "full by rows           3"]  # fmt: skip
+    assert fit_table(rows, 21).lines == ["name          fastest", f"{'':12}       on",
+                                         f"{'-' * 12}  {'-' * 7}",
+                                         "full by rows        3"]  # fmt: skip
+    assert fit_table(rows, 18).bodies == [["full by          3", "rows"]]
+    narrow = fit_table(rows, 3)
+    assert not narrow.fits
+    assert max(map(len, narrow.head)) == 13  # words are not broken
+
+
+def test_long_names_get_labels_with_a_legend() -> None:
+    rows = [
+        {"mask": mask, "method": f"usp:ulysses=8/{layout} bands", "ms": "1.5"}
+        for mask in ("sliding_window:window=512", "sliding_window:window=1024", "causal",
+                     "share_question:doc_lens=[1,2,3]")
+        for layout in ("zigzag", "dispatch")
+    ]  # fmt: skip
+    assert not fit_table(rows, 120).legend
+    table = fit_table(rows, 48)
+    assert table.fits
+    assert table.legend == {
+        "sliding_window#1": "sliding_window:window=512",
+        "sliding_window#2": "sliding_window:window=1024",
+        "share_question": "share_question:doc_lens=[1,2,3]",
+        "usp": "usp:ulysses=8",
+    }
+    assert table.bodies[0] == ["sliding_window#1  usp/zigzag bands    1.5"]
+    assert max(map(len, table.lines)) <= 48
+    assert "usp: usp:ulysses=8" in table.lines
+    with_plain = fit_table([*rows, {"mask": "share_question", "method": "x", "ms": "1"}], 48)
+    assert with_plain.legend["share_question#1"] == "share_question:doc_lens=[1,2,3]"

@@ -250,7 +250,8 @@ def test_every_seed_is_in_the_data(form: str, tmp_path: Path) -> None:
     assert set(data["mask_family"]) == {PILE, "causal"}
 
 
-def test_seeds_that_failed_alike_are_one_entry() -> None:
+def test_seeds_that_failed_alike_are_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     records = seeded("a", [1.0] + [None] * 3 + [1.0] + [None] * 3)
     records[2].reason, records[3].status = "other", "timeout"
     for seed_record in records:
@@ -292,7 +293,7 @@ def test_a_single_method_is_uncontested() -> None:
     text = report_text(*seeded("a", [1.0, 2.0, 4.0, None]))
     (row,) = [line for line in section_lines(text, FASTEST) if line.startswith(PILE[:15])]
     assert "uncontested" in row
-    assert "Of 1 problem: 1 uncontested." in text
+    assert "1 of 1 problem has a single method." in text
     assert "compared" not in text
 
 
