@@ -78,6 +78,17 @@ def group_by_problem(rows: Iterable[dict[str, Any]]) -> list[tuple[str, list[dic
     return groups
 
 
+def split_common_words(labels: Sequence[str]) -> tuple[str, list[str]]:
+    """The words that all labels of cases have in common, and the labels without them; with a single
+    label, nothing is common."""
+    words = [label.split() for label in labels]
+    if len(set(labels)) < 2:
+        return "", list(labels)
+    common = set.intersection(*map(set, words))
+    shared = " ".join(word for word in words[0] if word in common)
+    return shared, [" ".join(word for word in of if word not in common) or of[0] for of in words]
+
+
 def pluralize(count: int, noun: str) -> str:
     """``1 case``, ``2 cases``, ``2 launches``."""
     ending = "es" if noun.endswith("ch") else "s"

@@ -15,7 +15,7 @@ from cpbench.reports.compare.verdicts import (
     comparison_caveats,
     describe_commits,
 )
-from cpbench.reports.labels import format_number, pluralize, three_digits
+from cpbench.reports.labels import format_number, pluralize, split_common_words, three_digits
 from cpbench.results.store import Run
 
 if TYPE_CHECKING:
@@ -44,6 +44,16 @@ class Comparison:
     notes: list[str]
 
     @property
+    def common(self) -> str:
+        """What all cases have in common, in words; "" for nothing."""
+        return split_common_words(self.table["case"].tolist())[0]
+
+    @property
+    def short_labels(self) -> list[str]:
+        """Labels of the rows of the table without what all have in common."""
+        return split_common_words(self.table["case"].tolist())[1]
+
+    @property
     def headline(self) -> str:
         counts = Counter(self.table["verdict"])
         verdicts = ", ".join(f"{counts[name]} {name}" for name in BY_SEVERITY if counts[name])
@@ -69,7 +79,7 @@ def compare_runs(
 
 
 def display_rows(comparison: Comparison) -> list[dict[str, str]]:
-    """Rows for people, most severe verdicts first."""
+    """Rows for people, most severe verdicts first; labels without what all have in common."""
     return [_display_row(row) for row in rows_by_severity(comparison)]
 
 
@@ -80,7 +90,8 @@ def rows_by_severity(comparison: Comparison) -> list[dict[str, Any]]:
         for row in comparison.table.to_dict("records")
     ]
     rows.sort(key=lambda row: (BY_SEVERITY.index(row["verdict"]), -abs(_log(row["ratio"]))))
-    return [row for row in rows if row["verdict"] != NEITHER]
+    labels = dict(zip(comparison.table["case"], comparison.short_labels, strict=True))
+    return [row | {"case": labels[row["case"]]} for row in rows if row["verdict"] != NEITHER]
 
 
 def explanations(comparison: Comparison) -> list[str]:

@@ -26,7 +26,12 @@ def render_page(comparisons: Sequence[Comparison]) -> str:
         "compare.html.j2",
         title=f"Compared with {Path(comparisons[0].base).name}",
         comparisons=[
-            {"headline": c.headline, "notes": c.notes, "explanations": explanations(c)}
+            {
+                "headline": c.headline,
+                "common": c.common,
+                "notes": c.notes,
+                "explanations": explanations(c),
+            }
             for c in comparisons
         ],
         tables_css=tables_css,

@@ -18,7 +18,7 @@ from cpbench.reports.history.versions import (
     short_names,
     versions,
 )
-from cpbench.reports.labels import pluralize, three_digits
+from cpbench.reports.labels import pluralize, split_common_words, three_digits
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,11 @@ class History:
     @property
     def names(self) -> list[str]:
         return short_names(self.versions)
+
+    @property
+    def common(self) -> str:
+        """What all cases have in common, in words; "" for nothing."""
+        return split_common_words([series.case for series in self.series])[0]
 
     @property
     def answer(self) -> str:
@@ -100,8 +105,9 @@ def read_history(
 def rows(history: History) -> list[dict[str, str]]:
     """A row for each step, largest first, then for each case without one that is not constant."""
     result = []
-    for series in history.series:
-        base = {"case": series.case}
+    labels = split_common_words([series.case for series in history.series])[1]
+    for series, label in zip(history.series, labels, strict=True):
+        base = {"case": label}
         if len({one.machine for one in history.series}) > 1:
             base["machine"] = series.machine
         steps: list[Step | None] = [*series.steps] or [None]

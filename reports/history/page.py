@@ -21,6 +21,7 @@ def render_page(history: History) -> str:
         "history.html.j2",
         title=f"History of {METRICS[history.metric]}",
         answer=history.answer,
+        common=history.common,
         notes=history.notes,
         rows=rows(history),
         css=assets.read_web("page.css"),

@@ -24,5 +24,7 @@ def render(history: History, form: str) -> str:
     ends = f"{history.names[0]} to {history.names[-1]}"
     title = f"History of {METRICS[history.metric]}: {ends}"
     lines = [*markup.title(title), *markup.paragraph(history.answer), ""]
+    if history.common:
+        lines += [*markup.paragraph(f"Common to all cases: {history.common}."), ""]
     lines += markup.table(rows(history))
     return markup.document([*lines, *markup.notes(history.notes)])

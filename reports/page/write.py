@@ -23,6 +23,7 @@ from cpbench.reports.tables import overview
 from cpbench.reports.tables import rows as tables
 from cpbench.reports.tables.fastest_grids import fastest_grids, fastest_methods, verdict_text
 from cpbench.reports.tables.render import (
+    FLAG_MEANINGS,
     ReportContents,
     caveat_notes,
     check_notes,
@@ -39,8 +40,8 @@ CHUNK_CASES = 500  # per file of samples
 MAX_FAILURES = 200  # that are listed one by one
 SCRIPTS = ("loader.js", "data.js", "charts.js", "details.js", "report.js")
 CHARTS = (
-    ("throughput", "Throughput by length", "From the exact area of the mask; a cross is a "
-     "failure."),
+    ("throughput", "Throughput and time by length", "Rates are of the exact area of the mask; a "
+     "cross is a failure."),
     ("memory", "Memory by length", "Peak excluding the inputs, max per rank; a cross on the limit "
      "is out of memory."),
     ("strong", "Strong scaling", "The same problem on more ranks: rate per rank over that of one "
@@ -114,6 +115,7 @@ def _render(collection: Collection, samples: Any, folder: str) -> str:
         contest_notes=[*contest_notes(contents.rankings), *seed_notes(contents.seed_groups)],
         grids=fastest_grids(fastest, facts),
         verdict_text=verdict_text,
+        flag_meanings=FLAG_MEANINGS,
         time_text=lambda cell: f"{three_digits(cell.ms)} ms, {rate(cell.tflops)} {rate.unit}",
         styles=method_styles(names),
         masks=data["masks"]

@@ -12,6 +12,7 @@ from cpbench.reports.tables.mask_seeds import SeedGroup
 from cpbench.reports.tables.summary import MethodRanking, method_names
 
 _AXES = ("mask", "tokens", "ranks")
+_MAX_TIED = 2  # methods that are named in a cell
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class FastestMethod:
         runner_up: the second fastest method; "" when uncontested.
         ms, tflops: of the fastest.
         num_seeds: number of mask seeds compared; 0 outside of seed groups.
+        flags: caveats of its times, such as ``oversubscribed``.
     """
 
     problem: dict[str, Any]
@@ -41,6 +43,7 @@ class FastestMethod:
     ms: float
     tflops: float
     num_seeds: int
+    flags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,7 @@ def _from_ranking(ranking: MethodRanking) -> FastestMethod:
         runner_up=names[1] if len(names) > 1 else "",
         ms=ranking.rows["time_ms"].tolist()[0],
         tflops=ranking.rows["tflops_per_rank"].tolist()[0], num_seeds=0,
+        flags=tuple(ranking.rows["flags"].tolist()[0].split()),
     )  # fmt: skip
 
 
@@ -140,6 +144,7 @@ def _from_seed_group(group: SeedGroup) -> FastestMethod:
         shortage=f"only {pluralize(group.num_common_seeds, 'mask seed')}",
         runner_up=others[0].method if others else "", ms=fastest.median("time_ms"),
         tflops=fastest.median("tflops_per_rank"), num_seeds=group.num_common_seeds,
+        flags=tuple(sorted({f for row in fastest.rows.values() for f in row["flags"].split()})),
     )  # fmt: skip
 
 
@@ -151,8 +156,14 @@ def verdict_text(fastest: FastestMethod) -> str:
         assert fastest.lead is not None
         return f"{fastest.lead:.2f}x over {fastest.runner_up}{suffix}"
     if fastest.verdict == "tie":
-        return f"tie with {', '.join(fastest.tied)}{suffix}"
+        return f"tie with {_some(fastest.tied)}{suffix}"
     if fastest.verdict == "inconclusive":
-        others = ", ".join(fastest.tied) or fastest.runner_up
+        others = _some(fastest.tied) or fastest.runner_up
         return f"inconclusive against {others}: {fastest.shortage}"
     return f"uncontested{suffix}"
+
+
+def _some(names: Sequence[str]) -> str:
+    """Names, the first ones where there are many."""
+    more = f" and {len(names) - _MAX_TIED} more" if len(names) > _MAX_TIED + 1 else ""
+    return ", ".join(names[:_MAX_TIED] if more else names) + more

@@ -47,7 +47,7 @@ FORMATS = ("short", "table", "md", "latex", "csv", "json")
 _NEVER_CONSTANT = ("mask", "tokens")
 _MAX_FAILURES_SHORT = 10
 _MARKS = "*†‡§"
-_FLAG_MEANINGS = {
+FLAG_MEANINGS = {
     "contended": "other processes took processor time: times too high",
     "oversubscribed": "more threads than cores, ranks shared cores: times too high",
     "throttled": "clocks were throttled: times too high",
@@ -253,7 +253,7 @@ def caveat_notes(ok_rows: pd.DataFrame, marks: dict[str, str]) -> list[str]:
     return [
         f"Caveat{' ' + marks[flag] if flag in marks else ''}: {count} of {len(ok_rows)} timed "
         f"cases {'is' if count == 1 else 'are'} {flag} "
-        f"({_FLAG_MEANINGS.get(flag, 'see the documentation')})."
+        f"({FLAG_MEANINGS.get(flag, 'see the documentation')})."
         for flag, count in counts.most_common()
     ]
 

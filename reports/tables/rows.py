@@ -111,7 +111,8 @@ def fastest_summary(rankings: Sequence[MethodRanking], seed_groups: Sequence[See
         leads = [
             lead for one, verdict, lead, _ in problems if (one, verdict) == (name, "won") and lead
         ]
-        verb = f"is fastest on {count} of {len(problems)} problems" if not parts else f"on {count}"
+        total = pluralize(len(problems), "problem")
+        verb = f"is fastest on {count} of {total}" if not parts else f"on {count}"
         parts.append(f"{name} {verb}, by {'up to ' if count > 1 else ''}{max(leads):.2f}x")
     verdicts = Counter(verdict for _, verdict, _, _ in problems)
     total = "" if parts else f" of {pluralize(len(problems), 'problem')}"

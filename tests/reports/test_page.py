@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -133,21 +134,61 @@ def test_the_page_is_complete_and_requests_nothing(report: Path) -> None:
 
 def test_filters(report: Path) -> None:
     with opened(report) as browser:
-        assert captions(browser, "throughput") == ["causal, world size 1", f"{PILE}, world size 1"]
+        shown = ["causal, world size 1", f"{PILE}, world size 1"]
+        both = [text for name in shown for text in (name, f"{name}: time")]
+        assert captions(browser, "throughput") == both
         assert captions(browser, "communication") == []
         assert shown_rows(browser) == len(sample_records())
         select_option(browser, "mask_family", PILE)
-        assert captions(browser, "throughput") == [f"{PILE}, world size 1"]
+        assert captions(browser, "throughput") == both[2:]
         assert shown_rows(browser) == 42
         select_option(browser, "mask_family", "all")
         select_option(browser, "world_size", "4")
-        assert captions(browser, "throughput") == ["causal, world size 4"]
+        assert captions(browser, "throughput")[0] == "causal, world size 4"
         assert captions(browser, "communication") == [
             "causal, 4k tokens, world size 4: plain inside a node, hatched across"
         ]
         select_option(browser, "pass", "backward phase")
         assert captions(browser, "imbalance") == ["causal, 4k tokens, world size 4"]
         assert complaints(browser) == []
+
+
+def test_the_answer_comes_first_and_winners_carry_their_caveats(tmp_path: Path) -> None:
+    records = [timed("bands", 2.0, flags=["oversubscribed"]), timed("sdpa.cpu_flash", 3.0)]
+    folder = run_directory(tmp_path / "run", records)
+    write.write_page(collect([folder]), tmp_path / "page.html")
+    with opened(tmp_path / "page.html") as browser:
+        header = browser.find_element("css selector", "header").text.splitlines()
+        assert re.fullmatch(r"bands is fastest on 1 of 1 problem, by 1\.\d\dx\.", header[1])
+        (badge,) = browser.find_elements("css selector", ".fastest .badge")
+        assert badge.text == "oversubscribed"
+        assert "ranks shared cores" in badge.get_attribute("title")
+
+
+def test_charts_follow_the_window_and_toolbars_the_pointer(report: Path) -> None:
+    from selenium.webdriver import ActionChains
+
+    def measure(what: str) -> Any:
+        return browser.execute_script(
+            "const plot = document.querySelector('#chart-throughput .js-plotly-plot');"
+            f"return {what}"
+        )
+
+    opacity = "getComputedStyle(plot.querySelector('.modebar-container')).opacity"
+    with opened(report, width=1400) as browser:
+        wait_for_charts(browser)
+        until(lambda: measure("plot && plot.querySelector('.main-svg')"))
+        assert float(measure(opacity)) == 0
+        for width in (800, 420):
+            metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+            browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+            until(lambda: measure(
+                "plot.querySelector('.main-svg').getBoundingClientRect().width"
+                " <= plot.parentElement.clientWidth"
+            ))  # fmt: skip
+            assert measure("document.documentElement.scrollWidth <= innerWidth")
+        ActionChains(browser).move_to_element(measure("plot")).perform()
+        until(lambda: float(measure(opacity)) == 1)
 
 
 def test_hover_and_click(report: Path) -> None:

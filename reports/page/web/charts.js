@@ -157,9 +157,14 @@ class Charts {
     return { type: "log", title: { text: "ranks" }, tickvals: ticks, ticktext: ticks.map(String) };
   }
 
+  // For each mask its rates, and beside them its times.
   throughput() {
+    const [rates, times] = [this.byLength(false), this.byLength(true)];
+    return rates.flatMap((panel, i) => [panel, times[i]]);
+  }
+
+  byLength(asTime) {
     const { data, filters } = this;
-    const asTime = filters.state.what === "time";
     const [ms, low, high] = ["ms", "low_ms", "high_ms"].map((name) => filters.column(name));
     const rate = filters.column("tflops_per_rank");
     const unit = asTime ? "ms" : data.rate.unit;
@@ -171,9 +176,11 @@ class Charts {
       return asTime ? value : (data.number(rate, row) * data.rate.scale * data.number(ms, row)) / value;
     };
     const x = (row) => data.number("seq_len", row);
-    return this.panelsBy(filters.rows({ world_size: true }), "mask_family", (mask) => `${mask}, world size ${filters.state.world_size}`, (rows) => {
+    return this.panelsBy(filters.rows({ world_size: true }), "mask_family", (mask) => `${mask}, world size ${filters.state.world_size}${asTime ? ": time" : ""}`, (rows) => {
       const series = this.series(rows, x, scaled, end(asTime ? low : high), end(asTime ? high : low));
-      return { traces: [...this.lines(series, unit), ...this.crosses(rows, x, 0)], axes: { xaxis: this.lengthAxis(rows), yaxis: { title: { text: asTime ? "ms" : `${unit} per rank` }, rangemode: "tozero" } } };
+      const lowest = Math.min(...series.flatMap(({ points }) => points.map((p) => p.low ?? p.y)));
+      const yaxis = asTime ? { type: "log", title: { text: "ms" }, dtick: "D2" } : { title: { text: `${unit} per rank` }, rangemode: "tozero" };
+      return { traces: [...this.lines(series, unit), ...this.crosses(rows, x, asTime ? lowest : 0)], axes: { xaxis: this.lengthAxis(rows), yaxis } };
     }, (rows) => rows.some((row) => data.number(ms, row) !== null));
   }
 

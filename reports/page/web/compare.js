@@ -12,6 +12,8 @@ async function main() {
   };
   applyScheme();
   scheme.addEventListener("change", applyScheme);
+  let width = innerWidth;
+  addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; applyScheme(); } });
   comparisons.forEach(({ columns, rows }, i) => {
     const show = (value, type) => (type === "display" ? escaped(value) : value);
     const verdict = (value, type) => (type === "display" ? `<b style="color:var(--${VERDICT_COLOURS[value] ?? "dim"})">${escaped(value)}</b>` : value);
@@ -30,6 +32,8 @@ function forestPlot({ ratios, floor }, plot) {
   const cases = ratios.slice(0, MAX_SHOWN).reverse();
   if (!cases.length) { plot.hidden = true; return; }
   plot.style.height = `${Math.max(160, 70 + 19 * cases.length)}px`;
+  const letters = Math.max(12, Math.floor(plot.clientWidth / 3 / 5.6)); // a third of the width, at 10 px
+  const label = (text) => (text.length <= letters ? text : `${text.slice(0, Math.ceil(letters * 0.6) - 1)}…${text.slice(-Math.floor(letters * 0.4))}`);
   const percent = (ratio) => (ratio - 1) * 100;
   const trace = {
     type: "scatter", mode: "markers", x: cases.map((r) => percent(r.ratio)), y: cases.map((_, i) => i),
@@ -41,7 +45,7 @@ function forestPlot({ ratios, floor }, plot) {
   Plotly.react(plot, [trace], layout({
     shapes: [band], margin: { l: 10, r: 20, t: 8, b: 44 },
     xaxis: { title: { text: "change of time, %; shaded: below the floor" }, zeroline: true },
-    yaxis: { tickvals: cases.map((_, i) => i), ticktext: cases.map((r) => escaped(r.case.length > 70 ? `${r.case.slice(0, 69)}…` : r.case)), automargin: true, tickfont: { size: 10 } },
+    yaxis: { tickvals: cases.map((_, i) => i), ticktext: cases.map((r) => escaped(label(r.case))), automargin: true, tickfont: { size: 10 } },
   }), CONFIG);
 }
 

@@ -75,7 +75,6 @@ class Filters {
       const values = data.distinct(column, timed.length ? timed : this.all);
       if (values.length) this.add(column, name, values.map((v) => [v, show(v)]), column === "seq_len" ? values.at(-1) : values[0]);
     }
-    this.add("what", "throughput as", [["rate", `${data.rate.unit} per rank`], ["time", "time"]], "rate");
   }
 
   mostFrequent(column) {
