@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from cpbench import __version__
-from cpbench.cli import jobs, plan, reports, run, tools
+from cpbench.cli import compare, jobs, plan, reports, run, tools
 from cpbench.cli.options import (
     INTERRUPTED,
     AsJson,
@@ -133,5 +133,5 @@ def list_(
     print_rows(rows if as_json else listing.table(rows), as_json)
 
 
-for module in (run, reports, plan, tools, jobs):
+for module in (run, reports, compare, plan, tools, jobs):
     app.registered_commands += module.commands.registered_commands

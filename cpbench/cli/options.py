@@ -160,6 +160,23 @@ Timeout = Annotated[
 ]
 
 
+Folders = Annotated[list[Path] | None, typer.Argument(metavar="FOLDER...", help="Run directories.")]
+Output = Annotated[
+    Path | None,
+    file_option("-o", "--output", help="Write to this file; its suffix selects the format."),
+]
+Where = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY=VALUE", help="Only cases that match, e.g. mask=causal,full; repeatable."
+    ),
+]
+SUFFIXES = {
+    ".html": "html", ".htm": "html", ".md": "md", ".tex": "latex", ".csv": "csv",
+    ".parquet": "parquet", ".json": "json",
+}  # fmt: skip
+
+
 INTERRUPTED = 130  # exit code on Ctrl-C
 
 

@@ -1,4 +1,4 @@
-"""Commands that read results: report, compare, gate, race, history, plot."""
+"""Commands that show results: report, plot."""
 
 from __future__ import annotations
 
@@ -9,56 +9,23 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cpbench.cli.options import (
-    INTERRUPTED,
-    CompareFormat,
+    SUFFIXES,
+    Folders,
     Format,
-    Metric,
+    Output,
     PlotKind,
-    Undecided,
     UserError,
+    Where,
     check_output,
     file_option,
-    folder_option,
-    percent,
-    print_error,
-    run_directory,
     user_input,
     write_text,
 )
 
 if TYPE_CHECKING:
     from cpbench.reports.collection import Collection
-    from cpbench.reports.compare.gate import GateResult
-    from cpbench.results.store import Run
 
 commands = typer.Typer()
-
-Folders = Annotated[list[Path] | None, typer.Argument(metavar="FOLDER...", help="Run directories.")]
-Output = Annotated[
-    Path | None,
-    file_option("-o", "--output", help="Write to this file; its suffix selects the format."),
-]
-Base = Annotated[Path, typer.Argument(metavar="BASE", help="Run directory of the baseline.")]
-Where = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="KEY=VALUE", help="Only cases that match, e.g. mask=causal,full; repeatable."
-    ),
-]
-Floor = Annotated[
-    str, typer.Option(metavar="SHARE", help="Ignore relative differences up to this.")
-]
-MaxSlowdown = Annotated[str, typer.Option(metavar="SHARE", help="Allowed slowdown of a case.")]
-MaxMemory = Annotated[str, typer.Option(metavar="SHARE", help="Allowed growth of its peak memory.")]
-OfUndecided = Annotated[
-    Undecided | None,
-    typer.Option("--undecided", help="Let undecided cases pass or fail.  [default: exit code 3]"),
-]
-Junit = Annotated[Path | None, file_option(help="Write JUnit XML to this file.")]
-SUFFIXES = {
-    ".html": "html", ".htm": "html", ".md": "md", ".tex": "latex", ".csv": "csv",
-    ".parquet": "parquet", ".json": "json",
-}  # fmt: skip
 
 
 @commands.command()
@@ -116,175 +83,6 @@ def report(
 
 
 @commands.command()
-def compare(
-    base: Base,
-    new: Annotated[
-        list[Path],
-        typer.Argument(metavar="NEW...", help="Run directories to compare with the baseline."),
-    ],
-    floor: Floor = "2%",
-    form: Annotated[
-        CompareFormat | None,
-        typer.Option("--format", help="As for report.  [default: by the suffix of -o, else table]"),
-    ] = None,
-    output: Output = None,
-    where: Where = None,
-) -> None:
-    """Compare two runs.
-
-    Each case gets a verdict: SAME, FASTER, SLOWER or UNCLEAR.
-
-    The unit of evidence is a launch (cpbench run --launches 5), not an iteration: cases with fewer
-    than five launches per side are UNCLEAR. Interleave the launches of the two runs.
-    """
-    from cpbench.reports.compare import comparison, render
-
-    with user_input():
-        name = _text_format(form, output, "compare")
-        comparisons = comparison.compare_runs(
-            _open_run(base, where),
-            [_open_run(folder, where) for folder in new],
-            percent("--floor", floor),
-        )
-        text = render.render(comparisons, name)
-        if output is None:
-            print(text, end="")
-        else:
-            write_text(output, text)
-
-
-@commands.command()
-def gate(
-    base: Base,
-    new: Annotated[Path, typer.Argument(metavar="NEW", help="Run directory to check.")],
-    max_slowdown: MaxSlowdown = "5%",
-    max_memory: MaxMemory = "2%",
-    undecided: OfUndecided = None,
-    junit: Junit = None,
-    where: Where = None,
-) -> int:
-    """Pass or fail a run against a baseline, for CI.
-
-    Exit code 0: passed; 1: failed; 3: undecided; 2: the runs cannot be compared.
-
-    A case fails when it is significantly slower than --max-slowdown allows, needs more memory than
-    --max-memory allows, was ok and is not, is missing, or is unchecked. It passes when the interval
-    of its slowdown lies below --max-slowdown, and is undecided otherwise.
-    """
-    from cpbench.reports.compare import gate as gates
-    from cpbench.reports.compare.next_launches import commands as next_commands
-
-    with user_input():
-        limits = percent("--max-slowdown", max_slowdown), percent("--max-memory", max_memory)
-        if junit is not None:
-            check_output(junit)
-        (_, base_run), (_, new_run) = _open_run(base, where), _open_run(new, where)
-        result = gates.evaluate_gate(base_run, new_run, *limits)
-        code = _conclude(result, base_run, new_run, limits[0], junit)
-    if result.launches is not None:
-        print("\n".join(next_commands(base, new, result.launches)))
-    return _decide_otherwise(code, undecided)
-
-
-@commands.command()
-def race(
-    versions: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="[OLD NEW] SWEEP",
-            help="Two virtual environments with cpbench, unless --against is given; and a sweep.",
-        ),
-    ],
-    against: Annotated[
-        str,
-        typer.Option(
-            metavar="REVISION", help="Race the working tree against this commit of its repository."
-        ),
-    ] = "",
-    max_slowdown: MaxSlowdown = "5%",
-    max_memory: MaxMemory = "2%",
-    max_launches: Annotated[
-        int, typer.Option(metavar="N", min=5, max=200, help="Launches of each case per version.")
-    ] = 20,
-    undecided: OfUndecided = None,
-    out: Annotated[
-        Path | None, folder_option(help="Run directories base and new go here.  [default: race]")
-    ] = None,
-    where: Where = None,
-    junit: Junit = None,
-) -> int:
-    """Measure two versions in turn until it is decided whether the new one passes the gate.
-
-    Launches of both alternate, and cases are run until they pass or fail, so no longer than that
-    takes. Exit codes as of gate. The same command with more --max-launches goes on.
-    """
-    from cpbench.reports.compare import gate as gates
-    from cpbench.tools.race import side
-    from cpbench.tools.race.race import Race
-
-    *environments, sweep = versions
-    with user_input():
-        limits = percent("--max-slowdown", max_slowdown), percent("--max-memory", max_memory)
-        if len(environments) != (0 if against else 2):
-            raise ValueError("give OLD_ENV NEW_ENV SWEEP, or --against REVISION SWEEP")
-        if junit is not None:
-            check_output(junit)
-        folder = run_directory(out or Path("race"))
-        if against:
-            sides = side.of_revision(against, sweep, folder)
-        else:
-            sides = side.of_environments(
-                Path(environments[0]), Path(environments[1]), sweep, folder
-            )
-        options = tuple(word for text in where or () for word in ("--where", text))
-        try:
-            result = Race(sides, *limits, max_launches, options).run()
-        except KeyboardInterrupt:
-            text = f"interrupted; launches are kept in {folder}: repeat the command to go on"
-            return print_error(text, INTERRUPTED)
-        base_run, new_run = (_open_run(one.out, None)[1] for one in sides)
-        code = _conclude(result, base_run, new_run, limits[0], junit)
-    if result.outcome == gates.UNDECIDED and result.launches:
-        more = max(result.launches, max_launches + 1)
-        print(f"To decide, repeat the command with --max-launches {more}.")
-    return _decide_otherwise(code, undecided)
-
-
-@commands.command()
-def history(
-    folders: Annotated[
-        list[Path], typer.Argument(metavar="FOLDER...", help="Run directories of many commits.")
-    ],
-    metric: Annotated[Metric, typer.Option(help="Time, or peak memory.")] = Metric.ms,
-    floor: Floor = "2%",
-    where: Where = None,
-    form: Annotated[
-        CompareFormat | None,
-        typer.Option("--format", help="As for report.  [default: by the suffix of -o, else table]"),
-    ] = None,
-    output: Output = None,
-) -> None:
-    """Find the commits at which cases became slower or faster.
-
-    Each case is a series over commits; a step is a lasting change of its level that is significant
-    over launches. -o history.html draws every series.
-    """
-    from cpbench.reports.history import history as histories
-    from cpbench.reports.history import render
-
-    with user_input():
-        name = _text_format(form, output, "history")
-        found = histories.read_history(
-            folders, metric.value, percent("--floor", floor), where or []
-        )
-        text = render.render(found, name)
-        if output is None:
-            print(text, end="")
-        else:
-            write_text(output, text)
-
-
-@commands.command()
 def plot(
     folders: Folders = None,
     kind: Annotated[PlotKind, typer.Option(help="Kind of chart.")] = PlotKind.throughput,
@@ -306,57 +104,6 @@ def plot(
         draw.draw(results, kind.value, output, where or [])
 
 
-def _conclude(
-    result: GateResult, base: Run, new: Run, max_slowdown: float, junit: Path | None
-) -> int:
-    """Print the result of a gate and its caveats, write the JUnit file; the exit code."""
-    from cpbench.reports.compare import gate as gates
-    from cpbench.reports.compare.junit import junit_xml
-    from cpbench.reports.compare.verdicts import comparison_caveats
-
-    caveats = comparison_caveats(result.table, base, new, max_slowdown)
-    if junit is not None:
-        write_text(junit, junit_xml(result, caveats))
-    for line in caveats:
-        print(f"cpbench: {line}", file=sys.stderr)
-    print("\n".join(gates.result_lines(result)))
-    return gates.EXIT_CODES[result.outcome]
-
-
-def _decide_otherwise(code: int, undecided: Undecided | None) -> int:
-    """The exit code of a gate after ``--undecided``."""
-    from cpbench.reports.compare.gate import EXIT_CODES, UNDECIDED
-
-    if code == EXIT_CODES[UNDECIDED] and undecided:
-        code = EXIT_CODES[undecided.value]
-        print(f"--undecided {undecided.value}: exit code {code}")
-    return code
-
-
-def _text_format(form: CompareFormat | None, output: Path | None, command: str) -> str:
-    """The format of a command that writes those of ``CompareFormat``; the file is checked."""
-    name = form.value if form else SUFFIXES.get(output.suffix, "table") if output else "table"
-    if output is None and name == "html":
-        raise ValueError(f"--format html needs a file: -o {command}.html")
-    if name not in CompareFormat.__members__:
-        raise ValueError(f"-o {output}: {command} writes {', '.join(CompareFormat.__members__)}")
-    if output is not None:
-        check_output(output)
-    return name
-
-
 def _print_warnings(results: Collection) -> None:
     for warning in results.warnings:
         print(f"cpbench: {warning}", file=sys.stderr)
-
-
-def _open_run(folder: Path, where: list[str] | None) -> tuple[str, Run]:
-    """Name and records of a run directory, of the cases that match.
-
-    Raises:
-        ValueError: when it is not a run directory, is empty, or no case matches.
-    """
-    from cpbench.reports import collection
-
-    (item,) = collection.collect([folder], where or []).runs.items()
-    return item
