@@ -41,6 +41,23 @@ def report(
     ] = None,
     output: Output = None,
     where: Where = None,
+    pivot: Annotated[
+        str,
+        typer.Option(
+            metavar="DOWN,ACROSS", help="A table of one metric instead, e.g. seq_len,operator."
+        ),
+    ] = "",
+    metric: Annotated[
+        str,
+        typer.Option(
+            metavar="METRIC",
+            help="Of --pivot: ms, fwd, bwd, tflops, peak, sent, across, exposed, imbalance, "
+            "recall, error, or a column.",
+        ),
+    ] = "ms",
+    baseline: Annotated[
+        str, typer.Option(metavar="NAME", help="Of --pivot: divide by the figures of this one.")
+    ] = "",
     columns: Annotated[
         bool, typer.Option("--columns", help="Explain the columns of csv, parquet and json.")
     ] = False,
@@ -61,13 +78,19 @@ def report(
         raise UserError("report needs a run directory, or --columns")
     name = form.value if form else SUFFIXES.get(output.suffix, "short") if output else "short"
     with user_input():
+        if baseline and not pivot:
+            raise ValueError("--baseline goes with --pivot, e.g. --pivot seq_len,operator")
         if output is None and name in ("html", "parquet"):
             raise ValueError(f"--format {name} needs a file: -o report.{name}")
         if output is not None:
             check_output(output)
         results = collection.collect(folders, where or [])
-        if name in ("csv", "json", "parquet"):  # the others show them
+        if name in ("csv", "json", "parquet") or pivot:  # the others show them
             _print_warnings(results)
+        if pivot:
+            text = _pivot(results, name, pivot, metric, baseline)
+            print(text, end="") if output is None else write_text(output, text)
+            return
         if name == "html":
             from cpbench.reports.page.write import write_page
 
@@ -102,6 +125,15 @@ def plot(
         results = collection.collect(folders)
         _print_warnings(results)
         draw.draw(results, kind.value, output, where or [])
+
+
+def _pivot(results: Collection, form: str, pivot: str, metric: str, baseline: str) -> str:
+    from cpbench.reports.tables import pivot as pivots
+
+    if form in ("html", "parquet"):
+        raise ValueError(f"--pivot is not written as {form}; use table, md, latex, csv or json")
+    made = pivots.make_pivot(results, pivot, metric, baseline)
+    return pivots.render(made, results.title, form)
 
 
 def _print_warnings(results: Collection) -> None:

@@ -1,0 +1,251 @@
+"""One figure of all cases as tables: one fact down, another across (``report --pivot``)."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cpbench.core.spec import format_size
+from cpbench.reports.collection import Collection
+from cpbench.reports.columns import BOOLEAN_COLUMNS, COLUMNS, TEXT_COLUMNS
+from cpbench.reports.labels import RateFormat, three_digits
+from cpbench.reports.tables.markup import MARKUPS
+from cpbench.reports.tables.summary import method_names
+from cpbench.reports.tables.terminal import fit_table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# Facts of a case by which tables can be made: their column of the tidy table.
+FACTS = {
+    "mask": "mask_family", "method": "method", "operator": "operator", "strategy": "strategy",
+    "layout": "layout", "placement": "placement", "seq_len": "seq_len", "queries": "queries",
+    "world_size": "world_size", "ranks_per_node": "ranks_per_node", "direction": "direction",
+    "dtype": "dtype", "batch": "batch", "num_heads_q": "num_heads_q",
+    "num_heads_kv": "num_heads_kv", "head_dim": "head_dim", "inputs": "inputs", "seed": "seed",
+    "machine": "machine",
+}  # fmt: skip
+# Metrics by their short names: column, heading, factor.  Any other column of numbers may be given.
+METRICS = {
+    "ms": ("time_ms", "ms", 1.0),
+    "fwd": ("fwd_ms", "ms, forward", 1.0),
+    "bwd": ("bwd_ms", "ms, backward", 1.0),
+    "tflops": ("tflops_per_rank", "TFLOP/s per rank", 1.0),
+    "peak": ("peak_mb", "peak MB, max per rank", 1.0),
+    "sent": ("sent_mb", "MB sent, max per rank", 1.0),
+    "across": ("across_mb", "MB sent across nodes, max per rank", 1.0),
+    "exposed": ("exposed", "exposed communication, %", 100.0),
+    "imbalance": ("imbalance", "load imbalance, max/mean", 1.0),
+    "recall": ("recovered", "attention recall, %", 100.0),
+    "error": ("worst_error", "largest relative L2 error", 1.0),
+}
+Cell = tuple[str, float]  # as text and as a number, nan for none
+Block = Mapping[str, Mapping[str, Cell]]  # by value down and value across
+_MARKS = "*†‡§¶"
+_TIMES = {"ms", "fwd", "bwd", "tflops", "exposed"}  # do not count where a case is disqualified
+
+
+@dataclass(frozen=True)
+class Pivot:
+    """Tables of one figure.
+
+    Attributes:
+        heading: of the figure, with its unit.
+        down, across: keys of ``FACTS``.
+        blocks: by what else differs between cases, in words; a cell is a figure or a status.
+        notes: what the marks in the tables mean.
+    """
+
+    heading: str
+    down: str
+    across: str
+    blocks: Mapping[str, Block]
+    notes: list[str]
+
+
+def make_pivot(collection: Collection, pivot: str, metric: str, baseline: str) -> Pivot:
+    """Tables of a metric.
+
+    Cases that differ only in the mask seed are one: their median.  Cases without a value show their
+    status; times that do not count (``Record.disqualifications``) are marked.
+
+    Args:
+        pivot: ``"down,across"``, two of ``FACTS``.
+        metric: one of ``METRICS``, or a column of numbers.
+        baseline: a value of either fact: figures are divided by that one's; "" for none.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    down, across = _parse(pivot)
+    column, heading, factor = _metric(metric)
+    if column.endswith("tflops_per_rank"):
+        rate = RateFormat(collection.table[column])
+        heading = heading.replace("TFLOP/s", rate.unit)
+        factor = 1.0 if rate.unit == "TFLOP/s" else 1e3
+    table = collection.table.assign(method=method_names(collection.table))
+    others = [fact for fact in _other_facts(down, across) if table[FACTS[fact]].nunique() > 1]
+    marks: dict[str, str] = {}
+    blocks: dict[str, dict[str, dict[str, Cell]]] = {}
+    keys = [FACTS[fact] for fact in (*others, down, across)]
+    for values, rows in table.groupby(keys, sort=True, dropna=False):
+        *rest, row_value, column_value = values
+        title = ", ".join(_fact_text(fact, v) for fact, v in zip(others, rest, strict=True))
+        cell = _cell(rows, column, factor, marks, metric in _TIMES)
+        block = blocks.setdefault(title, {})
+        block.setdefault(_value_text(down, row_value), {})[_value_text(across, column_value)] = cell
+    if baseline:
+        heading = f"{heading}, over {baseline}"
+        blocks = {title: _ratios(block, baseline) for title, block in blocks.items()}
+        if not any(blocks.values()):
+            raise ValueError(f"--baseline {baseline}: {_known_values(table, down, across)}")
+    notes = [f"{mark} {reason}" for reason, mark in marks.items()]
+    seeds = table.groupby(keys, dropna=False)["draw"].nunique().max()
+    if seeds > 1:
+        notes.append(f"Medians over up to {seeds} mask seeds.")
+    return Pivot(heading, down, across, {t: b for t, b in blocks.items() if b}, notes)
+
+
+def render(pivot: Pivot, title: str, form: str) -> str:
+    """Render tables as ``short``, ``table``, ``md``, ``latex``, ``csv`` or ``json``."""
+    if form in ("csv", "json"):
+        import pandas as pd
+
+        listed = [
+            {"block": block, pivot.down: down, pivot.across: across, "metric": pivot.heading,
+             "value": None if math.isnan(value) else value, "text": text}
+            for block, cells in pivot.blocks.items()
+            for down, by_column in cells.items()
+            for across, (text, value) in by_column.items()
+        ]  # fmt: skip
+        if form == "json":
+            return json.dumps(listed, indent=1) + "\n"
+        return str(pd.DataFrame(listed).to_csv(index=False))
+    markup = MARKUPS[form]
+    lines = markup.title(f"{title}: {pivot.heading}")
+    tables = {
+        block: _rows(cells, pivot.down, pivot.across) for block, cells in pivot.blocks.items()
+    }
+    if form in ("short", "table") and not all(fit_table(rows).fits for rows in tables.values()):
+        tables = {
+            block: _rows(_transposed(cells), pivot.across, pivot.down)
+            for block, cells in pivot.blocks.items()
+        }
+    for block, table in tables.items():
+        lines += markup.section(block) if block else []
+        lines += markup.table(table)
+    return markup.document([*lines, *markup.notes(pivot.notes)])
+
+
+def _rows(cells: Block, down: str, across: str) -> list[dict[str, str]]:
+    """Rows of a table, sizes in order."""
+    columns = sorted({column for row in cells.values() for column in row}, key=_number)
+    return [
+        {f"{down} \\ {across}": value}
+        | {column: row.get(column, ("", math.nan))[0] for column in columns}
+        for value, row in sorted(cells.items(), key=lambda item: _number(item[0]))
+    ]
+
+
+def _transposed(cells: Block) -> Block:
+    """A block with rows as columns, for a terminal that is too narrow for it."""
+    result: dict[str, dict[str, Cell]] = {}
+    for down, row in cells.items():
+        for across, cell in row.items():
+            result.setdefault(across, {})[down] = cell
+    return result
+
+
+def _parse(pivot: str) -> tuple[str, str]:
+    parts = [part.strip() for part in pivot.split(",")]
+    if len(parts) != 2 or parts[0] == parts[1] or not set(parts) <= set(FACTS):
+        raise ValueError(
+            f"--pivot {pivot!r}: give two of {', '.join(FACTS)}, e.g. seq_len,operator"
+        )
+    return parts[0], parts[1]
+
+
+def _metric(metric: str) -> tuple[str, str, float]:
+    if metric in METRICS:
+        return METRICS[metric]
+    if metric not in COLUMNS or metric in TEXT_COLUMNS or metric in BOOLEAN_COLUMNS:
+        raise ValueError(
+            f"--metric {metric!r} is none of {', '.join(METRICS)}, nor a column of numbers: "
+            "cpbench report --columns"
+        )
+    return metric, metric, 1.0
+
+
+def _other_facts(down: str, across: str) -> list[str]:
+    """Facts that tell tables apart: what a method consists of, unless that is a fact itself."""
+    shown = {down, across}
+    parts = ("operator", "strategy", "layout", "placement") if "method" in shown else ()
+    return [fact for fact in FACTS if fact not in (*shown, "method", *parts)]
+
+
+def _cell(
+    rows: pd.DataFrame, column: str, factor: float, marks: dict[str, str], times: bool
+) -> Cell:
+    """Text and value of a cell from the rows of its mask seeds."""
+    values = rows.loc[rows["status"] == "ok", column].dropna()
+    if values.empty:
+        statuses = rows["status"].value_counts()
+        return (str(statuses.index[0]) if (rows["status"] != "ok").any() else ""), math.nan
+    value = statistics.median(values) * factor
+    text = f"{value:.1e}" if 0 < abs(value) < 1e-3 else three_digits(value)
+    reasons = sorted({r for text in rows["disqualified"].dropna() for r in str(text).split()})
+    for reason in reasons if times else ():
+        if reason not in ("wrong", "oom", "crash", "timeout", "unsupported"):
+            marks.setdefault(reason, _MARKS[len(marks) % len(_MARKS)])
+            text += marks[reason]
+    return text, value
+
+
+def _ratios(block: Block, baseline: str) -> dict[str, dict[str, Cell]]:
+    """A block divided by the row or the column of the baseline; empty where it has neither."""
+    result: dict[str, dict[str, Cell]] = {}
+    for down, row in block.items():
+        for across, (text, value) in row.items():
+            base = row.get(baseline) or block.get(baseline, {}).get(across)
+            if base is None:
+                continue
+            ratio = value / base[1] if base[1] else math.nan
+            marks = text.lstrip("0123456789.,e-+") if not math.isnan(value) else text
+            shown = (
+                marks if math.isnan(value) else "" if math.isnan(ratio) else f"{ratio:.2f}x{marks}"
+            )
+            result.setdefault(down, {})[across] = shown, ratio
+    return result
+
+
+def _known_values(table: pd.DataFrame, down: str, across: str) -> str:
+    texts = [
+        f"{fact} is one of {', '.join(_value_text(fact, v) for v in table[FACTS[fact]].unique())}"
+        for fact in (down, across)
+    ]
+    return "; ".join(texts)
+
+
+def _value_text(fact: str, value: Any) -> str:
+    if fact in ("seq_len", "queries"):
+        return format_size(int(value))
+    return "" if value is None or value != value else str(value)
+
+
+def _fact_text(fact: str, value: Any) -> str:
+    text = _value_text(fact, value)
+    return (
+        text if fact in ("mask", "operator", "direction", "dtype") else f"{fact} {text or 'none'}"
+    )
+
+
+def _number(text: str) -> tuple[float, str]:
+    """A key by which sizes are in order, and texts after them."""
+    digits, unit = (text[:-1], text[-1]) if text[-1:] in "km" else (text, "")
+    if digits.isdigit():
+        return float(digits) * {"": 1, "k": 1 << 10, "m": 1 << 20}[unit], ""
+    return math.inf, text
