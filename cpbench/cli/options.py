@@ -75,9 +75,12 @@ class Format(str, Enum):
     html = "html"
     md = "md"
     latex = "latex"
+    github = "github"
     csv = "csv"
     parquet = "parquet"
     json = "json"
+    tensorboard = "tensorboard"
+    wandb = "wandb"
 
 
 class CompareFormat(str, Enum):

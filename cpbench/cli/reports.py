@@ -18,6 +18,7 @@ from cpbench.cli.options import (
     Where,
     check_output,
     file_option,
+    run_directory,
     user_input,
     write_text,
 )
@@ -35,8 +36,9 @@ def report(
         Format | None,
         typer.Option(
             "--format",
-            help="short, table, html, md and latex for people; csv, parquet and json for "
-            "programs.  [default: by the suffix of -o, else short]",
+            help="short, table, html, md and latex for people; github: a step summary; csv, "
+            "parquet and json for programs; tensorboard and wandb: -o is a folder.  [default: by "
+            "the suffix of -o, else short]",
         ),
     ] = None,
     output: Output = None,
@@ -68,8 +70,8 @@ def report(
 
     Several run directories, from several machines, are merged into one report.
     """
-    from cpbench.reports import collection, export
-    from cpbench.reports.tables import render
+    from cpbench.reports import collection, export, trackers
+    from cpbench.reports.tables import github, render
 
     if columns:
         print(render.explain_columns(), end="")
@@ -82,7 +84,9 @@ def report(
             raise ValueError("--baseline goes with --pivot, e.g. --pivot seq_len,operator")
         if output is None and name in ("html", "parquet"):
             raise ValueError(f"--format {name} needs a file: -o report.{name}")
-        if output is not None:
+        if output is None and name in trackers.WRITERS:
+            raise ValueError(f"--format {name} needs a folder: -o FOLDER")
+        if output is not None and name not in trackers.WRITERS:
             check_output(output)
         results = collection.collect(folders, where or [])
         if name in ("csv", "json", "parquet") or pivot:  # the others show them
@@ -96,13 +100,18 @@ def report(
 
             assert output is not None
             write_page(results, output)
+        elif name in trackers.WRITERS:
+            assert output is not None
+            trackers.WRITERS[name](results, run_directory(output))
         elif name == "parquet":
             assert output is not None
             export.write_parquet(results, output)
-        elif output is None:
-            print(render.render(results, name), end="")
         else:
-            write_text(output, render.render(results, name))
+            if name == "github":
+                text = github.render_summary(results)
+            else:
+                text = render.render(results, name)
+            print(text, end="") if output is None else write_text(output, text)
 
 
 @commands.command()
@@ -113,8 +122,17 @@ def plot(
         Path | None, file_option("-o", "--output", help="Write to this .svg, .png or .pdf file.")
     ] = None,
     where: Where = None,
+    x: Annotated[
+        str | None, typer.Option("--x", metavar="METRIC", help="pareto: across.  [default: ms]")
+    ] = None,
+    y: Annotated[
+        str | None, typer.Option("--y", metavar="METRIC", help="pareto: up.  [default: peak]")
+    ] = None,
 ) -> None:
-    """Draw a figure for a paper."""
+    """Draw a figure for a paper.
+
+    Metrics are those of report --metric.
+    """
     from cpbench.reports import collection
     from cpbench.reports.figures import draw
 
@@ -124,13 +142,16 @@ def plot(
         check_output(output)
         results = collection.collect(folders)
         _print_warnings(results)
-        draw.draw(results, kind.value, output, where or [])
+        if (x or y) and kind is not PlotKind.pareto:
+            raise ValueError("--x and --y are for --kind pareto")
+        axes = x or draw.DEFAULT_AXES[0], y or draw.DEFAULT_AXES[1]
+        draw.draw(results, kind.value, output, where or [], axes)
 
 
 def _pivot(results: Collection, form: str, pivot: str, metric: str, baseline: str) -> str:
     from cpbench.reports.tables import pivot as pivots
 
-    if form in ("html", "parquet"):
+    if form not in ("short", "table", "md", "latex", "csv", "json"):
         raise ValueError(f"--pivot is not written as {form}; use table, md, latex, csv or json")
     made = pivots.make_pivot(results, pivot, metric, baseline)
     return pivots.render(made, results.title, form)

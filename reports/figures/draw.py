@@ -15,6 +15,7 @@ from cpbench.reports.figures import kinds, pareto
 from cpbench.reports.figures.sheet import SETTINGS, Sheet
 from cpbench.reports.figures.style import method_styles, with_hollow_styles
 from cpbench.reports.labels import pluralize
+from cpbench.reports.metrics import parse_metric
 from cpbench.reports.tables.summary import method_labels, method_names
 from cpbench.reports.where import filter_rows
 from cpbench.results.store import write_atomically
@@ -85,10 +86,6 @@ CHARTS = {
         "nothing to compare: no case was exact, timed and checked", kinds.heatmap,
         one_world_size=False,
     ),
-    "pareto": ChartKind(
-        lambda table: _has_values(table, "time_ms", "peak_mb"),
-        "no case has both a time and a peak memory", pareto.pareto,
-    ),
     "quality": ChartKind(
         pareto.has_recall, "no case is timed and checked", pareto.quality, labels=method_names,
     ),
@@ -107,14 +104,36 @@ CHARTS = {
 }  # fmt: skip
 
 
-def draw(collection: Collection, kind: str, path: Path, where: Sequence[str]) -> None:
+KINDS = (*CHARTS, "pareto")
+DEFAULT_AXES = ("ms", "peak")
+
+
+def _pareto_chart(axes: tuple[str, str]) -> ChartKind:
+    """The chart of two metrics, by their names.
+
+    Raises:
+        ValueError: for an unknown one.
+    """
+    x, y = (parse_metric(f"--{axis}", name) for axis, name in zip("xy", axes, strict=True))
+    return ChartKind(
+        lambda table: _has_values(table, x.column, y.column),
+        f"no case has both {x.heading} and {y.heading}",
+        lambda table, sheet: pareto.pareto(table, sheet, (x, y)),
+    )
+
+
+def draw(
+    collection: Collection, kind: str, path: Path, where: Sequence[str],
+    axes: tuple[str, str] = DEFAULT_AXES,
+) -> None:  # fmt: skip
     """Write a figure.  Where cases of several problems are left, those of the problem with the most
     cases are drawn, and a line on stderr says which one.
 
     Args:
-        kind: a key of ``CHARTS``.
+        kind: one of ``KINDS``.
         path: ends in one of ``SUFFIXES``.
         where: conditions ``key=value[,value]``, see ``cpbench.reports.where``.
+        axes: metrics of a Pareto chart, across and up.
 
     Raises:
         ValueError: in one line, for another suffix or kind, a condition that cannot be met, or
@@ -123,12 +142,12 @@ def draw(collection: Collection, kind: str, path: Path, where: Sequence[str]) ->
     """
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"-o {path}: a figure is written as {', '.join(SUFFIXES)}")
-    if kind not in CHARTS:
-        raise ValueError(f"no kind {kind!r} of figure; kinds: {', '.join(CHARTS)}")
+    if kind not in KINDS:
+        raise ValueError(f"no kind {kind!r} of figure; kinds: {', '.join(KINDS)}")
     table = collection.table.assign(method=method_names(collection.table))
     styles = method_styles(table["method"])
     table = filter_rows(table, where)
-    chart = CHARTS[kind]
+    chart = CHARTS[kind] if kind in CHARTS else _pareto_chart(axes)
     if chart.one_problem:
         table = _select_problem(table, chart)
     else:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from cpbench.core.spec import format_size
 from cpbench.reports.figures.kinds import by_mask
 from cpbench.reports.figures.sheet import GREY, PanelGroup, Sheet, plot_markers, set_log10_ticks
+from cpbench.reports.metrics import Metric
 from cpbench.reports.tables.summary import has_result, is_approximate
 
 if TYPE_CHECKING:
@@ -15,28 +16,39 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Point = tuple[float, float]
+MAX_LABEL = 12  # characters of a metric with the length on the same line
 
 
-def pareto(table: pd.DataFrame, sheet: Sheet) -> None:
-    """Draw time against memory at the longest length that the most methods completed; no competing
-    method is both faster and smaller than one on the front."""
-    both = table[(table["status"] == "ok") & table[["time_ms", "peak_mb"]].notna().all(axis=1)]
+def pareto(table: pd.DataFrame, sheet: Sheet, axes: tuple[Metric, Metric]) -> None:
+    """Draw one metric against another at the longest length that the most methods completed; no
+    competing method is better in both than one on the front."""
+    columns = [metric.column for metric in axes]
+    both = table[(table["status"] == "ok") & table[columns].notna().all(axis=1)]
     both, length = _longest_common_length(both)
     masks = by_mask(both)
-    labels = f"ms at {format_size(length)} tokens", "peak MB, max per rank"
+    separator = " " if len(axes[0].heading) < MAX_LABEL else "\n"
+    labels = f"{axes[0].heading}{separator}at {format_size(length)} tokens", axes[1].heading
     panels = sheet.panels(PanelGroup(list(masks), *labels), share=False)
-    for axes, rows in zip(panels, masks.values(), strict=True):
-        medians = rows.groupby("method")[["time_ms", "peak_mb"]].median()
+    for panel, rows in zip(panels, masks.values(), strict=True):
+        medians = rows.groupby("method")[columns].median() * [metric.factor for metric in axes]
         competing = medians.loc[rows.loc[rows["competes"], "method"].unique()]
-        right, top = medians["time_ms"].max() * 1.12, medians["peak_mb"].max() * 1.12
-        front = _pareto_front(zip(competing["time_ms"], competing["peak_mb"], strict=True))
+        right, top = (max(medians[column].max() * 1.12, 1e-9) for column in columns)
+        signs = [-1 if metric.higher_is_better else 1 for metric in axes]
+        front = [
+            (signs[0] * x, signs[1] * y)
+            for x, y in _pareto_front(
+                (signs[0] * x, signs[1] * y) for x, y in competing.itertuples(index=False)
+            )
+        ]
         if front:
-            _plot_front(axes, [(front[0][0], top), *front, (right, front[-1][1])])
-        for name, ms, mb in medians.itertuples():
-            plot_markers(sheet, axes, str(name), [ms], [mb])
-        axes.set_xlim(0, right)
-        axes.set_ylim(0, top)
-        axes.locator_params(nbins=5)
+            start = (front[0][0], 0.0 if axes[1].higher_is_better else top)
+            end = (0.0 if axes[0].higher_is_better else right, front[-1][1])
+            _plot_front(panel, [start, *front, end])
+        for name, x, y in medians.itertuples():
+            plot_markers(sheet, panel, str(name), [x], [y])
+        panel.set_xlim(0, right)
+        panel.set_ylim(0, top)
+        panel.locator_params(nbins=5)
     _add_front_to_legend(sheet)
 
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from cpbench.core.spec import format_size
 from cpbench.reports.collection import Collection
-from cpbench.reports.columns import BOOLEAN_COLUMNS, COLUMNS, TEXT_COLUMNS
 from cpbench.reports.labels import RateFormat, three_digits
+from cpbench.reports.metrics import parse_metric
 from cpbench.reports.tables.markup import MARKUPS
 from cpbench.reports.tables.summary import method_names
 from cpbench.reports.tables.terminal import fit_table
@@ -29,24 +29,9 @@ FACTS = {
     "num_heads_kv": "num_heads_kv", "head_dim": "head_dim", "inputs": "inputs", "seed": "seed",
     "machine": "machine",
 }  # fmt: skip
-# Metrics by their short names: column, heading, factor.  Any other column of numbers may be given.
-METRICS = {
-    "ms": ("time_ms", "ms", 1.0),
-    "fwd": ("fwd_ms", "ms, forward", 1.0),
-    "bwd": ("bwd_ms", "ms, backward", 1.0),
-    "tflops": ("tflops_per_rank", "TFLOP/s per rank", 1.0),
-    "peak": ("peak_mb", "peak MB, max per rank", 1.0),
-    "sent": ("sent_mb", "MB sent, max per rank", 1.0),
-    "across": ("across_mb", "MB sent across nodes, max per rank", 1.0),
-    "exposed": ("exposed", "exposed communication, %", 100.0),
-    "imbalance": ("imbalance", "load imbalance, max/mean", 1.0),
-    "recall": ("recovered", "attention recall, %", 100.0),
-    "error": ("worst_error", "largest relative L2 error", 1.0),
-}
 Cell = tuple[str, float]  # as text and as a number, nan for none
 Block = Mapping[str, Mapping[str, Cell]]  # by value down and value across
 _MARKS = "*†‡§¶"
-_TIMES = {"ms", "fwd", "bwd", "tflops", "exposed"}  # do not count where a case is disqualified
 
 
 @dataclass(frozen=True)
@@ -75,16 +60,17 @@ def make_pivot(collection: Collection, pivot: str, metric: str, baseline: str) -
 
     Args:
         pivot: ``"down,across"``, two of ``FACTS``.
-        metric: one of ``METRICS``, or a column of numbers.
+        metric: see :func:`parse_metric`.
         baseline: a value of either fact: figures are divided by that one's; "" for none.
 
     Raises:
         ValueError: for anything else.
     """
     down, across = _parse(pivot)
-    column, heading, factor = _metric(metric)
-    if column.endswith("tflops_per_rank"):
-        rate = RateFormat(collection.table[column])
+    figure = parse_metric("--metric", metric)
+    heading, factor = figure.heading, figure.factor
+    if figure.column.endswith("tflops_per_rank"):
+        rate = RateFormat(collection.table[figure.column])
         heading = heading.replace("TFLOP/s", rate.unit)
         factor = 1.0 if rate.unit == "TFLOP/s" else 1e3
     table = collection.table.assign(method=method_names(collection.table))
@@ -95,7 +81,7 @@ def make_pivot(collection: Collection, pivot: str, metric: str, baseline: str) -
     for values, rows in table.groupby(keys, sort=True, dropna=False):
         *rest, row_value, column_value = values
         title = ", ".join(_fact_text(fact, v) for fact, v in zip(others, rest, strict=True))
-        cell = _cell(rows, column, factor, marks, metric in _TIMES)
+        cell = _cell(rows, figure.column, factor, marks, figure.timed)
         block = blocks.setdefault(title, {})
         block.setdefault(_value_text(down, row_value), {})[_value_text(across, column_value)] = cell
     if baseline:
@@ -167,17 +153,6 @@ def _parse(pivot: str) -> tuple[str, str]:
             f"--pivot {pivot!r}: give two of {', '.join(FACTS)}, e.g. seq_len,operator"
         )
     return parts[0], parts[1]
-
-
-def _metric(metric: str) -> tuple[str, str, float]:
-    if metric in METRICS:
-        return METRICS[metric]
-    if metric not in COLUMNS or metric in TEXT_COLUMNS or metric in BOOLEAN_COLUMNS:
-        raise ValueError(
-            f"--metric {metric!r} is none of {', '.join(METRICS)}, nor a column of numbers: "
-            "cpbench report --columns"
-        )
-    return metric, metric, 1.0
 
 
 def _other_facts(down: str, across: str) -> list[str]:
