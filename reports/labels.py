@@ -10,6 +10,7 @@ from operator import itemgetter
 from typing import Any
 
 from cpbench.core.spec import format_size
+from cpbench.core.spec import three_digits as three_digits
 
 _AS_LAUNCHED = "as launched"
 _ALL_QUERIES = "all"
@@ -112,18 +113,20 @@ def format_seeds(seeds: Sequence[Any]) -> str:
     return f"{', '.join(texts)}{more}"
 
 
-def three_digits(value: float) -> str:
-    """Three significant digits, never in scientific notation; "" for nan."""
-    if math.isnan(value):
-        return ""
-    rounded = abs(float(f"{value:.2e}"))
-    digits = 2 - math.floor(math.log10(rounded)) if 0 < rounded < math.inf else 0
-    return f"{value:,.{max(digits, 0)}f}"
-
-
 def format_number(value: float, form: str, unit: str = "") -> str:
-    """A number in a given format, with its unit; "" for nan."""
-    return "" if math.isnan(value) else format(value, form) + unit
+    """A number in a given format, with its unit; "" for nan, and no minus before zeros."""
+    return "" if math.isnan(value) else without_minus_zero(format(value, form)) + unit
+
+
+def signed_percent(change: float) -> str:
+    """``+1.2%``, ``-3.0%`` or ``0.0%`` for a relative change."""
+    text = f"{change:+.1%}"
+    return text[1:] if not text.strip("+-0.%") else text
+
+
+def without_minus_zero(text: str) -> str:
+    """``0.0`` for ``-0.0``."""
+    return text[1:] if text.startswith("-") and not text.strip("-0.%") else text
 
 
 class RateFormat:

@@ -13,6 +13,7 @@ import errno
 import io
 import os
 import sys
+import warnings
 from importlib import metadata
 from typing import Annotated, Any
 
@@ -48,6 +49,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # whatever the locale says
             stream.reconfigure(encoding="utf-8", errors="surrogateescape")
+    warnings.showwarning = _show_warning
     try:
         code = invoke()
         sys.stdout.flush()
@@ -59,6 +61,11 @@ def main() -> None:
         if error.errno == errno.ENOSPC:
             code = print_error(f"cannot write the output: {error.strerror}", 1)
     sys.exit(code)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Warnings in one line, like errors."""
+    print(f"cpbench: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def invoke(argv: list[str] | None = None) -> int:

@@ -130,13 +130,14 @@ def run_(
     from cpbench.results.store import last_sequence
     from cpbench.slurm.site_profile import parse_bytes
     from cpbench.sweep import refusals, sweep_file
+    from cpbench.sweep.conditions import select_cases
     from cpbench.sweep.dry_run import print_plan
     from cpbench.sweep.remaining import parse_statuses, remaining_cases
     from cpbench.sweep.request import Request
 
     with user_input():
         definition = sweep_file.load(sweep)
-        cases = sweep_file.select_cases(definition.cases, where or [])
+        cases = select_cases(definition.cases, where or [])
         if definition.left_out and not as_json:
             print(f"cpbench: {refusals.describe(definition.left_out)}", file=sys.stderr)
         site = jobs.slurm_profile(

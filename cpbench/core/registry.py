@@ -123,6 +123,10 @@ class StrategyInfo:
     requires: tuple[str, ...] = ()
 
 
+class LoadError(Exception):
+    """An implementation that cannot be loaded, or lacks methods; the message is one line."""
+
+
 class RegistrationError(ValueError):
     """A name that is registered twice, or an entry point that is not a declaration."""
 
@@ -229,6 +233,7 @@ def implementation(info: OperatorInfo | StrategyInfo, params: dict[str, Any]) ->
 
     Raises:
         ValueError: for a parameter that it does not take, or a value that it refuses.
+        LoadError: when there is no such implementation, or it lacks a method of the contract.
     """
     check_params(
         "operator" if isinstance(info, OperatorInfo) else "strategy", info.name, params, info.params
@@ -236,13 +241,33 @@ def implementation(info: OperatorInfo | StrategyInfo, params: dict[str, Any]) ->
     target = info.load
     if isinstance(target, str):
         module, _, attribute = target.partition(":")
-        target = getattr(importlib.import_module(module), attribute)
+        try:
+            target = getattr(importlib.import_module(module), attribute)
+        except Exception as error:  # the module may raise anything
+            reason = " ".join(str(error).split())
+            raise LoadError(f"{info.name}: cannot load {info.load}: {reason}") from error
     signature = inspect.signature(target).parameters
     for name, value in params.items():
         integer = name in signature and signature[name].annotation in ("int", int)
         if integer and type(value) is not int:
             raise ValueError(f"{info.name}: {name} = {value!r} is not an integer")
-    return target(**params)
+    try:
+        made = target(**params)
+    except (ValueError, TypeError):  # refused
+        raise
+    except Exception as error:
+        raise LoadError(f"{info.name}: cannot be made: {type(error).__name__}: {error}") from error
+    lacking = [name for name in _contract(info) if not callable(getattr(made, name, None))]
+    if lacking:
+        raise LoadError(f"{info.name}: {type(made).__name__} has no {', '.join(lacking)}")
+    return made
+
+
+def _contract(info: OperatorInfo | StrategyInfo) -> tuple[str, ...]:
+    """Methods that an implementation has."""
+    if isinstance(info, StrategyInfo):
+        return ("unsupported", "prepare", "forward", "backward")
+    return () if info.selects else ("unsupported", "prepare", "forward")
 
 
 def _lookup(name: str, registered: dict[str, T], kind: Any, what: str) -> T:

@@ -178,3 +178,13 @@ def _require_finite(text: str, number: float) -> float:
 def _split_items(text: str) -> list[str]:
     """Split at commas that are not inside brackets."""
     return re.split(r",(?![^\[]*\])", text) if text else []
+
+
+def three_digits(value: float) -> str:
+    """Three significant digits, never in scientific notation; "" for nan."""
+    if math.isnan(value):
+        return ""
+    rounded = abs(float(f"{value:.2e}"))
+    digits = 2 - math.floor(math.log10(rounded)) if 0 < rounded < math.inf else 0
+    text = f"{value:,.{max(digits, 0)}f}"
+    return text.lstrip("-") if rounded == 0 else text

@@ -44,7 +44,7 @@ from cpbench.masks.slices import (
 )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class AttnMask(living.PickledByFields):
     """An attention mask, as canonical band slices.
 
@@ -59,6 +59,10 @@ class AttnMask(living.PickledByFields):
     seq_q: int
     seq_k: int
     slices: IntArray
+
+    def __repr__(self) -> str:
+        extents = f"{self.seq_q} x {self.seq_k}"
+        return f"<AttnMask {extents}, {self.kind}, {len(self.slices)} slices, {self.density:.3%}>"
 
     @classmethod
     @untraced

@@ -6,9 +6,11 @@ All functions return an ``(n,)`` int64 array of positive lengths, in tokens, tha
 
 from __future__ import annotations
 
+import csv
 import functools
 import importlib
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -51,10 +53,10 @@ def lengths(
 
     Args:
         seq_len: total number of tokens.
-        doc_lens: the lengths; they must sum to ``seq_len``.
+        doc_lens: the lengths; see :func:`from_list`.
         corpus: name of a histogram to sample from, with ``seed``; see :func:`from_corpus`.
         seed: only with ``corpus``; 0 by default.
-        file: a file of lengths, with ``column`` for parquet; see :func:`from_file`.
+        file: a file of lengths, with ``column`` for tables; see :func:`from_file`.
         column: only with ``file``.
 
     Raises:
@@ -70,7 +72,7 @@ def lengths(
     if seed is not None and source != "corpus":
         raise ValueError(f"seed goes with corpus, not with {source}")
     if column is not None and source != "file":
-        raise ValueError("column goes with file (a .parquet file), and no file is given")
+        raise ValueError("column goes with file (a table), and no file is given")
     if doc_lens is not None:
         return from_list(seq_len, doc_lens)
     if file is not None:
@@ -83,16 +85,18 @@ def lengths(
 
 
 def from_list(seq_len: int, doc_lens: Sequence[int]) -> IntArray:
-    """Check document lengths and return them as an array.
+    """Lengths from a list, cut to ``seq_len`` tokens or repeated up to that, with a warning.
 
     Raises:
-        ValueError: unless they are positive integers that sum to ``seq_len``.
+        ValueError: unless they are positive integers.
     """
     lens = _checked(np.asarray(doc_lens), "doc_lens")
     total = int(lens.sum())
-    if total != seq_len:
-        raise ValueError(f"doc_lens must sum to seq_len = {seq_len}, not to {total}")
-    return lens
+    if total == seq_len:
+        return lens
+    how = "the list is cut" if total > seq_len else "the list is repeated"
+    warnings.warn(f"doc_lens are {total} tokens, seq_len is {seq_len}: {how}", stacklevel=2)
+    return _cut_or_repeat(lens, seq_len)
 
 
 def from_corpus(seq_len: int, corpus: str, seed: int) -> IntArray:
@@ -147,8 +151,9 @@ def from_file(seq_len: int, file: str, column: str | None = None) -> IntArray:
     """Lengths in the order of a file, repeated if they are fewer than ``seq_len`` tokens.
 
     The last document is truncated.  Files are ``.txt`` (one length per line, empty lines skipped),
-    ``.json`` (a list), ``.npy`` (a 1-D integer array) or ``.parquet`` (an integer column:
-    ``column``, or the only one).
+    ``.json`` (a list), ``.jsonl`` (a length per line, or objects that have it under ``column``),
+    ``.npy`` (a 1-D integer array), or tables: ``.csv`` with a head, or ``.parquet`` (an integer
+    column: ``column``, or the only one).
 
     Raises:
         ValueError: for a file that is missing, empty, of another type, or that holds anything but
@@ -158,8 +163,8 @@ def from_file(seq_len: int, file: str, column: str | None = None) -> IntArray:
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise ValueError(f"file {file!r} must end in one of {', '.join(_READERS)}")
-    if column is not None and path.suffix.lower() != ".parquet":
-        raise ValueError(f"column goes with a .parquet file, not with {file!r}")
+    if column is not None and path.suffix.lower() not in _TABLES:
+        raise ValueError(f"column goes with {', '.join(_TABLES)} files, not with {file!r}")
     if not path.is_file():
         raise ValueError(f"there is no file {file!r}; give a path to document lengths")
     try:
@@ -168,9 +173,7 @@ def from_file(seq_len: int, file: str, column: str | None = None) -> IntArray:
         raise
     except Exception as error:  # json, numpy and pyarrow raise many types for broken files
         raise ValueError(f"file {file!r} cannot be read: {_one_line(error)}") from error
-    lens = _checked(raw, f"file {file!r}")
-    repeats = -(-seq_len // int(lens.sum()))
-    return _truncate(np.tile(lens, repeats), seq_len)
+    return _cut_or_repeat(_checked(raw, f"file {file!r}"), seq_len)
 
 
 def starts(doc_lens: IntArray) -> IntArray:
@@ -207,6 +210,12 @@ def _fill(
         rounds.append(sample(generator.random((int(remaining / typical) + 16, 2))))
         remaining -= int(rounds[-1].sum())
     return _truncate(np.concatenate([np.zeros(0, np.int64), *rounds]), total)
+
+
+def _cut_or_repeat(lens: IntArray, seq_len: int) -> IntArray:
+    """Lengths that sum to ``seq_len``: repeated as often as it takes, the last one truncated."""
+    repeats = -(-seq_len // int(lens.sum()))
+    return _truncate(np.tile(lens, repeats), seq_len)
 
 
 def _truncate(lens: IntArray, total: int) -> IntArray:
@@ -271,6 +280,45 @@ def _read_json(path: Path, _: str | None) -> npt.NDArray[Any]:
     return np.array(lens)
 
 
+def _read_json_lines(path: Path, column: str | None) -> npt.NDArray[Any]:
+    lens: list[int] = []
+    for number, line in enumerate(path.read_text("utf-8-sig").splitlines(), start=1):
+        if line.strip():
+            value = json.loads(line)
+            if isinstance(value, dict):
+                value = value[_chosen_column(path, list(value), column)]
+            if type(value) is not int:
+                raise _BadFileError(f"file {str(path)!r}, line {number}: {value!r} is no integer")
+            lens.append(value)
+    return np.array(lens)
+
+
+def _read_csv(path: Path, column: str | None) -> npt.NDArray[Any]:
+    rows = csv.DictReader(path.read_text("utf-8-sig").splitlines())
+    name = _chosen_column(path, list(rows.fieldnames or ()), column)
+    lens: list[int] = []
+    for row in rows:
+        text = row[name]
+        try:
+            lens.append(int(text))
+        except (TypeError, ValueError):
+            raise _BadFileError(
+                f"file {str(path)!r}, line {rows.line_num}: {name} = {text!r} is no integer"
+            ) from None
+    return np.array(lens)
+
+
+def _chosen_column(path: Path, columns: list[str], column: str | None) -> str:
+    """The given column of a table, or its only one."""
+    if column is None and len(columns) != 1:
+        raise _BadFileError(f"file {str(path)!r} needs column=…, one of: {', '.join(columns)}")
+    if column is not None and column not in columns:
+        raise _BadFileError(
+            f"file {str(path)!r} has no column {column!r}; it has {', '.join(columns)}"
+        )
+    return columns[0] if column is None else column
+
+
 def _read_npy(path: Path, _: str | None) -> npt.NDArray[Any]:
     lens: npt.NDArray[Any] = np.load(path, allow_pickle=False)
     return lens
@@ -278,14 +326,7 @@ def _read_npy(path: Path, _: str | None) -> npt.NDArray[Any]:
 
 def _read_parquet(path: Path, column: str | None) -> npt.NDArray[Any]:
     parquet = importlib.import_module("pyarrow.parquet")  # optional, and without type stubs
-    columns = list(parquet.read_schema(path).names)
-    if column is None and len(columns) != 1:
-        raise _BadFileError(f"file {str(path)!r} needs column=…, one of: {', '.join(columns)}")
-    if column is not None and column not in columns:
-        raise _BadFileError(
-            f"file {str(path)!r} has no column {column!r}; it has {', '.join(columns)}"
-        )
-    name = columns[0] if column is None else column
+    name = _chosen_column(path, list(parquet.read_schema(path).names), column)
     values = parquet.read_table(path, columns=[name]).column(name)
     if values.null_count:
         raise _BadFileError(f"file {str(path)!r}, column {name!r} holds {values.null_count} nulls")
@@ -295,9 +336,12 @@ def _read_parquet(path: Path, column: str | None) -> npt.NDArray[Any]:
 _READERS: dict[str, Callable[[Path, str | None], npt.NDArray[Any]]] = {
     ".txt": _read_text,
     ".json": _read_json,
+    ".jsonl": _read_json_lines,
     ".npy": _read_npy,
+    ".csv": _read_csv,
     ".parquet": _read_parquet,
 }
+_TABLES = (".jsonl", ".csv", ".parquet")  # have columns
 
 
 def _checked(lens: npt.NDArray[Any], name: str) -> IntArray:

@@ -20,7 +20,7 @@ from cpbench.masks.dilated_mask import DilatedMask
 from cpbench.masks.slices import BoolArray, IntArray
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class HeadMasks(living.PickledByFields):
     """One mask per query head, the same for every batch.
 
@@ -34,6 +34,11 @@ class HeadMasks(living.PickledByFields):
     masks: tuple[AttnMask, ...]
 
     kind = "heads"
+
+    def __repr__(self) -> str:
+        distinct = len(set(self.masks))
+        extents = f"{self.seq_q} x {self.seq_k}"
+        return f"<HeadMasks {extents}, {self.heads} heads, {distinct} distinct, {self.density:.3%}>"
 
     @property
     def heads(self) -> int:

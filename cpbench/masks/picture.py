@@ -12,7 +12,9 @@ from cpbench.masks.tiling import tiles
 
 MAX_CELLS = 512  # along a side of a picture
 THUMBNAIL_CELLS = 64
-SHADES = ["#cfe3f5", "#4a90c8", "#0b3c6f"]
+SHADES = ["#8dbbe0", "#3f83bd", "#0b3c6f"]
+LINE_CELLS = 3  # width of a line that is thinner than a cell, such as a few sinks
+MARGIN = 0.012  # of the extent, so that the first tokens do not lie below the axis
 
 
 def draw(mask: AttnMask, path: str | Path, title: str = "") -> None:
@@ -20,7 +22,8 @@ def draw(mask: AttnMask, path: str | Path, title: str = "") -> None:
 
     A cell is a square of tokens, and there are at most 512 x 512 cells, so a million tokens are
     drawn as fast as a thousand.  White cells have no visible pair; the shade of the others is
-    their exact share of visible pairs.
+    their exact share of visible pairs.  Lines of a single cell are drawn wider: a few sinks among a
+    million tokens would not be seen.
 
     Args:
         mask: any mask with at least one query and one key.
@@ -37,6 +40,7 @@ def draw(mask: AttnMask, path: str | Path, title: str = "") -> None:
     from matplotlib.figure import Figure
 
     share, cell = _shares(mask, MAX_CELLS)
+    share = _widen_lines(share) if cell > 1 else share
     # Square tokens, unless the picture would be too narrow.
     aspect = min(max(mask.seq_q / mask.seq_k, 0.2), 3.0)
     figure = Figure(figsize=(6.0, 4.6 * aspect + 1.0), dpi=150, layout="constrained")
@@ -51,8 +55,9 @@ def draw(mask: AttnMask, path: str | Path, title: str = "") -> None:
         aspect="equal" if aspect == mask.seq_q / mask.seq_k else "auto",
         interpolation="nearest",
     )
-    axes.set_xlim(0, mask.seq_k)
-    axes.set_ylim(mask.seq_q, 0)
+    right, bottom = MARGIN * mask.seq_k, MARGIN * mask.seq_q
+    axes.set_xlim(-right, mask.seq_k + right)
+    axes.set_ylim(mask.seq_q + bottom, -bottom)
     axes.xaxis.tick_top()
     axes.xaxis.set_label_position("top")
     axes.set_xlabel("key")
@@ -101,6 +106,26 @@ def _shares(mask: AttnMask, cells: int) -> tuple[np.ndarray, int]:
     heights = np.minimum(cell, mask.seq_q - cell * np.arange(visible.shape[0]))
     widths = np.minimum(cell, mask.seq_k - cell * np.arange(visible.shape[1]))
     return visible / (heights[:, None] * widths[None, :]), cell
+
+
+def _widen_lines(share: np.ndarray) -> np.ndarray:
+    """The shares with lines of single cells widened to ``LINE_CELLS``, into empty cells."""
+    widened = share
+    for axis in (1, 0):
+        drawn = np.moveaxis(widened, axis, -1) > 0
+        padded = np.pad(drawn, ((0, 0), (1, LINE_CELLS)))
+        alone = drawn & ~padded[:, : drawn.shape[1]]
+        for step in range(1, LINE_CELLS + 1):
+            alone &= ~padded[:, 1 + step : 1 + step + drawn.shape[1]]
+        # A line, not a step of a diagonal: the next cell along it is alone, too.
+        alone &= np.pad(alone, ((1, 0), (0, 0)))[:-1] | np.pad(alone, ((0, 1), (0, 0)))[1:]
+        target = np.moveaxis(widened.copy(), axis, -1)
+        for step in range(1, LINE_CELLS):
+            source = np.moveaxis(widened, axis, -1)
+            moved = np.where(alone, source, 0)[:, :-step]
+            target[:, step:] = np.maximum(target[:, step:], moved)
+        widened = np.moveaxis(target, -1, axis)
+    return widened
 
 
 def _ticks(extent: int) -> list[int]:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cpbench.core.problem import Case
-from cpbench.core.registry import implementation, operator_info, strategy_info
+from cpbench.core.registry import LoadError, implementation, operator_info, strategy_info
 from cpbench.parallel.strategy import declared_refusal
 from cpbench.parallel.trace import RankTrace, trace_rank
 from cpbench.parallel.world import World
@@ -69,7 +69,7 @@ def main() -> int:
         case = Case.from_json(request["case"])
         try:
             replies.append(trace_case(case, request["ranks"], request["buffers"]))
-        except ValueError as refusal:
+        except (ValueError, LoadError) as refusal:
             replies.append({"refused": str(refusal)})
     print(json.dumps(replies))
     return 0

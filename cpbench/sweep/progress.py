@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections import Counter
 
 from cpbench.core.problem import Case
+from cpbench.core.spec import three_digits
 from cpbench.results.record import Record
 
 
@@ -17,7 +19,14 @@ def describe_result(record: Record) -> str:
         return f"ok, max error {record.worst_error:.1e}" if record.worst_error else "ok"
     noise = f" ±{record.noise:.1%}" if record.noise is not None else ""
     flags = f" [{' '.join(record.flags)}]" if record.flags else ""
-    return f"{record.median_us / 1e3:.3g} ms{noise}{flags}"
+    return f"{three_digits(record.median_us / 1e3)} ms{noise}{flags}"
+
+
+def format_duration(seconds: float) -> str:
+    """``45 s``, ``12 min`` or ``3.4 h``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 class ProgressLines:
@@ -25,6 +34,7 @@ class ProgressLines:
 
     def __init__(self, total: int, quiet: bool) -> None:
         self._total, self._quiet, self._done = total, quiet, 0
+        self._begun = time.monotonic()
 
     def __enter__(self) -> ProgressLines:
         return self
@@ -39,11 +49,18 @@ class ProgressLines:
         """Show the result of a case."""
         self._done += 1
         if not self._quiet:
+            result = f"{record.case.label}: {describe_result(record)}"
             print(
-                f"[{self._done}/{self._total}] {record.case.label}: {describe_result(record)}",
-                file=sys.stderr,
-                flush=True,
+                f"[{self._done}/{self._total}{self._left()}] {result}", file=sys.stderr, flush=True
             )
+
+    def _left(self) -> str:
+        """The time that the cases left would take at the pace so far; "" for the last one."""
+        remaining = self._total - self._done
+        if not remaining:
+            return ""
+        seconds = (time.monotonic() - self._begun) / self._done * remaining
+        return f", {format_duration(seconds)} left"
 
 
 class _ProgressBar(ProgressLines):

@@ -29,7 +29,7 @@ import math
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
@@ -38,6 +38,7 @@ from typing import Any
 from cpbench import inputs, masks
 from cpbench.core.problem import DIRECTIONS, DTYPES, Case
 from cpbench.core.registry import (
+    LoadError,
     StrategyInfo,
     check_params,
     implementation,
@@ -170,13 +171,13 @@ def expand(table: Mapping[str, Any], name: str) -> Sweep:
     tables = [base] if base else []
     tables += [{**base, **include} for include in includes]
     all_cases = list(itertools.chain.from_iterable(map(expand_table, tables)))
-    rules = [{key: _parse_values(key, value) for key, value in rule.items()} for rule in excludes]
+    rules = [{key: parse_values(key, value) for key, value in rule.items()} for rule in excludes]
     for rule, written in zip(rules, excludes, strict=True):
-        if not any(_matches(case, rule) for case in all_cases):
+        if not any(matches(case, rule) for case in all_cases):
             raise ValueError(f"[[exclude]] {written!r} matches no case")
     cases: dict[str, Case] = {}
     for case in all_cases:
-        if not any(_matches(case, rule) for rule in rules):
+        if not any(matches(case, rule) for rule in rules):
             cases.setdefault(case.id, case)
     if not cases:
         raise ValueError("every case is excluded: nothing to run")
@@ -196,7 +197,7 @@ def expand_table(table: Mapping[str, Any]) -> list[Case]:
         if key not in table:  # the default must be valid too
             _CHECKS[key](getattr(Case(), key))
     keys = [key for key in KEYS if key in table]
-    columns = [_parse_values(key, table[key]) for key in keys]
+    columns = [parse_values(key, table[key]) for key in keys]
     size = math.prod(map(len, columns))
     if size > MAX_CASES:
         raise ValueError(f"the lists multiply to {size} cases; at most {MAX_CASES} are allowed")
@@ -228,31 +229,6 @@ def parse_integer(key: str, item: Any) -> int:
     return value
 
 
-def select_cases(cases: Iterable[Case], conditions: Sequence[str]) -> list[Case]:
-    """The cases that match every ``key=value`` (a spec matches by its text or its name); the key
-    may also be ``id``.
-
-    Raises:
-        ValueError: for a condition that is not of that form, for an unknown key, or when no case
-            matches.
-    """
-    selected = list(cases)
-    for condition in conditions:
-        key, equals, value = (part.strip() for part in condition.partition("="))
-        if not equals:
-            raise ValueError(f"{condition!r} is not of the form key=value; keys: {', '.join(KEYS)}")
-        if key == "id":
-            rule = {key: split_list(value)}
-        else:
-            _check_key(key)
-            rule = {key: _parse_values(key, split_list(value))}
-        values = dict.fromkeys(str(getattr(case, key)) for case in selected)
-        selected = [case for case in selected if _matches(case, rule)]
-        if not selected:
-            raise ValueError(f"no case has {condition}; {key} is one of: {', '.join(values)}")
-    return selected
-
-
 def split_list(text: str) -> list[str]:
     """Split ``"a,b:x=1,y=2,c"`` into ``["a", "b:x=1,y=2", "c"]``: a comma before ``key=`` or inside
     brackets belongs to the item."""
@@ -260,9 +236,9 @@ def split_list(text: str) -> list[str]:
     return [item.strip() for item in items]
 
 
-def _parse_values(key: str, value: Any) -> list[Any]:
+def parse_values(key: str, value: Any) -> list[Any]:
     """The list of values of one key, each converted and checked."""
-    _check_key(key)
+    check_key(key)
     items = value if isinstance(value, list) else [value]
     if not items:
         raise ValueError(f"{key} = [] is an empty list; give at least one value")
@@ -351,7 +327,10 @@ def _build_case(values: dict[str, Any]) -> Case:
 def _checked_strategy(spec: Spec) -> StrategyInfo:
     """The declaration of a strategy, after its implementation has checked the parameters."""
     info = strategy_info(spec.name)
-    implementation(info, spec.kwargs)
+    try:
+        implementation(info, spec.kwargs)
+    except LoadError as error:
+        raise ValueError(f"strategy {spec.name!r}: {error}") from None
     return info
 
 
@@ -363,7 +342,7 @@ def _check_selector(spec: Spec) -> None:
         operator_info(str(kernel))
 
 
-def _matches(case: Case, rule: Mapping[str, Sequence[Any]]) -> bool:
+def matches(case: Case, rule: Mapping[str, Sequence[Any]]) -> bool:
     """Whether each key of a case has one of the values that a rule lists for it."""
     for key, allowed in rule.items():
         value = getattr(case, key)
@@ -373,7 +352,7 @@ def _matches(case: Case, rule: Mapping[str, Sequence[Any]]) -> bool:
     return True
 
 
-def _check_key(key: str) -> None:
+def check_key(key: str) -> None:
     if key not in KEYS:
         raise ValueError(f"no key {key!r}; there are: {', '.join(KEYS)}")
 
@@ -383,7 +362,7 @@ def _checked_table(name: str, value: Any) -> dict[str, Any]:
         raise ValueError(f"{name} is not a table: write [{name}]")
     if name != "measure":
         for key in value:
-            _check_key(key)
+            check_key(key)
     return value
 
 

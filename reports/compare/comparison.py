@@ -15,7 +15,13 @@ from cpbench.reports.compare.verdicts import (
     comparison_caveats,
     describe_commits,
 )
-from cpbench.reports.labels import format_number, pluralize, split_common_words, three_digits
+from cpbench.reports.labels import (
+    format_number,
+    pluralize,
+    signed_percent,
+    split_common_words,
+    three_digits,
+)
 from cpbench.results.store import Run
 
 if TYPE_CHECKING:
@@ -112,9 +118,9 @@ def explanations(comparison: Comparison) -> list[str]:
 def _display_row(row: dict[str, Any]) -> dict[str, str]:
     change, interval = "", ""
     if not math.isnan(row["ratio"]):
-        change = f"{row['ratio'] - 1:+.1%}"
+        change = f"{signed_percent(row['ratio'] - 1)}"
     if not math.isnan(row["low"]):
-        interval = f"{row['low'] - 1:+.1%} to {row['high'] - 1:+.1%}"
+        interval = f"{signed_percent(row['low'] - 1)} to {signed_percent(row['high'] - 1)}"
     memory = row["memory_ratio"]
     return {
         "case": row["case"],

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpbench.reports.compare.statistics import ALPHA, SLOWER, launches_to_decide
 from cpbench.reports.compare.verdicts import ADDED, FAILS, MISSING, NEITHER, WORKS, compare
-from cpbench.reports.labels import pluralize
+from cpbench.reports.labels import pluralize, signed_percent
 from cpbench.results.contest import MIN_LAUNCHES, launches_needed
 from cpbench.results.record import FAILURES
 from cpbench.results.store import Run
@@ -150,7 +150,7 @@ def _failures(
         yield (
             "memory",
             f"peak {row['base_peak_mb']:.1f} to {row['new_peak_mb']:.1f} MB, "
-            f"{row['memory_ratio'] - 1:+.1%}; at most {max_memory:.1%} is allowed",
+            f"{signed_percent(row['memory_ratio'] - 1)}; at most {max_memory:.1%} is allowed",
         )
 
 
@@ -164,9 +164,10 @@ def _undecided_time(row: dict[str, Any], max_slowdown: float) -> str:
         return ""
     launches = f"{row['base_launches']} and {row['new_launches']} launches"
     if math.isnan(row["high"]):
+        change = signed_percent(row["ratio"] - 1)
         return (
-            f"{row['base_ms']:.3g} to {row['new_ms']:.3g} ms, {row['ratio'] - 1:+.1%}, over "
-            f"{launches}; the test takes {MIN_LAUNCHES} per side"
+            f"{row['base_ms']:.3g} to {row['new_ms']:.3g} ms, {change}, over {launches}; the test "
+            f"takes {MIN_LAUNCHES} per side"
         )
     if row["low"] <= 1 + max_slowdown:
         problem = f"the interval has the limit of {max_slowdown:.1%} in it"
@@ -215,6 +216,6 @@ def result_lines(result: GateResult) -> list[str]:
 
 def _times_text(row: dict[str, Any]) -> str:
     return (
-        f"{row['base_ms']:.3g} to {row['new_ms']:.3g} ms, {row['ratio'] - 1:+.1%} "
-        f"({row['low'] - 1:+.1%} to {row['high'] - 1:+.1%})"
+        f"{row['base_ms']:.3g} to {row['new_ms']:.3g} ms, {signed_percent(row['ratio'] - 1)} "
+        f"({signed_percent(row['low'] - 1)} to {signed_percent(row['high'] - 1)})"
     )

@@ -18,7 +18,7 @@ from cpbench.reports.history.versions import (
     short_names,
     versions,
 )
-from cpbench.reports.labels import pluralize, split_common_words, three_digits
+from cpbench.reports.labels import pluralize, signed_percent, split_common_words, three_digits
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,9 @@ def _step_cells(history: History, series: Series, step: Step | None) -> dict[str
         "last": three_digits(last), "step": "", "interval": "", "at": "", "after": "",
     }  # fmt: skip
     if step is not None:
+        low, high = (signed_percent(end - 1) for end in (step.test.low, step.test.high))
         cells |= {
-            "step": f"{step.test.ratio - 1:+.1%}",
-            "interval": f"{step.test.low - 1:+.1%} to {step.test.high - 1:+.1%}",
+            "step": signed_percent(step.test.ratio - 1), "interval": f"{low} to {high}",
             "at": history.names[step.index], "after": history.names[step.previous],
         }  # fmt: skip
     elif problem := _status_change(history, series):

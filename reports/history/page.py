@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpbench.reports.history.history import History, rows
 from cpbench.reports.history.series import METRICS
+from cpbench.reports.labels import signed_percent
 from cpbench.reports.page import assets
 from cpbench.reports.page.write import render_template
 
@@ -50,7 +51,11 @@ def _series_data(series: Series) -> dict[str, Any]:
         "launches": [len(point.launches) if point else 0 for point in known],
         "statuses": [point.status if point else "missing" for point in series.points],
         "steps": [
-            {"at": step.index, "text": f"{step.test.ratio - 1:+.1%}", "slower": step.test.ratio > 1}
+            {
+                "at": step.index,
+                "text": f"{signed_percent(step.test.ratio - 1)}",
+                "slower": step.test.ratio > 1,
+            }
             for step in series.steps
             if not math.isnan(step.test.ratio)
         ],

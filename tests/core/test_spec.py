@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpbench.core.spec import Spec, format_size, parse_size, parse_value
+from cpbench.core.spec import Spec, format_size, parse_size, parse_value, three_digits
+from cpbench.reports.labels import format_number, signed_percent
 
 MANY = settings(max_examples=200, deadline=None, derandomize=True)
 
@@ -150,3 +151,9 @@ def test_parsing_a_spec_returns_it() -> None:
 def test_invalid_specs(source: object) -> None:
     with pytest.raises(ValueError, match=r"."):
         Spec.parse(source)  # type: ignore[arg-type]
+
+
+def test_three_digits_without_a_minus_before_zero() -> None:
+    assert [three_digits(x) for x in (-0.0, 0.0, -1.5, 1234.5)] == ["0", "0", "-1.50", "1,234"]
+    assert [signed_percent(x) for x in (-4e-5, 4e-5, -0.012)] == ["0.0%", "0.0%", "-1.2%"]
+    assert format_number(-0.01, "+.1f", "%") == "0.0%"

@@ -194,3 +194,25 @@ def test_picture(tmp_path: Path) -> None:
         assert path.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="0 x 4 tokens has nothing to draw"):
         draw(AttnMask.from_slices(0, 4, []), tmp_path / "x.png")
+
+
+def test_a_few_sinks_among_many_tokens_are_seen(tmp_path: Path) -> None:
+    """Their column is darker than white, several pixels wide, and not below the axis."""
+    from matplotlib.image import imread
+
+    draw(masks.build("streaming", 65536, num_sinks=4, window=1024), tmp_path / "m.png")
+    pixels = imread(tmp_path / "m.png")[..., :3]
+    row = pixels[int(pixels.shape[0] * 0.7)]  # far below the diagonal's first half
+    blue = (row[:, 2] - row[:, 0] > 0.25) & (row[:, 2] > 0.4)
+    left = blue[: len(blue) // 3]
+    assert 2 <= left.sum() <= 8
+    axis = np.flatnonzero(row[: len(row) // 3].sum(-1) < 0.5)
+    assert np.flatnonzero(left)[0] > axis[-1] + 1
+
+
+def test_masks_have_a_short_repr() -> None:
+    mask = masks.build("causal_document", 4096, corpus="pile", seed=1)
+    assert repr(mask) == f"<AttnMask 4096 x 4096, bands, {len(mask.slices)} slices, 6.063%>"
+    heads = masks.build_heads("block_sparse_uniform", 4096, 8)
+    assert repr(heads) == "<HeadMasks 4096 x 4096, 8 heads, 8 distinct, 9.375%>"
+    assert len(repr(masks.build_heads("dilated", 4096, 8))) < 200

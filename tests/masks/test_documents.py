@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,10 @@ def _write(folder: Path, kind: str, lens: list[int]) -> str:
         path.write_text("\n".join(map(str, lens)) + "\n\n")
     elif kind == "json":
         path.write_text(json.dumps(lens))
+    elif kind == "jsonl":
+        path.write_text("".join(f'{{"tokens": {n}, "name": "a"}}\n' for n in lens) + "\n")
+    elif kind == "csv":
+        path.write_text("name,tokens\n" + "".join(f'"a,b",{n}\n' for n in lens))
     elif kind == "npy":
         np.save(path, np.array(lens, dtype=np.int32))
     else:
@@ -146,10 +151,10 @@ def _write(folder: Path, kind: str, lens: list[int]) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("kind", ["txt", "json", "npy", "parquet"])
+@pytest.mark.parametrize("kind", ["txt", "json", "jsonl", "npy", "csv", "parquet"])
 def test_files(tmp_path: Path, kind: str) -> None:
     file = _write(tmp_path, kind, [5, 1, 4])
-    column = "tokens" if kind == "parquet" else None
+    column = "tokens" if kind in ("jsonl", "csv", "parquet") else None
     for seq_len, expected in [
         (10, [5, 1, 4]),
         (8, [5, 1, 2]),
@@ -174,7 +179,14 @@ def test_the_only_column_of_a_parquet_file_needs_no_name(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"1\n", "must end in one of .txt, .json, .npy, .parquet"),
+        ("a.xls", b"1\n", "must end in one of .txt, .json, .jsonl, .npy, .csv, .parquet"),
+        ("a.csv", b"", "needs column=\u2026, one of: "),
+        ("a.csv", b"n\n3\nx\n", "line 3: n = 'x' is no integer"),
+        ("a.csv", b"n,m\n3,4\n", "needs column=\u2026, one of: n, m"),
+        ("a.jsonl", b"3\n[4]\n", "line 2: [4] is no integer"),
+        ("a.jsonl", b"3\ntrue\n", "line 2: True is no integer"),
+        ("a.jsonl", b'{"n": 3, "m": 4}\n', "needs column=\u2026, one of: n, m"),
+        ("a.jsonl", b"{\n", "cannot be read: "),
         ("a.txt", b"", "holds no lengths; give at least one"),
         ("a.txt", b"\n \n", "holds no lengths; give at least one"),
         ("a.txt", b"3\n0\n", "must hold integers from 1 to 2**40; number 2 is 0"),
@@ -216,7 +228,7 @@ def test_bad_arrays_and_columns(tmp_path: Path) -> None:
     _refused("must be a flat list of integers >= 1, not 2-D int64", 10, file)
     np.save(file, np.ones(2))
     _refused("must be a flat list of integers >= 1, not 1-D float64", 10, file)
-    _refused("column goes with a .parquet file", 10, file, "n")
+    _refused("column goes with .jsonl, .csv, .parquet files", 10, file, "n")
     file = str(tmp_path / "a.parquet")
     pd.DataFrame({"n": [1, 2], "text": ["a", "b"], "gap": [1, None]}).to_parquet(file)
     _refused("needs column=…, one of: n, text, gap", 10, file)
@@ -296,3 +308,16 @@ def test_cumulative_lengths_that_are_refused(cumulative: Any, message: str) -> N
 def test_slices_that_are_refused(slices: Any) -> None:
     with pytest.raises(ValueError, match="six integers"):
         masks.AttnMask.from_slices(4, 4, slices)
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "expected", "how"),
+    [(7, [3, 4], None), (6, [3, 3], "cut"), (2, [2], "cut"), (17, [3, 4, 3, 4, 3], "repeated")],
+)
+def test_one_list_for_several_lengths(seq_len: int, expected: list[int], how: str | None) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert documents.from_list(seq_len, [3, 4]).tolist() == expected
+    texts = [str(warning.message) for warning in caught]
+    said = f"doc_lens are 7 tokens, seq_len is {seq_len}: the list is {how}"
+    assert texts == ([said] if how else [])

@@ -76,7 +76,6 @@ SWEEPS: dict[str, tuple[str, list[str]]] = {
     "mask not square": ("[sweep]\nmask = 'causal:seq_q=5'", ["5 x 1024", "square"]),
     "mask corpus": ("[sweep]\nmask = 'full_document:corpus=bible'", ["'bible'", "pile, "]),
     "mask seed": ("[sweep]\nmask = 'full_document:seed=-1'", ["seed", ">= 0", "-1"]),
-    "doc_lens sum": ("[sweep]\nmask = 'full_document:doc_lens=[1,2]'", ["1024", "not to 3"]),
     "doc_lens zero": (
         "[sweep]\nmask = 'full_document:doc_lens=[0,1024]'",
         ["doc_lens", "from 1 to 2**40"],
@@ -148,7 +147,7 @@ LINES: dict[str, tuple[list[str], list[str]]] = {
         ["benchmark"],
         [
             "'benchmark'",
-            "list, run, bench, init, verify, report, compare, gate, plot, mask, traffic, links",
+            "list, run, bench, init, verify, report, plot, compare, gate, race, history, traffic, links",
         ],
     ),
     "option": (["run", "quick", "--fast"], ["--fast", "cpbench run --help"]),

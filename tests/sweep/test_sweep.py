@@ -16,6 +16,7 @@ from cpbench.core.problem import Case
 from cpbench.core.spec import Spec
 from cpbench.parallel import layout
 from cpbench.sweep import refusals, sweep_file
+from cpbench.sweep.conditions import select_cases
 
 SMALL = st.lists(st.integers(1, 64), min_size=1, max_size=3, unique=True)
 
@@ -110,10 +111,10 @@ def test_exclude_applies_to_includes_too() -> None:
 
 def test_where() -> None:
     expanded = cases(seq_len=["1k", "2k"], mask=["full", "streaming:window=[3,4]"], seed=[1, 2])
-    assert len(sweep_file.select_cases(expanded, ["seq_len=1k,2k"])) == len(expanded)
-    assert len(sweep_file.select_cases(expanded, ["mask=streaming"])) == 8
-    assert len(sweep_file.select_cases(expanded, ["mask=streaming:window=3,full", "seed=1"])) == 4
-    assert sweep_file.select_cases(expanded, []) == expanded
+    assert len(select_cases(expanded, ["seq_len=1k,2k"])) == len(expanded)
+    assert len(select_cases(expanded, ["mask=streaming"])) == 8
+    assert len(select_cases(expanded, ["mask=streaming:window=3,full", "seed=1"])) == 4
+    assert select_cases(expanded, []) == expanded
 
 
 def test_split_list() -> None:
@@ -297,3 +298,50 @@ def test_cases_that_no_machine_can_run_are_left_out() -> None:
     assert refusals.certain_refusal(case) == "ring_flash_attn.zigzag takes layouts zigzag"
     with pytest.raises(ValueError, match="nothing to run: single runs on one rank; give a strat"):
         sweep_file.expand({"sweep": {"world_size": 64}}, "s")
+
+
+def test_a_list_of_lengths_is_cut_for_every_length_of_a_sweep() -> None:
+    with pytest.warns(UserWarning, match="the list is (cut|repeated)"):
+        found = cases(mask="causal_document:doc_lens=[10,20]", seq_len=[16, 30, 64])
+    assert [case.seq_len for case in found] == [16, 30, 64]
+
+
+BROKEN = """
+from cpbench.core.registry import StrategyInfo
+
+
+def fails():
+    raise ZeroDivisionError("no")
+
+
+def made(load):
+    return StrategyInfo(name="mine", summary="x", source="x", load=load)
+
+
+NO_MODULE, NO_NAME = made("nowhere.module:Thing"), made("cpbench.strategies.ring:Nothing")
+RAISES, LACKS = made(fails), made(object)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("NO_MODULE", "mine: cannot load nowhere.module:Thing: No module named 'nowhere'"),
+        ("NO_NAME", "cannot load cpbench.strategies.ring:Nothing: module"),
+        ("RAISES", "mine: cannot be made: ZeroDivisionError: no"),
+        ("LACKS", "mine: object has no unsupported, prepare, forward, backward"),
+    ],
+)
+def test_strategies_that_cannot_be_loaded(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "broken.py").write_text(BROKEN)
+    with pytest.raises(ValueError) as refused:
+        cases(strategy=f"{tmp_path}/broken.py:{name}", world_size=2)
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_cases_by_id() -> None:
+    found = cases(seq_len=[64, 128, 256])
+    assert select_cases(found, [f"id={found[2].id},{found[0].id}"]) == [found[0], found[2]]
+    with pytest.raises(ValueError, match="no case has id=x; id is one of: "):
+        select_cases(found, ["id=x"])
