@@ -147,7 +147,8 @@ LINES: dict[str, tuple[list[str], list[str]]] = {
         ["benchmark"],
         [
             "'benchmark'",
-            "list, run, bench, init, verify, report, plot, compare, gate, race, history, traffic, links",
+            "list, run, bench, init, verify, report, plot, compare, gate, race, history, traffic, "
+            "links",
         ],
     ),
     "option": (["run", "quick", "--fast"], ["--fast", "cpbench run --help"]),
