@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -68,3 +69,33 @@ def test_examples_are_verified(
     rows = json.loads(result.stdout)
     assert sum(row["ok"] for row in rows) > 0
     assert not any(row.get("failed") for row in rows)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[str]]]:
+    """The files of "From a file first", in a folder, and its commands."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    section = text.partition("## From a file first\n")[2].partition("\n## ")[0]
+    folder = tmp_path_factory.mktemp("files")
+    for name, code in zip(
+        ("op", "mask"), re.findall(r"```python\n(.*?)```", section, re.S), strict=True
+    ):
+        (folder / f"{name}.py").write_text(code)
+    (folder / "strat.py").write_text(examples()["mine_strategy"])
+    (commands,) = re.findall(r"```\n(cpbench .*?)```", section, re.S)
+    return folder, [shlex.split(line) for line in commands.splitlines()]
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_files_run_as_they_stand(files: tuple[Path, list[list[str]]], number: int) -> None:
+    folder, commands = files
+    assert len(commands) == 6
+    _, *words = commands[number]
+    done = subprocess.run(
+        [sys.executable, "-m", "cpbench", *words], cwd=folder, capture_output=True, text=True,
+        timeout=LIMIT_S, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " wrong" not in done.stdout
+    if words[0] == "verify":
+        assert re.search(r"\b[1-9]\d* ok\b", done.stdout)
