@@ -109,8 +109,7 @@ def traffic(
         print(cases[0].label)
         print_rows(traffic.table(prediction))
         buffers_mb = max(prediction["buffers_bytes"].values()) / 1e6
-        print(f"strategy buffers per rank, without inputs and temporaries of the operator: "
-              f"{buffers_mb:,.1f} MB")  # fmt: skip
+        print(f"peak memory per rank, excluding inputs and kernel workspace: {buffers_mb:,.1f} MB")
         if prediction["imbalance"]:
             print(f"load imbalance, max/mean: {prediction['imbalance']:.2f}")
         if link_ms is not None:

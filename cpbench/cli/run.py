@@ -322,6 +322,7 @@ def verify(
     one or more values, separated by commas.
     """
     from cpbench.sweep import runs, verification
+    from cpbench.tools.verification_table import summary_lines
 
     with user_input():
         name = device_name(device)
@@ -337,7 +338,7 @@ def verify(
         print_rows(rows, True)
     else:
         print()
-        print_rows(rows, False)
+        print("\n".join(summary_lines(rows)))
         print(verification.summary_footer(run, request))
     return code
 

@@ -113,13 +113,15 @@ def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         {
             "target": row["target"], "dtype": row["dtype"], "head_dim": row["head_dim"],
-            "kernel": row["kernel"], "config": row["config"],
+            "kernel": row["kernel"],
             "registers": row.get("registers", ""), "spilled bytes": row.get("spill_bytes", ""),
             "shared KiB": f"{row.get('shared_bytes', 0) / 1024:.0f}",
             "tensor cols": row.get("tensor_columns", "") or "",
-            "instruction": row.get("matrix_instruction", "").partition(".")[0],
-            "occupancy": f"{100 * row['occupancy']:.0f} %" if "occupancy" in row else "",
-            "verdict": row["verdict"],
+            "summary": "; ".join(filter(None, [
+                f"{row['config']}: {row['verdict']}",
+                row.get("matrix_instruction", "").partition(".")[0],
+                f"occupancy {100 * row['occupancy']:.0f} %" if "occupancy" in row else "",
+            ])),
         }
         for row in rows
     ]  # fmt: skip

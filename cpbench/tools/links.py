@@ -239,11 +239,12 @@ def _print_tables(world: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None
 
     hosts = world["hosts"]
 
-    def slowest(row: dict[str, Any], groups: int) -> str:
-        """The ranks of the slowest of several groups and their hosts; "" for one group."""
+    def slowest(row: dict[str, Any], groups: int, figure: str) -> str:
+        """The slowest of several groups of ranks, with its hosts and figure; "" for one group."""
         group_hosts = sorted({hosts[rank] for rank in row["slowest"]})
-        suffix = f" {'/'.join(group_hosts[:2])}" if len(set(hosts)) > 1 else ""
-        return f"{format_ranks(row['slowest'])}{suffix}" if groups > 1 else ""
+        suffix = f" ({'/'.join(group_hosts[:2])})" if len(set(hosts)) > 1 else ""
+        ranks = format_ranks(row["slowest"])
+        return f"slowest: ranks {ranks}{suffix}, {figure}" if groups > 1 else ""
 
     device = world["device"]["type"]
     print(
@@ -256,8 +257,8 @@ def _print_tables(world: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None
             "link": row["link"], "operation": row["operation"], "ranks": row["ranks"],
             "bytes": format_size(row["bytes"]), "us": _format_number(row["us"]),
             "spread %": f"{100 * row['spread']:.0f}", "algbw": _format_number(row["algbw"]),
-            "busbw": _format_number(row["busbw"]), "slowest": slowest(row, len(row["groups"])),
-            "slowest us": _format_number(row["slowest_us"]) if len(row["groups"]) > 1 else "",
+            "busbw": _format_number(row["busbw"]),
+            "summary": slowest(row, len(row["groups"]), f"{_format_number(row['slowest_us'])} us"),
         }
         for row in rows
     ]  # fmt: skip
@@ -266,8 +267,9 @@ def _print_tables(world: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None
             "link": row["link"], "operation": row["operation"], "ranks": row["ranks"],
             "groups": row["groups"], "latency us": _format_number(row["latency_us"]),
             "best busbw": _format_number(row["busbw"]), "at bytes": format_size(row["at_bytes"]),
-            "slowest": slowest(row, row["groups"]),
-            "slowest busbw": _format_number(row["slowest_busbw"]) if row["groups"] > 1 else "",
+            "summary": slowest(
+                row, row["groups"], f"busbw {_format_number(row['slowest_busbw'])}"
+            ),
         }
         for row in summarise_links(rows)
     ]  # fmt: skip

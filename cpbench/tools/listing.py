@@ -52,6 +52,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             cells["here"] = verdict.removesuffix(", never run")
             if reason:
                 cells["summary"] = f"{row['summary']}; not available: {reason}"
+        if cells.pop("operators", "any") == "merging":
+            cells["summary"] = f"{cells['summary']}; needs an operator that merges"
         if cells.pop("stable", "yes") == "no":
             cells["summary"] = f"{cells['summary']}; not deterministic"
         shown.append({HEADINGS.get(key, key): value for key, value in cells.items()})

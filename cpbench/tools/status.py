@@ -110,6 +110,6 @@ def print_status(status: dict[str, Any]) -> None:
         print(f"running for {case['seconds']:.0f} s ({case['phase']}): {case['case']}")
     unknown = any(not job["state"] for job in status["jobs"])
     if not status["alive"] and not unknown and status["recorded"] < status["cases"]:
-        print("nothing is running; repeat the command that started the run to resume it")
+        print("not running: rerun the same command to resume")
     for warning in status["warnings"]:
         print(f"warning: {warning}")

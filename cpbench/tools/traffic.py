@@ -222,7 +222,7 @@ def comparison_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             "MB across": f"{row['across_bytes'] / 1e6:,.1f}",
             "MB sent": f"{row['sent_bytes'] / 1e6:,.1f}",
             "messages": f"{row['messages']:,}",
-            "MB buffers": f"{row['buffers_bytes'] / 1e6:,.1f}",
+            "peak MB": f"{row['buffers_bytes'] / 1e6:,.1f}",
             "imbalance": f"{row['imbalance']:.2f}" if row["imbalance"] else "",
             "ms links": f"{row['link_ms']:,.3g}" if "link_ms" in row else "",
         }
@@ -230,7 +230,11 @@ def comparison_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
     table = fit_table(cells)
     common += "" if layouts else f", layout {possible[0]['layout']}"
-    lines = [*wrap(f"{common}; of the busiest rank:"), "", *table.head]
+    lines = [
+        *wrap(f"{common}; max per rank, peak excluding inputs and kernel workspace:"),
+        "",
+        *table.head,
+    ]
     remaining = iter(table.bodies)
     for _, group in itertools.groupby(possible, key=_problem):
         members = list(group)

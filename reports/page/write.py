@@ -22,15 +22,14 @@ from cpbench.reports.page.data import chart_data, samples_by_row
 from cpbench.reports.tables import overview
 from cpbench.reports.tables import rows as tables
 from cpbench.reports.tables.fastest_grids import fastest_grids, fastest_methods, verdict_text
-from cpbench.reports.tables.render import (
+from cpbench.reports.tables.notes import (
     FLAG_MEANINGS,
-    ReportContents,
     caveat_notes,
     check_notes,
     contest_notes,
     seed_notes,
-    status_counts,
 )
+from cpbench.reports.tables.render import ReportContents, status_counts
 from cpbench.reports.tables.selection import break_even_rows, recall_rows
 from cpbench.reports.tables.summary import method_names
 from cpbench.results.store import write_atomically

@@ -51,6 +51,6 @@ def _render(contents: ReportContents, fastest: Sequence[tables.Row], left_out: i
         if len(failures) > _MAX_FAILURES:
             lines.append(f"- and {len(failures) - _MAX_FAILURES} more")
         lines.append("")
-    lines += ["<details><summary>Notes</summary>", "", *markup.notes(contents.notes), "",
+    lines += ["<details><summary>Notes</summary>", "", *markup.notes(contents.notes(False)), "",
               "</details>"]  # fmt: skip
     return markup.document(lines)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cpbench.reports.tables.terminal import fit_table, text_columns, wrap
+from cpbench.reports.tables.terminal import fit_table, listing, text_columns, wrap
 
 _LATEX_ESCAPES = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "&": r"\&", "%": r"\%", "$": r"\$",
@@ -34,11 +34,16 @@ class Markup:
         return [*wrap(f"# {text}"), ""]
 
     def section(self, text: str) -> list[str]:
-        return [f"## {self.text(text)}", ""]
+        return [*wrap(f"## {text}", "   "), ""]
 
     def table(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-        """A table of rows with equal keys; empty columns are left out."""
-        return [*fit_table(rows).lines, ""]
+        """A table of rows with equal keys; empty columns are left out.  In a terminal that is too
+        narrow for it, the reasons (``why``) are below their rows."""
+        table = fit_table(rows)
+        if table.fits or "why" not in rows[0]:
+            return [*table.lines, ""]
+        listed = [{("summary" if k == "why" else k): v for k, v in row.items()} for row in rows]
+        return [*listing(listed).split("\n"), ""]
 
     def notes(self, notes: Sequence[str]) -> list[str]:
         return [line for note in notes for line in wrap(note, "  ")]
@@ -61,6 +66,9 @@ class Markdown(Markup):
 
     def title(self, text: str) -> list[str]:
         return [f"# {self.text(text)}", ""]
+
+    def section(self, text: str) -> list[str]:
+        return [f"## {self.text(text)}", ""]
 
     def table(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         return [self._tabulate(rows, "github"), ""]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,21 +22,23 @@ from cpbench.reports.labels import (
 from cpbench.reports.tables import rows as tables
 from cpbench.reports.tables.markup import MARKUPS, Markup
 from cpbench.reports.tables.mask_seeds import (
-    MIN_SEEDS_P95,
-    MIN_SEEDS_SIGN_TEST,
     SeedGroup,
     split_seed_groups,
+)
+from cpbench.reports.tables.notes import (
+    caveat_notes,
+    check_notes,
+    contest_notes,
+    origin_notes,
+    seed_notes,
 )
 from cpbench.reports.tables.selection import break_even_rows, recall_rows
 from cpbench.reports.tables.summary import (
     MethodRanking,
     is_approximate,
-    is_checked,
     rank_methods,
 )
 from cpbench.reports.tables.terminal import fit_table, wrap
-from cpbench.results.contest import MIN_LAUNCHES, turns_needed
-from cpbench.results.record import APPROXIMATE, LAUNCHES_DIFFER, UNCHECKED, UNFINISHED
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,24 +47,8 @@ FORMATS = ("short", "table", "md", "latex", "csv", "json")
 
 _NEVER_CONSTANT = ("mask", "tokens")
 _MAX_FAILURES_SHORT = 10
-_MARKS = "*†‡§"
-FLAG_MEANINGS = {
-    "contended": "other processes took processor time: times too high",
-    "oversubscribed": "more threads than cores, ranks shared cores: times too high",
-    "throttled": "clocks were throttled: times too high",
-    "power-capped": "the power limit reduced clocks",
-    "nvml-missing": "NVML is missing: throttling is unknown",
-    APPROXIMATE: "computes part of attention: not ranked",
-    "changed-state": "changed what operators share in a process, see notes in the records",
-    "more-threads": "ran more threads than allowed: times too low",
-    LAUNCHES_DIFFER: "its launches returned different results for the same inputs: not ranked",
-    "async": "its work went on after the call: times too low",
-    "memory-gap": "used memory that torch did not allocate: peak too low",
-    "untracked-traffic": "sent more than its communicator counted",
-    "error-grows": "errors at size are well above those of the small check",
-    UNCHECKED: "not checked against float64: not ranked",
-    UNFINISHED: "interrupted between its turns; repeat the command to resume",
-}
+_MARKS = "*†‡§¶"
+_ALWAYS_MARKED = ("contended", "oversubscribed")
 # Lines above the rows, the rows, and lines below them.
 Block = tuple[list[str], list[tables.Row], list[str]]
 
@@ -129,13 +114,16 @@ class ReportContents:
     def summary(self) -> str:
         return tables.fastest_summary(self.rankings, self.seed_groups)
 
-    @property
-    def notes(self) -> list[str]:
-        """Explanations, checks, caveats and origins."""
+    def notes(self, cases: bool) -> list[str]:
+        """Explanations, checks, caveats and origins.
+
+        Args:
+            cases: whether the tables of cases are shown.
+        """
         return [
             *contest_notes(self.rankings),
-            *seed_notes(self.seed_groups),
-            *check_notes(self.ok_rows),
+            *seed_notes(self.seed_groups, cases),
+            *check_notes(self.ok_rows, cases),
             *caveat_notes(self.ok_rows, self.marks),
             *origin_notes(self.collection),
         ]
@@ -179,105 +167,12 @@ def render(collection: Collection, form: str) -> str:
         if len(failures) > len(listed):
             lines.append(f"and {len(failures) - len(listed)} more")
         lines.append("")
-    notes = contents.notes
+    notes = contents.notes(form != "short")
     if form == "short":
         count = sum(row["cases"] for row in unsupported)
         notes += [f"Unsupported: {pluralize(count, 'case')}."] if count else []
         notes.append("All cases: --format table; a page with charts: -o report.html")
     return markup.document([*lines, *markup.notes(notes)])
-
-
-def contest_notes(rankings: Sequence[MethodRanking]) -> list[str]:
-    """Explanations of ties, and of contests with too little evidence."""
-    lines, verdicts = [], {ranking.verdict for ranking in rankings}
-    if "tie" in verdicts:
-        lines.append(
-            "tie: no method is faster than all others at the 5 % level, over launches or turns."
-        )
-    shortages = Counter(
-        str(ranking.contest.shortage) for ranking in rankings if ranking.verdict == "inconclusive"
-    )
-    for shortage, count in shortages.most_common():
-        lines.append(f"inconclusive: {pluralize(count, 'problem')} with {shortage}.")
-    if shortages:
-        lines.append(
-            f"More evidence: cpbench run SWEEP --launches {MIN_LAUNCHES}, which adds launches; or "
-            f"measured again in turn within one launch, --interleave {turns_needed(2)} --remeasure."
-        )
-    return lines
-
-
-def seed_notes(seed_groups: Sequence[SeedGroup]) -> list[str]:
-    """Explanations of the tables across mask seeds."""
-    if not seed_groups:
-        return []
-    verdicts = {group.verdict for group in seed_groups if group.compared}
-    few = any(group.num_common_seeds < MIN_SEEDS_P95 for group in seed_groups)
-    lines = [
-        "Across mask seeds: ms is the median, worst the slowest seed; a / b is median / worst."
-        + (f" p95 needs {MIN_SEEDS_P95} mask seeds." if few else "")
-    ]
-    if verdicts - {"uncontested"}:
-        lines += [
-            "vs best, lead: geometric mean over mask seeds of the ratio of times on the same seed.",
-            "at p95, at worst: method with the lowest 95th percentile, or maximum (few seeds).",
-        ]
-    if "tie" in verdicts:
-        lines.append(
-            "tie across mask seeds: not significant in a sign test at 5 %, or the geometric mean "
-            "disagrees."
-        )
-    if "inconclusive" in verdicts:
-        lines.append(
-            f"inconclusive across mask seeds: the sign test needs at least {MIN_SEEDS_SIGN_TEST}."
-        )
-    return lines
-
-
-def check_notes(ok_rows: pd.DataFrame) -> list[str]:
-    """How many ok cases were checked, their largest error, and what is per rank."""
-    lines, errors = [], ok_rows.loc[is_checked(ok_rows), "worst_error"].dropna()
-    if len(ok_rows):
-        largest = f"; largest relative L2 error {errors.max():.1e}" if len(errors) else ""
-        lines.append(
-            f"Checked against float64: {len(errors)} of {len(ok_rows)} cases that are ok{largest}."
-        )
-    if ok_rows["time_ms"].notna().any() and ok_rows["world_size"].max() > 1:
-        lines.append("FLOP/s are per rank; ms, peak MB and sent MB are max per rank.")
-    return lines
-
-
-def caveat_notes(ok_rows: pd.DataFrame, marks: dict[str, str]) -> list[str]:
-    """Flags of timed cases, counted and explained."""
-    counts = Counter(flag for flags in ok_rows["flags"] for flag in flags.split())
-    return [
-        f"Caveat{' ' + marks[flag] if flag in marks else ''}: {count} of {len(ok_rows)} timed "
-        f"cases {'is' if count == 1 else 'are'} {flag} "
-        f"({FLAG_MEANINGS.get(flag, 'see the documentation')})."
-        for flag, count in counts.most_common()
-    ]
-
-
-def origin_notes(collection: Collection) -> list[str]:
-    """Warnings, environments and paths of the records."""
-    lines = [f"Warning: {warning}" for warning in collection.warnings]
-    ids_by_text: dict[str, list[str]] = {}  # environments of gangs differ in transient facts
-    for environment in collection.environments.values():
-        device = environment.get("device", {})
-        packages = environment.get("packages", {})
-        hosts = {str(rank.get("host")) for rank in environment.get("ranks", [])}
-        text = (
-            f"{', '.join(sorted(hosts)) or environment.get('host')}; "
-            f"{device.get('name') or environment.get('processor')}, {environment.get('cores')} "
-            f"cores, torch {packages.get('torch')}, cpbench {environment.get('commit') or ''}"
-        )
-        ids_by_text.setdefault(text, []).append(environment["id"])
-    for text, ids in ids_by_text.items():
-        more = f" and {len(ids) - 1} more" if len(ids) > 1 else ""
-        lines.append(f"Environment {ids[0]}{more}: {text}")
-    folders = ", ".join(f"{run}/records" for run in collection.runs)
-    lines.append(f"Records: {folders}, one JSON per line; columns: cpbench report --columns")
-    return lines
 
 
 def explain_columns() -> str:
@@ -369,11 +264,16 @@ def _block_section(title: str, blocks: Sequence[Block], markup: Markup, form: st
 
 
 def _caveat_marks(ok_rows: pd.DataFrame) -> dict[str, str]:
-    """A mark for each flag that some rows have and others have not."""
+    """A mark for each flag that some rows have and others have not, and for times that are too
+    high."""
     flags_by_row = ok_rows["flags"].str.split()
     flags = sorted({flag for row_flags in flags_by_row for flag in row_flags})
-    partial = [flag for flag in flags if not all(flag in row_flags for row_flags in flags_by_row)]
-    return dict(zip(partial, _MARKS, strict=False))
+    marked = [
+        flag
+        for flag in flags
+        if flag in _ALWAYS_MARKED or not all(flag in row_flags for row_flags in flags_by_row)
+    ]
+    return dict(zip(marked, _MARKS, strict=False))
 
 
 def status_counts(table: pd.DataFrame) -> str:

@@ -128,7 +128,7 @@ def fastest_summary(rankings: Sequence[MethodRanking], seed_groups: Sequence[See
         parts.append(f"{count}{total} {verb} inconclusive: too few {lacking}")
         total = ""
     if count := verdicts[UNCONTESTED]:
-        parts.append(f"{count}{total} {'has' if count == 1 else 'have'} a single method")
+        parts.append(f"{count}{total} {'is' if count == 1 else 'are'} uncontested")
     return f"{'; '.join(parts)}."
 
 

@@ -67,7 +67,7 @@ def fit_table(rows: Rows, width: int | None = None) -> FittedTable:
     least = _least_widths(columns, numeric, slashes=False)
     legend: dict[str, str] = {}
     if sum(least.values()) > limit:
-        columns, legend = _shorten(columns, numeric)
+        columns, numeric, legend = _shorten(columns, numeric)
         least = _least_widths(columns, numeric, slashes=False)
     slashes = sum(least.values()) > limit
     if slashes:
@@ -95,7 +95,7 @@ def fit_table(rows: Rows, width: int | None = None) -> FittedTable:
 
     head = [*layout({key: key for key in columns}), "  ".join("-" * n for n in widths.values())]
     bodies = [layout({key: columns[key][i] for key in columns}) for i in range(len(rows))]
-    texts = (cell for cells in columns.values() for cell in cells)
+    texts = [*columns, *(cell for cells in columns.values() for cell in cells)]
     shown = {part for text in texts for part in re.split(r"[\s/]", text)}
     legend = {label: name for label, name in legend.items() if label in shown}
     return FittedTable(head, bodies, legend, sum(widths.values()) <= limit)
@@ -116,9 +116,10 @@ def _least_widths(
 
 def _shorten(
     columns: Mapping[str, list[str]], numeric: Mapping[str, bool]
-) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """The columns with short labels for names with parameters, and the legend."""
+) -> tuple[dict[str, list[str]], dict[str, bool], dict[str, str]]:
+    """The columns and headings with short labels for names with parameters, and the legend."""
     texts = [cell for key, cells in columns.items() if not numeric[key] for cell in cells]
+    texts += columns
     parts = [part for text in texts for part in re.split(r"[\s/]", text)]
     names = dict.fromkeys(part for part in parts if ":" in part)
     by_base: dict[str, list[str]] = {}
@@ -132,11 +133,13 @@ def _shorten(
             label = base if single else f"{base}#{number}"
             if base and len(label) + _SAVING <= len(name):
                 labels[name] = label
+    headings = {key: _relabel(key, labels) for key in columns}
     shortened = {
-        key: list(cells) if numeric[key] else [_relabel(cell, labels) for cell in cells]
+        headings[key]: list(cells) if numeric[key] else [_relabel(cell, labels) for cell in cells]
         for key, cells in columns.items()
     }
-    return shortened, {label: name for name, label in labels.items()}
+    numbers = {headings[key]: number for key, number in numeric.items()}
+    return shortened, numbers, {label: name for name, label in labels.items()}
 
 
 def _relabel(text: str, labels: Mapping[str, str]) -> str:

@@ -122,7 +122,7 @@ def test_list_shows_what_is_available(capsys: pytest.CaptureFixture[str]) -> Non
     assert available["sdpa.flash"] == "no: runs on cuda, not on cpu"
     text = printed(capsys, "list", "operators", "--device", "cpu")
     assert "available" in text.splitlines()[0]
-    assert "FlashAttention-2 in torch; not available: runs on cuda, not on cpu\n" in text
+    assert "FlashAttention-2 in torch; not available: runs on cuda, not on cpu" in text
 
 
 def test_mask(capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,8 +169,8 @@ def test_dry_run_without_torch(tmp_path: Path) -> None:
         ranks = [command["env"]["RANK"] for command in gang["commands"]]
         assert ranks == [str(rank) for rank in range(gang["world_size"])]
         for command in gang["commands"]:
-            assert command["argv"][1:3] == ["-m", "cpbench.worker.main"]
-            assert command["argv"][3].startswith(str(work / "results" / "quick"))
+            assert command["argv"][1:4] == ["-P", "-m", "cpbench.worker.main"]
+            assert command["argv"][4].startswith(str(work / "results" / "quick"))
     assert not list(work.iterdir())
 
 

@@ -43,7 +43,7 @@ SINGLE_RANK = {
     "oom": ("oom", "rank 0: "),
     "segfault": ("crash", "rank 0 was killed by SIGSEGV"),
     "exit": ("crash", "rank 0 ended with exit code 0 before its job was complete"),
-    "missing": ("crash", "rank 0: ModuleNotFoundError: No module named 'cpbench_no_such_module'"),
+    "missing": ("crash", "rank 0: LoadError: missing: cannot be made: ModuleNotFoundError: "),
     "hang": ("timeout", "no result after 20 s: rank 0 check"),
     "wrong": ("wrong", "out differs from float64"),
     "reference": ("ok", None),

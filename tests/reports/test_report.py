@@ -143,8 +143,11 @@ def test_caveats_are_listed_once() -> None:
     rows = section_lines(one, "All cases, fastest first")
     assert ["*" in row for row in rows if row[:2] in ("a ", "b ")] == [True, False]
     both = report_text(record("a", 2.0, flags=["contended"]), record("b", 3.0, flags=["contended"]))
-    assert "Caveat: 2 of 2 timed cases are contended" in both
-    assert "*" not in both
+    assert "Caveat *: 2 of 2 timed cases are contended" in both
+    fastest = section_lines(both, "Fastest method per problem")[2]
+    assert "2.00  *" in fastest  # a winner carries its mark, also where all are marked
+    noted = [record(name, 2.0, flags=["error-grows"]) for name in ("a", "b")]
+    assert "*" not in report_text(*noted)
 
 
 def test_few_and_all_queries_are_distinguished() -> None:

@@ -293,7 +293,7 @@ def test_a_single_method_is_uncontested() -> None:
     text = report_text(*seeded("a", [1.0, 2.0, 4.0, None]))
     (row,) = [line for line in section_lines(text, FASTEST) if line.startswith(PILE[:15])]
     assert "uncontested" in row
-    assert "1 of 1 problem has a single method." in text
+    assert "1 of 1 problem is uncontested." in text
     assert "compared" not in text
 
 

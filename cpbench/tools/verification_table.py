@@ -1,0 +1,40 @@
+"""The summary of ``cpbench verify`` for a terminal."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cpbench.reports.tables.terminal import fit_table, wrap
+
+_TENSORS = ("out", "lse", "dq", "dk", "dv")
+
+
+def summary_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines of ``verification.summary_rows``: a block for each operator and strategy, with the
+    largest error of any tensor, and the first reason of what is not ok."""
+    cells = []
+    for row in rows:
+        errors = [(float(row[name]), name) for name in _TENSORS if row[name]]
+        error, name = max(errors, default=(0.0, ""))
+        cells.append(
+            {
+                **{key: row[key] for key in ("dtype", "ranks", "ok", "refused", "failed")},
+                "largest error": f"{error:.1e} ({name})" if errors else "",
+                "of limit": row["of limit"],
+            }
+        )
+    table = fit_table(cells)
+    lines, bodies = list(table.head), iter(table.bodies)
+    for name, group in itertools.groupby(rows, key=_name):
+        lines += ["", *wrap(name, "  ")]
+        for row in group:
+            lines += next(bodies)
+            lines += wrap(f"    {row['why']}", "    ") if row["why"] else []
+    return lines
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    strategy = row["strategy/layout"]
+    return f"{row['operator']} under {strategy}" if strategy else str(row["operator"])

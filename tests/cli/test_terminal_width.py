@@ -1,0 +1,126 @@
+"""Nothing that a command prints as a table is wider than a terminal of 80 columns."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from limits import LIMIT_S
+from made_records import launches, noisy, write_run
+
+from cpbench.tools import compilation, links
+from cpbench.tools.verification_table import summary_lines
+
+WIDTH = 80
+MASKS = ("causal", "global_sliding_window:num_global=64,window=1024", "block_causal_document:"
+         "block_size=1024,doc_lens=[300,200,524]")  # fmt: skip
+METHODS = (
+    {"operator": "minference.vertical_slash:last=64,slashes=1024,verticals=1024"},
+    {"operator": "bands"},
+    {"operator": "bands", "strategy": "usp:ulysses=8", "layout": "zigzag_document"},
+    {"operator": "sdpa.cpu_flash", "strategy": "ring_flash_attn.zigzag", "layout": "zigzag"},
+)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Two runs with long names, of which nothing is common to all cases."""
+    folder, names = tmp_path_factory.mktemp("wide"), []
+    for name, factor in (("base", 1.0), ("new", 1.3)):
+        records = [
+            one
+            for i, mask in enumerate(MASKS)
+            for k, method in enumerate(METHODS)
+            for dtype in ("float32", "bfloat16")
+            for one in launches(
+                method["operator"], noisy(10.0 * (i + k + 1) * factor, 6, k), mask=mask,
+                dtype=dtype, world_size=16 if "strategy" in method else 1, seq_len=1024 << i,
+                num_heads_q=8 * (i + 1), num_heads_kv=8, batch=i + 1,
+                flags=["oversubscribed"] if k == 2 else [],
+                **{key: value for key, value in method.items() if key != "operator"},
+            )
+        ]  # fmt: skip
+        write_run(folder / name, records)
+        names.append(str(folder / name))
+    return names
+
+
+def widest(text: str) -> str:
+    return max(text.splitlines(), key=len, default="")
+
+
+def output(*words: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "cpbench", *words], capture_output=True, text=True,
+        env={**os.environ, "COLUMNS": str(WIDTH)}, timeout=LIMIT_S, check=False,
+    )  # fmt: skip
+    assert done.returncode in (0, 1), done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("list", "operators"), ("list", "operators", "--device", "cuda"), ("list", "strategies"),
+        ("list", "layouts"), ("list", "masks"), ("list", "inputs"), ("list", "sweeps"),
+        ("list", "support"), ("doctor",),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_listings(words: tuple[str, ...]) -> None:
+    assert len(widest(output(*words))) <= WIDTH
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("report",), ("report", "--format", "table"), ("report", "--pivot", "mask,method"),
+        ("report", "--pivot", "seq_len,operator", "--metric", "peak"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_reports(runs: list[str], words: tuple[str, ...]) -> None:
+    text = output(words[0], runs[0], *words[1:])
+    assert MASKS[1] in text  # in full, if only in a legend
+    assert len(widest(text.replace(runs[0], "RUN"))) <= WIDTH
+
+
+@pytest.mark.parametrize("command", ["compare", "history"])
+def test_comparisons(runs: list[str], command: str) -> None:
+    text = output(command, *runs)
+    for name in runs:
+        text = text.replace(name, "RUN")
+    assert len(widest(text)) <= WIDTH
+
+
+def test_tables_of_tools(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cpbench.reports.tables.terminal import print_rows
+
+    monkeypatch.setenv("COLUMNS", str(WIDTH))
+    verified = {
+        "operator": "minference.vertical_slash:last=64,slashes=1024", "ranks": "1 2 3 4",
+        "strategy/layout": "usp:ulysses=8/zigzag_document", "dtype": "bfloat16", "ok": 1000,
+        "refused": 1000, "failed": 0, **dict.fromkeys(("out", "lse", "dq", "dk", "dv"), "3.0e-03"),
+        "of limit": "100%", "why": "unsupported: a reason that takes more than one line " * 3,
+    }  # fmt: skip
+    print("\n".join(summary_lines([verified, verified | {"dtype": "float32"}])))
+    compiled = {
+        "target": "cuda:100", "dtype": "bfloat16", "head_dim": 128, "kernel": "backward_dkv",
+        "config": "rows=128,cols=128,num_warps=8,num_stages=3", "registers": 255, "spill_bytes": 0,
+        "shared_bytes": 200 << 10, "tensor_columns": 512, "matrix_instruction": "tcgen05.mma",
+        "occupancy": 0.125, "verdict": "ok",
+    }  # fmt: skip
+    print_rows(compilation.table([compiled]))
+    groups = [{"ranks": list(range(8)), "times_us": [1.0, 2.0]}] * 2
+    row = {"link": "across", "operation": "reduce_scatter", "ranks": 16, "bytes": 1 << 26,
+           "groups": groups}  # fmt: skip
+    world = {"ranks": 16, "ranks_per_node": 8, "hosts": ["a-long-host-name"] * 16, "flags": [],
+             "device": {"type": "cuda"}}  # fmt: skip
+    links._print_tables(world, [{**row, **links.link_statistics(row)}])
+    text = capsys.readouterr().out
+    assert "slowest: ranks 0-7" in text
+    assert len(widest(text)) <= WIDTH
