@@ -345,3 +345,29 @@ def test_cases_by_id() -> None:
     assert select_cases(found, [f"id={found[2].id},{found[0].id}"]) == [found[0], found[2]]
     with pytest.raises(ValueError, match="no case has id=x; id is one of: "):
         select_cases(found, ["id=x"])
+
+
+# What the published configurations leave out, and why: a new operator is in them, or here.
+NOT_DENSE = {
+    "reference": "float64, to compare with", "dilated": "takes dilated masks alone",
+    "gathered": "takes selections alone", "vsa.kernel": "takes selected blocks alone",
+    "triton_block_sparse": "takes blocks", "flashinfer.block_sparse": "takes blocks",
+    "flashinfer.variable": "takes blocks", "sdpa.math": "holds all scores, up to 48K",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["kernels", "longca"])
+def test_the_published_configuration_names_every_dense_operator(name: str) -> None:
+    dense = {info.name for info in registry.operators().values() if not info.selects}
+    named = {case.operator.name for case in sweep_file.load(name).cases}
+    assert named >= dense - set(NOT_DENSE)
+    assert set(NOT_DENSE) <= dense
+
+
+def test_the_published_configuration_names_every_strategy() -> None:
+    cases_of_sweep = sweep_file.load("longca_cp").cases
+    for ranks in (8, 16, 32, 48, 64, 96):
+        named = {case.strategy.name for case in cases_of_sweep if case.world_size == ranks}
+        indivisible = {"ulysses", "deepspeed.ulysses"} if 64 % ranks else set()
+        assert named == set(registry.strategies()) - {"single"} - indivisible
+        assert {c.seq_len for c in cases_of_sweep if c.world_size == ranks} == {8192 * ranks}
