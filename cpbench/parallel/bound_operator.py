@@ -235,7 +235,10 @@ class BoundOperator:
         mask: Any = subproblem.mask  # of the kinds that the operator declares
         problem, crop = subproblem.problem, None
         if mask.kind == "bands" and not self.info.selects:
-            crop, mask = native_rectangle(mask)
+            crop, rectangle = native_rectangle(mask)
+            if crop is not None and self._knows_outputs and crop[:2] != (0, mask.seq_q):
+                crop, rectangle = None, mask  # its backward pass takes the output it returned
+            mask = rectangle
             problem = replace(problem, seq_q=mask.seq_q, seq_k=mask.seq_k)
         if mask.kind not in self.info.masks:
             takes = ", ".join(self.info.masks)
@@ -287,7 +290,7 @@ class BoundOperator:
         self.pairs += plan.area * x.q.shape[2]
         if plan.crop is not None:
             q0, q1, k0, k1 = plan.crop
-            dout, q, out = (tensor[:, q0:q1] for tensor in (x.dout, x.q, x.out))
+            dout, q, out = (_rows(tensor, q0, q1) for tensor in (x.dout, x.q, x.out))
             lse: Any = x.lse  # None for operators that return none
             lse = lse[:, :, q0:q1].contiguous() if lse is not None else None
             x = BackwardInputs(dout, q, x.k[:, k0:k1], x.v[:, k0:k1], out, lse)
@@ -295,6 +298,11 @@ class BoundOperator:
 
     def _backward(self, x: BackwardInputs, plan: Planned) -> Gradients:
         return self.impl.backward(x, plan.plan)
+
+    @property
+    def _knows_outputs(self) -> bool:
+        """Whether the operator keeps states of its outputs (see ``OutputStates``)."""
+        return getattr(self.impl, "states", None) is not None
 
     def take_state(self, x: torch.Tensor) -> Any:
         """Take what the operator keeps for the backward pass of the output ``x``, or None."""
@@ -341,3 +349,8 @@ class BoundOperator:
         another rank, whose out is not sent."""
         out = self.output_with_delta(dout, delta)
         return self.backward_accumulator_type(self, dout, q, out, lse)
+
+
+def _rows(x: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    """Tokens of ``[B, S, H, D]``; ``x`` itself if those are all, which an operator may know."""
+    return x if (start, end) == (0, x.shape[1]) else x[:, start:end]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cpbench.core.operator import QKV, BackwardInputs
+from cpbench.core.operator import QKV, BackwardInputs, Unsupported
 from cpbench.core.registry import StrategyInfo
 from cpbench.parallel.strategy import Saved
 from cpbench.strategies.common.collectives import (
@@ -63,6 +63,11 @@ class RingAllGather:
 
     def prepare(self, op: BoundOperator, world: World, rank: int) -> Any:
         problem = world.problem
+        if self.stages > 1 and problem.backward and not op.info.external_lse:
+            raise Unsupported(
+                f"ring_allgather: with stages = {self.stages} results are cut into heads, and "
+                f"{op.info.name} needs them as it returned them: use stages = 1"
+            )
         staged = world.with_heads(problem.heads_q // self.stages, problem.heads_kv // self.stages)
         return op.prepare(staged.subproblem([rank], range(world.size)))
 
@@ -101,7 +106,8 @@ class RingAllGather:
         return _concat(dqs, 2), dk.to(k.dtype), dv.to(v.dtype)
 
     def _head_chunks(self, x: torch.Tensor, axis: int = 2) -> list[torch.Tensor]:
-        return list(x.chunk(self.stages, dim=axis))
+        """Equal shares of the heads; of one stage ``x`` itself, which an operator may know."""
+        return [x] if self.stages == 1 else list(x.chunk(self.stages, dim=axis))
 
     def _gather_stages(self, k: torch.Tensor, v: torch.Tensor, comm: Comm) -> Any:
         """Iterate over stages with their keys and values, ``[B, P * L, G / stages, D]`` in

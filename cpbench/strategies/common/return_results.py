@@ -24,7 +24,7 @@ class ResultExchange:
 
     def send(self, tensors: list[Any], rank: int) -> None:
         """Send these tensors at the next :meth:`post`."""
-        self._sends += [(x, rank) for x in tensors]
+        self._sends += [(x.contiguous(), rank) for x in tensors]
 
     def receive(self, buffers: list[torch.Tensor], rank: int, consume: Any) -> None:
         """Receive into buffers at the next :meth:`post`, then call ``consume`` with them."""
