@@ -47,9 +47,15 @@ class ThreadTimes(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """The counters at one moment; ``threads`` is empty where the system has none."""
+    """The counters at one moment; ``threads`` is empty where the system has none.
 
-    wall_s: float
+    Attributes:
+        begun_s, ended_s: before and after the counters were read: a process may lose its core
+            meanwhile, so the wall time between two readings is that which encloses the counters.
+    """
+
+    begun_s: float
+    ended_s: float
     processor_s: float
     threads: dict[str, ThreadTimes]
 
@@ -59,7 +65,7 @@ class Reading(NamedTuple):
         A thread's wait is only known when it ends: one that hardly ran afterwards may have begun to
         wait before, and computed nothing.
         """
-        wall_s, busy_s = self.wall_s - before.wall_s, self.processor_s - before.processor_s
+        wall_s, busy_s = self.ended_s - before.begun_s, self.processor_s - before.processor_s
         if not self.threads:
             return ProcessorUse(wall_s, busy_s)
         delay_s = transport_s = 0.0
@@ -99,7 +105,7 @@ class ProcessorMeter:
         return self._list_threads()
 
     def read(self) -> Reading:
-        threads = {}
+        begun_s, threads = time.perf_counter(), {}
         for thread, file in list(self._files.items()) if self.sees_delays else ():
             try:
                 time.clock_gettime(_clock_of(int(thread)))
@@ -109,7 +115,8 @@ class ProcessorMeter:
                 continue
             is_transport = self._is_transport.get(thread, False)
             threads[thread] = ThreadTimes(on_core, waiting, is_transport)
-        return Reading(time.perf_counter(), time.process_time(), threads)
+        processor_s = time.process_time()
+        return Reading(begun_s, time.perf_counter(), processor_s, threads)
 
     def _list_threads(self) -> bool:
         """Open the files of new threads, whose names are read the next time: a thread names itself

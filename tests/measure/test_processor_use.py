@@ -14,7 +14,14 @@ from neighbours import neighbours
 
 from cpbench.measure import processor_use
 from cpbench.measure.device import Cpu
-from cpbench.measure.processor_use import ProcessorMeter, ProcessorUse, contended, more_threads
+from cpbench.measure.processor_use import (
+    ProcessorMeter,
+    ProcessorUse,
+    Reading,
+    ThreadTimes,
+    contended,
+    more_threads,
+)
 
 
 @pytest.fixture
@@ -115,3 +122,15 @@ def test_a_reading_takes_little() -> None:
     for _ in range(200):
         meter.read()
     assert (time.thread_time() - start) / 200 < 1e-3
+
+
+def test_a_core_lost_while_counters_are_read_is_no_second_thread() -> None:
+    """Four milliseconds of waiting between the counters and the clock, around 0.1 ms of work."""
+    before = Reading(0.0, 0.004, 1.0, {"7": ThreadTimes(0, 0, False)})
+    after = Reading(0.0041, 0.0042, 1.0003, {"7": ThreadTimes(300_000, 4_000_000, False)})
+    use = after.since(before)
+    assert use.delay_s == pytest.approx(0.004)
+    assert not more_threads([use], 1)
+    two_threads = {str(i): ThreadTimes(4_000_000, 0, False) for i in range(2)}
+    busy = Reading(0.004, 0.0041, 1.008, two_threads).since(Reading(0.0, 0.0, 1.0, {}))
+    assert more_threads([busy], 1)
