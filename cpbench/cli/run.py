@@ -310,6 +310,10 @@ def verify(
     dtype: Annotated[
         str | None, dtype_list(help="Data types.  [default: float32,bfloat16]")
     ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="Each operator, dtype and strategy once or twice: minutes."),
+    ] = False,
     timeout: Timeout = 300.0,
     device: OnDevice = None,
     launcher: Launcher = LauncherName.local,
@@ -329,7 +333,7 @@ def verify(
         request = verification.build_request(
             operators=operator, strategies=strategy, masks=mask, world_sizes=world_size,
             dtypes=dtype, device=name, launcher=launcher.value, out=out and run_directory(out),
-            timeout_s=timeout,
+            timeout_s=timeout, quick=quick,
         )  # fmt: skip
     code = _run_request(request, quiet=as_json)
     run = runs.results(request)

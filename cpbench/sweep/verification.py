@@ -59,6 +59,36 @@ STRATEGY_HEADS = ((24, 6), (24, 2))
 _TENSORS = ("out", "lse", "dq", "dk", "dv")
 
 
+def quick_tables(device: str, devices: int) -> list[dict[str, Any]]:
+    """Tables that touch each operator, dtype and family of strategies once or twice: some 150 cases
+    for the first minutes on a machine.
+
+    Args:
+        devices: how many ranks can run at once.
+    """
+    documents, blocks = MASKS[3], HEAD_MASKS[0]
+    shapes: dict[str, Any] = {
+        "seq_len": SEQ_LEN, "num_heads_q": 4, "num_heads_kv": 2, "head_dim": 64,
+        "direction": "fwd_bwd",
+    }  # fmt: skip
+    names = sorted(registry.operators())
+    by_head = [name for name in names if "heads" in registry.operators()[name].masks]
+    forward_only = [name for name in names if device not in registry.operators()[name].backward_on]
+    strategies = [name for name, info in sorted(registry.strategies().items()) if name != "single"]
+    both = {"dtype": ["bfloat16", "float32"], "mask": ["causal", documents]}
+    return [
+        {**shapes, **both, "operator": names},
+        {**shapes, **both, "operator": forward_only, "direction": "fwd"},
+        {**shapes, "operator": by_head, "dtype": "bfloat16", "mask": blocks},
+        {**shapes, "operator": "dilated", "dtype": "bfloat16", "mask": DILATED_MASKS[0]},
+        *(
+            {**shapes, "strategy": name, "layout": registry.strategies()[name].layouts[0],
+             "world_size": min(devices, 2), "dtype": "bfloat16", "mask": ["causal", documents]}
+            for name in strategies
+        ),
+    ]  # fmt: skip
+
+
 def build_request(
     *,
     operators: str | None,
@@ -70,6 +100,7 @@ def build_request(
     launcher: str,
     out: Path | None,
     timeout_s: float,
+    quick: bool = False,
 ) -> Request:
     """The run that verifies the given operators and strategies; those not given default to all.
 
@@ -77,6 +108,7 @@ def build_request(
         operators, strategies, world_sizes, dtypes: comma-separated lists; None for the default.
         masks: comma-separated lists; none for ``MASKS`` and the masks of single operators.
         out: run directory; None for a temporary one.
+        quick: :func:`quick_tables` instead, which takes no lists.
 
     Raises:
         ValueError: for a name that is not registered, or a value that is not allowed.
@@ -118,6 +150,10 @@ def build_request(
         sizes = sizes if world_sizes else ["1", *sizes]
         for spec in parallel:
             tables += _strategy_tables(spec, base, sizes, few_masks=not masks)
+    if quick:
+        if operators or strategies or masks or world_sizes or dtypes:
+            raise ValueError("--quick chooses the cases: leave out the lists")
+        tables = quick_tables(device, usable_devices(device))
     cases: dict[str, Case] = {}
     for table in tables:
         for case in sweep_file.expand_table(table):
@@ -132,6 +168,13 @@ def build_request(
         device=device,
         settings=settings,
     )
+
+
+def usable_devices(device: str) -> int:
+    """Number of GPUs by their device files, at least 1; of ranks on CPUs, 2."""
+    if device != "cuda":
+        return 2
+    return max(1, len(list(Path("/dev").glob("nvidia[0-9]*"))))
 
 
 def _all_operators() -> list[str]:

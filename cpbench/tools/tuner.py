@@ -27,7 +27,7 @@ from cpbench.inputs import Recipe
 from cpbench.kernels.triton import configs as triton_configs
 from cpbench.kernels.triton.launch import compile_target, gpu_name
 from cpbench.masks.head_masks import per_head as per_head_of
-from cpbench.measure.device import Device, open_device
+from cpbench.measure.device import Device, device_shortage, open_device
 from cpbench.results.store import write_atomically
 from cpbench.tools.aot import compile_launch, kernel_launches
 from cpbench.verify.check import make_inputs
@@ -198,6 +198,8 @@ def main() -> int:
     request = json.load(sys.stdin)
     problem = Problem(**request["problem"])
     try:
+        if (shortage := device_shortage(request["device"], 1)) is not None:
+            raise ValueError(f"tune needs a GPU: {shortage}")
         device = open_device(request["device"], 0, 1)
         for row in tune(request["operator"], request["mask"], problem, device, GRID):
             print(json.dumps(row), flush=True)

@@ -13,7 +13,22 @@ _TENSORS = ("out", "lse", "dq", "dk", "dv")
 
 def summary_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Lines of ``verification.summary_rows``: a block for each operator and strategy, with the
-    largest error of any tensor, and the first reason of what is not ok."""
+    largest error of any tensor, and the first reason of what is not ok.  What was refused entirely
+    is named at the end, by reason."""
+    tried = [row for row in rows if row["ok"] or row["failed"]]
+    lines = _blocks(tried) if tried else []
+    refused: dict[str, list[str]] = {}
+    for row in rows:
+        if not (row["ok"] or row["failed"]):
+            reason = row["why"].replace(f"{row['operator'].partition(':')[0]} ", "", 1)
+            refused.setdefault(reason, []).append(_name(row))
+    lines += [""] if refused else []
+    for reason, names in refused.items():
+        lines += wrap(f"refused ({reason}): {', '.join(dict.fromkeys(names))}", "  ")
+    return lines
+
+
+def _blocks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     cells = []
     for row in rows:
         errors = [(float(row[name]), name) for name in _TENSORS if row[name]]
