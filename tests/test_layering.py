@@ -46,8 +46,8 @@ PARENT = (
     "core", "results", "masks", "inputs", "launchers", "sweep", "slurm", "reports", "tools", "cli",
 )  # fmt: skip
 SUBPROCESSES = (
-    "integrations.capture", "tools.aot", "tools.links_operations", "tools.links_worker",
-    "tools.tuner", "slurm.node_probe",
+    "integrations.capture", "tools.compiler.aot", "tools.links_operations", "tools.links_worker",
+    "tools.compiler.tuner", "slurm.node_probe",
 )  # fmt: skip
 
 MOST_LINES = 400
@@ -181,8 +181,8 @@ def test_few_import_a_kernel() -> None:
     assert users <= {
         ("verify.check", "kernels.reference"),
         ("verify.selection", "kernels.reference"),
-        ("tools.tuner", "kernels.triton.configs"),
-        ("tools.tuner", "kernels.triton.launch"),
+        ("tools.compiler.tuner", "kernels.triton.configs"),
+        ("tools.compiler.tuner", "kernels.triton.launch"),
         ("tools.support_matrix", "kernels.libraries.adapter"),
     }
 

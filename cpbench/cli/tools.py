@@ -196,7 +196,7 @@ def compile_(
     Exits with 1 if a kernel is broken: no matrix instruction, or more memory than the GPU has.
     """
     from cpbench.sweep.sweep_file import parse_integer, split_list
-    from cpbench.tools import compilation
+    from cpbench.tools.compiler import compilation
 
     with user_input():
         fields = {}
@@ -244,7 +244,7 @@ def tune(
     used from then on, for this GPU model, head_dim and dtype.
     """
     from cpbench.sweep.sweep_file import expand_table, parse_integer
-    from cpbench.tools import compilation
+    from cpbench.tools.compiler import compilation
 
     with user_input():
         compilation.compile_requests(

@@ -57,7 +57,7 @@ class OperatorInfo:
         params: names of the parameters that ``load`` takes.
         interpreted_on: device types on which it runs only under Triton's interpreter.
         compiles: ``"module:attribute"`` of a function that lists its kernel launches (see
-            ``cpbench.tools.aot.launches``), for kernels that compile ahead of time.
+            ``cpbench.tools.compiler.aot.launches``), for kernels that compile ahead of time.
         variants: parameters to verify beside the defaults, as ``"key=value,…"``.
         selects: whether it is a selector: it computes attention over a subset of the visible pairs
             that it selects from queries and keys (see ``cpbench.selectors.common.base``).

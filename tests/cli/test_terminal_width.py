@@ -10,7 +10,8 @@ import pytest
 from limits import LIMIT_S
 from made_records import launches, noisy, write_run
 
-from cpbench.tools import compilation, links
+from cpbench.tools import links
+from cpbench.tools.compiler import compilation
 from cpbench.tools.verification_table import summary_lines
 
 WIDTH = 80

@@ -8,7 +8,7 @@ import pytest
 
 from cpbench.cli import main
 from cpbench.kernels.triton.configs import KERNELS, kernel_configs
-from cpbench.tools import compilation
+from cpbench.tools.compiler import compilation
 
 
 def rows(**overrides: object) -> list[dict]:

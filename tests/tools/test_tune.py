@@ -18,7 +18,7 @@ from cpbench.kernels.triton.configs import (
     problem_class,
 )
 from cpbench.measure.device import open_device
-from cpbench.tools import tuner
+from cpbench.tools.compiler import tuner
 
 PROBLEM = Problem(
     batch=1, seq_q=48, seq_k=48, heads_q=2, heads_kv=1, head_dim=16, dtype="float32"

@@ -1,7 +1,7 @@
 """Compile Triton kernels ahead of time, for any GPU, and report the compiler's resource usage.
 
-``python -m cpbench.tools.aot``, started by ``cpbench.tools.compilation``: reads a list of requests
-as JSON from stdin and prints one JSON row per kernel.  That a kernel compiles proves little: one
+``python -m cpbench.tools.compiler.aot``, started by ``compilation``: reads a list of requests as
+JSON from stdin and prints one JSON row per kernel.  That a kernel compiles proves little: one
 that needs more tensor memory than the GPU has becomes an empty kernel that traps, and the limit of
 shared memory is not checked at all.  So each row has a verdict: is there a matrix instruction, do
 shared and tensor memory fit, are registers spilled?
@@ -25,6 +25,7 @@ from typing import Any
 
 from cpbench.core.kernel_launch import Launch
 from cpbench.core.registry import operator_info
+from cpbench.tools.compiler.disassembly import disassemble, hot_loops
 
 KIB = 1024
 TENSOR_COLUMNS = 512
@@ -110,6 +111,9 @@ def compile_launch(launch: Launch, target: str) -> dict[str, Any]:
     if cuda:
         assembly = compiled.asm["ptx"]
         row |= _ptxas_usage(assembly, int(number))
+        loops = hot_loops(disassemble(compiled.asm["cubin"]))
+        row["hot_loops"], row["hot_local_bytes"] = loops.count, loops.local_bytes
+        row["matrix_instructions"] = loops.matrix_instructions
     else:
         assembly = compiled.asm["amdgcn"]
         row |= _amdgcn_usage(assembly)
@@ -131,7 +135,11 @@ def _verdict(row: dict[str, Any], chip: Chip, multiplies: bool) -> str:
     if row["tensor_columns"] > TENSOR_COLUMNS:
         columns = row["tensor_columns"]
         return f"broken: needs {columns} columns of tensor memory, limit {TENSOR_COLUMNS}"
-    return "spills" if row["spill_bytes"] else "ok"
+    if not row["spill_bytes"]:
+        return "ok"
+    hot = row.get("hot_local_bytes")
+    where = f"{hot} bytes in loops with matrix instructions" if hot else "outside of its loops"
+    return f"spills {where}"
 
 
 def _blocks(row: dict[str, Any], chip: Chip, cuda: bool) -> int:

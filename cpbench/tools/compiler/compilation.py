@@ -1,7 +1,6 @@
 """``cpbench compile``: ahead-of-time compilation of the Triton kernels, for any GPU.
 
-Compilation runs in subprocesses (``cpbench.tools.aot``), without Triton's interpreter; this process
-loads no torch.
+Compilation runs in subprocesses (``aot``), without Triton's interpreter; this one loads no torch.
 """
 
 from __future__ import annotations
@@ -21,6 +20,8 @@ TARGETS = (
 HEAD_DIMS = (64, 96, 128, 192, 256)
 INTERPRETER_VARIABLES = ("TRITON_INTERPRET",)  # unset in subprocesses
 CONFIG_FIELDS = ("rows", "cols", "num_warps", "num_stages", "descriptors")
+
+_AOT, _TUNER = (f"cpbench.tools.compiler.{name}" for name in ("aot", "tuner"))
 
 
 def compile_requests(
@@ -74,7 +75,9 @@ def compile_kernels(requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     workers = min(usable_cores(), len(requests))
     batches = [requests[worker::workers] for worker in range(workers)]
-    with subprocesses("cpbench.tools.aot", batches, without=INTERPRETER_VARIABLES) as processes:
+    with subprocesses(
+        "cpbench.tools.compiler.aot", batches, without=INTERPRETER_VARIABLES
+    ) as processes:
         rows = [
             json.loads(line)
             for process in processes
@@ -92,7 +95,7 @@ def _request_key(row: dict[str, Any]) -> tuple[Any, ...]:
 def tune(
     operator: str, mask: str, problem: dict[str, Any], device: str
 ) -> Iterator[dict[str, Any]]:
-    """Run ``cpbench.tools.tuner`` and yield its rows as they are measured.
+    """Run ``cpbench.tools.compiler.tuner`` and yield its rows as they are measured.
 
     Raises:
         ValueError: for a request that the tuner refuses, or without a GPU.
@@ -101,7 +104,9 @@ def tune(
     if device != "cuda":
         raise ValueError("tune needs a GPU, and there is none; the shipped configurations are used")
     request = {"operator": operator, "mask": mask, "problem": problem, "device": device}
-    with subprocesses("cpbench.tools.tuner", [request], without=INTERPRETER_VARIABLES) as [tuner]:
+    with subprocesses("cpbench.tools.compiler.tuner", [request], without=INTERPRETER_VARIABLES) as [
+        tuner
+    ]:
         assert tuner.process.stdout is not None
         for line in tuner.process.stdout:
             yield json.loads(line)

@@ -1,9 +1,9 @@
 """Autotuner of the Triton kernels: find the fastest configuration of each on this GPU.
 
-``python -m cpbench.tools.tuner``, started by ``cpbench tune``: reads a JSON request from stdin and
-prints one JSON line per configuration.  Kernels are tuned one by one, with the others in their
-shipped configuration.  Only configurations that compile well are measured (``cpbench.tools.aot``:
-a matrix instruction, enough memory, at most ``MAX_SPILLED_BYTES``), and only if their results agree
+``python -m cpbench.tools.compiler.tuner``, started by ``cpbench tune``: reads a JSON request from
+stdin and prints one JSON line per configuration.  Kernels are tuned one by one, with the others in
+their shipped configuration.  Only configurations that compile well are measured (``aot``: a matrix
+instruction, enough memory, at most ``MAX_SPILLED_BYTES``), and only if their results agree
 with those of the shipped configuration.
 """
 
@@ -29,7 +29,7 @@ from cpbench.kernels.triton.launch import compile_target, gpu_name
 from cpbench.masks.head_masks import per_head as per_head_of
 from cpbench.measure.device import Device, device_shortage, open_device
 from cpbench.results.store import write_atomically
-from cpbench.tools.aot import compile_launch, kernel_launches
+from cpbench.tools.compiler.aot import compile_launch, kernel_launches
 from cpbench.verify.check import make_inputs
 
 MAX_SPILLED_BYTES = 64  # a few spills outside the inner loop cost nothing
