@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -102,7 +103,7 @@ def gate(
     of its slowdown lies below --max-slowdown, and is undecided otherwise.
     """
     from cpbench.reports.compare import gate as gates
-    from cpbench.reports.compare.next_launches import commands as next_commands
+    from cpbench.reports.compare import next_launches
 
     with user_input():
         limits = percent("--max-slowdown", max_slowdown), percent("--max-memory", max_memory)
@@ -110,10 +111,16 @@ def gate(
             check_output(junit)
         (_, base_run), (_, new_run) = _open_run(base, where), _open_run(new, where)
         result = gates.evaluate_gate(base_run, new_run, *limits)
-        code = _conclude(result, base_run, new_run, limits[0], junit)
+        code = _conclude(result, base_run, new_run, undecided, junit)
     if result.launches is not None:
-        print("\n".join(next_commands(base, new, result.launches)))
-    return _decide_otherwise(code, undecided)
+        undecided_rows = result.table[
+            [result.decisions[key].launches is not None for key in result.table["id"]]
+        ]
+        fewest = int(undecided_rows[["base_launches", "new_launches"]].min().min())
+        against = next_launches.commit_of_base(base_run, new_run)
+        lines = next_launches.commands(base, new, result.launches, fewest, against)
+        print("\n".join(lines))
+    return code
 
 
 @commands.command()
@@ -138,7 +145,8 @@ def race(
     ] = 20,
     undecided: OfUndecided = None,
     out: Annotated[
-        Path | None, folder_option(help="Run directories base and new go here.  [default: race]")
+        Path | None,
+        folder_option(help="Run directories base and new go here.  [default: race/TIME]"),
     ] = None,
     where: Where = None,
     junit: Junit = None,
@@ -146,7 +154,7 @@ def race(
     """Measure two versions in turn until it is decided whether the new one passes the gate.
 
     Launches of both alternate, and cases are run until they pass or fail, so no longer than that
-    takes. Exit codes as of gate. The same command with more --max-launches goes on.
+    takes. Exit codes as of gate. The same command with --out and more --max-launches goes on.
     """
     from cpbench.reports.compare import gate as gates
     from cpbench.tools.race import side
@@ -159,7 +167,7 @@ def race(
             raise ValueError("give OLD_ENV NEW_ENV SWEEP, or --against REVISION SWEEP")
         if junit is not None:
             check_output(junit)
-        folder = run_directory(out or Path("race"))
+        folder = run_directory(out or Path("race", time.strftime("%Y%m%dT%H%M%S")))
         if against:
             sides = side.of_revision(against, sweep, folder)
         else:
@@ -170,14 +178,14 @@ def race(
         try:
             result = Race(sides, *limits, max_launches, options).run()
         except KeyboardInterrupt:
-            text = f"interrupted; launches are kept in {folder}: repeat the command to go on"
+            text = f"interrupted; repeat the command with --out {folder} to go on"
             return print_error(text, INTERRUPTED)
         base_run, new_run = (_open_run(one.out, None)[1] for one in sides)
-        code = _conclude(result, base_run, new_run, limits[0], junit)
+        code = _conclude(result, base_run, new_run, undecided, junit)
     if result.outcome == gates.UNDECIDED and result.launches:
         more = max(result.launches, max_launches + 1)
-        print(f"To decide, repeat the command with --max-launches {more}.")
-    return _decide_otherwise(code, undecided)
+        print(f"To decide, repeat the command with --out {folder} --max-launches {more}.")
+    return code
 
 
 @commands.command()
@@ -215,29 +223,23 @@ def history(
 
 
 def _conclude(
-    result: GateResult, base: Run, new: Run, max_slowdown: float, junit: Path | None
+    result: GateResult, base: Run, new: Run, undecided: Undecided | None, junit: Path | None
 ) -> int:
     """Print the result of a gate and its caveats, write the JUnit file; the exit code."""
     from cpbench.reports.compare import gate as gates
     from cpbench.reports.compare.junit import junit_xml
     from cpbench.reports.compare.verdicts import comparison_caveats
 
-    caveats = comparison_caveats(result.table, base, new, max_slowdown)
+    caveats = comparison_caveats(result.table, base, new, result.max_slowdown, False)
+    resolved = result.resolved(undecided.value if undecided else None)
     if junit is not None:
-        write_text(junit, junit_xml(result, caveats))
+        write_text(junit, junit_xml(resolved, caveats))
     for line in caveats:
         print(f"cpbench: {line}", file=sys.stderr)
     print("\n".join(gates.result_lines(result)))
-    return gates.EXIT_CODES[result.outcome]
-
-
-def _decide_otherwise(code: int, undecided: Undecided | None) -> int:
-    """The exit code of a gate after ``--undecided``."""
-    from cpbench.reports.compare.gate import EXIT_CODES, UNDECIDED
-
-    if code == EXIT_CODES[UNDECIDED] and undecided:
-        code = EXIT_CODES[undecided.value]
-        print(f"--undecided {undecided.value}: exit code {code}")
+    code = gates.EXIT_CODES[resolved.outcome]
+    if resolved.outcome != result.outcome:
+        print(f"--undecided {resolved.outcome}: exit code {code}")
     return code
 
 

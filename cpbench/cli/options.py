@@ -239,7 +239,7 @@ def percent(name: str, text: str) -> float:
         share = float(number) / (100 if sign else 1)
     except ValueError:
         share = -1.0
-    if rest or not 0 <= share < 10:
+    if rest or not 0 <= share < 10 or (share >= 1 and not sign):
         raise ValueError(f"{name} {text!r} is not a share such as 5% or 0.05")
     return share
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -102,6 +103,8 @@ def traffic(
                 raise ValueError(f"{cases[0].label}: {refusal}") from None
             link_ms = traffic.link_ms(prediction, rates) if rates else None
     if len(cases) > 1:
+        if rates:
+            print(f"cpbench: {rates.describe_range()}", file=sys.stderr)
         print(json.dumps(rows, indent=1) if as_json else "\n".join(traffic.comparison_lines(rows)))
     elif as_json:
         print(json.dumps(prediction | ({"link_ms": link_ms} if links else {})))

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cpbench.core.spec import format_size
+
 _NAMES = {"node": "inside a node", "across": "across nodes"}
 
 
@@ -21,6 +23,14 @@ class LinkRates:
     """
 
     times_us: Mapping[str, Mapping[int, float]]
+
+    def describe_range(self) -> str:
+        """The sizes that were measured, beyond which rates are taken as constant, in words."""
+        largest = ", ".join(
+            f"{_NAMES.get(link, link)} {format_size(max(times))}"
+            for link, times in self.times_us.items()
+        )
+        return f"--links: largest messages measured: {largest}; larger ones have the same rate"
 
     def gb_per_s(self, link: str, nbytes: float) -> float:
         """Bytes over time of a message, 1e9 bytes per second: between the measured sizes, along a

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from cpbench.reports.compare.statistics import ALPHA, SLOWER, launches_to_decide
@@ -55,10 +55,23 @@ class GateResult:
     Attributes:
         table: of :func:`compare`, with the allowed slowdown as its floor.
         decisions: by case id.
+        max_slowdown, max_memory: what is allowed.
     """
 
     table: pd.DataFrame
     decisions: Mapping[str, Decision]
+    max_slowdown: float
+    max_memory: float
+
+    def resolved(self, outcome: str | None) -> GateResult:
+        """The result with undecided cases as ``PASS`` or ``FAIL``; as it is for None."""
+        if outcome is None:
+            return self
+        decisions = {
+            key: replace(decision, outcome=outcome) if decision.outcome == UNDECIDED else decision
+            for key, decision in self.decisions.items()
+        }
+        return replace(self, decisions=decisions)
 
     @property
     def outcome(self) -> str:
@@ -103,7 +116,7 @@ def evaluate_gate(
         raise ValueError("the runs have no case in common: nothing can be compared")
     timed = int((table["base_ms"].notna() & table["new_ms"].notna()).sum())
     decisions = {row["id"]: _decide(row, max_slowdown, max_memory, timed) for row in rows(table)}
-    return GateResult(table, decisions)
+    return GateResult(table, decisions, max_slowdown, max_memory)
 
 
 def rows(table: pd.DataFrame) -> list[dict[str, Any]]:
@@ -116,8 +129,11 @@ def _decide(row: dict[str, Any], max_slowdown: float, max_memory: float, timed: 
     if failures := tuple(_failures(row, max_slowdown, max_memory)):
         return Decision(FAIL, failures)
     if row["verdict"] in (WORKS, NEITHER) and not math.isnan(row["ratio"]):
-        text = f"{row['why']}: times of the base do not count"
+        known = row["why"].startswith("not comparable")
+        text = row["why"] + ("" if known else ": times of the base do not count")
         return Decision(UNDECIDED, (("base", text),))
+    if row["base_status"] == row["new_status"] in ("crash", "wrong"):
+        return Decision(UNDECIDED, (("status", f"{row['new_status']} in both runs"),))
     reasons, launches = [], None
     if text := _undecided_time(row, max_slowdown):
         launches = _launches_to_decide(row, max_slowdown, timed)
@@ -211,7 +227,8 @@ def result_lines(result: GateResult) -> list[str]:
     counts = result.counts
     numbers = ", ".join(f"{counts[name]} {_OUTCOMES[name]}" for name in (FAIL, UNDECIDED, PASS))
     cases = pluralize(len(result.decisions), "case")
-    return [*lines, f"gate {_OUTCOMES[result.outcome]}: {cases}: {numbers}"]
+    limits = f"limits {result.max_slowdown:.1%} time, {result.max_memory:.1%} memory"
+    return [*lines, f"gate {_OUTCOMES[result.outcome]}: {cases}: {numbers}; {limits}"]
 
 
 def _times_text(row: dict[str, Any]) -> str:

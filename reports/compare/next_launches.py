@@ -6,19 +6,39 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from cpbench.results.store import read_document
+from cpbench.results.store import Run, read_document
 
 
-def commands(base: Path, new: Path, launches: int) -> list[str]:
-    """Lines for people: what to run for so many launches per side."""
+def commands(base: Path, new: Path, launches: int, fewest: int, against: str) -> list[str]:
+    """Lines for people: what to run for so many launches per side.
+
+    Args:
+        fewest: launches that each undecided case has.
+        against: commit of the base, if the new run differs from it by its commit alone.
+    """
     sweep = _sweep_argument(new) or _sweep_argument(base) or "SWEEP"
+    versions = f"--against {against}" if against else "OLD_ENV NEW_ENV"
     return [
-        f"To decide, about {launches} launches of each run, in turn: repeat these with 1, 2, … "
-        f"{launches}, each with its own version:",
+        f"More launches of both, in turn: repeat these with {fewest + 1}, … {launches}, each with "
+        "its own version:",
         *(f"    {_run_command(folder, launches)}" for folder in (base, new)),
-        "or let one command do both, and stop once all is decided:",
-        f"    cpbench race OLD_VENV NEW_VENV {sweep} --max-launches {launches}",
+        "or let one command measure both anew, and stop once all is decided:",
+        f"    cpbench race {versions} {sweep} --max-launches {launches}",
     ]
+
+
+def commit_of_base(base: Run, new: Run) -> str:
+    """The commit of the base, where that of the new run is another one of the same repository: of
+    the files that the sweep names, or else of cpbench; "" if there is none."""
+    for key in ("files_commit", "commit"):
+        values = [
+            {str(facts.get(key) or "") for facts in run.environments.values()}
+            for run in (base, new)
+        ]
+        if all(len(of_run) == 1 for of_run in values) and values[0] != values[1]:
+            (commit,) = values[0]
+            return "" if "+" in commit else commit
+    return ""
 
 
 def _run_command(folder: Path, launches: int) -> str:
@@ -27,10 +47,12 @@ def _run_command(folder: Path, launches: int) -> str:
     if not words:
         words = ["run", "SWEEP", "--out", str(folder)]
     kept, skip = list[str](), False
-    for word in words:
-        if not skip and word != "--launches" and not word.startswith("--launches="):
+    for i, word in enumerate(words):
+        ids = word == "--where" and words[i + 1 : i + 2] and words[i + 1].startswith("id=")
+        dropped = word in ("--launches", "--json") or word.startswith("--launches=") or ids
+        if not skip and not dropped:
             kept.append(word)
-        skip = word == "--launches"
+        skip = not skip and (word == "--launches" or bool(ids))
     return shlex.join(["cpbench", *kept, "--launches", str(launches)])
 
 

@@ -120,17 +120,21 @@ def describe_commits(base: Run, new: Run) -> str:
     return f"cpbench {_join(base_commits)} in the base, {_join(new_commits)} in the new run"
 
 
-def comparison_caveats(table: pd.DataFrame, base: Run, new: Run, floor: float) -> list[str]:
+def comparison_caveats(
+    table: pd.DataFrame, base: Run, new: Run, floor: float, unclear_cases: bool = True
+) -> list[str]:
     """What weakens the verdicts of a comparison, a line each.
 
     Args:
         table, floor: of :func:`compare`.
+        unclear_cases: whether to say what UNCLEAR cases would take.
     """
     lines = [f"Warning: {line}" for line in environment_differences(base, new)]
     for name, run in (("base", base), ("new run", new)):
         lines += [f"Warning: {name}: {warning}" for warning in run.warnings[:_MAX_WARNINGS]]
     both = table["base_launches"].gt(0) & table["new_launches"].gt(0)
     unclear = table[table["verdict"] == UNCLEAR]
+    unclear = unclear if unclear_cases else unclear.iloc[:0]
     if few := int(unclear["low"].isna().sum()):
         lines.append(
             f"UNCLEAR, too few launches: {pluralize(few, 'case')}. Each side needs {MIN_LAUNCHES} "
@@ -157,7 +161,7 @@ def comparison_caveats(table: pd.DataFrame, base: Run, new: Run, floor: float) -
     if separate:
         lines.append(
             f"Not interleaved: {pluralize(separate, 'case')} measured first in one run and then in "
-            "the other; drift looks like a difference. Alternate the runs: --launches 1, 2, 3, …"
+            "the other; drift looks like a difference. Alternate the runs, or let race do it."
         )
     launches = [launch for pair in pairs for side in pair for launch in side.launches]
     if any(launch.pace_us for launch in launches):
@@ -285,6 +289,8 @@ def _status_verdict(base_side: _Side, new_side: _Side) -> tuple[str, str] | None
         flaws = dict.fromkeys([*base_side.flaws, *new_side.flaws])
         verdict = WORKS if not new_side.flaws else NEITHER if base_side.flaws else FAILS
         return verdict, f"{', '.join(flaws)} in the {' and the '.join(runs)}"
+    if base.status == new.status == "ok" and (changed := _incomparable(base_side, new_side)):
+        return NEITHER, changed
     if base.status == new.status == "ok":
         was, now = (record.quality.get("mass") for record in (base, new))
         if was is not None and now is not None and abs(now - was) > RECALL_TOLERANCE:
@@ -297,10 +303,25 @@ def _status_verdict(base_side: _Side, new_side: _Side) -> tuple[str, str] | None
     return NEITHER, f"{base.status}, then {new.status}: {new.reason}"
 
 
+def _incomparable(base: _Side, new: _Side) -> str:
+    """Conditions in which the times of two sides differ, so that they are no times of the same
+    thing, in words; "" if there are none."""
+    texts = []
+    for name in ("device", "clock", "threads", "transport"):
+        values = [
+            {str(launch.conditions.get(name, "")) for launch in side.launches}
+            for side in (base, new)
+        ]
+        if all(values) and values[0] != values[1]:
+            was, now = (_join(value) or "none" for value in values)
+            texts.append(f"{name} {was} in the base, {now} in the new run")
+    return f"not comparable: {'; '.join(texts)}" if texts else ""
+
+
 def _comparable_times(base: _Side, new: _Side) -> tuple[list[float], list[float]]:
     """Median time of each launch on either side, divided by the pace of the machine meanwhile where
     all launches have it; none where the times of a side do not count."""
-    if base.flaws or new.flaws:
+    if base.flaws or new.flaws or _incomparable(base, new):
         return [], []
     paced = [[launch.paced for launch in side.launches] for side in (base, new)]
     if all(ratio is not None for side in paced for ratio in side):

@@ -114,6 +114,8 @@ def _pareto_chart(axes: tuple[str, str]) -> ChartKind:
     Raises:
         ValueError: for an unknown one.
     """
+    if axes[0] == axes[1]:
+        raise ValueError(f"--x and --y are both {axes[0]}: give two metrics")
     x, y = (parse_metric(f"--{axis}", name) for axis, name in zip("xy", axes, strict=True))
     return ChartKind(
         lambda table: _has_values(table, x.column, y.column),

@@ -54,12 +54,18 @@ class History:
         at = Counter(step.index for series in self.series for step in series.steps)
         changed = sum(bool(series.steps) for series in self.series)
         cases = pluralize(len(self.series), "case")
-        if not changed:
-            return f"No step in {cases} over {pluralize(len(self.versions), 'version')}."
-        where = ", ".join(
-            f"{self.names[i]} ({pluralize(n, 'case')})" for i, n in sorted(at.items())
-        )
-        return f"{changed} of {cases} changed: at {where}."
+        if changed:
+            where = ", ".join(
+                f"{self.names[i]} ({pluralize(n, 'case')})" for i, n in sorted(at.items())
+            )
+            parts = [f"{changed} of {cases} changed: at {where}"]
+        else:
+            parts = [f"No step in {cases} over {pluralize(len(self.versions), 'version')}"]
+        if failing := sum(bool(_status_change(self, series)) for series in self.series):
+            parts.append(f"no longer ok: {pluralize(failing, 'case')}")
+        if untested := sum(bool(series.untested) for series in self.series):
+            parts.append(f"changes of {pluralize(untested, 'case')} have too few launches to tell")
+        return "; ".join(parts) + "."
 
     @property
     def notes(self) -> list[str]:
@@ -131,6 +137,10 @@ def _step_cells(history: History, series: Series, step: Step | None) -> dict[str
         }  # fmt: skip
     elif problem := _status_change(history, series):
         cells["step"] = problem
+    elif series.untested:
+        index, ratio = series.untested[-1]
+        cells |= {"step": f"{signed_percent(ratio - 1)}?", "interval": "too few launches",
+                  "at": history.names[index]}  # fmt: skip
     return cells
 
 

@@ -20,6 +20,7 @@ from cpbench.reports.history.versions import Version
 from cpbench.results.contest import MIN_LAUNCHES
 from cpbench.results.record import APPROXIMATE, Record
 
+_UNTESTED = 2  # times the floor, above which a change without a test is named
 _MIN_SPREAD = 1e-3  # of launches, below which partitions would follow rounding
 METRICS = {"ms": "time, ms", "peak": "peak memory, MB"}
 
@@ -60,6 +61,7 @@ class Series:
         machine: that measured it.
         points: by version; None where the case is missing.
         steps: in order.
+        untested: version and ratio of changes of level with too few launches for the test.
     """
 
     id: str
@@ -67,6 +69,7 @@ class Series:
     machine: str
     points: list[Point | None]
     steps: list[Step] = field(default_factory=list)
+    untested: list[tuple[int, float]] = field(default_factory=list)
 
     @property
     def measured(self) -> list[int]:
@@ -175,6 +178,15 @@ def _candidates(series: Series, floor: float) -> list[Step]:
             tests.append(compare_medians(old, new, floor) if enough else None)
         p_values = [_p_value(test) for test in tests]
         worst = max(range(len(tests)), key=p_values.__getitem__)
+        if tests[worst] is None:
+            at = edges[worst + 1]
+            levels = [
+                statistics.median(x for of in launches[start:end] for x in of)
+                for start, end in ((edges[worst], at), (at, edges[worst + 2]))
+            ]
+            ratio = levels[1] / levels[0]
+            if abs(math.log(ratio)) > math.log1p(_UNTESTED * floor):
+                series.untested.append((measured[at], ratio))
         if p_values[worst] <= ALPHA:
             return [
                 Step(measured[at], measured[at - 1], test)

@@ -84,6 +84,9 @@ def make_pivot(collection: Collection, pivot: str, metric: str, baseline: str) -
         cell = _cell(rows, figure.column, factor, marks, figure.timed)
         block = blocks.setdefault(title, {})
         block.setdefault(_value_text(down, row_value), {})[_value_text(across, column_value)] = cell
+    if all(math.isnan(value) for block in blocks.values() for row in block.values()
+           for _, value in row.values()):  # fmt: skip
+        raise ValueError(f"no case has {heading}")
     if baseline:
         heading = f"{heading}, over {baseline}"
         blocks = {title: _ratios(block, baseline) for title, block in blocks.items()}
@@ -188,6 +191,8 @@ def _ratios(block: Block, baseline: str) -> dict[str, dict[str, Cell]]:
             base = row.get(baseline) or block.get(baseline, {}).get(across)
             if base is None:
                 continue
+            if base[0] and base[0][-1] in _MARKS:  # disqualified, so no baseline
+                base = ("", math.nan)
             ratio = value / base[1] if base[1] else math.nan
             marks = text.lstrip("0123456789.,e-+") if not math.isnan(value) else text
             shown = (

@@ -23,6 +23,7 @@ from cpbench.reports.compare.gate import (
     result_lines,
 )
 from cpbench.reports.compare.junit import junit_xml
+from cpbench.reports.compare.next_launches import commit_of_base
 from cpbench.reports.compare.statistics import launches_to_decide
 from cpbench.results.record import Record
 
@@ -62,11 +63,13 @@ def test_every_case_passes_fails_or_is_undecided(tmp_path: Path) -> None:
     result = gate_of(tmp_path, base, new)
     assert outcomes(result) == {
         "same": PASS, "slow": FAIL, "fast": PASS, "few": UNDECIDED, "broke": FAIL, "gone": FAIL,
-        "loud": UNDECIDED, "never": PASS, "more": PASS, "late": FAIL,
+        "loud": UNDECIDED, "never": UNDECIDED, "more": PASS, "late": FAIL,
     }  # fmt: skip
     assert result.outcome == FAIL
     lines = result_lines(result)
-    assert lines[-1] == "gate failed: 10 cases: 4 failed, 2 undecided, 4 passed"
+    assert lines[-1] == (
+        "gate failed: 10 cases: 4 failed, 3 undecided, 3 passed; limits 5.0% time, 2.0% memory"
+    )
     (few,) = (line for line in lines if line.startswith("UNDECIDED few "))
     assert "4 and 6 launches; the test takes 5 per side" in few
     (loud,) = (line for line in lines if line.startswith("UNDECIDED loud "))
@@ -74,10 +77,10 @@ def test_every_case_passes_fails_or_is_undecided(tmp_path: Path) -> None:
 
     suite = ElementTree.fromstring(junit_xml(result, ["a\x00b"])).find("testsuite")
     assert suite is not None
-    assert (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == ("10", "4", "2")
+    assert (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == ("10", "4", "3")
     assert len(suite.findall("testcase/failure")) == 4
     skipped = [case.get("message", "") for case in suite.findall("testcase/skipped")]
-    assert [message.startswith("undecided: ") for message in skipped] == [True, True]
+    assert [message.startswith("undecided: ") for message in skipped] == [True] * 3
 
 
 @pytest.mark.parametrize("slowdown", [1.26, 1.44])
@@ -173,7 +176,7 @@ def test_exit_codes_and_the_commands_that_decide(tmp_path: Path) -> None:
 
     done = gate(base, slow, "--junit", str(tmp_path / "gate.xml"))
     assert (done.returncode, done.stdout.splitlines()[-1]) == (
-        1, "gate failed: 1 case: 1 failed, 0 undecided, 0 passed",
+        1, "gate failed: 1 case: 1 failed, 0 undecided, 0 passed; limits 5.0% time, 2.0% memory",
     )  # fmt: skip
     assert ElementTree.parse(tmp_path / "gate.xml").find("testsuite/testcase/failure") is not None
     assert gate(base, same).returncode == 0
@@ -183,16 +186,20 @@ def test_exit_codes_and_the_commands_that_decide(tmp_path: Path) -> None:
     assert f"    cpbench run SWEEP --out {base} --launches 5\n" in done.stdout
     again = "    cpbench run 'my sweep.toml' --out few --where batch=1 --launches 5\n"
     assert again in done.stdout
-    assert "cpbench race OLD_VENV NEW_VENV 'my sweep.toml' --max-launches 5" in done.stdout
+    assert "cpbench race OLD_ENV NEW_ENV 'my sweep.toml' --max-launches 5" in done.stdout
+    assert "repeat these with 3, … 5" in done.stdout
     for choice, code in (("pass", 0), ("fail", 1)):
-        done = gate(base, few, "--undecided", choice)
-        assert (done.returncode, done.stdout.splitlines()[-1]) == (
-            code, f"--undecided {choice}: exit code {code}",
-        )  # fmt: skip
+        done = gate(base, few, "--undecided", choice, "--junit", str(tmp_path / "x.xml"))
+        assert done.returncode == code
+        assert f"--undecided {choice}: exit code {code}\n" in done.stdout
+        suite = ElementTree.parse(tmp_path / "x.xml").find("testsuite")
+        assert suite is not None
+        assert (suite.get("failures"), suite.get("skipped")) == (str(code), "0")
         assert gate(base, slow, "--undecided", choice).returncode == 1
     for arguments, line in (
         ((base, str(tmp_path)), "is not a run directory"),
         ((base, slow, "--max-slowdown", "many"), "is not a share such as 5%"),
+        ((base, slow, "--max-slowdown", "5"), "is not a share such as 5%"),
         ((base, slow, "--undecided", "maybe"), "maybe"),
         ((base, slow, "--where", "mask=full"), "no case has mask=full; mask is one of: causal"),
     ):
@@ -210,3 +217,25 @@ def test_many_cases_with_few_launches(tmp_path: Path) -> None:
     result = gate_of(tmp_path, *sides)
     assert result.counts[FAIL] == 0
     assert result.table["detectable"].isna().all()
+
+
+def test_times_of_different_clocks_are_not_compared(tmp_path: Path) -> None:
+    sides = []
+    for clock, ms in (("cpu", 8.0), ("wall", 10.0)):
+        conditions = {"device": "cpu", "threads": 1, "checked": True, "timed": True, "clock": clock}
+        sides.append(launches("a", noisy(ms, 6, 1), conditions=conditions))
+    for base, new in (sides, sides[::-1]):
+        (decision,) = gate_of(tmp_path, base, new).decisions.values()
+        assert decision.outcome == UNDECIDED
+        assert decision.text.startswith("not comparable: clock ")
+
+
+def test_a_race_is_suggested_against_the_commit_of_the_base(tmp_path: Path) -> None:
+    runs = []
+    for name in ("base", "new"):
+        run = write_run(tmp_path / name, launches("a", [10.0]))
+        run.environments["e"] = {"commit": "0123456789ab", "files_commit": f"commit of {name}"}
+        runs.append(run)
+    assert commit_of_base(*runs) == "commit of base"
+    runs[0].environments["e"]["files_commit"] = "0123+changed"
+    assert commit_of_base(*runs) == ""

@@ -118,6 +118,21 @@ def test_one_launch_per_version_takes_five_versions_on_each_side(tmp_path: Path)
     assert series.steps == []
 
 
+def test_a_change_without_enough_launches_is_said(tmp_path: Path) -> None:
+    generator = random.Random(5)
+    folders = [
+        write_version(tmp_path / f"v{i}", launches("a", times(generator, mean, 4)), 1e6 * i)
+        for i, mean in enumerate((10.0, 10.0, 16.0))
+    ]
+    history = read_history(folders, "ms", 0.02)
+    assert history.answer == (
+        "No step in 1 case over 3 versions; changes of 1 case have too few launches to tell."
+    )
+    (row,) = rows(history)
+    assert (row["at"], row["interval"]) == ("v2", "too few launches")
+    assert row["step"].endswith("%?")
+
+
 def test_failures_memory_and_machines(tmp_path: Path) -> None:
     generator, folders = random.Random(4), []
     for i in range(4):

@@ -53,6 +53,10 @@ def test_a_block_for_each_further_fact(run: Path) -> None:
 
 def test_ratios_to_a_row_or_a_column(run: Path) -> None:
     collection = collect([run], ["mask=causal"])
+    (block,) = make_pivot(collection, "seq_len,operator", "ms", "flex").blocks.values()
+    assert {cell[0] for row in block.values() for cell in row.values()} == {"", "oom"}
+    with pytest.raises(ValueError, match="no case has exposed communication"):
+        make_pivot(collection, "seq_len,operator", "exposed", "")
     for pivot, baseline in (("seq_len,operator", "bands"), ("operator,seq_len", "bands")):
         (block,) = make_pivot(collection, pivot, "ms", baseline).blocks.values()
         ratios = {cell[0] for row in block.values() for cell in row.values()}

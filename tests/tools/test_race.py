@@ -110,6 +110,20 @@ def test_the_working_tree_against_a_commit(repository: Path) -> None:
 
     again = race(repository, *words, "--out", "../race")  # nothing is run twice
     assert (again.returncode, again.stdout) == (1, done.stdout)
+    assert "warning" not in done.stderr
+
+    (repository / "bench" / "op.py").write_text(OPERATOR.replace("BY = 0.0", "BY = 0.1"))
+    other = race(repository, *words, "--out", "../race")
+    assert other.returncode == 2
+    assert "holds launches of another version: give another --out" in other.stderr
+
+
+def test_one_version_against_itself_is_said(repository: Path) -> None:
+    git(repository, "commit", "-qam", "second")
+    done = race(repository, "--against", "HEAD", "bench/s.toml", "--max-slowdown", "300%",
+                "--max-launches", "5", "--out", "../race")  # fmt: skip
+    assert "warning: both versions are the same code" in done.stderr
+    assert done.returncode in (0, 3)
 
 
 def test_what_cannot_race_is_one_line(repository: Path, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ class HotLoops:
     Attributes:
         count: how many there are.
         matrix_instructions: of a warp in one pass of the loop with the most.
-        local_bytes: of local memory loaded and stored by a thread in one pass, summed over the loops.
+        local_bytes: of local memory moved by a thread in one pass, summed over the loops.
     """
 
     count: int

@@ -12,8 +12,9 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cpbench.core.subprocess_call import MODULE
@@ -67,6 +68,8 @@ class Race:
             order = self.sides if launch % 2 else self.sides[::-1]
             for side in order:
                 self._launch(side, launch, undecided)
+            if launch == 1:
+                self._check_versions()
             if launch > MIN_LAUNCHES and launch not in looks(self.max_launches):
                 continue
             result = self._evaluate(share)
@@ -80,7 +83,33 @@ class Race:
             more_may_decide = any(result.decisions[key].launches for key in undecided)
             if not undecided or (launch >= MIN_LAUNCHES and not more_may_decide):
                 break
-        return GateResult(result.table, {**result.decisions, **self.decisions})
+        return replace(result, decisions={**result.decisions, **self.decisions})
+
+    def _check_versions(self) -> None:
+        """Say so if both versions are the same.
+
+        Raises:
+            RaceError: if the folder holds launches of another version than the new one.
+        """
+        versions = []
+        for side, run in zip(self.sides, self._runs(), strict=True):
+            keys = Counter(case_key(record.case) for record in run.records.values())
+            if run.other_launches or max(keys.values(), default=1) > 1:
+                raise RaceError(
+                    f"{side.out} holds launches of another version: give another --out, for "
+                    "launches of both versions must alternate"
+                )
+            versions.append(
+                {
+                    (
+                        *record.case.content,
+                        run.environments.get(record.environment or "", {}).get("commit"),
+                    )
+                    for record in run.records.values()
+                }
+            )
+        if versions[0] == versions[1]:
+            self.show("warning: both versions are the same code: only noise can tell them apart")
 
     def _evaluate(self, alpha: float) -> GateResult:
         """Evaluate the gate, and keep what it decides."""

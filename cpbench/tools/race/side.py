@@ -41,8 +41,9 @@ def of_environments(old: Path, new: Path, sweep: str, out: Path) -> tuple[Side, 
         ValueError: for one without an interpreter.
     """
     path = str(Path(sweep).absolute()) if Path(sweep).is_file() else sweep
+    env = {"PYTHONPATH": ""}  # which would put one cpbench before those of both environments
     base, other = (
-        Side(name, _interpreter(folder), path, out / name, Path.cwd())
+        Side(name, _interpreter(folder), path, out / name, Path.cwd(), env)
         for name, folder in (("base", old), ("new", new))
     )
     return base, other
