@@ -349,8 +349,7 @@ def _checked(lens: npt.NDArray[Any], name: str) -> IntArray:
     if lens.ndim == 1 and lens.size == 0:
         raise ValueError(f"{name} holds no lengths; give at least one")
     if lens.ndim != 1 or lens.dtype.kind not in "iu":
-        kind = f"{lens.ndim}-D {lens.dtype}"
-        raise ValueError(f"{name} must be a flat list of integers >= 1, not {kind}")
+        raise ValueError(f"{name} must be a flat list of integers >= 1, not {_kind(lens)}")
     invalid = np.flatnonzero((lens < 1) | (lens > MOST_TOKENS))
     if len(invalid):
         raise ValueError(
@@ -360,6 +359,17 @@ def _checked(lens: npt.NDArray[Any], name: str) -> IntArray:
     if lens.sum(dtype=np.float64) > MOST_TOKENS:
         raise ValueError(f"{name} must sum to at most 2**40, not to {lens.sum(dtype=np.float64):g}")
     return lens.astype(np.int64)
+
+
+def _kind(lens: npt.NDArray[Any]) -> str:
+    """What an array holds, in words."""
+    kinds = {"f": "floats", "U": "text", "S": "text", "b": "booleans", "c": "complex numbers"}
+    kind = kinds.get(lens.dtype.kind, "integers" if lens.dtype.kind in "iu" else "other objects")
+    if lens.dtype.kind == "O" and all(isinstance(one, str) for one in lens.flat):
+        kind = "text"
+    if lens.ndim == 0:
+        return f"a single value ({lens})"
+    return kind if lens.ndim == 1 else f"a {lens.ndim}-D array of {kind}"
 
 
 def _one_line(error: Exception) -> str:

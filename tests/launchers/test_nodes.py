@@ -231,4 +231,4 @@ def test_status_of_a_local_run(tmp_path: Path, processes: list[subprocess.Popen[
     wait_until(lambda: not leftover_processes(out))
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "has ended unexpectedly" in output
-    assert "nothing is running; repeat the command that started the run to resume it" in output
+    assert "not running: rerun the same command to resume" in output

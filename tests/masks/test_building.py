@@ -79,7 +79,12 @@ BAD: list[tuple[Any, Any, dict[str, Any], str]] = [
     ("block_causal_document:block_size=0", 8, {}, "block_size must be an integer >= 1, not 0"),
     ("share_question:doc_lens=[8]", 8, {}, "share_question needs at least 2 documents, not 1: "),
     ("full_document:doc_lens=[]", 8, {}, "doc_lens holds no lengths; give at least one"),
-    ("full_document:doc_lens=8", 8, {}, "doc_lens must be a flat list of integers >= 1, not 0-D "),
+    (
+        "full_document:doc_lens=8",
+        8,
+        {},
+        "doc_lens must be a flat list of integers >= 1, not a single value (8)",
+    ),
     (
         "full_document",
         8,
