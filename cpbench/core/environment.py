@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import re
-import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -19,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from cpbench.core.git import git
 from cpbench.core.user_files import counted_from
 
 VARIABLE_PREFIXES = (
@@ -202,24 +202,11 @@ def _tree_commit(tree: Path, folders: Sequence[str], others: Sequence[str]) -> s
     Args:
         others: options of ``git ls-files`` for files that git does not track.
     """
-
-    def git(*arguments: str) -> str | None:
-        result = subprocess.run(
-            ["git", "-C", str(tree), *arguments],
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-        )
-        return result.stdout.strip() if result.returncode == 0 else None
-
-    try:
-        head = git("rev-parse", "--short=12", "HEAD")
-        if not head:
-            return None
-        difference = git("diff", "HEAD", "--", *folders) or ""
-        untracked = git("ls-files", *others, "--", *(f"{name}/**.py" for name in folders))
-    except FileNotFoundError:
+    head = git(tree, "rev-parse", "--short=12", "HEAD")
+    if not head:
         return None
+    difference = git(tree, "diff", "HEAD", "--", *folders) or ""
+    untracked = git(tree, "ls-files", *others, "--", *(f"{name}/**.py" for name in folders))
     for name in (untracked or "").splitlines():
         with suppress(OSError):
             difference += f"{name}\n{(tree / name).read_text('utf-8', 'replace')}"

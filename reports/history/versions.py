@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import cpbench
+from cpbench.core.git import git
 from cpbench.results.store import Run
 from cpbench.results.worlds import describe, differences, world_of
 
@@ -105,17 +105,10 @@ def _commit_date(commit: str) -> int | None:
 def _git(*words: str) -> str | None:
     """The output of git in the working directory, or else in the source tree of cpbench; None if
     both fail."""
-    for folder in (Path(), Path(cpbench.__file__).resolve().parents[1]):
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(folder), *words], capture_output=True, encoding="utf-8",
-                check=False,
-            )  # fmt: skip
-        except FileNotFoundError:
-            return None
-        if done.returncode == 0:
-            return done.stdout.strip()
-    return None
+    outputs = (
+        git(folder, *words) for folder in (Path(), Path(cpbench.__file__).resolve().parents[1])
+    )
+    return next((output for output in outputs if output is not None), None)
 
 
 def short_names(found: Sequence[Version]) -> list[str]:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from git_repository import git
 from paths import ROOT
 
 from cpbench.core import environment
@@ -30,10 +31,6 @@ def test_changed_and_untracked_source_is_another_commit(tmp_path: Path) -> None:
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
 
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
     def commit() -> str:
         code = "from cpbench.core import environment; print(environment.commit())"
         env = {**os.environ, "PYTHONPATH": str(tmp_path)}
@@ -46,11 +43,11 @@ def test_changed_and_untracked_source_is_another_commit(tmp_path: Path) -> None:
     for name in ("cpbench", "kernels", "launchers", "reports", "slurm"):
         shutil.copytree(ROOT / name, tmp_path / name, symlinks=True,
                         ignore=shutil.ignore_patterns("__pycache__"))  # fmt: skip
-    git("init", "-q")
+    git(tmp_path, "init", "-q")
     (tmp_path / ".gitignore").write_text("__pycache__\n/kernels/private.py\n")
-    git("add", "-A")
-    git("commit", "-qm", "first")
-    head = git("rev-parse", "--short=12", "HEAD")
+    git(tmp_path, "add", "-A")
+    git(tmp_path, "commit", "-qm", "first")
+    head = git(tmp_path, "rev-parse", "--short=12", "HEAD")
     found = [commit()]
     (tmp_path / "README.md").write_text("words\n")
     found.append(commit())

@@ -19,8 +19,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 from false_alarms import KERNEL
+from git_repository import git
 
 from cpbench.reports.compare.gate import evaluate_gate
 from cpbench.results.store import Run, read_run
@@ -40,11 +42,6 @@ max_seconds = 0.7
 max_iterations = 40
 memory = false
 """
-
-
-def git(folder: Path, *words: str) -> None:
-    command = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b", *words]
-    subprocess.run(command, check=True, capture_output=True)
 
 
 def first_launches(run: Run, count: int) -> Run:

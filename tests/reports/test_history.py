@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from browser import complaints, opened
+from git_repository import git
 from limits import LIMIT_S
 from made_records import launches, record
 
@@ -37,14 +38,6 @@ def times(
     generator: random.Random, mean: float, count: int = 3, noise: float = 0.03
 ) -> list[float]:
     return [mean * generator.lognormvariate(0, noise) for _ in range(count)]
-
-
-def git(folder: Path, *words: str, date: str = "") -> str:
-    command = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b", *words]
-    env = {**os.environ, **({"GIT_COMMITTER_DATE": date} if date else {})}
-    return subprocess.run(
-        command, env=env, check=True, capture_output=True, text=True
-    ).stdout.strip()
 
 
 @pytest.fixture

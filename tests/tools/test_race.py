@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from git_repository import git
 from limits import LIMIT_S
 from made_records import launches, run_of
 
@@ -63,11 +64,6 @@ def race(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", "cpbench", "race", *words], cwd=folder, env=environ,
         capture_output=True, text=True, timeout=LIMIT_S, check=False,
     )  # fmt: skip
-
-
-def git(folder: Path, *words: str) -> None:
-    command = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b", *words]
-    subprocess.run(command, check=True, capture_output=True)
 
 
 @pytest.fixture

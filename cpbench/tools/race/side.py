@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import cpbench
+from cpbench.core.git import git
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,14 @@ def of_revision(revision: str, sweep: str, out: Path) -> tuple[Side, Side]:
     Raises:
         ValueError: when there is no repository or no such commit.
     """
+    if shutil.which("git") is None:
+        raise ValueError("--against needs git, which is not installed")
     path = Path(sweep).absolute() if Path(sweep).is_file() else None
     places = (path.parent if path else None, Path.cwd(), Path(cpbench.__file__).resolve().parent)
     repository = next((top for place in places if place and (top := _repository(place))), None)
     if repository is None:
         raise ValueError("--against needs a git repository; give two environments instead")
-    commit = _git(repository, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")
+    commit = git(repository, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")
     if commit is None:
         raise ValueError(f"--against {revision}: there is no such commit in {repository}")
     clone = out / "base-source" / commit[:12]
@@ -103,7 +106,7 @@ def _below(root: Path, path: Path, repository: Path) -> Path:
 
 def _repository(folder: Path) -> Path | None:
     """The root of the git repository of a folder, if any."""
-    top = _git(folder, "rev-parse", "--show-toplevel")
+    top = git(folder, "rev-parse", "--show-toplevel")
     return Path(top).resolve() if top else None
 
 
@@ -121,14 +124,3 @@ def _clone(repository: Path, commit: str, folder: Path) -> None:
         if done.returncode:
             raise ValueError(f"git {step[0]}: {' '.join(done.stderr.split())}")
     unfinished.rename(folder)
-
-
-def _git(folder: Path, *words: str) -> str | None:
-    """The output of a git command in a folder; None if it fails."""
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *words], capture_output=True, encoding="utf-8", check=False
-        )
-    except FileNotFoundError:
-        raise ValueError("--against needs git, which is not installed") from None
-    return done.stdout.strip() if done.returncode == 0 else None
