@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from cpbench.core.spec import Spec, format_size
 from cpbench.results.store import Run
-from cpbench.sweep.sweep_file import INT_KEYS, KEYS, SPEC_KEYS, parse_integer, split_list
+from cpbench.sweep.conditions import split_condition
+from cpbench.sweep.sweep_file import INT_KEYS, SPEC_KEYS, parse_integer
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,12 +27,8 @@ def filter_rows(table: pd.DataFrame, conditions: Sequence[str]) -> pd.DataFrame:
         ValueError: for a condition that is not of that form, an unknown key, or no row left.
     """
     for condition in conditions:
-        key, equals, value = (part.strip() for part in condition.partition("="))
-        if not equals:
-            raise ValueError(f"{condition!r} is not of the form key=value; keys: {', '.join(KEYS)}")
-        if key not in (*KEYS, "id"):
-            raise ValueError(f"no key {key!r}; keys: {', '.join(KEYS)}, id")
-        values = {_parse_value(key, item) for item in split_list(value)}
+        key, items = split_condition(condition)
+        values = {_parse_value(key, item) for item in items}
         cells = table[key].fillna("")
         matches = {
             cell: not values.isdisjoint(_matching_values(key, cell)) for cell in cells.unique()

@@ -5,7 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from cpbench.core.problem import Case
-from cpbench.sweep.sweep_file import KEYS, check_key, matches, parse_values, split_list
+from cpbench.sweep.sweep_file import KEYS, matches, parse_values, split_list
+
+
+def split_condition(condition: str) -> tuple[str, list[str]]:
+    """Key and values of ``key=value[,value]``; the key is one of a sweep, or ``id``.
+
+    Raises:
+        ValueError: for another form, or another key.
+    """
+    key, equals, value = (part.strip() for part in condition.partition("="))
+    known = ", ".join((*KEYS, "id"))
+    if not equals:
+        raise ValueError(f"{condition!r} is not of the form key=value; keys: {known}")
+    if key not in (*KEYS, "id"):
+        raise ValueError(f"no key {key!r}; keys: {known}")
+    return key, split_list(value)
 
 
 def select_cases(cases: Iterable[Case], conditions: Sequence[str]) -> list[Case]:
@@ -18,14 +33,8 @@ def select_cases(cases: Iterable[Case], conditions: Sequence[str]) -> list[Case]
     """
     selected = list(cases)
     for condition in conditions:
-        key, equals, value = (part.strip() for part in condition.partition("="))
-        if not equals:
-            raise ValueError(f"{condition!r} is not of the form key=value; keys: {', '.join(KEYS)}")
-        if key == "id":
-            rule = {key: split_list(value)}
-        else:
-            check_key(key)
-            rule = {key: parse_values(key, split_list(value))}
+        key, items = split_condition(condition)
+        rule = {key: items if key == "id" else parse_values(key, items)}
         values = dict.fromkeys(str(getattr(case, key)) for case in selected)
         selected = [case for case in selected if matches(case, rule)]
         if not selected:

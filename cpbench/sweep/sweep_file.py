@@ -238,7 +238,7 @@ def split_list(text: str) -> list[str]:
 
 def parse_values(key: str, value: Any) -> list[Any]:
     """The list of values of one key, each converted and checked."""
-    check_key(key)
+    _check_key(key)
     items = value if isinstance(value, list) else [value]
     if not items:
         raise ValueError(f"{key} = [] is an empty list; give at least one value")
@@ -352,7 +352,7 @@ def matches(case: Case, rule: Mapping[str, Sequence[Any]]) -> bool:
     return True
 
 
-def check_key(key: str) -> None:
+def _check_key(key: str) -> None:
     if key not in KEYS:
         raise ValueError(f"no key {key!r}; there are: {', '.join(KEYS)}")
 
@@ -362,7 +362,7 @@ def _checked_table(name: str, value: Any) -> dict[str, Any]:
         raise ValueError(f"{name} is not a table: write [{name}]")
     if name != "measure":
         for key in value:
-            check_key(key)
+            _check_key(key)
     return value
 
 
