@@ -37,8 +37,7 @@ def render_summary(collection: Collection, max_bytes: int = MAX_BYTES) -> str:
 def _render(contents: ReportContents, fastest: Sequence[tables.Row], left_out: int) -> str:
     markup = MARKUPS["md"]
     lines = [*markup.title(contents.headline), f"**{markup.text(contents.summary)}**", ""]
-    if contents.common_facts:
-        lines += [markup.text(f"Common to all cases: {contents.common_facts}."), ""]
+    lines += markup.common(contents.common_facts)
     if fastest:
         lines += [*markup.section("Fastest method per problem"), *markup.table(fastest)]
     if left_out:

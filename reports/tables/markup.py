@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,12 +10,13 @@ from typing import Any
 
 from cpbench.reports.tables.terminal import fit_table, listing, text_columns, wrap
 
+MARKS = "*†‡§¶"  # of footnotes
 _LATEX_ESCAPES = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "&": r"\&", "%": r"\%", "$": r"\$",
     "#": r"\#", "_": r"\_", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
     "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "±": r"$\pm$",
-    "†": r"$\dagger$", "‡": r"$\ddagger$", "§": r"\S{}", "×": r"$\times$", "≤": r"$\le$",
-    "−": r"$-$", "∞": r"$\infty$", "…": r"\ldots{}", "→": r"$\to$", "\"": "''",
+    "†": r"$\dagger$", "‡": r"$\ddagger$", "§": r"\S{}", "¶": r"\P{}", "×": r"$\times$",
+    "≤": r"$\le$", "−": r"$-$", "∞": r"$\infty$", "…": r"\ldots{}", "→": r"$\to$", "\"": "''",
 }  # fmt: skip
 
 
@@ -29,6 +31,10 @@ class Markup:
     def paragraph(self, text: str) -> list[str]:
         """Lines of a sentence or more."""
         return wrap(text)
+
+    def common(self, facts: str) -> list[str]:
+        """What all cases have in common; nothing for ""."""
+        return [*self.paragraph(f"Common to all cases: {facts}."), ""] if facts else []
 
     def title(self, text: str) -> list[str]:
         return [*wrap(f"# {text}"), ""]
@@ -135,3 +141,12 @@ class Latex(Markdown):
 
 
 MARKUPS = {"table": Markup(), "short": Markup(), "md": Markdown(), "latex": Latex()}
+
+
+def data_text(rows: Sequence[Mapping[str, Any]], form: str) -> str:
+    """Rows for programs, as ``csv`` or ``json``."""
+    if form == "json":
+        return json.dumps(rows, indent=1) + "\n"
+    import pandas as pd
+
+    return str(pd.DataFrame(rows).to_csv(index=False))

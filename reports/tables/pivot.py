@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cpbench.core.spec import format_size
 from cpbench.reports.collection import Collection
 from cpbench.reports.labels import RateFormat, three_digits
 from cpbench.reports.metrics import parse_metric
-from cpbench.reports.tables.markup import MARKUPS
+from cpbench.reports.tables.markup import MARKS, MARKUPS, data_text
 from cpbench.reports.tables.summary import method_names
 from cpbench.reports.tables.terminal import fit_table
 
@@ -29,9 +28,28 @@ FACTS = {
     "num_heads_kv": "num_heads_kv", "head_dim": "head_dim", "inputs": "inputs", "seed": "seed",
     "machine": "machine",
 }  # fmt: skip
-Cell = tuple[str, float]  # as text and as a number, nan for none
+
+
+class Cell(NamedTuple):
+    """A figure of a case.
+
+    Attributes:
+        value: nan where there is none.
+        text: of the value, or the status of a case without one.
+        marks: of reasons why the value does not count.
+    """
+
+    value: float
+    text: str
+    marks: str = ""
+
+    @property
+    def shown(self) -> str:
+        return self.text + self.marks
+
+
 Block = Mapping[str, Mapping[str, Cell]]  # by value down and value across
-_MARKS = "*†‡§¶"
+_NO_CELL = Cell(math.nan, "")
 
 
 @dataclass(frozen=True)
@@ -84,8 +102,8 @@ def make_pivot(collection: Collection, pivot: str, metric: str, baseline: str) -
         cell = _cell(rows, figure.column, factor, marks, figure.timed)
         block = blocks.setdefault(title, {})
         block.setdefault(_value_text(down, row_value), {})[_value_text(across, column_value)] = cell
-    if all(math.isnan(value) for block in blocks.values() for row in block.values()
-           for _, value in row.values()):  # fmt: skip
+    cells = [cell for block in blocks.values() for row in block.values() for cell in row.values()]
+    if all(math.isnan(cell.value) for cell in cells):
         raise ValueError(f"no case has {heading}")
     if baseline:
         heading = f"{heading}, over {baseline}"
@@ -102,18 +120,15 @@ def make_pivot(collection: Collection, pivot: str, metric: str, baseline: str) -
 def render(pivot: Pivot, title: str, form: str) -> str:
     """Render tables as ``short``, ``table``, ``md``, ``latex``, ``csv`` or ``json``."""
     if form in ("csv", "json"):
-        import pandas as pd
-
         listed = [
             {"block": block, pivot.down: down, pivot.across: across, "metric": pivot.heading,
-             "value": None if math.isnan(value) else value, "text": text}
+             "value": None if math.isnan(cell.value) else cell.value,
+             "text": cell.shown}
             for block, cells in pivot.blocks.items()
             for down, by_column in cells.items()
-            for across, (text, value) in by_column.items()
+            for across, cell in by_column.items()
         ]  # fmt: skip
-        if form == "json":
-            return json.dumps(listed, indent=1) + "\n"
-        return str(pd.DataFrame(listed).to_csv(index=False))
+        return data_text(listed, form)
     markup = MARKUPS[form]
     lines = markup.title(f"{title}: {pivot.heading}")
     tables = {
@@ -133,11 +148,12 @@ def render(pivot: Pivot, title: str, form: str) -> str:
 def _rows(cells: Block, down: str, across: str) -> list[dict[str, str]]:
     """Rows of a table, sizes in order."""
     columns = sorted({column for row in cells.values() for column in row}, key=_number)
-    return [
-        {f"{down} \\ {across}": value}
-        | {column: row.get(column, ("", math.nan))[0] for column in columns}
-        for value, row in sorted(cells.items(), key=lambda item: _number(item[0]))
-    ]
+    result = []
+    for value, row in sorted(cells.items(), key=lambda item: _number(item[0])):
+        in_order = {column: row.get(column, _NO_CELL) for column in columns}
+        texts = {column: cell.shown for column, cell in in_order.items()}
+        result.append({f"{down} \\ {across}": value} | texts)
+    return result
 
 
 def _transposed(cells: Block) -> Block:
@@ -172,34 +188,35 @@ def _cell(
     values = rows.loc[rows["status"] == "ok", column].dropna()
     if values.empty:
         statuses = rows["status"].value_counts()
-        return (str(statuses.index[0]) if (rows["status"] != "ok").any() else ""), math.nan
+        return Cell(math.nan, str(statuses.index[0]) if (rows["status"] != "ok").any() else "")
     value = statistics.median(values) * factor
     text = f"{value:.1e}" if 0 < abs(value) < 1e-3 else three_digits(value)
-    reasons = sorted({r for text in rows["disqualified"].dropna() for r in str(text).split()})
-    for reason in reasons if times else ():
-        if reason not in ("wrong", "oom", "crash", "timeout", "unsupported"):
-            marks.setdefault(reason, _MARKS[len(marks) % len(_MARKS)])
-            text += marks[reason]
-    return text, value
+    texts = rows.loc[rows["status"] == "ok", "disqualified"].dropna() if times else ()
+    reasons = sorted({reason for text in texts for reason in str(text).split()})
+    for reason in reasons:
+        marks.setdefault(reason, MARKS[len(marks) % len(MARKS)])
+    return Cell(value, text, "".join(marks[reason] for reason in reasons))
 
 
 def _ratios(block: Block, baseline: str) -> dict[str, dict[str, Cell]]:
-    """A block divided by the row or the column of the baseline; empty where it has neither."""
+    """A block divided by the row or the column of the baseline; empty where it has neither.  A
+    figure that does not count is no baseline."""
     result: dict[str, dict[str, Cell]] = {}
     for down, row in block.items():
-        for across, (text, value) in row.items():
+        for across, cell in row.items():
             base = row.get(baseline) or block.get(baseline, {}).get(across)
-            if base is None:
-                continue
-            if base[0] and base[0][-1] in _MARKS:  # disqualified, so no baseline
-                base = ("", math.nan)
-            ratio = value / base[1] if base[1] else math.nan
-            marks = text.lstrip("0123456789.,e-+") if not math.isnan(value) else text
-            shown = (
-                marks if math.isnan(value) else "" if math.isnan(ratio) else f"{ratio:.2f}x{marks}"
-            )
-            result.setdefault(down, {})[across] = shown, ratio
+            if base is not None:
+                result.setdefault(down, {})[across] = _ratio(cell, base)
     return result
+
+
+def _ratio(cell: Cell, base: Cell) -> Cell:
+    if math.isnan(cell.value):
+        return cell
+    if base.marks or not base.value or math.isnan(base.value):
+        return _NO_CELL
+    ratio = cell.value / base.value
+    return Cell(ratio, f"{ratio:.2f}x", cell.marks)
 
 
 def _known_values(table: pd.DataFrame, down: str, across: str) -> str:

@@ -20,7 +20,7 @@ from cpbench.reports.labels import (
     pluralize,
 )
 from cpbench.reports.tables import rows as tables
-from cpbench.reports.tables.markup import MARKUPS, Markup
+from cpbench.reports.tables.markup import MARKS, MARKUPS, Markup
 from cpbench.reports.tables.mask_seeds import (
     SeedGroup,
     split_seed_groups,
@@ -47,7 +47,6 @@ FORMATS = ("short", "table", "md", "latex", "csv", "json")
 
 _NEVER_CONSTANT = ("mask", "tokens")
 _MAX_FAILURES_SHORT = 10
-_MARKS = "*†‡§¶"
 _ALWAYS_MARKED = ("contended", "oversubscribed")
 # Lines above the rows, the rows, and lines below them.
 Block = tuple[list[str], list[tables.Row], list[str]]
@@ -145,8 +144,7 @@ def render(collection: Collection, form: str) -> str:
     facts, rate = contents.varying_facts, contents.rate
     lines = markup.title(contents.headline)
     lines += [*markup.paragraph(contents.summary), ""]
-    if contents.common_facts:
-        lines += [*markup.paragraph(f"Common to all cases: {contents.common_facts}."), ""]
+    lines += markup.common(contents.common_facts)
     marks = contents.marks
     fastest = tables.fastest_rows(contents.rankings, facts, rate, marks)
     fastest += tables.fastest_rows_across_seeds(contents.seed_groups, facts, rate, marks)
@@ -273,7 +271,7 @@ def _caveat_marks(ok_rows: pd.DataFrame) -> dict[str, str]:
         for flag in flags
         if flag in _ALWAYS_MARKED or not all(flag in row_flags for row_flags in flags_by_row)
     ]
-    return dict(zip(marked, _MARKS, strict=False))
+    return dict(zip(marked, MARKS, strict=False))
 
 
 def status_counts(table: pd.DataFrame) -> str:

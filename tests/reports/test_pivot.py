@@ -12,6 +12,7 @@ from limits import LIMIT_S
 from made_records import launches, record, write_run
 
 from cpbench.reports.collection import collect
+from cpbench.reports.tables.markup import MARKS, MARKUPS
 from cpbench.reports.tables.pivot import make_pivot, render
 from cpbench.results.record import Record
 
@@ -34,7 +35,7 @@ def test_a_block_for_each_further_fact(run: Path) -> None:
     pivot = make_pivot(collect([run]), "seq_len,operator", "ms", "")
     text = {
         block: {
-            down: {across: cell[0] for across, cell in row.items()} for down, row in rows.items()
+            down: {across: cell.shown for across, cell in row.items()} for down, row in rows.items()
         }
         for block, rows in pivot.blocks.items()
     }
@@ -51,20 +52,27 @@ def test_a_block_for_each_further_fact(run: Path) -> None:
     assert [line.split()[0] for line in lines[4:9]] == ["seq_len", "-" * 18, "1k", "2k", "16k"]
 
 
+def test_every_mark_is_written_in_every_markup() -> None:
+    for form, markup in MARKUPS.items():
+        (text, *_) = markup.title(MARKS)
+        assert "?" not in text, form
+
+
 def test_ratios_to_a_row_or_a_column(run: Path) -> None:
     collection = collect([run], ["mask=causal"])
     (block,) = make_pivot(collection, "seq_len,operator", "ms", "flex").blocks.values()
-    assert {cell[0] for row in block.values() for cell in row.values()} == {"", "oom"}
+    assert {cell.shown for row in block.values() for cell in row.values()} == {"", "oom"}
     with pytest.raises(ValueError, match="no case has exposed communication"):
         make_pivot(collection, "seq_len,operator", "exposed", "")
     for pivot, baseline in (("seq_len,operator", "bands"), ("operator,seq_len", "bands")):
         (block,) = make_pivot(collection, pivot, "ms", baseline).blocks.values()
-        ratios = {cell[0] for row in block.values() for cell in row.values()}
+        ratios = {cell.shown for row in block.values() for cell in row.values()}
         assert ratios == {"1.00x", "1.50x", "4.50x*", "oom"}
     (block,) = make_pivot(collection, "seq_len,operator", "ms", "1k").blocks.values()
-    assert block["16k"]["bands"] == ("3.00x", pytest.approx(3))
+    cell = block["16k"]["bands"]
+    assert (cell.shown, cell.value) == ("3.00x", pytest.approx(3))
     (block,) = make_pivot(collection, "seq_len,operator", "peak", "").blocks.values()
-    assert block["1k"]["flex"][0] == "1.00"  # what is unchecked counts for memory
+    assert block["1k"]["flex"].shown == "1.00"  # what is unchecked counts for memory
 
 
 def test_wide_tables_are_turned_in_a_terminal(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
