@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpbench.reports.columns import BOOLEAN_COLUMNS, TEXT_COLUMNS
+from cpbench.reports.metrics import METRICS
 from cpbench.reports.tables.summary import method_names
 
 if TYPE_CHECKING:
     from cpbench.reports.collection import Collection
-
-_METRICS = ("time_ms", "fwd_ms", "bwd_ms", "tflops_per_rank", "peak_mb", "sent_mb", "across_mb",
-            "exposed", "imbalance", "recovered")  # fmt: skip
 
 
 def write_tensorboard(collection: Collection, folder: Path) -> None:
@@ -31,11 +29,11 @@ def write_tensorboard(collection: Collection, folder: Path) -> None:
     try:
         for row in table[table["status"] == "ok"].to_dict("records"):
             name = f"{row['method']}, {row['mask']}, world size {row['world_size']}"
-            for metric in _METRICS:
-                value = float(row[metric])
+            for column in (metric.column for metric in METRICS.values()):
+                value = float(row[column])
                 if value == value:
                     writer.add_scalar(
-                        f"{metric}/{name}", value, int(row["seq_len"]), wall_time=row["started"]
+                        f"{column}/{name}", value, int(row["seq_len"]), wall_time=row["started"]
                     )
     finally:
         writer.close()

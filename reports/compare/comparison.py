@@ -118,7 +118,7 @@ def explanations(comparison: Comparison) -> list[str]:
 def _display_row(row: dict[str, Any]) -> dict[str, str]:
     change, interval = "", ""
     if not math.isnan(row["ratio"]):
-        change = f"{signed_percent(row['ratio'] - 1)}"
+        change = signed_percent(row["ratio"] - 1)
     if not math.isnan(row["low"]):
         interval = f"{signed_percent(row['low'] - 1)} to {signed_percent(row['high'] - 1)}"
     memory = row["memory_ratio"]

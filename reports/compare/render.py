@@ -32,8 +32,7 @@ def render(comparisons: Sequence[Comparison], form: str) -> str:
     markup, lines = MARKUPS[form], list[str]()
     for comparison in comparisons:
         lines += markup.title(comparison.headline)
-        if comparison.common:
-            lines += [*markup.paragraph(f"Common to all cases: {comparison.common}."), ""]
+        lines += markup.common(comparison.common)
         rows = display_rows(comparison)
         lines += markup.table(rows) if rows else []
         lines += [*markup.notes([*comparison.notes, *explanations(comparison)]), ""]

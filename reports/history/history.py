@@ -109,7 +109,7 @@ def read_history(
 
 
 def rows(history: History) -> list[dict[str, str]]:
-    """A row for each step, largest first, then for each case without one that is not constant."""
+    """A row for each step, largest first, then for each case without one."""
     result = []
     labels = split_common_words([series.case for series in history.series])[1]
     for series, label in zip(history.series, labels, strict=True):

@@ -53,7 +53,7 @@ def _series_data(series: Series) -> dict[str, Any]:
         "steps": [
             {
                 "at": step.index,
-                "text": f"{signed_percent(step.test.ratio - 1)}",
+                "text": signed_percent(step.test.ratio - 1),
                 "slower": step.test.ratio > 1,
             }
             for step in series.steps

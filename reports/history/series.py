@@ -76,16 +76,6 @@ class Series:
         """Versions with launches."""
         return [i for i, point in enumerate(self.points) if point and point.launches]
 
-    @property
-    def change(self) -> float:
-        """Last over first, as a ratio; nan where there are not two."""
-        at = self.measured
-        return self._median(at[-1]) / self._median(at[0]) if len(at) > 1 else math.nan
-
-    def _median(self, index: int) -> float:
-        point = self.points[index]
-        return point.median if point else math.nan
-
 
 def make_series(found: Sequence[Version], metric: str, floor: float) -> list[Series]:
     """The series of every case, with their steps, those with the largest step first.
