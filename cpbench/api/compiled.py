@@ -6,6 +6,7 @@ pass needs more than q, k, v, out and lse break the graph instead.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def stays_in_graph(
         and isinstance(mask, Mask)
         and "digest" in mask.__dict__
         and q.ndim == k.ndim == v.ndim == 4
-        and (scale is None or (isinstance(scale, float) and scale > 0))
+        and (scale is None or (isinstance(scale, float) and 0 < scale < math.inf))
         and _is_stateless(operator)
     )
 

@@ -56,7 +56,7 @@ WORLD_SIZES = (2, 3, 4)
 # 2, 3 and 6 ranks divide 6 key/value heads; 2 are replicated on 4, 6 and 8.
 STRATEGY_HEADS = ((24, 6), (24, 2))
 
-_TENSORS = ("out", "lse", "dq", "dk", "dv")
+TENSORS = ("out", "lse", "dq", "dk", "dv")
 
 
 def quick_tables(device: str, devices: int) -> list[dict[str, Any]]:
@@ -245,7 +245,7 @@ def summary_rows(records: Iterable[Record]) -> list[dict[str, Any]]:
     rows = []
     for (operator, strategy, dtype), group in sorted(groups.items()):
         counts = Counter(record.status for record in group)
-        max_errors = {name: _max_error(group, name) for name in _TENSORS}
+        max_errors = {name: _max_error(group, name) for name in TENSORS}
         failed = sum(counts[status] for status in (*FAILURES, "oom"))
         world_sizes = sorted({record.case.world_size for record in group})
         rows.append(

@@ -6,6 +6,7 @@ detected.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,7 @@ def seeded_values(seeds: Sequence[int], length: int, device: str) -> torch.Tenso
     return cycle.repeat(-(-length // PERIOD))[:length]
 
 
-class LinkOperation:
+class LinkOperation(ABC):
     """One rank's part of an operation in a group of ranks.
 
     Attributes:
@@ -66,17 +67,17 @@ class LinkOperation:
         self.rank, self.length, self.device = self.comm.rank, length, device
         self.prepare()
 
+    @abstractmethod
     def prepare(self) -> None:
         """Create the tensors."""
-        raise NotImplementedError
 
     def reset(self, repeats: int) -> None:
         """Reset the tensors before a sample of ``repeats`` repetitions."""
         self.out.zero_()
 
+    @abstractmethod
     def run(self, repeat: int) -> None:
         """Run repetition number ``repeat`` of a sample."""
-        raise NotImplementedError
 
     def values(self, *seeds: int) -> torch.Tensor:
         """See :func:`seeded_values`."""

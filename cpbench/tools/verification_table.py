@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cpbench.reports.tables.terminal import fit_table, wrap
-
-_TENSORS = ("out", "lse", "dq", "dk", "dv")
+from cpbench.sweep.verification import TENSORS
 
 
 def summary_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -31,7 +30,7 @@ def summary_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def _blocks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     cells = []
     for row in rows:
-        errors = [(float(row[name]), name) for name in _TENSORS if row[name]]
+        errors = [(float(row[name]), name) for name in TENSORS if row[name]]
         error, name = max(errors, default=(0.0, ""))
         cells.append(
             {

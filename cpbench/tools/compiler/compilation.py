@@ -75,9 +75,7 @@ def compile_kernels(requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     workers = min(usable_cores(), len(requests))
     batches = [requests[worker::workers] for worker in range(workers)]
-    with subprocesses(
-        "cpbench.tools.compiler.aot", batches, without=INTERPRETER_VARIABLES
-    ) as processes:
+    with subprocesses(_AOT, batches, without=INTERPRETER_VARIABLES) as processes:
         rows = [
             json.loads(line)
             for process in processes
@@ -104,9 +102,7 @@ def tune(
     if device != "cuda":
         raise ValueError("tune needs a GPU, and there is none; the shipped configurations are used")
     request = {"operator": operator, "mask": mask, "problem": problem, "device": device}
-    with subprocesses("cpbench.tools.compiler.tuner", [request], without=INTERPRETER_VARIABLES) as [
-        tuner
-    ]:
+    with subprocesses(_TUNER, [request], without=INTERPRETER_VARIABLES) as [tuner]:
         assert tuner.process.stdout is not None
         for line in tuner.process.stdout:
             yield json.loads(line)
