@@ -164,7 +164,7 @@ def test_bad_input_is_the_same_error() -> None:
         compiled(q[:, :64], k[:, :64], v[:, :64])
 
 
-@pytest.mark.parametrize("how", ["mask", "operator", "axes", "scale"])
+@pytest.mark.parametrize("how", ["mask", "operator", "axes", "nan", "inf"])
 def test_mistakes_are_one_line(how: str) -> None:
     mask = masks.build("causal", TOKENS)
 
@@ -174,7 +174,7 @@ def test_mistakes_are_one_line(how: str) -> None:
         if how == "axes":
             return cpbench.attention(q[0], k, v, mask)
         options: dict[str, Any] = (
-            {"scale": float("nan")} if how == "scale" else {"operator": "band"}
+            {"scale": float(how)} if how in ("nan", "inf") else {"operator": "band"}
         )
         return cpbench.attention(q, k, v, mask, **options)
 
