@@ -125,14 +125,17 @@ def run(
 
 
 def _worker_message(folder: Path) -> str:
-    """The last message of a worker's main function in the logs, in parentheses; "" if none."""
+    """The last message of a worker's main function in the logs, else the last line of the first log
+    that has one, in parentheses; "" if all are empty."""
     prefix = "cpbench.worker.main: "
+    last_line = ""
     for log in sorted(folder.glob("rank*.log")):
-        lines = log.read_text("utf-8", errors="replace").splitlines()
+        lines = log.read_text("utf-8", errors="replace").split("\n")
         messages = [line for line in lines if prefix in line]
         if messages:
             return f" ({messages[-1].partition(prefix)[2]})"
-    return ""
+        last_line = last_line or next((line for line in reversed(lines) if line.strip()), "")
+    return f" ({last_line.strip()})" if last_line else ""
 
 
 @contextmanager

@@ -80,6 +80,11 @@ class JobState:
         return self.state in ALIVE_STATES
 
     @property
+    def failed(self) -> bool:
+        """Whether its script has ended with an error."""
+        return not self.alive and bool(self.code)
+
+    @property
     def stuck(self) -> bool:
         """Whether it is pending for a reason that does not go away by itself."""
         return self.state in ("PENDING", "REQUEUE_HOLD") and (

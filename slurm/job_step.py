@@ -37,6 +37,7 @@ from cpbench.sweep.request import Request
 from cpbench.worker.rendezvous import own_address
 
 EXIT_LAUNCH = 70
+LOG_PREFIX = "cpbench: "
 CLEAN_UP_TIMEOUT_S = 20.0
 
 
@@ -188,7 +189,7 @@ def _check_nodes(spec: JobSpec, profile: Profile, hosts: Sequence[str]) -> list[
 def _log(text: str) -> None:
     """Print to the job's log; a full disk is ignored."""
     with suppress(OSError):
-        print(f"cpbench: {text}", file=sys.stderr, flush=True)
+        print(f"{LOG_PREFIX}{text}", file=sys.stderr, flush=True)
 
 
 def _stop_on_sigusr1(limit_s: int) -> None:

@@ -34,7 +34,7 @@ from cpbench.results.store import (
 from cpbench.slurm import batch_script, client
 from cpbench.slurm.batch_script import BatchJob
 from cpbench.slurm.job_states import JobState
-from cpbench.slurm.job_step import JobSpec, profile_table
+from cpbench.slurm.job_step import LOG_PREFIX, JobSpec, profile_table
 from cpbench.slurm.site_profile import Profile
 from cpbench.sweep import estimate
 from cpbench.sweep.request import Request, write_sweep_json
@@ -330,6 +330,15 @@ def job_state(job: SubmittedJob, states: dict[str, JobState]) -> JobState | None
     return replace(state, job=job.job) if len(tasks) > 1 else state
 
 
+def last_message(out: Path, job: SubmittedJob) -> str:
+    """The last message of cpbench in the logs of a job, without its prefix; "" if there is none."""
+    messages = []
+    for log in sorted(slurm_folder(out).glob(f"{job.name}-{job.job}*.log")):
+        lines = log.read_text("utf-8", errors="replace").splitlines()
+        messages += [line for line in lines if line.startswith(LOG_PREFIX)]
+    return messages[-1].removeprefix(LOG_PREFIX) if messages else ""
+
+
 def cancel(out: Path) -> list[str]:
     """Cancel all jobs that have not ended; their ids."""
     states = JobTracker(out).query()
@@ -359,6 +368,7 @@ def job_rows(out: Path, states: dict[str, JobState], recorded: set[str]) -> list
                 "nodes": state.nodes if state else "",
                 "time": "/".join(filter(None, (state.elapsed, state.limit))) if state else "",
                 "meaning": state.description if state else "",
+                "message": last_message(out, job) if state and state.failed else "",
             }
         )
     return rows

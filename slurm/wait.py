@@ -96,7 +96,9 @@ class JobWaiter:
                 self._shown_states[job.job] = shown
                 ranks = f" ({job.ranks} ranks)" if job.ranks else " (report)"
                 nodes = f" on {state.nodes}" if state.nodes and state.alive else ""
-                self._print(f"job {job.job}{ranks}: {state.description}{nodes}")
+                message = submission.last_message(self.request.out, job) if state.failed else ""
+                why = f": {message}" if message else ""
+                self._print(f"job {job.job}{ranks}: {state.description}{nodes}{why}")
 
     def _resubmit_interrupted(self, states: dict[str, JobState]) -> bool:
         """Resubmit the remaining cases of interrupted jobs, if allowed; whether it was done."""

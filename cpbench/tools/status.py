@@ -102,7 +102,12 @@ def print_status(status: dict[str, Any]) -> None:
         print(f"node {node} is excluded: {reason}")
     if status["jobs"]:
         print()
-        print_rows(status["jobs"], False)
+        print_rows(
+            [{key: job[key] for key in job if key != "message"} for job in status["jobs"]], False
+        )
+        for job in status["jobs"]:
+            if job["message"]:
+                print(f"job {job['job']}: {job['message']}")
     for process in status["processes"]:
         state = "is running" if process["alive"] else "has ended unexpectedly"
         print(f"process {process['pid']} on {process['host']} {state}")

@@ -252,6 +252,23 @@ def test_a_bad_node_is_excluded_and_reported(
     assert f"node {bad} is excluded" in cpbench_stdout("status", out)
 
 
+def test_ranks_that_cannot_start_are_reported_with_their_last_words(
+    slurm: slurm_cluster.Cluster, tmp_path: Path
+) -> None:
+    file = write_sweep(tmp_path / "s.toml", {2: ["reference"]})
+    site = write_profile(tmp_path, srun=["--no-such-option"])
+    out = tmp_path / "run"
+    arguments = ("run", file, "--out", out, "--launcher", "slurm", "--profile", site, "--wait")
+    code, stderr = cpbench(*arguments)
+    assert code == 1
+    why = "workers fail outside of any case"
+    job = latest_jobs(out)[2]
+    lines = [line for line in stderr.splitlines() if line.startswith(f"job {job} (2 ranks): ")]
+    assert f"failed with exit code 70: {why}" in lines[-1]
+    assert "srun" in lines[-1]  # it says what it does not know
+    assert f"job {job}: {why}" in cpbench_stdout("status", out)
+
+
 def test_jobs_that_will_not_start_are_reported(
     slurm: slurm_cluster.Cluster, tmp_path: Path
 ) -> None:
