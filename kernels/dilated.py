@@ -17,7 +17,7 @@ import numpy as np
 
 from cpbench.core.registry import OperatorInfo
 from cpbench.masks.dilated_mask import DilatedMask
-from cpbench.parallel.bound_operator import merge
+from cpbench.parallel.partial_results.merge import merge
 
 if TYPE_CHECKING:
     import torch

@@ -16,7 +16,8 @@ import torch
 
 from cpbench.core.operator import QKV, BackwardInputs
 from cpbench.core.registry import implementation, operator_info
-from cpbench.parallel.bound_operator import BoundOperator, Planned
+from cpbench.parallel.bound_operator import BoundOperator
+from cpbench.parallel.partial_results.accumulators import Planned
 
 if TYPE_CHECKING:
     from cpbench.core.operator import Gradients, OutLse

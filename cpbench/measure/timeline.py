@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from cpbench.api import Attention
     from cpbench.core.operator import QKV, BackwardInputs, Gradients, OutLse
     from cpbench.measure.device import Device
-    from cpbench.parallel.bound_operator import Planned
     from cpbench.parallel.comm import Control, Messages
+    from cpbench.parallel.partial_results.accumulators import Planned
 
 PASSES = 3  # traced; the one with the median time is kept
 

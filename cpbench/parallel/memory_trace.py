@@ -13,7 +13,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cpbench.parallel.bound_operator import BackwardAccumulator, BoundOperator, ForwardAccumulator
+from cpbench.parallel.bound_operator import BoundOperator
+from cpbench.parallel.partial_results.accumulators import BackwardAccumulator, ForwardAccumulator
 from cpbench.parallel.trace import TraceComm, TracedOperator, empty_inputs
 
 if TYPE_CHECKING:

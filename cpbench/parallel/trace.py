@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cpbench.core.operator import QKV
-from cpbench.parallel.bound_operator import BackwardAccumulator, BoundOperator, ForwardAccumulator
+from cpbench.parallel.bound_operator import BoundOperator
 from cpbench.parallel.comm import CompletedHandle, GroupedComm, Handle
+from cpbench.parallel.partial_results.accumulators import BackwardAccumulator, ForwardAccumulator
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cpbench.core.registry import StrategyInfo
-from cpbench.parallel.bound_operator import row_delta
+from cpbench.parallel.partial_results.accumulators import row_delta
 from cpbench.strategies.common import gradient_dtype
 from cpbench.strategies.common.rotation import GradientRotation, Step, rotate_blocks, rotation_steps
 from cpbench.strategies.ring import Ring

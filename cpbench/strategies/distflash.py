@@ -20,8 +20,8 @@ import numpy as np
 from cpbench.core.operator import QKV
 from cpbench.core.registry import StrategyInfo
 from cpbench.masks.slices import BoolArray
-from cpbench.parallel.bound_operator import row_delta
 from cpbench.parallel.comm import CompletedHandle
+from cpbench.parallel.partial_results.accumulators import row_delta
 from cpbench.parallel.strategy import Saved
 from cpbench.strategies.common import gradient_dtype
 from cpbench.strategies.common.return_results import ResultExchange

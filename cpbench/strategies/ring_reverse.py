@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     import torch
 
     from cpbench.core.operator import QKV, Gradients
-    from cpbench.parallel.bound_operator import BackwardAccumulator, BoundOperator
+    from cpbench.parallel.bound_operator import BoundOperator
     from cpbench.parallel.comm import Comm, Handle
+    from cpbench.parallel.partial_results.accumulators import BackwardAccumulator
     from cpbench.parallel.strategy import Forward
     from cpbench.parallel.world import World
 

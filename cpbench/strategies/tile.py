@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cpbench.core.registry import StrategyInfo
-from cpbench.parallel.bound_operator import row_delta
 from cpbench.parallel.comm import CompletedHandle
 from cpbench.parallel.mesh import Mesh
+from cpbench.parallel.partial_results.accumulators import row_delta
 from cpbench.parallel.strategy import Saved
 from cpbench.strategies.common import gradient_dtype
 from cpbench.strategies.common.return_results import ResultExchange

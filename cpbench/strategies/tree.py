@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpbench.core.operator import QKV
 from cpbench.core.registry import StrategyInfo
-from cpbench.parallel.bound_operator import row_delta
+from cpbench.parallel.partial_results.accumulators import row_delta
 from cpbench.parallel.strategy import Saved
 from cpbench.strategies.common.collectives import (
     all_gather_tokens,

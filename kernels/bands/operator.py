@@ -1,9 +1,9 @@
 """Operator `bands`: exact attention for any mask, from the band slices of the mask.
 
 On CPU the mask is divided into tiles (``bands.plan``), each computed with a few matrix products
-(``bands.cpu``).  On CUDA every slice is one call of the FlashAttention-2 kernel in torch, whose
-sliding window can be any band of a rectangle (``bands.cuda``); the partial results are merged in
-float32.
+(``bands.cpu``).  On CUDA, and with ``kernel`` on CPU too, it is divided into pieces that the kernel
+of another operator takes (``bands.composed``): by default the FlashAttention-2 in torch, whose
+sliding window can be any band of a rectangle.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from cpbench.core.operator import QKV, BackwardInputs
 from cpbench.core.registry import ANY_MASK, OperatorInfo
-from cpbench.kernels.bands import cpu, cuda
+from cpbench.kernels.bands import cpu
+from cpbench.kernels.bands.composed import Call, Composed
 from cpbench.kernels.bands.plan import Layout, layout
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.head_masks import distinct_masks
@@ -28,13 +29,16 @@ if TYPE_CHECKING:
     from cpbench.masks.head_masks import SlicedMask
 
 
+CUDA_KERNEL = "flash_attn.torch"
+
+
 @dataclass(frozen=True)
 class Plan:
-    """The plan: on CPU one layout for all heads or one per query head; on CUDA the calls."""
+    """The plan: one layout for all heads or one per query head; or the calls of a kernel."""
 
     scale: float
     layouts: tuple[Layout, ...] = ()
-    calls: tuple[cuda.Call, ...] = ()
+    calls: tuple[Call, ...] = ()
 
 
 class Bands:
@@ -43,28 +47,41 @@ class Bands:
     Args:
         tile: on CPU, maximum rows of a tile (queries times the query heads that share a key/value
             head); 0 for the default, which depends on the mask.
+        kernel: name of the operator whose kernel computes the pieces of the mask; empty for tiles
+            on CPU and ``flash_attn.torch`` on CUDA.
+
+    Raises:
+        ValueError: for a negative tile, or a kernel whose partial results do not merge.
     """
 
-    def __init__(self, tile: int = 0) -> None:
+    def __init__(self, tile: int = 0, kernel: str = "") -> None:
         if tile < 0:
             raise ValueError(f"tile is a number of rows, or 0 for the default; not {tile}")
+        if kernel == "bands":
+            raise ValueError("kernel = 'bands' of bands would be itself; leave it out")
         self.tile = tile
+        self._given = bool(kernel)
+        self._composed = Composed(kernel or CUDA_KERNEL)
 
     def unsupported(self, problem: Problem, mask: SlicedMask, device: str) -> str | None:
         if problem.softcap:
             return "bands has no softcap"
-        if device.startswith("cuda"):
-            if not isinstance(mask, AttnMask):
-                return "bands on cuda takes one mask for all heads; use triton_block_sparse"
-            return cuda.unsupported(problem)
-        if device != "cpu":
+        if device != "cpu" and not device.startswith("cuda"):
             return f"bands runs on cpu and cuda, not on {device}"
-        return None
+        if not self._composes(device):
+            return None
+        if not isinstance(mask, AttnMask):
+            return "bands over a kernel takes one mask for all heads; use triton_block_sparse"
+        return self._composed.unsupported(problem, mask, device)
+
+    def _composes(self, device: str) -> bool:
+        """Whether the kernel of another operator is called."""
+        return self._given or device != "cpu"
 
     def prepare(self, mask: SlicedMask, problem: Problem, device: str) -> Plan:
-        if device.startswith("cuda"):
+        if self._composes(device):
             assert isinstance(mask, AttnMask)
-            return Plan(problem.softmax_scale, calls=cuda.plan_calls(mask))
+            return Plan(problem.softmax_scale, calls=self._composed.prepare(mask, problem, device))
         group = problem.group if isinstance(mask, AttnMask) else 1
         layouts = tuple(layout(head_mask, group, self.tile) for head_mask in distinct_masks(mask))
         return Plan(problem.softmax_scale, layouts)
@@ -74,7 +91,7 @@ class Bands:
 
         q, k, v = qkv
         if not plan.layouts:
-            return cuda.forward(qkv, plan.calls, plan.scale)
+            return self._composed.forward(qkv, plan.calls)
         if len(plan.layouts) == 1:
             return cpu.forward(qkv, plan.layouts[0], plan.scale)
         out, lse = torch.empty_like(q), q.new_empty(_lse_shape(q), dtype=torch.float32)
@@ -88,7 +105,7 @@ class Bands:
 
         dout, q, k, v, out, lse = x
         if not plan.layouts:
-            return cuda.backward(x, plan.calls, plan.scale)
+            return self._composed.backward(x, plan.calls)
         if len(plan.layouts) == 1:
             return cpu.backward(x, plan.layouts[0], plan.scale)
         dq = torch.empty_like(q)
@@ -115,20 +132,20 @@ def _head_pairs(q: torch.Tensor, k: torch.Tensor) -> Iterator[tuple[slice, slice
         yield slice(h, h + 1), slice(h // group, h // group + 1)
 
 
-def load(tile: int = 0) -> Bands:
+def load(tile: int = 0, kernel: str = "") -> Bands:
     """The operator with the parameters of its spec (``bands:tile=128``)."""
-    return Bands(int(tile))
+    return Bands(int(tile), str(kernel))
 
 
 OPERATORS = (
     OperatorInfo(
         name="bands",
         summary="exact attention for any mask: tiles of matrix products on CPU, "
-        "one windowed flash call per band slice on CUDA",
+        "as few calls as it takes of another operator's kernel on CUDA",
         source="FlashAttention-2 (Dao 2023), composed over the band slices of AttnMask",
         load=load,
         masks=(*ANY_MASK, "heads"),
         dtypes=("float64", "float32", "bfloat16", "float16"),
-        params=("tile",),
+        params=("tile", "kernel"),
     ),
 )

@@ -254,10 +254,8 @@ class PackedAdapter(Adapter):
         """Return out and lse."""
 
     @abstractmethod
-    def call_backward(
-        self, x: BackwardInputs, gradients: list[torch.Tensor], plan: PackedPlan
-    ) -> None:
-        """Write dq, dk, dv into ``gradients``."""
+    def call_backward(self, x: BackwardInputs, plan: PackedPlan) -> Gradients:
+        """Return dq, dk, dv."""
 
     def _forward(self, qkv: QKV, plan: PackedPlan) -> tuple[torch.Tensor, torch.Tensor]:
         if plan.documents == 1:
@@ -267,13 +265,33 @@ class PackedAdapter(Adapter):
         return unflatten_batch(out, batch), unflatten_lse(lse, batch)
 
     def _backward(self, x: BackwardInputs, plan: PackedPlan) -> Gradients:
-        gradients = dq, dk, dv = _empty_contiguous(*x.qkv)
-        if plan.documents > 1:
-            dout, q, k, v, out = map(flatten_batch, x[:-1])
-            x = BackwardInputs(dout, q, k, v, out, flatten_lse(x.lse))
-            gradients = [grad.flatten(0, 1) for grad in gradients]  # views
-        self.call_backward(x, gradients, plan)
+        if plan.documents == 1:
+            return self.call_backward(x, plan)
+        dout, q, k, v, out = map(flatten_batch, x[:-1])
+        flat = BackwardInputs(dout, q, k, v, out, flatten_lse(x.lse))
+        dq, dk, dv = (unflatten_batch(y, len(x.q)) for y in self.call_backward(flat, plan))
         return dq, dk, dv
+
+
+def misread_bound(mask: AttnMask) -> str | None:
+    """Why FlashAttention-2 does not take a mask; None if it does.
+
+    It treats a bound of at least as many tokens as there are keys as unbounded, and an unbounded
+    right side beside a left bound as a bound of that many tokens, which is wrong for documents with
+    more queries than keys.
+
+    Raises:
+        Unconvertible: for a mask that is not documents under one window.
+    """
+    varlen = to_varlen(mask)
+    dropped = varlen.right >= varlen.max_k
+    added = varlen.right == UNBOUNDED and 0 <= varlen.left < varlen.max_k < varlen.max_q - 1
+    if dropped or added:
+        return (
+            f"misreads the right bound of this window: it has {varlen.max_q} queries and only "
+            f"{varlen.max_k} keys"
+        )
+    return None
 
 
 def flatten_batch(x_BSHD: torch.Tensor) -> torch.Tensor:
@@ -298,7 +316,7 @@ def unflatten_lse(lse_HN: torch.Tensor, batch: int) -> torch.Tensor:
     return lse_BHS
 
 
-def _empty_contiguous(*tensors: torch.Tensor) -> list[torch.Tensor]:
+def empty_contiguous(*tensors: torch.Tensor) -> list[torch.Tensor]:
     """Uninitialised contiguous tensors of the same shapes, for a library to write to."""
     import torch
 

@@ -20,13 +20,14 @@ from cpbench.kernels.libraries.adapter import (
     Limits,
     PackedAdapter,
     PackedPlan,
+    empty_contiguous,
+    misread_bound,
 )
-from cpbench.masks.convert_library import UNBOUNDED, to_varlen
 
 if TYPE_CHECKING:
     import torch
 
-    from cpbench.core.operator import QKV, BackwardInputs
+    from cpbench.core.operator import QKV, BackwardInputs, Gradients
     from cpbench.core.problem import Problem
     from cpbench.masks.attn_mask import AttnMask
 
@@ -53,18 +54,7 @@ class FlashAttn2(PackedAdapter):
     limits = Limits(min_capability=(8, 0), head_dim_multiple=8, max_head_dim=256)
 
     def format_refusal(self, problem: Problem, mask: AttnMask) -> str | None:
-        varlen = to_varlen(mask)
-        # The library treats a bound of at least as many tokens as there are keys as unbounded, and
-        # an unbounded right side beside a left bound as a bound of that many tokens, which is wrong
-        # for documents with more queries than keys.
-        dropped = varlen.right >= varlen.max_k
-        added = varlen.right == UNBOUNDED and 0 <= varlen.left < varlen.max_k < varlen.max_q - 1
-        if dropped or added:
-            return (
-                f"misreads the right bound of this window: it has {varlen.max_q} queries and only "
-                f"{varlen.max_k} keys"
-            )
-        return None
+        return misread_bound(mask)
 
     def call_forward(self, qkv: QKV, plan: PackedPlan) -> tuple[torch.Tensor, torch.Tensor]:
         api = importlib.import_module("flash_attn.flash_attn_interface")
@@ -77,15 +67,15 @@ class FlashAttn2(PackedAdapter):
         out, lse, _, _ = result
         return out, lse
 
-    def call_backward(
-        self, x: BackwardInputs, gradients: list[torch.Tensor], plan: PackedPlan
-    ) -> None:
+    def call_backward(self, x: BackwardInputs, plan: PackedPlan) -> Gradients:
+        gradients = dq, dk, dv = empty_contiguous(*x.qkv)
         api = importlib.import_module("flash_attn.flash_attn_interface")
         shared = {**_shared_arguments(plan), "deterministic": False}
         if plan.documents == 1:
             api._flash_attn_backward(*x, *gradients, **shared)
         else:
             api._flash_attn_varlen_backward(*x, *gradients, **_length_arguments(plan), **shared)
+        return dq, dk, dv
 
 
 def _length_arguments(plan: PackedPlan) -> dict[str, Any]:

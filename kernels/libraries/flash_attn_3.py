@@ -23,13 +23,14 @@ from cpbench.kernels.libraries.adapter import (
     Limits,
     PackedAdapter,
     PackedPlan,
+    empty_contiguous,
 )
 from cpbench.masks.convert_library import to_varlen
 
 if TYPE_CHECKING:
     import torch
 
-    from cpbench.core.operator import QKV, BackwardInputs
+    from cpbench.core.operator import QKV, BackwardInputs, Gradients
     from cpbench.core.problem import Problem
     from cpbench.masks.attn_mask import AttnMask
 
@@ -66,13 +67,13 @@ class FlashAttn3(PackedAdapter):
         out, lse, *_ = _call(api._flash_attn_forward, plan, "causal", qkv._asdict())
         return out, lse
 
-    def call_backward(
-        self, x: BackwardInputs, gradients: list[torch.Tensor], plan: PackedPlan
-    ) -> None:
+    def call_backward(self, x: BackwardInputs, plan: PackedPlan) -> Gradients:
+        gradients = dq, dk, dv = empty_contiguous(*x.qkv)
         api = importlib.import_module("flash_attn_interface")
         tensors = {**x._asdict(), **dict(zip(("dq", "dk", "dv"), gradients, strict=True))}
         tensors["softmax_lse"] = tensors.pop("lse")
         _call(api._flash_attn_backward, plan, "is_causal", tensors)
+        return dq, dk, dv
 
 
 def _call(

@@ -7,13 +7,15 @@ from typing import Any
 from cpbench.core.kernel_launch import Launch
 from cpbench.core.problem import DTYPE_BYTES
 from cpbench.kernels.triton import configs
-from cpbench.kernels.triton.configs import Config, padded_head_dim
+from cpbench.kernels.triton.configs import Config, head_constants, head_parts
 from cpbench.kernels.triton.launch import MERGE_ROWS, ROW_TERMS_ROWS, device_modules, precision
 from cpbench.kernels.triton.plan import TileLists
 
 _TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _FLOAT32_ARGUMENTS = ("Lse", "Lse2", "Delta", "Partial", "PartialLse")
 _LIST_NAMES = TileLists._fields
+# What each kernel loads in its loop, through descriptors if so configured.
+_STREAMED = {"forward": ("K", "V"), "backward_dq": ("K", "V"), "backward_dkv": ("Q", "DOut")}
 
 
 def launches(
@@ -49,14 +51,21 @@ def launches(
         input_precision = precision(dtype == "float32", target.startswith("cuda"))
         all_constants: dict[str, Any] = {
             "GROUP": 4, "PER_HEAD": per_head, "LISTED": per_head, "M": used.rows, "N": used.cols,
-            "D": padded_head_dim(head_dim), "HEAD_DIM": head_dim, "PRECISION": input_precision,
+            **head_constants(head_dim, head_dim), "PRECISION": input_precision,
             "ROWS": MERGE_ROWS, "DESCRIPTORS": bool(used.descriptors), "STAGES": used.num_stages,
             "SPLIT": split,
         }  # fmt: skip
         constants = {key: value for key, value in all_constants.items() if key in arguments}
-        types = {}
+        types: dict[str, str | tuple[str, ...]] = {}
         for argument in arguments:
             if argument in constants:
+                continue
+            if used.descriptors and argument in _STREAMED.get(name, ()):
+                types[argument] = tuple(
+                    f"tensordesc<{_TYPES[dtype]}[1, {used.cols}, 1, {part}]>"
+                    for part in head_parts(head_dim)
+                    if part
+                )
                 continue
             if argument in (*_LIST_NAMES, "splits"):
                 types[argument] = "*i32"
@@ -66,7 +75,7 @@ def launches(
             else:
                 types[argument] = "fp32" if argument == "scale" else "i32"
         strides = [argument for argument in types if argument[-2:] in ("_b", "_s", "_h")]
-        pointers = [argument for argument, type_ in types.items() if type_.startswith("*")]
+        pointers = [argument for argument, type_ in types.items() if type_[0] == "*"]
         launches.append(
             Launch(
                 name, f"{module.__name__}:{name}", types, constants,

@@ -8,62 +8,72 @@ and lse may be the global ones of a distributed computation.
 
 Source: FlashAttention-2 (Dao 2023, arXiv 2307.08691).
 
-Legend: M rows and N columns of a tile of scores, D head dimension, padded to a power of two.
+Legend: M rows and N columns of a tile of scores; D0, D1, V0, V1: see ``tiles_device``.
 """
 
 import triton
 import triton.language as tl
 from cpbench.kernels.triton.tiles_device import (
     LOG2E,
+    add_product,
+    added,
     apply_mask,
-    kv_sources,
+    head_source,
+    inner_products,
     load_item,
-    load_program_item,
     load_tile,
+    multiplied,
+    program_work,
     read_tile,
     store_tile,
-    tile_source,
     to_int64,
+    zero_tile,
 )
 
 
 @triton.jit
 def row_terms(
     Out, DOut, Lse, Delta, Lse2, o_b, o_s, o_h, do_b, do_s, do_h, batch_heads, heads, seq_q,
-    M: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
+    M: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, HEAD_DIM_V: tl.constexpr,
 ):  # fmt: skip
     """Compute ``Delta``, sum(dout * out), and ``Lse2``, the lse in base 2, which is +inf for rows
     that see nothing, so that exp2(score - lse) is 0."""
     bh = tl.program_id(0) % batch_heads
-    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+    b, h = bh // heads, bh % heads
     start = tl.program_id(0) // batch_heads * M
     rows = start + tl.arange(0, M)
-    o = load_tile(Out + b * o_b + h * o_h, o_s, start, seq_q, M, D, HEAD_DIM, True).to(tl.float32)
-    do = load_tile(DOut + b * do_b + h * do_h, do_s, start, seq_q, M, D, HEAD_DIM, True).to(
-        tl.float32
-    )
-    offsets = bh.to(tl.int64) * seq_q + rows
+    o_source = head_source(Out, b, h, o_b, o_h, False)
+    do_source = head_source(DOut, b, h, do_b, do_h, False)
+    o = load_tile(o_source, o_s, start, seq_q, M, V0, V1, HEAD_DIM_V, True)
+    do = load_tile(do_source, do_s, start, seq_q, M, V0, V1, HEAD_DIM_V, True)
+    delta = tl.sum(o[0].to(tl.float32) * do[0].to(tl.float32), 1)
+    if V1:
+        delta += tl.sum(o[1].to(tl.float32) * do[1].to(tl.float32), 1)
+    offsets = to_int64(bh) * seq_q + rows
     lse = tl.load(Lse + offsets, mask=rows < seq_q, other=float("-inf"))
-    tl.store(Delta + offsets, tl.sum(o * do, 1), mask=rows < seq_q)
+    tl.store(Delta + offsets, delta, mask=rows < seq_q)
     lse2 = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
     tl.store(Lse2 + offsets, lse2, mask=rows < seq_q)
 
 
 @triton.jit
-def _add_dq(q, do, lse, delta, k_source, v_source, k_stride, v_stride, col, seq_k, dq, scale,
-            rows, slices, layers, first, last, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
-            HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+def _add_dq(q, do, lse, delta, k_source, v_source, b, g, k_stride, v_stride, col, seq_k, dq, scale,
+            rows, slices, layers, first, last, M: tl.constexpr, N: tl.constexpr, D0: tl.constexpr,
+            D1: tl.constexpr, HEAD_DIM: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+            HEAD_DIM_V: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
             MASKED: tl.constexpr):  # fmt: skip
     """Add the contribution of one tile of keys to dq."""
     start = col * N
-    k = read_tile(k_source, k_stride, start, seq_k, N, D, HEAD_DIM, MASKED, DESCRIPTORS)
-    v = read_tile(v_source, v_stride, start, seq_k, N, D, HEAD_DIM, MASKED, DESCRIPTORS)
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    k = read_tile(k_source, b, g, k_stride, start, seq_k, N, D0, D1, HEAD_DIM, MASKED, DESCRIPTORS)
+    v = read_tile(
+        v_source, b, g, v_stride, start, seq_k, N, V0, V1, HEAD_DIM_V, MASKED, DESCRIPTORS
+    )
+    s = inner_products(q, k, D1, PRECISION)
     if MASKED:
         s = apply_mask(s, rows, start, slices, layers, first, last, M, N)
-    p = tl.exp2(s - lse[:, None])
-    ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    p = tl.exp2(s * scale - lse[:, None])
+    ds = p * (inner_products(do, v, V1, PRECISION) - delta[:, None])
+    return add_product(ds, k, dq, D1, PRECISION)
 
 
 @triton.jit
@@ -71,33 +81,36 @@ def backward_dq(
     Q, K, V, DOut, Lse2, Delta, DQ, Partial,
     items, order, runs, tiles, tile_layers, layers, slices,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, do_b, do_s, do_h, dq_b, dq_s, dq_h,
-    batch_heads, heads, num_items, seq_q, seq_k, scale,
+    batch_heads, heads, section, num_items, seq_q, seq_k, scale,
     GROUP: tl.constexpr, PER_HEAD: tl.constexpr, LISTED: tl.constexpr, SPLIT: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, HEAD_DIM: tl.constexpr,
+    V0: tl.constexpr, V1: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Compute dq of one item; a part of a split row is stored in its slot of ``Partial``."""
-    bh, b, h, row, run0, run1, tile0, tile1, slot = load_program_item(
-        items, order, num_items, batch_heads, heads, PER_HEAD
-    )
-    k_source, v_source = kv_sources(
-        K, V, b, h // GROUP, k_b, k_s, k_h, v_b, v_s, v_h, seq_k, N, D, HEAD_DIM, DESCRIPTORS
-    )
+    bh, index = program_work(order, num_items, batch_heads, section, PER_HEAD)
+    row, run0, run1, tile0, tile1, slot = load_item(items, bh if PER_HEAD else 0, num_items, index)
+    b, h = bh // heads, bh % heads
+    g = h // GROUP
+    k_source = head_source(K, b, g, k_b, k_h, DESCRIPTORS)
+    v_source = head_source(V, b, g, v_b, v_h, DESCRIPTORS)
     start = row * M
     rows = start + tl.arange(0, M)
-    q = load_tile(Q + b * q_b + h * q_h, q_s, start, seq_q, M, D, HEAD_DIM, True)
-    do = load_tile(DOut + b * do_b + h * do_h, do_s, start, seq_q, M, D, HEAD_DIM, True)
-    offsets = bh.to(tl.int64) * seq_q + rows
+    q_source = head_source(Q, b, h, q_b, q_h, False)
+    do_source = head_source(DOut, b, h, do_b, do_h, False)
+    q = load_tile(q_source, q_s, start, seq_q, M, D0, D1, HEAD_DIM, True)
+    do = load_tile(do_source, do_s, start, seq_q, M, V0, V1, HEAD_DIM_V, True)
+    offsets = to_int64(bh) * seq_q + rows
     lse = tl.load(Lse2 + offsets, mask=rows < seq_q, other=float("inf"))
     delta = tl.load(Delta + offsets, mask=rows < seq_q, other=0.0)
-    dq = tl.zeros([M, D], dtype=tl.float32)
+    dq = zero_tile(M, D0, D1)
     scale2 = scale * LOG2E
     if LISTED:
         for t in tl.range(run0, run1, num_stages=STAGES):
             dq = _add_dq(
-                q, do, lse, delta, k_source, v_source, k_s, v_s, tl.load(runs + t), seq_k, dq,
-                scale2, rows, slices, layers, 0, 0,
-                M, N, D, HEAD_DIM, PRECISION, DESCRIPTORS, False,
+                q, do, lse, delta, k_source, v_source, b, g, k_s, v_s, tl.load(runs + t), seq_k,
+                dq, scale2, rows, slices, layers, 0, 0,
+                M, N, D0, D1, HEAD_DIM, V0, V1, HEAD_DIM_V, PRECISION, DESCRIPTORS, False,
             )  # fmt: skip
     else:
         for r in range(run0, run1):
@@ -105,27 +118,31 @@ def backward_dq(
             end = tl.load(runs + 2 * r + 1)
             for col in tl.range(begin, end, num_stages=STAGES):
                 dq = _add_dq(
-                    q, do, lse, delta, k_source, v_source, k_s, v_s, col, seq_k, dq, scale2,
-                    rows, slices, layers, 0, 0, M, N, D, HEAD_DIM, PRECISION, DESCRIPTORS, False,
+                    q, do, lse, delta, k_source, v_source, b, g, k_s, v_s, col, seq_k,
+                    dq, scale2, rows, slices, layers, 0, 0,
+                    M, N, D0, D1, HEAD_DIM, V0, V1, HEAD_DIM_V, PRECISION, DESCRIPTORS, False,
                 )  # fmt: skip
     for t in tl.range(tile0, tile1, num_stages=1, disable_licm=True):
         dq = _add_dq(
-            q, do, lse, delta, k_source, v_source, k_s, v_s, tl.load(tiles + t), seq_k, dq, scale2,
-            rows, slices, layers, tl.load(tile_layers + 2 * t), tl.load(tile_layers + 2 * t + 1),
-            M, N, D, HEAD_DIM, PRECISION, DESCRIPTORS, True,
+            q, do, lse, delta, k_source, v_source, b, g, k_s, v_s, tl.load(tiles + t), seq_k,
+            dq, scale2, rows, slices, layers,
+            tl.load(tile_layers + 2 * t), tl.load(tile_layers + 2 * t + 1),
+            M, N, D0, D1, HEAD_DIM, V0, V1, HEAD_DIM_V, PRECISION, DESCRIPTORS, True,
         )  # fmt: skip
-    dq = dq * scale
+    dq = multiplied(dq, scale, D1)
     if SPLIT and slot >= 0:
-        offset = (to_int64(slot) * batch_heads + bh) * M
-        store_tile(Partial + offset * HEAD_DIM, HEAD_DIM, 0 * row, M, dq, M, D, HEAD_DIM)
+        partial = Partial + (to_int64(slot) * batch_heads + bh) * M * HEAD_DIM
+        store_tile(partial, HEAD_DIM, 0 * row, M, dq, M, D0, D1, HEAD_DIM)
         return
-    store_tile(DQ + b * dq_b + h * dq_h, dq_s, start, seq_q, dq, M, D, HEAD_DIM)
+    target = head_source(DQ, b, h, dq_b, dq_h, False)
+    store_tile(target, dq_s, start, seq_q, dq, M, D0, D1, HEAD_DIM)
 
 
 @triton.jit
 def sum_partials(
     Partial, DQ, splits, dq_b, dq_s, dq_h, batch_heads, heads, seq_q,
-    M: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
+    M: tl.constexpr, ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """Sum ``ROWS`` rows of dq of a split row of tiles over its slots, in slot order."""
     pid = tl.program_id(0)
@@ -133,42 +150,42 @@ def sum_partials(
     bh = pid % batch_heads
     split = splits + 3 * (pid // batch_heads)
     row, slot0, slot1 = tl.load(split), tl.load(split + 1), tl.load(split + 2)
-    acc = tl.zeros([ROWS, D], dtype=tl.float32)
+    acc = zero_tile(ROWS, D0, D1)
     for slot in range(slot0, slot1):
-        offset = (to_int64(slot) * batch_heads + bh) * M + first
-        acc += load_tile(
-            Partial + offset * HEAD_DIM, HEAD_DIM, 0 * row, ROWS, ROWS, D, HEAD_DIM, False
-        )
-    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
-    start = row * M + first
-    store_tile(DQ + b * dq_b + h * dq_h, dq_s, start, seq_q, acc, ROWS, D, HEAD_DIM)
+        partial = Partial + ((to_int64(slot) * batch_heads + bh) * M + first) * HEAD_DIM
+        part = load_tile(partial, HEAD_DIM, 0 * row, ROWS, ROWS, D0, D1, HEAD_DIM, False)
+        acc = added(acc, part, D1)
+    target = head_source(DQ, bh // heads, bh % heads, dq_b, dq_h, False)
+    store_tile(target, dq_s, row * M + first, seq_q, acc, ROWS, D0, D1, HEAD_DIM)
 
 
 @triton.jit
-def _add_dkv(k, v, q_source, do_source, lse_base, delta_base, q_stride, do_stride, col, seq_q,
+def _add_dkv(k, v, q_source, do_source, b, h, lse_base, delta_base, q_stride, do_stride, col, seq_q,
              dk, dv, scale, rows, slices, layers, first, last, M: tl.constexpr, N: tl.constexpr,
-             D: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
+             D0: tl.constexpr, D1: tl.constexpr, HEAD_DIM: tl.constexpr, V0: tl.constexpr,
+             V1: tl.constexpr, HEAD_DIM_V: tl.constexpr, PRECISION: tl.constexpr,
              DESCRIPTORS: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """Add the contribution of one tile of queries to dk and dv; rows of the tile are keys, columns
     are queries."""
     start = col * N
     cols = start + tl.arange(0, N)
-    q = read_tile(q_source, q_stride, start, seq_q, N, D, HEAD_DIM, MASKED, DESCRIPTORS)
-    do = read_tile(do_source, do_stride, start, seq_q, N, D, HEAD_DIM, MASKED, DESCRIPTORS)
+    q = read_tile(q_source, b, h, q_stride, start, seq_q, N, D0, D1, HEAD_DIM, MASKED, DESCRIPTORS)
+    do = read_tile(
+        do_source, b, h, do_stride, start, seq_q, N, V0, V1, HEAD_DIM_V, MASKED, DESCRIPTORS
+    )
     if MASKED:
         lse = tl.load(lse_base + cols, mask=cols < seq_q, other=float("inf"))
         delta = tl.load(delta_base + cols, mask=cols < seq_q, other=0.0)
     else:
         lse = tl.load(lse_base + cols)
         delta = tl.load(delta_base + cols)
-    s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
+    s = inner_products(k, q, D1, PRECISION)
     if MASKED:
         s = apply_mask(s, rows, start, slices, layers, first, last, M, N)
-    p = tl.exp2(s - lse[None, :])
-    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-    ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-    return dk, dv
+    p = tl.exp2(s * scale - lse[None, :])
+    dv = add_product(p, do, dv, V1, PRECISION)
+    ds = p * (inner_products(v, do, V1, PRECISION) - delta[None, :])
+    return add_product(ds, q, dk, D1, PRECISION), dv
 
 
 @triton.jit
@@ -177,70 +194,73 @@ def backward_dkv(
     items, order, runs, tiles, tile_layers, layers, slices,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, do_b, do_s, do_h, dk_b, dk_s, dk_h,
     dv_b, dv_s, dv_h,
-    batch_heads, heads, num_items, seq_q, seq_k, scale,
+    batch_heads, heads, section, num_items, seq_q, seq_k, scale,
     GROUP: tl.constexpr, PER_HEAD: tl.constexpr, LISTED: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, HEAD_DIM: tl.constexpr,
+    V0: tl.constexpr, V1: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Compute dk and dv of one tile of keys; ``batch_heads`` and ``heads`` count key/value heads,
     and the lists are those of the transposed mask."""
-    pid = tl.program_id(0)
-    bh = pid % batch_heads
-    index = tl.load(order + (bh if PER_HEAD else 0) * num_items + pid // batch_heads)
-    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+    bg, index = program_work(order, num_items, batch_heads, section, PER_HEAD)
+    b, g = bg // heads, bg % heads
     start = index * M  # rows are not split in this pass, so items are rows
     rows = start + tl.arange(0, M)
-    k = load_tile(K + b * k_b + h * k_h, k_s, start, seq_k, M, D, HEAD_DIM, True)
-    v = load_tile(V + b * v_b + h * v_h, v_s, start, seq_k, M, D, HEAD_DIM, True)
-    dk = tl.zeros([M, D], dtype=tl.float32)
-    dv = tl.zeros([M, D], dtype=tl.float32)
+    k_source = head_source(K, b, g, k_b, k_h, False)
+    v_source = head_source(V, b, g, v_b, v_h, False)
+    k = load_tile(k_source, k_s, start, seq_k, M, D0, D1, HEAD_DIM, True)
+    v = load_tile(v_source, v_s, start, seq_k, M, V0, V1, HEAD_DIM_V, True)
+    dk = zero_tile(M, D0, D1)
+    dv = zero_tile(M, V0, V1)
     scale2 = scale * LOG2E
     # Heads that share their runs are iterated in the loop over runs: an outer loop over heads costs
     # registers.
     OUTER: tl.constexpr = GROUP if PER_HEAD or LISTED else 1
     INNER: tl.constexpr = GROUP // OUTER
     for outer in tl.range(0, OUTER, num_stages=1, disable_licm=True):
-        plan = bh * GROUP + outer if PER_HEAD else 0
+        plan = bg * GROUP + outer if PER_HEAD else 0
         _, run0, run1, tile0, tile1, _ = load_item(items, plan, num_items, index)
         if LISTED:
-            q_ptr = Q + b * q_b + (h * GROUP + outer) * q_h
-            do_ptr = DOut + b * do_b + (h * GROUP + outer) * do_h
-            q_source = tile_source(q_ptr, q_s, seq_q, N, D, HEAD_DIM, DESCRIPTORS)
-            do_source = tile_source(do_ptr, do_s, seq_q, N, D, HEAD_DIM, DESCRIPTORS)
-            terms = to_int64(bh * GROUP + outer) * seq_q
+            h = g * GROUP + outer
+            q_source = head_source(Q, b, h, q_b, q_h, DESCRIPTORS)
+            do_source = head_source(DOut, b, h, do_b, do_h, DESCRIPTORS)
+            terms = to_int64(bg * GROUP + outer) * seq_q
             for t in tl.range(run0, run1, num_stages=STAGES):
                 dk, dv = _add_dkv(
-                    k, v, q_source, do_source, Lse2 + terms, Delta + terms, q_s, do_s,
+                    k, v, q_source, do_source, b, h, Lse2 + terms, Delta + terms, q_s, do_s,
                     tl.load(runs + t), seq_q, dk, dv, scale2, rows, slices, layers, 0, 0,
-                    M, N, D, HEAD_DIM, PRECISION, DESCRIPTORS, False,
+                    M, N, D0, D1, HEAD_DIM, V0, V1, HEAD_DIM_V, PRECISION, DESCRIPTORS, False,
                 )  # fmt: skip
         else:
             for step in range((run1 - run0) * INNER):
-                g = outer + step // (run1 - run0)
+                head = outer + step // (run1 - run0)
                 r = run0 + step % (run1 - run0)
-                q_ptr = Q + b * q_b + (h * GROUP + g) * q_h
-                do_ptr = DOut + b * do_b + (h * GROUP + g) * do_h
-                q_source = tile_source(q_ptr, q_s, seq_q, N, D, HEAD_DIM, DESCRIPTORS)
-                do_source = tile_source(do_ptr, do_s, seq_q, N, D, HEAD_DIM, DESCRIPTORS)
-                terms = to_int64(bh * GROUP + g) * seq_q
+                h = g * GROUP + head
+                q_source = head_source(Q, b, h, q_b, q_h, DESCRIPTORS)
+                do_source = head_source(DOut, b, h, do_b, do_h, DESCRIPTORS)
+                terms = to_int64(bg * GROUP + head) * seq_q
                 begin = tl.load(runs + 2 * r)
                 end = tl.load(runs + 2 * r + 1)
                 for col in tl.range(begin, end, num_stages=STAGES):
                     dk, dv = _add_dkv(
-                        k, v, q_source, do_source, Lse2 + terms, Delta + terms, q_s, do_s,
+                        k, v, q_source, do_source, b, h, Lse2 + terms, Delta + terms, q_s, do_s,
                         col, seq_q, dk, dv, scale2, rows, slices, layers, 0, 0,
-                        M, N, D, HEAD_DIM, PRECISION, DESCRIPTORS, False,
+                        M, N, D0, D1, HEAD_DIM, V0, V1, HEAD_DIM_V, PRECISION, DESCRIPTORS, False,
                     )  # fmt: skip
         for step in tl.range(0, (tile1 - tile0) * INNER, num_stages=1, disable_licm=True):
-            g = outer + step // (tile1 - tile0)
+            head = outer + step // (tile1 - tile0)
             t = tile0 + step % (tile1 - tile0)
-            terms = to_int64(bh * GROUP + g) * seq_q
+            h = g * GROUP + head
+            terms = to_int64(bg * GROUP + head) * seq_q
             dk, dv = _add_dkv(
-                k, v, Q + b * q_b + (h * GROUP + g) * q_h, DOut + b * do_b + (h * GROUP + g) * do_h,
+                k, v, head_source(Q, b, h, q_b, q_h, DESCRIPTORS),
+                head_source(DOut, b, h, do_b, do_h, DESCRIPTORS), b, h,
                 Lse2 + terms, Delta + terms, q_s, do_s, tl.load(tiles + t),
                 seq_q, dk, dv, scale2, rows, slices, layers,
                 tl.load(tile_layers + 2 * t), tl.load(tile_layers + 2 * t + 1),
-                M, N, D, HEAD_DIM, PRECISION, False, True,
+                M, N, D0, D1, HEAD_DIM, V0, V1, HEAD_DIM_V, PRECISION, DESCRIPTORS, True,
             )  # fmt: skip
-    store_tile(DK + b * dk_b + h * dk_h, dk_s, start, seq_k, dk * scale, M, D, HEAD_DIM)
-    store_tile(DV + b * dv_b + h * dv_h, dv_s, start, seq_k, dv, M, D, HEAD_DIM)
+    dk_target = head_source(DK, b, g, dk_b, dk_h, False)
+    dv_target = head_source(DV, b, g, dv_b, dv_h, False)
+    store_tile(dk_target, dk_s, start, seq_k, multiplied(dk, scale, D1), M, D0, D1, HEAD_DIM)
+    store_tile(dv_target, dv_s, start, seq_k, dv, M, V0, V1, HEAD_DIM_V)

@@ -79,9 +79,32 @@ _CONFIGS_2_BYTES: dict[str, dict[int, tuple[Config, Config, Config]]] = {
 _FORWARD_PER_HEAD = {("cuda:80", 64): Config(128, 64, 8, 3), ("cuda:80", 128): Config(64, 64, 4, 3)}
 
 
+def head_parts(head_dim: int) -> tuple[int, int]:
+    """The parts of a head dimension in the kernels: one power of two (and 0) or two, from 16 on,
+    whichever pads less; 192 is 128 and 64, 80 is 64 and 16, and 112 is 128."""
+    whole = _power_of_two(head_dim)
+    if whole == 16:
+        return 16, 0
+    rest = _power_of_two(head_dim - whole // 2)
+    return (whole // 2, rest) if whole // 2 + rest < whole else (whole, 0)
+
+
+def _power_of_two(number: int) -> int:
+    """The least power of two of at least ``number`` and 16."""
+    return max(16, 1 << (number - 1).bit_length())
+
+
 def padded_head_dim(head_dim: int) -> int:
-    """``head_dim`` padded to a power of two, at least 16."""
-    return max(16, 1 << (head_dim - 1).bit_length())
+    """``head_dim`` padded to the sum of its parts."""
+    return sum(head_parts(head_dim))
+
+
+def head_constants(head_dim: int, head_dim_v: int) -> dict[str, int]:
+    """The constants of the kernels for the head dimensions of queries and keys, and of values."""
+    (d0, d1), (v0, v1) = head_parts(head_dim), head_parts(head_dim_v)
+    return {
+        "D0": d0, "D1": d1, "HEAD_DIM": head_dim, "V0": v0, "V1": v1, "HEAD_DIM_V": head_dim_v,
+    }  # fmt: skip
 
 
 def kernel_configs(
@@ -101,8 +124,9 @@ def kernel_configs(
     if target == "interpreter":
         configs = dict.fromkeys(KERNELS, INTERPRETER_CONFIG)
     else:
-        key = (_table_target(target), max(padded_head_dim(head_dim), 64))
-        configs = dict(zip(KERNELS, _CONFIGS_2_BYTES[key[0]][key[1]], strict=True))
+        by_dim = _CONFIGS_2_BYTES[_table_target(target)]
+        key = (_table_target(target), min(dim for dim in by_dim if dim >= head_dim))
+        configs = dict(zip(KERNELS, by_dim[key[1]], strict=True))
         if per_head and key in _FORWARD_PER_HEAD:
             configs["forward"] = _FORWARD_PER_HEAD[key]
         if item_bytes > 2:  # a tile takes twice the memory

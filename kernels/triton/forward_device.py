@@ -6,7 +6,7 @@ Softmax is computed in base 2 (the hardware has ``exp2``); lse is returned in na
 Source: FlashAttention-2 (Dao 2023, arXiv 2307.08691), over lists of tiles as in FlexAttention
 (arXiv 2412.05496); split rows as in Flash-Decoding (Dao et al. 2023).
 
-Legend: M rows and N columns of a tile of scores, D head dimension, padded to a power of two.
+Legend: M rows and N columns of a tile of scores; D0, D1, V0, V1: see ``tiles_device``.
 """
 
 import triton
@@ -14,36 +14,49 @@ import triton.language as tl
 from cpbench.kernels.triton.tiles_device import (
     LN2,
     LOG2E,
+    add_product,
+    added,
     apply_mask,
-    kv_sources,
-    load_program_item,
+    head_source,
+    inner_products,
+    load_item,
     load_tile,
+    multiplied,
+    program_work,
     read_tile,
     store_tile,
     to_int64,
+    zero_tile,
 )
 
 TINY = tl.constexpr(1e-37)  # keeps the logarithm finite for rows that see nothing
 
 
 @triton.jit
-def _attend(q, k_source, v_source, k_stride, v_stride, col, seq_k, acc, row_sum, row_max, scale,
-            rows, slices, layers, first, last, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
-            HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
-            MASKED: tl.constexpr):  # fmt: skip
-    """Update the online softmax with one tile; ``scale`` is for base 2."""
+def _attend(q, k_source, v_source, b, g, k_stride, v_stride, col, seq_k, acc, row_sum, row_max,
+            scale, rows, slices, layers, first, last, M: tl.constexpr, N: tl.constexpr,
+            D0: tl.constexpr, D1: tl.constexpr, HEAD_DIM: tl.constexpr, V0: tl.constexpr,
+            V1: tl.constexpr, HEAD_DIM_V: tl.constexpr, PRECISION: tl.constexpr,
+            DESCRIPTORS: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """Update the online softmax with one tile.
+
+    ``scale``, which is positive and for base 2, is applied in the exponent, where it costs nothing;
+    ``row_max`` is of scores without it.
+    """
     start = col * N
-    k = read_tile(k_source, k_stride, start, seq_k, N, D, HEAD_DIM, MASKED, DESCRIPTORS)
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    k = read_tile(k_source, b, g, k_stride, start, seq_k, N, D0, D1, HEAD_DIM, MASKED, DESCRIPTORS)
+    s = inner_products(q, k, D1, PRECISION)
     if MASKED:
         s = apply_mask(s, rows, start, slices, layers, first, last, M, N)
     new_max = tl.maximum(row_max, tl.max(s, 1))
     base = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max  # no -inf - -inf
-    p = tl.exp2(s - base[:, None])
-    rescale = tl.exp2(row_max - base)
+    p = tl.exp2(s * scale - (base * scale)[:, None])
+    rescale = tl.exp2((row_max - base) * scale)
     row_sum = row_sum * rescale + tl.sum(p, 1)
-    v = read_tile(v_source, v_stride, start, seq_k, N, D, HEAD_DIM, MASKED, DESCRIPTORS)
-    acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+    v = read_tile(
+        v_source, b, g, v_stride, start, seq_k, N, V0, V1, HEAD_DIM_V, MASKED, DESCRIPTORS
+    )
+    acc = add_product(p, v, multiplied(acc, rescale[:, None], V1), V1, PRECISION)
     return acc, row_sum, new_max
 
 
@@ -52,32 +65,34 @@ def forward(
     Q, K, V, Out, Lse, Partial, PartialLse,
     items, order, runs, tiles, tile_layers, layers, slices,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_b, o_s, o_h,
-    batch_heads, heads, num_items, seq_q, seq_k, scale,
+    batch_heads, heads, section, num_items, seq_q, seq_k, scale,
     GROUP: tl.constexpr, PER_HEAD: tl.constexpr, LISTED: tl.constexpr, SPLIT: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, HEAD_DIM: tl.constexpr,
+    V0: tl.constexpr, V1: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Compute out and lse of one item; a part of a split row is stored in its slot of ``Partial``
     and ``PartialLse``."""
-    bh, b, h, row, run0, run1, tile0, tile1, slot = load_program_item(
-        items, order, num_items, batch_heads, heads, PER_HEAD
-    )
-    k_source, v_source = kv_sources(
-        K, V, b, h // GROUP, k_b, k_s, k_h, v_b, v_s, v_h, seq_k, N, D, HEAD_DIM, DESCRIPTORS
-    )
+    bh, index = program_work(order, num_items, batch_heads, section, PER_HEAD)
+    row, run0, run1, tile0, tile1, slot = load_item(items, bh if PER_HEAD else 0, num_items, index)
+    b, h = bh // heads, bh % heads
+    g = h // GROUP
+    k_source = head_source(K, b, g, k_b, k_h, DESCRIPTORS)
+    v_source = head_source(V, b, g, v_b, v_h, DESCRIPTORS)
     start = row * M
     rows = start + tl.arange(0, M)
-    q = load_tile(Q + b * q_b + h * q_h, q_s, start, seq_q, M, D, HEAD_DIM, True)
-    acc = tl.zeros([M, D], dtype=tl.float32)
+    q_source = head_source(Q, b, h, q_b, q_h, False)
+    q = load_tile(q_source, q_s, start, seq_q, M, D0, D1, HEAD_DIM, True)
+    acc = zero_tile(M, V0, V1)
     row_sum = tl.zeros([M], dtype=tl.float32)
     row_max = tl.full([M], float("-inf"), dtype=tl.float32)
     scale2 = scale * LOG2E
     if LISTED:
         for t in tl.range(run0, run1, num_stages=STAGES):
             acc, row_sum, row_max = _attend(
-                q, k_source, v_source, k_s, v_s, tl.load(runs + t), seq_k, acc, row_sum, row_max,
-                scale2, rows, slices, layers, 0, 0,
-                M, N, D, HEAD_DIM, PRECISION, DESCRIPTORS, False,
+                q, k_source, v_source, b, g, k_s, v_s, tl.load(runs + t), seq_k, acc, row_sum,
+                row_max, scale2, rows, slices, layers, 0, 0,
+                M, N, D0, D1, HEAD_DIM, V0, V1, HEAD_DIM_V, PRECISION, DESCRIPTORS, False,
             )  # fmt: skip
     else:
         for r in range(run0, run1):
@@ -85,32 +100,38 @@ def forward(
             end = tl.load(runs + 2 * r + 1)
             for col in tl.range(begin, end, num_stages=STAGES):
                 acc, row_sum, row_max = _attend(
-                    q, k_source, v_source, k_s, v_s, col, seq_k, acc, row_sum, row_max, scale2,
-                    rows, slices, layers, 0, 0, M, N, D, HEAD_DIM, PRECISION, DESCRIPTORS, False,
+                    q, k_source, v_source, b, g, k_s, v_s, col, seq_k, acc, row_sum,
+                    row_max, scale2, rows, slices, layers, 0, 0,
+                    M, N, D0, D1, HEAD_DIM, V0, V1, HEAD_DIM_V, PRECISION, DESCRIPTORS, False,
                 )  # fmt: skip
     for t in tl.range(tile0, tile1, num_stages=1, disable_licm=True):
         acc, row_sum, row_max = _attend(
-            q, k_source, v_source, k_s, v_s, tl.load(tiles + t), seq_k, acc, row_sum, row_max,
-            scale2, rows, slices, layers,
+            q, k_source, v_source, b, g, k_s, v_s, tl.load(tiles + t), seq_k, acc, row_sum,
+            row_max, scale2, rows, slices, layers,
             tl.load(tile_layers + 2 * t), tl.load(tile_layers + 2 * t + 1),
-            M, N, D, HEAD_DIM, PRECISION, DESCRIPTORS, True,
+            M, N, D0, D1, HEAD_DIM, V0, V1, HEAD_DIM_V, PRECISION, DESCRIPTORS, True,
         )  # fmt: skip
     # A row that sees nothing has a sum of 0; NaN must stay NaN.
-    lse = tl.where(row_sum == 0.0, float("-inf"), (row_max + tl.log2(row_sum + TINY)) * LN2)
-    acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
+    lse = tl.where(
+        row_sum == 0.0, float("-inf"), (row_max * scale2 + tl.log2(row_sum + TINY)) * LN2
+    )
+    acc = multiplied(acc, (1.0 / tl.where(row_sum == 0.0, 1.0, row_sum))[:, None], V1)
     if SPLIT and slot >= 0:
-        offset = (slot.to(tl.int64) * batch_heads + bh) * M
-        store_tile(Partial + offset * HEAD_DIM, HEAD_DIM, 0 * row, M, acc, M, D, HEAD_DIM)
+        offset = (to_int64(slot) * batch_heads + bh) * M
+        partial = Partial + offset * HEAD_DIM_V
+        store_tile(partial, HEAD_DIM_V, 0 * row, M, acc, M, V0, V1, HEAD_DIM_V)
         tl.store(PartialLse + offset + tl.arange(0, M), lse)
         return
-    store_tile(Out + b * o_b + h * o_h, o_s, start, seq_q, acc, M, D, HEAD_DIM)
-    tl.store(Lse + bh.to(tl.int64) * seq_q + rows, lse, mask=rows < seq_q)
+    target = head_source(Out, b, h, o_b, o_h, False)
+    store_tile(target, o_s, start, seq_q, acc, M, V0, V1, HEAD_DIM_V)
+    tl.store(Lse + to_int64(bh) * seq_q + rows, lse, mask=rows < seq_q)
 
 
 @triton.jit
 def merge_partials(
     Partial, PartialLse, Out, Lse, splits, o_b, o_s, o_h, batch_heads, heads, seq_q,
-    M: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
+    M: tl.constexpr, ROWS: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
 ):  # fmt: skip
     """Merge ``ROWS`` rows of out and lse of a split row of tiles from its slots, in slot order."""
     pid = tl.program_id(0)
@@ -121,7 +142,7 @@ def merge_partials(
     m = tl.arange(0, ROWS)
     row_max = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([ROWS], dtype=tl.float32)
-    acc = tl.zeros([ROWS, D], dtype=tl.float32)
+    acc = zero_tile(ROWS, V0, V1)
     for slot in range(slot0, slot1):
         offset = (to_int64(slot) * batch_heads + bh) * M + first
         lse = tl.load(PartialLse + offset + m)
@@ -129,15 +150,17 @@ def merge_partials(
         base = tl.where(new_max == float("-inf"), 0.0, new_max)
         rescale, weight = tl.exp(row_max - base), tl.exp(lse - base)
         out = load_tile(
-            Partial + offset * HEAD_DIM, HEAD_DIM, 0 * row, ROWS, ROWS, D, HEAD_DIM, False
-        )
-        acc = acc * rescale[:, None] + out * weight[:, None]
+            Partial + offset * HEAD_DIM_V, HEAD_DIM_V, 0 * row, ROWS, ROWS, V0, V1, HEAD_DIM_V,
+            False,
+        )  # fmt: skip
+        acc = multiplied(acc, rescale[:, None], V1)
+        acc = added(acc, multiplied(out, weight[:, None], V1), V1)
         row_sum = row_sum * rescale + weight
         row_max = new_max
-    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
-    acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
+    acc = multiplied(acc, (1.0 / tl.where(row_sum == 0.0, 1.0, row_sum))[:, None], V1)
     start = row * M + first
-    store_tile(Out + b * o_b + h * o_h, o_s, start, seq_q, acc, ROWS, D, HEAD_DIM)
+    target = head_source(Out, bh // heads, bh % heads, o_b, o_h, False)
+    store_tile(target, o_s, start, seq_q, acc, ROWS, V0, V1, HEAD_DIM_V)
     rows = start + m
     lse = tl.where(row_sum == 0.0, float("-inf"), row_max + tl.log(row_sum + TINY))
-    tl.store(Lse + bh.to(tl.int64) * seq_q + rows, lse, mask=rows < seq_q)
+    tl.store(Lse + to_int64(bh) * seq_q + rows, lse, mask=rows < seq_q)

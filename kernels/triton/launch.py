@@ -14,7 +14,7 @@ from cpbench.core.operator import QKV, BackwardInputs
 from cpbench.core.problem import DTYPE_BYTES
 from cpbench.kernels.triton import configs as triton_configs
 from cpbench.kernels.triton import interpreter as triton_interpreter
-from cpbench.kernels.triton.configs import Config, padded_head_dim
+from cpbench.kernels.triton.configs import Config, head_constants, head_parts
 from cpbench.kernels.triton.plan import TilePlan, grouped_order, list_runs, plan_tiles
 from cpbench.masks.attn_mask import AttnMask
 
@@ -201,8 +201,10 @@ def _strides(*tensors: torch.Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
-def _shape(x: torch.Tensor, config: Config) -> dict[str, int]:
-    return {"M": config.rows, "D": padded_head_dim(x.shape[3]), "HEAD_DIM": x.shape[3]}
+def _constants_of(kernel: Any, q: torch.Tensor, v: torch.Tensor, **more: Any) -> dict[str, Any]:
+    """The constants of a kernel: those of the head dimensions that it has, and ``more``."""
+    constants = head_constants(q.shape[3], v.shape[3])
+    return {**{name: constants[name] for name in kernel.arg_names if name in constants}, **more}
 
 
 def precision(float32: bool, cuda: bool) -> str:
@@ -217,32 +219,46 @@ def _precision_of(q: torch.Tensor) -> str:
 
 
 def _use_descriptors(config: Config, *tensors: torch.Tensor) -> bool:
-    """Whether to read tensors through descriptors: if configured and all strides and addresses are
-    multiples of 16 bytes."""
-    if not config.descriptors:
-        return False
-    strides = (stride * x.element_size() for x in tensors for stride in x.stride()[:3])
-    if any(stride % 16 for stride in strides) or any(x.data_ptr() % 16 for x in tensors):
-        return False
-    _set_allocator()
-    return True
+    """Whether to read tensors through descriptors: if configured, and all strides and addresses are
+    multiples of 16 bytes, as the copy engine needs."""
+    strides = [stride * x.element_size() for x in tensors for stride in x.stride()[:3]]
+    aligned = all(stride > 0 and stride % 16 == 0 for stride in strides)
+    addresses = [x.data_ptr() for x in tensors]
+    return bool(config.descriptors) and aligned and not any(at % 16 for at in addresses)
 
 
-def _set_allocator() -> None:
-    """Set Triton's allocator of the memory that kernels write descriptors to.
+def _descriptors(x: torch.Tensor, tokens: int) -> tuple[Any, ...]:
+    """The descriptors of tiles of so many tokens of ``[B, S, H, D]``, one for each part of D."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
-    Triton keeps it per thread, and autograd's backward passes run in threads of their own, so it is
-    set at every launch.
+    return tuple(
+        TensorDescriptor(x, list(x.shape), list(x.stride()), [1, tokens, 1, part])
+        for part in head_parts(x.shape[3])
+        if part
+    )
+
+
+def _section(streamed: tuple[torch.Tensor, ...], batch_heads: int, group: int) -> int:
+    """The number of heads that are computed side by side: whole groups, as many as share half of
+    the L2 cache with what they read in their loops.
+
+    Args:
+        streamed: the tensors whose tiles are loaded in a loop.
+        batch_heads: heads of all batches.
+        group: consecutive ones that read the same.
     """
-    import triton
+    nbytes = sum(x.numel() * x.element_size() for x in streamed)
+    groups = cache_bytes(streamed[0]) // 2 * batch_heads // max(nbytes * group, 1)
+    return min(max(groups, 1) * group, batch_heads)
 
-    triton.set_allocator(_allocate_scratch)
 
-
-def _allocate_scratch(size: int, align: int, stream: int | None) -> torch.Tensor:
+def cache_bytes(x: torch.Tensor) -> int:
+    """Size of the L2 cache of a tensor's device; of a small one in the interpreter."""
     import torch
 
-    return torch.empty(size, dtype=torch.int8, device="cuda")
+    if not x.is_cuda:
+        return INTERPRETER_CACHE_BYTES
+    return int(torch.cuda.get_device_properties(x.device).L2_cache_size)
 
 
 def _readable(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -262,21 +278,20 @@ def _current_device(x: torch.Tensor) -> Any:
 
 
 def _launch_constants(
-    tile_pass: Pass, q: torch.Tensor, group: int, streamed: tuple[torch.Tensor, ...]
+    kernel: Any, tile_pass: Pass, q: torch.Tensor, v: torch.Tensor, group: int, descriptors: bool
 ) -> dict[str, Any]:
     """The compile-time constants of the kernel of a pass, and its launch options.
 
     Args:
         group: query heads per key/value head.
-        streamed: the tensors whose tiles it loads in a loop.
+        descriptors: whether it loads the tiles of its loop through descriptors.
     """
     config = tile_pass.config
-    return {
-        "GROUP": group, "PER_HEAD": tile_pass.per_head, "LISTED": tile_pass.listed,
-        "N": config.cols, "STAGES": config.num_stages, "PRECISION": _precision_of(q),
-        "DESCRIPTORS": _use_descriptors(config, *streamed), "num_warps": config.num_warps,
-        "num_stages": config.num_stages, **_shape(q, config),
-    }  # fmt: skip
+    return _constants_of(
+        kernel, q, v, M=config.rows, N=config.cols, GROUP=group, PER_HEAD=tile_pass.per_head,
+        LISTED=tile_pass.listed, STAGES=config.num_stages, PRECISION=_precision_of(q),
+        DESCRIPTORS=descriptors, num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
 
 
 def forward(qkv: QKV, plan: Plan) -> OutLse:
@@ -289,22 +304,26 @@ def _forward(qkv: QKV, plan: Plan) -> OutLse:
     import torch
 
     q, k, v = qkv
-    (B, S, H, D), T, G = q.shape, k.shape[1], k.shape[2]
-    out = q.new_empty((B, S, H, D))
+    (B, S, H, _), (_, T, G, V) = q.shape, v.shape
+    out = q.new_empty((B, S, H, V))
     lse = q.new_empty((B, H, S), dtype=torch.float32)
-    tile_pass, rows, kernels = plan.forward, plan.forward.config.rows, device_modules()[0]
-    partial = q.new_empty((tile_pass.slots, B * H, rows, D), dtype=torch.float32)
+    tile_pass, config, kernels = plan.forward, plan.forward.config, device_modules()[0]
+    partial = q.new_empty((tile_pass.slots, B * H, config.rows, V), dtype=torch.float32)
     partial_lse = partial.new_empty(partial.shape[:3])
+    descriptors = _use_descriptors(config, k, v)
+    sources = [_descriptors(x, config.cols) for x in (k, v)] if descriptors else [k, v]
     kernels.forward[(tile_pass.num_items * B * H,)](
-        q, k, v, out, lse, partial, partial_lse, *tile_pass.tensors, *_strides(q, k, v, out),
-        B * H, H, tile_pass.num_items, S, T, plan.scale,
-        SPLIT=tile_pass.slots > 0, **_launch_constants(tile_pass, q, H // G, streamed=(k, v)),
+        q, *sources, out, lse, partial, partial_lse, *tile_pass.tensors, *_strides(q, k, v, out),
+        B * H, H, _section((k, v), B * H, H // G), tile_pass.num_items, S, T, plan.scale,
+        SPLIT=tile_pass.slots > 0,
+        **_launch_constants(kernels.forward, tile_pass, q, v, H // G, descriptors),
     )  # fmt: skip
     if tile_pass.slots:
-        shape = {**_shape(q, tile_pass.config), "ROWS": MERGE_ROWS}
-        kernels.merge_partials[(len(tile_pass.splits) * B * H, rows // MERGE_ROWS)](
-            partial, partial_lse, out, lse, tile_pass.splits, *_strides(out), B * H, H, S, **shape
-        )
+        constants = _constants_of(kernels.merge_partials, q, v, M=config.rows, ROWS=MERGE_ROWS)
+        kernels.merge_partials[(len(tile_pass.splits) * B * H, config.rows // MERGE_ROWS)](
+            partial, partial_lse, out, lse, tile_pass.splits, *_strides(out), B * H, H, S,
+            **constants,
+        )  # fmt: skip
     return out, lse
 
 
@@ -327,28 +346,38 @@ def _backward(x: BackwardInputs, plan: Plan) -> Gradients:
     kernels = device_modules()[1]
     kernels.row_terms[(-(-S // ROW_TERMS_ROWS) * B * H,)](
         out, dout, lse.contiguous(), delta, lse2, *_strides(out, dout), B * H, H, S,
-        M=ROW_TERMS_ROWS, D=padded_head_dim(D), HEAD_DIM=D,
+        **_constants_of(kernels.row_terms, q, v, M=ROW_TERMS_ROWS),
     )  # fmt: skip
-    tile_pass, rows = plan.dq, plan.dq.config.rows
-    partial = q.new_empty((tile_pass.slots, B * H, rows, D), dtype=torch.float32)
+    tile_pass, config = plan.dq, plan.dq.config
+    partial = q.new_empty((tile_pass.slots, B * H, config.rows, D), dtype=torch.float32)
+    descriptors = _use_descriptors(config, k, v)
+    sources = [_descriptors(x, config.cols) for x in (k, v)] if descriptors else [k, v]
     kernels.backward_dq[(tile_pass.num_items * B * H,)](
-        q, k, v, dout, lse2, delta, dq, partial, *tile_pass.tensors, *_strides(q, k, v, dout, dq),
-        B * H, H, tile_pass.num_items, S, T, plan.scale,
-        SPLIT=tile_pass.slots > 0, **_launch_constants(tile_pass, q, H // G, streamed=(k, v)),
+        q, *sources, dout, lse2, delta, dq, partial, *tile_pass.tensors,
+        *_strides(q, k, v, dout, dq),
+        B * H, H, _section((k, v), B * H, H // G), tile_pass.num_items, S, T, plan.scale,
+        SPLIT=tile_pass.slots > 0,
+        **_launch_constants(kernels.backward_dq, tile_pass, q, v, H // G, descriptors),
     )  # fmt: skip
     if tile_pass.slots:
-        shape = {**_shape(q, tile_pass.config), "ROWS": MERGE_ROWS}
-        kernels.sum_partials[(len(tile_pass.splits) * B * H, rows // MERGE_ROWS)](
-            partial, dq, tile_pass.splits, *_strides(dq), B * H, H, S, **shape
+        constants = _constants_of(kernels.sum_partials, q, v, M=config.rows, ROWS=MERGE_ROWS)
+        kernels.sum_partials[(len(tile_pass.splits) * B * H, config.rows // MERGE_ROWS)](
+            partial, dq, tile_pass.splits, *_strides(dq), B * H, H, S, **constants
         )
-    tile_pass = plan.dkv
+    tile_pass, config = plan.dkv, plan.dkv.config
+    descriptors = _use_descriptors(config, q, dout)
+    q_source, dout_source = (
+        [_descriptors(x, config.cols) for x in (q, dout)] if descriptors else [q, dout]
+    )
     kernels.backward_dkv[(tile_pass.num_items * B * G,)](
-        q, k, v, dout, lse2, delta, dk, dv, *tile_pass.tensors, *_strides(q, k, v, dout, dk, dv),
-        B * G, G, tile_pass.num_items, S, T, plan.scale,
-        **_launch_constants(tile_pass, q, H // G, streamed=(q, dout)),
+        q_source, k, v, dout_source, lse2, delta, dk, dv, *tile_pass.tensors,
+        *_strides(q, k, v, dout, dk, dv),
+        B * G, G, _section((q, dout), B * G, 1), tile_pass.num_items, S, T, plan.scale,
+        **_launch_constants(kernels.backward_dkv, tile_pass, q, v, H // G, descriptors),
     )  # fmt: skip
     return dq, dk, dv
 
 
 ROW_TERMS_ROWS = 32  # rows per program of row_terms
 MERGE_ROWS = 16  # rows per program of merge_partials and sum_partials
+INTERPRETER_CACHE_BYTES = 1 << 16

@@ -10,10 +10,12 @@ next tile overlaps with the computation.)  *Partial* tiles have a few band slice
 tiles are in no list.
 
 Offsets of tokens, heads and batches are int64, since a million tokens of 128 heads have more
-elements than int32 can count.  Offsets within a tile are int32.  The head dimension is padded to a
-power of two.
+elements than int32 can count.  Offsets within a tile are int32.  Shapes of tensors are powers of
+two, so that a head dimension is padded, or divided into two *parts* that are: 192 into 128 and 64.
+A tile ``[N, D0 + D1]`` is a tuple of its parts, of which there is one if ``D1`` is 0.
 
-Legend: M rows and N columns of a tile of scores, D head dimension, padded to a power of two.
+Legend: M rows and N columns of a tile of scores, D0 and D1 the parts of a head dimension, which is
+HEAD_DIM without padding; those of the values are V0, V1 and HEAD_DIM_V.
 """
 
 import triton
@@ -41,14 +43,18 @@ def load_item(items, plan, num_items, index):
 
 
 @triton.jit
-def load_program_item(items, order, num_items, batch_heads, heads, PER_HEAD: tl.constexpr):
-    """Load the item of this program: batch and head (as one number, then as two), and its six
-    fields."""
-    bh = tl.program_id(0) % batch_heads
-    plan = bh if PER_HEAD else 0
-    index = tl.load(order + plan * num_items + tl.program_id(0) // batch_heads)
-    row, run0, run1, tile0, tile1, slot = load_item(items, plan, num_items, index)
-    return bh, to_int64(bh // heads), to_int64(bh % heads), row, run0, run1, tile0, tile1, slot
+def program_work(order, num_items, batch_heads, section, PER_HEAD: tl.constexpr):
+    """Batch and head of this program as one number, and the number of its item.
+
+    Programs start in the order of their numbers: heads in sections of ``section``, whose keys and
+    values fit in the L2 cache together, and in a section the items by decreasing work.
+    """
+    pid = tl.program_id(0)
+    first = pid // (section * num_items) * section
+    width = tl.minimum(section, batch_heads - first)
+    pid -= first * num_items
+    bh = first + pid % width
+    return bh, tl.load(order + (bh if PER_HEAD else 0) * num_items + pid // width)
 
 
 @triton.jit
@@ -58,65 +64,123 @@ def to_int64(x):
 
 
 @triton.jit
-def load_tile(base, stride, start, limit, N: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
+def head_source(X, b, h, x_b, x_h, DESCRIPTORS: tl.constexpr):
+    """What to read tiles of one batch and head from: a pointer to its first element, or the
+    descriptors of all of ``X``, one for each part, for the copy engine of Hopper and later."""
+    if DESCRIPTORS:
+        return X
+    else:  # noqa: RET505
+        return X + to_int64(b) * x_b + to_int64(h) * x_h
+
+
+@triton.jit
+def read_tile(
+    source, b, h, stride, start, limit, N: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    HEAD_DIM: tl.constexpr, CLIP: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """Load a tile from a :func:`head_source`; descriptors always clip."""
+    if DESCRIPTORS:
+        first = source[0].load([b, start, h, 0]).reshape(N, D0)
+        if D1:
+            return first, source[1].load([b, start, h, D0]).reshape(N, D1)
+        else:  # noqa: RET505
+            return (first,)
+    else:
+        return load_tile(source, stride, start, limit, N, D0, D1, HEAD_DIM, CLIP)
+
+
+@triton.jit
+def load_tile(base, stride, start, limit, N: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+          HEAD_DIM: tl.constexpr, CLIP: tl.constexpr):  # fmt: skip
+    """Load tokens ``[start, start + N)`` of one head; 0 beyond the head dimension and, if ``CLIP``,
+    beyond the last token."""
+    first = _load_part(base, stride, start, limit, N, D0, HEAD_DIM, CLIP)
+    if D1:
+        return first, _load_part(base + D0, stride, start, limit, N, D1, HEAD_DIM - D0, CLIP)
+    else:  # noqa: RET505
+        return (first,)
+
+
+@triton.jit
+def _load_part(base, stride, start, limit, N: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
           CLIP: tl.constexpr):  # fmt: skip
-    """Load tokens ``[start, start + N)`` of one head, ``[N, D]``; 0 beyond the head dimension and,
-    if ``CLIP``, beyond the last token."""
+    """Load the first ``WIDTH`` elements of tokens, or all D if there are more, ``[N, D]``."""
     n = tl.arange(0, N)
     d = tl.arange(0, D)
     ptrs = base + to_int64(start) * stride + (n[:, None] * stride + d[None, :])
     if CLIP:
-        if HEAD_DIM == D:
+        if WIDTH >= D:
             return tl.load(ptrs, mask=(start + n < limit)[:, None], other=0.0)
-        return tl.load(ptrs, mask=(start + n < limit)[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
-    if HEAD_DIM == D:
+        return tl.load(ptrs, mask=(start + n < limit)[:, None] & (d < WIDTH)[None, :], other=0.0)
+    if WIDTH >= D:
         return tl.load(ptrs)
-    return tl.load(ptrs, mask=(d < HEAD_DIM)[None, :], other=0.0)
+    return tl.load(ptrs, mask=(d < WIDTH)[None, :], other=0.0)
 
 
 @triton.jit
-def tile_source(base, stride, tokens, N: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
-            DESCRIPTORS: tl.constexpr):  # fmt: skip
-    """The tokens of one head, to read tiles of N from: a pointer, or a tensor descriptor for the
-    copy engine of Hopper and later."""
-    if DESCRIPTORS:
-        return tl.make_tensor_descriptor(
-            base, shape=[tokens, HEAD_DIM], strides=[stride, 1], block_shape=[N, D]
-        )
-    else:  # noqa: RET505
-        return base
-
-
-@triton.jit
-def kv_sources(
-    K, V, b, g, k_b, k_s, k_h, v_b, v_s, v_h, seq_k, N: tl.constexpr, D: tl.constexpr,
-    HEAD_DIM: tl.constexpr, DESCRIPTORS: tl.constexpr,
-):  # fmt: skip
-    """Keys and values of one batch and key/value head, see :func:`tile_source`."""
-    k = tile_source(K + b * k_b + g * k_h, k_s, seq_k, N, D, HEAD_DIM, DESCRIPTORS)
-    v = tile_source(V + b * v_b + g * v_h, v_s, seq_k, N, D, HEAD_DIM, DESCRIPTORS)
-    return k, v
-
-
-@triton.jit
-def read_tile(source, stride, start, limit, N: tl.constexpr, D: tl.constexpr,
-          HEAD_DIM: tl.constexpr, CLIP: tl.constexpr, DESCRIPTORS: tl.constexpr):  # fmt: skip
-    """Load a tile from a :func:`tile_source`; descriptors always clip."""
-    if DESCRIPTORS:
-        return source.load([start, 0])
-    else:  # noqa: RET505
-        return load_tile(source, stride, start, limit, N, D, HEAD_DIM, CLIP)
-
-
-@triton.jit
-def store_tile(base, stride, start, limit, x, N: tl.constexpr, D: tl.constexpr,
+def store_tile(base, stride, start, limit, x, N: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
           HEAD_DIM: tl.constexpr):  # fmt: skip
-    """Store a tile ``[N, D]``, clipped and in the dtype of the target; see :func:`load_tile`."""
+    """Store a tile, clipped and in the dtype of the target; see :func:`load_tile`."""
+    _store_part(base, stride, start, limit, x[0], N, D0, HEAD_DIM)
+    if D1:
+        _store_part(base + D0, stride, start, limit, x[1], N, D1, HEAD_DIM - D0)
+
+
+@triton.jit
+def _store_part(base, stride, start, limit, x, N: tl.constexpr, D: tl.constexpr,
+          WIDTH: tl.constexpr):  # fmt: skip
     n = tl.arange(0, N)
     d = tl.arange(0, D)
     ptrs = base + to_int64(start) * stride + (n[:, None] * stride + d[None, :])
-    inside = (start + n < limit)[:, None] & (d < HEAD_DIM)[None, :]
+    inside = (start + n < limit)[:, None] & (d < WIDTH)[None, :]
     tl.store(ptrs, x.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def zero_tile(N: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    """A tile of float32 zeros."""
+    if D1:
+        return tl.zeros([N, D0], dtype=tl.float32), tl.zeros([N, D1], dtype=tl.float32)
+    else:  # noqa: RET505
+        return (tl.zeros([N, D0], dtype=tl.float32),)
+
+
+@triton.jit
+def multiplied(x, factor, D1: tl.constexpr):
+    """A tile times a scalar or a column."""
+    if D1:
+        return x[0] * factor, x[1] * factor
+    else:  # noqa: RET505
+        return (x[0] * factor,)
+
+
+@triton.jit
+def added(x, y, D1: tl.constexpr):
+    """The sum of two tiles."""
+    if D1:
+        return x[0] + y[0], x[1] + y[1]
+    else:  # noqa: RET505
+        return (x[0] + y[0],)
+
+
+@triton.jit
+def inner_products(x, y, D1: tl.constexpr, PRECISION: tl.constexpr):
+    """``x @ y.T`` of two tiles."""
+    product = tl.dot(x[0], tl.trans(y[0]), input_precision=PRECISION)
+    if D1:
+        product = tl.dot(x[1], tl.trans(y[1]), product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+def add_product(weights, y, acc, D1: tl.constexpr, PRECISION: tl.constexpr):
+    """``acc + weights @ y`` for two tiles ``acc`` and ``y``."""
+    weights = weights.to(y[0].dtype)
+    first = tl.dot(weights, y[0], acc[0], input_precision=PRECISION)
+    if D1:
+        return first, tl.dot(weights, y[1], acc[1], input_precision=PRECISION)
+    else:  # noqa: RET505
+        return (first,)
 
 
 @triton.jit

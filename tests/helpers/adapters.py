@@ -11,6 +11,7 @@ import naive
 import pytest
 import sparse_stand_ins
 import torch
+import torch_flash_stand_in
 
 from cpbench import masks
 from cpbench.core import registry
@@ -36,6 +37,7 @@ ALL = {mask.partition(":")[0] for mask in MASKS}
 SUPPORTED = {
     "flash_attn.2": WINDOWS,
     "flash_attn.3": WINDOWS,
+    "flash_attn.torch": WINDOWS,
     "te.cudnn": WINDOWS,
     "flashinfer.dense": WINDOWS - {"sliding_window"},
     "flashinfer.block_sparse": ALL,
@@ -54,6 +56,7 @@ def install_stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     library_stand_ins.install(
         monkeypatch, {**library_stand_ins.dense(), **sparse_stand_ins.sparse()}
     )
+    torch_flash_stand_in.install(monkeypatch)
     set_capability(monkeypatch, (9, 0))
 
 

@@ -40,7 +40,7 @@ from cpbench.core import registry
 from cpbench.core.operator import QKV, BackwardInputs, Unsupported
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.head_masks import HeadMasks
-from cpbench.parallel.bound_operator import merge
+from cpbench.parallel.partial_results.merge import merge
 from cpbench.selectors.common.selection import Blocks, block_grid
 from cpbench.sweep.verification import HEAD_MASKS, MASKS, SEQ_LEN
 
@@ -99,7 +99,9 @@ def test_uneven_lengths(name: str, text: str, tokens: int) -> None:
 
 @pytest.mark.parametrize("sizes", [((20, 32),), ((5, 9), (12, 12), (3, 11))])
 @pytest.mark.parametrize(("left", "right"), [(3, 0), (3, 2), (4, -1), (-1, 2), (0, 0), (0, 4)])
-@pytest.mark.parametrize("name", ["flash_attn.2", "flash_attn.3", "te.cudnn", "flashinfer.dense"])
+@pytest.mark.parametrize(
+    "name", ["flash_attn.2", "flash_attn.3", "flash_attn.torch", "te.cudnn", "flashinfer.dense"]
+)
 def test_windows(name: str, left: int, right: int, sizes: Any) -> None:
     mask = windowed_documents(left, right, sizes)
     problem = problem_of(mask, SHAPES[0], "float16")
@@ -120,7 +122,9 @@ def test_empty_masks(name: str) -> None:
     assert all((x == 0).all() for tensor, x in results.items() if tensor != "lse")
 
 
-@pytest.mark.parametrize("name", ["flash_attn.2", "flash_attn.3", "flashinfer.dense"])
+@pytest.mark.parametrize(
+    "name", ["flash_attn.2", "flash_attn.3", "flash_attn.torch", "flashinfer.dense"]
+)
 def test_documents_with_more_queries_than_keys(name: str) -> None:
     mask = windowed_documents(-1, 0, ((9, 4), (5, 8), (6, 1)))
     assert mask.empty_rows().sum() == 10

@@ -16,18 +16,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from limits import LIMIT_S
+from raw_masks import MASKS, documents, mask_of
 
 from cpbench.core.operator import QKV, BackwardInputs
 from cpbench.core.problem import Problem
-from cpbench.kernels.bands import cpu, cuda
+from cpbench.kernels.bands import cpu
 from cpbench.kernels.bands.operator import OPERATORS, Bands
 from cpbench.kernels.bands.plan import layout
 from cpbench.masks.attn_mask import AttnMask
 
 Tensors = tuple[torch.Tensor, ...]
-Slices = list[tuple[int, int, int, int, int, int]]
-
-FAR = 10**6
 # Maximum relative L2 error of out, dq, dk, dv, and maximum absolute error of lse.  (Gradients of
 # float64 are no better than the lse, which is float32.)
 TOLERANCE = {
@@ -38,52 +36,12 @@ TOLERANCE = {
 }
 
 
-def documents(*ends: int, causal: bool = True) -> Slices:
-    hi = 0 if causal else FAR
-    return [(a, b, a, b, -FAR, hi) for a, b in zip((0, *ends), ends, strict=False)]
-
-
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-MASKS: dict[str, tuple[int, int, Slices]] = {
-    "causal": (300, 300, [(0, 300, 0, 300, -FAR, 0)]),
-    "full": (65, 130, [(0, 65, 0, 130, -FAR, FAR)]),
-    "bottom_right": (70, 1500, [(0, 70, 0, 1500, -FAR, 1430)]),
-    "continued": (300, 900, [(0, 300, 0, 900, -FAR, 600)]),
-    "continued_beside_others": (
-        600, 1000, [(0, 300, 0, 1000, -FAR, 500), (300, 600, 500, 1000, -FAR, 400)]
-    ),
-    "wide": (140, 2600, [(0, 140, 0, 2600, -FAR, 2460)]),
-    "window": (450, 450, [(0, 450, 0, 450, -256, 0)]),
-    "narrow_two_sided": (333, 333, [(0, 333, 0, 333, -3, 2)]),
-    "wide_two_sided": (333, 333, [(0, 333, 0, 333, -100, 140)]),
-    "documents": (500, 500, documents(1, 2, 129, 130, 193, 500)),
-    "tiny_documents": (150, 150, documents(1, 2, 5, 9, 10, 17, 20, 31, 33, 40, 41, 90, 97, 150)),
-    "full_documents": (140, 140, documents(3, 70, 71, 140, causal=False)),
-    "prefix": (260, 260, [(0, 260, 0, 50, -FAR, FAR), (0, 260, 50, 260, -FAR, 0)]),
-    "sinks_window": (400, 400, [(0, 400, 0, 4, -FAR, 0), (0, 400, 4, 400, -64, 0)]),
-    "global_window": (
-        300,
-        300,
-        [(0, 9, 0, 300, -FAR, FAR), (9, 300, 0, 9, -FAR, FAR), (9, 300, 9, 300, -40, 40)],
-    ),
-    "empty_rows": (200, 150, [(10, 50, 0, 60, -FAR, 0), (55, 60, 3, 4, -FAR, FAR),
-                              (70, 150, 40, 100, -20, 20)]),
-    "empty_rows_in_tile": (40, 40, [*documents(5, 9), (15, 21, 0, 3, -FAR, FAR)]),
-    "crossing_bands": (200, 200, [(0, 200, 0, 200, d, d + 2) for d in (-80, -30, -3)]),
-    "one_pair": (1, 1, [(0, 1, 0, 1, 0, 0)]),
-    "empty": (20, 30, []),
-}  # fmt: skip
-
-
-def mask_of(name: str) -> AttnMask:
-    return AttnMask.from_slices(*MASKS[name])
 
 
 def problem_of(mask: AttnMask, dtype: str = "float32", **changes: Any) -> Problem:
@@ -322,10 +280,8 @@ def test_plan_is_linear() -> None:
 def test_refusals() -> None:
     mask = mask_of("causal")
     bands = Bands()
-    assert "float32" in (bands.unsupported(problem_of(mask), mask, "cuda") or "")
     assert "softcap" in (bands.unsupported(problem_of(mask, softcap=1.0), mask, "cpu") or "")
     assert "mps" in (bands.unsupported(problem_of(mask), mask, "mps") or "")
-    assert bands.unsupported(problem_of(mask, "bfloat16"), mask, "cuda:0") is None
     with pytest.raises(ValueError, match="tile"):
         Bands(-1)
 
@@ -334,81 +290,3 @@ def test_declaration_needs_no_torch() -> None:
     code = "import sys, cpbench.kernels.bands.operator; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=LIMIT_S)
     assert [info.name for info in OPERATORS] == ["bands"]
-
-
-# --- the CUDA path, with a stand-in for FlashAttention-2 ------------------------------------------
-
-
-def _window(q: torch.Tensor, k: torch.Tensor, left: int, right: int) -> AttnMask:
-    """FlashAttention's window, bottom-right aligned, with the bounds as mha_fwd and
-    set_params_fprop of flash-attn 2.8.3 read them."""
-    n, m = q.shape[1], k.shape[1]
-    left, right = (-1 if bound >= m else bound for bound in (left, right))
-    if left < 0 <= right:
-        left = m
-    if right < 0 <= left:
-        right = m
-    lo = m - n - left if left >= 0 else -FAR
-    hi = m - n + right if right >= 0 else FAR
-    return AttnMask.from_slices(n, m, [(0, n, 0, m, lo, hi)])
-
-
-def _fake_forward(q, k, v, cq, ck, nq, nk, p, causal, debug, *, scale, window_size_left,
-                  window_size_right):  # type: ignore[no-untyped-def]  # fmt: skip
-    mask = _window(q, k, window_size_left, window_size_right)
-    assert (nq, nk, causal) == (*mask.to_dense().shape, False)
-    problem = problem_of(mask, heads_q=q.shape[2], heads_kv=k.shape[2], scale=scale)
-    out, lse, *_ = dense(problem, mask, (q, k, v, q))
-    return out.to(q.dtype), lse.float(), None, None, None
-
-
-def _fake_backward(dout, q, k, v, out, lse, cq, ck, nq, nk, p, causal, seed, unused, *, scale,
-                   window_size_left, window_size_right):  # type: ignore[no-untyped-def]  # fmt: skip
-    mask = _window(q, k, window_size_left, window_size_right)
-    changes = {"heads_q": q.shape[2], "heads_kv": k.shape[2], "head_dim": q.shape[3]}
-    problem = problem_of(mask, scale=scale, batch=q.shape[0], **changes)
-    operator = Bands()
-    return operator.backward(
-        BackwardInputs(dout, q, k, v, out, lse), operator.prepare(mask, problem, "cpu")
-    )
-
-
-@pytest.mark.parametrize("name", MASKS)
-def test_cuda_calls(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", _fake_forward)
-    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", _fake_backward)
-    mask = mask_of(name)
-    problem = problem_of(mask, heads_q=4)
-    q, k, v, dout = tensors = inputs(problem)
-    operator = Bands()
-    plan = operator.prepare(mask, problem, "cuda")
-    assert all(call.left >= -1 and call.right >= -1 for call in plan.calls)
-    assert len(plan.calls) == len(cuda.plan_calls(mask)) <= 3 * len(mask.slices)
-    out, lse = operator.forward(QKV(q, k, v), plan)
-    check(
-        problem,
-        mask,
-        tensors,
-        (out, lse, *operator.backward(BackwardInputs(dout, q, k, v, out, lse), plan)),
-    )
-
-
-@pytest.mark.parametrize("seq_q", [9, 40, 200])
-@pytest.mark.parametrize("hi", [-30, 0, 17, FAR])
-@pytest.mark.parametrize("lo", [-FAR, -50, -120])
-def test_windows_of_slices_with_more_queries_than_keys(seq_q: int, hi: int, lo: int) -> None:
-    mask = AttnMask.from_slices(seq_q, 30, [(0, seq_q, 0, 30, lo, hi)])
-    visible = np.zeros((seq_q, 30), dtype=int)
-    for q0, q1, k0, k1, left, right in cuda.plan_calls(mask):
-        q, k = (torch.empty(1, n, 1, 1) for n in (q1 - q0, k1 - k0))
-        visible[q0:q1, k0:k1] += _window(q, k, left, right).to_dense()
-    assert np.array_equal(visible, mask.to_dense())
-
-
-def test_cuda_arguments_match_the_schema() -> None:
-    """The positional arguments that ``bands.cuda`` relies on."""
-    for name, count in (("forward", 10), ("backward", 14)):
-        schema = getattr(torch.ops.aten, f"_flash_attention_{name}").default._schema
-        names = [a.name for a in schema.arguments]
-        assert sum(not a.kwarg_only for a in schema.arguments) == count
-        assert {"scale", "window_size_left", "window_size_right"} <= set(names)

@@ -15,8 +15,9 @@ from cpbench.core import registry
 from cpbench.core.operator import QKV, BackwardInputs, Unsupported, declared_refusal
 from cpbench.core.problem import Problem
 from cpbench.masks.attn_mask import AttnMask
-from cpbench.parallel.bound_operator import BoundOperator, merge
+from cpbench.parallel.bound_operator import BoundOperator
 from cpbench.parallel.layout import build as build_layout
+from cpbench.parallel.partial_results.merge import merge
 from cpbench.parallel.world import Subproblem, World
 from cpbench.sweep.verification import MASKS, SEQ_LEN
 

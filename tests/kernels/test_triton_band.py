@@ -279,29 +279,6 @@ def test_a_nan_in_a_query_stays_nan() -> None:
     assert lse[0, 0, 8].isfinite()
 
 
-def test_every_thread_has_an_allocator_for_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Autograd runs backward passes in threads of its own, and Triton keeps its allocator per
-    thread."""
-    import threading
-
-    from triton.runtime import _allocation
-
-    from cpbench.kernels.triton import launch
-    from cpbench.kernels.triton.configs import Config
-
-    config, x, allocators = Config(64, 64, 4, 1, 1), torch.zeros(1, 8, 1, 16), []
-
-    def use_descriptors() -> None:
-        assert launch._use_descriptors(config, x)
-        allocators.append(_allocation._allocator.get())
-
-    use_descriptors()
-    thread = threading.Thread(target=use_descriptors)
-    thread.start()
-    thread.join()
-    assert allocators == [launch._allocate_scratch] * 2
-
-
 @pytest.mark.parametrize(
     ("target", "head_dim", "words"),
     [

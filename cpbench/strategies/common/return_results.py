@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from cpbench.parallel.bound_operator import ForwardAccumulator
     from cpbench.parallel.comm import Comm
+    from cpbench.parallel.partial_results.accumulators import ForwardAccumulator
 
 
 class ResultExchange:

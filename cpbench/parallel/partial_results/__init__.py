@@ -1,0 +1,1 @@
+"""Partial results of attention over disjoint keys: their accumulators and their merge."""
