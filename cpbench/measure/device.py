@@ -5,11 +5,12 @@ All CUDA calls of the measuring code are in :class:`Cuda`, through documented to
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from cpbench.core.environment import usable_cores
 from cpbench.inputs.normal import initialise_vector_math
@@ -19,6 +20,22 @@ from cpbench.measure.processor_use import ProcessorMeter, ProcessorUse, contende
 _SPIN_S, _WATCH_S = 0.005, 0.01  # threads of OpenMP may spin for a while after their work
 _LATE_SHARE = 0.3  # of processor time after a call, or of the time of the call itself
 _CPU_FLUSH_BYTES = 64 << 20  # more than the last-level cache share of most cores
+_AHEAD = 1.5  # work is queued so many times as long ahead as the host took for the last call
+_MAX_AHEAD_US = 20_000.0
+_HOST_SHARE = 1.1  # of the host's time, below which the device's is bound by it
+
+
+class HostTime(NamedTuple):
+    """How long the host took to queue a call.
+
+    Attributes:
+        us: microseconds.
+        bound: whether the device had nothing to do for part of that time, and ended about when the
+            host did: a faster host would have given another time.
+    """
+
+    us: float
+    bound: bool
 
 
 class Device(Protocol):
@@ -26,14 +43,23 @@ class Device(Protocol):
 
     Attributes:
         last_use: of the last call of :meth:`time_us`; None where work runs on another processor.
+        last_host: of that call: how long the host took to queue it; None where the host computes.
+        warmup_s: seconds at load after which clocks are those of a long run.
     """
 
     type: str
     backend: str
     last_use: ProcessorUse | None
+    last_host: HostTime | None
+    warmup_s: float
 
-    def time_us(self, work: Callable[[], Any]) -> float:
-        """Microseconds that ``work`` takes on the device, which is idle at the start."""
+    def time_us(self, work: Callable[[], Any], meet: Callable[[], None] | None = None) -> float:
+        """Microseconds that ``work`` takes on the device, which is idle at the start.
+
+        Args:
+            meet: queues an operation in which the devices of all ranks wait for each other, so that
+                they start together however late a host is; not timed.
+        """
         ...
 
     def works_late(self) -> bool:
@@ -82,6 +108,8 @@ class Cpu:
 
     type = "cpu"
     backend = "gloo"
+    last_host: HostTime | None = None
+    warmup_s = 0.0
 
     def __init__(self, threads: int, clock: str = "wall") -> None:
         import torch
@@ -94,8 +122,8 @@ class Cpu:
         self._reference_matrix = torch.ones(192, 192)
         self._flush_buffer = torch.zeros(_CPU_FLUSH_BYTES // 8, dtype=torch.int64)
 
-    def time_us(self, work: Callable[[], Any]) -> float:
-        before = self._meter.read()
+    def time_us(self, work: Callable[[], Any], meet: Callable[[], None] | None = None) -> float:
+        before = self._meter.read()  # ranks meet in the barrier before: hosts compute
         cpu_start, wall_start = time.process_time(), time.perf_counter()
         work()
         wall_s, cpu_s = time.perf_counter() - wall_start, time.process_time() - cpu_start
@@ -181,36 +209,63 @@ class Cpu:
 
 
 class Cuda:
-    """One CUDA device."""
+    """One CUDA device.
+
+    Work is queued while the device still evicts its cache, so that it runs back to back however
+    slowly Python launches it; where it does not, the host's time is what was measured.
+    """
 
     type = "cuda"
     backend = "cpu:gloo,cuda:nccl"
     last_use: ProcessorUse | None = None
+    last_host: HostTime | None = None
+    warmup_s = 1.0
 
     def __init__(self, index: int) -> None:
         import torch
 
         torch.cuda.set_device(index)
         self.index, self._late = index, False
+        self._flush_us = 0.0
         flush_bytes = 2 * torch.cuda.get_device_properties(index).L2_cache_size
         self._flush_buffer = torch.zeros(
             max(flush_bytes, 1 << 20), dtype=torch.uint8, device="cuda"
         )
 
-    def time_us(self, work: Callable[[], Any]) -> float:
+    def time_us(self, work: Callable[[], Any], meet: Callable[[], None] | None = None) -> float:
         import torch
 
         torch.cuda.synchronize()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first, start, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+        first.record()
+        flushes = self._flushes()
+        for _ in range(flushes):
+            self._flush_buffer.zero_()
+        if meet is not None:
+            meet()
         start.record()
+        queueing = time.perf_counter()
         work()
+        host_us = (time.perf_counter() - queueing) * 1e6
+        started_first = start.query()  # before the last of it was queued
         end.record()
         end.synchronize()
         ended = time.perf_counter()
         torch.cuda.synchronize()  # other streams
-        elapsed_ms = float(start.elapsed_time(end))
-        self._late = (time.perf_counter() - ended) * 1e3 > _LATE_SHARE * elapsed_ms + 0.1
-        return elapsed_ms * 1e3
+        elapsed_us = float(start.elapsed_time(end)) * 1e3
+        if meet is None:
+            self._flush_us = float(first.elapsed_time(start)) * 1e3 / flushes
+        self._late = (time.perf_counter() - ended) * 1e6 > _LATE_SHARE * elapsed_us + 100
+        self.last_host = HostTime(host_us, started_first and elapsed_us < _HOST_SHARE * host_us)
+        return elapsed_us
+
+    def _flushes(self) -> int:
+        """How often to evict the cache before a call, so that it takes longer than the host took to
+        queue the last call, within bounds."""
+        if self.last_host is None or not self._flush_us:
+            return 1
+        ahead_us = min(_AHEAD * self.last_host.us, _MAX_AHEAD_US)
+        return max(1, math.ceil(ahead_us / self._flush_us))
 
     def works_late(self) -> bool:
         return self._late
@@ -219,7 +274,7 @@ class Cuda:
         return None
 
     def flush_cache(self) -> None:
-        self._flush_buffer.zero_()
+        """Nothing: :meth:`time_us` does it, to queue work meanwhile."""
 
     def peak_bytes(self, work: Callable[[], Any]) -> dict[str, int]:
         import torch

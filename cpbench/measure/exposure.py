@@ -1,7 +1,7 @@
 """Exposed communication of a strategy.
 
 Three variants are timed in alternation, so that drift affects all of them: the whole run; the run
-without communication (the strategy computes as usual, on buffers that hold a constant); and
+without communication (the strategy computes as usual, on buffers that hold normal numbers); and
 communication alone (it sends as usual while the operator computes nothing).  Exposed communication
 is the time of the whole run minus that without communication; hidden, the share of communication
 alone that does not add to the whole run.  Waiting for ranks with more work does not count as
@@ -27,30 +27,47 @@ if TYPE_CHECKING:
     from cpbench.parallel.comm import Comm, Control, Handle, Messages
 
 ROUNDS = 7
-FILL_VALUE = 0.125
+FILL_ELEMENTS = 1 << 20  # normal numbers that are repeated
 Times = dict[str, list[float]]  # microseconds by phase and round
 
 
 class NullComm(GroupedComm):
     """A :class:`~cpbench.parallel.comm.Comm` that transfers nothing.  Receive buffers are filled
-    with a constant, since unwritten memory may be read, or computed with, at another speed."""
+    with normal numbers: unwritten memory may be read, or computed with, at another speed, and
+    constants take less power than data."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        super().__init__(rank, size)
+        self._normal: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
 
     def exchange(self, sends: Messages, recvs: Messages, what: str = "") -> Handle:
         for tensor, _ in recvs:
-            tensor.fill_(FILL_VALUE)
+            self._fill(tensor)
         return CompletedHandle()
 
     def all_to_all(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
-        out.fill_(FILL_VALUE)
+        self._fill(out)
         return CompletedHandle()
 
     def all_gather(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
-        out.fill_(FILL_VALUE)
+        self._fill(out)
         return CompletedHandle()
 
     def reduce_scatter(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
-        out.fill_(FILL_VALUE)
+        self._fill(out)
         return CompletedHandle()
+
+    def _fill(self, tensor: torch.Tensor) -> None:
+        """Copy normal numbers, which are made once, over a contiguous tensor."""
+        import torch
+
+        key = (tensor.dtype, tensor.device)
+        normal = self._root._normal.get(key)
+        if normal is None:
+            numbers = torch.randn(FILL_ELEMENTS, device=tensor.device)
+            normal = self._root._normal[key] = numbers.to(tensor.dtype)
+        for part in tensor.flatten().split(FILL_ELEMENTS):
+            part.copy_(normal[: len(part)])
 
     def all_reduce(self, x: torch.Tensor, largest: bool = False) -> Handle:
         return CompletedHandle()

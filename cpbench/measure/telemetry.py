@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +44,15 @@ STOP_TIMEOUT_S = 2.0
 def throttle_reasons(bits: int) -> list[str]:
     """Names of the throttle reasons that are set in ``bits``."""
     return sorted(name for bit, name in THROTTLE_REASONS.items() if bits & bit)
+
+
+def telemetry_flags(summary: Mapping[str, Any]) -> set[str]:
+    """The record flags of a :func:`summarize`: ``throttled`` by heat or a power brake, or
+    ``power-capped``, in any sample of the measurement."""
+    reasons = set(summary.get("held_down_by", ()))
+    throttled = {"hardware slowdown", "thermal (software)", "thermal (hardware)", "power brake"}
+    flags = {"throttled"} if reasons & throttled else set()
+    return flags | {"power-capped"} if "power cap" in reasons else flags
 
 
 class Nvml:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import torch
 
     from cpbench.api import Attention
-    from cpbench.measure.device import Device
+    from cpbench.measure.device import Device, HostTime
     from cpbench.parallel.comm import Comm, Control
 
 LATE_WORK_CALLS = 2  # first calls after which it is seen whether work goes on
@@ -39,18 +39,32 @@ LATE_WORK_CALLS = 2  # first calls after which it is seen whether work goes on
 class Timing:
     """Measurements of one rank: microseconds by phase and iteration, traffic by phase, the time of
     the reference computation around each iteration where the device has one, the processor use of
-    each phase on a CPU, and whether work went on after a call had returned."""
+    each phase on a CPU, the host's time to queue each phase on a GPU, and whether work went on
+    after a call had returned."""
 
     times_us: dict[str, list[float]]
     traffic: dict[str, Traffic]
     pace_us: list[float] = field(default_factory=list)
     uses: dict[str, list[ProcessorUse]] = field(default_factory=dict)
+    hosts: dict[str, list[HostTime]] = field(default_factory=dict)
     works_late: bool = False
 
     def delay_us(self, phase: str) -> list[int]:
         """Microseconds that threads waited for a core in each iteration; empty where unknown."""
         delays_s = [use.delay_s for use in self.uses.get(phase, ())]
         return [round(delay_s * 1e6) for delay_s in delays_s if delay_s is not None]
+
+    @property
+    def host_us(self) -> dict[str, list[float]]:
+        """Microseconds that the host took to queue each phase, by iteration; empty on a CPU."""
+        return {phase: [host.us for host in hosts] for phase, hosts in self.hosts.items()}
+
+    @property
+    def launch_bound(self) -> bool:
+        """Whether the host decided the time of some phase in most iterations."""
+        return any(
+            2 * sum(host.bound for host in hosts) > len(hosts) for hosts in self.hosts.values()
+        )
 
     @classmethod
     def empty(cls, workload: Workload) -> Timing:
@@ -193,7 +207,11 @@ def measure_time(
         observer.after_call(workload.results)
         return total_us
 
-    for _ in range(settings.warmup):
+    began = time.monotonic()
+    warmup_s = 0.0 if earlier_us else device.warmup_s
+    for number in itertools.count():
+        if number >= settings.warmup and not control.broadcast(time.monotonic() - began < warmup_s):
+            break
         observed_iteration(Timing.empty(workload))
     slowest_us = list(earlier_us)
     started = time.monotonic()
@@ -218,10 +236,12 @@ def iterate(
         device.flush_cache()
         comm.traffic.clear()
         control.barrier()
-        phase_us = device.time_us(functools.partial(workload.run_phase, phase))
+        phase_us = device.time_us(functools.partial(workload.run_phase, phase), comm.meet)
         timing.times_us[phase].append(phase_us)
         if device.last_use is not None:
             timing.uses.setdefault(phase, []).append(device.last_use)
+        if device.last_host is not None:
+            timing.hosts.setdefault(phase, []).append(device.last_host)
         timing.traffic[phase] = comm.traffic.snapshot()
         total_us += control.max(phase_us)
     return total_us

@@ -89,6 +89,8 @@ class Record:
         quality: of selectors: quality of the selection, see ``cpbench.verify.quality``.
         delay_us: as ``times_us``: microseconds that the rank's threads were ready and waited for a
             core, summed over threads; empty where the system does not tell.
+        host_us: as ``times_us``: microseconds that the host took to queue the phase on a GPU, of
+            which the GPU's time is independent unless the case is ``launch-bound``; empty on CPUs.
         pace_us: ``[rank][iteration]``: CPU time of a fixed piece of work around each iteration,
             where CPU time was measured; comparisons divide by it.
         exposure_us: rounds that alternate between the complete pass (``whole``), the pass without
@@ -141,6 +143,7 @@ class Record:
     parts_us: dict[str, list[list[float]]] = field(default_factory=dict)
     quality: dict[str, float] = field(default_factory=dict)
     delay_us: dict[str, list[list[int]]] = field(default_factory=dict)
+    host_us: dict[str, list[list[float]]] = field(default_factory=dict)
     pace_us: list[list[float]] = field(default_factory=list)
     exposure_us: dict[str, dict[str, list[list[float]]]] = field(default_factory=dict)
     turns: list[int] = field(default_factory=list)

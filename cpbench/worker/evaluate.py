@@ -8,9 +8,9 @@ that all ranks agree on the next step.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from cpbench import masks
 from cpbench.api import Attention, require_agreement
@@ -20,6 +20,7 @@ from cpbench.measure import exposure, timeline, timing
 from cpbench.measure.memory import HeldMemory, memory_gap
 from cpbench.measure.peaks import COPY, measure_peaks
 from cpbench.measure.process_state import ProcessState
+from cpbench.measure.telemetry import telemetry_flags
 from cpbench.parallel.world import World
 from cpbench.results.record import UNCHECKED, Record
 from cpbench.verify import check
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from cpbench.measure.timeline_slices import RankTimeline
     from cpbench.parallel.comm import Comm, Control
     from cpbench.verify.variants import Expected, InputVariants
+
+T = TypeVar("T")
 
 # Of the rate of a matrix product: counted FLOPs are up to 7/6 of those computed, where a backward
 # pass reuses probabilities.
@@ -208,9 +211,8 @@ class Evaluator:
             record.times_us[phase] = [
                 [*old, *new] for old, new in zip(record.times_us[phase], ranks, strict=True)
             ]
-        for phase, delays in turn.delay_us.items():
-            for old, new in zip(record.delay_us[phase], delays, strict=True):
-                old.extend(new)
+        _extend(record.delay_us, turn.delay_us)
+        _extend(record.host_us, turn.host_us)
         paces_us = zip(record.pace_us, turn.pace_us, strict=True)
         record.pace_us = [[*old, *new] for old, new in paces_us]
         record.flags = sorted({*record.flags, *turn.flags})
@@ -297,12 +299,16 @@ class Evaluator:
             workload, device, self._comm, control, settings, variants, earlier_us
         )
         if self.telemetry is not None:
-            record.telemetry = control.all_gather(self.telemetry.between(start, time.time()))
+            summary = self.telemetry.between(start, time.time())
+            flags.update(telemetry_flags(summary))
+            record.telemetry = control.all_gather(summary)
         self._changes.update(self._state.changes())
         uses = [use for phase in own_timing.uses.values() for use in phase]
         flags.update(device.flags(self._local_world_size, uses))
         if own_timing.works_late:
             flags.add("async")
+        if own_timing.launch_bound:
+            flags.add("launch-bound")
         if not (settings.check_small and settings.check_sampled):
             flags.add(UNCHECKED)
         mismatch = variants.finish()
@@ -327,6 +333,8 @@ class Evaluator:
         record.pace_us = [t.pace_us for t in timings if t.pace_us]
         delays_us = {p: [t.delay_us(p) for t in timings] for p in workload.phases}
         record.delay_us = {p: ranks for p, ranks in delays_us.items() if all(ranks)}
+        hosts_us = {p: [t.host_us.get(p, []) for t in timings] for p in workload.phases}
+        record.host_us = {p: ranks for p, ranks in hosts_us.items() if all(ranks)}
         traffic = {p: [phases[p] for phases in sent_by_rank] for p in workload.phases}
         per_node = record.ranks_per_node
         record.bytes_sent = {p: [t.bytes_sent for t in traffic[p]] for p in traffic}
@@ -357,6 +365,13 @@ class Evaluator:
             record.fail_check(
                 f"{rate:.3g} TFLOP/s per rank cannot be: a large matrix product reaches {peak:.3g}"
             )
+
+
+def _extend(total: Mapping[str, list[list[T]]], more: Mapping[str, list[list[T]]]) -> None:
+    """Add the iterations of another turn, by phase and rank."""
+    for phase, ranks in more.items():
+        for old, new in zip(total[phase], ranks, strict=True):
+            old.extend(new)
 
 
 def _ranks_per_node(local_world_sizes: Sequence[int]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from cpbench.core.kernel_launch import Launch
@@ -45,7 +46,7 @@ def launches(
             )
         }
     launches = []
-    for name, used in kernel_configs.items():
+    for (name, label, wanted), used in _launched(kernel_configs):
         module = next(module for module in device_modules() if hasattr(module, name))
         arguments = getattr(module, name).arg_names
         input_precision = precision(dtype == "float32", target.startswith("cuda"))
@@ -53,7 +54,7 @@ def launches(
             "GROUP": 4, "PER_HEAD": per_head, "LISTED": per_head, "M": used.rows, "N": used.cols,
             **head_constants(head_dim, head_dim), "PRECISION": input_precision,
             "ROWS": MERGE_ROWS, "DESCRIPTORS": bool(used.descriptors), "STAGES": used.num_stages,
-            "SPLIT": split,
+            "SPLIT": split, "WANTED": wanted,
         }  # fmt: skip
         constants = {key: value for key, value in all_constants.items() if key in arguments}
         types: dict[str, str | tuple[str, ...]] = {}
@@ -78,9 +79,20 @@ def launches(
         pointers = [argument for argument, type_ in types.items() if type_[0] == "*"]
         launches.append(
             Launch(
-                name, f"{module.__name__}:{name}", types, constants,
+                label, f"{module.__name__}:{name}", types, constants,
                 (*pointers, *strides), used.num_warps, used.num_stages, str(used),
                 name in configs.KERNELS,
             )
         )  # fmt: skip
     return launches
+
+
+def _launched(kernels: dict[str, Config]) -> Iterator[tuple[tuple[str, str, int], Config]]:
+    """Each launch: the kernel, its name in tables, what it is to compute, and its configuration."""
+    device = device_modules()[1]
+    for name, config in kernels.items():
+        if config.launches == 2 and name == "backward_dkv":
+            yield (name, f"{name}.dk", device.ONLY_DK.value), config
+            yield (name, f"{name}.dv", device.ONLY_DV.value), config
+        else:
+            yield (name, name, device.BOTH.value), config

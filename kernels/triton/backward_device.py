@@ -30,14 +30,19 @@ from cpbench.kernels.triton.tiles_device import (
     zero_tile,
 )
 
+# What a launch of ``backward_dkv`` computes.
+BOTH, ONLY_DK, ONLY_DV = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
 
 @triton.jit
 def row_terms(
-    Out, DOut, Lse, Delta, Lse2, o_b, o_s, o_h, do_b, do_s, do_h, batch_heads, heads, seq_q,
+    Out, DOut, Lse, Delta, Lse2, o_b, o_s, o_h, do_b, do_s, do_h,
+    batch_heads, heads, seq_q, padded_q,
     M: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, HEAD_DIM_V: tl.constexpr,
 ):  # fmt: skip
     """Compute ``Delta``, sum(dout * out), and ``Lse2``, the lse in base 2, which is +inf for rows
-    that see nothing, so that exp2(score - lse) is 0."""
+    that see nothing, so that exp2(score - lse) is 0.  Both have ``padded_q`` rows, which the tiles
+    of the other kernels do not exceed; so have those after the last query."""
     bh = tl.program_id(0) % batch_heads
     b, h = bh // heads, bh % heads
     start = tl.program_id(0) // batch_heads * M
@@ -49,11 +54,10 @@ def row_terms(
     delta = tl.sum(o[0].to(tl.float32) * do[0].to(tl.float32), 1)
     if V1:
         delta += tl.sum(o[1].to(tl.float32) * do[1].to(tl.float32), 1)
-    offsets = to_int64(bh) * seq_q + rows
-    lse = tl.load(Lse + offsets, mask=rows < seq_q, other=float("-inf"))
-    tl.store(Delta + offsets, delta, mask=rows < seq_q)
-    lse2 = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
-    tl.store(Lse2 + offsets, lse2, mask=rows < seq_q)
+    lse = tl.load(Lse + to_int64(bh) * seq_q + rows, mask=rows < seq_q, other=float("-inf"))
+    offsets = to_int64(bh) * padded_q + rows
+    tl.store(Delta + offsets, delta)
+    tl.store(Lse2 + offsets, tl.where(lse == float("-inf"), float("inf"), lse * LOG2E))
 
 
 @triton.jit
@@ -81,7 +85,7 @@ def backward_dq(
     Q, K, V, DOut, Lse2, Delta, DQ, Partial,
     items, order, runs, tiles, tile_layers, layers, slices,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, do_b, do_s, do_h, dq_b, dq_s, dq_h,
-    batch_heads, heads, section, num_items, seq_q, seq_k, scale,
+    batch_heads, heads, section, num_items, seq_q, seq_k, padded_q, scale,
     GROUP: tl.constexpr, PER_HEAD: tl.constexpr, LISTED: tl.constexpr, SPLIT: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, HEAD_DIM: tl.constexpr,
     V0: tl.constexpr, V1: tl.constexpr, HEAD_DIM_V: tl.constexpr,
@@ -100,9 +104,8 @@ def backward_dq(
     do_source = head_source(DOut, b, h, do_b, do_h, False)
     q = load_tile(q_source, q_s, start, seq_q, M, D0, D1, HEAD_DIM, True)
     do = load_tile(do_source, do_s, start, seq_q, M, V0, V1, HEAD_DIM_V, True)
-    offsets = to_int64(bh) * seq_q + rows
-    lse = tl.load(Lse2 + offsets, mask=rows < seq_q, other=float("inf"))
-    delta = tl.load(Delta + offsets, mask=rows < seq_q, other=0.0)
+    offsets = to_int64(bh) * padded_q + rows
+    lse, delta = tl.load(Lse2 + offsets), tl.load(Delta + offsets)
     dq = zero_tile(M, D0, D1)
     scale2 = scale * LOG2E
     if LISTED:
@@ -161,31 +164,30 @@ def sum_partials(
 
 @triton.jit
 def _add_dkv(k, v, q_source, do_source, b, h, lse_base, delta_base, q_stride, do_stride, col, seq_q,
-             dk, dv, scale, rows, slices, layers, first, last, M: tl.constexpr, N: tl.constexpr,
-             D0: tl.constexpr, D1: tl.constexpr, HEAD_DIM: tl.constexpr, V0: tl.constexpr,
+             dk, dv, scale, first_row, slices, layers, first, last, M: tl.constexpr,
+             N: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, HEAD_DIM: tl.constexpr, V0: tl.constexpr,
              V1: tl.constexpr, HEAD_DIM_V: tl.constexpr, PRECISION: tl.constexpr,
-             DESCRIPTORS: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """Add the contribution of one tile of queries to dk and dv; rows of the tile are keys, columns
-    are queries."""
+             DESCRIPTORS: tl.constexpr, WANTED: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """Add the contribution of one tile of queries to dk and dv, or to the one that is wanted; rows
+    of the tile are keys, columns are queries."""
     start = col * N
     cols = start + tl.arange(0, N)
     q = read_tile(q_source, b, h, q_stride, start, seq_q, N, D0, D1, HEAD_DIM, MASKED, DESCRIPTORS)
     do = read_tile(
         do_source, b, h, do_stride, start, seq_q, N, V0, V1, HEAD_DIM_V, MASKED, DESCRIPTORS
     )
-    if MASKED:
-        lse = tl.load(lse_base + cols, mask=cols < seq_q, other=float("inf"))
-        delta = tl.load(delta_base + cols, mask=cols < seq_q, other=0.0)
-    else:
-        lse = tl.load(lse_base + cols)
-        delta = tl.load(delta_base + cols)
     s = inner_products(k, q, D1, PRECISION)
     if MASKED:
+        rows = first_row + tl.arange(0, M)
         s = apply_mask(s, rows, start, slices, layers, first, last, M, N)
-    p = tl.exp2(s * scale - lse[None, :])
-    dv = add_product(p, do, dv, V1, PRECISION)
-    ds = p * (inner_products(v, do, V1, PRECISION) - delta[None, :])
-    return add_product(ds, q, dk, D1, PRECISION), dv
+    p = tl.exp2(s * scale - tl.load(lse_base + cols)[None, :])
+    if WANTED != ONLY_DK:
+        dv = add_product(p, do, dv, V1, PRECISION)
+    if WANTED != ONLY_DV:
+        dp = inner_products(v, do, V1, PRECISION)
+        ds = p * (dp - tl.load(delta_base + cols)[None, :])
+        dk = add_product(ds, q, dk, D1, PRECISION)
+    return dk, dv
 
 
 @triton.jit
@@ -194,23 +196,23 @@ def backward_dkv(
     items, order, runs, tiles, tile_layers, layers, slices,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, do_b, do_s, do_h, dk_b, dk_s, dk_h,
     dv_b, dv_s, dv_h,
-    batch_heads, heads, section, num_items, seq_q, seq_k, scale,
+    batch_heads, heads, section, num_items, seq_q, seq_k, padded_q, scale,
     GROUP: tl.constexpr, PER_HEAD: tl.constexpr, LISTED: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, HEAD_DIM: tl.constexpr,
     V0: tl.constexpr, V1: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, STAGES: tl.constexpr,
+    WANTED: tl.constexpr,
 ):  # fmt: skip
-    """Compute dk and dv of one tile of keys; ``batch_heads`` and ``heads`` count key/value heads,
-    and the lists are those of the transposed mask."""
+    """Compute dk and dv of one tile of keys, or the one that is wanted; ``batch_heads`` and
+    ``heads`` count key/value heads, and the lists are those of the transposed mask."""
     bg, index = program_work(order, num_items, batch_heads, section, PER_HEAD)
     b, g = bg // heads, bg % heads
     start = index * M  # rows are not split in this pass, so items are rows
-    rows = start + tl.arange(0, M)
     k_source = head_source(K, b, g, k_b, k_h, False)
     v_source = head_source(V, b, g, v_b, v_h, False)
     k = load_tile(k_source, k_s, start, seq_k, M, D0, D1, HEAD_DIM, True)
     v = load_tile(v_source, v_s, start, seq_k, M, V0, V1, HEAD_DIM_V, True)
-    dk = zero_tile(M, D0, D1)
+    dk = zero_tile(M, D0, D1)  # the compiler removes the one that is not wanted
     dv = zero_tile(M, V0, V1)
     scale2 = scale * LOG2E
     # Heads that share their runs are iterated in the loop over runs: an outer loop over heads costs
@@ -224,12 +226,13 @@ def backward_dkv(
             h = g * GROUP + outer
             q_source = head_source(Q, b, h, q_b, q_h, DESCRIPTORS)
             do_source = head_source(DOut, b, h, do_b, do_h, DESCRIPTORS)
-            terms = to_int64(bg * GROUP + outer) * seq_q
+            terms = to_int64(bg * GROUP + outer) * padded_q
             for t in tl.range(run0, run1, num_stages=STAGES):
                 dk, dv = _add_dkv(
                     k, v, q_source, do_source, b, h, Lse2 + terms, Delta + terms, q_s, do_s,
-                    tl.load(runs + t), seq_q, dk, dv, scale2, rows, slices, layers, 0, 0,
-                    M, N, D0, D1, HEAD_DIM, V0, V1, HEAD_DIM_V, PRECISION, DESCRIPTORS, False,
+                    tl.load(runs + t), seq_q, dk, dv, scale2, start, slices, layers, 0, 0,
+                    M, N, D0, D1, HEAD_DIM, V0, V1, HEAD_DIM_V,
+                    PRECISION, DESCRIPTORS, WANTED, False,
                 )  # fmt: skip
         else:
             for step in range((run1 - run0) * INNER):
@@ -238,29 +241,32 @@ def backward_dkv(
                 h = g * GROUP + head
                 q_source = head_source(Q, b, h, q_b, q_h, DESCRIPTORS)
                 do_source = head_source(DOut, b, h, do_b, do_h, DESCRIPTORS)
-                terms = to_int64(bg * GROUP + head) * seq_q
+                terms = to_int64(bg * GROUP + head) * padded_q
                 begin = tl.load(runs + 2 * r)
                 end = tl.load(runs + 2 * r + 1)
                 for col in tl.range(begin, end, num_stages=STAGES):
                     dk, dv = _add_dkv(
                         k, v, q_source, do_source, b, h, Lse2 + terms, Delta + terms, q_s, do_s,
-                        col, seq_q, dk, dv, scale2, rows, slices, layers, 0, 0,
-                        M, N, D0, D1, HEAD_DIM, V0, V1, HEAD_DIM_V, PRECISION, DESCRIPTORS, False,
+                        col, seq_q, dk, dv, scale2, start, slices, layers, 0, 0,
+                        M, N, D0, D1, HEAD_DIM, V0, V1, HEAD_DIM_V,
+                        PRECISION, DESCRIPTORS, WANTED, False,
                     )  # fmt: skip
         for step in tl.range(0, (tile1 - tile0) * INNER, num_stages=1, disable_licm=True):
             head = outer + step // (tile1 - tile0)
             t = tile0 + step % (tile1 - tile0)
             h = g * GROUP + head
-            terms = to_int64(bg * GROUP + head) * seq_q
+            terms = to_int64(bg * GROUP + head) * padded_q
             dk, dv = _add_dkv(
                 k, v, head_source(Q, b, h, q_b, q_h, DESCRIPTORS),
                 head_source(DOut, b, h, do_b, do_h, DESCRIPTORS), b, h,
                 Lse2 + terms, Delta + terms, q_s, do_s, tl.load(tiles + t),
-                seq_q, dk, dv, scale2, rows, slices, layers,
+                seq_q, dk, dv, scale2, start, slices, layers,
                 tl.load(tile_layers + 2 * t), tl.load(tile_layers + 2 * t + 1),
-                M, N, D0, D1, HEAD_DIM, V0, V1, HEAD_DIM_V, PRECISION, DESCRIPTORS, True,
+                M, N, D0, D1, HEAD_DIM, V0, V1, HEAD_DIM_V, PRECISION, DESCRIPTORS, WANTED, True,
             )  # fmt: skip
     dk_target = head_source(DK, b, g, dk_b, dk_h, False)
     dv_target = head_source(DV, b, g, dv_b, dv_h, False)
-    store_tile(dk_target, dk_s, start, seq_k, multiplied(dk, scale, D1), M, D0, D1, HEAD_DIM)
-    store_tile(dv_target, dv_s, start, seq_k, dv, M, V0, V1, HEAD_DIM_V)
+    if WANTED != ONLY_DV:
+        store_tile(dk_target, dk_s, start, seq_k, multiplied(dk, scale, D1), M, D0, D1, HEAD_DIM)
+    if WANTED != ONLY_DK:
+        store_tile(dv_target, dv_s, start, seq_k, dv, M, V0, V1, HEAD_DIM_V)

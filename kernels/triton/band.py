@@ -29,7 +29,15 @@ OPERATORS = (
         load="cpbench.kernels.triton.band:TritonBand",
         requires=("torch", "triton"),
         interpreted_on=("cpu",),
-        params=("block_q", "block_k", "num_warps", "num_stages", "descriptors", "parts"),
+        params=(
+            "block_q",
+            "block_k",
+            "num_warps",
+            "num_stages",
+            "descriptors",
+            "launches",
+            "parts",
+        ),
         compiles="cpbench.kernels.triton.ahead_of_time:launches",
     ),
 )
@@ -39,16 +47,20 @@ class TritonBand:
     """The operator; see ``cpbench.core.operator.Operator`` for shapes.
 
     Args:
-        block_q, block_k, num_warps, num_stages, descriptors: see :class:`ConfigOverrides`.
+        block_q, block_k, num_warps, num_stages, descriptors, launches: see
+            :class:`ConfigOverrides`.
         parts: number of parts to split each row of tiles into; 0 splits rows if there would be
             fewer programs than processors.
     """
 
     def __init__(
         self, block_q: int = 0, block_k: int = 0, num_warps: int = 0, num_stages: int = 0,
-        descriptors: int = 0, parts: int = 0,
+        descriptors: int = 0, launches: int = 0, parts: int = 0,
     ) -> None:  # fmt: skip
-        launch = {"num_warps": num_warps, "num_stages": num_stages, "descriptors": descriptors}
+        launch = {
+            "num_warps": num_warps, "num_stages": num_stages, "descriptors": descriptors,
+            "launches": launches,
+        }  # fmt: skip
         self._overrides = ConfigOverrides("triton_band", False, block_q, block_k, **launch)
         self._parts = parts
 

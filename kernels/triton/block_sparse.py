@@ -43,7 +43,7 @@ OPERATORS = (
         masks=("heads", "blocks"),
         requires=("torch", "triton"),
         interpreted_on=("cpu",),
-        params=("block_q", "block_k", "num_warps", "num_stages", "descriptors"),
+        params=("block_q", "block_k", "num_warps", "num_stages", "descriptors", "launches"),
         compiles="cpbench.kernels.triton.block_sparse:launches",
     ),
 )
@@ -53,14 +53,18 @@ class TritonBlockSparse:
     """The operator; see ``cpbench.core.operator.Operator`` for shapes.
 
     Args:
-        block_q, block_k, num_warps, num_stages, descriptors: see :class:`ConfigOverrides`.
+        block_q, block_k, num_warps, num_stages, descriptors, launches: see
+            :class:`ConfigOverrides`.
     """
 
     def __init__(
         self, block_q: int = 0, block_k: int = 0, num_warps: int = 0, num_stages: int = 0,
-        descriptors: int = 0,
+        descriptors: int = 0, launches: int = 0,
     ) -> None:  # fmt: skip
-        launch = {"num_warps": num_warps, "num_stages": num_stages, "descriptors": descriptors}
+        launch = {
+            "num_warps": num_warps, "num_stages": num_stages, "descriptors": descriptors,
+            "launches": launches,
+        }  # fmt: skip
         self._overrides = ConfigOverrides("triton_block_sparse", True, block_q, block_k, **launch)
 
     def unsupported(self, problem: Problem, mask: object, device: str) -> str | None:

@@ -27,6 +27,8 @@ class Config:
         num_warps, num_stages: options of Triton.
         descriptors: 1 to load the tiles of the loop through tensor descriptors (the copy engine of
             Hopper and Blackwell), 0 through pointers.
+        launches: 2 to compute dK and dV in a launch each, whose sums fit in the registers up to
+            head_dim 256, for a fifth matrix product; of ``backward_dkv`` only.
     """
 
     rows: int
@@ -34,10 +36,12 @@ class Config:
     num_warps: int
     num_stages: int
     descriptors: int = 0
+    launches: int = 1
 
     def __str__(self) -> str:
         copies = " tma" if self.descriptors else ""
-        return f"{self.rows}x{self.cols} w{self.num_warps} s{self.num_stages}{copies}"
+        each = " each" if self.launches == 2 else ""
+        return f"{self.rows}x{self.cols} w{self.num_warps} s{self.num_stages}{copies}{each}"
 
 
 INTERPRETER_CONFIG = Config(128, 64, 4, 1)
@@ -156,7 +160,9 @@ def problem_class(gpu: str, head_dim: int, item_bytes: int, per_head: bool) -> s
 
 
 def _halved(config: Config) -> Config:
-    return Config(max(config.rows // 2, 32), max(config.cols // 2, 32), config.num_warps, 1)
+    rows = max(config.rows // 2, 32)
+    warps = min(config.num_warps, rows // 16)
+    return Config(rows, max(config.cols // 2, 32), warps, 1, launches=config.launches)
 
 
 def _table_target(target: str) -> str:

@@ -79,16 +79,18 @@ class ConfigOverrides:
     Args:
         name: of the operator, for messages.
         per_head: whether each head has its own lists.
-        block_q, block_k, num_warps, num_stages, descriptors: for every kernel; 0 uses the table,
-            and -1 turns descriptors off.
+        block_q, block_k, num_warps, num_stages, descriptors, launches: for every kernel; 0 uses the
+            table, and -1 turns descriptors off.
     """
 
     def __init__(
         self, name: str, per_head: bool, block_q: int, block_k: int, **launch: int
     ) -> None:
         for parameter, block in (("block_q", block_q), ("block_k", block_k)):
-            if block and (block < 16 or block & (block - 1)):
-                raise ValueError(f"{name}: {parameter} = {block} must be a power of two from 16 on")
+            if block and not (16 <= block <= MAX_TILE and block & (block - 1) == 0):
+                raise ValueError(
+                    f"{name}: {parameter} = {block} must be a power of two from 16 to {MAX_TILE}"
+                )
         self._name, self._per_head, self._launch = name, per_head, launch
         self._block_q, self._block_k = block_q, block_k
 
@@ -342,10 +344,11 @@ def _backward(x: BackwardInputs, plan: Plan) -> Gradients:
     assert plan.dkv is not None
     (B, S, H, D), T, G = q.shape, k.shape[1], k.shape[2]
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    delta, lse2 = (q.new_empty((B, H, S), dtype=torch.float32) for _ in range(2))
+    padded = -(-S // MAX_TILE) * MAX_TILE
+    delta, lse2 = (q.new_empty((B, H, padded), dtype=torch.float32) for _ in range(2))
     kernels = device_modules()[1]
-    kernels.row_terms[(-(-S // ROW_TERMS_ROWS) * B * H,)](
-        out, dout, lse.contiguous(), delta, lse2, *_strides(out, dout), B * H, H, S,
+    kernels.row_terms[(padded // ROW_TERMS_ROWS * B * H,)](
+        out, dout, lse.contiguous(), delta, lse2, *_strides(out, dout), B * H, H, S, padded,
         **_constants_of(kernels.row_terms, q, v, M=ROW_TERMS_ROWS),
     )  # fmt: skip
     tile_pass, config = plan.dq, plan.dq.config
@@ -355,8 +358,8 @@ def _backward(x: BackwardInputs, plan: Plan) -> Gradients:
     kernels.backward_dq[(tile_pass.num_items * B * H,)](
         q, *sources, dout, lse2, delta, dq, partial, *tile_pass.tensors,
         *_strides(q, k, v, dout, dq),
-        B * H, H, _section((k, v), B * H, H // G), tile_pass.num_items, S, T, plan.scale,
-        SPLIT=tile_pass.slots > 0,
+        B * H, H, _section((k, v), B * H, H // G), tile_pass.num_items, S, T, padded,
+        plan.scale, SPLIT=tile_pass.slots > 0,
         **_launch_constants(kernels.backward_dq, tile_pass, q, v, H // G, descriptors),
     )  # fmt: skip
     if tile_pass.slots:
@@ -369,15 +372,19 @@ def _backward(x: BackwardInputs, plan: Plan) -> Gradients:
     q_source, dout_source = (
         [_descriptors(x, config.cols) for x in (q, dout)] if descriptors else [q, dout]
     )
-    kernels.backward_dkv[(tile_pass.num_items * B * G,)](
-        q_source, k, v, dout_source, lse2, delta, dk, dv, *tile_pass.tensors,
-        *_strides(q, k, v, dout, dk, dv),
-        B * G, G, _section((q, dout), B * G, 1), tile_pass.num_items, S, T, plan.scale,
-        **_launch_constants(kernels.backward_dkv, tile_pass, q, v, H // G, descriptors),
-    )  # fmt: skip
+    wanted = (kernels.BOTH,) if config.launches == 1 else (kernels.ONLY_DK, kernels.ONLY_DV)
+    for gradients in wanted:
+        kernels.backward_dkv[(tile_pass.num_items * B * G,)](
+            q_source, k, v, dout_source, lse2, delta, dk, dv, *tile_pass.tensors,
+            *_strides(q, k, v, dout, dk, dv),
+            B * G, G, _section((q, dout), B * G, 1), tile_pass.num_items, S, T, padded,
+            plan.scale, WANTED=gradients.value,
+            **_launch_constants(kernels.backward_dkv, tile_pass, q, v, H // G, descriptors),
+        )  # fmt: skip
     return dq, dk, dv
 
 
 ROW_TERMS_ROWS = 32  # rows per program of row_terms
+MAX_TILE = 256  # rows or columns of a tile
 MERGE_ROWS = 16  # rows per program of merge_partials and sum_partials
 INTERPRETER_CACHE_BYTES = 1 << 16

@@ -27,6 +27,7 @@ FLAG_MEANINGS = {
     "changed-state": "changed what operators share in a process, see notes in the records",
     "more-threads": "ran more threads than allowed: times too low",
     LAUNCHES_DIFFER: "its launches returned different results for the same inputs: not ranked",
+    "launch-bound": "the host's launches decided the time: the GPU waited for them",
     "async": "its work went on after the call: times too low",
     "memory-gap": "used memory that torch did not allocate: peak too low",
     "untracked-traffic": "sent more than its communicator counted",

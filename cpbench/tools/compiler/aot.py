@@ -28,6 +28,8 @@ from cpbench.core.registry import operator_info
 from cpbench.tools.compiler.disassembly import disassemble, hot_loops
 
 KIB = 1024
+ROWS_PER_WARP = 16  # of a matrix instruction of a warp; a warpgroup of Hopper has 64
+SPILLS_OUTSIDE = "spills outside of its loops"
 TENSOR_COLUMNS = 512
 
 
@@ -73,7 +75,8 @@ SAME_LIMITS_AS = {
 def compile_launch(launch: Launch, target: str) -> dict[str, Any]:
     """Compile a kernel for a target and return its row of ``cpbench compile``.
 
-    ``verdict`` is ``ok``, ``spills``, or ``broken: …`` with the reason.
+    ``verdict`` is ``ok``; ``spills …`` with where; ``repeats work …`` if warps outnumber the groups
+    of 16 rows, so that several compute the same; or ``broken: …`` with the reason.
 
     Raises:
         ValueError: for a target that is not in ``CHIPS`` or ``SAME_LIMITS_AS``.
@@ -121,6 +124,7 @@ def compile_launch(launch: Launch, target: str) -> dict[str, Any]:
     row["matrix_instruction"] = next((i for i in chip.instructions if i in assembly), "")
     row["blocks_per_processor"] = _blocks(row, chip, cuda)
     row["occupancy"] = round(row["blocks_per_processor"] * launch.num_warps / chip.warps, 3)
+    row["rows"] = launch.constants.get("M", 0)
     row["verdict"] = _verdict(row, chip, launch.multiplies)
     return row
 
@@ -135,11 +139,12 @@ def _verdict(row: dict[str, Any], chip: Chip, multiplies: bool) -> str:
     if row["tensor_columns"] > TENSOR_COLUMNS:
         columns = row["tensor_columns"]
         return f"broken: needs {columns} columns of tensor memory, limit {TENSOR_COLUMNS}"
+    if multiplies and row["warps"] * ROWS_PER_WARP > row["rows"]:
+        return f"repeats work: {row['warps']} warps for {row['rows']} rows"
     if not row["spill_bytes"]:
         return "ok"
     hot = row.get("hot_local_bytes")
-    where = f"{hot} bytes in loops with matrix instructions" if hot else "outside of its loops"
-    return f"spills {where}"
+    return f"spills {hot} bytes in loops with matrix instructions" if hot else SPILLS_OUTSIDE
 
 
 def _blocks(row: dict[str, Any], chip: Chip, cuda: bool) -> int:

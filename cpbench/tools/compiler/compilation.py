@@ -19,7 +19,7 @@ TARGETS = (
 )  # fmt: skip
 HEAD_DIMS = (64, 96, 128, 192, 256)
 INTERPRETER_VARIABLES = ("TRITON_INTERPRET",)  # unset in subprocesses
-CONFIG_FIELDS = ("rows", "cols", "num_warps", "num_stages", "descriptors")
+CONFIG_FIELDS = ("rows", "cols", "num_warps", "num_stages", "descriptors", "launches")
 
 _AOT, _TUNER = (f"cpbench.tools.compiler.{name}" for name in ("aot", "tuner"))
 

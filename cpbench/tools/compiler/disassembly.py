@@ -2,8 +2,8 @@
 
 A kernel spends its time in the loops that hold matrix instructions; registers that are kept in
 local memory cost there, and next to nothing elsewhere.  A loop is what lies between a backward
-branch and its target; the hot loops are those with matrix instructions that hold no other such
-loop.
+branch and its target; the hot loops are those with matrix instructions in which no other such loop
+ends.
 """
 
 from __future__ import annotations
@@ -65,10 +65,7 @@ def hot_loops(sass: str) -> HotLoops:
     hot = [
         loop
         for loop, count in with_matrix.items()
-        if count
-        and not any(
-            n and other != loop and _inside(other, loop) for other, n in with_matrix.items()
-        )
+        if count and not any(n and _ends_in(other, loop) for other, n in with_matrix.items())
     ]
     return HotLoops(
         count=len(hot),
@@ -81,8 +78,11 @@ Loop = tuple[int, int]  # addresses of its first and its last instruction
 Code = Sequence[tuple[int, str]]
 
 
-def _inside(inner: Loop, outer: Loop) -> bool:
-    return outer[0] <= inner[0] and inner[1] <= outer[1]
+def _ends_in(inner: Loop, outer: Loop) -> bool:
+    """Whether a shorter loop ends in another one.  It may begin before, where the compiler has
+    moved the end of the outer one's body behind it."""
+    shorter = inner[1] - inner[0] < outer[1] - outer[0]
+    return shorter and outer[0] <= inner[1] <= outer[1]
 
 
 def _matrix_instructions(code: Code, loop: Loop) -> int:
