@@ -32,7 +32,8 @@ from cpbench.core.operator import Unsupported
 from cpbench.core.spec import Spec
 from cpbench.core.untraced import untraced
 from cpbench.parallel import layout as layouts
-from cpbench.parallel.comm import Control, TorchComm
+from cpbench.parallel.comm import Control
+from cpbench.parallel.comm_torch import TorchComm
 from cpbench.parallel.process_group import is_alive
 from cpbench.parallel.world import World
 

@@ -32,7 +32,8 @@ from cpbench.measure.timeline_slices import (
 )
 from cpbench.measure.timing import Workload
 from cpbench.parallel.bound_operator import BoundOperator
-from cpbench.parallel.comm import Comm, CompletedHandle, Handle, TorchComm, TorchHandle
+from cpbench.parallel.comm import Comm, CompletedHandle, Handle
+from cpbench.parallel.comm_torch import TorchComm, TorchHandle
 
 if TYPE_CHECKING:
     import torch

@@ -19,7 +19,8 @@ from cpbench.core.operator import QKV
 from cpbench.core.settings import MeasureSettings
 from cpbench.measure.memory import HeldMemory, tensor_bytes
 from cpbench.measure.processor_use import ProcessorUse
-from cpbench.parallel.comm import TorchComm, Traffic
+from cpbench.parallel.comm import Traffic
+from cpbench.parallel.comm_torch import TorchComm
 from cpbench.parallel.memory_trace import peak_bytes
 from cpbench.results.record import relative_half_width
 from cpbench.selectors.common.base import Selector

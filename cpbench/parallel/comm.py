@@ -1,4 +1,4 @@
-"""Communication between ranks: the operations that strategies use, over torch.distributed.
+"""Communication between ranks: the operations that strategies use, and control messages.
 
 Bytes are counted here, from the tensors passed to the transport, independently of any plan.
 Attribution to (sender, receiver), one message each unless noted otherwise:
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import copy
 import socket
-import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -130,28 +129,6 @@ class CompletedHandle:
         pass
 
 
-class TorchHandle:
-    """A handle on works of torch.distributed, with an optional callback after the last one."""
-
-    def __init__(
-        self, comm: TorchComm, works: Sequence[Any], on_complete: Callable[[], Any] | None = None
-    ) -> None:
-        self._works, self._on_complete, self._pause_s = works, on_complete, comm.pause_s
-
-    def wait_transfers(self) -> None:
-        """Wait for the transfers only; ``wait`` must still be called."""
-        for work in self._works:
-            work.wait()
-
-    def wait(self) -> None:
-        self.wait_transfers()
-        if self._pause_s and self._works:
-            time.sleep(self._pause_s)
-        if self._on_complete is not None:
-            self._on_complete()
-        self._works, self._on_complete = (), None
-
-
 class GroupedComm:
     """Base of communicators: a root communicator and its cached sub-communicators.
 
@@ -200,102 +177,6 @@ class GroupedComm:
         for member in self._members:
             if member != self._root.rank:
                 self.traffic.add(member, nbytes, messages)
-
-
-class TorchComm(GroupedComm):
-    """:class:`Comm` over a torch.distributed group (Gloo for CPU tensors, NCCL for CUDA ones).
-
-    Args:
-        group: a process group; the default group unless given.
-
-    Attributes:
-        group: the process group of the members; None for the default group, or for a
-            sub-communicator before its first collective.
-    """
-
-    def __init__(self, group: Any = None) -> None:
-        import torch.distributed as dist
-
-        super().__init__(dist.get_rank(group), dist.get_world_size(group))
-        self._dist, self._root_group, self.group = dist, group, group
-        if "nccl" in dist.get_backend(group):
-            # NCCL requires every rank in the first operation of a group, and a ring that skips
-            # steps does not provide that; nor is a communicator created in a timed window.
-            import torch
-
-            dist.all_reduce(torch.zeros(1, device="cuda"), group=group)
-
-    def _init_sub(self) -> None:
-        self.group = None
-
-    def destroy(self) -> None:
-        """Destroy the groups of all sub-communicators, and let go of the own one."""
-        for sub in self._subs.values():
-            if sub is not self and sub.group is not None:
-                destroy_group(sub.group)
-        self._subs = {}
-        self._root_group = self.group = None
-
-    def _collective(self, nbytes: int, messages: int = 1) -> Any:
-        """Return the process group, created at its first collective, and count the bytes sent."""
-        if self.group is None and self is not self._root:
-            assert list(self._members) == sorted(self._members), "process groups sort their ranks"
-            self.group = create_group(self._root_group, self._members, "part")
-        self._count_collective(nbytes, messages)
-        return self.group
-
-    def exchange(self, sends: Messages, recvs: Messages, what: str = "") -> Handle:
-        dist, group = self._dist, self._root_group
-        self._copy_self_messages(sends, recvs)  # Gloo cannot send to itself
-        # Receives first: over Gloo, the notice of a posted receive queues behind data being sent.
-        ops = []
-        for tensor, peer in recvs:
-            if peer != self.rank:
-                sender = self._members[peer]
-                ops.append(dist.P2POp(dist.irecv, tensor, group=group, group_peer=sender))
-        for tensor, peer in sends:
-            if peer != self.rank:
-                receiver = self._members[peer]
-                self.traffic.add(receiver, _nbytes(tensor))
-                ops.append(dist.P2POp(dist.isend, tensor, group=group, group_peer=receiver))
-        return TorchHandle(self, dist.batch_isend_irecv(ops) if ops else [])
-
-    def all_to_all(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
-        assert len(x) == len(out) == self.size
-        if self.size == 1:
-            return TorchHandle(self, [], lambda: out.copy_(x))
-        group = self._collective(_nbytes(x[0]))
-        return TorchHandle(self, [self._dist.all_to_all_single(out, x, group=group, async_op=True)])
-
-    def all_gather(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
-        assert len(out) == self.size
-        if self.size == 1:
-            return TorchHandle(self, [], lambda: out[0].copy_(x))
-        group = self._collective(_nbytes(x))
-        gather = getattr(self._dist, "all_gather_single", self._dist.all_gather_into_tensor)
-        return TorchHandle(self, [gather(out.flatten(0, 1), x, group=group, async_op=True)])
-
-    def reduce_scatter(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
-        import torch
-
-        assert len(x) == self.size
-        if self.size == 1:
-            return TorchHandle(self, [], lambda: out.copy_(x[0]))
-        group = self._collective(_nbytes(out))
-        if x.device.type == "cpu":
-            # Gloo's reduce-scatter is an all-reduce: twice the bytes, another order of summation.
-            received = torch.empty_like(x)
-            work = self._dist.all_to_all_single(received, x, group=group, async_op=True)
-            return TorchHandle(self, [work], lambda: torch.sum(received, 0, out=out))
-        scatter = getattr(self._dist, "reduce_scatter_single", self._dist.reduce_scatter_tensor)
-        return TorchHandle(self, [scatter(out, x.flatten(0, 1), group=group, async_op=True)])
-
-    def all_reduce(self, x: torch.Tensor, largest: bool = False) -> Handle:
-        if self.size == 1:
-            return CompletedHandle()
-        group = self._collective(-(-_nbytes(x) // self.size), 2)
-        op = self._dist.ReduceOp.MAX if largest else self._dist.ReduceOp.SUM
-        return TorchHandle(self, [self._dist.all_reduce(x, op, group=group, async_op=True)])
 
 
 class Control:
@@ -377,7 +258,3 @@ class Control:
         nodes = [hosts[i : i + per_node] for i in range(0, len(hosts), per_node)]
         by_node = all(len(set(node)) == 1 for node in nodes)
         return per_node if by_node and len(set(hosts)) == len(nodes) else 1
-
-
-def _nbytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -208,7 +208,8 @@ def _measure(job_path: Path, journal: Journal, place: RankPlace) -> None:
     import torch.distributed as dist
 
     from cpbench.measure.device import device_shortage, open_device
-    from cpbench.parallel.comm import Control, TorchComm
+    from cpbench.parallel.comm import Control
+    from cpbench.parallel.comm_torch import TorchComm
 
     job = LinkJob.load(job_path)
     if (reason := device_shortage(job.device, place.local_world_size)) is not None:

@@ -59,7 +59,7 @@ def predict_all(cases: Sequence[Case]) -> list[dict[str, Any] | str]:
         ]
         for share in range(shares)
     ]
-    with subprocesses("cpbench.parallel.trace_ranks", requests) as processes:
+    with subprocesses("cpbench.tools.traffic_ranks", requests) as processes:
         replies = [json.loads(read_reply(process, "tracing")) for process in processes]
     predictions: list[dict[str, Any] | str] = []
     for case, *of_case in zip(cases, *replies, strict=True):

@@ -146,7 +146,8 @@ class _Worker:
 
     def _make_evaluator(self) -> Evaluator:
         """Join the process group and make the evaluator; collective."""
-        from cpbench.parallel.comm import Comm, Control, TorchComm
+        from cpbench.parallel.comm import Comm, Control
+        from cpbench.parallel.comm_torch import TorchComm
         from cpbench.worker.evaluate import Evaluator
 
         rendezvous.join_process_group(self.device.backend, self.place, self.path)

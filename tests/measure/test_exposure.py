@@ -21,7 +21,8 @@ from cpbench.core.settings import MeasureSettings
 from cpbench.core.spec import Spec
 from cpbench.inputs import Recipe
 from cpbench.measure.exposure import ROUNDS, NullComm, Times, measure_exposure
-from cpbench.parallel.comm import Control, TorchComm
+from cpbench.parallel.comm import Control
+from cpbench.parallel.comm_torch import TorchComm
 from cpbench.results.record import Exposure, Record
 from cpbench.verify.check import rank_inputs
 

@@ -163,7 +163,8 @@ EVALUATION = """
 import json, tempfile, time
 from pathlib import Path
 import torch.distributed as dist
-from cpbench.parallel.comm import Control, TorchComm
+from cpbench.parallel.comm import Control
+from cpbench.parallel.comm_torch import TorchComm
 from cpbench.measure.device import Cpu
 from cpbench.worker.evaluate import Evaluator
 from cpbench.core.problem import Case

@@ -33,7 +33,8 @@ from cpbench.measure.timeline_slices import (
     phase_times,
     straggler_lines,
 )
-from cpbench.parallel.comm import Control, TorchComm
+from cpbench.parallel.comm import Control
+from cpbench.parallel.comm_torch import TorchComm
 from cpbench.results.store import read_run
 from cpbench.verify.check import rank_inputs
 

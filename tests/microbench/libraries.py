@@ -43,7 +43,8 @@ from cpbench.core.operator import QKV, BackwardInputs, Unsupported
 from cpbench.core.problem import Problem
 from cpbench.parallel import layout as layouts
 from cpbench.parallel.bound_operator import BoundOperator
-from cpbench.parallel.comm import Control, TorchComm
+from cpbench.parallel.comm import Control
+from cpbench.parallel.comm_torch import TorchComm
 from cpbench.parallel.world import World
 
 RANKS = 2

@@ -26,7 +26,7 @@ from cpbench.api import Attention
 from cpbench.core import registry
 from cpbench.core.operator import QKV, Unsupported
 from cpbench.core.problem import Problem
-from cpbench.parallel.comm import TorchComm
+from cpbench.parallel.comm_torch import TorchComm
 from cpbench.parallel.layout import build as build_layout
 from cpbench.parallel.world import World
 from cpbench.strategies.libraries.traffic import record_messages

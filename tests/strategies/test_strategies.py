@@ -19,7 +19,7 @@ from cpbench.api import Attention
 from cpbench.core import registry
 from cpbench.core.operator import Unsupported
 from cpbench.core.problem import Problem
-from cpbench.parallel.comm import TorchComm
+from cpbench.parallel.comm_torch import TorchComm
 from cpbench.parallel.layout import build as build_layout
 from cpbench.parallel.trace import MODULUS, TraceComm, describe_mismatch
 from cpbench.parallel.world import World

@@ -196,7 +196,7 @@ from cpbench.tools.links_operations import OPERATIONS
 OPERATIONS["all_gather"].run = lambda self, repeat: time.sleep(100)
 """
 FLIPS = """
-from cpbench.parallel.comm import TorchComm
+from cpbench.parallel.comm_torch import TorchComm
 def all_to_all(self, out, x, inner=TorchComm.all_to_all):
     if out.numel() > 1000:  # one bit of the last element
         x.view(-1).view(x.new_empty(0).int().dtype)[-1] ^= 1

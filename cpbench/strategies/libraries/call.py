@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from cpbench.core.operator import QKV, Unsupported
-from cpbench.parallel.comm import TorchComm
+from cpbench.parallel.comm_torch import TorchComm
 from cpbench.strategies.libraries.traffic import TrafficRecorder
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Trace a subset of the ranks of cases: ``python -m cpbench.parallel.trace_ranks``, a subprocess.
+"""Trace a subset of the ranks of cases: ``python -m cpbench.tools.traffic_ranks``, a subprocess.
 
 Started by ``cpbench.tools.traffic``.  Reads a JSON list of requests from stdin and prints a JSON
 list of replies: the communication, work and memory of the requested ranks of each case, or the
