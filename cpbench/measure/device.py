@@ -16,6 +16,7 @@ from cpbench.core.environment import usable_cores
 from cpbench.inputs.normal import initialise_vector_math
 from cpbench.measure import memory
 from cpbench.measure.processor_use import ProcessorMeter, ProcessorUse, contended, more_threads
+from cpbench.parallel.process_group import stream_priority
 
 _SPIN_S, _WATCH_S = 0.005, 0.01  # threads of OpenMP may spin for a while after their work
 _LATE_SHARE = 0.3  # of processor time after a call, or of the time of the call itself
@@ -320,8 +321,12 @@ class Cuda:
             "memory_bytes": properties.total_memory,
             "multiprocessors": properties.multi_processor_count,
             "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "uuid": self.gpu_uuid(),
         }
-        facts["uuid"] = self.gpu_uuid()
+        if (priority := stream_priority()) is not None:
+            facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+            facts["nccl_streams"] = priority
         with suppress(OSError), _NvmlSession(self.index) as (nvml, handle):
             facts["driver"] = nvml.nvmlSystemGetDriverVersion()
             facts["power_limit_mw"] = nvml.nvmlDeviceGetEnforcedPowerLimit(handle)

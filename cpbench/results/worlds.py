@@ -25,7 +25,8 @@ _OF_HOST = {
     "python": "python", "kernel": "system",
 }  # fmt: skip
 _OF_DEVICE = {
-    "GPU": "name", "driver": "driver", "CUDA": "cuda", "power limit (mW)": "power_limit_mw",
+    "GPU": "name", "driver": "driver", "CUDA": "cuda", "cuDNN": "cudnn", "NCCL": "nccl",
+    "priority of NCCL's streams": "nccl_streams", "power limit (mW)": "power_limit_mw",
     "threads per rank": "threads",
 }  # fmt: skip
 # Where a record has none of these, they are unknown; packages and variables were not there.

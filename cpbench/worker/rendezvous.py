@@ -87,9 +87,12 @@ def join_process_group(backend: str, place: RankPlace, job: Path) -> None:
     """
     import torch.distributed as dist
 
+    from cpbench.parallel.process_group import backend_options
+
+    timeout = timedelta(seconds=GROUP_TIMEOUT_S)
     dist.init_process_group(
         backend, store=_open_store(place, job), rank=place.rank, world_size=place.world_size,
-        timeout=timedelta(seconds=GROUP_TIMEOUT_S),
+        timeout=timeout, pg_options=backend_options(backend, timeout),
     )  # fmt: skip
 
 

@@ -136,6 +136,8 @@ def environment_facts(environment: dict[str, Any]) -> dict[str, str]:
         if "memory_bytes" in device else "",
         "driver": device.get("driver"),
         "CUDA": device.get("cuda"),
+        "cuDNN": device.get("cudnn"),
+        "NCCL": device.get("nccl"),
         "system": environment.get("system"),
         "python": environment.get("python"),
         "packages": ", ".join(f"{name} {version}" for name, version in sorted(packages.items())),

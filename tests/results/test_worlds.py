@@ -18,7 +18,8 @@ from cpbench.results.worlds import describe, differences, world_of
 BASE: dict[str, Any] = {
     "host": "n1", "processor": "p", "cores": 8, "affinity": "0-7", "python": "3.11", "commit": "c1",
     "packages": {"torch": "2.10.0"}, "variables": {"SLURM_JOB_ID": "1", "OMP_NUM_THREADS": "1"},
-    "device": {"type": "cpu", "threads": 1}, "ranks": [{"host": "n1", "local_rank": 0}],
+    "device": {"type": "cpu", "threads": 1, "nccl": "2.27.3", "nccl_streams": "high"},
+    "ranks": [{"host": "n1", "local_rank": 0}],
 }  # fmt: skip
 
 
@@ -47,6 +48,11 @@ def write_launches(
         ({"commit": "c2"}, "cpbench c1 instead of c2"),
         ({"python": "3.12"}, "python 3.11 instead of 3.12"),
         ({"device": {"type": "cpu", "threads": 2}}, "threads per rank 1 instead of 2"),
+        ({"device": {**BASE["device"], "nccl": "2.27.5"}}, "NCCL 2.27.3 instead of 2.27.5"),
+        (
+            {"device": {**BASE["device"], "nccl_streams": "normal"}},
+            "priority of NCCL's streams high instead of normal",
+        ),
         *(
             ({"variables": {**BASE["variables"], name: "x"}}, f"{name} none instead of x")
             for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "LD_PRELOAD")
