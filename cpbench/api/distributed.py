@@ -174,6 +174,7 @@ class GroupMember:
         _raise_first([reason for _, reason, _ in ranks], Unsupported)
         assert work is not None
         require_agreement(self.control, work, [fingerprint for _, _, fingerprint in ranks])
+        work.connect(self.comm)
         self.prepared[call] = (call, work)
         if len(self.prepared) > MOST_PREPARED:
             del self.prepared[next(iter(self.prepared))]

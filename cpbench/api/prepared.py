@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from cpbench.core.operator import Gradients
-    from cpbench.parallel.comm import Comm, Control
+    from cpbench.parallel.comm import Comm, Control, Transport
     from cpbench.parallel.strategy import Forward, Strategy
 
 
@@ -93,6 +93,12 @@ class Attention:
     def trace_messages(self, log: bool = False) -> RankTrace:
         """Trace this rank again, with a log of every message if requested."""
         return trace_rank(self.strategy, self.op.info, self.world, self.rank, log)
+
+    def connect(self, comm: Transport) -> None:
+        """Connect the sub-communicators and lanes that the strategy uses, once ranks have agreed;
+        collective.  Libraries make their own groups when they are first called."""
+        if self.trace is not None:
+            comm.connect(self.trace.parts)
 
     def forward(self, qkv: QKV, comm: Comm | None, need_lse: bool = True) -> Forward:
         """Return out, lse (None if the operator returns none) and the values saved for backward."""

@@ -222,6 +222,9 @@ class RecordingComm:
         members = [self._members[rank] for rank in ranks]
         return RecordingComm(self._comm.sub(ranks), self._recorder, members)
 
+    def lane(self, name: str) -> Comm:
+        return RecordingComm(self._comm.lane(name), self._recorder, self._members)
+
     def exchange(self, sends: Messages, recvs: Messages, what: str = "") -> Handle:
         if not sends and not recvs:
             return CompletedHandle()

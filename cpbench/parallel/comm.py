@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     Messages = Sequence[tuple[torch.Tensor, int]]  # tensors, each with its peer rank
 
+Part = tuple[tuple[int, ...], str]  # of a communicator: root ranks, and the name of a lane or ""
+
 
 class Handle(Protocol):
     """A pending operation; its buffers may be read and reused after ``wait``."""
@@ -96,12 +98,20 @@ class Comm(Protocol):
         """
         ...
 
+    def lane(self, name: str) -> Comm:
+        """A communicator of the same ranks for exchanges that need not wait for those of this one.
+
+        A GPU runs the operations of one communicator one after another; a lane is another one,
+        where the transport needs it.  All members must create the same lanes in the same order.
+        """
+        ...
+
     def exchange(self, sends: Messages, recvs: Messages, what: str = "") -> Handle:
         """Post a batch of P2P sends and receives.
 
-        Messages between two ranks match in the order in which they are posted.  ``what`` names the
-        content (``"keys"``): ranks compare the names before anything is sent, which detects
-        messages of equal size in the wrong order.
+        Messages between two ranks match in the order in which they are posted, whatever lanes they
+        take.  ``what`` names the content (``"keys"``): ranks compare the names before anything is
+        sent, which detects messages of equal size in the wrong order.
         """
         ...
 
@@ -122,6 +132,24 @@ class Comm(Protocol):
         ...
 
 
+class Transport(Comm, Protocol):
+    """The communicator of all ranks, which connects and disconnects its parts."""
+
+    def connect(self, parts: Sequence[Part]) -> None:
+        """Connect sub-communicators and lanes, so that their first use takes no longer than later
+        ones; collective.
+
+        Args:
+            parts: as ``cpbench.parallel.trace`` finds them; members connect theirs in one order.
+        """
+        ...
+
+    def disconnect(self) -> None:
+        """Disconnect all sub-communicators and lanes, which must not be in use; collective.  One
+        that is used again is connected again."""
+        ...
+
+
 class CompletedHandle:
     """The handle of an operation that has already completed."""
 
@@ -130,7 +158,7 @@ class CompletedHandle:
 
 
 class GroupedComm:
-    """Base of communicators: a root communicator and its cached sub-communicators.
+    """Base of communicators: a root communicator, its cached sub-communicators and their lanes.
 
     Args:
         rank, size: of the root communicator.
@@ -139,7 +167,8 @@ class GroupedComm:
     def __init__(self: Self, rank: int, size: int) -> None:
         self._root: Self = self
         self._members = tuple(range(size))  # root ranks, in the order of this communicator
-        self._subs: dict[tuple[int, ...], Self] = {self._members: self}
+        self._lane = ""
+        self._parts: dict[Part, Self] = {(self._members, ""): self}
         self.rank, self.size = rank, size
         self.traffic, self._pause_s = Traffic(size), 0.0
 
@@ -153,17 +182,43 @@ class GroupedComm:
 
     def sub(self, ranks: Sequence[int]) -> Self:
         """See :meth:`Comm.sub`."""
-        members = tuple(self._members[rank] for rank in ranks)
-        if members not in self._root._subs:
-            sub = copy.copy(self._root)  # shares traffic and all else with the root
-            sub._members, sub.size = members, len(members)
-            sub.rank = members.index(self._root.rank)
-            sub._init_sub()
-            self._root._subs[members] = sub
-        return self._root._subs[members]
+        return self._part(tuple(self._members[rank] for rank in ranks), "")
 
-    def _init_sub(self) -> None:
-        """Initialise the state that a sub-communicator does not share with the root."""
+    def lane(self, name: str) -> Self:
+        """See :meth:`Comm.lane`."""
+        return self._part(self._members, name)
+
+    def _part(self, members: tuple[int, ...], lane: str) -> Self:
+        root = self._root
+        if (members, lane) not in root._parts:
+            part = copy.copy(root)  # shares traffic and all else with the root
+            part._members, part._lane, part.size = members, lane, len(members)
+            part.rank = members.index(root.rank)
+            part._init_part()
+            root._parts[members, lane] = part
+        return root._parts[members, lane]
+
+    def connect(self, parts: Sequence[Part]) -> None:
+        """See :meth:`Transport.connect`; for the root communicator."""
+        for members, lane in parts:
+            self._part(members, lane)._connect()
+
+    def disconnect(self) -> None:
+        """See :meth:`Transport.disconnect`; for the root communicator."""
+        own = (self._members, "")
+        for part in self._parts.values():
+            if part is not self:
+                part._disconnect()
+        self._parts = {own: self._parts[own]}
+
+    def _init_part(self) -> None:
+        """Initialise the state that a sub-communicator or lane does not share with the root."""
+
+    def _connect(self) -> None:
+        """Make what the transport needs for this sub-communicator or lane."""
+
+    def _disconnect(self) -> None:
+        """Undo :meth:`_connect`, if that has happened."""
 
     def _copy_self_messages(self, sends: Messages, recvs: Messages) -> None:
         """Copy the messages of an exchange that this rank sends to itself."""

@@ -66,14 +66,21 @@ class MpiComm(GroupedComm):
         self.mpi, self.poll_interval_s = MPI, poll_interval_s
         self._comm: Any = self._job
 
-    def _init_sub(self) -> None:
+    def _init_part(self) -> None:
         self._comm = None
 
-    def _collective(self, nbytes: int, messages: int = 1) -> Any:
-        """Return the communicator, created by its members at the first collective, and count the
-        bytes sent."""
-        if self._comm is None:
+    def _connect(self) -> None:
+        if self._comm is None and not self._lane:  # exchanges need none, in a lane or not
             self._comm = self._job.Create_group(self._job.Get_group().Incl(self._members))
+
+    def _disconnect(self) -> None:
+        if self._comm is not None:
+            self._comm.Free()
+            self._comm = None
+
+    def _collective(self, nbytes: int, messages: int = 1) -> Any:
+        """Return the communicator of the members, and count the bytes sent."""
+        self._connect()
         self._count_collective(nbytes, messages)
         return self._comm
 

@@ -41,14 +41,17 @@ class TorchHandle:
 
 
 class TorchComm(GroupedComm):
-    """:class:`Comm` over a torch.distributed group (Gloo for CPU tensors, NCCL for CUDA ones).
+    """:class:`~cpbench.parallel.comm.Comm` over a torch.distributed group.
+
+    Exchanges go through the group of all ranks.  Only a lane on NCCL has them in a group of its
+    own: NCCL runs the operations of a group one after another, on one stream.
 
     Args:
         group: a process group; the default group unless given.
 
     Attributes:
         group: the process group of the members; None for the default group, or for a
-            sub-communicator before its first collective.
+            sub-communicator or lane before it is connected.
     """
 
     def __init__(self, group: Any = None) -> None:
@@ -56,46 +59,63 @@ class TorchComm(GroupedComm):
 
         super().__init__(dist.get_rank(group), dist.get_world_size(group))
         self._dist, self._root_group, self.group = dist, group, group
-        if "nccl" in dist.get_backend(group):
-            # NCCL requires every rank in the first operation of a group, and a ring that skips
-            # steps does not provide that; nor is a communicator created in a timed window.
-            import torch
+        self._serial = "nccl" in dist.get_backend(group)
+        self._start_group()
 
-            dist.all_reduce(torch.zeros(1, device="cuda"), group=group)
-
-    def _init_sub(self) -> None:
+    def _init_part(self) -> None:
         self.group = None
 
+    def _connect(self) -> None:
+        if self._serial or not self._lane:
+            self._own_group()
+
+    def _disconnect(self) -> None:
+        if self.group is not None:
+            destroy_group(self.group)
+            self.group = None
+
     def destroy(self) -> None:
-        """Destroy the groups of all sub-communicators, and let go of the own one."""
-        for sub in self._subs.values():
-            if sub is not self and sub.group is not None:
-                destroy_group(sub.group)
-        self._subs = {}
+        """Destroy the groups of all sub-communicators and lanes, and let go of the own one."""
+        self.disconnect()
         self._root_group = self.group = None
 
-    def _collective(self, nbytes: int, messages: int = 1) -> Any:
-        """Return the process group, created at its first collective, and count the bytes sent."""
+    def _own_group(self) -> Any:
+        """The process group of the members; the first call creates it, and is collective."""
         if self.group is None and self is not self._root:
-            assert list(self._members) == sorted(self._members), "process groups sort their ranks"
-            self.group = create_group(self._root_group, self._members, "part")
-        self._count_collective(nbytes, messages)
+            purpose = f"lane {self._lane}" if self._lane else "part"
+            self.group = create_group(self._root_group, sorted(self._members), purpose)
+            self._start_group()
         return self.group
 
+    def _start_group(self) -> None:
+        """Send something in a new group of NCCL: its first operation requires every rank, and a
+        ring that skips steps does not provide that; nor is it started in a timed window."""
+        if self._serial:
+            import torch
+
+            self._dist.all_reduce(torch.zeros(1, device="cuda"), group=self.group)
+
+    def _collective(self, nbytes: int, messages: int = 1) -> Any:
+        """Return the process group, and count the bytes sent."""
+        assert list(self._members) == sorted(self._members), "process groups sort their ranks"
+        self._count_collective(nbytes, messages)
+        return self._own_group()
+
     def exchange(self, sends: Messages, recvs: Messages, what: str = "") -> Handle:
-        dist, group = self._dist, self._root_group
+        dist, group, members = self._dist, self._root_group, self._members
+        if self._serial and self._lane:
+            order = sorted(members)
+            group, members = self._own_group(), tuple(order.index(member) for member in members)
         self._copy_self_messages(sends, recvs)  # Gloo cannot send to itself
         # Receives first: over Gloo, the notice of a posted receive queues behind data being sent.
         ops = []
         for tensor, peer in recvs:
             if peer != self.rank:
-                sender = self._members[peer]
-                ops.append(dist.P2POp(dist.irecv, tensor, group=group, group_peer=sender))
+                ops.append(dist.P2POp(dist.irecv, tensor, group=group, group_peer=members[peer]))
         for tensor, peer in sends:
             if peer != self.rank:
-                receiver = self._members[peer]
-                self.traffic.add(receiver, _nbytes(tensor))
-                ops.append(dist.P2POp(dist.isend, tensor, group=group, group_peer=receiver))
+                self.traffic.add(self._members[peer], _nbytes(tensor))
+                ops.append(dist.P2POp(dist.isend, tensor, group=group, group_peer=members[peer]))
         return TorchHandle(self, dist.batch_isend_irecv(ops) if ops else [])
 
     def all_to_all(self, out: torch.Tensor, x: torch.Tensor) -> Handle:

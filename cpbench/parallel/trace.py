@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpbench.core.operator import QKV
 from cpbench.parallel.bound_operator import BoundOperator
-from cpbench.parallel.comm import CompletedHandle, GroupedComm, Handle
+from cpbench.parallel.comm import CompletedHandle, GroupedComm, Handle, Part
 from cpbench.parallel.partial_results.accumulators import BackwardAccumulator, ForwardAccumulator
 
 if TYPE_CHECKING:
@@ -58,31 +58,40 @@ class RankTrace:
     Attributes:
         phases: by name, ``fwd`` and ``bwd``.
         checksum: of its messages; the sum over all ranks is 0 modulo ``MODULUS`` if they match.
+        parts: the sub-communicators and lanes that it uses, in the order of their first use.
         log: every message and collective, for diagnosis; empty unless requested.
     """
 
     phases: dict[str, PhaseTrace]
     checksum: int
+    parts: list[Part]
     log: list[tuple[object, ...]]
 
 
 class TraceComm(GroupedComm):
-    """:class:`~cpbench.parallel.comm.Comm` for one rank on meta tensors."""
+    """:class:`~cpbench.parallel.comm.Comm` for one rank on meta tensors.
+
+    Attributes:
+        parts: as in :class:`RankTrace`.
+    """
 
     def __init__(self, rank: int, size: int, log: bool = False) -> None:
         self.log: list[tuple[object, ...]] | None = [] if log else None
         super().__init__(rank, size)
-        self.checksum = 0
+        self.checksum, self.parts = 0, list[Part]()
         self._sent_count: dict[int, int] = {}
         self._recv_count: dict[int, int] = {}
         self._collectives = 0
 
-    def _init_sub(self) -> None:
+    def _init_part(self) -> None:
         self._collectives = 0
+        if self._lane:
+            self._record_collective(6, 0, 0)  # all members create it
 
     def exchange(self, sends: Messages, recvs: Messages, what: str = "") -> Handle:
         root, members, member_rank = self._root, self._members, self.rank
         own_rank, checksum, traffic = root.rank, root.checksum, root.traffic
+        what = f"{what} in lane {self._lane}" if self._lane else what
         content = _content_hash(what)
         for tensor, peer in sends:
             if peer != member_rank:
@@ -126,9 +135,13 @@ class TraceComm(GroupedComm):
     def _record_collective(self, kind: int, nbytes: int, messages: int = 1) -> Handle:
         """Record a collective that sends ``messages`` of ``nbytes`` between each pair of ranks."""
         self._collectives += 1
+        if self._collectives == 1 and self is not self._root and self.size > 1:
+            self.parts.append((self._members, self._lane))
+        lane = _content_hash(self._lane)
         if self._root.log is not None:
-            self._root.log.append(("collective", self._members, self._collectives, kind, nbytes))
-        value = hash((kind, self._members, self._collectives, nbytes))
+            entry = ("collective", self._members, lane, self._collectives, kind, nbytes)
+            self._root.log.append(entry)
+        value = hash((kind, self._members, lane, self._collectives, nbytes))
         self._root.checksum += value * (self.size - 1 if self.rank == 0 else -1)
         for member_rank, member in enumerate(self._members):
             if member_rank != self.rank:
@@ -222,7 +235,7 @@ def trace_rank(
     if world.problem.backward:
         strategy.backward(dout, saved, plan, op, comm)
         phases["bwd"] = _take_phase(op, comm)
-    return RankTrace(phases, comm.checksum, comm.log or [])
+    return RankTrace(phases, comm.checksum, comm.parts, comm.log or [])
 
 
 def empty_inputs(world: World) -> tuple[QKV, torch.Tensor]:

@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING, Any
 from cpbench.core.registry import StrategyInfo
 from cpbench.parallel.partial_results.accumulators import row_delta
 from cpbench.strategies.common import gradient_dtype
-from cpbench.strategies.common.rotation import GradientRotation, Step, rotate_blocks, rotation_steps
+from cpbench.strategies.common.rotation import (
+    GradientRotation,
+    Rotation,
+    plan_rotation,
+    rotate_blocks,
+)
 from cpbench.strategies.ring import Ring
 
 if TYPE_CHECKING:
@@ -39,24 +44,26 @@ STRATEGY = StrategyInfo(
 
 @dataclass(frozen=True)
 class Plan:
-    """The ring steps of one rank: rotating keys (forward) and rotating queries (backward)."""
+    """The rotations of the keys (forward) and of the queries (backward)."""
 
-    steps: tuple[Step, ...]
-    backward_steps: tuple[Step, ...]
+    keys: Rotation
+    queries: Rotation
 
 
 class Burst(Ring):
     """The strategy; parameters as for :class:`Ring`, ``grad_dtype`` applies to dQ."""
 
     def prepare(self, op: BoundOperator, world: World, rank: int) -> Plan:  # type: ignore[override]
-        forward = super().prepare(op, world, rank).steps
-        backward_steps = rotation_steps(
+        keys = super().prepare(op, world, rank).keys
+        if not world.problem.backward:
+            return Plan(keys, Rotation((), windows=False))
+        queries = plan_rotation(
             world.areas.T > 0,
             rank,
             self.window or world.size,
             lambda source: op.prepare(world.subproblem([source], [rank])),
         )
-        return Plan(forward, backward_steps if world.problem.backward else ())
+        return Plan(keys, queries)
 
     def backward(
         self,
@@ -70,11 +77,11 @@ class Burst(Ring):
 
         q, k, v, out, lse, _ = saved
         dq_rotation = GradientRotation(
-            (1, *q.shape), gradient_dtype.torch_dtype(self.grad_dtype), op, comm
+            (1, *q.shape), gradient_dtype.torch_dtype(self.grad_dtype), op, plan.queries, comm
         )
         dk_dv = None
         block = (q, dout, row_delta(dout, out), lse)
-        rotation = rotate_blocks(plan.backward_steps, block, comm, "queries")
+        rotation = rotate_blocks(plan.queries, block, comm, "queries")
         for step, (q_s, dout_s, delta_s, lse_s) in rotation:
             gradients = None
             if step.computes:

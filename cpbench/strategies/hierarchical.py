@@ -18,7 +18,12 @@ from cpbench.core.registry import StrategyInfo
 from cpbench.parallel.strategy import Saved
 from cpbench.strategies.common import gradient_dtype, head_exchange
 from cpbench.strategies.common.collectives import all_gather_tokens, reduce_scatter_tokens
-from cpbench.strategies.common.rotation import GradientRotation, Step, rotate_blocks, rotation_steps
+from cpbench.strategies.common.rotation import (
+    GradientRotation,
+    Rotation,
+    plan_rotation,
+    rotate_blocks,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -43,12 +48,12 @@ STRATEGY = StrategyInfo(
 
 @dataclass(frozen=True)
 class Plan:
-    """The groups of one rank, the replicas of its heads in its node, and its ring steps."""
+    """The groups of one rank, the replicas of its heads in its node, and its ring."""
 
     node: tuple[int, ...]
     across: tuple[int, ...]
     replicas: tuple[int, ...]
-    steps: tuple[Step, ...]
+    ring: Rotation
     heads_kv: int
 
 
@@ -91,7 +96,7 @@ class Hierarchical:
             node=node,
             across=across,
             replicas=node[first : first + copies],
-            steps=rotation_steps(
+            ring=plan_rotation(
                 inner.areas > 0,
                 ring_rank,
                 inner.size,
@@ -126,7 +131,7 @@ class Hierarchical:
         batch, tokens, local_heads, dim = k_all.shape
         slice_shape = (2, tokens // replicas.size, batch, local_heads, dim)
         gradient_rotation = GradientRotation(
-            slice_shape, gradient_dtype.torch_dtype(self.grad_dtype), op, across
+            slice_shape, gradient_dtype.torch_dtype(self.grad_dtype), op, plan.ring, across
         )
         local_dk_dv = torch.zeros(
             (2, tokens, *slice_shape[2:]), dtype=torch.float32, device=k_all.device
@@ -157,7 +162,7 @@ class Hierarchical:
             x.transpose(0, 1).unflatten(0, (replicas.size, -1))[replicas.rank].contiguous()
             for x in (k, v)
         )
-        for step, block in rotate_blocks(plan.steps, kv_slice, across):
+        for step, block in rotate_blocks(plan.ring, kv_slice, across):
             keys, values = k, v
             if step.computes and step.source != across.rank:
                 keys, values = (

@@ -16,7 +16,12 @@ from typing import TYPE_CHECKING, Any
 from cpbench.core.registry import StrategyInfo
 from cpbench.parallel.strategy import Saved
 from cpbench.strategies.common import gradient_dtype
-from cpbench.strategies.common.rotation import GradientRotation, Step, rotate_blocks, rotation_steps
+from cpbench.strategies.common.rotation import (
+    GradientRotation,
+    Rotation,
+    plan_rotation,
+    rotate_blocks,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -40,9 +45,9 @@ STRATEGY = StrategyInfo(
 
 @dataclass(frozen=True)
 class Plan:
-    """The ring steps of one rank."""
+    """The rotation of the keys."""
 
-    steps: tuple[Step, ...]
+    keys: Rotation
 
 
 class Ring:
@@ -65,7 +70,7 @@ class Ring:
 
     def prepare(self, op: BoundOperator, world: World, rank: int) -> Plan:
         return Plan(
-            rotation_steps(
+            plan_rotation(
                 world.areas > 0,
                 rank,
                 self.window or world.size,
@@ -78,7 +83,7 @@ class Ring:
     ) -> Forward:
         q, k, v = qkv
         accumulator = op.forward_accumulator(q)
-        for step, (k_s, v_s) in rotate_blocks(plan.steps, (k, v), comm):
+        for step, (k_s, v_s) in rotate_blocks(plan.keys, (k, v), comm):
             if step.computes:
                 accumulator.add(k_s, v_s, step.plan)
         out, lse = accumulator.finish()
@@ -90,9 +95,9 @@ class Ring:
         q, k, v, out, lse, _ = saved
         accumulator = op.backward_accumulator(dout, q, out, lse)
         gradients = GradientRotation(
-            (2, *k.shape), gradient_dtype.torch_dtype(self.grad_dtype), op, comm
+            (2, *k.shape), gradient_dtype.torch_dtype(self.grad_dtype), op, plan.keys, comm
         )
-        for step, (k_s, v_s) in rotate_blocks(plan.steps, (k, v), comm):
+        for step, (k_s, v_s) in rotate_blocks(plan.keys, (k, v), comm):
             dk_dv = accumulator.add(k_s, v_s, step.plan) if step.computes else None
             gradients.add(step, dk_dv)
         dk, dv = gradients.finish()

@@ -57,9 +57,9 @@ class RingReverse(ring.Ring):
         super().__init__(grad_dtype)
 
     def prepare(self, op: BoundOperator, world: World, rank: int) -> Plan:
-        steps = super().prepare(op, world, rank).steps
+        keys = super().prepare(op, world, rank).keys
         all_needed = world.size > 1 and bool((world.areas > 0).all())
-        return Plan(steps, {step.source: step.plan for step in steps} if all_needed else None)
+        return Plan(keys, {step.source: step.plan for step in keys.steps} if all_needed else None)
 
     def forward(
         self, qkv: QKV, plan: ring.Plan, op: BoundOperator, comm: Comm, need_lse: bool
@@ -69,7 +69,7 @@ class RingReverse(ring.Ring):
         if plan.by_owner is None:
             return super().forward(qkv, plan, op, comm, need_lse)
         accumulator, last = op.forward_accumulator(q), (k, v)
-        for step, (k_s, v_s) in rotate_blocks(plan.steps, (k, v), comm):
+        for step, (k_s, v_s) in rotate_blocks(plan.keys, (k, v), comm):
             accumulator.add(k_s, v_s, step.plan)
             last = k_s, v_s
         out, lse = accumulator.finish()

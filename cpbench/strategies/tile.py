@@ -213,15 +213,20 @@ class Tile:
 
 
 class _ColumnKeys:
-    """The keys of all columns: received concurrently, each waited for at its first use."""
+    """The keys of all columns: received concurrently, each waited for at its first use.
+
+    Where queries are received too, from other ranks and perhaps over faster links, keys take a lane
+    of their own.
+    """
 
     def __init__(self, k: torch.Tensor, v: torch.Tensor, plan: Plan, comm: Comm) -> None:
+        lane = comm.lane("keys") if min(len(plan.rows), len(plan.columns)) > 1 else comm
         self._kv: list[Any] = [(k, v)]
         self._handles: list[Any] = [CompletedHandle()]
         for column in plan.columns[1:]:
             kv = (k.new_empty(k.shape), v.new_empty(v.shape)) if column.receives else ()
             sends = [(x, column.target) for x in (k, v) if column.sends]
-            self._handles.append(comm.exchange(sends, [(x, column.source) for x in kv], "keys"))
+            self._handles.append(lane.exchange(sends, [(x, column.source) for x in kv], "keys"))
             self._kv.append(kv)
 
     def __getitem__(self, i: int) -> Any:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from cpbench.measure.device import Device
     from cpbench.measure.telemetry import Telemetry
     from cpbench.measure.timeline_slices import RankTimeline
-    from cpbench.parallel.comm import Comm, Control
+    from cpbench.parallel.comm import Control, Transport
     from cpbench.verify.variants import Expected, InputVariants
 
 T = TypeVar("T")
@@ -61,7 +61,7 @@ class Evaluator:
     def __init__(
         self,
         device: Device,
-        comm: Comm,
+        comm: Transport,
         control: Control,
         settings: MeasureSettings,
         local_world_size: int,
@@ -104,6 +104,10 @@ class Evaluator:
             record.flags = sorted({*record.flags, "changed-state"})
             record.notes = sorted({*record.notes, f"changed-state: {', '.join(changes)}"})
         return record
+
+    def disconnect(self) -> None:
+        """Let go of the process groups of the cases so far, which hold memory; collective."""
+        self._comm.disconnect()
 
     def _evaluate(self, case: Case, previous: Record | None, turns: int) -> Record:
         self.timelines = None
@@ -256,6 +260,7 @@ class Evaluator:
         if work is None or refusals:
             return None, Record(case=case, status="unsupported", reason=refusals[0])
         require_agreement(self.control, work, [fingerprint for *_, fingerprint in ranks])
+        work.connect(self._comm)
         flops = case.problem.flops(work.mask.area)
         record = Record(
             case=case,

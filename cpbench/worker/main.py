@@ -100,6 +100,8 @@ class _Worker:
             self.writer.append({"kind": "environment", "id": self.environment, **environment})
         for group in self._interleaved_groups():
             self._measure_in_turn(group, evaluate)
+            if self.evaluator is not None:
+                self.evaluator.disconnect()
         if self.writer is not None:
             self.writer.close()
         self.journal.note("end")
@@ -146,14 +148,14 @@ class _Worker:
 
     def _make_evaluator(self) -> Evaluator:
         """Join the process group and make the evaluator; collective."""
-        from cpbench.parallel.comm import Comm, Control
+        from cpbench.parallel.comm import Control, Transport
         from cpbench.parallel.comm_torch import TorchComm
         from cpbench.worker.evaluate import Evaluator
 
         rendezvous.join_process_group(self.device.backend, self.place, self.path)
         control = Control(timeout_s=rendezvous.GROUP_TIMEOUT_S)
         settings, note = self.job.settings, self.journal.note
-        comm: Comm = TorchComm()
+        comm: Transport = TorchComm()
         if settings.transport == "mpi":
             from cpbench.parallel.comm_mpi import MpiComm
 

@@ -57,6 +57,9 @@ class SimulatedComm:
     def sub(self, ranks: Sequence[int]) -> SimulatedComm:
         return SimulatedComm(self._comm.sub(ranks), self._clock, self._latency_s)
 
+    def lane(self, name: str) -> SimulatedComm:
+        return SimulatedComm(self._comm.lane(name), self._clock, self._latency_s)
+
     def exchange(self, sends: Sequence[Any], recvs: Sequence[Any], what: str = "") -> Handle:
         handle = self._comm.exchange(sends, recvs, what)
         if not sends and not recvs:

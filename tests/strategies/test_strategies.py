@@ -150,8 +150,8 @@ def _with_different_code(rank: int, size: int) -> str:
     from cpbench.strategies import ring
 
     if rank == 1:
-        rotation_steps = ring.rotation_steps
-        ring.rotation_steps = lambda needed, *rest: rotation_steps(needed | True, *rest)  # type: ignore[assignment]
+        plan_rotation = ring.plan_rotation
+        ring.plan_rotation = lambda needed, *rest: plan_rotation(needed | True, *rest)  # type: ignore[assignment]
     q, k, v, _ = naive.random_inputs(1, 8, 2, 2, 16, torch.float32)
     mask = masks.build("causal", 16)
     try:

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from cpbench.parallel.comm import CompletedHandle
+
 if TYPE_CHECKING:
     import torch
 
-    from cpbench.parallel.comm import Comm
+    from cpbench.parallel.comm import Comm, Handle
     from cpbench.parallel.partial_results.accumulators import ForwardAccumulator
 
 
 class ResultExchange:
     """Sends partial results to their owners and receives those of this rank, overlapped with the
-    next step."""
+    next step.
+
+    They go the opposite way to keys and queries, when a rank has computed them: in a lane of their
+    own, so that what comes next does not wait for the results of slower ranks.
+    """
 
     def __init__(self, comm: Comm) -> None:
-        self._comm, self._handle = comm, comm.exchange([], [])
+        self._comm = comm.lane("results")
+        self._handle: Handle = CompletedHandle()
         self._sends: list[tuple[torch.Tensor, int]] = []
         self._recvs: list[tuple[torch.Tensor, int]] = []
         self._callbacks: list[tuple[list[torch.Tensor], Any]] = []

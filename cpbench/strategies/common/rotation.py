@@ -4,6 +4,9 @@ At step t of a plain ring, rank r holds the block of rank r - t.  With windows o
 double ring: in outer round o the block of window W - o rotates inside a window for w steps, while
 the block of the next window is sent across during the whole round.  A plain ring is one window.
 
+Hops across windows take a lane of their own (``Comm.lane``): on a GPU, those inside would wait for
+them.  All others of a ring go to the same neighbour and would only share its link.
+
 A block is sent only as far as some rank needs it.  Its gradient starts at the first rank (in each
 round) that contributes to it, follows it one step behind, and is sent home in one hop from the
 last; the contribution of its owner is never sent.
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -29,6 +33,9 @@ if TYPE_CHECKING:
     from cpbench.parallel.comm import Comm, Handle
 
 NO_PEER = -1
+
+
+WINDOWS = "windows"  # the lane of hops across windows
 
 
 class Step(NamedTuple):
@@ -59,9 +66,21 @@ class Step(NamedTuple):
     plan: Any = None
 
 
-def rotation_steps(
+@dataclass(frozen=True)
+class Rotation:
+    """The ring steps of one rank, and whether the ring has several windows."""
+
+    steps: tuple[Step, ...]
+    windows: bool
+
+    def lane_across(self, comm: Comm) -> Comm:
+        """What hops across windows are sent over; all ranks of the ring call it."""
+        return comm.lane(WINDOWS) if self.windows else comm
+
+
+def plan_rotation(
     needed: BoolArray, rank: int, window: int, plan: Callable[[int], Any]
-) -> tuple[Step, ...]:
+) -> Rotation:
     """The ring steps of one rank, without those in which it neither computes nor communicates.
 
     Args:
@@ -77,7 +96,7 @@ def rotation_steps(
             step = step._replace(plan=plan(step.source))
         if step.computes or max(row[3:7]) > NO_PEER or max(row[7:]) > NO_PEER:
             steps.append(step)
-    return tuple(steps)
+    return Rotation(tuple(steps), window < len(needed))
 
 
 @functools.lru_cache(maxsize=4)
@@ -139,13 +158,14 @@ def _compute_schedule(needed: BoolArray, window: int) -> IntArray:
 
 
 def rotate_blocks(
-    plan: Sequence[Step], block: tuple[torch.Tensor, ...], comm: Comm, what: str = "keys"
+    rotation: Rotation, block: tuple[torch.Tensor, ...], comm: Comm, what: str = "keys"
 ) -> Iterator[tuple[Step, Any]]:
-    """Iterate over the steps of a plan with their blocks, while the next ones are in transfer.
+    """Iterate over the steps of a rotation with their blocks, while the next ones are in transfer.
 
     Uses two buffers in a ring of any size, four in a double ring.  ``what`` names the content.
     """
     local, current, outer_block = block, block, None
+    across = rotation.lane_across(comm)
     free_buffers: list[tuple[torch.Tensor, ...]] = []
     outer_handle: Any = None
     outer_sent_block: tuple[torch.Tensor, ...] | None = None  # still being sent to the next window
@@ -158,7 +178,7 @@ def rotate_blocks(
         if old is not local and old is not outer_sent_block:
             free_buffers.append(old)
 
-    for step in plan:
+    for step in rotation.steps:
         if step.outer != outer:
             outer = step.outer
             if outer_handle is not None:
@@ -177,7 +197,7 @@ def rotate_blocks(
             outer_sent_block = current if sends else None
             outer_block = buffer() if step.outer_recv_from != NO_PEER else None
             recvs = [(x, step.outer_recv_from) for x in outer_block or ()]
-            outer_handle = comm.exchange(sends, recvs, f"{what} of another window")
+            outer_handle = across.exchange(sends, recvs, f"{what} of another window")
         next_block = buffer() if step.recv_from != NO_PEER else None
         sends = [(x, step.send_to) for x in current] if step.send_to != NO_PEER else []
         recvs = [(x, step.recv_from) for x in next_block or ()]
@@ -198,16 +218,23 @@ class GradientRotation:
         shape: of the stacked gradients of one block.
         dtype: in which they are sent; sums on a rank are always float32.
         op: the operator whose results are added up.
+        rotation: of the blocks.
     """
 
     def __init__(
-        self, shape: Sequence[int], dtype: torch.dtype, op: BoundOperator, comm: Comm
+        self,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        op: BoundOperator,
+        rotation: Rotation,
+        comm: Comm,
     ) -> None:
         self._shape, self._dtype, self._op, self._comm = shape, dtype, op, comm
+        self._across = rotation.lane_across(comm)
         self._local: torch.Tensor | None = None
         self._incoming: torch.Tensor | None = None
         self._home_gradient: torch.Tensor | None = None
-        self._handle: Handle = CompletedHandle()
+        self._handles: list[Handle] = []
 
     def add(self, step: Step, gradients: Sequence[torch.Tensor] | None) -> None:
         """Add the gradients computed at a step (or None), and post the messages of that step."""
@@ -217,20 +244,21 @@ class GradientRotation:
             self._local = self._op.sum_float32(self._local, gradients)
         elif gradients is not None:
             current = self._op.sum_float32(None if current is None else current.float(), gradients)
-        sends = []
+        home = self._across if step.outer else self._comm  # the owner is in another window, or not
+        batches = {lane: (list[Any](), list[Any]()) for lane in (self._comm, home)}
         if step.grad_send_to != NO_PEER:
             assert current is not None
-            sends = [(current.to(self._dtype), step.grad_send_to)]
-        recvs = []
+            lane = home if step.grad_send_to == step.source else self._comm
+            batches[lane][0].append((current.to(self._dtype), step.grad_send_to))
         if step.grad_recv_from != NO_PEER:
             self._incoming = self._buffer()
-            recvs.append((self._incoming, step.grad_recv_from))
+            batches[self._comm][1].append((self._incoming, step.grad_recv_from))
         if step.home_recv_from != NO_PEER:
             self._home_gradient = self._buffer()
-            recvs.append((self._home_gradient, step.home_recv_from))
-        self._handle = CompletedHandle()
-        if sends or recvs:
-            self._handle = self._comm.exchange(sends, recvs, "gradients")
+            batches[home][1].append((self._home_gradient, step.home_recv_from))
+        self._handles = [
+            lane.exchange(*batch, "gradients") for lane, batch in batches.items() if any(batch)
+        ]
 
     def finish(self) -> torch.Tensor:
         """The gradient of the local block, float32."""
@@ -243,7 +271,8 @@ class GradientRotation:
 
     def _wait(self) -> None:
         """Wait for the exchange of the previous step."""
-        self._handle.wait()
+        for handle in self._handles:
+            handle.wait()
         if self._home_gradient is not None:
             arrived, self._home_gradient = self._home_gradient, None
             self._local = arrived.float() if self._local is None else self._local.add_(arrived)

@@ -3,8 +3,8 @@
 Not a strategy.  :class:`~cpbench.parallel.comm_torch.TorchComm` counts what passes through it;
 libraries, and strategies that do not keep to it, call torch.distributed themselves.  Every
 communication call (``isend``, ``all_to_all_single``, functional collectives, …) passes through the
-dispatcher as an operator of ``c10d``, where the messages of a pass are recorded.  This takes time: it is done in the
-first pass of each phase of a library, and in an untimed pass of every strategy.
+dispatcher as an operator of ``c10d``, where the messages of a pass are recorded.  This takes time:
+it is done in the first pass of each phase of a library, and in an untimed pass of every strategy.
 
 Attribution is that of :mod:`cpbench.parallel.comm`; a broadcast or scatter is sent from its root to
 every other rank, a reduce or gather by every rank to the root.
