@@ -112,13 +112,18 @@ def run(rank: int, size: int, cases: list[Combination]) -> list[Outcome]:
     return [outcome(case, comm) for case in cases]
 
 
+def world_of(case: Combination, size: int) -> World:
+    """The world of one case."""
+    mask = masks.build(case.mask, TOKENS)
+    keys = build_layout(case.layout, TOKENS, size, mask)
+    mask = mask.crop(TOKENS - case.queries, TOKENS, 0, TOKENS)
+    return World.of(case.problem, mask, keys, case.nodes, case.placement)
+
+
 def outcome(case: Combination, comm: Comm) -> Outcome:
     """The outcome of one case on this rank."""
-    mask = masks.build(case.mask, TOKENS)
-    keys = build_layout(case.layout, TOKENS, comm.size, mask)
-    mask = mask.crop(TOKENS - case.queries, TOKENS, 0, TOKENS)
-    world = World.of(case.problem, mask, keys, case.nodes, case.placement)
-    queries = world.queries
+    world = world_of(case, comm.size)
+    queries, keys = world.queries, world.keys
     try:
         work = Attention("bands", case.strategy, world, comm.rank, "cpu")
     except Unsupported as refusal:
