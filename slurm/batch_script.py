@@ -88,7 +88,7 @@ def sbatch_options(
     if batch.ranks:
         ranks_per_node = -(-batch.ranks // max(1, batch.nodes - profile.spare_nodes))
         options["ntasks-per-node"] = str(ranks_per_node)
-        options["cpus-per-task"] = str(profile.cpus_per_rank)
+        options["cpus-per-task"] = str(profile.cores_per_rank)
         gpus = min(ranks_per_node, profile.gpus_per_node)
         if gpus and profile.gpu_gres:
             options["gres"] = ",".join(filter(None, (f"gpu:{gpus}", profile.gres)))

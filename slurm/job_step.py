@@ -134,14 +134,15 @@ def srun_options(
         bad: names of the nodes to exclude.
         agents: whether there is one task per node, which starts the ranks of the node.
     """
-    cores = profile.cpus_per_rank * (ranks_per_node if agents else 1)
+    cores = profile.cores_per_rank * (ranks_per_node if agents else 1)
     options = [f"--cpus-per-task={cores}"]
     if profile.gpus_per_node:
         gpus = min(ranks_per_node, profile.gpus_per_node)
         options.append(f"--gres=gpu:{gpus}" if profile.gpu_gres else f"--gpus-per-node={gpus}")
     if bad:
         options.append(f"--exclude={','.join(bad)}")
-    for name, value in (("cpu-bind", profile.cpu_bind), ("gpu-bind", profile.gpu_bind)):
+    gpu_bind = "" if agents else profile.gpu_bind  # an agent needs the GPUs of all its ranks
+    for name, value in (("cpu-bind", profile.cpu_bind), ("gpu-bind", gpu_bind)):
         if value:
             options.append(f"--{name}={value}")
     container = profile.container

@@ -34,6 +34,7 @@ RANKS = {"srun": "srun", "torchrun": "srun-torchrun", "mpi": "srun-mpi", "mpiexe
 PACKING = ("size", "array", "one")
 CONTAINERS = ("pyxis", "apptainer")
 MAX_TIME_S = 366 * 86400
+CORES_PER_GPU = 4  # threads of a rank: Python, autograd, NCCL's proxy and watchdog, Gloo
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _INTERFACE = re.compile(r"[A-Za-z0-9_.:@-]+")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -67,7 +68,8 @@ class Profile:
         signal_s: seconds before the limit at which the run stops; all results are kept.
         gpus_per_node: ranks per node, if each rank has a GPU.
         ranks_per_node: ranks per node otherwise.
-        cpus_per_rank: cores bound to each rank.
+        cpus_per_rank: cores bound to each rank; 0 for 4 on GPUs, where NCCL has threads of its
+            own beside those of Python, autograd and Gloo, and 1 on CPUs.
         memory: memory of a node to request (``--mem``).
         gpu_memory: memory of a GPU (or of a rank on CPUs); cases that do not fit are not run.
         exclusive: whether jobs request whole nodes.
@@ -77,7 +79,9 @@ class Profile:
         sbatch, srun: additional options, one argument each.
         ranks: what starts the ranks: ``"srun"``, ``"torchrun"`` under srun, ``"mpi"`` (srun's MPI
             support), or ``"mpiexec"`` inside the allocation.
-        cpu_bind, gpu_bind: binding options of srun.
+        cpu_bind, gpu_bind: binding options of srun.  A rank may see all GPUs of its node, or a
+            single one that is bound to it; ``gpu_bind`` is left out where a task of srun starts
+            several ranks (torchrun).
         interface: network interface for the ranks' communication.
         modules: environment modules to load in the job.
         setup: shell lines to run after the modules are loaded, not quoted.
@@ -108,7 +112,7 @@ class Profile:
     signal_s: int = 120
     gpus_per_node: int = 0
     ranks_per_node: int = 0
-    cpus_per_rank: int = 1
+    cpus_per_rank: int = 0
     memory: str = ""
     gpu_memory: str = ""
     exclusive: bool = False
@@ -151,9 +155,8 @@ class Profile:
             raise ValueError("container: kind and image go together")
         if self.device == "cuda" and not self.gpus_per_node:
             raise ValueError('device = "cuda" needs gpus_per_node, how many GPUs a node has')
-        for name in ("chunk", "cpus_per_rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be 1 or more")
+        if self.chunk < 1:
+            raise ValueError(f"chunk = {self.chunk} must be 1 or more")
         if not self.poll_s < math.inf:  # true for nan too
             raise ValueError(f"poll_s = {self.poll_s} must be a number of seconds")
         if not self.scratch.startswith("/"):
@@ -185,6 +188,11 @@ class Profile:
     def rank_device(self) -> str:
         """The device of the ranks: ``"cuda"`` or ``"cpu"``."""
         return self.device or ("cuda" if self.gpus_per_node else "cpu")
+
+    @property
+    def cores_per_rank(self) -> int:
+        """Number of cores bound to each rank."""
+        return self.cpus_per_rank or (CORES_PER_GPU if self.rank_device == "cuda" else 1)
 
     @property
     def launcher(self) -> str:

@@ -6,8 +6,10 @@ All CUDA calls of the measuring code are in :class:`Cuda`, through documented to
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
@@ -385,11 +387,35 @@ def device_shortage(kind: str, local_world_size: int) -> str | None:
     import torch
 
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if available >= local_world_size:
+    bound = available == 1 and len(os.environ.get("CUDA_VISIBLE_DEVICES", ",").split(",")) == 1
+    if bound or available >= local_world_size:
         return None
     return (
         f"this machine needs {local_world_size} CUDA devices, one per rank; torch sees {available}"
     )
+
+
+def shared_gpu(gpus: Sequence[tuple[str, str | None]]) -> str | None:
+    """Why ranks cannot run on the GPUs that they see: several have the same one; None otherwise.
+
+    Args:
+        gpus: host and UUID of each rank's; no UUID on CPUs.
+    """
+    (host, uuid), count = Counter(gpus).most_common(1)[0]
+    if count == 1 or uuid is None:
+        return None
+    return (
+        f"{count} ranks on {host} see only the same GPU, {uuid}: CUDA_VISIBLE_DEVICES must name "
+        "all GPUs of a machine, or one for each of its ranks"
+    )
+
+
+def gpu_index(local_rank: int) -> int:
+    """The index of a rank's GPU among those that it sees: its own number on the machine, or 0 where
+    it sees a single one, which its launcher has bound to it (``gpu_bind`` of a site profile)."""
+    import torch
+
+    return 0 if torch.cuda.device_count() == 1 else local_rank
 
 
 def open_device(kind: str, local_rank: int, threads: int, clock: str = "wall") -> Device:
@@ -402,7 +428,7 @@ def open_device(kind: str, local_rank: int, threads: int, clock: str = "wall") -
         ValueError: for an unknown kind of device.
     """
     if kind == "cuda":
-        return Cuda(local_rank)
+        return Cuda(gpu_index(local_rank))
     if kind == "cpu":
         return Cpu(threads, clock)
     raise ValueError(f"unknown device {kind!r}; available: cpu, cuda")

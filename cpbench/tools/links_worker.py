@@ -22,6 +22,7 @@ import faulthandler
 import itertools
 import json
 import os
+import platform
 import signal
 import sys
 import traceback
@@ -207,7 +208,7 @@ class LinkBenchmark:
 def _measure(job_path: Path, journal: Journal, place: RankPlace) -> None:
     import torch.distributed as dist
 
-    from cpbench.measure.device import device_shortage, open_device
+    from cpbench.measure.device import device_shortage, open_device, shared_gpu
     from cpbench.parallel.comm import Control
     from cpbench.parallel.comm_torch import TorchComm
 
@@ -216,7 +217,11 @@ def _measure(job_path: Path, journal: Journal, place: RankPlace) -> None:
         raise LinkError(reason)
     device = open_device(job.device, place.local_rank, threads=1)
     rendezvous.join_process_group(device.backend, place, job_path)
-    benchmark = LinkBenchmark(job, device, TorchComm(), Control(), journal)
+    control = Control()
+    gpus = control.all_gather((platform.node(), device.gpu_uuid()))
+    if (reason := shared_gpu(gpus)) is not None:
+        raise LinkError(reason)
+    benchmark = LinkBenchmark(job, device, TorchComm(), control, journal)
     if place.rank == 0:
         with JsonLinesWriter(results_path(job_path), sync=False) as results:
             benchmark.run(results)

@@ -86,7 +86,9 @@ class _Worker:
         environment = collect_environment()
         evaluate = self._unsupported
         if self.shortage is None:
-            self.evaluator = evaluator = self._make_evaluator()
+            control = self._join()
+        if self.shortage is None:
+            self.evaluator = evaluator = self._make_evaluator(control)
             evaluate = evaluator.evaluate
             environment["device"] = self.device.describe()
             environment |= self._gang_environment(evaluator.control)
@@ -146,14 +148,22 @@ class _Worker:
                         "measured ms": record.median_us and record.median_us / 1e3}  # fmt: skip
             write_trace(self.job.out, record.case.id, chrome_trace(timelines, metadata))
 
-    def _make_evaluator(self) -> Evaluator:
-        """Join the process group and make the evaluator; collective."""
-        from cpbench.parallel.comm import Control, Transport
-        from cpbench.parallel.comm_torch import TorchComm
-        from cpbench.worker.evaluate import Evaluator
+    def _join(self) -> Control:
+        """Join the process group, and see whether ranks share a GPU; collective."""
+        from cpbench.measure.device import shared_gpu
+        from cpbench.parallel.comm import Control
 
         rendezvous.join_process_group(self.device.backend, self.place, self.path)
         control = Control(timeout_s=rendezvous.GROUP_TIMEOUT_S)
+        self.shortage = shared_gpu(control.all_gather((platform.node(), self.device.gpu_uuid())))
+        return control
+
+    def _make_evaluator(self, control: Control) -> Evaluator:
+        """Make the evaluator; collective."""
+        from cpbench.parallel.comm import Transport
+        from cpbench.parallel.comm_torch import TorchComm
+        from cpbench.worker.evaluate import Evaluator
+
         settings, note = self.job.settings, self.journal.note
         comm: Transport = TorchComm()
         if settings.transport == "mpi":

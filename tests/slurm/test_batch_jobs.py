@@ -134,12 +134,33 @@ def test_containers_and_binding() -> None:
         "--cpus-per-task=12", "--gres=gpu:4", "--exclude=n3", "--cpu-bind=cores",
         "--gpu-bind=none", "--container-image=nvcr.io#x:1", "--container-mounts=/a:/a,/b:/b",
     )  # fmt: skip
-    assert srun_options(site, 4, [], agents=True)[0] == "--cpus-per-task=48"
+    agents = srun_options(site, 4, [], agents=True)
+    assert agents[:3] == ("--cpus-per-task=48", "--gres=gpu:4", "--cpu-bind=cores")
+    assert not any(option.startswith("--gpu-bind") for option in agents)  # they need all GPUs
     assert python_command(site) == ("python3",)
     apptainer = from_table({**table, "container": {**pyxis, "kind": "apptainer"}})
     assert python_command(apptainer) == (
         "apptainer", "exec", "--nv", "--bind", "/a:/a", "--bind", "/b:/b", "nvcr.io#x:1", "python3",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("table", "cores"),
+    [
+        ({"gpus_per_node": 8}, 4),
+        ({"gpus_per_node": 8, "cpus_per_rank": 12}, 12),
+        ({"gpus_per_node": 8, "device": "cpu"}, 1),
+        ({"ranks_per_node": 8}, 1),
+        ({"ranks_per_node": 8, "cpus_per_rank": 2}, 2),
+    ],
+)
+def test_cores_of_a_rank_leave_room_for_nccl(table: dict[str, Any], cores: int) -> None:
+    site = from_table(table)
+    assert srun_options(site, 8, [], agents=False)[0] == f"--cpus-per-task={cores}"
+    assert srun_options(site, 8, [], agents=True)[0] == f"--cpus-per-task={8 * cores}"
+    batch = batch_script.BatchJob(name="job", nodes=1, ranks=8, command=("true",))
+    options = directives(batch_script.render_script(batch, site, Path("/runs")))
+    assert options["--cpus-per-task"] == str(cores)
 
 
 def test_a_gang_runs_on_good_nodes_only() -> None:
