@@ -73,6 +73,16 @@ class HoldsInModule(Reference):
         return super().forward(qkv, plan)
 
 
+class SeesItsGroup(Reference):
+    """Refuses where there is more than one process group of some ranks, that of its own case."""
+
+    def unsupported(self, problem: Any, mask: Any, device: str) -> str | None:
+        from torch.distributed import distributed_c10d as c10d
+
+        names = [name for name in c10d._world.pg_names.values() if name.startswith("cpbench part")]
+        return f"there are {names}" if names[1:] else super().unsupported(problem, mask, device)
+
+
 class HoldsArray(Reference):
     def __init__(self) -> None:
         self.buffers = [np.zeros(48 * MIB, dtype=np.uint8)]
@@ -94,6 +104,7 @@ sets_threads = _info("sets_threads", SetsThreads)
 uses_threads = _info("uses_threads", UsesThreads)
 sets_variable = _info("sets_variable", SetsVariable)
 sees_defaults = _info("sees_defaults", SeesDefaults)
+sees_its_group = _info("sees_its_group", SeesItsGroup)
 holds_workspace = _info("holds_workspace", HoldsWorkspace)
 holds_in_module = _info("holds_in_module", HoldsInModule)
 holds_array = _info("holds_array", HoldsArray)

@@ -72,6 +72,13 @@ def test_the_next_operator_sees_the_state_from_before(records: dict[str, Record]
     assert distortions(records["honest"]) == []
 
 
+def test_process_groups_end_with_the_cases_that_use_them(tmp_path: Path) -> None:
+    """Those of NCCL hold memory of the GPU.  Each case has other pairs of ranks."""
+    methods = {"strategy": "usp:ulysses=2", "placement": ["ring", "ulysses"]}
+    measure = {"interleave": 1, "memory": False, "max_iterations": 1, "min_iterations": 1}
+    _run(tmp_path, ["sees_its_group"], measure, **methods, world_size=4)
+
+
 def test_what_an_operator_keeps_is_part_of_its_peak(records: dict[str, Record]) -> None:
     honest, workspace = records["honest"], records["holds_workspace"]
     assert honest.memory_bytes["held"] == [0]
