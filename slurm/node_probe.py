@@ -23,7 +23,7 @@ def probe_node(out: Path, device: str, ranks: int) -> dict[str, object]:
     the slowest device."""
     import torch
 
-    from cpbench.measure.device import device_shortage
+    from cpbench.measure.device.opening import device_shortage
 
     why = device_shortage(device, ranks)
     slowest = 0.0

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from cpbench.api import Attention
     from cpbench.core.settings import MeasureSettings
-    from cpbench.measure.device import Device
+    from cpbench.measure.device.protocol import Device
     from cpbench.parallel.comm import Comm, Control, Handle, Messages
 
 ROUNDS = 7

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cpbench.measure.device import Device
+    from cpbench.measure.device.protocol import Device
     from cpbench.parallel.comm import Control
 
 REPEATS = 7

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from cpbench.api import Attention
     from cpbench.core.operator import QKV, BackwardInputs, Gradients, OutLse
-    from cpbench.measure.device import Device
+    from cpbench.measure.device.protocol import Device
     from cpbench.parallel.comm import Control, Messages
     from cpbench.parallel.partial_results.accumulators import Planned
 
@@ -215,7 +215,7 @@ class RecordingComm:
         self._comm, self._recorder = comm, recorder
         self._members = members or range(comm.size)  # global ranks
         self.rank, self.size = comm.rank, comm.size
-        self.traffic, self.pause_s = comm.traffic, 0.0
+        self.traffic, self.pause_s, self.meet = comm.traffic, 0.0, comm.meet
         self._use_threads = isinstance(comm, TorchComm) and isinstance(recorder.clock, _HostClock)
 
     def sub(self, ranks: Sequence[int]) -> Comm:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from cpbench.api import Attention
-    from cpbench.measure.device import Device, HostTime
+    from cpbench.measure.device.protocol import Device, HostTime
     from cpbench.parallel.comm import Comm, Control
 
 LATE_WORK_CALLS = 2  # first calls after which it is seen whether work goes on

@@ -83,12 +83,15 @@ class Comm(Protocol):
         rank, size: of this communicator.
         traffic: counters of this rank, shared with its sub-communicators.
         pause_s: sleep after each wait; see cpbench.measure.timing.measure_memory.
+        meet: queues an operation in which the devices of all ranks wait for each other, on the
+            current stream; None where hosts compute, which meet in a barrier.
     """
 
     rank: int
     size: int
     traffic: Traffic
     pause_s: float
+    meet: Callable[[], None] | None
 
     def sub(self, ranks: Sequence[int]) -> Comm:
         """The communicator of a subset of ranks, including this one, numbered in the order given.
@@ -163,6 +166,8 @@ class GroupedComm:
     Args:
         rank, size: of the root communicator.
     """
+
+    meet: Callable[[], None] | None = None
 
     def __init__(self: Self, rank: int, size: int) -> None:
         self._root: Self = self

@@ -61,6 +61,8 @@ class TorchComm(GroupedComm):
         self._dist, self._root_group, self.group = dist, group, group
         self._serial = "nccl" in dist.get_backend(group)
         self._start_group()
+        if self._serial and self.size > 1:
+            self.meet = self._start_group
 
     def _init_part(self) -> None:
         self.group = None
@@ -89,7 +91,8 @@ class TorchComm(GroupedComm):
 
     def _start_group(self) -> None:
         """Send something in a new group of NCCL: its first operation requires every rank, and a
-        ring that skips steps does not provide that; nor is it started in a timed window."""
+        ring that skips steps does not provide that; nor is it started in a timed window.  The
+        current stream waits for it."""
         if self._serial:
             import torch
 

@@ -44,7 +44,7 @@ from cpbench.worker.main import EXIT_FAILED, die_with_parent, failure_status
 from cpbench.worker.rendezvous import RankPlace
 
 if TYPE_CHECKING:
-    from cpbench.measure.device import Device
+    from cpbench.measure.device.protocol import Device
     from cpbench.parallel.comm import Comm, Control
 
 COLLECTIVES = ("all_to_all", "all_gather", "reduce_scatter", "all_reduce")
@@ -208,7 +208,7 @@ class LinkBenchmark:
 def _measure(job_path: Path, journal: Journal, place: RankPlace) -> None:
     import torch.distributed as dist
 
-    from cpbench.measure.device import device_shortage, open_device, shared_gpu
+    from cpbench.measure.device.opening import device_shortage, open_device, shared_gpu
     from cpbench.parallel.comm import Control
     from cpbench.parallel.comm_torch import TorchComm
 

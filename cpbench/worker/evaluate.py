@@ -30,7 +30,7 @@ from cpbench.worker.checks import Checks, recipe_of
 if TYPE_CHECKING:
     import torch
 
-    from cpbench.measure.device import Device
+    from cpbench.measure.device.protocol import Device
     from cpbench.measure.telemetry import Telemetry
     from cpbench.measure.timeline_slices import RankTimeline
     from cpbench.parallel.comm import Control, Transport

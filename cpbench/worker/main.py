@@ -46,7 +46,7 @@ from cpbench.worker import rendezvous
 from cpbench.worker.rendezvous import RankPlace
 
 if TYPE_CHECKING:
-    from cpbench.measure.device import Device
+    from cpbench.measure.device.protocol import Device
     from cpbench.measure.telemetry import Telemetry
     from cpbench.parallel.comm import Control
     from cpbench.worker.evaluate import Evaluator
@@ -61,7 +61,7 @@ class _Worker:
     """One rank of the gang that runs the cases of a job."""
 
     def __init__(self, job: Job, path: Path, journal: Journal, place: RankPlace) -> None:
-        from cpbench.measure.device import device_shortage, open_device
+        from cpbench.measure.device.opening import device_shortage, open_device
 
         self.job, self.path, self.journal, self.place = job, path, journal, place
         local_world_size = place.local_world_size
@@ -150,7 +150,7 @@ class _Worker:
 
     def _join(self) -> Control:
         """Join the process group, and see whether ranks share a GPU; collective."""
-        from cpbench.measure.device import shared_gpu
+        from cpbench.measure.device.opening import shared_gpu
         from cpbench.parallel.comm import Control
 
         rendezvous.join_process_group(self.device.backend, self.place, self.path)

@@ -165,8 +165,8 @@ def sum_partials(
 @triton.jit
 def _add_dkv(k, v, q_source, do_source, b, h, lse_base, delta_base, q_stride, do_stride, col, seq_q,
              dk, dv, scale, first_row, slices, layers, first, last, M: tl.constexpr,
-             N: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, HEAD_DIM: tl.constexpr, V0: tl.constexpr,
-             V1: tl.constexpr, HEAD_DIM_V: tl.constexpr, PRECISION: tl.constexpr,
+             N: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, HEAD_DIM: tl.constexpr,
+             V0: tl.constexpr, V1: tl.constexpr, HEAD_DIM_V: tl.constexpr, PRECISION: tl.constexpr,
              DESCRIPTORS: tl.constexpr, WANTED: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """Add the contribution of one tile of queries to dk and dv, or to the one that is wanted; rows
     of the tile are keys, columns are queries."""

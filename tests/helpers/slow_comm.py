@@ -12,7 +12,7 @@ from typing import Any
 from cpbench import masks
 from cpbench.api import Attention
 from cpbench.core.problem import Problem
-from cpbench.measure.device import Cpu
+from cpbench.measure.device.cpu import Cpu
 from cpbench.parallel.comm import Comm, Handle
 from cpbench.parallel.layout import build
 from cpbench.parallel.world import World
@@ -74,7 +74,7 @@ class SimulatedDevice(Cpu):
         super().__init__(1)
         self._clock = clock
 
-    def time_us(self, work: Callable[[], Any]) -> float:
+    def time_us(self, work: Callable[[], Any], meet: Callable[[], None] | None = None) -> float:
         start = self._clock.now_s
         work()
         return (self._clock.now_s - start) * 1e6

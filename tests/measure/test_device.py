@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cpbench.measure.device import device_shortage, gpu_index, shared_gpu
+from cpbench.measure.device.opening import device_shortage, gpu_index, shared_gpu
 
 
 def see_gpus(monkeypatch: pytest.MonkeyPatch, count: int, visible: str | None) -> None:

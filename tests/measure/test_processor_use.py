@@ -13,7 +13,7 @@ import torch
 from neighbours import neighbours
 
 from cpbench.measure import processor_use
-from cpbench.measure.device import Cpu
+from cpbench.measure.device.cpu import Cpu
 from cpbench.measure.processor_use import (
     ProcessorMeter,
     ProcessorUse,

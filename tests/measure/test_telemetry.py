@@ -165,7 +165,7 @@ from pathlib import Path
 import torch.distributed as dist
 from cpbench.parallel.comm import Control
 from cpbench.parallel.comm_torch import TorchComm
-from cpbench.measure.device import Cpu
+from cpbench.measure.device.cpu import Cpu
 from cpbench.worker.evaluate import Evaluator
 from cpbench.core.problem import Case
 from cpbench.core.settings import MeasureSettings

@@ -25,7 +25,7 @@ from slow_comm import (
 
 from cpbench.inputs import Recipe
 from cpbench.measure import clocks, timeline
-from cpbench.measure.device import Cpu
+from cpbench.measure.device.cpu import Cpu
 from cpbench.measure.timeline_slices import (
     RankTimeline,
     TimelineSlice,

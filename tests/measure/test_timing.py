@@ -14,7 +14,8 @@ import torch
 from cpbench import masks
 from cpbench.core.problem import Case, Problem
 from cpbench.core.settings import MeasureSettings
-from cpbench.measure.device import Cpu, open_device
+from cpbench.measure.device.cpu import Cpu
+from cpbench.measure.device.opening import open_device
 from cpbench.measure.timing import needs_more
 from cpbench.results.record import Record, median_interval, relative_half_width, slowest_us
 
@@ -119,7 +120,7 @@ def test_invalid_settings_are_named(value: Any) -> None:
 def test_missing_nvml_is_an_oserror() -> None:
     import ctypes.util
 
-    from cpbench.measure.device import _NvmlSession
+    from cpbench.measure.device.cuda import _NvmlSession
 
     if ctypes.util.find_library("nvidia-ml"):
         pytest.skip("NVML is available")

@@ -19,7 +19,7 @@ from cpbench.core.environment import usable_cores
 from cpbench.core.operator import declared_refusal
 from cpbench.core.problem import Case
 from cpbench.core.spec import format_size
-from cpbench.measure.device import open_device
+from cpbench.measure.device.opening import open_device
 from cpbench.parallel.comm import Control
 from cpbench.parallel.comm_torch import TorchComm
 from cpbench.sweep import sweep_file

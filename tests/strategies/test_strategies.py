@@ -202,7 +202,7 @@ def test_a_second_group_works_beside_the_first() -> None:
 
 def _peak_bytes(rank: int, size: int, strategy: str) -> int:
     """Peak bytes of forward and backward with 256 local tokens and a full mask."""
-    from cpbench.measure.device import Cpu
+    from cpbench.measure.device.cpu import Cpu
     from cpbench.measure.memory import HeldMemory
     from cpbench.measure.timing import Workload, measure_memory
     from cpbench.parallel.comm import Control

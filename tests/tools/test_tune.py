@@ -17,7 +17,7 @@ from cpbench.kernels.triton.configs import (
     kernel_configs,
     problem_class,
 )
-from cpbench.measure.device import open_device
+from cpbench.measure.device.opening import open_device
 from cpbench.tools.compiler import tuner
 
 PROBLEM = Problem(

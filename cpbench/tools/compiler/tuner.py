@@ -27,7 +27,8 @@ from cpbench.inputs import Recipe
 from cpbench.kernels.triton import configs as triton_configs
 from cpbench.kernels.triton.launch import compile_target, gpu_name
 from cpbench.masks.head_masks import per_head as per_head_of
-from cpbench.measure.device import Device, device_shortage, open_device
+from cpbench.measure.device.opening import device_shortage, open_device
+from cpbench.measure.device.protocol import Device
 from cpbench.results.store import write_atomically
 from cpbench.tools.compiler.aot import SPILLS_OUTSIDE, compile_launch, kernel_launches
 from cpbench.verify.check import make_inputs

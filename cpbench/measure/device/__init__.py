@@ -1,0 +1,1 @@
+"""Devices of ranks: timing, synchronisation, peak memory, cache flushing, flags."""
