@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from cpbench.core.problem import Case, Problem
 
 TENSORS = ("q", "k", "v", "dout")
+CHUNK_ELEMENTS = 1 << 26  # made at a time, since making them may take float32 in between
 NORMAL = Spec("normal")
 
 
@@ -111,19 +112,38 @@ class Recipe:
         batches: Sequence[int],
         heads: Sequence[int],
         device: str,
+        keep_on: str | None = None,
     ) -> torch.Tensor:
-        """Generate rows of a tensor; for arguments and shape see :class:`InputRequest`."""
-        tensor: torch.Tensor = build_generator(self.spec).make(
-            InputRequest(
-                name=name,
-                seed=self.seed,
-                problem=problem,
-                positions=positions,
-                batches=batches,
-                heads=heads,
-                device=device,
+        """Generate rows of a tensor; for arguments and shape see :class:`InputRequest`.
+
+        Args:
+            keep_on: device to which the rows are moved then, if another one.
+        """
+        import torch
+
+        generator, home = build_generator(self.spec), keep_on or device
+
+        def make(part: np.typing.NDArray[np.int64]) -> torch.Tensor:
+            rows: torch.Tensor = generator.make(
+                InputRequest(
+                    name=name,
+                    seed=self.seed,
+                    problem=problem,
+                    positions=part,
+                    batches=batches,
+                    heads=heads,
+                    device=device,
+                )
             )
-        )
+            return rows.to(home)
+
+        step = max(1, CHUNK_ELEMENTS // (len(batches) * len(heads) * problem.head_dim))
+        if len(positions) <= step:
+            return make(positions)
+        shape = (len(batches), len(positions), len(heads), problem.head_dim)
+        tensor = torch.empty(shape, dtype=getattr(torch, problem.dtype), device=home)
+        for start in range(0, len(positions), step):
+            tensor[:, start : start + step] = make(positions[start : start + step])
         return tensor
 
 

@@ -66,7 +66,7 @@ class Captured:
         shift = 0 if only_queries or name != "q" else problem.seq_k - problem.seq_q
         tokens = torch.as_tensor(request.positions + shift)
         # Padding tokens, which are never visible, repeat the last token.
-        rows = x[list(request.batches)].index_select(1, tokens.clamp(max=x.shape[1] - 1))
+        rows = x.index_select(1, tokens.clamp(max=x.shape[1] - 1))[list(request.batches)]
         rows = rows.index_select(2, torch.as_tensor(list(request.heads)))
         return rows.to(device=request.device, dtype=getattr(torch, problem.dtype))
 
