@@ -6,6 +6,7 @@ line is one row or column of one batch and key/value head, which is called a pai
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,7 +19,8 @@ from cpbench.masks.dilated_mask import DilatedMask
 from cpbench.masks.head_masks import Mask, distinct_masks
 from cpbench.masks.slices import IntArray
 from cpbench.verify.check import RankContext, Tensors, as_index
-from cpbench.verify.errors import Errors, Floats, TensorErrorSums, combined_errors
+from cpbench.verify.errors import Errors, ErrorSums, Floats, TensorErrorSums, combined_errors
+from cpbench.verify.fit import chunks, row_products
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 SAMPLED_LINES = 64
 TILES = (64, 128, 256)  # tile sizes whose last, partial tile is always sampled
-QUERY_CHUNK = 1 << 14  # queries of a column that are recomputed at a time
+QUERY_CHUNK = 1 << 14  # queries of a column that are recomputed at a time, at most
 
 
 Statistics = tuple[Floats, Floats]  # lse and delta
@@ -62,15 +64,32 @@ def check_sampled(
         seed: of the choice of lines, the same on all ranks.
         statistics: of :func:`query_statistics`; None to gather them here.
     """
+    statistics = statistics or query_statistics(work, inputs, results, context)
+    compare = functools.partial(
+        _compare_lines, work, results, recipe, seed, context.device, statistics
+    )
+    ranks = context.gather(context.compute(compare))
+    errors = combined_errors([sums for sums, *_ in ranks])
+    return LineErrors(errors, sum(n for _, n, _ in ranks), sum(n for *_, n in ranks))
+
+
+def _compare_lines(
+    work: Attention,
+    results: Tensors,
+    recipe: Recipe,
+    seed: int,
+    device: str,
+    statistics: Statistics | None,
+) -> tuple[ErrorSums, int, int]:
+    """Error sums of the lines of a rank, and the numbers of its rows and columns."""
     import torch
 
     problem, world = work.problem, work.world
-    reference = _ReferenceLines(problem, work.mask, recipe, context.device)
+    reference = _ReferenceLines(problem, work.mask, recipe, device)
     queries, keys = (x.positions(work.rank) for x in (world.queries, world.keys))
     pairs = [(b, g) for b in range(problem.batch) for g in range(problem.heads_kv)]
     rows = sample_lines(work.mask, queries, seed)
     columns = sample_lines(work.mask.transpose(), keys, seed)
-    statistics = statistics or query_statistics(work, inputs, results, context)
     rows_of_pair, columns_of_pair = (
         _assign_to_pairs(lines, len(pairs), work, seed) for lines in (rows, columns)
     )
@@ -104,9 +123,7 @@ def check_sampled(
     num_rows, num_columns = (
         sum(map(len, lines)) for lines in (rows_of_pair, columns_of_pair if statistics else [])
     )
-    ranks = context.gather((sums, num_rows, num_columns))
-    errors = combined_errors([sums for sums, *_ in ranks])
-    return LineErrors(errors, sum(n for _, n, _ in ranks), sum(n for *_, n in ranks))
+    return sums, num_rows, num_columns
 
 
 def _assign_to_pairs(
@@ -151,13 +168,23 @@ def query_statistics(
     checked; None without a backward pass or an lse.  Collective."""
     if not {"dq", "lse"} <= results.keys():
         return None
-    delta = (inputs["dout"].double() * results["out"].double()).sum(-1).transpose(1, 2)
-    own = (results["lse"].double().cpu().numpy(), delta.cpu().numpy())
-    layout = work.world.queries
-    gathered = np.empty((2, *own[0].shape[:2], layout.padded_len))
-    for rank, shard in enumerate(context.gather(own)):
-        gathered[..., layout.positions(rank)] = shard
-    return gathered[0], gathered[1]
+    import torch
+
+    problem, layout = work.problem, work.world.queries
+
+    def own(heads: slice) -> Statistics:
+        dout, out = inputs["dout"][:, :, heads], results["out"][:, :, heads]
+        delta = row_products(dout, out, torch.float64)
+        return results["lse"][:, heads].double().cpu().numpy(), delta.cpu().numpy()
+
+    lse, delta = np.empty((2, problem.batch, problem.heads_q, layout.padded_len))
+    for heads in chunks(problem.heads_q, problem.batch * layout.padded_len):
+        for rank, shards in enumerate(
+            context.gather(context.compute(functools.partial(own, heads)))
+        ):
+            for gathered, shard in zip((lse, delta), shards, strict=True):
+                gathered[:, heads, layout.positions(rank)] = shard
+    return lse, delta
 
 
 class _ReferenceLines:
@@ -199,17 +226,32 @@ class _ReferenceLines:
             if name not in self._kv_cache:
                 tokens = np.arange(self._mask.seq_k)
                 self._kv_cache[name] = self._make_input(name, b, [g], tokens)[:, 0]
-        k_TD, v_TD = (self._kv_cache[name][visible].double() for name in ("k", "v"))
+
+        parts = list(chunks(len(visible), self._problem.head_dim))
+
+        def load(name: str, number: int) -> torch.Tensor:
+            return self._kv_cache[name][visible[parts[number]]].double()
+
+        load_k = functools.lru_cache(maxsize=1)(functools.partial(load, "k"))  # often the only one
         q_RD = self._query_input("q", b, heads, np.array([line]))[:, 0]
-        scale = self._problem.softmax_scale
-        scores_RT = (q_RD @ k_TD.T) * scale
+        scale, backward = self._problem.softmax_scale, self._problem.backward
+        scores_RT = torch.cat([q_RD @ load_k(n).T for n in range(len(parts))], -1) * scale
         lse_R = torch.logsumexp(scores_RT, -1)
         probs_RT = torch.exp(scores_RT - lse_R[:, None])
-        row = {"out": probs_RT @ v_TD, "lse": lse_R}
-        if self._problem.backward:
-            dout_RD = self._query_input("dout", b, heads, np.array([line]))[:, 0]
-            delta_R1 = (dout_RD * row["out"]).sum(-1, keepdim=True)
-            row["dq"] = (probs_RT * (dout_RD @ v_TD.T - delta_R1) * scale) @ k_TD
+        out_RD, dq_RD, dprobs = torch.zeros_like(q_RD), torch.zeros_like(q_RD), []
+        dout_RD = self._query_input("dout", b, heads, np.array([line]))[:, 0] if backward else None
+        for n, part in enumerate(parts):
+            v_TD = load("v", n)
+            out_RD += probs_RT[:, part] @ v_TD
+            if dout_RD is not None:
+                dprobs.append(dout_RD @ v_TD.T)
+        row = {"out": out_RD, "lse": lse_R}
+        if dout_RD is not None:
+            delta_R1 = (dout_RD * out_RD).sum(-1, keepdim=True)
+            for n, part in enumerate(parts):
+                dscores_RT = probs_RT[:, part] * (dprobs[n] - delta_R1) * scale
+                dq_RD += dscores_RT @ load_k(n)
+            row["dq"] = dq_RD
         return row
 
     def column(
@@ -243,8 +285,9 @@ class _ReferenceLines:
         """The queries that see one key, by heads that share a mask, in chunks."""
         for heads in self._head_ranges(g):
             queries = self._visible(self._transposed, heads, line).cpu().numpy()
-            for start in range(0, len(queries), QUERY_CHUNK):
-                yield heads, queries[start : start + QUERY_CHUNK]
+            elements = len(heads) * self._problem.head_dim
+            for part in chunks(len(queries), elements, QUERY_CHUNK):
+                yield heads, queries[part]
 
     def _query_input(self, name: str, b: int, heads: range, tokens: IntArray) -> torch.Tensor:
         """q or dout of some query heads, ``[R, tokens, D]`` float64."""

@@ -10,8 +10,9 @@ No time is reported without it and those at the measured size: lines in ``verify
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 
@@ -24,7 +25,8 @@ from cpbench.masks.head_masks import Mask
 from cpbench.masks.slices import IntArray
 from cpbench.parallel import layout as layouts
 from cpbench.parallel.world import World
-from cpbench.verify.errors import Errors, TensorErrorSums, combined_errors
+from cpbench.verify.errors import Errors, ErrorSums, TensorErrorSums, combined_errors
+from cpbench.verify.fit import DoesNotFit, try_to_fit
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +53,29 @@ class RankContext:
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, in rank order."""
         return self.control.all_gather(value) if self.control else [value]
+
+    def compute(self, function: Callable[[], T]) -> T:
+        """What a check computes on this rank without communication; collective.
+
+        Raises:
+            DoesNotFit: on all ranks, where any of them ran out of memory.
+        """
+        value, failure = try_to_fit(function)
+        self.require_fit(failure)
+        return cast(T, value)
+
+    def require_fit(self, failure: str) -> None:
+        """Agree whether a check fitted in the memory of all ranks; collective.
+
+        Args:
+            failure: how this rank ran out of memory; empty if it did not.
+
+        Raises:
+            DoesNotFit: on all ranks, where any of them has a failure.
+        """
+        for rank, reason in enumerate(self.gather(failure)):
+            if reason:
+                raise DoesNotFit(f"rank {rank}: {reason}")
 
 
 MOST_KEPT_BYTES = 256 << 20  # of a set of inputs
@@ -81,7 +106,8 @@ def make_inputs(
             batches=range(problem.batch),
             heads=range(problem.heads_kv if name in "kv" else problem.heads_q),
             device=device,
-        ).to(keep_on or device)
+            keep_on=keep_on,
+        )
 
     return {name: make(name) for name in ("q", "k", "v", "dout")[: 4 if problem.backward else 3]}
 
@@ -217,21 +243,28 @@ def check_small(work: Attention, recipe: Recipe, context: RankContext) -> Errors
 
     Raises:
         WrongResult: for a result that breaks the contract of operators.
+        DoesNotFit: see :meth:`RankContext.compute`, as from the other checks.
     """
     results = run_checked_pass(work, rank_inputs(work, recipe, context.device), context)
-    reference = _reference_results(work.mask, work.problem, recipe, context.device)
+    compare = functools.partial(_sums_of_small, work, results, recipe, context.device)
+    return combined_errors(context.gather(context.compute(compare)))
+
+
+def _sums_of_small(work: Attention, results: Tensors, recipe: Recipe, device: str) -> ErrorSums:
+    """Error sums of the results of a rank."""
+    reference = _reference_results(work.mask, work.problem, recipe, device)
     sums = {}
     for name, value in results.items():
         layout = work.world.keys if name in ("dk", "dv") else work.world.queries
         positions = layout.positions(work.rank)
         real = np.flatnonzero(positions < layout.seq_len)
         heads_first = value if name == "lse" else value.transpose(1, 2)
-        own = heads_first.index_select(2, as_index(real, context.device))
-        expected = reference[name].to(context.device)
-        expected = expected.index_select(2, as_index(positions[real], context.device))
+        own = heads_first.index_select(2, as_index(real, device))
+        expected = reference[name].to(device)
+        expected = expected.index_select(2, as_index(positions[real], device))
         groups = own.shape[0] * own.shape[1]
         sums[name] = TensorErrorSums.between(own, expected, groups)
-    return combined_errors(context.gather(sums))
+    return sums
 
 
 @functools.lru_cache(maxsize=16)

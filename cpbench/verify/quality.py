@@ -20,6 +20,8 @@ Legend: B batch, S queries, T keys, H query heads, D head dim; X, Y blocks of a 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,12 +30,14 @@ from cpbench.masks.attn_mask import AttnMask
 from cpbench.selectors.common.base import Branch, SelectionResult
 from cpbench.selectors.common.pooling import NO_POOL
 from cpbench.selectors.common.ranking import block_sums, probabilities, upcast
-from cpbench.selectors.common.selection import Blocks, Tokens, dense_mask_rows
+from cpbench.selectors.common.selection import Blocks, Selection, Tokens, dense_mask_rows
+from cpbench.verify.fit import chunks
 
 if TYPE_CHECKING:
     import torch
 
     from cpbench.api import Attention
+    from cpbench.core.problem import Problem
     from cpbench.verify.check import Tensors
 
 SAMPLED_QUERIES = 1024
@@ -50,26 +54,35 @@ def measure_quality(
     names = ("visible", "selected", "mass", "oracle_mass", "rows", "error", "norm")
     sums = dict.fromkeys(names, 0.0)
     has_oracle = len(branches) == 1 and _has_oracle(branches[0])
+    shared = has_oracle and _shares_selection(branches[0].mask)
     sampled = 0
     for begin, end in sampled_spans(mask, branches):
         sampled += end - begin
+        visible_pairs = dense_mask_rows(mask, begin, end, q.device)
         for b in range(len(q)):
-            visible_pairs = dense_mask_rows(mask, begin, end, q.device)
-            scale = work.problem.softmax_scale
-            probs = probabilities(q[b : b + 1, begin:end], k[b : b + 1], visible_pairs, scale)
-            selected = _selected_pairs(branches, b, begin, end, probs) & visible_pairs
-            heads = probs.shape[1]
-            sums["visible"] += float(visible_pairs.sum()) * heads
-            sums["selected"] += float(selected.sum())
-            sums["rows"] += float(visible_pairs.any(-1).sum()) * heads
-            sums["mass"] += float((probs * selected).double().sum())
-            if has_oracle:
-                sums["oracle_mass"] += _oracle_mass(branches[0], b, begin, probs)
-            values = upcast(v[b]).transpose(0, 1).repeat_interleave(work.problem.group, 0)
-            out = (probs[0] @ values).transpose(0, 1)
-            difference = results["out"][b, begin:end].to(out.dtype) - out
-            sums["error"] += float(difference.double().square().sum())
-            sums["norm"] += float(out.double().square().sum())
+            mass: torch.Tensor | float = 0.0
+            for heads, kv in _head_ranges(work.problem, end - begin):
+                own = [_of_heads(branch, b, heads) for branch in branches]
+                own_q, own_k = q[b : b + 1, begin:end, heads], k[b : b + 1, :, kv]
+                probs = probabilities(own_q, own_k, visible_pairs, work.problem.softmax_scale)
+                selected = _selected_pairs(own, begin, end, probs) & visible_pairs
+                num_heads = probs.shape[1]
+                sums["visible"] += float(visible_pairs.sum()) * num_heads
+                sums["selected"] += float(selected.sum())
+                sums["rows"] += float(visible_pairs.any(-1).sum()) * num_heads
+                sums["mass"] += float((probs * selected).double().sum())
+                if has_oracle:
+                    of_blocks, count = _mass_of_blocks(own[0], begin, probs)
+                    mass = of_blocks + mass
+                    if not shared or heads.stop == work.problem.heads_q:
+                        sums["oracle_mass"] += _highest_mass(mass, count)
+                        mass = 0.0
+                values = upcast(v[b, :, kv]).transpose(0, 1)
+                values = values.repeat_interleave(num_heads // len(values), 0)
+                out = (probs[0] @ values).transpose(0, 1)
+                difference = results["out"][b, begin:end, heads].to(out.dtype) - out
+                sums["error"] += float(difference.double().square().sum())
+                sums["norm"] += float(out.double().square().sum())
     if not sums["rows"]:
         return {}
     figures = {
@@ -101,8 +114,30 @@ def _has_oracle(branch: Branch) -> bool:
     )
 
 
+def _shares_selection(selected: AttnMask | Selection) -> bool:
+    """Whether all heads have one selection."""
+    return isinstance(selected, Tokens) and selected.index.shape[1] == 1
+
+
+def _head_ranges(problem: Problem, queries: int) -> Iterator[tuple[slice, slice]]:
+    """Query heads with their key/value heads: so many as are computed at a time for a span of
+    ``queries``, in whole groups, or else single ones."""
+    elements, group = problem.seq_k * max(queries, problem.head_dim), problem.group
+    at_once = next(chunks(problem.heads_q, elements)).stop // group * group or 1
+    for start in range(0, problem.heads_q, at_once):
+        stop = min(start + at_once, problem.heads_q)
+        yield slice(start, stop), slice(start // group, -(-stop // group))
+
+
+def _of_heads(branch: Branch, b: int, heads: slice) -> Branch:
+    """A branch for some heads of one batch."""
+    if isinstance(branch.mask, AttnMask):
+        return branch
+    return replace(branch, mask=branch.mask.of_heads(b, heads))
+
+
 def _selected_pairs(
-    branches: list[Branch], b: int, begin: int, end: int, probs: torch.Tensor
+    branches: list[Branch], begin: int, end: int, probs: torch.Tensor
 ) -> torch.Tensor:
     """``[1, H, n, T]`` booleans: pairs that are selected by any of the branches."""
     import torch
@@ -112,26 +147,30 @@ def _selected_pairs(
         if isinstance(branch.mask, AttnMask):
             selected |= dense_mask_rows(branch.mask, begin, end, probs.device)
         else:
-            selected |= branch.mask.dense_rows(begin, end)[b : b + 1]
+            selected |= branch.mask.dense_rows(begin, end)
     return selected
 
 
-def _oracle_mass(branch: Branch, b: int, begin: int, probs: torch.Tensor) -> float:
-    """The highest mass of any equally many blocks, or keys, per row; summed over rows."""
-    import torch
-
+def _mass_of_blocks(
+    branch: Branch, begin: int, probs: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mass of every block, or key, of each row, ``[H, rows, blocks]``, and how many of them the
+    row selected.  Heads that share their selection share the best one too: they are added up."""
     selected, end = branch.mask, begin + probs.shape[2]
     if isinstance(selected, Tokens):
-        # Heads that share their selection share the best one too.
-        shared = selected.index.shape[1] == 1
-        mass = probs[0].sum(0, True) if shared else probs[0]
-        count = (selected.index[b, :, begin:end] >= 0).sum(-1, True)
-    else:
-        assert isinstance(selected, Blocks)
-        grid = selected.grid
-        mass = block_sums(probs[0], grid.block_q, grid.block_k)
-        rows = slice(begin // grid.block_q, begin // grid.block_q + mass.shape[1])
-        count = (selected.kept[b, :, rows] & grid.allowed[rows]).sum(-1, True)
+        mass = probs[0].sum(0, True) if _shares_selection(selected) else probs[0]
+        return mass, (selected.index[0, :, begin:end] >= 0).sum(-1, True)
+    assert isinstance(selected, Blocks)
+    grid = selected.grid
+    mass = block_sums(probs[0], grid.block_q, grid.block_k)
+    rows = slice(begin // grid.block_q, begin // grid.block_q + mass.shape[1])
+    return mass, (selected.kept[0, :, rows] & grid.allowed[rows]).sum(-1, True)
+
+
+def _highest_mass(mass: torch.Tensor, count: torch.Tensor) -> float:
+    """The highest mass of ``count`` blocks, or keys, of each row; summed over rows."""
+    import torch
+
     ranked = mass.double().sort(dim=-1, descending=True).values
     position = torch.arange(ranked.shape[-1], device=ranked.device)
     return float((ranked * (position < count)).sum())

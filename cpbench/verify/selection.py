@@ -9,6 +9,7 @@ Legend: B batch, S queries, T keys, H query heads, G key/value heads, D head dim
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,8 @@ from cpbench.selectors.common.base import Branch, SelectionResult, Selector
 from cpbench.selectors.common.pooling import Pool
 from cpbench.verify.at_size import sample_lines, visible_keys
 from cpbench.verify.check import RankContext, Tensors, run_pass
-from cpbench.verify.errors import Errors, TensorErrorSums, combined_errors
+from cpbench.verify.errors import Errors, ErrorSums, TensorErrorSums, combined_errors
+from cpbench.verify.fit import chunks
 
 if TYPE_CHECKING:
     import torch
@@ -42,13 +44,17 @@ def run_pass_with_selection(work: Attention, inputs: Tensors) -> tuple[Tensors, 
 def check_small(work: Attention, inputs: Tensors, context: RankContext) -> Errors:
     """Errors of every output and gradient of a small problem."""
     results, selection = run_pass_with_selection(work, inputs)
-    expected = reference_results(selection.branches, inputs, work.problem.softmax_scale)
-    sums = {}
-    for name, value in results.items():
-        heads_first = value if name == "lse" else value.transpose(1, 2)
-        groups = heads_first.shape[0] * heads_first.shape[1]
-        sums[name] = TensorErrorSums.between(heads_first, expected[name], groups)
-    return combined_errors(context.gather(sums))
+
+    def compare() -> ErrorSums:
+        expected = reference_results(selection.branches, inputs, work.problem.softmax_scale)
+        sums = {}
+        for name, value in results.items():
+            heads_first = value if name == "lse" else value.transpose(1, 2)
+            groups = heads_first.shape[0] * heads_first.shape[1]
+            sums[name] = TensorErrorSums.between(heads_first, expected[name], groups)
+        return sums
+
+    return combined_errors(context.gather(context.compute(compare)))
 
 
 def reference_results(branches: tuple[Branch, ...], x: Tensors, scale: float) -> Tensors:
@@ -90,6 +96,14 @@ def check_sampled(
 ) -> Errors:
     """Errors of sampled rows and columns at the measured size, of every batch and head; of rows
     only for a kernel that returns no lse."""
+    compare = functools.partial(_compare_lines, work, inputs, results, selection, seed)
+    return combined_errors(context.gather(context.compute(compare)))
+
+
+def _compare_lines(
+    work: Attention, inputs: Tensors, results: Tensors, selection: SelectionResult, seed: int
+) -> ErrorSums:
+    """Error sums of the sampled lines."""
     import torch
 
     problem, mask = work.problem, work.mask
@@ -114,11 +128,10 @@ def check_sampled(
         for line, (b, g) in _assign_to_heads(columns, heads_kv, seed):
             for name, grad_D in reference.column(b, g, line).items():
                 append(name, results[name][b, line, g], grad_D)
-    sums = {
+    return {
         name: TensorErrorSums.between(torch.cat(actual[name]), torch.cat(expected[name]))
         for name in actual
     }
-    return combined_errors(context.gather(sums))
 
 
 def _assign_to_heads(
@@ -176,7 +189,7 @@ class _ReferenceLines:
         """dk and dv ``[D]`` of one key."""
         import torch
 
-        x, group = self._inputs, self._problem.group
+        x = self._inputs
         scale, tokens = self._problem.softmax_scale, x["k"].shape[1]
         dk_D, dv_D = (torch.zeros_like(x["k"][b, line, g], dtype=torch.float64) for _ in "kv")
         selected = zip(self._selection.prepared, self._selection.results, strict=True)
@@ -189,8 +202,7 @@ class _ReferenceLines:
                 )
                 window = _window_at(branch.pool_k, number * branch.pool_k.stride, tokens)
                 share = 1 / (window.stop - window.start)
-                for h in range(g * group, (g + 1) * group):
-                    rows = _visible_rows(branch, b, h, number, x["q"].device)
+                for h, rows in self._rows_in_chunks(branch, b, g, number):
                     # The operator's own out and lse, which the rows check.
                     batch, head = (0, b * self._problem.heads_q + h) if prepared.folded else (b, h)
                     assert result.lse is not None
@@ -203,6 +215,16 @@ class _ReferenceLines:
                     dv_D += share * (probs @ dout_nD)
                     dk_D += share * ((probs * (dout_nD @ v_D - delta) * scale) @ q_nD)
         return {"dk": dk_D, "dv": dv_D}
+
+    def _rows_in_chunks(
+        self, branch: Branch, b: int, g: int, column: int
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Query heads of a group, each with the rows of a branch that see one of its columns."""
+        group, elements = self._problem.group, branch.pool_q.size * self._problem.head_dim
+        for h in range(g * group, (g + 1) * group):
+            rows = _visible_rows(branch, b, h, column, self._inputs["q"].device)
+            for part in chunks(len(rows), elements):
+                yield h, rows[part]
 
 
 def _window_at(pool: Pool, token: int, tokens: int) -> slice:
@@ -225,9 +247,14 @@ def _window_sums(x_TD: torch.Tensor, pool: Pool, windows: torch.Tensor) -> torch
     tokens = len(x_TD)
     if pool.size == 1:
         return x_TD[windows].double()
-    indices = windows[:, None] * pool.stride + torch.arange(pool.size, device=windows.device)
-    valid = indices < tokens
-    return (x_TD[indices.clamp(max=tokens - 1)].double() * valid[..., None]).sum(1)
+    sums = []
+    for part in chunks(len(windows), pool.size * x_TD.shape[1]):
+        starts = windows[part, None] * pool.stride
+        indices = starts + torch.arange(pool.size, device=windows.device)
+        valid = indices < tokens
+        rows = x_TD[indices.clamp(max=tokens - 1)].double() * valid[..., None]
+        sums.append(rows.sum(1))
+    return torch.cat(sums)
 
 
 def _window_means(x_TD: torch.Tensor, pool: Pool, windows: torch.Tensor) -> torch.Tensor:

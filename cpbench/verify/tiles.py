@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -35,6 +35,7 @@ from cpbench.masks.slices import IntArray
 from cpbench.verify.at_size import Statistics
 from cpbench.verify.check import RankContext, Tensors, as_index
 from cpbench.verify.errors import Errors, TensorErrorSums
+from cpbench.verify.fit import chunks, row_products
 
 if TYPE_CHECKING:
     import torch
@@ -82,8 +83,7 @@ def check_tiles(
     if isinstance(work.mask, DilatedMask) or "lse" not in results:
         return TileErrors({}, 0.0)
     checker = _TileChecker(work, inputs, results, recipe, seed, context.device, statistics)
-    errors, covered = checker.run(seconds)
-    ranks = context.gather((errors, covered))
+    ranks = context.gather(context.compute(functools.partial(checker.run, seconds)))
     return TileErrors(_worst([errors for errors, _ in ranks]), min(covered for _, covered in ranks))
 
 
@@ -103,17 +103,7 @@ class _TileChecker:
         import torch
 
         self._work, self._inputs, self._results, self._recipe = work, inputs, results, recipe
-        self._problem, self._device = work.problem, device
-        # A query that sees nothing has P = 0.
-        self._lse = results["lse"].float()
-        self._lse = self._lse.masked_fill(torch.isneginf(self._lse), torch.inf)
-        if statistics is not None:  # of all queries, in global order
-            self._all_lse, self._all_delta = (
-                torch.as_tensor(x, device=device, dtype=torch.float32) for x in statistics
-            )
-            self._all_lse.masked_fill_(torch.isneginf(self._all_lse), torch.inf)
-            out, dout = results["out"].float(), inputs["dout"].float()
-            self._delta = (dout * out).sum(-1).transpose(1, 2)
+        self._problem, self._device, self._statistics = work.problem, device, statistics
         self._backward = statistics is not None
         self._rng = np.random.default_rng([seed, work.rank])
         signs = self._rng.choice([-1.0, 1.0], size=(self._problem.head_dim, PROJECTIONS))
@@ -176,23 +166,23 @@ class _TileChecker:
 
         g = slice(heads.start // self._problem.group, heads.start // self._problem.group + 1)
         q_RCD = self._own("q", b, heads, chunk) * self._problem.softmax_scale
-        lse_RC1 = self._lse[b, heads][:, chunk.local, None]
-        k_TD, v_TD = (self._all(name, b, g)[0] for name in "kv")
+        lse_RC1 = self._lse(b, heads)[:, chunk.local, None]
+        k_T1D, v_T1D = (self._all(name, b, g) for name in "kv")
         out_basis_TJ, dq_basis_TJ = (self._basis(name, b, g)[0] for name in "vk")
         dout_RCD = delta_RC1 = None
         if self._backward:
             dout_RCD = self._own("dout", b, heads, chunk)
-            delta_RC1 = self._delta[b, heads][:, chunk.local, None]
+            delta_RC1 = self._delta(b, heads)[:, chunk.local, None]
         total_RC1 = torch.zeros_like(lse_RC1)
         out_RCJ, dq_RCJ = (total_RC1.repeat(1, 1, PROJECTIONS) for _ in range(2))
-        for block, hidden in _blocks(chunk, mask, len(k_TD), self._device):
-            probs = (q_RCD @ k_TD[block].T).sub_(lse_RC1).exp_()
+        for block, hidden in _blocks(chunk, mask, len(k_T1D), self._device):
+            probs = (q_RCD @ _rows(k_T1D, block)[0].T).sub_(lse_RC1).exp_()
             if hidden is not None:
                 probs.masked_fill_(hidden, 0.0)
             total_RC1 += probs.sum(-1, keepdim=True)
             out_RCJ += probs @ out_basis_TJ[block]
             if dout_RCD is not None and delta_RC1 is not None:
-                dscores = (dout_RCD @ v_TD[block].T).sub_(delta_RC1).mul_(probs)
+                dscores = (dout_RCD @ _rows(v_T1D, block)[0].T).sub_(delta_RC1).mul_(probs)
                 dq_RCJ += dscores @ dq_basis_TJ[block]
         # P was exp(s - lse) with the operator's own lse: what it should be follows from sums of P.
         sees_C1 = as_index(~mask.empty_rows()[chunk.positions], self._device)[:, None]
@@ -219,16 +209,16 @@ class _TileChecker:
         k_CD = k_CD * self._problem.softmax_scale
         dk_CJ, dv_CJ = (torch.zeros(len(k_CD), PROJECTIONS, device=self._device) for _ in "kv")
         for group_heads, head_mask in self._heads_by_mask(g.start):
-            q_RSD, dout_RSD = (self._all(name, b, group_heads) for name in ("q", "dout"))
+            q_SRD, dout_SRD = (self._all(name, b, group_heads) for name in ("q", "dout"))
             q_basis, dout_basis = (self._basis(name, b, group_heads) for name in ("q", "dout"))
-            lse_R1S, delta_R1S = (x[b, group_heads, None] for x in (self._all_lse, self._all_delta))
-            transposed, queries = head_mask.transpose(), q_RSD.shape[1]
-            for block, hidden in _blocks(chunk, transposed, queries, self._device):
-                probs = (k_CD @ q_RSD[:, block].mT).sub_(lse_R1S[..., block]).exp_()
+            lse_R1S, delta_R1S = (x[:, None] for x in self._all_statistics(b, group_heads))
+            for block, hidden in _blocks(chunk, head_mask.transpose(), len(q_SRD), self._device):
+                probs = (k_CD @ _rows(q_SRD, block).mT).sub_(lse_R1S[..., block]).exp_()
                 if hidden is not None:
                     probs.masked_fill_(hidden, 0.0)
                 dv_CJ += (probs @ dout_basis[:, block]).sum(0)
-                dscores = (v_CD @ dout_RSD[:, block].mT).sub_(delta_R1S[..., block]).mul_(probs)
+                dscores = v_CD @ _rows(dout_SRD, block).mT
+                dscores = dscores.sub_(delta_R1S[..., block]).mul_(probs)
                 dk_CJ += (dscores @ q_basis[:, block]).sum(0)
         expected = {"dk": dk_CJ[None] * self._problem.softmax_scale, "dv": dv_CJ[None]}
         return self._compare(b, g, chunk, expected)
@@ -252,28 +242,76 @@ class _TileChecker:
         x = self._inputs[name][b][as_index(chunk.local, self._device)]
         return x[:, heads].transpose(0, 1).float()
 
-    def _all(self, name: str, b: int, heads: slice) -> torch.Tensor:
-        """All tokens of an input in global order, ``[heads, T, D]`` float32, cached."""
-        key = f"{name} {heads}"
+    # What all chunks of one batch and key/value head have in common, of one range of its heads.
+
+    def _cached(self, key: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         if key not in self._cache:
-            world, chosen = self._work.world, range(heads.start, heads.stop)
-            tokens = (world.keys if name in "kv" else world.queries).seq_len
-            if world.size == 1:
-                x = self._inputs[name][b, :tokens, heads]
-            else:
-                x = self._recipe.make(
-                    name, self._problem, np.arange(tokens), batches=[b], heads=chosen,
-                    device=self._device,
-                )[0]  # fmt: skip
-            self._cache[key] = x.transpose(0, 1).float().contiguous()
+            self._cache[key] = make()
         return self._cache[key]
 
+    def _lse(self, b: int, heads: slice) -> torch.Tensor:
+        """Of own queries, ``[heads, tokens]``; infinite where P = 0, as a query sees nothing."""
+        return self._cached(f"lse {heads}", lambda: _seen(self._results["lse"][b, heads].float()))
+
+    def _delta(self, b: int, heads: slice) -> torch.Tensor:
+        """Of own queries, ``[heads, tokens]`` float32."""
+        import torch
+
+        dout, out = (x[b : b + 1, :, heads] for x in (self._inputs["dout"], self._results["out"]))
+        return self._cached(f"delta {heads}", lambda: row_products(dout, out, torch.float32)[0])
+
+    def _all_statistics(self, b: int, heads: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """lse, as :meth:`_lse`, and delta of all queries, in global order; ``[heads, S]``."""
+        import torch
+
+        assert self._statistics is not None
+        lse, delta = (x[b, heads] for x in self._statistics)
+        convert = functools.partial(torch.as_tensor, device=self._device, dtype=torch.float32)
+        return (
+            self._cached(f"all lse {heads}", lambda: _seen(convert(lse))),
+            self._cached(f"all delta {heads}", lambda: convert(delta)),
+        )
+
+    def _all(self, name: str, b: int, heads: slice) -> torch.Tensor:
+        """All tokens of an input in global order, ``[T, heads, D]``; in their own dtype, since they
+        are many."""
+        world, chosen = self._work.world, range(heads.start, heads.stop)
+        tokens = (world.keys if name in "kv" else world.queries).seq_len
+        if world.size == 1:
+            return self._inputs[name][b, :tokens, heads]
+
+        def make() -> torch.Tensor:
+            return self._recipe.make(
+                name, self._problem, np.arange(tokens), batches=[b], heads=chosen,
+                device=self._device,
+            )[0]  # fmt: skip
+
+        return self._cached(f"{name} {heads}", make)
+
     def _basis(self, name: str, b: int, heads: slice) -> torch.Tensor:
-        """The projections of an input, ``[heads, T, J]``, cached."""
-        key = f"{name} {heads} projected"
-        if key not in self._cache:
-            self._cache[key] = self._all(name, b, heads) @ self._signs_DJ
-        return self._cache[key]
+        """The projections of an input, ``[heads, T, J]``."""
+        import torch
+
+        x = self._all(name, b, heads)
+
+        def make() -> torch.Tensor:
+            parts = chunks(len(x), x[:1].numel())
+            return torch.cat([_rows(x, part) @ self._signs_DJ for part in parts], 1)
+
+        return self._cached(f"{name} {heads} projected", make)
+
+
+def _rows(x_TRD: torch.Tensor, part: slice) -> torch.Tensor:
+    """Some tokens as ``[R, tokens, D]`` float32, contiguous."""
+    return x_TRD[part].transpose(0, 1).contiguous().float()
+
+
+def _seen(lse: torch.Tensor) -> torch.Tensor:
+    """With infinity for minus infinity, by which P = exp(s - lse) is 0 for a query that sees
+    nothing."""
+    import torch
+
+    return lse.masked_fill(torch.isneginf(lse), torch.inf)
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,11 @@ import numpy as np
 
 from cpbench.verify.check import Tensors, contract_breach
 from cpbench.verify.fingerprint import Fingerprint, Fingerprinter, describe_difference
+from cpbench.verify.fit import try_to_fit
 
 if TYPE_CHECKING:
+    import torch
+
     from cpbench.api import Attention
 
 # The inputs and results that have the signs of k, and those that have the signs of v.
@@ -34,7 +37,7 @@ class InputVariants:
     Args:
         work: the computation.
         first, second: the two sets of inputs.  The tensors of the first are changed in place; those
-            of the second may be in host memory.
+            of the second may be in host memory, or {} without a second set.
         seed: of the signs; the same on all ranks.
         tolerance: by how much the results of two calls may differ, relative to the norm of a tile;
             0 for operators whose results are equal to the last bit.
@@ -43,6 +46,7 @@ class InputVariants:
     Attributes:
         inputs: the present inputs, always the same tensors.
         expected: as the argument, with what :meth:`expect` has added.
+        unfit: how the comparison of a call ran out of memory; empty if none did.
     """
 
     def __init__(
@@ -62,7 +66,15 @@ class InputVariants:
         self._swapped = False
         self._signs: Tensors = {}
         self.expected = dict(expected)
-        self._calls, self._mismatch = 0, ""
+        self._calls, self._mismatch, self.unfit = 0, "", ""
+        # Kept, so that a swap never fails half-way for want of memory.
+        windows = [x[:, : _swap_step(x)].numel() for x in second.values()]
+        self._buffer = first["q"].new_empty(max(windows, default=0))
+
+    @property
+    def has_second(self) -> bool:
+        """Whether there is a second set of inputs."""
+        return bool(self._others)
 
     def fingerprint(self) -> Fingerprint:
         """Of the present inputs, without their signs."""
@@ -73,17 +85,18 @@ class InputVariants:
         self.expected[self._swapped] = self._fingerprinter.take(results)
 
     def swap(self) -> None:
-        """Exchange the two sets of inputs, without signs."""
+        """Exchange the two sets of inputs, without signs; nothing without a second set."""
         self._apply_signs({})
+        if not self._others:
+            return
         self._swapped = not self._swapped
         for name, x in self.inputs.items():
-            other = self._others[name]
-            step = max(1, SWAP_BYTES // max(1, x[:, :1].nbytes))
+            step = _swap_step(x)
             for start in range(0, x.shape[1], step):
-                window = slice(start, start + step)
-                kept = x[:, window].clone()
-                x[:, window].copy_(other[:, window])
-                other[:, window].copy_(kept)
+                own, other = (y[:, start : start + step] for y in (x, self._others[name]))
+                kept = self._buffer[: own.numel()].view(own.shape).copy_(own)
+                own.copy_(other)
+                other.copy_(kept)
 
     def before_call(self) -> None:
         """Change the inputs for the next call."""
@@ -100,14 +113,15 @@ class InputVariants:
         self._apply_signs(signs)
 
     def after_call(self, results: Tensors) -> None:
-        """Compare the results of a call with the checked ones."""
+        """Compare the results of a call with the checked ones, where these are known."""
         self._calls += 1
-        if self._mismatch:
+        if self._mismatch or self.unfit:
             return
         reason = contract_breach(results, self.inputs)
-        if reason is None:
-            taken = self._fingerprinter.take(results, self._signs)
-            reason = describe_difference(self.expected[self._swapped], taken, self._tolerance)
+        expected = self.expected.get(self._swapped)
+        if reason is None and expected is not None:
+            taken, self.unfit = try_to_fit(lambda: self._fingerprinter.take(results, self._signs))
+            reason = describe_difference(expected, taken or {}, self._tolerance)
         if reason is not None:
             self._mismatch = f"call {self._calls} did not return what the checked one did: {reason}"
 
@@ -118,6 +132,7 @@ class InputVariants:
             self.swap()
         self._apply_signs({})
         self._others = {}
+        self._buffer = self._buffer.new_empty(0)
         return self._mismatch
 
     def _apply_signs(self, signs: Tensors) -> None:
@@ -127,3 +142,8 @@ class InputVariants:
                 if old_or_new is not None:
                     x.mul_(old_or_new)
         self._signs = signs
+
+
+def _swap_step(x: torch.Tensor) -> int:
+    """Tokens of an input that are swapped at a time."""
+    return max(1, SWAP_BYTES // max(1, x[:, :1].nbytes))

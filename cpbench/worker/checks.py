@@ -5,9 +5,11 @@ All methods are collective: ranks agree on what was found.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,9 +17,10 @@ import numpy as np
 from cpbench.core import tolerance
 from cpbench.core.registry import OperatorInfo
 from cpbench.inputs import Recipe
-from cpbench.results.record import APPROXIMATE
+from cpbench.results.record import APPROXIMATE, UNCHECKED
 from cpbench.verify import at_size, check, fingerprint, quality, tiles
 from cpbench.verify import selection as check_selection
+from cpbench.verify.fit import DoesNotFit
 from cpbench.verify.variants import InputVariants
 
 if TYPE_CHECKING:
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 
 SECOND_SEED = 1 << 48  # added to the seed of the inputs for the second set
 MAX_SECOND_SHARE = 0.03  # of a GPU's memory: larger second sets of inputs are in host memory
+FINGERPRINT = "the comparison of timed calls"
 TILE_PASSES, MIN_TILE_SECONDS = 3, 1.0  # time limit of the check of tiles: passes, at least seconds
 
 
@@ -58,52 +62,66 @@ class Checks:
         """Check a computation of ``check.reduced_world`` in full."""
         self._report_phase("check")
         recipe = recipe_of(record.case)
-        if reduced.op.info.selects:
-            inputs = check.rank_inputs(reduced, recipe, self._context.device)
-            errors = check_selection.check_small(reduced, inputs, self._context)
-        else:
-            errors = check.check_small(reduced, recipe, self._context)
-        self._store("small", errors, reduced.op.info, record)
+        with _may_not_fit("the small check", record):
+            if reduced.op.info.selects:
+                inputs = check.rank_inputs(reduced, recipe, self._context.device)
+                errors = check_selection.check_small(reduced, inputs, self._context)
+            else:
+                errors = check.check_small(reduced, recipe, self._context)
+            self._store("small", errors, reduced.op.info, record)
 
-    def check_at_size(
+    def check_at_size(self, work: Attention, inputs: check.Tensors, record: Record) -> Expected:
+        """Run a pass at the measured size and check its results; returns what timed calls have to
+        return for these inputs, where calls are timed."""
+        work.op.pairs = 0
+        check_results = self._check_selection if work.op.info.selects else self._check_results
+        results = check_results(work, inputs, record)
+        expected: Expected = {}
+        if self._settings.time:
+            take = functools.partial(fingerprint.Fingerprinter(work).take, results)
+            with _may_not_fit(FINGERPRINT, record):
+                expected[False] = self._context.compute(take)
+        return expected
+
+    def _check_results(
         self, work: Attention, inputs: check.Tensors, record: Record
     ) -> check.Tensors:
-        """Run a pass at the measured size and check its results; returns them."""
+        """Run a pass and check lines and tiles of its results; returns them."""
         case, context = record.case, self._context
-        work.op.pairs = 0
-        if work.op.info.selects:
-            return self._check_selection(work, inputs, record)
         start = time.monotonic()
         results = check.run_checked_pass(work, inputs, context)
         seconds = max(context.gather(time.monotonic() - start))
         record.balance = context.gather(work.op.pairs)
         if self._settings.check_sampled and case.seq_len > check.SMALL_TOKENS:
             self._report_phase("check at size")
-            statistics = at_size.query_statistics(work, inputs, results, context)
-            self._check_lines(work, inputs, results, recipe_of(case), record, statistics)
             limit = max(TILE_PASSES * seconds, MIN_TILE_SECONDS)
             if self._settings.thorough:
                 limit = self._settings.timeout_s / 2
-            checked = tiles.check_tiles(
-                work, inputs, results, recipe_of(case), self._seed, limit, context, statistics
-            )
-            self._store("tiles", checked.errors, work.op.info, record)
-            record.checked["tiles"] = checked.covered
+            with _may_not_fit("the check at size", record):
+                statistics = at_size.query_statistics(work, inputs, results, context)
+                self._check_lines(work, inputs, results, recipe_of(case), record, statistics)
+                checked = tiles.check_tiles(
+                    work, inputs, results, recipe_of(case), self._seed, limit, context, statistics
+                )
+                self._store("tiles", checked.errors, work.op.info, record)
+                record.checked["tiles"] = checked.covered
         if self._errors_grow(record):
             record.flags.append("error-grows")
         return results
 
     def make_variants(
-        self, work: Attention, inputs: check.Tensors, results: check.Tensors, record: Record
+        self, work: Attention, inputs: check.Tensors, expected: Expected, record: Record
     ) -> InputVariants:
         """Variants of the inputs for timed calls, after a check of the second set.
 
         Args:
-            results: the checked results for ``inputs``.
+            expected: what :meth:`check_at_size` returned for ``inputs``.
         """
-        variants = self._new_variants(work, inputs, record, {})
-        variants.expect(results)
-        record.fingerprint = self._summarize(variants.expected[False])
+        if expected:
+            record.fingerprint = self._summarize(expected[False])
+        variants = self._new_variants(work, inputs, record, expected)
+        if not variants.has_second:
+            return variants
         variants.swap()
         if work.op.info.selects:
             results, selection = check_selection.run_pass_with_selection(work, variants.inputs)
@@ -111,10 +129,11 @@ class Checks:
         else:
             results = check.run_checked_pass(work, variants.inputs, self._context)
             if self._settings.check_sampled and record.case.seq_len > check.SMALL_TOKENS:
-                self._check_lines(
-                    work, variants.inputs, results, second_recipe_of(record.case), record
-                )
-        variants.expect(results)
+                recipe = second_recipe_of(record.case)
+                with _may_not_fit("the check at size", record):
+                    self._check_lines(work, variants.inputs, results, recipe, record)
+        with _may_not_fit(FINGERPRINT, record):
+            self._context.compute(lambda: variants.expect(results))
         variants.swap()
         return variants
 
@@ -124,18 +143,34 @@ class Checks:
         """Variants of the inputs for a later turn, with the results of an earlier one."""
         return self._new_variants(work, inputs, record, expected)
 
+    def finish(self, variants: InputVariants, record: Record) -> str:
+        """End the comparison of timed calls; returns what was found on this rank, or an empty
+        text."""
+        mismatch = variants.finish()
+        with _may_not_fit(FINGERPRINT, record):
+            self._context.require_fit(variants.unfit)
+        return mismatch
+
     def _new_variants(
         self, work: Attention, inputs: check.Tensors, record: Record, expected: Expected
     ) -> InputVariants:
         device, keep_on = self._context.device, None
         if device == "cuda" and _share_of_memory(inputs) > MAX_SECOND_SHARE:
             keep_on = "cpu"
-        second = check.rank_inputs(work, second_recipe_of(record.case), device, keep_on)
         # With several threads, libraries may divide the work by the load of the machine.
         one_thread = device != "cpu" or self._settings.threads == 1
         exact = work.op.info.deterministic and one_thread
         allowed = fingerprint.tolerance(record.case.dtype, exact)
-        return InputVariants(work, inputs, second, self._seed, allowed, expected)
+
+        def variants(second: check.Tensors) -> InputVariants:
+            return InputVariants(work, inputs, second, self._seed, allowed, expected)
+
+        recipe = second_recipe_of(record.case)
+        with _may_not_fit("a second set of inputs", record):
+            return self._context.compute(
+                lambda: variants(check.rank_inputs(work, recipe, device, keep_on))
+            )
+        return variants({})
 
     def _summarize(self, own: fingerprint.Fingerprint) -> dict[str, list[float]]:
         """The fingerprint of all ranks together, for the record."""
@@ -175,8 +210,10 @@ class Checks:
         self._check_selected_lines(work, inputs, results, selection, record)
         if self._settings.quality and record.status == "ok":
             self._report_phase("quality")
-            figures = quality.measure_quality(work, inputs, results, selection)
-            record.quality = {name: x for name, x in figures.items() if math.isfinite(x)}
+            measure = functools.partial(quality.measure_quality, work, inputs, results, selection)
+            with _may_not_fit("the quality of the selection", record):
+                figures = self._context.compute(measure)
+                record.quality = {name: x for name, x in figures.items() if math.isfinite(x)}
         return results
 
     def _check_selected_lines(
@@ -193,10 +230,11 @@ class Checks:
             raise check.WrongResult(reason)
         case = record.case
         if self._settings.check_sampled and case.seq_len > check.SELECTION_TOKENS:
-            errors = check_selection.check_sampled(
-                work, inputs, results, selection, case.seed + self._seed, self._context
-            )
-            self._store("sampled", errors, work.op.info, record)
+            with _may_not_fit("the check at size", record):
+                errors = check_selection.check_sampled(
+                    work, inputs, results, selection, case.seed + self._seed, self._context
+                )
+                self._store("sampled", errors, work.op.info, record)
 
     def _store(self, name: str, errors: Errors, info: OperatorInfo, record: Record) -> None:
         """Store the errors of a check, the larger ones if it was made before; the record becomes
@@ -216,6 +254,18 @@ class Checks:
         if not {"small", "sampled"} <= record.errors.keys():
             return False
         return tolerance.grows(record.errors["small"], record.errors["sampled"], record.case.dtype)
+
+
+@contextlib.contextmanager
+def _may_not_fit(what: str, record: Record) -> Iterator[None]:
+    """Part of the checks: where it does not fit in memory beside the case, the case goes on without
+    it, ``unchecked``."""
+    try:
+        yield
+    except DoesNotFit as error:
+        record.flags = sorted({*record.flags, UNCHECKED})
+        note = f"{UNCHECKED}: {what} did not fit in memory: {error}"
+        record.notes = sorted({*record.notes, note})
 
 
 def recipe_of(case: Case) -> Recipe:

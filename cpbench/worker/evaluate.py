@@ -146,10 +146,9 @@ class Evaluator:
             self._report_phase("first call")
             first_us = timing.measure_first_call(workload, self._device, self.control)
             record.first_call_us = self.control.max(first_us)
-        results = self._checks.check_at_size(work, inputs, record)
+        expected = self._checks.check_at_size(work, inputs, record)
         if record.status == "ok" and self._settings.time:
-            variants = self._checks.make_variants(work, inputs, results, record)
-            del results
+            variants = self._checks.make_variants(work, inputs, expected, record)
             if turns > 1:
                 self._expected[case.id] = variants.expected
         if record.status == "ok" and self._settings.time:
@@ -220,6 +219,7 @@ class Evaluator:
         paces_us = zip(record.pace_us, turn.pace_us, strict=True)
         record.pace_us = [[*old, *new] for old, new in paces_us]
         record.flags = sorted({*record.flags, *turn.flags})
+        record.notes = sorted({*record.notes, *turn.notes})
         record.telemetry = [
             max(ranks, key=lambda summary: summary.get("samples", 0))
             for ranks in zip(record.telemetry, turn.telemetry, strict=True)
@@ -316,7 +316,7 @@ class Evaluator:
             flags.add("launch-bound")
         if not (settings.check_small and settings.check_sampled):
             flags.add(UNCHECKED)
-        mismatch = variants.finish()
+        mismatch = self._checks.finish(variants, record)
         memory: dict[str, int] = {}
         if settings.memory:
             self._report_phase("memory")

@@ -42,6 +42,7 @@ from cpbench.results.store import (
     StoreError,
     write_trace,
 )
+from cpbench.verify.fit import is_out_of_memory, one_line
 from cpbench.worker import rendezvous
 from cpbench.worker.rendezvous import RankPlace
 
@@ -54,7 +55,6 @@ if TYPE_CHECKING:
 EXIT_FAILED = 70  # this rank failed on a case; the cause is in its journal
 MPI_POLL_S = 50e-6  # interval of polling for MPI messages where there are more ranks than cores
 UNSAVED_S = 30.0  # of measuring a case in turns, before its record is written as unfinished
-REASON_CHARS = 400  # the log has the full text
 
 
 class _Worker:
@@ -255,19 +255,7 @@ def failure_status(error: BaseException) -> tuple[str, str]:
     """Status (``store``, ``oom`` or ``crash``) and reason, one line, of a failure."""
     if isinstance(error, StoreError):
         return "store", str(error)
-    lines = f"{type(error).__name__}: {error}".splitlines()
-    reason = " ".join(next(line for line in lines if line.strip()).split())[:REASON_CHARS]
-    oom_messages = (
-        "out of memory",
-        "can't allocate memory",
-        "cannot allocate memory",
-        "bad_alloc",
-        "alloc_failed",
-    )
-    text = str(error).lower()
-    if isinstance(error, MemoryError) or any(message in text for message in oom_messages):
-        return "oom", reason
-    return "crash", reason
+    return "oom" if is_out_of_memory(error) else "crash", one_line(error)
 
 
 def main(argv: list[str]) -> int:

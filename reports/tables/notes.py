@@ -32,7 +32,7 @@ FLAG_MEANINGS = {
     "memory-gap": "used memory that torch did not allocate: peak too low",
     "untracked-traffic": "sent more than its communicator counted",
     "error-grows": "errors at size are well above those of the small check",
-    UNCHECKED: "not checked against float64: not ranked",
+    UNCHECKED: "a check was off or did not fit in memory, see notes in the records: not ranked",
     UNFINISHED: "interrupted between its turns; repeat the command to resume",
 }
 

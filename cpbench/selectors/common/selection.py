@@ -158,6 +158,11 @@ class Blocks:
             selected = selected | self.columns[:, :, None]
         return selected & dense_mask_rows(self.grid.mask, begin, end, device)
 
+    def of_heads(self, b: int, heads: slice) -> Blocks:
+        """The selection of some heads of one batch."""
+        columns = None if self.columns is None else self.columns[b : b + 1, heads]
+        return Blocks(self.grid, self.kept[b : b + 1, heads], columns)
+
     def visible_keys(self, b: int, h: int, query: int) -> torch.Tensor:
         """Indices of the keys that one query attends to."""
         import torch
@@ -239,6 +244,11 @@ class Tokens:
         rows = torch.zeros(shape, dtype=torch.bool, device=index.device)
         rows.scatter_(3, torch.where(index < 0, self.seq_k, index), True)
         return rows[..., : self.seq_k].expand(-1, self.heads, -1, -1)
+
+    def of_heads(self, b: int, heads: slice) -> Tokens:
+        """As :meth:`Blocks.of_heads`."""
+        own = slice(None) if self.index.shape[1] == 1 else heads
+        return Tokens(self.mask, self.index[b : b + 1, own], len(range(self.heads)[heads]))
 
     def visible_keys(self, b: int, h: int, query: int) -> torch.Tensor:
         """As :meth:`Blocks.visible_keys`."""
