@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cpbench.core.operator import BackwardInputs
+from cpbench.kernels.libraries.adapter import missing_backward
 from cpbench.kernels.sdpa import Fused, Plan
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ class Flash(Fused):
     """FlashAttention-2 in torch."""
 
     def unsupported(self, problem: Problem, mask: SlicedMask, device: str) -> str | None:
-        return _head_dim_refusal("sdpa.flash", problem)
+        reason = missing_backward(problem)
+        return f"sdpa.flash {reason}" if reason else _multiple_of_8("sdpa.flash", problem)
 
     def _forward(self, qkv: QKV, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
@@ -65,7 +67,9 @@ class Cudnn(Fused):
     """cuDNN's fused attention in torch."""
 
     def unsupported(self, problem: Problem, mask: SlicedMask, device: str) -> str | None:
-        return _head_dim_refusal("sdpa.cudnn", problem)
+        if problem.seq_k == 1:
+            return "sdpa.cudnn takes no single key"
+        return _multiple_of_8("sdpa.cudnn", problem)
 
     def _forward(self, qkv: QKV, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
@@ -163,7 +167,8 @@ def _expand_bias(bias_ST: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor 
     return None if bias_ST is None else bias_ST.expand(q.shape[0], q.shape[1], -1, -1)
 
 
-def _head_dim_refusal(name: str, problem: Problem) -> str | None:
+def _multiple_of_8(name: str, problem: Problem) -> str | None:
+    """Why the head dimension does not suit a kernel, or None."""
     if problem.head_dim % 8:
         return f"{name} needs head_dim a multiple of 8, not {problem.head_dim}"
     return None

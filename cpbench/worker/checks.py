@@ -211,7 +211,7 @@ class Checks:
         if self._settings.quality and record.status == "ok":
             self._report_phase("quality")
             measure = functools.partial(quality.measure_quality, work, inputs, results, selection)
-            with _may_not_fit("the quality of the selection", record):
+            with _may_not_fit("the quality of the selection", record, flags=()):
                 figures = self._context.compute(measure)
                 record.quality = {name: x for name, x in figures.items() if math.isfinite(x)}
         return results
@@ -257,14 +257,16 @@ class Checks:
 
 
 @contextlib.contextmanager
-def _may_not_fit(what: str, record: Record) -> Iterator[None]:
+def _may_not_fit(
+    what: str, record: Record, flags: tuple[str, ...] = (UNCHECKED,)
+) -> Iterator[None]:
     """Part of the checks: where it does not fit in memory beside the case, the case goes on without
-    it, ``unchecked``."""
+    it, with a note and ``flags``."""
     try:
         yield
     except DoesNotFit as error:
-        record.flags = sorted({*record.flags, UNCHECKED})
-        note = f"{UNCHECKED}: {what} did not fit in memory: {error}"
+        record.flags = sorted({*record.flags, *flags})
+        note = f"{'' if not flags else f'{UNCHECKED}: '}{what} did not fit in memory: {error}"
         record.notes = sorted({*record.notes, note})
 
 

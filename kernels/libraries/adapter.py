@@ -273,6 +273,17 @@ class PackedAdapter(Adapter):
         return dq, dk, dv
 
 
+def missing_backward(problem: Problem) -> str | None:
+    """Why torch's FlashAttention-2 has no backward pass on this GPU, to follow its name; None if it
+    has.  Source: ``check_requires_grad_and_head_dim_gt192_constraints_on_sm86_89_or_120``."""
+    small = compute_capability() in ((8, 6), (8, 7), (8, 8), (8, 9), (12, 0), (12, 1))
+    if small and problem.backward and 192 < problem.head_dim <= 224:
+        return (
+            f"has no backward pass for head_dim 193 to 224 on this GPU, so not {problem.head_dim}"
+        )
+    return None
+
+
 def misread_bound(mask: AttnMask) -> str | None:
     """Why FlashAttention-2 does not take a mask; None if it does.
 

@@ -15,7 +15,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from cpbench.core.registry import OperatorInfo
-from cpbench.kernels.libraries.adapter import Limits, PackedAdapter, PackedPlan, misread_bound
+from cpbench.kernels.libraries.adapter import (
+    Limits,
+    PackedAdapter,
+    PackedPlan,
+    misread_bound,
+    missing_backward,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +50,9 @@ class FlashAttnTorch(PackedAdapter):
 
     name = "flash_attn.torch"
     limits = Limits(min_capability=(8, 0), head_dim_multiple=8, max_head_dim=256)
+
+    def device_refusal(self, problem: Problem, mask: AttnMask) -> str | None:
+        return missing_backward(problem)
 
     def format_refusal(self, problem: Problem, mask: AttnMask) -> str | None:
         return misread_bound(mask)

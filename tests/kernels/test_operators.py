@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from typing import Any
 
 import naive
 import pytest
 import torch
+from adapters import set_capability
 
 import cpbench
 from cpbench import masks
@@ -161,6 +163,7 @@ def _problem(**changes: object) -> Problem:
         ("flex", {}, "cpu", "no backward pass on cpu; use direction fwd"),
         ("bands", {"head_dim": 512}, "cpu", "head_dim up to 256, not 512"),
         ("sdpa.cudnn", {"dtype": "float16", "deterministic": True}, "cuda", "not deterministic"),
+        ("sdpa.cudnn", {"dtype": "float16", "head_dim": 136}, "cuda", "head_dim up to 128"),
         ("bands", {"softcap": 5.0}, "cpu", "softcap is not built yet"),
     ],
 )
@@ -168,6 +171,32 @@ def test_refusals_say_why(name: str, changes: dict, device: str, words: str) -> 
     reason = declared_refusal(registry.operator_info(name), _problem(**changes), device)
     assert reason is not None
     assert words in reason
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "capability", "words"),
+    [
+        ("sdpa.cudnn", {"seq_k": 1}, (9, 0), "no single key"),
+        ("sdpa.cudnn", {"head_dim": 60}, (9, 0), "a multiple of 8, not 60"),
+        ("sdpa.flash", {"head_dim": 60}, (9, 0), "a multiple of 8, not 60"),
+        ("sdpa.flash", {"head_dim": 200}, (8, 9), "no backward pass for head_dim 193 to 224"),
+        ("sdpa.flash", {"head_dim": 200}, (9, 0), None),
+        ("sdpa.flash", {"head_dim": 200, "direction": "fwd"}, (8, 9), None),
+        ("sdpa.flash", {"head_dim": 256}, (12, 0), None),
+        ("flash_attn.torch", {"head_dim": 208}, (8, 6), "no backward pass for head_dim 193 to 224"),
+        ("flash_attn.torch", {"head_dim": 208}, (8, 0), None),
+    ],
+)
+def test_what_gpus_do_not_take_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, changes: dict, capability: Any, words: str | None
+) -> None:
+    set_capability(monkeypatch, capability)
+    problem = _problem(dtype="bfloat16", **changes)
+    operator = registry.implementation(registry.operator_info(name), {})
+    seq_q, seq_k = problem.seq_q, problem.seq_k
+    mask = AttnMask.from_slices(seq_q, seq_k, [(0, seq_q, 0, seq_k, -99, 99)])
+    reason = operator.unsupported(problem, mask, "cuda")
+    assert (reason is None) if words is None else words in reason
 
 
 def test_a_dense_mask_that_does_not_fit_is_refused_with_its_size() -> None:
