@@ -55,11 +55,11 @@ step triton 90 cpbench verify --device cuda --operator triton_band,triton_block_
     --mask causal,sliding_window_causal:window=40 --dtype bfloat16 --out "$folder/triton"
 step quick 180 cpbench verify --quick --device cuda --out "$folder/quick"
 step tune 60 cpbench tune --device cuda --head-dim 128 --seq-len 8k
-bench dense 60 --operator triton_band,sdpa.flash,sdpa.cudnn,flash_attn.2,flash_attn.3 \
+bench dense 60 --operator triton_band,sdpa.flash,sdpa.cudnn,flash_attn.torch,flash_attn.3 \
     --mask causal,full --seq-len 16k "${big[@]}"
 bench block_sparse 40 --operator triton_block_sparse,bands --seq-len 16k "${big[@]}" \
     --mask block_sparse_uniform:keep=0.2
-bench documents 40 --operator triton_band,bands,flash_attn.2,flash_attn.3 --seq-len 16k "${big[@]}" \
+bench documents 40 --operator triton_band,bands,flash_attn.torch,flash_attn.3 --seq-len 16k "${big[@]}" \
     --mask causal_document:corpus=pile
 bench flex 40 --operator flex,triton_band --mask sliding_window_causal:window=1024 --seq-len 8k \
     "${big[@]}"
