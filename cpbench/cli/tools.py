@@ -235,15 +235,18 @@ def tune(
     seq_len: Annotated[str, typer.Option(metavar="TOKENS", help="Sequence length.")] = "8k",
     num_heads_q: Annotated[str, typer.Option(metavar="HEADS", help="Query heads.")] = "32",
     num_heads_kv: Annotated[str, typer.Option(metavar="HEADS", help="Key/value heads.")] = "8",
+    kernel: Annotated[
+        str, list_option(help="Kernels to tune, such as backward_dkv; all of them if empty.")
+    ] = "",
     device: OnDevice = None,
     as_json: AsJson = False,
 ) -> None:
     """Autotune the Triton kernels on this GPU.
 
-    Measures the configurations that compile without large spills and saves the fastest. They are
+    Measures the configurations without spills in their hot loops and saves the fastest. They are
     used from then on, for this GPU model, head_dim and dtype.
     """
-    from cpbench.sweep.sweep_file import expand_table, parse_integer
+    from cpbench.sweep.sweep_file import expand_table, parse_integer, split_list
     from cpbench.tools.compiler import compilation
 
     with user_input():
@@ -259,7 +262,10 @@ def tune(
         )  # fmt: skip
         problem = dataclasses.asdict(case.problem)
         rows = []
-        for row in compilation.tune(operator, str(case.mask), problem, device_name(device)):
+        kernels = split_list(kernel) if kernel else []
+        for row in compilation.tune(
+            operator, str(case.mask), problem, device_name(device), kernels
+        ):
             rows.append(row)
             if not as_json:
                 print("  ".join(f"{value:.1f} us" if key == "us" else f"{value}"

@@ -54,7 +54,7 @@ step doctor 60 cpbench doctor
 step triton 90 cpbench verify --device cuda --operator triton_band,triton_block_sparse \
     --mask causal,sliding_window_causal:window=40 --dtype bfloat16 --out "$folder/triton"
 step quick 180 cpbench verify --quick --device cuda --out "$folder/quick"
-step tune 60 cpbench tune --device cuda --head-dim 128 --seq-len 8k
+step tune 90 cpbench tune --device cuda --head-dim 128 --seq-len 8k --kernel backward_dkv
 bench dense 60 --operator triton_band,sdpa.flash,sdpa.cudnn,flash_attn.torch,flash_attn.3 \
     --mask causal,full --seq-len 16k "${big[@]}"
 bench block_sparse 40 --operator triton_block_sparse,bands --seq-len 16k "${big[@]}" \

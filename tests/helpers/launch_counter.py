@@ -8,6 +8,7 @@ fused merge, which is no operator of torch, the same is counted from its argumen
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,6 +18,11 @@ from torch.utils._pytree import tree_leaves
 
 from cpbench.parallel.partial_results import merge as merging
 
+ROWS: dict[str, Callable[[list[Any], list[Any]], Any]] = {
+    "index_select": lambda inputs, outputs: outputs[0],
+    "index_copy_": lambda inputs, outputs: inputs[3],
+    "index_add_": lambda inputs, outputs: inputs[3],
+}
 FREE = {"empty", "empty_like", "new_empty", "empty_strided", "detach", "alias", "lift_fresh"}
 
 
@@ -40,7 +46,10 @@ class LaunchCounter(TorchDispatchMode):
         if not is_view and name not in FREE:
             reads = not name.startswith("new_") and not name.endswith("_like")
             inputs = [*tree_leaves(args), *tree_leaves(kwargs)] if reads else []
-            self.count(name, inputs, tree_leaves(result))
+            outputs = tree_leaves(result)
+            if name in ROWS:  # of the whole tensor it touches those that are written or read
+                inputs, outputs = [ROWS[name](inputs, outputs)], [ROWS[name](inputs, outputs)]
+            self.count(name, inputs, outputs)
         return result
 
     def count(self, name: str, inputs: list[Any], outputs: list[Any]) -> None:

@@ -74,6 +74,33 @@ def test_another_class_is_added_and_a_wrong_result_is_not_selected(
     }  # fmt: skip
 
 
+def test_one_kernel_is_tuned_and_what_was_saved_of_others_is_kept(cache: Path) -> None:
+    device = open_device("cpu", 0, 1)
+    key, saved = problem_class("interpreter", 16, 4, False), Config(64, 64, 4, 1)
+    cache.parent.mkdir()
+    cache.write_text(json.dumps({key: {"forward": vars(saved), "backward_dq": vars(saved)}}))
+    grid = {**GRID, "launches": (1, 2)}
+    rows = list(tuner.tune("triton_band", "causal", PROBLEM, device, grid, ["backward_dkv"]))
+    measured = [row["config"] for row in rows if "us" in row]
+    assert sorted(measured) == [
+        "32x32 w2 s1", "32x32 w2 s1 each", "64x32 w2 s1", "64x32 w2 s1 each"
+    ]  # fmt: skip
+    assert {row["kernel"] for row in rows} == {"backward_dkv"}
+    tuned = kernel_configs("interpreter", 16, 4, gpu="interpreter")
+    assert tuned["forward"] == tuned["backward_dq"] == saved
+    assert str(tuned["backward_dkv"]) in measured
+
+
+def test_candidates_repeat_no_work_and_begin_with_the_shipped_one() -> None:
+    shipped = kernel_configs("cuda:90", 128, 2)["backward_dkv"]
+    candidates = tuner._candidates("backward_dkv", "cuda:90", shipped, tuner.GRID)
+    assert candidates[0] == shipped
+    assert {(c.rows, c.num_warps) for c in candidates} == {(64, 4), (128, 4), (128, 8)}
+    assert {c.launches for c in candidates} == {1, 2}
+    older = tuner._candidates("forward", "cuda:80", shipped, tuner.GRID)
+    assert {(c.descriptors, c.launches) for c in older} == {(0, 1)}
+
+
 def test_a_damaged_file_is_named(cache: Path) -> None:
     cache.parent.mkdir()
     cache.write_text('{"x": 3}')
@@ -86,5 +113,7 @@ def test_tune_without_a_gpu_is_refused(capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().err == (
         "cpbench: tune needs a GPU, and there is none; the shipped configurations are used\n"
     )
+    assert cli.invoke(["tune", "--kernel", "backward"]) == 2
+    assert "--kernel: 'backward' is not one of forward, backward_dq" in capsys.readouterr().err
     assert cli.invoke(["tune", "--operator", "bands"]) == 2
     assert "'bands' is not one of" in capsys.readouterr().err

@@ -124,7 +124,7 @@ def compile_launch(launch: Launch, target: str) -> dict[str, Any]:
     row["matrix_instruction"] = next((i for i in chip.instructions if i in assembly), "")
     row["blocks_per_processor"] = _blocks(row, chip, cuda)
     row["occupancy"] = round(row["blocks_per_processor"] * launch.num_warps / chip.warps, 3)
-    row["rows"] = launch.constants.get("M", 0)
+    row["tile"] = (launch.constants.get("M", 0), launch.constants.get("N", 0))
     row["verdict"] = _verdict(row, chip, launch.multiplies)
     return row
 
@@ -139,8 +139,9 @@ def _verdict(row: dict[str, Any], chip: Chip, multiplies: bool) -> str:
     if row["tensor_columns"] > TENSOR_COLUMNS:
         columns = row["tensor_columns"]
         return f"broken: needs {columns} columns of tensor memory, limit {TENSOR_COLUMNS}"
-    if multiplies and row["warps"] * ROWS_PER_WARP > row["rows"]:
-        return f"repeats work: {row['warps']} warps for {row['rows']} rows"
+    rows, _ = row["tile"]
+    if multiplies and row["warps"] * ROWS_PER_WARP > rows:
+        return f"repeats work: {row['warps']} warps for {rows} rows"
     if not row["spill_bytes"]:
         return "ok"
     hot = row.get("hot_local_bytes")

@@ -13,6 +13,7 @@ from cpbench.core import registry
 from cpbench.core.environment import usable_cores
 from cpbench.core.problem import DTYPES
 from cpbench.core.subprocess_call import read_reply, subprocesses
+from cpbench.kernels.triton.configs import KERNELS
 
 TARGETS = (
     "cuda:80", "cuda:86", "cuda:89", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942", "hip:gfx950"
@@ -91,22 +92,41 @@ def _request_key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def tune(
-    operator: str, mask: str, problem: dict[str, Any], device: str
+    operator: str, mask: str, problem: dict[str, Any], device: str, kernels: Sequence[str] = ()
 ) -> Iterator[dict[str, Any]]:
     """Run ``cpbench.tools.compiler.tuner`` and yield its rows as they are measured.
+
+    Args:
+        kernels: to tune; all of ``KERNELS`` if empty.
 
     Raises:
         ValueError: for a request that the tuner refuses, or without a GPU.
         RuntimeError: if the tuner dies.
     """
+    for kernel in kernels:
+        if kernel not in KERNELS:
+            raise ValueError(f"--kernel: {kernel!r} is not one of {', '.join(KERNELS)}")
     if device != "cuda":
         raise ValueError("tune needs a GPU, and there is none; the shipped configurations are used")
     request = {"operator": operator, "mask": mask, "problem": problem, "device": device}
+    request["kernels"] = list(kernels)
     with subprocesses(_TUNER, [request], without=INTERPRETER_VARIABLES) as [tuner]:
         assert tuner.process.stdout is not None
         for line in tuner.process.stdout:
             yield json.loads(line)
         read_reply(tuner, "tuning")
+
+
+def _matrix_use(row: dict[str, Any]) -> str:
+    """The matrix instruction of a kernel, and how many a warp issues in the hot loop for each tile
+    of 64 x 64 scores."""
+    name: str = row.get("matrix_instruction", "").partition(".")[0]
+    if not row.get("matrix_instructions"):
+        return name
+    rows, cols = row["tile"]
+    return (
+        f"{name}, {row['matrix_instructions'] * 64 / rows * 64 / cols:.3g} a warp for 64x64 scores"
+    )
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -120,7 +140,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "tensor cols": row.get("tensor_columns", "") or "",
             "summary": "; ".join(filter(None, [
                 f"{row['config']}: {row['verdict']}",
-                row.get("matrix_instruction", "").partition(".")[0],
+                _matrix_use(row),
                 f"occupancy {100 * row['occupancy']:.0f} %" if "occupancy" in row else "",
             ])),
         }

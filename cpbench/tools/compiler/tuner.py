@@ -15,7 +15,7 @@ import itertools
 import json
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cpbench import masks
@@ -30,7 +30,12 @@ from cpbench.masks.head_masks import per_head as per_head_of
 from cpbench.measure.device.opening import device_shortage, open_device
 from cpbench.measure.device.protocol import Device
 from cpbench.results.store import write_atomically
-from cpbench.tools.compiler.aot import SPILLS_OUTSIDE, compile_launch, kernel_launches
+from cpbench.tools.compiler.aot import (
+    ROWS_PER_WARP,
+    SPILLS_OUTSIDE,
+    compile_launch,
+    kernel_launches,
+)
 from cpbench.verify.check import make_inputs
 
 REPEATS = 15
@@ -38,15 +43,22 @@ GRID = {
     "rows": (64, 128),
     "cols": (32, 64, 128),
     "num_warps": (4, 8),
-    "num_stages": (1, 2, 3, 4),
+    "num_stages": (2, 3, 4),
     "descriptors": (0, 1),
-    "launches": (1,),
+    "launches": (1, 2),  # of backward_dkv
 }
-SMALL_GRID = {**GRID, "rows": (32, 64), "cols": (32,), "num_warps": (4,), "num_stages": (1,)}
+SMALL_GRID = {
+    **GRID, "rows": (32, 64), "cols": (32,), "num_warps": (2,), "num_stages": (1,), "launches": (1,)
+}  # fmt: skip
 
 
 def tune(
-    operator: str, mask: str, problem: Problem, device: Device, grid: dict[str, tuple[int, ...]]
+    operator: str,
+    mask: str,
+    problem: Problem,
+    device: Device,
+    grid: dict[str, tuple[int, ...]],
+    kernels: Sequence[str] = triton_configs.KERNELS,
 ) -> Iterator[dict[str, Any]]:
     """Measure every configuration and save the fastest of each kernel.
 
@@ -55,6 +67,7 @@ def tune(
         mask: to measure on.
         problem: to measure; the result is used for its dtype and head_dim.
         grid: values of each field of a configuration.
+        kernels: to tune; what was saved of the others is kept.
 
     Yields:
         A row per configuration, and one per kernel with the fastest (``chosen``).
@@ -71,15 +84,12 @@ def tune(
     benchmark = _ConfigBenchmark(implementation(info, {}), built, problem, device)
     itemsize = DTYPE_BYTES[problem.dtype]
     shipped = triton_configs.kernel_configs(target, problem.head_dim, itemsize, per_head)
-    best = dict(shipped)
+    key = triton_configs.problem_class(gpu, problem.head_dim, itemsize, per_head)
+    best = {**shipped, **triton_configs.tuned_configs().get(key, {})}
     benchmark.set_reference(shipped)
-    for kernel in triton_configs.KERNELS:
+    for kernel in kernels:
         timings: list[tuple[float, Any]] = []
-        grid_of_kernel = grid | ({"launches": (1, 2)} if kernel == "backward_dkv" else {})
-        for values in itertools.product(*grid_of_kernel.values()):
-            config = triton_configs.Config(**dict(zip(grid_of_kernel, values, strict=True)))
-            if config.descriptors and target.startswith("cuda") and int(target[5:]) < 90:
-                continue
+        for config in _candidates(kernel, target, shipped[kernel], grid):
             row: dict[str, Any] = {"kernel": kernel, "config": str(config)}
             reason = _compile_refusal(operator, target, problem, kernel, config)
             if reason is None:
@@ -90,7 +100,26 @@ def tune(
         if timings:
             best[kernel] = min(timings, key=lambda timing: timing[0])[1]
         yield {"kernel": kernel, "chosen": str(best[kernel]), "table": str(shipped[kernel])}
-        _save(triton_configs.problem_class(gpu, problem.head_dim, itemsize, per_head), best)
+        _save(key, best)
+
+
+def _candidates(
+    kernel: str, target: str, shipped: Any, grid: dict[str, tuple[int, ...]]
+) -> list[Any]:
+    """The configurations of a grid for a kernel, without those that repeat work or that the target
+    has no copy engine for; the shipped one first, if it is one of them."""
+    grid = grid if kernel == "backward_dkv" else {**grid, "launches": (1,)}
+    older = target.startswith("cuda") and int(target.partition(":")[2]) < 90
+    configs = [
+        triton_configs.Config(**dict(zip(grid, values, strict=True)))
+        for values in itertools.product(*grid.values())
+    ]
+    configs = [
+        config
+        for config in configs
+        if config.num_warps * ROWS_PER_WARP <= config.rows and not (older and config.descriptors)
+    ]
+    return sorted(configs, key=lambda config: config != shipped)
 
 
 def _save(key: str, best: dict[str, Any]) -> None:
@@ -204,7 +233,8 @@ def main() -> int:
         if (shortage := device_shortage(request["device"], 1)) is not None:
             raise ValueError(f"tune needs a GPU: {shortage}")
         device = open_device(request["device"], 0, 1)
-        for row in tune(request["operator"], request["mask"], problem, device, GRID):
+        kernels = request["kernels"] or triton_configs.KERNELS
+        for row in tune(request["operator"], request["mask"], problem, device, GRID, kernels):
             print(json.dumps(row), flush=True)
     except ValueError as refusal:
         print(refusal, file=sys.stderr)
