@@ -192,8 +192,9 @@ def compile_(
 ) -> int:
     """Compile the Triton kernels ahead of time, for any GPU.
 
-    Shows registers, spills, shared and tensor memory and the matrix instruction of each kernel.
-    Exits with 1 if a kernel is broken: no matrix instruction, or more memory than the GPU has.
+    Shows registers, spills, shared and tensor memory and the matrix instructions of each kernel.
+    Exits with 1 if a kernel is broken (no matrix instruction, more memory than the GPU has), spills
+    in loops with matrix instructions, or has warps that compute the same.
     """
     from cpbench.sweep.sweep_file import parse_integer, split_list
     from cpbench.tools.compiler import compilation
@@ -211,7 +212,7 @@ def compile_(
         )  # fmt: skip
     rows = compilation.compile_kernels(requests)
     print_rows(rows if as_json else compilation.table(rows), as_json)
-    return 1 if any(row["verdict"].startswith("broken") for row in rows) else 0
+    return 0 if all(map(compilation.compiles_well, rows)) else 1
 
 
 @commands.command()

@@ -46,41 +46,56 @@ class Config:
 
 INTERPRETER_CONFIG = Config(128, 64, 4, 1)
 
-# By target and head_dim, padded to a power of two: forward, backward_dq, backward_dkv, for elements
-# of two bytes.  Up to head_dim 128 none of them spills.  dK/dV at head_dim 256 fits only in tiles
-# too small for the own matrix instructions of Hopper and Blackwell.  Warp specialization is not
-# requested: in loops over lists Triton 3.7 fails to compile it, or ignores it.
+# By target and largest head_dim: forward, backward_dq, backward_dkv, for elements of two bytes.  No
+# loop with matrix instructions spills, and no two warps compute the same (``cpbench compile``): on
+# Ampere and Hopper a warp has 16 rows, and four share an own matrix instruction of Hopper.  Warp
+# specialization is not requested: in loops over lists Triton 3.7 fails to compile it, or ignores
+# it.
 _CONFIGS_2_BYTES: dict[str, dict[int, tuple[Config, Config, Config]]] = {
     "cuda:80": {
-        64: (Config(128, 64, 4, 3), Config(64, 64, 4, 3), Config(64, 32, 4, 3)),
-        128: (Config(128, 64, 8, 3), Config(64, 64, 4, 2), Config(64, 64, 8, 2)),
-        256: (Config(64, 64, 8, 2), Config(64, 32, 8, 1), Config(32, 32, 4, 2)),
+        64: (Config(128, 128, 8, 3), Config(64, 64, 4, 3), Config(128, 64, 8, 3)),
+        96: (Config(128, 64, 8, 3), Config(128, 32, 8, 2), Config(128, 32, 8, 2)),
+        128: (Config(128, 64, 8, 3), Config(64, 64, 4, 2), Config(64, 32, 4, 3)),
+        192: (Config(128, 32, 8, 2), Config(64, 16, 4, 2), Config(64, 16, 4, 2, launches=2)),
+        256: (Config(64, 32, 4, 2), Config(64, 32, 4, 2), Config(64, 32, 4, 2, launches=2)),
     },
     "cuda:86": {  # less shared memory than sm_80
-        64: (Config(64, 64, 4, 3), Config(64, 64, 4, 3), Config(64, 32, 4, 3)),
-        128: (Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 8, 2)),
-        256: (Config(64, 32, 8, 2), Config(64, 32, 8, 1), Config(32, 32, 4, 2)),
+        64: (Config(128, 128, 8, 3), Config(64, 64, 4, 3), Config(128, 64, 8, 3)),
+        96: (Config(128, 64, 8, 3), Config(128, 32, 8, 2), Config(128, 32, 8, 2)),
+        128: (Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 32, 4, 3)),
+        192: (Config(64, 32, 4, 1), Config(32, 16, 2, 2), Config(32, 16, 2, 2, launches=2)),
+        256: (Config(64, 32, 4, 2), Config(32, 16, 2, 2), Config(32, 16, 2, 2, launches=2)),
     },
     "cuda:90": {
-        64: (Config(128, 128, 8, 3, 1), Config(128, 64, 8, 2, 1), Config(128, 64, 8, 2, 1)),
-        128: (Config(128, 128, 8, 2, 1), Config(128, 64, 8, 2, 1), Config(64, 64, 8, 2, 1)),
-        256: (Config(128, 64, 8, 2, 1), Config(64, 64, 8, 2, 1), Config(32, 32, 4, 2)),
+        64: (Config(128, 128, 8, 3, 1), Config(128, 128, 8, 3, 1), Config(128, 128, 8, 2, 1)),
+        96: (Config(128, 128, 8, 3, 1), Config(128, 128, 8, 2, 1), Config(128, 64, 8, 3, 1)),
+        128: (Config(128, 128, 8, 3, 1), Config(128, 128, 8, 2, 1), Config(128, 64, 8, 3, 1)),
+        192: (Config(128, 64, 8, 3, 1), Config(128, 64, 8, 2, 1), Config(128, 64, 8, 2, 1, 2)),
+        256: (Config(128, 64, 8, 2, 1), Config(128, 32, 8, 2, 1), Config(128, 32, 8, 2, 1, 2)),
     },
     "cuda:100": {
         64: (Config(128, 128, 8, 2, 1), Config(128, 64, 8, 2, 1), Config(128, 64, 8, 2, 1)),
-        128: (Config(128, 128, 8, 2, 1), Config(128, 64, 8, 2, 1), Config(64, 64, 8, 2, 1)),
-        256: (Config(64, 64, 8, 2, 1), Config(64, 64, 8, 2, 1), Config(32, 32, 4, 2, 1)),
+        96: (Config(128, 128, 8, 2, 1), Config(128, 64, 8, 2, 1), Config(128, 64, 8, 2, 1)),
+        128: (Config(128, 128, 8, 2, 1), Config(128, 64, 8, 2, 1), Config(128, 64, 8, 2, 1)),
+        192: (Config(128, 64, 8, 2, 1), Config(64, 64, 8, 2, 1), Config(64, 32, 8, 2, 1, 2)),
+        256: (Config(64, 64, 8, 2, 1), Config(128, 32, 8, 1, 1), Config(64, 64, 8, 1, 1, 2)),
     },
     "hip:gfx942": {
         64: (Config(128, 64, 4, 1), Config(64, 64, 4, 1), Config(64, 64, 4, 1)),
         128: (Config(128, 64, 4, 1), Config(64, 64, 4, 1), Config(64, 32, 4, 1)),
-        256: (Config(64, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
+        256: (Config(64, 32, 4, 1), Config(32, 32, 2, 1), Config(32, 32, 2, 1)),
     },
 }
 
 
-# With lists per head the forward pass takes more registers on Ampere.
-_FORWARD_PER_HEAD = {("cuda:80", 64): Config(128, 64, 8, 3), ("cuda:80", 128): Config(64, 64, 4, 3)}
+# With lists per head some kernels take more registers.
+_PER_HEAD = {
+    ("cuda:80", 192): {"forward": Config(64, 32, 4, 1)},
+    ("cuda:80", 256): {"backward_dq": Config(64, 32, 4, 1)},
+    ("cuda:100", 256): {
+        "forward": Config(64, 32, 4, 2, 1), "backward_dkv": Config(64, 32, 8, 1, 1, 2)
+    },
+}  # fmt: skip
 
 
 def head_parts(head_dim: int) -> tuple[int, int]:
@@ -131,8 +146,8 @@ def kernel_configs(
         by_dim = _CONFIGS_2_BYTES[_table_target(target)]
         key = (_table_target(target), min(dim for dim in by_dim if dim >= head_dim))
         configs = dict(zip(KERNELS, by_dim[key[1]], strict=True))
-        if per_head and key in _FORWARD_PER_HEAD:
-            configs["forward"] = _FORWARD_PER_HEAD[key]
+        if per_head:
+            configs |= _PER_HEAD.get(key, {})
         if item_bytes > 2:  # a tile takes twice the memory
             configs = {name: _halved(config) for name, config in configs.items()}
     if gpu:
@@ -162,7 +177,8 @@ def problem_class(gpu: str, head_dim: int, item_bytes: int, per_head: bool) -> s
 def _halved(config: Config) -> Config:
     rows = max(config.rows // 2, 32)
     warps = min(config.num_warps, rows // 16)
-    return Config(rows, max(config.cols // 2, 32), warps, 1, launches=config.launches)
+    cols = min(config.cols, max(config.cols // 2, 32))
+    return Config(rows, cols, warps, 1, launches=config.launches)
 
 
 def _table_target(target: str) -> str:

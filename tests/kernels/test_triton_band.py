@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from itertools import pairwise
+from typing import Any
 
 import naive
 import numpy as np
@@ -17,6 +18,8 @@ from hypothesis import strategies as st
 
 import cpbench
 from cpbench import masks
+from cpbench.kernels.triton import configs as triton_configs
+from cpbench.kernels.triton import launch as triton_launch
 from cpbench.kernels.triton.plan import MIN_SPLIT_TILES, TilePlan, grouped_order, plan_tiles
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.sweep.verification import MASKS, SEQ_LEN
@@ -181,9 +184,47 @@ def test_half_precision_at_131_tokens_in_two_batches(mask: str, dtype: torch.dty
     compare(masks.build(mask, 131), "triton_band", (2, 2, 1, 64), dtype)
 
 
-@pytest.mark.parametrize("head_dim", [16, 96, 128, 192, 256])
+@pytest.mark.parametrize("head_dim", [16, 40, 72, 96, 128, 192, 256])
 def test_head_dims(head_dim: int) -> None:
     compare(masks.build("causal", 83), "triton_band", (1, 2, 1, head_dim), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "parts"),
+    [(8, (16, 0)), (16, (16, 0)), (24, (32, 0)), (40, (32, 16)), (80, (64, 16)), (96, (64, 32)),
+     (112, (128, 0)), (128, (128, 0)), (160, (128, 32)), (192, (128, 64)), (256, (256, 0))],
+)  # fmt: skip
+def test_a_head_dimension_is_divided_where_that_pads_less(
+    head_dim: int, parts: tuple[int, int]
+) -> None:
+    assert triton_configs.head_parts(head_dim) == parts
+
+
+@pytest.mark.parametrize("head_dim", [16, 96])
+@pytest.mark.parametrize("operator", ["triton_band", "triton_band:descriptors=1"])
+def test_dk_and_dv_in_a_launch_each(operator: str, head_dim: int) -> None:
+    mask = masks.build("sliding_window_causal", 150, window=40)
+    separator = "," if ":" in operator else ":"
+    compare(mask, f"{operator}{separator}launches=2", (1, 4, 2, head_dim), torch.float32)
+
+
+@pytest.mark.parametrize(("heads", "group"), [(6, 1), (6, 3), (5, 1), (1, 1)])
+def test_every_head_is_in_one_section(
+    heads: int, group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sections of several whole groups, of which the last may have fewer, compute all heads."""
+    sizes, section = [], triton_launch._section
+
+    def recorded(*args: Any) -> int:
+        sizes.append(section(*args))
+        return sizes[-1]
+
+    monkeypatch.setattr(triton_launch, "_section", recorded)
+    monkeypatch.setattr(triton_launch, "INTERPRETER_CACHE_BYTES", 4 * 2 * 70 * 16 * 4 * 2)
+    shape = (1, heads, heads // group, 16)
+    compare(masks.build("causal", 70), "triton_band", shape, torch.float32)
+    assert all(size % group == 0 for size in sizes[:2])
+    assert (heads // group > 2) == any(size < heads for size in sizes[:2])
 
 
 @pytest.mark.parametrize("extents", [(1, 300), (37, 211), (130, 61)], ids=str)
@@ -232,7 +273,7 @@ def test_backward_is_deterministic() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match="block_q = 48 must be a power of two from 16 on"):
+    with pytest.raises(ValueError, match="block_q = 48 must be a power of two from 16 to 256"):
         cpbench.attention(*_tiny(), masks.build("causal", 8), operator="triton_band:block_q=48")
     before = os.environ.pop("TRITON_INTERPRET")
     try:

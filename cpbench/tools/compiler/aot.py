@@ -25,11 +25,10 @@ from typing import Any
 
 from cpbench.core.kernel_launch import Launch
 from cpbench.core.registry import operator_info
+from cpbench.tools.compiler.compilation import SPILLS_OUTSIDE
 from cpbench.tools.compiler.disassembly import disassemble, hot_loops
 
 KIB = 1024
-ROWS_PER_WARP = 16  # of a matrix instruction of a warp; a warpgroup of Hopper has 64
-SPILLS_OUTSIDE = "spills outside of its loops"
 TENSOR_COLUMNS = 512
 
 
@@ -75,8 +74,8 @@ SAME_LIMITS_AS = {
 def compile_launch(launch: Launch, target: str) -> dict[str, Any]:
     """Compile a kernel for a target and return its row of ``cpbench compile``.
 
-    ``verdict`` is ``ok``; ``spills …`` with where; ``repeats work …`` if warps outnumber the groups
-    of 16 rows, so that several compute the same; or ``broken: …`` with the reason.
+    ``verdict`` is ``ok``; ``spills …`` with where; ``repeats work …`` if several warps compute the
+    same exponentials; or ``broken: …`` with the reason.
 
     Raises:
         ValueError: for a target that is not in ``CHIPS`` or ``SAME_LIMITS_AS``.
@@ -117,6 +116,7 @@ def compile_launch(launch: Launch, target: str) -> dict[str, Any]:
         loops = hot_loops(disassemble(compiled.asm["cubin"]))
         row["hot_loops"], row["hot_local_bytes"] = loops.count, loops.local_bytes
         row["matrix_instructions"] = loops.matrix_instructions
+        row["exponentials"] = loops.exponentials
     else:
         assembly = compiled.asm["amdgcn"]
         row |= _amdgcn_usage(assembly)
@@ -139,13 +139,14 @@ def _verdict(row: dict[str, Any], chip: Chip, multiplies: bool) -> str:
     if row["tensor_columns"] > TENSOR_COLUMNS:
         columns = row["tensor_columns"]
         return f"broken: needs {columns} columns of tensor memory, limit {TENSOR_COLUMNS}"
-    rows, _ = row["tile"]
-    if multiplies and row["warps"] * ROWS_PER_WARP > rows:
-        return f"repeats work: {row['warps']} warps for {rows} rows"
-    if not row["spill_bytes"]:
-        return "ok"
-    hot = row.get("hot_local_bytes")
-    return f"spills {hot} bytes in loops with matrix instructions" if hot else SPILLS_OUTSIDE
+    rows, cols = row["tile"]
+    exponentials = row.get("exponentials", 0) * 32 * row["warps"]
+    if multiplies and exponentials > 1.5 * rows * cols:
+        times = exponentials / (rows * cols)
+        return f"repeats work: each exponential {times:.2g} times, by {row['warps']} warps"
+    if hot := row.get("hot_local_bytes"):
+        return f"spills {hot} bytes in loops with matrix instructions"
+    return SPILLS_OUTSIDE if row["spill_bytes"] else "ok"
 
 
 def _blocks(row: dict[str, Any], chip: Chip, cuda: bool) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,11 +30,13 @@ class HotLoops:
     Attributes:
         count: how many there are.
         matrix_instructions: of a warp in one pass of the loop with the most.
+        exponentials: of a thread in one pass of that loop.
         local_bytes: of local memory moved by a thread in one pass, summed over the loops.
     """
 
     count: int
     matrix_instructions: int
+    exponentials: int
     local_bytes: int
 
 
@@ -67,15 +69,22 @@ def hot_loops(sass: str) -> HotLoops:
         for loop, count in with_matrix.items()
         if count and not any(n and _ends_in(other, loop) for other, n in with_matrix.items())
     ]
+    busiest = max(hot, key=lambda loop: with_matrix[loop], default=(0, -1))
     return HotLoops(
         count=len(hot),
-        matrix_instructions=max((with_matrix[loop] for loop in hot), default=0),
+        matrix_instructions=with_matrix.get(busiest, 0),
+        exponentials=sum("MUFU.EX2" in text for _, text in _inside(code, busiest)),
         local_bytes=sum(_local_bytes(code, loop) for loop in hot),
     )
 
 
 Loop = tuple[int, int]  # addresses of its first and its last instruction
 Code = Sequence[tuple[int, str]]
+
+
+def _inside(code: Code, loop: Loop) -> Iterator[tuple[int, str]]:
+    """The instructions of a loop."""
+    return ((at, text) for at, text in code if loop[0] <= at <= loop[1])
 
 
 def _ends_in(inner: Loop, outer: Loop) -> bool:
@@ -86,13 +95,13 @@ def _ends_in(inner: Loop, outer: Loop) -> bool:
 
 
 def _matrix_instructions(code: Code, loop: Loop) -> int:
-    return sum(bool(MATRIX.search(text)) for at, text in code if loop[0] <= at <= loop[1])
+    return sum(bool(MATRIX.search(text)) for _, text in _inside(code, loop))
 
 
 def _local_bytes(code: Code, loop: Loop) -> int:
     total = 0
-    for at, text in code:
-        if loop[0] <= at <= loop[1] and (access := _LOCAL.search(text)):
+    for _, text in _inside(code, loop):
+        if access := _LOCAL.search(text):
             sizes = [_BYTES[part] for part in access[1].split(".") if part in _BYTES]
             total += sizes[0] if sizes else 4
     return total

@@ -30,15 +30,12 @@ from cpbench.masks.head_masks import per_head as per_head_of
 from cpbench.measure.device.opening import device_shortage, open_device
 from cpbench.measure.device.protocol import Device
 from cpbench.results.store import write_atomically
-from cpbench.tools.compiler.aot import (
-    ROWS_PER_WARP,
-    SPILLS_OUTSIDE,
-    compile_launch,
-    kernel_launches,
-)
+from cpbench.tools.compiler.aot import compile_launch, kernel_launches
+from cpbench.tools.compiler.compilation import compiles_well
 from cpbench.verify.check import make_inputs
 
 REPEATS = 15
+ROWS_PER_WARP = 16  # of a matrix instruction of a warp; a warpgroup of Hopper has 64
 GRID = {
     "rows": (64, 128),
     "cols": (32, 64, 128),
@@ -109,7 +106,10 @@ def _candidates(
     """The configurations of a grid for a kernel, without those that repeat work or that the target
     has no copy engine for; the shipped one first, if it is one of them."""
     grid = grid if kernel == "backward_dkv" else {**grid, "launches": (1,)}
-    older = target.startswith("cuda") and int(target.partition(":")[2]) < 90
+    family, _, number = target.partition(":")
+    older = family == "cuda" and int(number) < 90
+    # Blackwell divides the columns of its tensor memory among warps that have no rows of their own.
+    by_rows = not (family == "cuda" and 100 <= int(number) < 120)
     configs = [
         triton_configs.Config(**dict(zip(grid, values, strict=True)))
         for values in itertools.product(*grid.values())
@@ -117,7 +117,8 @@ def _candidates(
     configs = [
         config
         for config in configs
-        if config.num_warps * ROWS_PER_WARP <= config.rows and not (older and config.descriptors)
+        if not (by_rows and config.num_warps * ROWS_PER_WARP > config.rows)
+        and not (older and config.descriptors)
     ]
     return sorted(configs, key=lambda config: config != shipped)
 
@@ -156,7 +157,7 @@ def _compile_refusal(
     for launch in launches:
         if launch.kernel.partition(".")[0] == kernel:
             row = compile_launch(launch, target)
-            if row["verdict"] != "ok" and not row["verdict"].startswith(SPILLS_OUTSIDE):
+            if not compiles_well(row):
                 return str(row["verdict"])
     return None
 
