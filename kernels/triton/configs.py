@@ -90,6 +90,7 @@ _CONFIGS_2_BYTES: dict[str, dict[int, tuple[Config, Config, Config]]] = {
 
 # With lists per head some kernels take more registers.
 _PER_HEAD = {
+    ("cuda:80", 128): {"forward": Config(64, 64, 4, 3)},
     ("cuda:80", 192): {"forward": Config(64, 32, 4, 1)},
     ("cuda:80", 256): {"backward_dq": Config(64, 32, 4, 1)},
     ("cuda:100", 256): {

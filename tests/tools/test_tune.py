@@ -99,6 +99,7 @@ def test_candidates_repeat_no_work_and_begin_with_the_shipped_one() -> None:
     assert {c.launches for c in candidates} == {1, 2}
     older = tuner._candidates("forward", "cuda:80", shipped, tuner.GRID)
     assert {(c.descriptors, c.launches) for c in older} == {(0, 1)}
+    assert (64, 8) in {(c.rows, c.num_warps) for c in older}
 
 
 def test_a_damaged_file_is_named(cache: Path) -> None:

@@ -35,7 +35,7 @@ from cpbench.tools.compiler.compilation import compiles_well
 from cpbench.verify.check import make_inputs
 
 REPEATS = 15
-ROWS_PER_WARP = 16  # of a matrix instruction of a warp; a warpgroup of Hopper has 64
+ROWS_PER_WARP = 16  # of Hopper's matrix instruction, whose four warps have 64
 GRID = {
     "rows": (64, 128),
     "cols": (32, 64, 128),
@@ -108,8 +108,8 @@ def _candidates(
     grid = grid if kernel == "backward_dkv" else {**grid, "launches": (1,)}
     family, _, number = target.partition(":")
     older = family == "cuda" and int(number) < 90
-    # Blackwell divides the columns of its tensor memory among warps that have no rows of their own.
-    by_rows = not (family == "cuda" and 100 <= int(number) < 120)
+    # Warps without rows of their own share the columns of others, except in Hopper's instruction.
+    by_rows = family == "cuda" and 90 <= int(number) < 100
     configs = [
         triton_configs.Config(**dict(zip(grid, values, strict=True)))
         for values in itertools.product(*grid.values())
