@@ -45,16 +45,9 @@ def test_shipped_configurations_spill_nothing_and_use_the_matrix_units() -> None
     assert all(0 < row["occupancy"] <= 1 for row in compiled)
 
 
-@pytest.mark.parametrize(
-    ("target", "config", "reason"),
-    [
-        ("cuda:80", {"rows": 64, "cols": 128, "num_warps": 8, "num_stages": 3}, "shared memory"),
-        ("cuda:100", {"rows": 128, "cols": 128, "num_warps": 8}, "broken: "),
-    ],
-)
 def test_large_heads_on_hopper_use_its_matrix_units_in_both_launches() -> None:
     """dK and dV at 256 took mma.sync in tiles of 32 rows before they had a launch each."""
-    compiled = [row for row in rows(targets=["cuda:90"], head_dims=[256]) if row["tile"][1] != 16]
+    compiled = [row for row in rows(targets=["cuda:90"], head_dims=[256]) if row["tile"][1]]
     assert [row["kernel"] for row in compiled] == [
         "forward", "backward_dq", "backward_dkv.dk", "backward_dkv.dv"
     ]  # fmt: skip
@@ -80,6 +73,13 @@ def test_two_warpgroups_for_64_rows_repeat_work_on_hopper(
     assert "each exponential 2 times" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize(
+    ("target", "config", "reason"),
+    [
+        ("cuda:80", {"rows": 64, "cols": 128, "num_warps": 8, "num_stages": 3}, "shared memory"),
+        ("cuda:100", {"rows": 128, "cols": 128, "num_warps": 8}, "broken: "),
+    ],
+)
 def test_a_configuration_that_does_not_fit_is_broken(
     target: str, config: dict[str, int], reason: str
 ) -> None:
