@@ -5,7 +5,8 @@ the slices, and ``mask_mod`` looks up the visible intervals of each row in a tab
 
 Source: torch.nn.attention.flex_attention (arXiv 2412.05496).
 
-Legend: B batch, S query length, T key length, H query heads, G key/value heads, D head dim.
+Legend: B batch, S query length, T key length, H query heads, G key/value heads, D head dim
+(values may have another).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ OPERATORS = (
         summary="compiled FlexAttention with a BlockMask; on CPUs forward only and no lse",
         source="FlexAttention, arXiv 2412.05496",
         load="cpbench.kernels.flex:Flex",
+        value_dims=True,
         backward_on=("cuda",),
         external_lse=False,
         lse_on=("cuda",),
@@ -72,14 +74,14 @@ class Flex:
 
     def forward(self, qkv: QKV, plan: Plan) -> OutLse:
         if plan.block_mask is None:
-            return nothing_visible(qkv.q)
+            return nothing_visible(qkv.q, qkv.v.shape[3])
         attend = functools.partial(self.differentiable_forward, plan=plan)
         return self._graphs.forward(attend, qkv, plan.keep_graph)
 
     def differentiable_forward(self, qkv: QKV, plan: Plan) -> OutLse:
         """The forward pass, for autograd to record."""
         if plan.block_mask is None:
-            return nothing_visible(qkv.q)
+            return nothing_visible(qkv.q, qkv.v.shape[3])
         flex_attention, return_lse = _compiled()
         q, k, v = (x.transpose(1, 2) for x in qkv)
         gqa = q.shape[1] != k.shape[1]

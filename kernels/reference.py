@@ -6,8 +6,8 @@ large one stay within a fixed amount of memory.  All other operators are compare
 NaN and infinities reach exactly what depends on them: a pair that is not visible counts for
 nothing, not for 0 times a NaN.
 
-Legend: B batch, S query length, T key length, H query heads, G key/value heads, D head dim,
-R query heads that share a key/value head (H = G * R).
+Legend: B batch, S query length, T key length, H query heads, G key/value heads, D head dim
+(values may have another), R query heads that share a key/value head (H = G * R).
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ OPERATORS = (
         masks=(*ANY_MASK, "heads", "dilated", *SELECTIONS),
         dtypes=("float64", "float32", "bfloat16", "float16"),
         max_head_dim=4096,
+        value_dims=True,
     ),
 )
 
@@ -71,12 +72,12 @@ class Reference:
 
 
 def forward64(qkv: QKV, mask: Mask | Selection, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return out ``[B, S, H, D]`` and lse ``[B, H, S]``, both float64."""
+    """Return out ``[B, S, H, Dv]`` and lse ``[B, H, S]``, both float64."""
     import torch
 
     q, k, v = qkv
-    b, s, h, d = q.shape
-    out = torch.zeros((b, s, h, d), dtype=torch.float64, device=q.device)
+    b, s, h, _ = q.shape
+    out = torch.zeros((b, s, h, v.shape[3]), dtype=torch.float64, device=q.device)
     lse = torch.full((b, h, s), -torch.inf, dtype=torch.float64, device=q.device)
     if k.shape[1] == 0:
         return out, lse

@@ -4,7 +4,8 @@ Each calls the aten op that returns the log-sum-exp, and its explicit backward, 
 external out and lse.  Masks that a back end has no native form for become a dense additive bias,
 refused above a size, if it takes one; otherwise they are refused.
 
-Legend: B batch, S query length, T key length, H query heads, G key/value heads, D head dim.
+Legend: B batch, S query length, T key length, H query heads, G key/value heads, D head dim (values
+may have another).
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ OPERATORS = (
         "math",
         "torch's unfused formula with a dense mask; returns no lse",
         masks=_ALL_MASKS,
+        value_dims=True,
         external_lse=False,
         mergeable=False,
     ),
@@ -58,6 +60,7 @@ OPERATORS = (
         "efficient",
         "memory-efficient attention in torch; masks that are not native as a dense bias",
         masks=_ALL_MASKS,
+        value_dims=True,
         devices=("cuda",),
         deterministic=False,
     ),
@@ -147,7 +150,7 @@ class Fused(Backend, ABC):
         import torch
 
         if plan.empty:
-            return nothing_visible(qkv.q)
+            return nothing_visible(qkv.q, qkv.v.shape[3])
         out, lse = self._forward(QKV(*(tensor.transpose(1, 2) for tensor in qkv)), plan)
         if plan.empty_rows is not None:
             # torch's back ends disagree on rows that see nothing (lse 0, NaN outputs).
@@ -217,7 +220,7 @@ class Math(Backend):
         import torch
 
         if plan.empty:
-            return torch.zeros_like(qkv.q), None
+            return nothing_visible(qkv.q, qkv.v.shape[3])[0], None
         q, k, v = (x.transpose(1, 2) for x in qkv)
         op = torch.ops.aten._scaled_dot_product_attention_math
         gqa = q.shape[1] != k.shape[1]

@@ -1,7 +1,8 @@
 """The public functions: attention on one device, and on the shards of a process group.
 
-Shapes: q ``[B, S, H, D]``; k, v ``[B, T, G, D]``, ``H % G == 0``; out like q; lse ``[B, H, S]``
-float32, natural logarithm, -inf for queries that see nothing (whose output is 0).
+Shapes: q ``[B, S, H, D]``; k ``[B, T, G, D]``, ``H % G == 0``; v ``[B, T, G, Dv]``; out
+``[B, S, H, Dv]``; lse ``[B, H, S]`` float32, natural logarithm, -inf for queries that see nothing
+(whose output is 0).
 """
 
 from cpbench.api.distributed import distributed_attention

@@ -96,7 +96,7 @@ def _(
     backward: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     b, s, h, _d = q.shape
-    return q.new_empty(q.shape), q.new_empty((b, h, s), dtype=torch.float32)
+    return q.new_empty((b, s, h, v.shape[3])), q.new_empty((b, h, s), dtype=torch.float32)
 
 
 @torch.library.custom_op("cpbench::attention_backward", mutates_args=())
@@ -116,7 +116,7 @@ def _backward(
     if dlse is not None and dlse.device.type == "cpu" and not dlse.any():
         dlse = None  # a graph that returns lse passes zeros
     saved = Saved(*with_contiguous_heads(q, k, v), out, lse)
-    dout = torch.zeros_like(q) if dout is None else dout
+    dout = torch.zeros_like(out) if dout is None else dout
     dq, dk, dv = differentiate(work, saved, lse, dout, dlse, None)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 

@@ -64,7 +64,8 @@ def distributed_attention(
     ``unshard`` and ``positions``.  Under autocast it computes in the dtype of autocast.
 
     Args:
-        q: ``[B, L, H, D]``; k, v: ``[B, L, G, D]``; L is the layout's ``local_len``.
+        q: ``[B, L, H, D]``; k: ``[B, L, G, D]``; v: ``[B, L, G, Dv]``; L is the layout's
+            ``local_len``.
         mask: the global mask; if it has fewer queries than keys, the layout assigns both, each by
             its own length.
         strategy, layout, operator: names, with parameters.
@@ -74,7 +75,7 @@ def distributed_attention(
         placement: the axis of the strategy's mesh to place inside nodes.
 
     Returns:
-        out ``[B, L, H, D]`` and lse ``[B, H, L]``.
+        out ``[B, L, H, Dv]`` and lse ``[B, H, L]``.
 
     Raises:
         ValueError: on every rank, if the tensors of one do not fit the mask or layout, or a name is

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from cpbench.core.problem import DTYPE_BYTES, Problem
+from cpbench.core.problem import DTYPE_BYTES, Problem, different_or_zero
 from cpbench.masks.head_masks import Mask
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -86,8 +86,10 @@ def make_problem(
     Raises:
         ValueError: if they do not fit each other.
     """
-    if k.shape != v.shape:
-        raise ValueError(f"k {list(k.shape)} and v {list(v.shape)} must have the same shape")
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(
+            f"k {list(k.shape)} and v {list(v.shape)} must have the same shape, but for head_dim"
+        )
     if (
         (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3])
         or k.shape[2] == 0
@@ -99,6 +101,8 @@ def make_problem(
         )
     if 0 in (q.shape[0], q.shape[2], q.shape[3]):
         raise ValueError(f"q {list(q.shape)} must have a batch, heads and a head_dim of at least 1")
+    if v.shape[3] == 0:
+        raise ValueError(f"v {list(v.shape)} must have a head_dim of at least 1")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must share one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
     dtype = str(q.dtype).removeprefix("torch.")
@@ -112,6 +116,7 @@ def make_problem(
         heads_q=q.shape[2],
         heads_kv=k.shape[2],
         head_dim=q.shape[3],
+        head_dim_v=different_or_zero(v.shape[3], q.shape[3]),
         dtype=dtype,
         direction="fwd_bwd" if backward else "fwd",
         scale=None if scale is None else float(scale),

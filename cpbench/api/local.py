@@ -37,14 +37,14 @@ def attention(
     Under autocast it computes in the dtype of autocast, as torch's own attention does.
 
     Args:
-        q: ``[B, S, H, D]``; k, v: ``[B, T, G, D]`` with ``H % G == 0``.
+        q: ``[B, S, H, D]``; k: ``[B, T, G, D]`` with ``H % G == 0``; v: ``[B, T, G, Dv]``.
         mask: ``[S, T]`` mask, e.g. ``cpbench.masks.build("causal", seq_len=S)``, or one per query
             head, e.g. ``cpbench.masks.build_heads("vertical_slash", S, num_heads=H)``.
         operator: name, with parameters (``"bands"``, ``"sdpa.cpu_flash"``, ``"./mine.py:op"``).
         scale: multiplies the scores; ``D ** -0.5`` unless given.
 
     Returns:
-        out ``[B, S, H, D]`` and lse ``[B, H, S]`` (None from operators that return none).
+        out ``[B, S, H, Dv]`` and lse ``[B, H, S]`` (None from operators that return none).
 
     Raises:
         ValueError: if shapes, dtype, mask or scale do not fit, or the operator is unknown.

@@ -49,10 +49,10 @@ def add_lse_gradient(
             f"{'operator' if not work.op.info.external_lse else 'strategy'}"
         )
     dq, dk, dv = gradients
-    lanes = min(MOST_LANES if dq.element_size() == 2 else 1, dq.shape[-1])
+    lanes = min(MOST_LANES if dq.element_size() == 2 else 1, dv.shape[-1])
     factor = _power_of_two(dlse, member) if dq.dtype == torch.float16 else 1.0
     rest = dlse.float().transpose(1, 2) / factor  # [B, S, H]
-    dout = torch.zeros_like(dq, memory_format=torch.contiguous_format)
+    dout = dq.new_zeros((*dq.shape[:-1], dv.shape[-1]))
     for lane in range(lanes):
         dout[..., lane] = rest
         rest = rest - dout[..., lane].float()

@@ -1,6 +1,7 @@
 """The contract of attention operators.
 
-Legend: B batch, S query length, T key length, H query heads, G key/value heads, D head dim.
+Legend: B batch, S query length, T key length, H query heads, G key/value heads, D head dim of
+queries and keys, Dv head dim of values (D, unless a problem says otherwise).
 
 An operator works on the tensors of one device.  The ``out`` and ``lse`` that ``backward`` takes may
 be the *global* ones of a distributed computation of which the operator computes a part: with P =
@@ -13,7 +14,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from cpbench.core.environment import interpreting
-from cpbench.core.registry import OperatorInfo, missing_package
+from cpbench.core.registry import OperatorInfo, StrategyInfo, missing_package
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +31,7 @@ class Unsupported(ValueError):
 
 
 class QKV(NamedTuple):
-    """The inputs of attention: q ``[B, S, H, D]``; k, v ``[B, T, G, D]``."""
+    """The inputs of attention: q ``[B, S, H, D]``; k ``[B, T, G, D]``; v ``[B, T, G, Dv]``."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -46,9 +47,9 @@ class BackwardInputs(NamedTuple):
     """The inputs of a backward pass.
 
     Attributes:
-        dout: ``[B, S, H, D]``, the gradient of ``out``.
+        dout: ``[B, S, H, Dv]``, the gradient of ``out``.
         q, k, v: of the forward pass.
-        out: ``[B, S, H, D]``; lse: ``[B, H, S]`` float32.  Both may be the global ones of a
+        out: ``[B, S, H, Dv]``; lse: ``[B, H, S]`` float32.  Both may be the global ones of a
             distributed computation; lse is None for operators that declare to return none.
     """
 
@@ -64,13 +65,17 @@ class BackwardInputs(NamedTuple):
         return QKV(self.q, self.k, self.v)
 
 
-def nothing_visible(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return out and lse of fully masked queries: zeros and -inf."""
+def nothing_visible(q: torch.Tensor, value_dim: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return out and lse of fully masked queries: zeros and -inf.
+
+    Args:
+        value_dim: Dv; 0 for that of q.
+    """
     import torch
 
-    b, s, h, _ = q.shape
+    b, s, h, d = q.shape
     lse = torch.full((b, h, s), -torch.inf, dtype=torch.float32, device=q.device)
-    return torch.zeros_like(q), lse
+    return q.new_zeros((b, s, h, value_dim or d)), lse
 
 
 def zero_gradients(qkv: QKV) -> Gradients:
@@ -102,7 +107,7 @@ class Operator(Protocol):
             qkv: any strides with a contiguous last axis.
 
         Returns:
-            out ``[B, S, H, D]`` in the dtype of q, 0 for a fully masked query; lse ``[B, H, S]``
+            out ``[B, S, H, Dv]`` in the dtype of q, 0 for a fully masked query; lse ``[B, H, S]``
             float32, natural logarithm, -inf for such a query (None if the declaration says so:
             ``mergeable``, ``lse_on``).
         """
@@ -141,12 +146,25 @@ def declared_limits(info: OperatorInfo, problem: Problem, device: str) -> str | 
         return f"{info.name} runs on {' and '.join(info.devices)}, not on {device}"
     if problem.dtype not in info.dtypes:
         return f"{info.name} takes {', '.join(info.dtypes)}, not {problem.dtype}"
-    if problem.head_dim > info.max_head_dim:
-        return f"{info.name} takes head_dim up to {info.max_head_dim}, not {problem.head_dim}"
+    largest = max(problem.head_dim, problem.value_dim)
+    if largest > info.max_head_dim:
+        return f"{info.name} takes head_dim up to {info.max_head_dim}, not {largest}"
+    if reason := value_dims_refusal(info, problem):
+        return reason
     if problem.backward and device not in info.backward_on:
         return f"{info.name} has no backward pass on {device}; use direction fwd"
     if problem.deterministic and not info.deterministic:
         return f"{info.name} is not deterministic"
     if problem.softcap:
         return "softcap is not built yet; use 0"
+    return None
+
+
+def value_dims_refusal(info: OperatorInfo | StrategyInfo, problem: Problem) -> str | None:
+    """Return why a declaration excludes the head dimension of the values; None if it does not."""
+    if problem.head_dim_v and not info.value_dims:
+        return (
+            f"{info.name} takes values of the head_dim of queries and keys, not "
+            f"{problem.head_dim_v} beside {problem.head_dim}"
+        )
     return None

@@ -1,7 +1,8 @@
 """An attention problem (:class:`Problem`) and one row of a sweep (:class:`Case`).
 
-Shapes: q, out ``[B, S, H, D]``; k, v ``[B, T, G, D]`` with ``H % G == 0`` (GQA); lse
-``[B, H, S]`` float32, natural logarithm.
+Shapes: q ``[B, S, H, D]``; k ``[B, T, G, D]`` with ``H % G == 0`` (GQA); v ``[B, T, G, Dv]``; out
+``[B, S, H, Dv]``; lse ``[B, H, S]`` float32, natural logarithm.  Dv is D unless a problem says
+otherwise, as multi-head latent attention (MLA) does.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ class Problem:
         batch: B.
         seq_q, seq_k: S and T, tokens.
         heads_q, heads_kv: H and G.
-        head_dim: D, of queries, keys and values.
+        head_dim: D, of queries and keys.
+        head_dim_v: Dv, of values; 0 where it is D (never D itself, so that one problem is one
+            value), see :attr:`value_dim`.
         dtype: a name in ``DTYPE_BYTES``.
         direction: ``"fwd"``, ``"bwd"`` or ``"fwd_bwd"``; all but ``"fwd"`` need gradients.
         scale: softmax scale; None for ``head_dim ** -0.5``.
@@ -46,6 +49,7 @@ class Problem:
     heads_kv: int
     head_dim: int
     dtype: str
+    head_dim_v: int = 0
     direction: str = "fwd_bwd"
     scale: float | None = None
     softcap: float = 0.0
@@ -54,6 +58,11 @@ class Problem:
     @property
     def softmax_scale(self) -> float:
         return self.head_dim**-0.5 if self.scale is None else self.scale
+
+    @property
+    def value_dim(self) -> int:
+        """Dv, the head_dim of values, out and dout."""
+        return self.head_dim_v or self.head_dim
 
     @property
     def backward(self) -> bool:
@@ -67,20 +76,28 @@ class Problem:
     def flops(self, area: float) -> dict[str, int]:
         """FLOPs of the forward and the backward pass for ``area`` visible pairs per head (mean).
 
-        Forward: two matrix products, ``4 * D`` per visible pair; backward: five, ``10 * D``.
-        Softmax and masked-out pairs are not counted.
+        Forward: two matrix products, ``2 * (D + Dv)`` per visible pair; backward: five,
+        ``2 * (3 * D + 2 * Dv)``.  Softmax and masked-out pairs are not counted.
         """
         pairs = round(self.batch * self.heads_q * area)
-        return {"fwd": 4 * self.head_dim * pairs, "bwd": 10 * self.head_dim * pairs}
+        dim, value_dim = self.head_dim, self.value_dim
+        return {
+            "fwd": 2 * (dim + value_dim) * pairs,
+            "bwd": 2 * (3 * dim + 2 * value_dim) * pairs,
+        }
 
     def kv_bytes(self, tokens: int) -> int:
         """Bytes of the keys and values of ``tokens`` tokens."""
-        item_bytes = DTYPE_BYTES[self.dtype]
-        return 2 * self.batch * tokens * self.heads_kv * self.head_dim * item_bytes
+        dims = self.head_dim + self.value_dim
+        return self.batch * tokens * self.heads_kv * dims * DTYPE_BYTES[self.dtype]
 
     def q_bytes(self, tokens: int) -> int:
         """Bytes of the queries of ``tokens`` tokens."""
         return self.batch * tokens * self.heads_q * self.head_dim * DTYPE_BYTES[self.dtype]
+
+    def out_bytes(self, tokens: int) -> int:
+        """Bytes of the outputs of ``tokens`` tokens."""
+        return self.batch * tokens * self.heads_q * self.value_dim * DTYPE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +107,8 @@ class Case:
     Attributes:
         operator, strategy, layout: the method, each a name with parameters.
         mask: a pattern of ``cpbench.masks`` with parameters.
-        batch, num_heads_q, num_heads_kv, head_dim, dtype, direction: as for :class:`Problem`.
+        batch, num_heads_q, num_heads_kv, head_dim, head_dim_v, dtype, direction: as for
+            :class:`Problem`.
         seq_len: tokens.
         queries: number of queries, the last tokens of the sequence, which attend to all ``seq_len``
             keys (decoding, chunked prefill); 0 for all tokens.
@@ -113,6 +131,7 @@ class Case:
     num_heads_q: int = 4
     num_heads_kv: int = 4
     head_dim: int = 64
+    head_dim_v: int = 0
     dtype: str = "float32"
     direction: str = "fwd_bwd"
     world_size: int = 1
@@ -144,6 +163,7 @@ class Case:
             heads_q=self.num_heads_q,
             heads_kv=self.num_heads_kv,
             head_dim=self.head_dim,
+            head_dim_v=self.head_dim_v,
             dtype=self.dtype,
             direction=self.direction,
         )
@@ -169,7 +189,8 @@ class Case:
             strategy = f" {self.strategy}{placement}/{self.layout} x{self.world_size}{per_node}"
         heads = f"{self.num_heads_q}:{self.num_heads_kv}"
         queries = f"{self.queries} of " if self.queries else ""
-        size = f"S={queries}{format_size(self.seq_len)} H={heads} D={self.head_dim} {self.dtype}"
+        dims = format_head_dims(self.head_dim, self.head_dim_v)
+        size = f"S={queries}{format_size(self.seq_len)} H={heads} D={dims} {self.dtype}"
         inputs = "" if self.inputs == _DEFAULTS["inputs"] else f" on {self.inputs}"
         return f"{self.operator}{strategy} {self.mask} {size} {self.direction}{inputs}"
 
@@ -239,7 +260,7 @@ class Case:
 _NAMES = frozenset(item.name for item in fields(Case))
 _DEFAULTS = {item.name: item.default for item in fields(Case) if item.name != "content"}
 _COUNTS = ("batch", "seq_len", "num_heads_q", "num_heads_kv", "head_dim", "world_size")
-_MAY_BE_ZERO = ("queries", "ranks_per_node", "seed")
+_MAY_BE_ZERO = ("queries", "head_dim_v", "ranks_per_node", "seed")
 _get_counts, _get_others = attrgetter(*_COUNTS), attrgetter(*_MAY_BE_ZERO)
 _parsed_specs: dict[str, Spec] = {}
 
@@ -258,6 +279,17 @@ def _replace_text(value: Any, old: str, new: str) -> Any:
     if isinstance(value, dict):
         return {key: _replace_text(item, old, new) for key, item in value.items()}
     return new if isinstance(value, str) and value == old else value
+
+
+def different_or_zero(head_dim_v: int, head_dim: int) -> int:
+    """The ``head_dim_v`` of a problem whose values have this head_dim: 0 where it is that of
+    queries and keys."""
+    return 0 if head_dim_v == head_dim else head_dim_v
+
+
+def format_head_dims(head_dim: int, head_dim_v: int) -> str:
+    """``64``, or ``192/128`` where values have a head_dim of their own."""
+    return f"{head_dim}/{head_dim_v}" if head_dim_v else str(head_dim)
 
 
 def local_problem(problem: Problem, seq_q: int, seq_k: int, heads_q: int, heads_kv: int) -> Problem:

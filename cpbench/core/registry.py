@@ -42,6 +42,7 @@ class OperatorInfo:
         masks: supported values of ``AttnMask.kind``.
         dtypes: supported dtypes.
         max_head_dim: largest supported head_dim.
+        value_dims: whether values may have another head_dim than queries and keys.
         devices: supported device types.
         backward_on: device types on which it has a backward pass.
         external_lse: whether its backward takes the out and lse of a larger computation, which
@@ -75,6 +76,7 @@ class OperatorInfo:
     masks: tuple[str, ...] = ANY_MASK
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     max_head_dim: int = 256
+    value_dims: bool = False
     devices: tuple[str, ...] = ("cpu", "cuda")
     backward_on: tuple[str, ...] = ("cpu", "cuda")
     external_lse: bool = True
@@ -101,6 +103,7 @@ class StrategyInfo:
     Attributes:
         name, summary, source, load, params: as for :class:`OperatorInfo`.
         layouts: names of the supported layouts.
+        value_dims: as for :class:`OperatorInfo`.
         merges: whether it merges partial results (and so needs a mergeable operator whose backward
             takes an external out and lse).
         axes: names of the axes of its mesh, outermost first; ``placement`` may put one of them
@@ -115,6 +118,7 @@ class StrategyInfo:
     source: str
     load: str | Callable[..., Any]
     layouts: tuple[str, ...] = ANY_LAYOUT
+    value_dims: bool = False
     merges: bool = False
     params: tuple[str, ...] = ()
     axes: tuple[str, ...] = ()

@@ -76,7 +76,7 @@ KINDS = {
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class InputRequest:
-    """A request for rows of a tensor, ``[len(batches), len(positions), len(heads), D]``.
+    """A request for rows of a tensor, ``[len(batches), len(positions), len(heads), head_dim]``.
 
     Attributes:
         name: one of ``TENSORS``.
@@ -94,6 +94,12 @@ class InputRequest:
     batches: Sequence[int]
     heads: Sequence[int]
     device: str
+
+    @property
+    def head_dim(self) -> int:
+        """That of the tensor."""
+        problem = self.problem
+        return problem.value_dim if self.name in ("v", "dout") else problem.head_dim
 
 
 @dataclass(frozen=True)

@@ -42,16 +42,18 @@ class Captured:
 
     def check(self, case: Case) -> None:
         """Raise ``ValueError`` if the shapes in the file do not fit a case."""
-        num_heads = {"q": case.num_heads_q, "k": case.num_heads_kv, "v": case.num_heads_kv}
-        for name, heads in num_heads.items():
+        heads_kv, dims = case.num_heads_kv, (case.head_dim, case.problem.value_dim)
+        for name, heads, dim in (
+            ("q", case.num_heads_q, dims[0]), ("k", heads_kv, dims[0]), ("v", heads_kv, dims[1])
+        ):  # fmt: skip
             shape = self._shapes[name]
-            fits = (shape[0], shape[2], shape[3]) == (case.batch, heads, case.head_dim)
+            fits = (shape[0], shape[2], shape[3]) == (case.batch, heads, dim)
             only_queries = name == "q" and case.queries > 0 and shape[1] == case.queries
             if not fits or not (only_queries or shape[1] >= case.seq_len):
                 file = Path(self._file[0]).name
                 raise ValueError(
                     f"inputs: {name} of {file} is {list(shape)}; the case needs "
-                    f"[{case.batch}, at least {case.seq_len}, {heads}, {case.head_dim}]"
+                    f"[{case.batch}, at least {case.seq_len}, {heads}, {dim}]"
                 )
 
     def make(self, request: InputRequest) -> torch.Tensor:

@@ -46,7 +46,7 @@ def normal_rows(request: InputRequest, dtype: str) -> torch.Tensor:
         request.positions,
         batches=request.batches,
         heads=request.heads,
-        head_dim=request.problem.head_dim,
+        head_dim=request.head_dim,
         dtype=getattr(torch, dtype),
         device=request.device,
     )

@@ -16,6 +16,7 @@ from cpbench.parallel.partial_results.accumulators import (
     Planned,
     output_with_delta,
     padded,
+    unpacked,
 )
 
 if TYPE_CHECKING:
@@ -95,14 +96,14 @@ class BoundOperator:
 
         q = qkv.q
         out, lse = self.forward_cropped(qkv, plan)
-        if plan.crop is None or out.shape == q.shape:
+        if plan.crop is None or out.shape[1] == q.shape[1]:
             return out, lse
         q0, q1, _, _ = plan.crop
         if lse is not None:
             cropped_lse, (b, h, _) = lse, lse.shape
             lse = torch.full((b, h, q.shape[1]), -torch.inf, dtype=lse.dtype, device=lse.device)
             lse[:, :, q0:q1] = cropped_lse
-        return padded(out, q, q0, q1), lse
+        return padded(out, q.shape[1], q0, q1), lse
 
     def forward_cropped(self, qkv: QKV, plan: Planned) -> OutLse:
         """As :meth:`forward`, for the queries of ``plan.crop`` only."""
@@ -122,7 +123,9 @@ class BoundOperator:
         if plan.crop is None:
             return dq, dk, dv
         q0, q1, k0, k1 = plan.crop
-        return padded(dq, x.q, q0, q1), padded(dk, x.k, k0, k1), padded(dv, x.v, k0, k1)
+        tokens = x.k.shape[1]
+        dk, dv = padded(dk, tokens, k0, k1), padded(dv, tokens, k0, k1)
+        return padded(dq, x.q.shape[1], q0, q1), dk, dv
 
     def backward_cropped(self, x: BackwardInputs, plan: Planned) -> Gradients:
         """As :meth:`backward`, for the queries and keys of ``plan.crop`` only."""
@@ -155,25 +158,28 @@ class BoundOperator:
     def sum_float32(
         self, total: torch.Tensor | None, gradients: Sequence[torch.Tensor]
     ) -> torch.Tensor:
-        """Add gradients to their stacked float32 sum in place; None starts a new one."""
+        """Add gradients to their float32 sum in place, a flat tensor that holds all of them (see
+        :func:`unpacked`); None starts a new one."""
+        starts = total is None
+        total = self.empty_sum(gradients) if total is None else total
+        sums = unpacked(total, [gradient.shape for gradient in gradients])
+        for accumulated, gradient in zip(sums, gradients, strict=True):
+            accumulated.copy_(gradient) if starts else accumulated.add_(gradient)
+        return total
+
+    def empty_sum(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Uninitialised memory for :meth:`sum_float32`."""
         import torch
 
-        if total is None:
-            total = torch.empty(
-                (len(gradients), *gradients[0].shape), dtype=torch.float32, device=self.device
-            )
-            for accumulated, gradient in zip(total, gradients, strict=True):
-                accumulated.copy_(gradient)
-        else:
-            for accumulated, gradient in zip(total, gradients, strict=True):
-                accumulated.add_(gradient)
-        return total
+        elements = sum(gradient.numel() for gradient in gradients)
+        return torch.empty(elements, dtype=torch.float32, device=self.device)
 
     output_with_delta = staticmethod(output_with_delta)
 
-    def forward_accumulator(self, q: torch.Tensor) -> ForwardAccumulator:
-        """Accumulate attention of these queries over disjoint subsets of keys."""
-        return self.forward_accumulator_type(self, q)
+    def forward_accumulator(self, q: torch.Tensor, value_dim: int = 0) -> ForwardAccumulator:
+        """Accumulate attention of these queries over disjoint subsets of keys, whose values have
+        this head_dim (0: that of q)."""
+        return self.forward_accumulator_type(self, q, value_dim)
 
     def backward_accumulator(
         self, dout: torch.Tensor, q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None

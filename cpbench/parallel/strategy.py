@@ -4,14 +4,15 @@ A strategy is plain code against :class:`~cpbench.parallel.comm.Comm`.  It recei
 never imports one, and never branches on tensor values: every decision (which messages are sent,
 which steps are skipped) is made in ``prepare`` from data that all ranks share.
 
-Legend: B batch, L local tokens, H query heads, G key/value heads, D head dim.
+Legend: B batch, L local tokens, H query heads, G key/value heads, D head dim of queries and keys,
+Dv head dim of values.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from cpbench.core.operator import BackwardInputs
+from cpbench.core.operator import BackwardInputs, value_dims_refusal
 from cpbench.core.registry import missing_package
 from cpbench.masks.head_masks import per_head
 
@@ -68,11 +69,11 @@ class Strategy(Protocol):
         """Compute attention on local shards.
 
         Args:
-            qkv: q ``[B, L, H, D]``; k, v ``[B, L, G, D]``, contiguous.
+            qkv: q ``[B, L, H, D]``; k ``[B, L, G, D]``; v ``[B, L, G, Dv]``; contiguous.
             need_lse: whether to return the local lse even if that costs communication.
 
         Returns:
-            out ``[B, L, H, D]``, lse ``[B, H, L]`` or None, and the values saved for ``backward``:
+            out ``[B, L, H, Dv]``, lse ``[B, H, L]`` or None, and the values saved for ``backward``:
             a :class:`Saved` or a list of them (anything, if the strategy is not traced).
         """
         ...
@@ -93,6 +94,8 @@ def declared_refusal(info: StrategyInfo, world: World) -> str | None:
         return f"{info.name} takes layouts {', '.join(info.layouts)}, not {world.keys.name}"
     if per_head(world.mask) and world.size > 1:
         return f"{info.name} takes no mask per head: use 1 rank and the strategy single"
+    if reason := value_dims_refusal(info, world.problem):
+        return reason
     if world.placement and world.placement not in info.axes:
         takes = f"placements {', '.join(info.axes)}" if info.axes else "no placement"
         return f"{info.name} takes {takes}, not {world.placement!r}"

@@ -159,7 +159,7 @@ class _ForwardAccumulator(ForwardAccumulator):
         pass
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return self._q.new_empty(self._q.shape), _empty_lse(self._q)
+        return self.empty_result()
 
 
 class _BackwardAccumulator(BackwardAccumulator):
@@ -193,17 +193,12 @@ class TracedOperator(BoundOperator):
     def sum_float32(
         self, total: torch.Tensor | None, gradients: Sequence[torch.Tensor]
     ) -> torch.Tensor:
-        import torch
-
-        if total is None:
-            shape = (len(gradients), *gradients[0].shape)
-            total = torch.empty(shape, dtype=torch.float32, device=self.device)
-        return total
+        return self.empty_sum(gradients) if total is None else total
 
     def forward(self, qkv: QKV, plan: Any) -> OutLse:
         q = qkv.q
         self.pairs += plan * q.shape[2]
-        return q.new_empty(q.shape), _empty_lse(q)
+        return self.forward_accumulator(q, qkv.v.shape[3]).empty_result()
 
     def backward(self, x: BackwardInputs, plan: Any) -> Gradients:
         self.pairs += plan * x.q.shape[2]
@@ -212,12 +207,6 @@ class TracedOperator(BoundOperator):
     @staticmethod
     def output_with_delta(dout_BSHD: torch.Tensor, delta_BSH: torch.Tensor) -> torch.Tensor:
         return dout_BSHD
-
-
-def _empty_lse(q: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    return q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
 
 
 def trace_rank(
@@ -244,12 +233,15 @@ def empty_inputs(world: World) -> tuple[QKV, torch.Tensor]:
 
     problem = world.problem
     dtype = getattr(torch, problem.dtype)
-    q_shape = (world.queries.local_len, problem.heads_q)
-    kv_shape = (world.keys.local_len, problem.heads_kv)
+    of_queries = (world.queries.local_len, problem.heads_q)
+    of_keys = (world.keys.local_len, problem.heads_kv)
     q, k, v, dout = (
-        torch.empty((problem.batch, *shape, problem.head_dim), dtype=dtype, device="meta")
-        for shape in (q_shape, kv_shape, kv_shape, q_shape)
-    )
+        torch.empty((problem.batch, *shape, dim), dtype=dtype, device="meta")
+        for shape, dim in (
+            (of_queries, problem.head_dim), (of_keys, problem.head_dim),
+            (of_keys, problem.value_dim), (of_queries, problem.value_dim),
+        )
+    )  # fmt: skip
     return QKV(q, k, v), dout
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cpbench.core.registry import StrategyInfo
-from cpbench.parallel.partial_results.accumulators import row_delta
+from cpbench.parallel.partial_results.accumulators import row_delta, unpacked
 from cpbench.strategies.common import gradient_dtype
 from cpbench.strategies.common.rotation import (
     GradientRotation,
@@ -36,6 +36,7 @@ STRATEGY = StrategyInfo(
     summary="ring of keys in forward, ring of queries in backward: less traffic for MHA",
     source="BurstAttention, arXiv 2403.09347",
     load="cpbench.strategies.burst:Burst",
+    value_dims=True,
     merges=True,
     params=("grad_dtype", "window"),
     variants=("grad_dtype=bfloat16",),
@@ -77,7 +78,7 @@ class Burst(Ring):
 
         q, k, v, out, lse, _ = saved
         dq_rotation = GradientRotation(
-            (1, *q.shape), gradient_dtype.torch_dtype(self.grad_dtype), op, plan.queries, comm
+            [q.shape], gradient_dtype.torch_dtype(self.grad_dtype), op, plan.queries, comm
         )
         dk_dv = None
         block = (q, dout, row_delta(dout, out), lse)
@@ -92,5 +93,5 @@ class Burst(Ring):
         dq = dq_rotation.finish()[0].to(q.dtype)
         if dk_dv is None:
             return dq, torch.zeros_like(k), torch.zeros_like(v)
-        dk, dv = dk_dv.to(k.dtype)
+        dk, dv = unpacked(dk_dv.to(k.dtype), [k.shape, v.shape])
         return dq, dk, dv

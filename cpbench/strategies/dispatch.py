@@ -21,6 +21,7 @@ import numpy as np
 from cpbench.core.registry import StrategyInfo
 from cpbench.parallel.comm import CompletedHandle
 from cpbench.parallel.kv_requirements import KeyTransfers, group_cast_transfers
+from cpbench.parallel.partial_results.accumulators import unpacked
 from cpbench.parallel.strategy import Saved
 from cpbench.strategies.common import gradient_dtype
 from cpbench.strategies.common.collectives import to_token_major
@@ -41,6 +42,7 @@ STRATEGY = StrategyInfo(
     source="MagiAttention's group collectives",
     load="cpbench.strategies.dispatch:Dispatch",
     layouts=("contiguous", "zigzag", "zigzag_document", "dispatch"),
+    value_dims=True,
     merges=True,
     params=("stages", "grad_dtype"),
     variants=("stages=1", "stages=3"),
@@ -104,7 +106,7 @@ class Dispatch:
         self, qkv: QKV, plan: tuple[Stage, ...], op: BoundOperator, comm: Comm, need_lse: bool
     ) -> Forward:
         q, k, v = qkv
-        accumulator = op.forward_accumulator(q)
+        accumulator = op.forward_accumulator(q, v.shape[3])
         for stage, k_s, v_s in _group_cast(plan, k, v, comm):
             if stage.plan is not None:
                 accumulator.add(k_s, v_s, stage.plan)
@@ -132,11 +134,12 @@ class Dispatch:
             for owner, first, n in stage.receives:
                 results.send([x.narrow(0, first, n) for x in gradients], owner)
             for receiver, runs in stage.sends:
-                buffers = _kv_buffers(k, sum(n for _, n in runs), send_dtype)
-                results.receive(buffers, receiver, _gradient_adder(dk_dv, runs))
+                buffers = _kv_buffers(k, v, sum(n for _, n in runs), send_dtype)
+                sums = unpacked(dk_dv, [k.shape, v.shape])
+                results.receive(buffers, receiver, _gradient_adder(sums, runs))
             results.post()
         results.wait()
-        dk, dv = dk_dv.to(k.dtype)
+        dk, dv = unpacked(dk_dv.to(k.dtype), [k.shape, v.shape])
         return accumulator.finish(), dk, dv
 
 
@@ -166,7 +169,7 @@ def _plan_stage(op: BoundOperator, world: World, rank: int, transfers: KeyTransf
 def _group_cast(
     plan: tuple[Stage, ...], k: torch.Tensor, v: torch.Tensor, comm: Comm
 ) -> Iterator[tuple[Stage, torch.Tensor, torch.Tensor]]:
-    """Iterate over stages with their keys and values, ``[B, tokens, G, D]``, first the local ones,
+    """Iterate over stages with their keys and values, ``[B, tokens, G, …]``, first the local ones,
     while those of the next stage are in transfer."""
     local = [to_token_major(x) for x in (k, v)] if len(plan) > 1 else []
     current: tuple[torch.Tensor, torch.Tensor] = (k, v)
@@ -175,7 +178,7 @@ def _group_cast(
         handle: Handle = CompletedHandle()
         if i + 1 < len(plan):
             next_stage = plan[i + 1]
-            received = _kv_buffers(k, next_stage.tokens, k.dtype)
+            received = _kv_buffers(k, v, next_stage.tokens, k.dtype)
             handle = comm.exchange(
                 [(_select_runs(x, runs), peer) for peer, runs in next_stage.sends for x in local],
                 [
@@ -191,10 +194,11 @@ def _group_cast(
             current = (received[0].transpose(0, 1), received[1].transpose(0, 1))
 
 
-def _kv_buffers(like: torch.Tensor, tokens: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Make buffers ``[tokens, B, G, D]`` for keys and values."""
-    b, _, g, d = like.shape
-    return [like.new_empty((tokens, b, g, d), dtype=dtype) for _ in range(2)]
+def _kv_buffers(
+    k: torch.Tensor, v: torch.Tensor, tokens: int, dtype: torch.dtype
+) -> list[torch.Tensor]:
+    """Make buffers ``[tokens, B, G, …]`` for keys and values like these."""
+    return [x.new_empty((tokens, len(x), *x.shape[2:]), dtype=dtype) for x in (k, v)]
 
 
 def _select_runs(x: torch.Tensor, runs: Runs) -> torch.Tensor:
@@ -205,11 +209,11 @@ def _select_runs(x: torch.Tensor, runs: Runs) -> torch.Tensor:
     return slices[0] if len(slices) == 1 else torch.cat(slices)
 
 
-def _gradient_adder(total: torch.Tensor, runs: Runs) -> Any:
-    """A function that adds returned dK and dV, ``[tokens, B, G, D]``, to ``[2, B, L, G, D]``."""
+def _gradient_adder(sums: Sequence[torch.Tensor], runs: Runs) -> Any:
+    """A function that adds returned dK and dV, ``[tokens, B, G, …]``, to ``[B, L, G, …]`` each."""
 
     def add(*gradients: torch.Tensor) -> None:
-        for local_sum, gradient in zip(total, gradients, strict=True):
+        for local_sum, gradient in zip(sums, gradients, strict=True):
             offset = 0
             for start, n in runs:
                 run = gradient.narrow(0, offset, n).transpose(0, 1)

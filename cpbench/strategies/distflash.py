@@ -21,7 +21,7 @@ from cpbench.core.operator import QKV
 from cpbench.core.registry import StrategyInfo
 from cpbench.masks.slices import BoolArray
 from cpbench.parallel.comm import CompletedHandle
-from cpbench.parallel.partial_results.accumulators import row_delta
+from cpbench.parallel.partial_results.accumulators import row_delta, unpacked
 from cpbench.parallel.strategy import Saved
 from cpbench.strategies.common import gradient_dtype
 from cpbench.strategies.common.return_results import ResultExchange
@@ -40,6 +40,7 @@ STRATEGY = StrategyInfo(
     summary="P2P sends of keys to the ranks that need them; idle ranks help busy ones",
     source="DistFlashAttn, arXiv 2310.03294",
     load="cpbench.strategies.distflash:DistFlash",
+    value_dims=True,
     merges=True,
     params=("grad_dtype",),
     variants=("grad_dtype=bfloat16",),
@@ -110,7 +111,7 @@ class DistFlash:
     ) -> Forward:
 
         q, k, v = qkv
-        accumulator = op.forward_accumulator(q)
+        accumulator = op.forward_accumulator(q, v.shape[3])
         results = ResultExchange(comm)
         for step, kv, queries in _overlapped_steps(plan, (q,), (k, v), comm):
             if step is None:
@@ -123,7 +124,7 @@ class DistFlash:
                 out, lse = op.forward(QKV(queries[0], k, v), step.help_plan)
                 results.send([out, lse], step.source)
             if step.sends_queries:
-                results.receive_partial(q, step.target, accumulator)
+                results.receive_partial(step.target, accumulator)
             results.post()
         results.wait()
         out, lse = accumulator.finish()
@@ -139,9 +140,12 @@ class DistFlash:
         accumulator = op.backward_accumulator(dout, q, out, lse)
         dk_dv: torch.Tensor | None = None  # of the local keys, float32
 
-        def add(gradients: Sequence[torch.Tensor] | torch.Tensor) -> None:
+        def add(gradients: Sequence[torch.Tensor]) -> None:
             nonlocal dk_dv
-            dk_dv = op.sum_float32(dk_dv, tuple(gradients))
+            dk_dv = op.sum_float32(dk_dv, gradients)
+
+        def add_received(packed: torch.Tensor) -> None:
+            add(unpacked(packed, [k.shape, v.shape]))
 
         results = ResultExchange(comm)
         local_queries = (q, dout, row_delta(dout, out), lse)
@@ -154,7 +158,8 @@ class DistFlash:
                 grads = op.sum_float32(None, accumulator.add(kv[0], kv[1], step.attend_plan))
                 results.send([grads.to(send_dtype)], step.source)
             if step.sends_keys:
-                results.receive([k.new_empty((2, *k.shape), dtype=send_dtype)], step.target, add)
+                buffer = k.new_empty(k.numel() + v.numel(), dtype=send_dtype)
+                results.receive([buffer], step.target, add_received)
             if step.help_plan is not None:
                 q_s, dout_s, delta_s, lse_s = queries
                 helper = op.backward_accumulator_from_delta(dout_s, q_s, delta_s, lse_s)
@@ -169,7 +174,7 @@ class DistFlash:
         dq = accumulator.finish()
         if dk_dv is None:
             return dq, torch.zeros_like(k), torch.zeros_like(v)
-        dk, dv = dk_dv.to(k.dtype)
+        dk, dv = unpacked(dk_dv.to(k.dtype), [k.shape, v.shape])
         return dq, dk, dv
 
 

@@ -39,6 +39,7 @@ STRATEGY = StrategyInfo(
     summary="all-to-all inside a node, a ring across nodes that sends one copy of the keys",
     source="LoongTrain, arXiv 2406.18485",
     load="cpbench.strategies.hierarchical:Hierarchical",
+    value_dims=True,
     merges=True,
     axes=("nodes", "local"),
     variants=("local=2",),
@@ -110,7 +111,7 @@ class Hierarchical:
     ) -> Forward:
         node = comm.sub(plan.node)
         q_all, k_all, v_all = head_exchange.qkv_to_heads(qkv, node).wait()
-        accumulator = op.forward_accumulator(q_all)
+        accumulator = op.forward_accumulator(q_all, v_all.shape[3])
         for step, keys, values in self._ring_steps(k_all, v_all, plan, comm):
             accumulator.add(keys, values, step.plan)
         out_all, lse_all = accumulator.finish()
@@ -128,26 +129,30 @@ class Hierarchical:
         )
         (dout_all,) = head_exchange.tokens_to_heads([dout], node).wait()
         accumulator = op.backward_accumulator(dout_all, q_all, out_all, lse_all)
-        batch, tokens, local_heads, dim = k_all.shape
-        slice_shape = (2, tokens // replicas.size, batch, local_heads, dim)
+        local_dk_dv = [
+            torch.zeros_like(x.transpose(0, 1), dtype=torch.float32) for x in (k_all, v_all)
+        ]
+        slices = [x.unflatten(0, (replicas.size, -1))[replicas.rank] for x in local_dk_dv]
         gradient_rotation = GradientRotation(
-            slice_shape, gradient_dtype.torch_dtype(self.grad_dtype), op, plan.ring, across
-        )
-        local_dk_dv = torch.zeros(
-            (2, tokens, *slice_shape[2:]), dtype=torch.float32, device=k_all.device
+            [x.shape for x in slices],
+            gradient_dtype.torch_dtype(self.grad_dtype),
+            op,
+            plan.ring,
+            across,
         )
         for step, keys, values in self._ring_steps(k_all, v_all, plan, comm, idle=True):
             gradients: Any = None
             if step.computes:
                 dk_dv = [x.transpose(0, 1) for x in accumulator.add(keys, values, step.plan)]
                 if step.source == across.rank:
-                    local_dk_dv = op.sum_float32(None, dk_dv)
+                    for local, gradient in zip(local_dk_dv, dk_dv, strict=True):
+                        local.copy_(gradient)
                 else:
                     sums = [x.float().contiguous() for x in dk_dv]
                     gradients = reduce_scatter_tokens(sums, replicas).wait()
             gradient_rotation.add(step, gradients)
-        own_slice = local_dk_dv.unflatten(1, (replicas.size, -1))[:, replicas.rank]
-        own_slice += gradient_rotation.finish()
+        for own_slice, received in zip(slices, gradient_rotation.finish(), strict=True):
+            own_slice += received
         dk, dv = (x.transpose(0, 1).to(k_all.dtype) for x in local_dk_dv)
         gradients_by_head = (accumulator.finish(), dk, dv)
         return head_exchange.gradients_to_tokens(gradients_by_head, plan.heads_kv, node)

@@ -26,6 +26,7 @@ STRATEGY = StrategyInfo(
     summary="head parallelism and a double ring of windows",
     source="LoongTrain, arXiv 2406.18485",
     load="cpbench.strategies.loongtrain:LoongTrain",
+    value_dims=True,
     merges=True,
     params=("ulysses", "window", "grad_dtype"),
     axes=("outer", "inner", "ulysses"),

@@ -37,6 +37,7 @@ STRATEGY = StrategyInfo(
     summary="ring of keys, overlapped with compute; steps without visible pairs are skipped",
     source="Ring Attention, arXiv 2310.01889",
     load="cpbench.strategies.ring:Ring",
+    value_dims=True,
     merges=True,
     params=("grad_dtype", "window"),
     variants=("grad_dtype=bfloat16", "window=2"),
@@ -82,7 +83,7 @@ class Ring:
         self, qkv: QKV, plan: Plan, op: BoundOperator, comm: Comm, need_lse: bool
     ) -> Forward:
         q, k, v = qkv
-        accumulator = op.forward_accumulator(q)
+        accumulator = op.forward_accumulator(q, v.shape[3])
         for step, (k_s, v_s) in rotate_blocks(plan.keys, (k, v), comm):
             if step.computes:
                 accumulator.add(k_s, v_s, step.plan)
@@ -95,7 +96,11 @@ class Ring:
         q, k, v, out, lse, _ = saved
         accumulator = op.backward_accumulator(dout, q, out, lse)
         gradients = GradientRotation(
-            (2, *k.shape), gradient_dtype.torch_dtype(self.grad_dtype), op, plan.keys, comm
+            [k.shape, v.shape],
+            gradient_dtype.torch_dtype(self.grad_dtype),
+            op,
+            plan.keys,
+            comm,
         )
         for step, (k_s, v_s) in rotate_blocks(plan.keys, (k, v), comm):
             dk_dv = accumulator.add(k_s, v_s, step.plan) if step.computes else None

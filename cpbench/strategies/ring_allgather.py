@@ -36,6 +36,7 @@ STRATEGY = StrategyInfo(
     summary="all-gather of keys, one attention, reduce-scatter of gradients; stages bound memory",
     source="Llama 3, arXiv 2407.21783",
     load="cpbench.strategies.ring_allgather:RingAllGather",
+    value_dims=True,
     params=("stages",),
     variants=("stages=2",),
 )

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpbench.core.registry import StrategyInfo
 from cpbench.parallel.comm import CompletedHandle
+from cpbench.parallel.partial_results.accumulators import unpacked
 from cpbench.parallel.strategy import Saved
 from cpbench.strategies import ring
 from cpbench.strategies.common import gradient_dtype
@@ -36,6 +37,7 @@ STRATEGY = StrategyInfo(
     summary="a ring that reverses direction in the backward pass: no exposed last transfer",
     source="cpbench, based on Ring Attention, arXiv 2310.01889",
     load="cpbench.strategies.ring_reverse:RingReverse",
+    value_dims=True,
     merges=True,
     params=("grad_dtype",),
     variants=("grad_dtype=bfloat16",),
@@ -68,7 +70,7 @@ class RingReverse(ring.Ring):
         assert isinstance(plan, Plan)
         if plan.by_owner is None:
             return super().forward(qkv, plan, op, comm, need_lse)
-        accumulator, last = op.forward_accumulator(q), (k, v)
+        accumulator, last = op.forward_accumulator(q, v.shape[3]), (k, v)
         for step, (k_s, v_s) in rotate_blocks(plan.keys, (k, v), comm):
             accumulator.add(k_s, v_s, step.plan)
             last = k_s, v_s
@@ -86,7 +88,7 @@ class RingReverse(ring.Ring):
         handle, received = self._reverse_ring(accumulator, last, plan.by_owner, op, comm)
         local = op.sum_float32(None, accumulator.add(k, v, plan.by_owner[comm.rank]))
         handle.wait()
-        dk, dv = local.add_(received).to(k.dtype)
+        dk, dv = unpacked(local.add_(received).to(k.dtype), [k.shape, v.shape])
         return accumulator.finish(), dk, dv
 
     def _reverse_ring(

@@ -22,6 +22,7 @@ STRATEGY = StrategyInfo(
     source="the operator alone",
     load="cpbench.strategies.single:Single",
     layouts=("contiguous",),
+    value_dims=True,
 )
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from cpbench.core.registry import StrategyInfo
 from cpbench.parallel.comm import CompletedHandle
 from cpbench.parallel.mesh import Mesh
-from cpbench.parallel.partial_results.accumulators import row_delta
+from cpbench.parallel.partial_results.accumulators import row_delta, unpacked
 from cpbench.parallel.strategy import Saved
 from cpbench.strategies.common import gradient_dtype
 from cpbench.strategies.common.return_results import ResultExchange
@@ -38,6 +38,7 @@ STRATEGY = StrategyInfo(
     summary="a tile of query rows by key columns per rank: traffic grows with the root of P",
     source="Mesh-Attention, arXiv 2512.20968",
     load="cpbench.strategies.tile:Tile",
+    value_dims=True,
     merges=True,
     params=("rows", "grad_dtype"),
     axes=("keys", "queries"),
@@ -143,9 +144,11 @@ class Tile:
         q, k, v = qkv
         columns = _ColumnKeys(k, v, plan, comm)
         results = ResultExchange(comm)
-        own = op.forward_accumulator(q)
+        own = op.forward_accumulator(q, v.shape[3])
         for row, (q_s,) in _overlapped_rows(plan, (q,), comm):
-            accumulator = own if row is plan.rows[0] else op.forward_accumulator(q_s)
+            accumulator = own
+            if row is not plan.rows[0]:
+                accumulator = op.forward_accumulator(q_s, v.shape[3])
             for i, tile in enumerate(row.plans):
                 if tile is not None:
                     k_s, v_s = columns[i]
@@ -155,7 +158,7 @@ class Tile:
             if row.receives:
                 results.send(list(accumulator.finish()), row.source)
             if row.sends:
-                results.receive_partial(q, row.target, own)
+                results.receive_partial(row.target, own)
             results.post()
         columns.finish()
         results.wait()
@@ -195,20 +198,22 @@ class Tile:
             results.post()
         columns.finish()
 
-        def add(dk_dv: torch.Tensor) -> None:
-            column_grads[0] = op.sum_float32(column_grads.get(0), dk_dv.unbind())
+        def add(packed: torch.Tensor) -> None:
+            dk_dv = unpacked(packed, [k.shape, v.shape])
+            column_grads[0] = op.sum_float32(column_grads.get(0), dk_dv)
 
         for i, column in list(enumerate(plan.columns))[1:]:
             if column.receives:
                 results.send([column_grads[i].to(send_dtype)], column.source)
             if column.sends:
-                results.receive([k.new_empty((2, *k.shape), dtype=send_dtype)], column.target, add)
+                buffer = k.new_empty(k.numel() + v.numel(), dtype=send_dtype)
+                results.receive([buffer], column.target, add)
             results.post()
         results.wait()
         dq = own.finish()
         if 0 not in column_grads:
             return dq, torch.zeros_like(k), torch.zeros_like(v)
-        dk, dv = column_grads[0].to(k.dtype)
+        dk, dv = unpacked(column_grads[0].to(k.dtype), [k.shape, v.shape])
         return dq, dk, dv
 
 
@@ -262,7 +267,8 @@ def _overlapped_rows(plan: Plan, queries: tuple[Any, ...], comm: Comm) -> Iterat
 def rows_with_least_traffic(problem: Problem, tokens: int, size: int) -> int:
     """The number of rows with the least traffic in the forward pass."""
     lse = 4 * problem.batch * tokens * problem.heads_q
-    q, kv = 2 * problem.q_bytes(tokens) + lse, problem.kv_bytes(tokens)
+    q = problem.q_bytes(tokens) + problem.out_bytes(tokens) + lse
+    kv = problem.kv_bytes(tokens)
     divisors = [d for d in range(1, size + 1) if size % d == 0]
     return min(divisors, key=lambda rows: (rows - 1) * q + (size // rows - 1) * kv)
 

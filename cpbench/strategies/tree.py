@@ -35,6 +35,7 @@ STRATEGY = StrategyInfo(
     summary="all-gather of queries, keys stay, results are reduced: for few queries on long keys",
     source="Tree Attention, arXiv 2408.04093",
     load="cpbench.strategies.tree:Tree",
+    value_dims=True,
     merges=True,
 )
 
@@ -64,7 +65,7 @@ class Tree:
         sums = torch.cat(
             [partial_BSHD.transpose(0, 1) * weight.unsqueeze(-1), weight.unsqueeze(-1)], -1
         )
-        # Numerator and denominator, [L, B, H, D + 1].
+        # Numerator and denominator, [L, B, H, Dv + 1].
         (local,) = reduce_scatter_tokens([sums], comm).wait()
         denominator = local[..., -1:]
         out = (local[..., :-1] / denominator).masked_fill_(denominator == 0, 0.0)

@@ -30,6 +30,7 @@ STRATEGY = StrategyInfo(
     summary="all-to-all to head shards and back; chunks of heads overlap with compute",
     source="DeepSpeed-Ulysses, arXiv 2309.14509",
     load="cpbench.strategies.ulysses:Ulysses",
+    value_dims=True,
     params=("chunks",),
     variants=("chunks=2",),
 )

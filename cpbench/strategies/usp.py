@@ -31,6 +31,7 @@ STRATEGY = StrategyInfo(
     summary="Ulysses inside groups of ranks, a ring across them",
     source="USP, arXiv 2405.07719",
     load="cpbench.strategies.usp:Usp",
+    value_dims=True,
     merges=True,
     params=("ulysses", "grad_dtype"),
     axes=("ring", "ulysses"),

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cpbench import masks
 from cpbench.core import registry
-from cpbench.core.problem import DTYPE_BYTES, Case
+from cpbench.core.problem import Case
 from cpbench.core.settings import MeasureSettings
 from cpbench.core.spec import Spec
 from cpbench.results.contest import turns_needed
@@ -155,9 +155,8 @@ def min_bytes_per_rank(case: Case) -> int:
     """Lower bound on the memory of a rank, mean over ranks: its shards of q, k, v and out, and for
     a backward pass of their gradients."""
     queries, keys = case.queries or case.seq_len, case.seq_len
-    head_bytes = DTYPE_BYTES[case.dtype] * case.head_dim * case.batch
-    q, kv = queries * case.num_heads_q * head_bytes, 2 * keys * case.num_heads_kv * head_bytes
-    forward = 2 * q + kv
+    problem = case.problem
+    forward = problem.q_bytes(queries) + problem.kv_bytes(keys) + problem.out_bytes(queries)
     return (forward if case.direction == "fwd" else 2 * forward) // case.world_size
 
 

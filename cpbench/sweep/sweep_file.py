@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from cpbench import inputs, masks
-from cpbench.core.problem import DIRECTIONS, DTYPES, Case
+from cpbench.core.problem import DIRECTIONS, DTYPES, Case, different_or_zero
 from cpbench.core.registry import (
     LoadError,
     StrategyInfo,
@@ -60,13 +60,14 @@ INT_KEYS = (
     "num_heads_q",
     "num_heads_kv",
     "head_dim",
+    "head_dim_v",
     "world_size",
     "ranks_per_node",
     "seed",
 )
 CHOICES = {"dtype": DTYPES, "direction": DIRECTIONS}
 KEYS = (*SPEC_KEYS, *INT_KEYS, *CHOICES, "placement")
-ZERO_ALLOWED = ("seed", "ranks_per_node", "queries")
+ZERO_ALLOWED = ("seed", "ranks_per_node", "queries", "head_dim_v")
 PACKAGED = resources.files("cpbench.sweep") / "packaged"
 TABLES = ("sweep", "include", "exclude", "measure", "description")
 
@@ -79,6 +80,7 @@ MAX_VALUES = {
     "num_heads_q": 1 << 12,
     "num_heads_kv": 1 << 12,
     "head_dim": 1 << 14,
+    "head_dim_v": 1 << 14,
     "world_size": 1 << 14,
     "ranks_per_node": 1 << 14,
     "seed": (1 << 63) - 1,
@@ -303,6 +305,9 @@ def _build_case(values: dict[str, Any]) -> Case:
     """A case from checked values, its keys checked against each other."""
     if "num_heads_q" in values:
         values.setdefault("num_heads_kv", values["num_heads_q"])
+    if "head_dim_v" in values:
+        head_dim = values.get("head_dim", Case.head_dim)
+        values["head_dim_v"] = different_or_zero(values["head_dim_v"], head_dim)
     case = Case(**values)
     if case.num_heads_q % case.num_heads_kv:
         raise ValueError(

@@ -122,7 +122,8 @@ def rank_inputs(
     """
     problem = replace(work.problem, direction="fwd_bwd")
     queries, keys = (x.positions(work.rank) for x in (work.world.queries, work.world.keys))
-    nbytes = 2 * problem.q_bytes(len(queries)) + problem.kv_bytes(len(keys))
+    nbytes = problem.q_bytes(len(queries)) + problem.out_bytes(len(queries))  # q and dout
+    nbytes += problem.kv_bytes(len(keys))
     if device != "cpu" or keep_on is not None or nbytes > MOST_KEPT_BYTES:
         return make_inputs(work.problem, queries, keys, recipe, device, keep_on)
     kept = _kept_inputs(problem, queries.tobytes(), keys.tobytes(), recipe)
@@ -171,19 +172,17 @@ def contract_breach(results: Tensors, inputs: Tensors) -> str | None:
     must return (those of q, k and v, and float32 for lse), in one line; None if there is none."""
     import torch
 
-    q = inputs["q"]
+    q, k, v = QKV.of(inputs)
     b, s, h, _ = q.shape
-    like = {"out": q, "dq": q, "dk": inputs["k"], "dv": inputs["v"]}
+    shapes = {"out": [b, s, h, v.shape[3]], "lse": [b, h, s]}
+    shapes |= {"dq": list(q.shape), "dk": list(k.shape), "dv": list(v.shape)}
     for name, result in results.items():
         if type(result) is not torch.Tensor:
             kind = f"{type(result).__module__}.{type(result).__qualname__}"
             return f"{name} is a {kind}; it must be a plain torch.Tensor"
-        if name == "lse":
-            shape, dtype = [b, h, s], torch.float32
-        else:
-            shape, dtype = list(like[name].shape), like[name].dtype
+        dtype = torch.float32 if name == "lse" else q.dtype
         for what, actual, expected in (
-            ("shape", list(result.shape), shape),
+            ("shape", list(result.shape), shapes[name]),
             ("dtype", result.dtype, dtype),
             ("device", result.device, q.device),
         ):

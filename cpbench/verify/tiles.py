@@ -106,7 +106,8 @@ class _TileChecker:
         self._problem, self._device, self._statistics = work.problem, device, statistics
         self._backward = statistics is not None
         self._rng = np.random.default_rng([seed, work.rank])
-        signs = self._rng.choice([-1.0, 1.0], size=(self._problem.head_dim, PROJECTIONS))
+        lanes = max(self._problem.head_dim, self._problem.value_dim)
+        signs = self._rng.choice([-1.0, 1.0], size=(lanes, PROJECTIONS))
         self._signs_DJ = torch.as_tensor(signs, device=device, dtype=torch.float32)
         self._cache: Tensors = {}
 
@@ -233,7 +234,7 @@ class _TileChecker:
                 actual = self._results[name][b, heads][:, chunk.local]
             else:
                 own = self._results[name][b][chunk.local][:, heads].float().transpose(0, 1)
-                actual = own @ self._signs_DJ
+                actual = self._projected(own)
             sums[name] = TensorErrorSums.between(actual, reference, len(reference))
         return sums
 
@@ -296,9 +297,13 @@ class _TileChecker:
 
         def make() -> torch.Tensor:
             parts = chunks(len(x), x[:1].numel())
-            return torch.cat([_rows(x, part) @ self._signs_DJ for part in parts], 1)
+            return torch.cat([self._projected(_rows(x, part)) for part in parts], 1)
 
         return self._cached(f"{name} {heads} projected", make)
+
+    def _projected(self, x: torch.Tensor) -> torch.Tensor:
+        """``[…, D]`` times the signs of its lanes, ``[…, J]``."""
+        return x @ self._signs_DJ[: x.shape[-1]]
 
 
 def _rows(x_TRD: torch.Tensor, part: slice) -> torch.Tensor:

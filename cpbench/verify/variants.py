@@ -105,8 +105,8 @@ class InputVariants:
         self.swap()
         q = self.inputs["q"]
         signs: Tensors = {}
-        for names in (SIGNED_LIKE_K, SIGNED_LIKE_V):
-            drawn = self._rng.choice([-1.0, 1.0], size=q.shape[-1])
+        for names, like in ((SIGNED_LIKE_K, q), (SIGNED_LIKE_V, self.inputs["v"])):
+            drawn = self._rng.choice([-1.0, 1.0], size=like.shape[-1])
             if names is SIGNED_LIKE_V or self._signs_k:
                 tensor = torch.as_tensor(drawn, device=q.device, dtype=q.dtype)
                 signs |= dict.fromkeys(names, tensor)

@@ -3,11 +3,13 @@
 With P = exp(scores - lse), attention is matrix products of tiles (Dao et al. 2022,
 "FlashAttention", as plain GEMMs).  The forward pass keeps a running row maximum and sum over the
 keys of a tile; the backward pass needs neither, since lse is given.  Rows that see a single square
-go to torch's fused CPU kernel instead.  Everything is computed in float32 (float64 for float64)
-without copying the inputs; only half-precision inputs are converted, a few heads at a time.
+go to torch's fused CPU kernel instead, unless values have a head_dim of their own.  Everything is
+computed in float32 (float64 for float64) without copying the inputs; only half-precision inputs are
+converted, a few heads at a time.
 
-Legend: S queries, T keys, D head dim; g key/value heads of a head group, R query heads of each,
-h = g * R; n queries of a tile, m = R * n rows of it (head-major), w keys of a chunk of it.
+Legend: S queries, T keys, D head dim (values may have another); g key/value heads of a head group,
+R query heads of each, h = g * R; n queries of a tile, m = R * n rows of it (head-major), w keys of
+a chunk of it.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ def forward(qkv: QKV, layout: Layout, scale: float) -> tuple[torch.Tensor, torch
 
     q, k, v = qkv
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    out_BSHD = _empty_with_zeros(q, layout.row_gaps)
+    out_BSHD = _empty_with_zeros((*q.shape[:3], v.shape[3]), q, layout.row_gaps)
     lse_BHS = q.new_full((q.shape[0], q.shape[2], q.shape[1]), -math.inf, dtype=torch.float32)
     workspace = _Workspace(q, k, layout)
     for b, heads_q, heads_kv in workspace.head_groups():
@@ -93,9 +95,9 @@ def backward(x: BackwardInputs, layout: Layout, scale: float) -> Gradients:
     dout, q, k, v, out, lse = x
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     accumulate = layout.key_gaps is None
-    dq = _empty_with_zeros(q, layout.row_gaps)
+    dq = _empty_with_zeros(q.shape, q, layout.row_gaps)
     key_gaps = ((0, k.shape[1]),) if layout.key_gaps is None else layout.key_gaps
-    dk, dv = _empty_with_zeros(k, key_gaps), _empty_with_zeros(v, key_gaps)
+    dk, dv = (_empty_with_zeros(x.shape, x, key_gaps) for x in (k, v))
     workspace = _Workspace(q, k, layout)
     # exp(scores - inf) is 0: rows that see nothing contribute nothing.
     lse_BHS = lse.to(workspace.dtype).masked_fill(lse == -math.inf, math.inf)
@@ -196,11 +198,11 @@ def _fused_inputs(tokens: slice, *tensors: torch.Tensor) -> list[torch.Tensor]:
     return [x[None, :, tokens].contiguous() for x in tensors]
 
 
-def _empty_with_zeros(like_BSHD: torch.Tensor, gaps: Iterable[tuple[int, int]]) -> torch.Tensor:
-    """Contiguous uninitialised memory of the same shape, zero in some ranges of tokens."""
-    import torch
-
-    empty = torch.empty_like(like_BSHD, memory_format=torch.contiguous_format)
+def _empty_with_zeros(
+    shape: Sequence[int], like: torch.Tensor, gaps: Iterable[tuple[int, int]]
+) -> torch.Tensor:
+    """Contiguous uninitialised memory in the dtype of a tensor, zero in some ranges of tokens."""
+    empty = like.new_empty(tuple(shape))
     for begin, end in gaps:
         empty[:, begin:end] = 0
     return empty

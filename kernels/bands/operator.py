@@ -83,7 +83,10 @@ class Bands:
             assert isinstance(mask, AttnMask)
             return Plan(problem.softmax_scale, calls=self._composed.prepare(mask, problem, device))
         group = problem.group if isinstance(mask, AttnMask) else 1
-        layouts = tuple(layout(head_mask, group, self.tile) for head_mask in distinct_masks(mask))
+        fused = not problem.head_dim_v  # torch's kernel takes one head_dim
+        layouts = tuple(
+            layout(head_mask, group, self.tile, fused) for head_mask in distinct_masks(mask)
+        )
         return Plan(problem.softmax_scale, layouts)
 
     def forward(self, qkv: QKV, plan: Plan) -> OutLse:
@@ -94,7 +97,8 @@ class Bands:
             return self._composed.forward(qkv, plan.calls)
         if len(plan.layouts) == 1:
             return cpu.forward(qkv, plan.layouts[0], plan.scale)
-        out, lse = torch.empty_like(q), q.new_empty(_lse_shape(q), dtype=torch.float32)
+        out = q.new_empty((*q.shape[:3], v.shape[3]))
+        lse = q.new_empty(_lse_shape(q), dtype=torch.float32)
         for head_layout, (h, g) in zip(plan.layouts, _head_pairs(q, k), strict=True):
             inputs = QKV(q[:, :, h], k[:, :, g], v[:, :, g])
             out[:, :, h], lse[:, h] = cpu.forward(inputs, head_layout, plan.scale)
@@ -146,6 +150,7 @@ OPERATORS = (
         load=load,
         masks=(*ANY_MASK, "heads"),
         dtypes=("float64", "float32", "bfloat16", "float16"),
+        value_dims=True,
         params=("tile", "kernel"),
     ),
 )

@@ -98,17 +98,20 @@ class Layout:
     key_gaps: tuple[tuple[int, int], ...] | None
 
 
-def layout(mask: AttnMask, group: int = 1, tile: int = 0) -> Layout:
+def layout(mask: AttnMask, group: int = 1, tile: int = 0, fused: bool = True) -> Layout:
     """Divide a mask into tiles, in time and memory O(tiles + slices).
 
     Args:
         mask: any mask.
         group: query heads that share a key/value head; a tile contains all of them.
         tile: maximum rows of a tile, ``group`` per query; 0 depends on the keys that rows see.
+        fused: whether there is a fused kernel for squares; tiles cover all without.
     """
     slices = mask.simplify().slices
     rows = _row_intervals(slices)
-    squares, rows = _find_squares(slices, rows)
+    squares: tuple[Square, ...] = ()
+    if fused:
+        squares, rows = _find_squares(slices, rows)
     heights = tile or np.where(_mean_keys(slices, rows) > MIN_WIDE_KEYS, WIDE_TILE_ROWS, TILE_ROWS)
     rows = _split_evenly(rows, np.maximum(heights // group, 1))
     strips, _, row = cut_axis(slices, rows, axis=0)

@@ -28,6 +28,7 @@ OPERATORS = (
         source="FlashAttention-2, arXiv 2307.08691, over tile lists as in FlexAttention",
         load="cpbench.kernels.triton.band:TritonBand",
         requires=("torch", "triton"),
+        value_dims=True,
         interpreted_on=("cpu",),
         params=(
             "block_q",

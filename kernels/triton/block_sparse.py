@@ -42,6 +42,7 @@ OPERATORS = (
         load="cpbench.kernels.triton.block_sparse:TritonBlockSparse",
         masks=("heads", "blocks"),
         requires=("torch", "triton"),
+        value_dims=True,
         interpreted_on=("cpu",),
         params=("block_q", "block_k", "num_warps", "num_stages", "descriptors", "launches"),
         compiles="cpbench.kernels.triton.block_sparse:launches",

@@ -1,6 +1,7 @@
 """Plans of the Triton operators on the device, and the kernel launches of each pass.
 
-Legend: B batch, S queries, T keys, H query heads, G key/value heads, D head dim.
+Legend: B batch, S queries, T keys, H query heads, G key/value heads, D head dim of queries and
+keys, V of values.
 """
 
 from __future__ import annotations
@@ -99,7 +100,8 @@ class ConfigOverrides:
         if max(problem.seq_q, problem.seq_k) > MAX_TOKENS:
             return f"{self._name} takes at most {MAX_TOKENS:,} tokens (int32 token numbers)"
         target = compile_target(device)
-        reason = triton_configs.target_refusal(target, problem.head_dim, DTYPE_BYTES[problem.dtype])
+        dim = _widest(problem)
+        reason = triton_configs.target_refusal(target, dim, DTYPE_BYTES[problem.dtype])
         return f"{self._name} {reason}" if reason else None
 
     def configs(self, problem: Problem, device: str) -> dict[str, Config]:
@@ -107,7 +109,7 @@ class ConfigOverrides:
         item = DTYPE_BYTES[problem.dtype]
         target, gpu = compile_target(device), gpu_name(device)
         defaults = triton_configs.kernel_configs(
-            target, problem.head_dim, item, self._per_head, gpu
+            target, _widest(problem), item, self._per_head, gpu
         )
         tile = {"rows": self._block_q, "cols": self._block_k}
         transposed_tile = {"rows": self._block_k, "cols": self._block_q}
@@ -117,6 +119,11 @@ class ConfigOverrides:
             overrides = {key: max(value, 0) for key, value in parameters.items() if value}
             configs[name] = Config(**{**vars(config), **overrides})
         return configs
+
+
+def _widest(problem: Problem) -> int:
+    """The head_dim by which configurations are chosen: a tile of every tensor fits."""
+    return max(problem.head_dim, problem.value_dim)
 
 
 def compile_target(device: str) -> str:

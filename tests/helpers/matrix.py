@@ -38,8 +38,16 @@ MASKS = (
     "global_sliding_window:num_global=3,window=4",
     f"block_causal_document:block_size=4,{DOCS}",
 )
-# query heads, key/value heads, dtype: MHA, GQA, and fewer key/value heads than ranks
-SHAPES = ((12, 12, "float32"), (24, 4, "bfloat16"), (24, 2, "float32"))
+HEAD_DIM = 8
+# query heads, key/value heads, dtype, head_dim of values: MHA, GQA, and fewer key/value heads than
+# ranks
+SHAPES = (
+    (12, 12, "float32", 0),
+    (24, 4, "bfloat16", 0),
+    (24, 2, "float32", 0),
+    (24, 4, "float32", 5),
+    (24, 2, "bfloat16", 12),
+)
 
 EXPECTED_REFUSALS = ("divi", "too coarse")  # words in legitimate refusals
 
@@ -54,6 +62,7 @@ class Combination:
     heads_q: int
     heads_kv: int
     dtype: str
+    head_dim_v: int
     placement: str = ""
     nodes: int = 0
     queries: int = TOKENS  # the last tokens
@@ -62,7 +71,7 @@ class Combination:
     def problem(self) -> Problem:
         return Problem(
             batch=2, seq_q=self.queries, seq_k=TOKENS, heads_q=self.heads_q, heads_kv=self.heads_kv,
-            head_dim=8, dtype=self.dtype,
+            head_dim=HEAD_DIM, head_dim_v=self.head_dim_v, dtype=self.dtype,
         )  # fmt: skip
 
 
@@ -130,7 +139,7 @@ def outcome(case: Combination, comm: Comm) -> Outcome:
         return Outcome(refused=str(refusal))
     assert work.trace is not None
     inputs, expected = _inputs_and_reference(
-        case.heads_q, case.heads_kv, case.dtype, case.mask, case.queries
+        case.heads_q, case.heads_kv, case.dtype, case.head_dim_v, case.mask, case.queries
     )
     layouts = (queries, keys, keys, queries)
     q, k, v, dout = (layout.shard(x, comm.rank) for layout, x in zip(layouts, inputs, strict=True))
@@ -154,9 +163,13 @@ def outcome(case: Combination, comm: Comm) -> Outcome:
 
 
 @functools.cache
-def _inputs_and_reference(heads_q: int, heads_kv: int, dtype: str, mask: str, queries: int) -> Any:
+def _inputs_and_reference(
+    heads_q: int, heads_kv: int, dtype: str, value_dim: int, mask: str, queries: int
+) -> Any:
     first = TOKENS - queries
-    q, k, v, dout = naive.random_inputs(2, TOKENS, heads_q, heads_kv, 8, getattr(torch, dtype))
+    q, k, v, dout = naive.random_inputs(
+        2, TOKENS, heads_q, heads_kv, HEAD_DIM, getattr(torch, dtype), value_dim=value_dim
+    )
     inputs = (q[:, first:], k, v, dout[:, first:])
     cropped = masks.build(mask, TOKENS).crop(first, TOKENS, 0, TOKENS)
     return inputs, naive.attention(*inputs, cropped)

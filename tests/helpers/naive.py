@@ -49,10 +49,15 @@ def random_inputs(
     head_dim: int,
     dtype: torch.dtype,
     seed: int = 0,
+    value_dim: int = 0,
 ) -> list[torch.Tensor]:
-    """Standard normal q, k, v and dout, ``[batch, tokens, heads, head_dim]``."""
+    """Standard normal q, k, v and dout, ``[batch, tokens, heads, head_dim]``; the head_dim of v and
+    dout is ``value_dim``, if given."""
     generator = torch.Generator().manual_seed(seed)
     return [
-        torch.randn(batch, tokens, heads, head_dim, generator=generator).to(dtype)
-        for heads in (heads_q, heads_kv, heads_kv, heads_q)
-    ]
+        torch.randn(batch, tokens, heads, dim, generator=generator).to(dtype)
+        for heads, dim in (
+            (heads_q, head_dim), (heads_kv, head_dim),
+            (heads_kv, value_dim or head_dim), (heads_q, value_dim or head_dim),
+        )
+    ]  # fmt: skip

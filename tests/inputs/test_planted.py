@@ -194,6 +194,24 @@ def test_a_file_may_hold_only_the_queries_of_the_case(tmp_path: Path) -> None:
     assert torch.equal(made, tensors["q"])
 
 
+def test_values_of_another_head_dim(tmp_path: Path) -> None:
+    path = tmp_path / "mla.safetensors"
+    dims = {"q": (4, 32), "k": (2, 32), "v": (2, 16)}
+    tensors = {name: torch.randn(1, 300, *dim) for name, dim in dims.items()}
+    save_file(tensors, path)
+    problem = _problem(batch=1, seq_q=256, seq_k=256, head_dim=32, head_dim_v=16)
+    for kind in ("normal", "needles:count=2", f"file:{path}"):
+        for name, dim in (("q", 32), ("k", 32), ("v", 16), ("dout", 16)):
+            made = _make(kind, name, problem)
+            assert made.shape[-1] == dim
+            if kind.startswith("file") and name in tensors:
+                assert torch.equal(made, tensors[name][:, :256])
+    table = {"inputs": f"file:{path}", "seq_len": 256, "num_heads_kv": 2, "head_dim": 32}
+    assert sweep_file.expand({"sweep": {**table, "head_dim_v": 16}}, "s").cases
+    with pytest.raises(ValueError, match=r"v of mla.* the case needs \[1, at least 256, 2, 32\]"):
+        sweep_file.expand({"sweep": table}, "s")
+
+
 def test_a_file_with_values_that_are_not_finite_floats_is_refused(tmp_path: Path) -> None:
     for number, bad in enumerate((torch.ones(1, 9, 2, 32, dtype=torch.int32),
                                   torch.ones(1, 9, 2, 32).to(torch.float8_e4m3fn),

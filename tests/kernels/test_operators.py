@@ -32,10 +32,16 @@ OPERATORS = [
 ]
 
 
-def _compare(operator: str, mask: AttnMask, shape: tuple[int, int, int, int], dtype: str) -> None:
+def _compare(
+    operator: str,
+    mask: AttnMask,
+    shape: tuple[int, int, int, int],
+    dtype: str,
+    value_dim: int = 0,
+) -> None:
     batch, heads_q, heads_kv, dim = shape
     q, k, v, dout = naive.random_inputs(
-        batch, mask.seq_k, heads_q, heads_kv, dim, getattr(torch, dtype)
+        batch, mask.seq_k, heads_q, heads_kv, dim, getattr(torch, dtype), value_dim=value_dim
     )
     q, dout = q[:, : mask.seq_q], dout[:, : mask.seq_q]
     expected = naive.attention(q, k, v, dout, mask)
@@ -64,6 +70,36 @@ def test_equals_float64(operator: str, mask: str, dtype: str) -> None:
 def test_fewer_queries_than_keys_head_dim_128_and_batches(operator: str, seq_q: int) -> None:
     mask = masks.build("causal", 130, seq_q=seq_q)
     _compare(operator, mask, (2, 3, 1, 128), "float32")
+
+
+@pytest.mark.parametrize("value_dim", [16, 40])
+@pytest.mark.parametrize("mask", ["causal", *MASKS[3::3], "empty"], ids=lambda m: m.split(":")[0])
+@pytest.mark.parametrize("operator", [n for n in OPERATORS if registry.operator_info(n).value_dims])
+def test_values_of_another_head_dim(operator: str, mask: str, value_dim: int) -> None:
+    nothing = AttnMask.from_slices(40, 40, [])
+    built = nothing if mask == "empty" else masks.build(mask, SEQ_LEN)
+    _compare(operator, built, (2, 4, 2, 24), "float32", value_dim)
+
+
+def test_values_of_another_head_dim_over_a_kernel() -> None:
+    _compare("bands:kernel=reference", masks.build(MASKS[8], SEQ_LEN), (1, 4, 2, 24), "float32", 16)
+    mask = masks.build("causal", 40)
+    with pytest.raises(Unsupported, match=r"bands: sdpa.cpu_flash takes values of the head_dim of"):
+        _compare("bands:kernel=sdpa.cpu_flash", mask, (1, 4, 2, 24), "float32", 16)
+
+
+def test_values_of_another_head_dim_in_heads_of_their_own_masks() -> None:
+    head_masks = masks.build_heads("vertical_slash", 96, num_heads=4)
+    q, k, v, dout = naive.random_inputs(1, 96, 4, 2, 24, torch.float32, value_dim=16)
+    for x in (q, k, v):
+        x.requires_grad_()
+    results = {}
+    for operator in ("reference", "bands", "sdpa.math", "triton_block_sparse"):
+        out, _ = cpbench.attention(q, k, v, head_masks, operator=operator)
+        results[operator] = (out, *torch.autograd.grad(out, (q, k, v), dout))
+    for operator in ("bands", "sdpa.math", "triton_block_sparse"):
+        for actual, expected in zip(results[operator], results["reference"], strict=True):
+            assert naive.error(actual, expected) < 2e-6, operator
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -131,9 +167,10 @@ def test_merging_does_not_overflow() -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="flex needs g++")
-def test_flex_forward_equals_float64_and_its_backward_is_refused() -> None:
+@pytest.mark.parametrize("value_dim", [64, 32])
+def test_flex_forward_equals_float64_and_its_backward_is_refused(value_dim: int) -> None:
     mask = masks.build("streaming", 300, num_sinks=4, window=70)
-    q, k, v, dout = naive.random_inputs(1, 300, 4, 2, 64, torch.float32)
+    q, k, v, dout = naive.random_inputs(1, 300, 4, 2, 64, torch.float32, value_dim=value_dim)
     out, lse = cpbench.attention(q, k, v, mask, operator="flex")
     expected = naive.attention(q, k, v, dout, mask)
     assert naive.error(out, expected["out"]) < 2e-6
@@ -165,6 +202,13 @@ def _problem(**changes: object) -> Problem:
         ("sdpa.cudnn", {"dtype": "float16", "deterministic": True}, "cuda", "not deterministic"),
         ("sdpa.cudnn", {"dtype": "float16", "head_dim": 136}, "cuda", "head_dim up to 128"),
         ("bands", {"softcap": 5.0}, "cpu", "softcap is not built yet"),
+        ("bands", {"head_dim_v": 512}, "cpu", "head_dim up to 256, not 512"),
+        (
+            "sdpa.cpu_flash",
+            {"head_dim_v": 32},
+            "cpu",
+            "sdpa.cpu_flash takes values of the head_dim of queries and keys, not 32 beside 64",
+        ),
     ],
 )
 def test_refusals_say_why(name: str, changes: dict, device: str, words: str) -> None:
@@ -213,6 +257,11 @@ def test_a_dense_mask_that_does_not_fit_is_refused_with_its_size() -> None:
         (((1, 8, 4, 16), (1, 8, 3, 16), (1, 8, 3, 16)), "must be a multiple"),
         (((1, 8, 4, 16), (1, 8, 2, 16), (1, 8, 4, 16)), "must have the same shape"),
         (((1, 8, 4, 16), (2, 8, 2, 16), (2, 8, 2, 16)), "must agree in batch"),
+        (((1, 8, 4, 16), (1, 8, 2, 16), (1, 7, 2, 8)), "the same shape, but for head_dim"),
+        (
+            ((1, 8, 4, 16), (1, 8, 2, 16), (1, 8, 2, 0)),
+            r"v \[.*\] must have a head_dim of at least",
+        ),
     ],
 )
 def test_inconsistent_shapes_are_named(shapes: tuple, words: str) -> None:
@@ -222,24 +271,34 @@ def test_inconsistent_shapes_are_named(shapes: tuple, words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "mask"),
+    ("name", "mask", "value_dim"),
     [
-        *((name, mask) for name in ("flash", "cudnn", "efficient") for mask in ("causal", "full")),
-        ("efficient", "sliding_window_causal:window=16"),
+        *(
+            (name, mask, 64)
+            for name in ("flash", "cudnn", "efficient")
+            for mask in ("causal", "full")
+        ),
+        ("efficient", "sliding_window_causal:window=16", 64),
+        ("efficient", "sliding_window_causal:window=16", 32),
+        ("efficient", "empty", 32),
     ],
 )
-def test_calls_of_gpu_back_ends_match_the_signatures_of_torch(name: str, mask: str) -> None:
+def test_calls_of_gpu_back_ends_match_the_signatures_of_torch(
+    name: str, mask: str, value_dim: int
+) -> None:
     """On meta tensors: argument lists, shapes and dtypes; no GPU, so no values."""
     info = registry.operator_info(f"sdpa.{name}")
-    built = masks.build(mask, 60)
+    nothing = AttnMask.from_slices(60, 60, [])
+    built = nothing if mask == "empty" else masks.build(mask, 60)
     op = registry.implementation(info, {})
     problem = _problem(seq_q=60, seq_k=60, dtype="bfloat16")
     q, k, v, dout = (
-        torch.empty(2, 60, heads, 64, dtype=torch.bfloat16, device="meta") for heads in (4, 2, 2, 4)
+        torch.empty(2, 60, heads, dim, dtype=torch.bfloat16, device="meta")
+        for heads, dim in ((4, 64), (2, 64), (2, value_dim), (4, value_dim))
     )
     plan = op.prepare(built, problem, "meta")
     out, lse = op.forward(QKV(q, k, v), plan)
-    assert (out.shape, out.dtype) == (q.shape, q.dtype)
+    assert (out.shape, out.dtype) == (dout.shape, q.dtype)
     assert (lse.shape, lse.dtype) == ((2, 4, 60), torch.float32)
     grads = op.backward(BackwardInputs(dout, q, k, v, out, lse), plan)
     assert [(x.shape, x.dtype) for x in grads] == [(x.shape, x.dtype) for x in (q, k, v)]

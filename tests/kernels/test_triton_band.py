@@ -6,6 +6,7 @@ The kernels run under Triton's interpreter.  ``test_operators`` runs all static 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -18,8 +19,10 @@ from hypothesis import strategies as st
 
 import cpbench
 from cpbench import masks
+from cpbench.core.problem import Problem
 from cpbench.kernels.triton import configs as triton_configs
 from cpbench.kernels.triton import launch as triton_launch
+from cpbench.kernels.triton.launch import ConfigOverrides
 from cpbench.kernels.triton.plan import MIN_SPLIT_TILES, TilePlan, grouped_order, plan_tiles
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.sweep.verification import MASKS, SEQ_LEN
@@ -153,12 +156,18 @@ def test_lists_are_linear_in_runs_and_partial_tiles() -> None:
 
 
 def compare(
-    mask: AttnMask, operator: str, shape: tuple[int, int, int, int], dtype: torch.dtype
+    mask: AttnMask,
+    operator: str,
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    value_dim: int = 0,
 ) -> None:
     """Compare out, lse and gradients with dense float64."""
     batch, heads_q, heads_kv, dim = shape
     tokens = max(mask.seq_q, mask.seq_k)
-    q, k, v, dout = naive.random_inputs(batch, tokens, heads_q, heads_kv, dim, dtype)
+    q, k, v, dout = naive.random_inputs(
+        batch, tokens, heads_q, heads_kv, dim, dtype, value_dim=value_dim
+    )
     q, dout = (x[:, : mask.seq_q].contiguous() for x in (q, dout))
     k, v = (x[:, : mask.seq_k].contiguous() for x in (k, v))
     expected = naive.attention(q, k, v, dout, mask)
@@ -225,6 +234,35 @@ def test_every_head_is_in_one_section(
     compare(masks.build("causal", 70), "triton_band", shape, torch.float32)
     assert all(size % group == 0 for size in sizes[:2])
     assert (heads // group > 2) == any(size < heads for size in sizes[:2])
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "value_dim", "options"),
+    [
+        (192, 128, ""),
+        (192, 128, ":parts=3,block_k=16"),
+        (192, 128, ":descriptors=1,block_q=32"),
+        (64, 96, ":launches=2"),
+    ],
+)
+def test_values_of_another_head_dim(head_dim: int, value_dim: int, options: str) -> None:
+    shape = (1, 4, 2, head_dim)
+    compare(masks.build("causal", 83), f"triton_band{options}", shape, torch.bfloat16, value_dim)
+
+
+def test_the_wider_head_dim_chooses_the_configuration() -> None:
+    overrides = ConfigOverrides("triton_band", False, 0, 0)
+    sizes = {"batch": 1, "seq_q": 8, "seq_k": 8, "heads_q": 1, "heads_kv": 1, "dtype": "float32"}
+    narrow, wide = Problem(**sizes, head_dim=64), Problem(**sizes, head_dim=64, head_dim_v=256)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_launch, "compile_target", lambda device: "cuda:86")
+        patch.setattr(triton_launch, "gpu_name", lambda device: "")
+        assert overrides.refusal(narrow, "cuda") is None
+        assert "float32 up to head_dim 128" in str(overrides.refusal(wide, "cuda"))
+        half = [replace(problem, dtype="bfloat16") for problem in (narrow, wide)]
+        configs = [overrides.configs(problem, "cuda") for problem in half]
+        swapped = replace(half[1], head_dim=256, head_dim_v=64)
+        assert configs[0] != configs[1] == overrides.configs(swapped, "cuda")
 
 
 @pytest.mark.parametrize("extents", [(1, 300), (37, 211), (130, 61)], ids=str)

@@ -106,6 +106,30 @@ def test_gradients_in_bfloat16_halve_their_traffic(size: int) -> None:
     assert sent(ranks, "bwd") == [2 * (size - 1) * kv] * size
 
 
+MLA = {"head_dim": 24, "head_dim_v": 16}
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_values_of_another_head_dim(size: int) -> None:
+    """q, dq and keys have 24 elements a head, out, dout and values 16."""
+    tokens = 48 // size
+    q, out, k, v = (2 * 2 * tokens * h for h in (24 * 24, 24 * 16, 2 * 24, 2 * 16))
+    per_query, n = 4 * 2 * tokens * 24, size - 1
+    for strategy in ("ring", "distflash", "ring_allgather"):
+        ranks = traces(strategy, size=size, **MLA)
+        assert sent(ranks, "fwd") == [n * (k + v)] * size
+        assert sent(ranks, "bwd") == [n * 3 * (k + v)] * size  # float32 gradients of 16 bits
+    ranks = traces("burst", size=size, **MLA)
+    assert sent(ranks, "bwd") == [n * (q + out + 2 * per_query) + n * 2 * q] * size
+    replicas = max(2, size) // 2
+    ranks = traces("ulysses", "causal", size=size, **MLA)
+    exchanged = (q + out + replicas * (k + v)) * n // size
+    assert sent(ranks, "fwd") == sent(ranks, "bwd") == [exchanged] * size
+    assert ranks[0].phases["fwd"].messages == 2 * n  # q, k and v together, then out
+    ranks = traces(f"tile:rows={size}", size=size, **MLA)
+    assert sent(ranks, "fwd") == [n * (q + out + per_query)] * size
+
+
 @pytest.mark.parametrize("stages", [1, 2])
 def test_stages_of_all_gather_send_the_same(stages: int) -> None:
     _, kv, _ = volumes(4)

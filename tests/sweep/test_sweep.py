@@ -172,6 +172,7 @@ def test_every_key_is_in_the_id() -> None:
         "num_heads_q": 8,
         "num_heads_kv": 2,
         "head_dim": 32,
+        "head_dim_v": 32,
         "dtype": "bfloat16",
         "direction": "fwd",
         "world_size": 2,
@@ -185,9 +186,18 @@ def test_every_key_is_in_the_id() -> None:
     assert cases(**usp)[0].id != cases(**usp, placement="ring")[0].id
 
 
+def test_a_head_dim_of_values_that_is_that_of_keys_is_the_same_case() -> None:
+    same = cases(head_dim=[48, 64], head_dim_v=[0, 48])
+    assert [(c.head_dim, c.head_dim_v) for c in same] == [(48, 0), (48, 0), (64, 0), (64, 48)]
+    assert same[0].id == same[1].id == Case(head_dim=48).id
+    assert cases(head_dim_v=64)[0].id == Case().id
+
+
 @pytest.mark.parametrize(
     ("table", "message"),
     [
+        ({"head_dim_v": -1}, "head_dim_v = -1 must be 0 or more"),
+        ({"head_dim_v": 1 << 15}, "head_dim_v = 32768 is too large: at most 16k"),
         ({"placement": "ring"}, "placement = 'ring': single has no mesh"),
         ({"strategy": "usp", "placement": "node"}, "placement = 'node': usp takes ring, ulysses"),
         ({"placement": 3, "strategy": "usp"}, "placement = 3 is not the name of a mesh axis"),

@@ -3,11 +3,14 @@
 Strategies choose what to compute (queries, keys, plan); these merge the partial results in float32.
 A single partial result is returned unchanged, so a strategy with one call per rank pays nothing.
 
-Legend: B batch, S query length, T key length, H query heads, G key/value heads, D head dim.
+Legend: B batch, S query length, T key length, H query heads, G key/value heads, D head dim; of out,
+dout and v it is that of the values.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,10 +42,14 @@ def output_with_delta(dout_BSHD: torch.Tensor, delta_BSH: torch.Tensor) -> torch
 
 
 class ForwardAccumulator:
-    """Accumulates a forward pass over disjoint sets of keys for one set of queries."""
+    """Accumulates a forward pass over disjoint sets of keys for one set of queries.
 
-    def __init__(self, op: BoundOperator, q_BSHD: torch.Tensor) -> None:
-        self._op, self._q = op, q_BSHD
+    Args:
+        value_dim: head_dim of the values; 0 for that of the queries.
+    """
+
+    def __init__(self, op: BoundOperator, q_BSHD: torch.Tensor, value_dim: int = 0) -> None:
+        self._op, self._q, self._value_dim = op, q_BSHD, value_dim or q_BSHD.shape[3]
         self._out: torch.Tensor | None = None
         self._lse: torch.Tensor | None = None
 
@@ -71,8 +78,16 @@ class ForwardAccumulator:
     def finish(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return out in the dtype of q, and lse; zeros and -inf when nothing was added."""
         if self._out is None:
-            return nothing_visible(self._q)
+            return nothing_visible(self._q, self._value_dim)
         return self._out.to(self._q.dtype), self._lse
+
+    def empty_result(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Uninitialised memory for an out and lse of these queries."""
+        import torch
+
+        b, s, h, _ = self._q.shape
+        out = self._q.new_empty((b, s, h, self._value_dim))
+        return out, self._q.new_empty((b, h, s), dtype=torch.float32)
 
 
 class BackwardAccumulator:
@@ -104,7 +119,8 @@ class BackwardAccumulator:
         dq, dk, dv = self._op.backward_cropped(x, plan)
         self._dq = self._dq.float()
         self._dq[:, q0:q1].add_(dq)
-        return padded(dk, k_BTGD, k0, k1), padded(dv, v_BTGD, k0, k1)
+        tokens = k_BTGD.shape[1]
+        return padded(dk, tokens, k0, k1), padded(dv, tokens, k0, k1)
 
     def add_partial(self, dq: torch.Tensor) -> None:
         """Add the partial dq of another subset of keys; the first one may be overwritten."""
@@ -139,12 +155,17 @@ class Planned:
     crop: tuple[int, int, int, int] | None = None
 
 
-def padded(part: torch.Tensor, like: torch.Tensor, start: int, end: int) -> torch.Tensor:
-    """Pad ``part``, the tokens from ``start`` to ``end``, with zeros to the shape of ``like``."""
-    import torch
-
-    if part.shape == like.shape:
-        return part
-    full = torch.zeros(like.shape, dtype=part.dtype, device=part.device)
-    full[:, start:end] = part
+def padded(part_BSHD: torch.Tensor, tokens: int, start: int, end: int) -> torch.Tensor:
+    """Pad the tokens from ``start`` to ``end`` with zeros to all ``tokens``."""
+    if part_BSHD.shape[1] == tokens:
+        return part_BSHD
+    full = part_BSHD.new_zeros((part_BSHD.shape[0], tokens, *part_BSHD.shape[2:]))
+    full[:, start:end] = part_BSHD
     return full
+
+
+def unpacked(packed: torch.Tensor, shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """The tensors of these shapes that one flat tensor holds, as views of it: gradients that are
+    summed and sent together, such as dk and dv, whose head dims may differ."""
+    parts = packed.split([math.prod(shape) for shape in shapes])
+    return [part.view(tuple(shape)) for part, shape in zip(parts, shapes, strict=True)]

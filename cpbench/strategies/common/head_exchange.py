@@ -3,11 +3,13 @@
 Not a strategy.  With fewer key/value heads than ranks, each head is replicated on the ranks that
 need it, and the gradients of the replicas are summed in float32.
 
-Legend: B batch, L local tokens, P ranks of the group, h heads per rank, D head dim.
+Legend: B batch, L local tokens, P ranks of the group, h heads per rank, D head dim, which may
+differ from tensor to tensor.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -70,12 +72,12 @@ def tokens_to_heads(shards: list[torch.Tensor], comm: Comm) -> PendingTensors:
     if shards[0].shape[1] != shards[-1].shape[1]:  # fewer queries than keys
         return _join_pending(tokens_to_heads(shards[:1], comm), tokens_to_heads(shards[1:], comm))
     by_rank = [x.unflatten(2, (comm.size, -1)).permute(2, 1, 0, 3, 4) for x in shards]
-    packed = torch.cat(by_rank, dim=3)
+    packed = torch.cat([x.flatten(3) for x in by_rank], dim=3)  # [P, L, B, all of h * D]
     received = packed.new_empty(packed.shape)
-    heads = [x.shape[3] for x in by_rank]
+    shapes = [x.shape[3:] for x in by_rank]
     return PendingTensors(
         [comm.all_to_all(received, packed)],
-        lambda: list(received.flatten(0, 1).transpose(0, 1).split(heads, dim=2)),
+        lambda: _split_last(received.flatten(0, 1).transpose(0, 1), shapes),
     )
 
 
@@ -93,18 +95,24 @@ def heads_to_tokens(by_head: list[torch.Tensor], comm: Comm) -> PendingTensors:
         return PendingTensors((), lambda: by_head)
     if by_head[0].shape[1] != by_head[-1].shape[1]:
         return _join_pending(heads_to_tokens(by_head[:1], comm), heads_to_tokens(by_head[1:], comm))
-    heads = [x.shape[2] for x in by_head]
-    packed = torch.cat([x.transpose(0, 1) for x in by_head], dim=2)
+    shapes = [x.shape[2:] for x in by_head]
+    packed = torch.cat([x.transpose(0, 1).flatten(2) for x in by_head], dim=2)
     packed = packed.unflatten(0, (comm.size, -1))
     received = packed.new_empty(packed.shape)
 
     def collect() -> list[torch.Tensor]:
         return [
             x.permute(2, 1, 0, 3, 4).flatten(2, 3).contiguous()
-            for x in received.split(heads, dim=3)
+            for x in _split_last(received, shapes)
         ]
 
     return PendingTensors([comm.all_to_all(received, packed)], collect)
+
+
+def _split_last(x: torch.Tensor, shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """Split the last axis into axes of these shapes, ``(h, D)`` each."""
+    parts = x.split([math.prod(shape) for shape in shapes], dim=-1)
+    return [part.unflatten(-1, tuple(shape)) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def result_to_tokens(

@@ -38,13 +38,9 @@ class ResultExchange:
         self._recvs += [(x, rank) for x in buffers]
         self._callbacks.append((buffers, consume))
 
-    def receive_partial(self, q: torch.Tensor, rank: int, accumulator: ForwardAccumulator) -> None:
+    def receive_partial(self, rank: int, accumulator: ForwardAccumulator) -> None:
         """Receive a partial out and lse of the local queries, and merge them when they arrive."""
-        import torch
-
-        lse_shape = (q.shape[0], q.shape[2], q.shape[1])
-        buffers = [q.new_empty(q.shape), q.new_empty(lse_shape, dtype=torch.float32)]
-        self.receive(buffers, rank, accumulator.add_partial)
+        self.receive(list(accumulator.empty_result()), rank, accumulator.add_partial)
 
     def post(self) -> None:
         """Wait for the previous exchange, then start the one prepared since."""

@@ -17,6 +17,7 @@ Source: Ring Attention (arXiv 2310.01889); double ring: LoongTrain (arXiv 2406.1
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,6 +26,7 @@ import numpy as np
 
 from cpbench.masks.slices import BoolArray, IntArray
 from cpbench.parallel.comm import CompletedHandle
+from cpbench.parallel.partial_results.accumulators import unpacked
 
 if TYPE_CHECKING:
     import torch
@@ -215,7 +217,7 @@ class GradientRotation:
     """Gradients of rotating blocks, which follow them one step behind.
 
     Args:
-        shape: of the stacked gradients of one block.
+        shapes: of the gradients of one block, which travel as one flat tensor.
         dtype: in which they are sent; sums on a rank are always float32.
         op: the operator whose results are added up.
         rotation: of the blocks.
@@ -223,13 +225,13 @@ class GradientRotation:
 
     def __init__(
         self,
-        shape: Sequence[int],
+        shapes: Sequence[Sequence[int]],
         dtype: torch.dtype,
         op: BoundOperator,
         rotation: Rotation,
         comm: Comm,
     ) -> None:
-        self._shape, self._dtype, self._op, self._comm = shape, dtype, op, comm
+        self._shapes, self._dtype, self._op, self._comm = shapes, dtype, op, comm
         self._across = rotation.lane_across(comm)
         self._local: torch.Tensor | None = None
         self._incoming: torch.Tensor | None = None
@@ -251,23 +253,23 @@ class GradientRotation:
             lane = home if step.grad_send_to == step.source else self._comm
             batches[lane][0].append((current.to(self._dtype), step.grad_send_to))
         if step.grad_recv_from != NO_PEER:
-            self._incoming = self._buffer()
+            self._incoming = self._buffer(self._dtype)
             batches[self._comm][1].append((self._incoming, step.grad_recv_from))
         if step.home_recv_from != NO_PEER:
-            self._home_gradient = self._buffer()
+            self._home_gradient = self._buffer(self._dtype)
             batches[home][1].append((self._home_gradient, step.home_recv_from))
         self._handles = [
             lane.exchange(*batch, "gradients") for lane, batch in batches.items() if any(batch)
         ]
 
-    def finish(self) -> torch.Tensor:
-        """The gradient of the local block, float32."""
+    def finish(self) -> list[torch.Tensor]:
+        """The gradients of the local block, float32."""
         import torch
 
         self._wait()
         if self._local is None:
-            return torch.zeros(tuple(self._shape), dtype=torch.float32, device=self._op.device)
-        return self._local
+            self._local = self._buffer(torch.float32).zero_()
+        return unpacked(self._local, self._shapes)
 
     def _wait(self) -> None:
         """Wait for the exchange of the previous step."""
@@ -277,7 +279,8 @@ class GradientRotation:
             arrived, self._home_gradient = self._home_gradient, None
             self._local = arrived.float() if self._local is None else self._local.add_(arrived)
 
-    def _buffer(self) -> torch.Tensor:
+    def _buffer(self, dtype: torch.dtype) -> torch.Tensor:
         import torch
 
-        return torch.empty(tuple(self._shape), dtype=self._dtype, device=self._op.device)
+        elements = sum(map(math.prod, self._shapes))
+        return torch.empty(elements, dtype=dtype, device=self._op.device)
