@@ -292,8 +292,9 @@ def _minimal_bytes(case: Case, phases: Iterable[str]) -> int:
     """Memory traffic in bytes if each tensor is moved once: q, k, v and out forward; these and
     dout, dq, dk and dv backward.  The lse is left out."""
     problem = case.problem
-    q, kv = problem.q_bytes(problem.seq_q), problem.kv_bytes(problem.seq_k)
-    return sum({"fwd": 2 * q + kv, "bwd": 4 * q + 2 * kv}[phase] for phase in phases)
+    forward = problem.q_bytes(problem.seq_q) + problem.out_bytes(problem.seq_q)
+    forward += problem.kv_bytes(problem.seq_k)
+    return sum({"fwd": forward, "bwd": 2 * forward}[phase] for phase in phases)
 
 
 def _short_hashes(content: Iterable[tuple[str, str]]) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
 from typing import Any
 
+from cpbench.core.problem import format_head_dims
 from cpbench.core.spec import format_size
 from cpbench.core.spec import three_digits as three_digits
 
@@ -33,7 +34,10 @@ FACTS: dict[str, tuple[Callable[[Any], object], str]] = {
     "dtype": (itemgetter("dtype"), "{}"),
     "batch": (itemgetter("batch"), "batch {}"),
     "heads": (lambda row: f"{row['num_heads_q']}:{row['num_heads_kv']}", "{} heads"),
-    "head_dim": (itemgetter("head_dim"), "head_dim {}"),
+    "head_dim": (
+        lambda row: format_head_dims(int(row["head_dim"]), int(row["head_dim_v"])),
+        "head_dim {}",
+    ),
     "input seed": (itemgetter("seed"), "input seed {}"),
     "inputs": (itemgetter("inputs"), "inputs {}"),
     "files": (itemgetter("content"), "files {}"),
@@ -45,6 +49,7 @@ FACT_COLUMNS = {
     "ranks": ("world_size",),
     "ranks/node": ("ranks_per_node",),
     "heads": ("num_heads_q", "num_heads_kv"),
+    "head_dim": ("head_dim", "head_dim_v"),
     "input seed": ("seed",),
     "files": ("content",),
 }

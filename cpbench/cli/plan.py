@@ -55,6 +55,7 @@ def traffic(
     num_heads_q: Annotated[str, list_option(help="Query heads.")] = "64",
     num_heads_kv: Annotated[str, list_option(help="Key/value heads.")] = "8",
     head_dim: Annotated[str, list_option(help="Head dimensions.")] = "128",
+    head_dim_v: Annotated[str, list_option(help="Those of values; 0: as --head-dim.")] = "0",
     batch: Annotated[str, list_option(help="Batch sizes.")] = "1",
     dtype: Annotated[str, dtype_list(help="Data types.")] = "bfloat16",
     direction: Annotated[str, direction_list(help="fwd, bwd or fwd_bwd.")] = "fwd_bwd",
@@ -79,7 +80,8 @@ def traffic(
         lists = {
             "strategy": strategy, "layout": layout, "seq_len": seq_len, "queries": queries,
             "batch": batch, "num_heads_q": num_heads_q, "num_heads_kv": num_heads_kv,
-            "head_dim": head_dim, "dtype": dtype, "direction": direction,
+            "head_dim": head_dim, "head_dim_v": head_dim_v, "dtype": dtype,
+            "direction": direction,
         }  # fmt: skip
         table = {key: sweep_file.split_list(text) for key, text in lists.items()}
         table["mask"] = [m for text in mask or ["causal"] for m in sweep_file.split_list(text)]

@@ -221,6 +221,7 @@ def bench(
         str | None, list_option(help="Key/value heads.  [default: as --num-heads-q]")
     ] = None,
     head_dim: Annotated[str, list_option(help="Head dimensions.")] = "64",
+    head_dim_v: Annotated[str, list_option(help="Those of values; 0: as --head-dim.")] = "0",
     dtype: Annotated[str, dtype_list(help="Data types: float32, bfloat16, float16.")] = "float32",
     direction: Annotated[str, direction_list(help="Passes: fwd, bwd, fwd_bwd.")] = "fwd_bwd",
     seed: Annotated[str, list_option(help="Seeds of the inputs.")] = "0",
@@ -255,8 +256,8 @@ def bench(
         "operator": operator, "strategy": strategy, "layout": layout, "seq_len": seq_len,
         "world_size": world_size, "ranks_per_node": ranks_per_node, "placement": placement,
         "queries": queries, "batch": batch, "num_heads_q": num_heads_q,
-        "num_heads_kv": num_heads_kv, "head_dim": head_dim, "dtype": dtype,
-        "direction": direction, "seed": seed, "inputs": inputs,
+        "num_heads_kv": num_heads_kv, "head_dim": head_dim, "head_dim_v": head_dim_v,
+        "dtype": dtype, "direction": direction, "seed": seed, "inputs": inputs,
     }  # fmt: skip
     with user_input():
         table = {

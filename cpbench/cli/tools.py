@@ -161,8 +161,8 @@ def capture(
     print_rows(rows, as_json)
     if not as_json:
         row = rows[0]
-        names = ("num_heads_q", "num_heads_kv", "head_dim")
-        options = " ".join(f"--{name.replace('_', '-')} {row[name]}" for name in names)
+        names = ("num_heads_q", "num_heads_kv", "head_dim", "head_dim_v")
+        options = " ".join(f"--{name.replace('_', '-')} {row[name]}" for name in names if row[name])
         options += f" --mask {row['mask']}" if row["mask"] else ""
         file = shlex.quote(f"file:{row['file']}")
         if row["q times"]:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from cpbench.core.problem import different_or_zero
 from cpbench.results.store import write_atomically
 
 if TYPE_CHECKING:
@@ -253,12 +254,13 @@ def _run(request: dict[str, Any]) -> list[dict[str, Any]]:
     for key, tensors in found.items():
         path = output if len(found) == 1 else output.with_stem(f"{output.stem}-{key}")
         save(tensors, path)
-        q, k = tensors.q, tensors.k
+        q, k, v = tensors.q, tensors.k, tensors.v
         window = tensors.window if tensors.window and tensors.window <= q.shape[1] else None
         rows.append(
             {
                 "file": str(path), "layer": key, "tokens": q.shape[1], "batch": len(q),
                 "num_heads_q": q.shape[2], "num_heads_kv": k.shape[2], "head_dim": q.shape[3],
+                "head_dim_v": different_or_zero(v.shape[3], q.shape[3]) or "",
                 "dtype": str(q.dtype).removeprefix("torch."),
                 "q times": f"{tensors.factor:.4g}" if tensors.factor != 1 else "",
                 "mask": f"sliding_window_causal:window={window - 1}" if window else "",

@@ -20,12 +20,12 @@ from cpbench.tools.link_rates import LinkRates
 
 # Sizes of a case, and its facts in a sentence.
 _SIZES = ("seq_len", "world_size", "ranks_per_node", "queries", "num_heads_q", "num_heads_kv",
-          "head_dim", "batch", "dtype", "direction")  # fmt: skip
+          "head_dim", "head_dim_v", "batch", "dtype", "direction")  # fmt: skip
 _NAMED = {
     "mask": "{}", "seq_len": "{} tokens", "world_size": "world size {}",
     "ranks_per_node": "{} ranks per node", "queries": "last {} queries", "num_heads_q": "{} heads",
-    "num_heads_kv": "{} KV heads", "head_dim": "head_dim {}", "batch": "batch {}", "dtype": "{}",
-    "direction": "{}",
+    "num_heads_kv": "{} KV heads", "head_dim": "head_dim {}", "head_dim_v": "head_dim {} of values",
+    "batch": "batch {}", "dtype": "{}", "direction": "{}",
 }  # fmt: skip
 
 
@@ -103,7 +103,7 @@ def _summarise(case: Case, replies: list[dict[str, Any]]) -> dict[str, Any]:
             key: getattr(case, key)
             for key in (
                 "seq_len", "world_size", "batch", "num_heads_q", "num_heads_kv", "head_dim",
-                "dtype", "direction",
+                "head_dim_v", "dtype", "direction",
             )
         },
         "gpus_per_node": case.ranks_per_node,

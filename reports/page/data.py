@@ -23,7 +23,8 @@ TEXTS = (
 )  # fmt: skip
 NUMBERS = (
     "seq_len", "world_size", "ranks_per_node", "batch", "queries", "num_heads_q", "num_heads_kv",
-    "head_dim", "seed", "time_ms", "low_ms", "high_ms", "fwd_ms", "fwd_low_ms", "fwd_high_ms",
+    "head_dim", "head_dim_v", "seed", "time_ms", "low_ms", "high_ms", "fwd_ms", "fwd_low_ms",
+    "fwd_high_ms",
     "bwd_ms", "bwd_low_ms", "bwd_high_ms", "noise", "iterations", "launches", "tflops_per_rank",
     "fwd_tflops_per_rank", "bwd_tflops_per_rank", "gemm_tflops", "copy_gb_s", "intensity",
     "density", "imbalance", "plan_ms", "first_call_ms", "peak_mb", "limit_mb", "inputs_mb",

@@ -25,6 +25,7 @@ PROBLEM_KEYS = (
     "num_heads_q",
     "num_heads_kv",
     "head_dim",
+    "head_dim_v",
     "seed",
     "inputs",
     "content",

@@ -12,6 +12,7 @@ from limits import LIMIT_S
 from made_records import launches, record, write_run
 
 from cpbench.reports.collection import collect
+from cpbench.reports.page.data import chart_data
 from cpbench.reports.tables.markup import MARKS, MARKUPS
 from cpbench.reports.tables.pivot import make_pivot, render
 from cpbench.results.record import Record
@@ -29,6 +30,26 @@ def run(tmp_path: Path) -> Path:
     records.append(record("sdpa.math", status="oom", reason="no room"))
     write_run(tmp_path / "run", records)
     return tmp_path / "run"
+
+
+def test_values_of_another_head_dim_are_another_problem(tmp_path: Path) -> None:
+    records = [
+        *launches("bands", [2.0], head_dim=192),
+        *launches("bands", [1.0], head_dim=192, head_dim_v=128),
+        *launches("triton_band", [3.0], head_dim=192, head_dim_v=128),
+    ]
+    write_run(tmp_path / "run", records)
+    collection = collect([tmp_path / "run"])
+    pivot = make_pivot(collection, "head_dim_v,operator", "ms", "")
+    rows = next(iter(pivot.blocks.values()))
+    assert set(rows) == {"0", "128"}
+    assert rows["0"]["bands"].value == 2.0
+    text = json.dumps(chart_data(collection)["texts"]["shape"]["values"])
+    assert "head_dim 192," in text
+    assert "head_dim 192/128," in text
+    intensities = collection.table["intensity"]
+    assert intensities.notna().all()
+    assert intensities.nunique() == 2  # fewer bytes of values and outputs
 
 
 def test_a_block_for_each_further_fact(run: Path) -> None:

@@ -34,6 +34,17 @@ def link_file(path: Path, **times_us: dict[int, float]) -> Path:
     return path
 
 
+def test_values_of_another_head_dim() -> None:
+    cases = [case("ring", head_dim=192, head_dim_v=dim) for dim in (0, 128)]
+    rows = comparison(cases, None)
+    sent = {row["head_dim_v"]: row["sent_bytes"] for row in rows}
+    assert sent[128] * 384 == sent[0] * 320
+    lines = "\n".join(comparison_lines(rows))
+    assert "head_dim 192, " in lines
+    assert "head_dim 128 of values" in lines
+    assert predict_traffic(cases[1])["head_dim_v"] == 128
+
+
 def test_strategies_are_ranked_by_bytes_across_nodes() -> None:
     cases = [case(name, seq_len=n) for n in (4096, 8192)
              for name in ("ring", "ulysses", "usp:ulysses=4", "usp:ulysses=16")]  # fmt: skip

@@ -66,7 +66,7 @@ class Details {
     const add = (name, value) => words.push(`--${name}`, /^[\w@%+=:,./[\]-]+$/.test(value) ? value : `'${value.replaceAll("'", `'"'"'`)}'`);
     for (const name of ["operator", "mask", "dtype", "direction"]) add(name, data.text(name, row));
     for (const name of ["seq_len", "batch", "num_heads_q", "num_heads_kv", "head_dim"]) add(name.replaceAll("_", "-"), String(data.number(name, row)));
-    if (data.number("queries", row)) add("queries", String(data.number("queries", row)));
+    for (const name of ["head_dim_v", "queries"]) if (data.number(name, row)) add(name.replaceAll("_", "-"), String(data.number(name, row)));
     if (data.text("inputs", row) !== "normal") add("inputs", data.text("inputs", row));
     if (data.number("seed", row)) add("seed", String(data.number("seed", row)));
     if (data.number("world_size", row) > 1 || data.text("strategy", row) !== "single") {
