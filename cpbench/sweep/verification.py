@@ -56,6 +56,9 @@ WORLD_SIZES = (2, 3, 4)
 # 2, 3 and 6 ranks divide 6 key/value heads; 2 are replicated on 4, 6 and 8.
 STRATEGY_HEADS = ((24, 6), (24, 2))
 
+# Values of another head_dim than queries and keys, as in multi-head latent attention.
+VALUE_DIMS = {"head_dim": 24, "head_dim_v": 16}
+
 TENSORS = ("out", "lse", "dq", "dk", "dv")
 
 
@@ -75,12 +78,15 @@ def quick_tables(device: str, devices: int) -> list[dict[str, Any]]:
     by_head = [name for name in names if "heads" in registry.operators()[name].masks]
     forward_only = [name for name in names if device not in registry.operators()[name].backward_on]
     strategies = [name for name, info in sorted(registry.strategies().items()) if name != "single"]
+    unequal = {**shapes, **VALUE_DIMS, "dtype": "bfloat16"}
     both = {"dtype": ["bfloat16", "float32"], "mask": ["causal", documents]}
     return [
         {**shapes, **both, "operator": names},
         {**shapes, **both, "operator": forward_only, "direction": "fwd"},
         {**shapes, "operator": by_head, "dtype": "bfloat16", "mask": blocks},
         {**shapes, "operator": "dilated", "dtype": "bfloat16", "mask": DILATED_MASKS[0]},
+        {**unequal, "operator": _taking_value_dims(names)},
+        {**unequal, "strategy": ["ring", "ulysses"], "world_size": min(devices, 2)},
         *(
             {**shapes, "strategy": name, "layout": registry.strategies()[name].layouts[0],
              "world_size": min(devices, 2), "dtype": "bfloat16", "mask": ["causal", documents]}
@@ -144,6 +150,10 @@ def build_request(
             tables.append({**shapes, **heads, "mask": [*HEAD_MASKS, *DILATED_MASKS]})
             # Long enough for the sampled check to run too.
             tables.append({**shapes, **heads, "seq_len": LONG_SEQ_LEN, "mask": list(LONG_MASKS)})
+        if unequal := _taking_value_dims(operator_specs):
+            few_masks = {} if masks else {"mask": list(FEW_MASKS)}
+            heads = {"num_heads_q": 4, "num_heads_kv": 2, "operator": unequal}
+            tables.append({**shapes, **heads, **VALUE_DIMS, **few_masks})
     parallel = [spec for spec in map(Spec.parse, strategy_specs) if spec.name != "single"]
     if parallel and (strategies or not operators):
         base = {**shapes, "operator": operator_specs if operators else "bands", "head_dim": 16}
@@ -177,6 +187,11 @@ def usable_devices(device: str) -> int:
     return max(1, len(list(Path("/dev").glob("nvidia[0-9]*"))))
 
 
+def _taking_value_dims(operators: Iterable[str]) -> list[str]:
+    """Those of the operators, each with its parameters, that declare ``value_dims``."""
+    return [text for text in operators if registry.operator_info(Spec.parse(text).name).value_dims]
+
+
 def _all_operators() -> list[str]:
     """Every registered operator and its variants."""
     specs = []
@@ -207,6 +222,17 @@ def _strategy_tables(
         tables.append(
             {**shared, "strategy": str(spec), "layout": list(info.layouts), "world_size": sizes}
         )
+        if info.value_dims:
+            tables.append(
+                {
+                    **shared,
+                    **mask_subset,
+                    **VALUE_DIMS,
+                    "strategy": str(spec),
+                    "layout": two_layouts,
+                    "world_size": sizes,
+                }
+            )
         if variants:
             tables.append(
                 {
