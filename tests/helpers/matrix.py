@@ -62,7 +62,7 @@ class Combination:
     heads_q: int
     heads_kv: int
     dtype: str
-    head_dim_v: int
+    head_dim_v: int = 0
     placement: str = ""
     nodes: int = 0
     queries: int = TOKENS  # the last tokens
