@@ -151,7 +151,7 @@ def build_request(
             # Long enough for the sampled check to run too.
             tables.append({**shapes, **heads, "seq_len": LONG_SEQ_LEN, "mask": list(LONG_MASKS)})
         if unequal := _taking_value_dims(operator_specs):
-            few_masks = {} if masks else {"mask": list(FEW_MASKS)}
+            few_masks = {} if masks else {"mask": [*FEW_MASKS, HEAD_MASKS[1]]}
             heads = {"num_heads_q": 4, "num_heads_kv": 2, "operator": unequal}
             tables.append({**shapes, **heads, **VALUE_DIMS, **few_masks})
     parallel = [spec for spec in map(Spec.parse, strategy_specs) if spec.name != "single"]
