@@ -30,14 +30,16 @@ if TYPE_CHECKING:
 
 
 CUDA_KERNEL = "flash_attn.torch"
+CUDA_KERNEL_OF_VALUES = "triton_band"  # where they have another head_dim than queries and keys
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan: one layout for all heads or one per query head; or the calls of a kernel."""
+    """The plan: one layout for all heads or one per query head; or a kernel and its calls."""
 
     scale: float
     layouts: tuple[Layout, ...] = ()
+    composed: Composed | None = None
     calls: tuple[Call, ...] = ()
 
 
@@ -48,7 +50,8 @@ class Bands:
         tile: on CPU, maximum rows of a tile (queries times the query heads that share a key/value
             head); 0 for the default, which depends on the mask.
         kernel: name of the operator whose kernel computes the pieces of the mask; empty for tiles
-            on CPU and ``flash_attn.torch`` on CUDA.
+            on CPU, and on CUDA for ``flash_attn.torch``, or ``triton_band`` where values have
+            another head_dim.
 
     Raises:
         ValueError: for a negative tile, or a kernel whose partial results do not merge.
@@ -60,28 +63,32 @@ class Bands:
         if kernel == "bands":
             raise ValueError("kernel = 'bands' of bands would be itself; leave it out")
         self.tile = tile
-        self._given = bool(kernel)
-        self._composed = Composed(kernel or CUDA_KERNEL)
+        self._given = Composed(kernel) if kernel else None
 
     def unsupported(self, problem: Problem, mask: SlicedMask, device: str) -> str | None:
         if problem.softcap:
             return "bands has no softcap"
         if device != "cpu" and not device.startswith("cuda"):
             return f"bands runs on cpu and cuda, not on {device}"
-        if not self._composes(device):
+        composed = self.composed(problem, device)
+        if composed is None:
             return None
         if not isinstance(mask, AttnMask):
             return "bands over a kernel takes one mask for all heads; use triton_block_sparse"
-        return self._composed.unsupported(problem, mask, device)
+        return composed.unsupported(problem, mask, device)
 
-    def _composes(self, device: str) -> bool:
-        """Whether the kernel of another operator is called."""
-        return self._given or device != "cpu"
+    def composed(self, problem: Problem, device: str) -> Composed | None:
+        """What calls the kernel of another operator; None for tiles on a CPU."""
+        if self._given is not None or device == "cpu":
+            return self._given
+        return Composed(CUDA_KERNEL_OF_VALUES if problem.head_dim_v else CUDA_KERNEL)
 
     def prepare(self, mask: SlicedMask, problem: Problem, device: str) -> Plan:
-        if self._composes(device):
+        composed = self.composed(problem, device)
+        if composed is not None:
             assert isinstance(mask, AttnMask)
-            return Plan(problem.softmax_scale, calls=self._composed.prepare(mask, problem, device))
+            calls = composed.prepare(mask, problem, device)
+            return Plan(problem.softmax_scale, composed=composed, calls=calls)
         group = problem.group if isinstance(mask, AttnMask) else 1
         fused = not problem.head_dim_v  # torch's kernel takes one head_dim
         layouts = tuple(
@@ -93,8 +100,8 @@ class Bands:
         import torch
 
         q, k, v = qkv
-        if not plan.layouts:
-            return self._composed.forward(qkv, plan.calls)
+        if plan.composed is not None:
+            return plan.composed.forward(qkv, plan.calls)
         if len(plan.layouts) == 1:
             return cpu.forward(qkv, plan.layouts[0], plan.scale)
         out = q.new_empty((*q.shape[:3], v.shape[3]))
@@ -108,8 +115,8 @@ class Bands:
         import torch
 
         dout, q, k, v, out, lse = x
-        if not plan.layouts:
-            return self._composed.backward(x, plan.calls)
+        if plan.composed is not None:
+            return plan.composed.backward(x, plan.calls)
         if len(plan.layouts) == 1:
             return cpu.backward(x, plan.layouts[0], plan.scale)
         dq = torch.empty_like(q)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def results_of(operator: Bands, mask: AttnMask, problem: Problem) -> dict[str, torch.Tensor]:
     q, k, v, dout = inputs(problem)
-    composed = operator._composed
+    composed = operator.composed(problem, "cuda")
+    assert composed is not None
     calls = composed.prepare(mask, problem, "cpu")
     out, lse = composed.forward(QKV(q, k, v), calls)
     assert lse is not None
@@ -140,6 +142,11 @@ def test_refusals_name_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     deterministic = problem_of(mask, SHAPE, "bfloat16", deterministic=True)
     assert "is not deterministic" in str(bands.unsupported(deterministic, mask, "cuda"))
     heads = masks.build_heads("block_sparse_uniform:block_size=64,keep=0.4", 256, 4)
+    mla = replace(half, head_dim=24, head_dim_v=16)
+    assert bands.unsupported(mla, mask, "cuda") is None
+    composed = bands.composed(mla, "cuda")
+    assert composed is not None
+    assert composed.info.name == "triton_band"
     assert "one mask for all heads" in str(bands.unsupported(half, heads, "cuda"))
 
 
@@ -201,8 +208,10 @@ def test_the_result_of_one_call_is_returned_as_it_is(monkeypatch: pytest.MonkeyP
     problem = problem_of(mask, SHAPE, "bfloat16")
     operator = Bands()
     q, k, v, dout = inputs(problem)
-    calls = operator._composed.prepare(mask, problem, "cpu")
-    kernel, made = operator._composed.kernel, []
+    composed = operator.composed(problem, "cuda")
+    assert composed is not None
+    calls = composed.prepare(mask, problem, "cpu")
+    kernel, made = composed.kernel, []
 
     def record(function: Any) -> Any:
         def call(*args: Any) -> Any:
@@ -213,10 +222,10 @@ def test_the_result_of_one_call_is_returned_as_it_is(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(kernel, "forward", record(kernel.forward))
     monkeypatch.setattr(kernel, "backward", record(kernel.backward))
-    out, lse = operator._composed.forward(QKV(q, k, v), calls)
+    out, lse = composed.forward(QKV(q, k, v), calls)
     assert lse is not None
     assert (out, lse) == made[0]
-    grads = operator._composed.backward(BackwardInputs(dout, q, k, v, out, lse), calls)
+    grads = composed.backward(BackwardInputs(dout, q, k, v, out, lse), calls)
     assert all(a is b for a, b in zip(grads, made[1], strict=True))
 
 
@@ -228,7 +237,8 @@ def counted(mask: AttnMask, monkeypatch: pytest.MonkeyPatch) -> tuple[LaunchCoun
         torch.empty(1, mask.seq_q, heads, 128, dtype=torch.bfloat16, device="meta")
         for heads in (32, 32, 8, 8)
     )
-    composed = Bands()._composed
+    composed = Bands().composed(problem, "meta")
+    assert composed is not None
     calls = composed.prepare(mask, problem, "meta")
     passes = LaunchCounter(), LaunchCounter()
     count_fused_merges(monkeypatch, passes[0])

@@ -17,7 +17,7 @@ from cpbench import masks
 from cpbench.api import Attention
 from cpbench.core.problem import Problem
 from cpbench.inputs import Recipe, parse
-from cpbench.measure.device import Cpu
+from cpbench.measure.device.cpu import Cpu
 from cpbench.parallel.layout import build
 from cpbench.parallel.world import World
 from cpbench.verify import at_size, check, fit, quality, tiles
