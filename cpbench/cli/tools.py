@@ -181,6 +181,9 @@ def compile_(
     ] = "cuda:80,cuda:90,cuda:100",
     dtype: Annotated[str, dtype_list(help="Data types.")] = "bfloat16,float16",
     head_dim: Annotated[str, list_option(help="Head dimensions.")] = "64,96,128",
+    head_dim_v: Annotated[
+        int, typer.Option(metavar="DIM", help="Head dimension of values; 0 for the same.")
+    ] = 0,
     config: Annotated[
         str | None,
         list_option(
@@ -209,6 +212,7 @@ def compile_(
         requests = compilation.compile_requests(
             split_list(operator) if operator else [], split_list(target), split_list(dtype),
             [parse_integer("head_dim", text) for text in split_list(head_dim)], fields,
+            head_dim_v,
         )  # fmt: skip
     rows = compilation.compile_kernels(requests)
     print_rows(rows if as_json else compilation.table(rows), as_json)

@@ -25,6 +25,7 @@ def launches(
     head_dim: int,
     per_head: bool = False,
     split: bool = False,
+    head_dim_v: int = 0,
     **config: int,
 ) -> list[Launch]:
     """The launches of a forward and a backward pass, with four query heads per key/value head.
@@ -32,9 +33,12 @@ def launches(
     Args:
         per_head: with lists per head.
         split: with split rows.
+        head_dim_v: of values; 0 for ``head_dim``.
         config: fields of a :class:`Config` that override the table, for every kernel.
     """
-    defaults = configs.kernel_configs(target, head_dim, DTYPE_BYTES[dtype], per_head)
+    value_dim = head_dim_v or head_dim
+    widest = max(head_dim, value_dim)
+    defaults = configs.kernel_configs(target, widest, DTYPE_BYTES[dtype], per_head)
     kernel_configs = {name: Config(**{**vars(c), **config}) for name, c in defaults.items()}
     if not per_head:  # kernels without matrix products are the same for both kinds of lists
         kernel_configs |= {
@@ -52,7 +56,7 @@ def launches(
         input_precision = precision(dtype == "float32", target.startswith("cuda"))
         all_constants: dict[str, Any] = {
             "GROUP": 4, "PER_HEAD": per_head, "LISTED": per_head, "M": used.rows, "N": used.cols,
-            **head_constants(head_dim, head_dim), "PRECISION": input_precision,
+            **head_constants(head_dim, value_dim), "PRECISION": input_precision,
             "ROWS": MERGE_ROWS, "DESCRIPTORS": bool(used.descriptors), "STAGES": used.num_stages,
             "SPLIT": split, "WANTED": wanted,
         }  # fmt: skip
@@ -64,7 +68,7 @@ def launches(
             if used.descriptors and argument in _STREAMED.get(name, ()):
                 types[argument] = tuple(
                     f"tensordesc<{_TYPES[dtype]}[1, {used.cols}, 1, {part}]>"
-                    for part in head_parts(head_dim)
+                    for part in head_parts(value_dim if argument in ("V", "DOut") else head_dim)
                     if part
                 )
                 continue

@@ -288,6 +288,8 @@ def _describe(x: torch.Tensor) -> str:
     return f"{list(x.shape)} of {str(x.dtype).removeprefix('torch.')}"
 
 
-def launches(target: str, dtype: str, head_dim: int, **config: int) -> list[Launch]:
+def launches(
+    target: str, dtype: str, head_dim: int, head_dim_v: int = 0, **config: int
+) -> list[Launch]:
     """See :func:`triton_ahead.launches`."""
-    return triton_ahead.launches(target, dtype, head_dim, True, False, **config)
+    return triton_ahead.launches(target, dtype, head_dim, True, False, head_dim_v, **config)

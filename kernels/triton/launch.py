@@ -100,7 +100,7 @@ class ConfigOverrides:
         if max(problem.seq_q, problem.seq_k) > MAX_TOKENS:
             return f"{self._name} takes at most {MAX_TOKENS:,} tokens (int32 token numbers)"
         target = compile_target(device)
-        dim = _widest(problem)
+        dim = widest_head_dim(problem)
         reason = triton_configs.target_refusal(target, dim, DTYPE_BYTES[problem.dtype])
         return f"{self._name} {reason}" if reason else None
 
@@ -109,7 +109,7 @@ class ConfigOverrides:
         item = DTYPE_BYTES[problem.dtype]
         target, gpu = compile_target(device), gpu_name(device)
         defaults = triton_configs.kernel_configs(
-            target, _widest(problem), item, self._per_head, gpu
+            target, widest_head_dim(problem), item, self._per_head, gpu
         )
         tile = {"rows": self._block_q, "cols": self._block_k}
         transposed_tile = {"rows": self._block_k, "cols": self._block_q}
@@ -121,7 +121,7 @@ class ConfigOverrides:
         return configs
 
 
-def _widest(problem: Problem) -> int:
+def widest_head_dim(problem: Problem) -> int:
     """The head_dim by which configurations are chosen: a tile of every tensor fits."""
     return max(problem.head_dim, problem.value_dim)
 

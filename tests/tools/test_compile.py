@@ -55,6 +55,17 @@ def test_large_heads_on_hopper_use_its_matrix_units_in_both_launches() -> None:
     assert {row["matrix_instruction"] for row in compiled} == {"wgmma.mma_async"}
 
 
+def test_values_of_another_head_dim_compile_as_well(capsys: pytest.CaptureFixture[str]) -> None:
+    """As in multi-head latent attention."""
+    words = ["compile", "--operator", "triton_band", "--target", "cuda:90", "--head-dim", "192"]
+    assert main.invoke([*words, "--head-dim-v", "128", "--dtype", "bfloat16"]) == 0
+    table = capsys.readouterr().out
+    assert "192/128" in table
+    assert "128x64 w8 s2 tma each: ok; wgmma, 14 a warp" in " ".join(table.split())
+    assert main.invoke([*words, "--head-dim-v", "512"]) == 2
+    assert "--head-dim-v: 512 is not between 8 and 256" in capsys.readouterr().err
+
+
 def test_two_warpgroups_for_64_rows_repeat_work_on_hopper(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -200,13 +200,13 @@ def _amdgcn_usage(assembly: str) -> dict[str, int]:
 
 
 def kernel_launches(
-    operator: str, target: str, dtype: str, head_dim: int, **config: int
+    operator: str, target: str, dtype: str, head_dim: int, head_dim_v: int = 0, **config: int
 ) -> list[Launch]:
     """The launches of an operator on a target, in the order of its kernels."""
     info = operator_info(operator)
     module, _, attribute = info.compiles.partition(":")
     launches: list[Launch] = getattr(importlib.import_module(module), attribute)(
-        target, dtype, head_dim, **config
+        target, dtype, head_dim, head_dim_v=head_dim_v, **config
     )
     return launches
 
@@ -215,7 +215,7 @@ def main() -> int:
     """Read requests from stdin and print each row as a line of JSON when it is ready."""
     for request in json.load(sys.stdin):
         target = request["target"]
-        key = {name: request[name] for name in ("operator", "dtype", "head_dim")}
+        key = {name: request[name] for name in ("operator", "dtype", "head_dim", "head_dim_v")}
         for launch in kernel_launches(target=target, **key, **request.get("config", {})):
             print(json.dumps({**key, **compile_launch(launch, target)}), flush=True)
     return 0

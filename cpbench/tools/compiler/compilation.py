@@ -32,12 +32,14 @@ def compile_requests(
     dtypes: Sequence[str],
     head_dims: Sequence[int],
     config: dict[str, int],
+    head_dim_v: int = 0,
 ) -> list[dict[str, Any]]:
     """The requests to compile each operator for each target, dtype and head_dim.
 
     Args:
         operators: empty for all Triton operators.
         config: fields that replace those of the shipped configuration.
+        head_dim_v: of values; 0 for that of queries and keys.
 
     Raises:
         ValueError: for an unknown value (the message lists the known ones), or without Triton.
@@ -52,15 +54,16 @@ def compile_requests(
         for name in values:
             if name not in allowed:
                 raise ValueError(f"--{option}: {name!r} is not one of {', '.join(allowed)}")
-    for dim in head_dims:
-        if not 8 <= dim <= 256:
-            raise ValueError(f"--head-dim: {dim} is not between 8 and 256")
+    for option, dims in (("head-dim", head_dims), ("head-dim-v", (head_dim_v or 8,))):
+        for dim in dims:
+            if not 8 <= dim <= 256:
+                raise ValueError(f"--{option}: {dim} is not between 8 and 256")
     if registry.missing_package(registry.operator_info(compilable[0])):
         raise ValueError("compile needs the Python package triton: pip install 'cpbench[triton]'")
     return [
         {
             "operator": operator, "target": target, "dtype": dtype, "head_dim": dim,
-            "config": config,
+            "head_dim_v": head_dim_v, "config": config,
         }
         for operator in operators or compilable
         for target in targets
@@ -124,6 +127,12 @@ def compiles_well(row: dict[str, Any]) -> bool:
     return row["verdict"] in ("ok", SPILLS_OUTSIDE)
 
 
+def _head_dims(row: dict[str, Any]) -> int | str:
+    """The head dimension, with that of values where it is another one: ``"192/128"``."""
+    dim, of_values = row["head_dim"], row["head_dim_v"]
+    return f"{dim}/{of_values}" if of_values else int(dim)
+
+
 def _matrix_use(row: dict[str, Any]) -> str:
     """The matrix instruction of a kernel, and how many a warp issues in the hot loop for each tile
     of 64 x 64 scores."""
@@ -140,7 +149,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows for a terminal, of rows of :func:`compile_kernels`."""
     return [
         {
-            "target": row["target"], "dtype": row["dtype"], "head_dim": row["head_dim"],
+            "target": row["target"], "dtype": row["dtype"], "head_dim": _head_dims(row),
             "kernel": row["kernel"],
             "registers": row.get("registers", ""), "spilled bytes": row.get("spill_bytes", ""),
             "shared KiB": f"{row.get('shared_bytes', 0) / 1024:.0f}",

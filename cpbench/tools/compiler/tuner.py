@@ -25,7 +25,7 @@ from cpbench.core.registry import implementation, operator_info
 from cpbench.core.tolerance import LIMITS
 from cpbench.inputs import Recipe
 from cpbench.kernels.triton import configs as triton_configs
-from cpbench.kernels.triton.launch import compile_target, gpu_name
+from cpbench.kernels.triton.launch import compile_target, gpu_name, widest_head_dim
 from cpbench.masks.head_masks import per_head as per_head_of
 from cpbench.measure.device.opening import device_shortage, open_device
 from cpbench.measure.device.protocol import Device
@@ -80,8 +80,9 @@ def tune(
         raise ValueError(reason)
     benchmark = _ConfigBenchmark(implementation(info, {}), built, problem, device)
     itemsize = DTYPE_BYTES[problem.dtype]
-    shipped = triton_configs.kernel_configs(target, problem.head_dim, itemsize, per_head)
-    key = triton_configs.problem_class(gpu, problem.head_dim, itemsize, per_head)
+    head_dim = widest_head_dim(problem)
+    shipped = triton_configs.kernel_configs(target, head_dim, itemsize, per_head)
+    key = triton_configs.problem_class(gpu, head_dim, itemsize, per_head)
     best = {**shipped, **triton_configs.tuned_configs().get(key, {})}
     benchmark.set_reference(shipped)
     for kernel in kernels:
@@ -153,7 +154,9 @@ def _compile_refusal(
     if target == "interpreter":
         return None
     fields = dataclasses.asdict(config)
-    launches = kernel_launches(operator, target, problem.dtype, problem.head_dim, **fields)
+    launches = kernel_launches(
+        operator, target, problem.dtype, problem.head_dim, problem.head_dim_v, **fields
+    )
     for launch in launches:
         if launch.kernel.partition(".")[0] == kernel:
             row = compile_launch(launch, target)
