@@ -13,8 +13,7 @@ class Launch:
     Attributes:
         kernel: name of the kernel in its operator.
         function: ``"module:attribute"`` of the ``@triton.jit`` function.
-        types: types of the non-constant arguments by name (``"*bf16"``, ``"i32"``, a tuple of the
-            types of its members).
+        types: types of the non-constant arguments by name (``"*bf16"``, ``"i32"``).
         constants: values of the constant arguments by name.
         aligned: names of arguments that Triton may assume to be multiples of 16.
         num_warps, num_stages: launch parameters of Triton.
@@ -24,7 +23,7 @@ class Launch:
 
     kernel: str
     function: str
-    types: dict[str, str | tuple[str, ...]]
+    types: dict[str, str]
     constants: dict[str, Any]
     aligned: tuple[str, ...]
     num_warps: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,11 +12,14 @@ from cpbench.kernels.triton import configs
 from cpbench.kernels.triton.configs import Config, head_constants, head_parts
 from cpbench.kernels.triton.launch import MERGE_ROWS, ROW_TERMS_ROWS, device_modules, precision
 from cpbench.kernels.triton.plan import TileLists
+from cpbench.parallel.partial_results.merge import ROWS as MERGED_ROWS
+from cpbench.parallel.partial_results.merge import triton_size
 
 _TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _FLOAT32_ARGUMENTS = ("Lse", "Lse2", "Delta", "Partial", "PartialLse")
 _LIST_NAMES = TileLists._fields
 # What each kernel loads in its loop, through descriptors if so configured.
+REST = "Rest"  # after the name of a tensor: its second part
 _STREAMED = {"forward": ("K", "V"), "backward_dq": ("K", "V"), "backward_dkv": ("Q", "DOut")}
 
 
@@ -61,16 +65,19 @@ def launches(
             "SPLIT": split, "WANTED": wanted,
         }  # fmt: skip
         constants = {key: value for key, value in all_constants.items() if key in arguments}
-        types: dict[str, str | tuple[str, ...]] = {}
+        streamed = _STREAMED.get(name, ())
+        constants |= {f"{x}{REST}": None for x in streamed}
+        types = {}
+        if used.descriptors:
+            for x in streamed:
+                parts = head_parts(value_dim if x in ("V", "DOut") else head_dim)
+                for argument, part in zip((x, f"{x}{REST}"), parts, strict=True):
+                    if part:
+                        tile = f"{_TYPES[dtype]}[1, {used.cols}, 1, {part}]"
+                        types[argument] = f"tensordesc<{tile}>"
+                        constants.pop(argument, None)
         for argument in arguments:
-            if argument in constants:
-                continue
-            if used.descriptors and argument in _STREAMED.get(name, ()):
-                types[argument] = tuple(
-                    f"tensordesc<{_TYPES[dtype]}[1, {used.cols}, 1, {part}]>"
-                    for part in head_parts(value_dim if argument in ("V", "DOut") else head_dim)
-                    if part
-                )
+            if argument in constants or argument in types:
                 continue
             if argument in (*_LIST_NAMES, "splits"):
                 types[argument] = "*i32"
@@ -88,7 +95,24 @@ def launches(
                 name in configs.KERNELS,
             )
         )  # fmt: skip
+    if not per_head:
+        launches.append(_merge_launch(dtype, value_dim))
     return launches
+
+
+def _merge_launch(dtype: str, head_dim: int) -> Launch:
+    """The launch that merges a partial result into one of float32, as in a step of a ring."""
+    constants = {"ROWS": MERGED_ROWS, "D": triton_size(head_dim), "HEAD_DIM": head_dim}
+    module = "cpbench.parallel.partial_results.merge_device"
+    arguments = getattr(importlib.import_module(module), "merge_results").arg_names
+    types = {name: "*fp32" if name[0].isupper() else "i32" for name in arguments}
+    types |= {"Partial": f"*{_TYPES[dtype]}"}
+    types = {name: type_ for name, type_ in types.items() if name not in constants}
+    aligned = tuple(name for name in types if name[0].isupper() or name[-2:] in ("_b", "_s", "_h"))
+    return Launch(
+        "merge_results", f"{module}:merge_results", types, constants, aligned, 4, 1,
+        f"{MERGED_ROWS} rows", multiplies=False,
+    )  # fmt: skip
 
 
 def _launched(kernels: dict[str, Config]) -> Iterator[tuple[tuple[str, str, int], Config]]:

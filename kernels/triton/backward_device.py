@@ -18,6 +18,7 @@ from cpbench.kernels.triton.tiles_device import (
     add_product,
     added,
     apply_mask,
+    head_pointer,
     head_source,
     inner_products,
     load_item,
@@ -47,8 +48,8 @@ def row_terms(
     b, h = bh // heads, bh % heads
     start = tl.program_id(0) // batch_heads * M
     rows = start + tl.arange(0, M)
-    o_source = head_source(Out, b, h, o_b, o_h, False)
-    do_source = head_source(DOut, b, h, do_b, do_h, False)
+    o_source = head_pointer(Out, b, h, o_b, o_h)
+    do_source = head_pointer(DOut, b, h, do_b, do_h)
     o = load_tile(o_source, o_s, start, seq_q, M, V0, V1, HEAD_DIM_V, True)
     do = load_tile(do_source, do_s, start, seq_q, M, V0, V1, HEAD_DIM_V, True)
     delta = tl.sum(o[0].to(tl.float32) * do[0].to(tl.float32), 1)
@@ -82,7 +83,7 @@ def _add_dq(q, do, lse, delta, k_source, v_source, b, g, k_stride, v_stride, col
 
 @triton.jit
 def backward_dq(
-    Q, K, V, DOut, Lse2, Delta, DQ, Partial,
+    Q, K, KRest, V, VRest, DOut, Lse2, Delta, DQ, Partial,
     items, order, runs, tiles, tile_layers, layers, slices,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, do_b, do_s, do_h, dq_b, dq_s, dq_h,
     batch_heads, heads, section, num_items, seq_q, seq_k, padded_q, scale,
@@ -96,12 +97,12 @@ def backward_dq(
     row, run0, run1, tile0, tile1, slot = load_item(items, bh if PER_HEAD else 0, num_items, index)
     b, h = bh // heads, bh % heads
     g = h // GROUP
-    k_source = head_source(K, b, g, k_b, k_h, DESCRIPTORS)
-    v_source = head_source(V, b, g, v_b, v_h, DESCRIPTORS)
+    k_source = head_source(K, KRest, b, g, k_b, k_h, D1, DESCRIPTORS)
+    v_source = head_source(V, VRest, b, g, v_b, v_h, V1, DESCRIPTORS)
     start = row * M
     rows = start + tl.arange(0, M)
-    q_source = head_source(Q, b, h, q_b, q_h, False)
-    do_source = head_source(DOut, b, h, do_b, do_h, False)
+    q_source = head_pointer(Q, b, h, q_b, q_h)
+    do_source = head_pointer(DOut, b, h, do_b, do_h)
     q = load_tile(q_source, q_s, start, seq_q, M, D0, D1, HEAD_DIM, True)
     do = load_tile(do_source, do_s, start, seq_q, M, V0, V1, HEAD_DIM_V, True)
     offsets = to_int64(bh) * padded_q + rows
@@ -137,7 +138,7 @@ def backward_dq(
         partial = Partial + (to_int64(slot) * batch_heads + bh) * M * HEAD_DIM
         store_tile(partial, HEAD_DIM, 0 * row, M, dq, M, D0, D1, HEAD_DIM)
         return
-    target = head_source(DQ, b, h, dq_b, dq_h, False)
+    target = head_pointer(DQ, b, h, dq_b, dq_h)
     store_tile(target, dq_s, start, seq_q, dq, M, D0, D1, HEAD_DIM)
 
 
@@ -158,7 +159,7 @@ def sum_partials(
         partial = Partial + ((to_int64(slot) * batch_heads + bh) * M + first) * HEAD_DIM
         part = load_tile(partial, HEAD_DIM, 0 * row, ROWS, ROWS, D0, D1, HEAD_DIM, False)
         acc = added(acc, part, D1)
-    target = head_source(DQ, bh // heads, bh % heads, dq_b, dq_h, False)
+    target = head_pointer(DQ, bh // heads, bh % heads, dq_b, dq_h)
     store_tile(target, dq_s, row * M + first, seq_q, acc, ROWS, D0, D1, HEAD_DIM)
 
 
@@ -192,7 +193,7 @@ def _add_dkv(k, v, q_source, do_source, b, h, lse_base, delta_base, q_stride, do
 
 @triton.jit
 def backward_dkv(
-    Q, K, V, DOut, Lse2, Delta, DK, DV,
+    Q, QRest, K, V, DOut, DOutRest, Lse2, Delta, DK, DV,
     items, order, runs, tiles, tile_layers, layers, slices,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, do_b, do_s, do_h, dk_b, dk_s, dk_h,
     dv_b, dv_s, dv_h,
@@ -208,8 +209,8 @@ def backward_dkv(
     bg, index = program_work(order, num_items, batch_heads, section, PER_HEAD)
     b, g = bg // heads, bg % heads
     start = index * M  # rows are not split in this pass, so items are rows
-    k_source = head_source(K, b, g, k_b, k_h, False)
-    v_source = head_source(V, b, g, v_b, v_h, False)
+    k_source = head_pointer(K, b, g, k_b, k_h)
+    v_source = head_pointer(V, b, g, v_b, v_h)
     k = load_tile(k_source, k_s, start, seq_k, M, D0, D1, HEAD_DIM, True)
     v = load_tile(v_source, v_s, start, seq_k, M, V0, V1, HEAD_DIM_V, True)
     dk = zero_tile(M, D0, D1)  # the compiler removes the one that is not wanted
@@ -224,8 +225,8 @@ def backward_dkv(
         _, run0, run1, tile0, tile1, _ = load_item(items, plan, num_items, index)
         if LISTED:
             h = g * GROUP + outer
-            q_source = head_source(Q, b, h, q_b, q_h, DESCRIPTORS)
-            do_source = head_source(DOut, b, h, do_b, do_h, DESCRIPTORS)
+            q_source = head_source(Q, QRest, b, h, q_b, q_h, D1, DESCRIPTORS)
+            do_source = head_source(DOut, DOutRest, b, h, do_b, do_h, V1, DESCRIPTORS)
             terms = to_int64(bg * GROUP + outer) * padded_q
             for t in tl.range(run0, run1, num_stages=STAGES):
                 dk, dv = _add_dkv(
@@ -239,8 +240,8 @@ def backward_dkv(
                 head = outer + step // (run1 - run0)
                 r = run0 + step % (run1 - run0)
                 h = g * GROUP + head
-                q_source = head_source(Q, b, h, q_b, q_h, DESCRIPTORS)
-                do_source = head_source(DOut, b, h, do_b, do_h, DESCRIPTORS)
+                q_source = head_source(Q, QRest, b, h, q_b, q_h, D1, DESCRIPTORS)
+                do_source = head_source(DOut, DOutRest, b, h, do_b, do_h, V1, DESCRIPTORS)
                 terms = to_int64(bg * GROUP + head) * padded_q
                 begin = tl.load(runs + 2 * r)
                 end = tl.load(runs + 2 * r + 1)
@@ -257,15 +258,15 @@ def backward_dkv(
             h = g * GROUP + head
             terms = to_int64(bg * GROUP + head) * padded_q
             dk, dv = _add_dkv(
-                k, v, head_source(Q, b, h, q_b, q_h, DESCRIPTORS),
-                head_source(DOut, b, h, do_b, do_h, DESCRIPTORS), b, h,
+                k, v, head_source(Q, QRest, b, h, q_b, q_h, D1, DESCRIPTORS),
+                head_source(DOut, DOutRest, b, h, do_b, do_h, V1, DESCRIPTORS), b, h,
                 Lse2 + terms, Delta + terms, q_s, do_s, tl.load(tiles + t),
                 seq_q, dk, dv, scale2, start, slices, layers,
                 tl.load(tile_layers + 2 * t), tl.load(tile_layers + 2 * t + 1),
                 M, N, D0, D1, HEAD_DIM, V0, V1, HEAD_DIM_V, PRECISION, DESCRIPTORS, WANTED, True,
             )  # fmt: skip
-    dk_target = head_source(DK, b, g, dk_b, dk_h, False)
-    dv_target = head_source(DV, b, g, dv_b, dv_h, False)
+    dk_target = head_pointer(DK, b, g, dk_b, dk_h)
+    dv_target = head_pointer(DV, b, g, dv_b, dv_h)
     if WANTED != ONLY_DV:
         store_tile(dk_target, dk_s, start, seq_k, multiplied(dk, scale, D1), M, D0, D1, HEAD_DIM)
     if WANTED != ONLY_DK:

@@ -17,6 +17,7 @@ from cpbench.kernels.triton.tiles_device import (
     add_product,
     added,
     apply_mask,
+    head_pointer,
     head_source,
     inner_products,
     load_item,
@@ -62,7 +63,7 @@ def _attend(q, k_source, v_source, b, g, k_stride, v_stride, col, seq_k, acc, ro
 
 @triton.jit
 def forward(
-    Q, K, V, Out, Lse, Partial, PartialLse,
+    Q, K, KRest, V, VRest, Out, Lse, Partial, PartialLse,
     items, order, runs, tiles, tile_layers, layers, slices,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_b, o_s, o_h,
     batch_heads, heads, section, num_items, seq_q, seq_k, scale,
@@ -77,11 +78,11 @@ def forward(
     row, run0, run1, tile0, tile1, slot = load_item(items, bh if PER_HEAD else 0, num_items, index)
     b, h = bh // heads, bh % heads
     g = h // GROUP
-    k_source = head_source(K, b, g, k_b, k_h, DESCRIPTORS)
-    v_source = head_source(V, b, g, v_b, v_h, DESCRIPTORS)
+    k_source = head_source(K, KRest, b, g, k_b, k_h, D1, DESCRIPTORS)
+    v_source = head_source(V, VRest, b, g, v_b, v_h, V1, DESCRIPTORS)
     start = row * M
     rows = start + tl.arange(0, M)
-    q_source = head_source(Q, b, h, q_b, q_h, False)
+    q_source = head_pointer(Q, b, h, q_b, q_h)
     q = load_tile(q_source, q_s, start, seq_q, M, D0, D1, HEAD_DIM, True)
     acc = zero_tile(M, V0, V1)
     row_sum = tl.zeros([M], dtype=tl.float32)
@@ -122,7 +123,7 @@ def forward(
         store_tile(partial, HEAD_DIM_V, 0 * row, M, acc, M, V0, V1, HEAD_DIM_V)
         tl.store(PartialLse + offset + tl.arange(0, M), lse)
         return
-    target = head_source(Out, b, h, o_b, o_h, False)
+    target = head_pointer(Out, b, h, o_b, o_h)
     store_tile(target, o_s, start, seq_q, acc, M, V0, V1, HEAD_DIM_V)
     tl.store(Lse + to_int64(bh) * seq_q + rows, lse, mask=rows < seq_q)
 
@@ -159,7 +160,7 @@ def merge_partials(
         row_max = new_max
     acc = multiplied(acc, (1.0 / tl.where(row_sum == 0.0, 1.0, row_sum))[:, None], V1)
     start = row * M + first
-    target = head_source(Out, bh // heads, bh % heads, o_b, o_h, False)
+    target = head_pointer(Out, bh // heads, bh % heads, o_b, o_h)
     store_tile(target, o_s, start, seq_q, acc, ROWS, V0, V1, HEAD_DIM_V)
     rows = start + m
     lse = tl.where(row_sum == 0.0, float("-inf"), row_max + tl.log(row_sum + TINY))

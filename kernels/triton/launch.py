@@ -236,15 +236,22 @@ def _use_descriptors(config: Config, *tensors: torch.Tensor) -> bool:
     return bool(config.descriptors) and aligned and not any(at % 16 for at in addresses)
 
 
-def _descriptors(x: torch.Tensor, tokens: int) -> tuple[Any, ...]:
-    """The descriptors of tiles of so many tokens of ``[B, S, H, D]``, one for each part of D."""
+def _sources(config: Config, *tensors: torch.Tensor) -> tuple[bool, list[list[Any]]]:
+    """What a kernel reads the tiles of its loop from: whether those are descriptors, and for each
+    tensor ``[B, S, H, D]`` the arguments for the first and the second part of D."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return tuple(
-        TensorDescriptor(x, list(x.shape), list(x.stride()), [1, tokens, 1, part])
-        for part in head_parts(x.shape[3])
-        if part
-    )
+    if not _use_descriptors(config, *tensors):
+        return False, [[x, None] for x in tensors]
+    return True, [
+        [
+            TensorDescriptor(x, list(x.shape), list(x.stride()), [1, config.cols, 1, part])
+            if part
+            else None
+            for part in head_parts(x.shape[3])
+        ]
+        for x in tensors
+    ]
 
 
 def _section(streamed: tuple[torch.Tensor, ...], batch_heads: int, group: int) -> int:
@@ -319,10 +326,10 @@ def _forward(qkv: QKV, plan: Plan) -> OutLse:
     tile_pass, config, kernels = plan.forward, plan.forward.config, device_modules()[0]
     partial = q.new_empty((tile_pass.slots, B * H, config.rows, V), dtype=torch.float32)
     partial_lse = partial.new_empty(partial.shape[:3])
-    descriptors = _use_descriptors(config, k, v)
-    sources = [_descriptors(x, config.cols) for x in (k, v)] if descriptors else [k, v]
+    descriptors, (k_source, v_source) = _sources(config, k, v)
     kernels.forward[(tile_pass.num_items * B * H,)](
-        q, *sources, out, lse, partial, partial_lse, *tile_pass.tensors, *_strides(q, k, v, out),
+        q, *k_source, *v_source, out, lse, partial, partial_lse, *tile_pass.tensors,
+        *_strides(q, k, v, out),
         B * H, H, _section((k, v), B * H, H // G), tile_pass.num_items, S, T, plan.scale,
         SPLIT=tile_pass.slots > 0,
         **_launch_constants(kernels.forward, tile_pass, q, v, H // G, descriptors),
@@ -360,10 +367,9 @@ def _backward(x: BackwardInputs, plan: Plan) -> Gradients:
     )  # fmt: skip
     tile_pass, config = plan.dq, plan.dq.config
     partial = q.new_empty((tile_pass.slots, B * H, config.rows, D), dtype=torch.float32)
-    descriptors = _use_descriptors(config, k, v)
-    sources = [_descriptors(x, config.cols) for x in (k, v)] if descriptors else [k, v]
+    descriptors, (k_source, v_source) = _sources(config, k, v)
     kernels.backward_dq[(tile_pass.num_items * B * H,)](
-        q, *sources, dout, lse2, delta, dq, partial, *tile_pass.tensors,
+        q, *k_source, *v_source, dout, lse2, delta, dq, partial, *tile_pass.tensors,
         *_strides(q, k, v, dout, dq),
         B * H, H, _section((k, v), B * H, H // G), tile_pass.num_items, S, T, padded,
         plan.scale, SPLIT=tile_pass.slots > 0,
@@ -375,14 +381,11 @@ def _backward(x: BackwardInputs, plan: Plan) -> Gradients:
             partial, dq, tile_pass.splits, *_strides(dq), B * H, H, S, **constants
         )
     tile_pass, config = plan.dkv, plan.dkv.config
-    descriptors = _use_descriptors(config, q, dout)
-    q_source, dout_source = (
-        [_descriptors(x, config.cols) for x in (q, dout)] if descriptors else [q, dout]
-    )
+    descriptors, (q_source, dout_source) = _sources(config, q, dout)
     wanted = (kernels.BOTH,) if config.launches == 1 else (kernels.ONLY_DK, kernels.ONLY_DV)
     for gradients in wanted:
         kernels.backward_dkv[(tile_pass.num_items * B * G,)](
-            q_source, k, v, dout_source, lse2, delta, dk, dv, *tile_pass.tensors,
+            *q_source, k, v, *dout_source, lse2, delta, dk, dv, *tile_pass.tensors,
             *_strides(q, k, v, dout, dk, dv),
             B * G, G, _section((q, dout), B * G, 1), tile_pass.num_items, S, T, padded,
             plan.scale, WANTED=gradients.value,

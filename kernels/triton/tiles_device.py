@@ -64,13 +64,23 @@ def to_int64(x):
 
 
 @triton.jit
-def head_source(X, b, h, x_b, x_h, DESCRIPTORS: tl.constexpr):
-    """What to read tiles of one batch and head from: a pointer to its first element, or the
-    descriptors of all of ``X``, one for each part, for the copy engine of Hopper and later."""
+def head_pointer(X, b, h, x_b, x_h):
+    """A pointer to the first element of one batch and head."""
+    return X + to_int64(b) * x_b + to_int64(h) * x_h
+
+
+@triton.jit
+def head_source(X, Rest, b, h, x_b, x_h, D1: tl.constexpr, DESCRIPTORS: tl.constexpr):
+    """What to read tiles of one batch and head from: a pointer to its first element, or for the
+    copy engine of Hopper and later the descriptors of all of a tensor, ``X`` of the first part and
+    ``Rest`` of the second one.  (Triton launches no kernel with descriptors in a tuple.)"""
     if DESCRIPTORS:
-        return X
-    else:  # noqa: RET505
-        return X + to_int64(b) * x_b + to_int64(h) * x_h
+        if D1:
+            return X, Rest
+        else:  # noqa: RET505
+            return (X,)
+    else:
+        return head_pointer(X, b, h, x_b, x_h)
 
 
 @triton.jit

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from limits import LIMIT_S
+from paths import ROOT
 
 from cpbench.cli import main
 from cpbench.kernels.triton.configs import KERNELS, kernel_configs
@@ -26,7 +32,7 @@ def test_shipped_configurations_spill_nothing_and_use_the_matrix_units() -> None
     targets = ["cuda:80", "cuda:90", "cuda:100"]
     compiled = rows(targets=targets, head_dims=[64, 128], operators=[])
     compiled += rows(targets=targets, dtypes=["float16"], operators=["triton_band"])
-    elementwise = 3  # kernels of triton_band that have no matrix product
+    elementwise = 4  # kernels of triton_band that have no matrix product
     assert len(compiled) == len(targets) * (5 * len(KERNELS) + elementwise * 3)
     assert all(map(compilation.compiles_well, compiled))
     assert all(row["hot_local_bytes"] == 0 for row in compiled)
@@ -99,6 +105,40 @@ def test_a_configuration_that_does_not_fit_is_broken(
     assert by_kernel["backward_dkv"]["verdict"].startswith("broken")
 
 
+PLANTED = """
+import triton
+import triton.language as tl
+from cpbench.core.kernel_launch import Launch
+from cpbench.tools.compiler.aot import compile_launch
+
+
+@triton.jit
+def copy(Sources, Out):
+    x = Sources[0].load([0, 0]) + Sources[1].load([0, 0])
+    rows, cols = tl.arange(0, 16), tl.arange(0, 32)
+    tl.store(Out + rows[:, None] * 32 + cols[None, :], x)
+
+
+if __name__ == "__main__":
+    tile = "tensordesc<fp32[16, 32]>"
+    types = {"Sources": (tile, tile), "Out": "*fp32"}
+    launch = Launch("copy", "planted:copy", types, {}, ("Out",), 4, 1, "planted", multiplies=False)
+    print(compile_launch(launch, "cuda:90")["verdict"])
+"""
+
+
+def test_a_kernel_that_compiles_and_cannot_be_launched_is_broken(tmp_path: Path) -> None:
+    """Triton's launcher expands no descriptors in a tuple."""
+    (tmp_path / "planted.py").write_text(PLANTED)
+    environ = {key: x for key, x in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "planted.py"], cwd=tmp_path, capture_output=True, text=True, check=True,
+        env={**environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}, timeout=LIMIT_S,
+    )  # fmt: skip
+    assert done.stdout.startswith("broken: takes ")
+    assert done.stdout.strip().endswith("arguments, and is launched with others")
+
+
 def test_amd_targets_use_matrix_instructions() -> None:
     compiled = rows(targets=["hip:gfx942"], head_dims=[64])
     used = {row["matrix_instruction"] for row in compiled if row["kernel"] in KERNELS}
@@ -112,7 +152,7 @@ def test_the_command_prints_json_and_exits_with_1_on_broken_kernels(
     words += ["--dtype", "float16", "--head-dim", "128"]
     assert main.invoke([*words, "--json"]) == 0
     assert [row["kernel"] for row in json.loads(capsys.readouterr().out)] == [
-        *KERNELS, "row_terms", "merge_partials", "sum_partials"
+        *KERNELS, "row_terms", "merge_partials", "sum_partials", "merge_results"
     ]  # fmt: skip
     assert main.invoke([*words, "--config", "rows=64,cols=128,num_warps=8,num_stages=3"]) == 1
     assert "broken" in capsys.readouterr().out

@@ -30,6 +30,7 @@ from cpbench.tools.compiler.disassembly import disassemble, hot_loops
 
 KIB = 1024
 TENSOR_COLUMNS = 512
+SCRATCH_ARGUMENTS = 2  # pointers that the launcher adds to those of the signature
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ def compile_launch(launch: Launch, target: str) -> dict[str, Any]:
         row["hot_loops"], row["hot_local_bytes"] = loops.count, loops.local_bytes
         row["matrix_instructions"] = loops.matrix_instructions
         row["exponentials"] = loops.exponentials
+        row["arguments"] = _arguments(signature, compiled)
     else:
         assembly = compiled.asm["amdgcn"]
         row |= _amdgcn_usage(assembly)
@@ -139,6 +141,9 @@ def _verdict(row: dict[str, Any], chip: Chip, multiplies: bool) -> str:
     if row["tensor_columns"] > TENSOR_COLUMNS:
         columns = row["tensor_columns"]
         return f"broken: needs {columns} columns of tensor memory, limit {TENSOR_COLUMNS}"
+    given, taken = row.get("arguments", (0, 0))
+    if given != taken:
+        return f"broken: takes {taken} arguments, and is launched with {given or 'others'}"
     rows, cols = row["tile"]
     exponentials = row.get("exponentials", 0) * 32 * row["warps"]
     if multiplies and exponentials > 1.5 * rows * cols:
@@ -147,6 +152,22 @@ def _verdict(row: dict[str, Any], chip: Chip, multiplies: bool) -> str:
     if hot := row.get("hot_local_bytes"):
         return f"spills {hot} bytes in loops with matrix instructions"
     return SPILLS_OUTSIDE if row["spill_bytes"] else "ok"
+
+
+def _arguments(signature: dict[str, str], compiled: Any) -> tuple[int, int]:
+    """How many arguments Triton's launcher passes to a kernel, and how many that takes; descriptors
+    are several each.  The launcher expands them by rules of its own, so that some kernels compile
+    and cannot be launched; 0 is for those that it does not expand."""
+    from triton.backends.nvidia.driver import expand_signature
+
+    entry = compiled.asm["ptx"].partition(".entry")[2].partition(")")[0]
+    try:
+        meta = getattr(compiled.metadata, "tensordesc_meta", None)
+        expanded = expand_signature(signature.values(), meta)
+    except AssertionError:
+        return 0, entry.count(".param")
+    own = sum(type_ != "constexpr" for type_ in expanded)
+    return own + SCRATCH_ARGUMENTS, entry.count(".param")
 
 
 def _blocks(row: dict[str, Any], chip: Chip, cuda: bool) -> int:
