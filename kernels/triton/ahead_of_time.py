@@ -104,7 +104,7 @@ def _merge_launch(dtype: str, head_dim: int) -> Launch:
     """The launch that merges a partial result into one of float32, as in a step of a ring."""
     constants = {"ROWS": MERGED_ROWS, "D": triton_size(head_dim), "HEAD_DIM": head_dim}
     module = "cpbench.parallel.partial_results.merge_device"
-    arguments = getattr(importlib.import_module(module), "merge_results").arg_names
+    arguments = importlib.import_module(module).merge_results.arg_names
     types = {name: "*fp32" if name[0].isupper() else "i32" for name in arguments}
     types |= {"Partial": f"*{_TYPES[dtype]}"}
     types = {name: type_ for name, type_ in types.items() if name not in constants}

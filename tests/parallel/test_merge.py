@@ -40,7 +40,7 @@ def test_views_are_merged_in_place_and_nothing_else_is_written() -> None:
     whole, lse = results((1, 40, 2, 16), torch.float32, 0)
     before = whole.clone()
     part, part_lse = results((1, 20, 2, 16), torch.bfloat16, 1)
-    transposed = part.transpose(1, 2).contiguous().transpose(1, 2)  # other strides, same values
+    transposed = part.transpose(1, 3).contiguous().transpose(1, 3)  # other strides, same values
     expected = merge_eager(
         before[:, 5:25].clone(), lse[..., 5:25], part.float(), part_lse
     )  # fmt: skip

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-ROWS = 32  # tokens of one head that a program merges
+ROWS = 16  # tokens of one head that a program merges
 
 
 def merge(
@@ -32,7 +32,7 @@ def merge(
     Source: FlashAttention's online softmax (arXiv 2205.14135), as used between blocks by Ring
     Attention (arXiv 2310.01889).
     """
-    if out_BSHD.is_cuda and _has_triton():
+    if out_BSHD.is_cuda and out_BSHD.stride(3) == 1 and _has_triton():
         return merge_fused(out_BSHD, lse_BHS, partial_BSHD, partial_lse)
     return merge_eager(out_BSHD.float(), lse_BHS, partial_BSHD.float(), partial_lse)
 
@@ -59,7 +59,8 @@ def merge_fused(
     partial_BSHD: torch.Tensor,
     partial_lse: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`merge` in one kernel, which reads and writes every element once."""
+    """:func:`merge` in one kernel, which reads and writes every element once; the last axis of out
+    is contiguous."""
     import torch
 
     from cpbench.parallel.partial_results.merge_device import merge_results
@@ -71,10 +72,12 @@ def merge_fused(
         else out_BSHD.new_empty(out_BSHD.shape, dtype=torch.float32)
     )
     lse = lse_BHS.new_empty(lse_BHS.shape, dtype=torch.float32)
+    if partial_BSHD.stride(3) != 1:
+        partial_BSHD = partial_BSHD.contiguous()
     strides = [
         stride
         for x in (out_BSHD, partial_BSHD, target, lse_BHS, partial_lse, lse)
-        for stride in x.stride()
+        for stride in x.stride()[:3]
     ]
     context = torch.cuda.device(out_BSHD.device) if out_BSHD.is_cuda else contextlib.nullcontext()
     with context:
