@@ -121,6 +121,13 @@ class Operator(Protocol):
         ...
 
 
+def is_deterministic(info: OperatorInfo, impl: Operator, problem: Problem, device: str) -> bool:
+    """Whether two runs of an implementation are bitwise equal: what its method of this name says,
+    for one that depends on the device or computes with another operator, else as declared."""
+    method = getattr(impl, "is_deterministic", None)
+    return info.deterministic if method is None else bool(method(problem, device))
+
+
 def declared_refusal(info: OperatorInfo, problem: Problem, device: str) -> str | None:
     """Return why the declaration excludes a problem under any mask; None if it does not.
 

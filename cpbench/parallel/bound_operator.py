@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from cpbench.core.operator import QKV, BackwardInputs, Operator, Unsupported
+from cpbench.core.operator import QKV, BackwardInputs, Operator, Unsupported, is_deterministic
 from cpbench.core.registry import OperatorInfo, implementation, operator_info
 from cpbench.core.spec import Spec
 from cpbench.masks.head_masks import per_head
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from cpbench.core.operator import Gradients, OutLse
     from cpbench.core.output_state import OutputStates
+    from cpbench.core.problem import Problem
     from cpbench.masks.attn_mask import AttnMask
     from cpbench.parallel.world import KeySubset, Subproblem
 
@@ -51,6 +52,10 @@ class BoundOperator:
     def __init__(self, info: OperatorInfo, impl: Operator, device: str) -> None:
         self.info, self.impl, self.device = info, impl, device
         self.pairs = 0
+
+    def is_deterministic(self, problem: Problem) -> bool:
+        """Whether two runs are bitwise equal."""
+        return is_deterministic(self.info, self.impl, problem, self.device)
 
     @classmethod
     def load(cls, spec: Spec | str, device: str) -> BoundOperator:

@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cpbench.core.operator import QKV, BackwardInputs, declared_refusal, zero_gradients
+from cpbench.core.operator import (
+    QKV,
+    BackwardInputs,
+    declared_refusal,
+    is_deterministic,
+    zero_gradients,
+)
 from cpbench.core.registry import OperatorInfo, implementation, operator_info
 from cpbench.kernels.bands.pieces import Indivisible, Piece, Tokens, divide
 from cpbench.masks.attn_mask import AttnMask
@@ -62,6 +68,10 @@ class Composed:
         if self._kernel is None:
             self._kernel = implementation(self.info, {})
         return self._kernel
+
+    def is_deterministic(self, problem: Problem, device: str) -> bool:
+        """See ``cpbench.core.operator.is_deterministic``."""
+        return is_deterministic(self.info, self.kernel, problem, device)
 
     def unsupported(self, problem: Problem, mask: AttnMask, device: str) -> str | None:
         """See ``cpbench.core.operator.Operator.unsupported``."""

@@ -77,6 +77,11 @@ class Bands:
             return "bands over a kernel takes one mask for all heads; use triton_block_sparse"
         return composed.unsupported(problem, mask, device)
 
+    def is_deterministic(self, problem: Problem, device: str) -> bool:
+        """See ``cpbench.core.operator.is_deterministic``: as the kernel that it calls."""
+        composed = self.composed(problem, device)
+        return composed is None or composed.is_deterministic(problem, device)
+
     def composed(self, problem: Problem, device: str) -> Composed | None:
         """What calls the kernel of another operator; None for tiles on a CPU."""
         if self._given is not None or device == "cpu":

@@ -21,6 +21,7 @@ import numpy as np
 
 from cpbench.core.registry import OperatorInfo
 from cpbench.kernels.gathered import blocks as gathered_blocks
+from cpbench.kernels.gathered import tokens as gathered_tokens
 from cpbench.kernels.gathered.blocks import LOG2E, MIN_ROW_MAX
 from cpbench.selectors.common.selection import Blocks, Grid, Selection, Tokens
 
@@ -43,7 +44,6 @@ OPERATORS = (
 )
 
 MAX_ROWS = 2048  # rows of a chunk of a block of keys, so that scores stay in a cache
-MAX_GATHERED_ELEMENTS = 1 << 21  # elements of gathered keys of a chunk of queries
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,9 +68,13 @@ class Gathered:
     """The operator; see ``cpbench.core.operator.Operator`` for shapes."""
 
     def unsupported(self, problem: Problem, mask: object, device: str) -> str | None:
-        if problem.deterministic and problem.backward and device.startswith("cuda"):
+        if problem.deterministic and not self.is_deterministic(problem, device):
             return "gathered sums gradients of keys in any order on cuda: not deterministic"
         return None
+
+    def is_deterministic(self, problem: Problem, device: str) -> bool:
+        """See ``cpbench.core.operator.is_deterministic``."""
+        return not (problem.backward and device.startswith("cuda"))
 
     def prepare(
         self, mask: Selection, problem: Problem, device: str
@@ -97,8 +101,8 @@ class Gathered:
                 v[b, :, g].to(work),
             )
             if plan.tokens is not None:
-                index = _head_index(plan.tokens, b, heads)
-                out_ND, lse_N = _tokens_forward(q_ND, k_TD, v_TD, plan, index)
+                index = gathered_tokens.head_index(plan.tokens, b, heads)
+                out_ND, lse_N = gathered_tokens.forward(q_ND, k_TD, v_TD, plan.scale, index)
             else:
                 rows = plan.rows[b * k.shape[2] + g]
                 out_ND, lse_N = _blocks_forward(q_ND, k_TD, v_TD, plan, rows)
@@ -120,11 +124,12 @@ class Gathered:
             delta_N1 = (do_ND * out_ND).sum(-1, True)
             lse_N1 = lse[b, heads].to(work).reshape(-1, 1)
             lse_N1 = lse_N1.masked_fill(lse_N1 == -torch.inf, torch.inf)
-            arguments = do_ND, q_ND, k_TD, v_TD, delta_N1, lse_N1, plan
+            arguments = do_ND, q_ND, k_TD, v_TD, delta_N1, lse_N1
             if plan.tokens is not None:
-                grads = _tokens_backward(*arguments, _head_index(plan.tokens, b, heads))
+                index = gathered_tokens.head_index(plan.tokens, b, heads)
+                grads = gathered_tokens.backward(*arguments, plan.scale, index)
             else:
-                grads = _blocks_backward(*arguments, plan.rows[b * k.shape[2] + g])
+                grads = _blocks_backward(*arguments, plan, plan.rows[b * k.shape[2] + g])
             dq[b, :, heads] = _from_rows(grads[0], q.shape[1])
             dk[b, :, g], dv[b, :, g] = grads[1], grads[2]
         return dq, dk, dv
@@ -304,95 +309,4 @@ def _blocks_backward(
         ds_nw = (do_nD @ v_TD[keys].T).sub_(delta_N1[rows]).mul_(p_nw).mul_(plan.scale)
         dk_TD[keys].addmm_(ds_nw.T, q_nD)
         dq_ND.index_add_(0, rows, ds_nw @ k_wD)
-    return dq_ND, dk_TD, dv_TD
-
-
-# --- single keys per query ----------------------------------------------------------------------
-
-
-def _head_index(tokens: Tokens, b: int, heads: slice) -> torch.Tensor:
-    """The listed keys of some heads, ``[R or 1, S, n]``."""
-    index = tokens.index[b]
-    return index if len(index) == 1 else index[heads]
-
-
-def _query_chunks(index: torch.Tensor, dim: int) -> Iterator[slice]:
-    """Split the queries into chunks of at most ``MAX_GATHERED_ELEMENTS`` elements of keys."""
-    step = max(1, MAX_GATHERED_ELEMENTS // (max(index.shape[2], 1) * dim))
-    for begin in range(0, index.shape[1], step):
-        yield slice(begin, min(begin + step, index.shape[1]))
-
-
-def _index_by_heads(index: torch.Tensor, heads: int) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Query heads that share their listed keys, with those keys ``[S, n]``."""
-    if len(index) == 1:
-        yield slice(0, heads), index[0]
-        return
-    for h in range(heads):
-        yield slice(h, h + 1), index[h]
-
-
-def _masked_scores(
-    q_sRD: torch.Tensor, k_snD: torch.Tensor, index_sn: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """Scores ``[s, R, n]``, -inf where no key is listed."""
-    import torch
-
-    s_sRn = torch.bmm(q_sRD, k_snD.transpose(1, 2)).mul_(scale)
-    return s_sRn.masked_fill_((index_sn < 0)[:, None], -torch.inf)
-
-
-def _tokens_forward(
-    q_ND: torch.Tensor, k_TD: torch.Tensor, v_TD: torch.Tensor, plan: Plan, index: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    import torch
-
-    tokens = index.shape[1]
-    q_RSD, out_ND = q_ND.view(-1, tokens, q_ND.shape[1]), torch.empty_like(q_ND)
-    out_RSD, lse_RS = out_ND.view(q_RSD.shape), q_ND.new_empty((len(q_RSD), tokens))
-    for heads, index_Sn in _index_by_heads(index, len(q_ND) // tokens):
-        for chunk in _query_chunks(index, q_ND.shape[1]):
-            index_sn = index_Sn[chunk]
-            keys = index_sn.clamp(min=0).long()
-            q_sRD = q_RSD[heads, chunk].transpose(0, 1)
-            s_sRn = _masked_scores(q_sRD, k_TD[keys], index_sn, plan.scale)
-            lse_sR = torch.logsumexp(s_sRn, -1)
-            finite_lse = lse_sR.masked_fill(lse_sR == -torch.inf, 0.0)
-            p_sRn = s_sRn.sub_(finite_lse[..., None]).exp_()
-            out_RSD[heads, chunk] = torch.bmm(p_sRn, v_TD[keys]).transpose(0, 1)
-            lse_RS[heads, chunk] = lse_sR.T
-    return out_ND, lse_RS
-
-
-def _tokens_backward(
-    do_ND: torch.Tensor,
-    q_ND: torch.Tensor,
-    k_TD: torch.Tensor,
-    v_TD: torch.Tensor,
-    delta_N1: torch.Tensor,
-    lse_N1: torch.Tensor,
-    plan: Plan,
-    index: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    import torch
-
-    tokens = index.shape[1]
-    dq_ND, dk_TD, dv_TD = (torch.zeros_like(x) for x in (q_ND, k_TD, v_TD))
-    q, do, delta, lse, dq = (
-        x.view(-1, tokens, x.shape[1]) for x in (q_ND, do_ND, delta_N1, lse_N1, dq_ND)
-    )
-    for heads, index_Sn in _index_by_heads(index, len(q_ND) // tokens):
-        for chunk in _query_chunks(index, q_ND.shape[1]):
-            index_sn = index_Sn[chunk]
-            keys = index_sn.clamp(min=0).long()
-            k_snD, v_snD = k_TD[keys], v_TD[keys]
-            q_sRD, do_sRD = (x[heads, chunk].transpose(0, 1) for x in (q, do))
-            s_sRn = _masked_scores(q_sRD, k_snD, index_sn, plan.scale)
-            p_sRn = s_sRn.sub_(lse[heads, chunk].transpose(0, 1)).exp_()
-            ds_sRn = torch.bmm(do_sRD, v_snD.transpose(1, 2))
-            ds_sRn.sub_(delta[heads, chunk].transpose(0, 1)).mul_(p_sRn).mul_(plan.scale)
-            dq[heads, chunk] = torch.bmm(ds_sRn, k_snD).transpose(0, 1)
-            keys = keys.flatten()
-            dk_TD.index_add_(0, keys, torch.bmm(ds_sRn.transpose(1, 2), q_sRD).flatten(0, 1))
-            dv_TD.index_add_(0, keys, torch.bmm(p_sRn.transpose(1, 2), do_sRD).flatten(0, 1))
     return dq_ND, dk_TD, dv_TD

@@ -24,6 +24,7 @@ from cpbench.kernels.bands.pieces import divide
 from cpbench.kernels.libraries.adapter import misread_bound
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.convert_library import Unconvertible
+from cpbench.parallel.bound_operator import BoundOperator
 
 LIBRARIES = ("flash_attn.torch", "flash_attn.2", "flash_attn.3", "te.cudnn")
 SHAPE = (2, 4, 2, 16)
@@ -148,6 +149,33 @@ def test_refusals_name_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert composed is not None
     assert composed.info.name == "triton_band"
     assert "one mask for all heads" in str(bands.unsupported(half, heads, "cuda"))
+
+
+@pytest.mark.parametrize(
+    ("spec", "device", "backward", "expected"),
+    [
+        ("bands", "cpu", True, True),
+        ("bands", "cuda", True, False),
+        ("bands:kernel=triton_band", "cuda", True, True),
+        ("bands:kernel=sdpa.efficient", "cuda", True, False),
+        ("triton_band", "cuda", True, True),
+        ("gathered", "cpu", True, True),
+        ("gathered", "cuda", True, False),
+        ("gathered", "cuda", False, True),
+        ("moba", "cpu", True, True),
+        ("moba:kernel=gathered", "cuda", True, False),
+        ("moba:kernel=triton_block_sparse", "cuda", True, True),
+    ],
+)
+def test_timed_calls_are_compared_bitwise_only_where_kernels_are_deterministic(
+    spec: str, device: str, backward: bool, expected: bool
+) -> None:
+    """Others sum gradients in any order, so that their results differ a little from call to call,
+    which is not wrong."""
+    problem = problem_of(
+        mask_of("causal"), SHAPE, "bfloat16", direction="fwd_bwd" if backward else "fwd"
+    )
+    assert BoundOperator.load(spec, device).is_deterministic(problem) == expected
 
 
 def refusal(mask: AttnMask) -> str | None:

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cpbench.core.operator import QKV, BackwardInputs, declared_refusal
+from cpbench.core.operator import QKV, BackwardInputs, declared_refusal, is_deterministic
 from cpbench.core.output_state import OutputStates
 from cpbench.core.registry import OperatorInfo, implementation, operator_info
 from cpbench.masks.attn_mask import AttnMask
@@ -163,6 +163,11 @@ class Selector(ABC):
             if reason is not None:
                 return f"{self.name} computes with {info.name}, and {reason}"
         return None
+
+    def is_deterministic(self, problem: Problem, device: str) -> bool:
+        """See ``cpbench.core.operator.is_deterministic``: as the kernels of its branches."""
+        kernels = (self._kernel_for(kind, device) for kind in self.branch_kinds)
+        return all(is_deterministic(*kernel, problem, device) for kernel in kernels)
 
     def _kernel_for(self, kind: str, device: str) -> tuple[OperatorInfo, Operator]:
         default = DEFAULT_KERNELS[device.partition(":")[0]][kind]
