@@ -78,7 +78,7 @@ def test_work_that_goes_on_after_the_call_is_found(tmp_path: Path) -> None:
 
 def test_a_rate_above_that_of_a_matrix_product_is_wrong(tmp_path: Path) -> None:
     (record,) = run_cases(
-        tmp_path, {**FEW, "clock": "cpu"}, operator=f"{OPERATORS}:other_process", seq_len=2048,
+        tmp_path, {**FEW, "clock": "cpu"}, operator=f"{OPERATORS}:other_process", seq_len=3072,
         num_heads_q=4, head_dim=64, direction="fwd",
     )  # fmt: skip
     assert record.status == "wrong"
