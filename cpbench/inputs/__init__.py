@@ -143,12 +143,14 @@ class Recipe:
             )
             return rows.to(home)
 
-        step = max(1, CHUNK_ELEMENTS // (len(batches) * len(heads) * problem.head_dim))
+        lanes = max(problem.head_dim, problem.value_dim)
+        step = max(1, CHUNK_ELEMENTS // (len(batches) * len(heads) * lanes))
         if len(positions) <= step:
             return make(positions)
-        shape = (len(batches), len(positions), len(heads), problem.head_dim)
-        tensor = torch.empty(shape, dtype=getattr(torch, problem.dtype), device=home)
-        for start in range(0, len(positions), step):
+        first = make(positions[:step])
+        tensor = first.new_empty((len(batches), len(positions), *first.shape[2:]))
+        tensor[:, :step] = first
+        for start in range(step, len(positions), step):
             tensor[:, start : start + step] = make(positions[start : start + step])
         return tensor
 

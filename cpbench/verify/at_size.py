@@ -238,7 +238,8 @@ class _ReferenceLines:
         scores_RT = torch.cat([q_RD @ load_k(n).T for n in range(len(parts))], -1) * scale
         lse_R = torch.logsumexp(scores_RT, -1)
         probs_RT = torch.exp(scores_RT - lse_R[:, None])
-        out_RD, dq_RD, dprobs = torch.zeros_like(q_RD), torch.zeros_like(q_RD), []
+        out_RD = q_RD.new_zeros((len(q_RD), self._problem.value_dim))
+        dq_RD, dprobs = torch.zeros_like(q_RD), []
         dout_RD = self._query_input("dout", b, heads, np.array([line]))[:, 0] if backward else None
         for n, part in enumerate(parts):
             v_TD = load("v", n)

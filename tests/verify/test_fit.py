@@ -4,6 +4,7 @@ case is unchecked, and the gang goes on."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,13 +105,17 @@ def _tiles(heads: int) -> Any:
     return tiles.check_tiles(work, x, results, recipe, 7, 1e9, CONTEXT, statistics).errors
 
 
+@pytest.mark.parametrize("value_dim", [0, DIM // 2, 2 * DIM])
 @pytest.mark.parametrize("kind", ["normal", "sinks", "needles:count=4"])
-def test_inputs_made_in_chunks_are_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inputs_made_in_chunks_are_the_same(
+    kind: str, value_dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     work, recipe = _work(8), Recipe(5, parse(kind))
+    problem = replace(work.problem, head_dim_v=value_dim)
     positions = (work.world.queries.positions(0), work.world.keys.positions(0))
-    whole = check.make_inputs(work.problem, *positions, recipe, "cpu")
+    whole = check.make_inputs(problem, *positions, recipe, "cpu")
     monkeypatch.setattr(inputs_wing, "CHUNK_ELEMENTS", 100 * 8 * DIM)
-    in_chunks = check.make_inputs(work.problem, *positions, recipe, "cpu")
+    in_chunks = check.make_inputs(problem, *positions, recipe, "cpu")
     for name, x in whole.items():
         assert torch.equal(x, in_chunks[name])
 
