@@ -125,8 +125,6 @@ class Recipe:
         Args:
             keep_on: device to which the rows are moved then, if another one.
         """
-        import torch
-
         generator, home = build_generator(self.spec), keep_on or device
 
         def make(part: np.typing.NDArray[np.int64]) -> torch.Tensor:
