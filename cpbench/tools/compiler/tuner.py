@@ -3,7 +3,7 @@
 ``python -m cpbench.tools.compiler.tuner``, started by ``cpbench tune``: reads a JSON request from
 stdin and prints one JSON line per configuration.  Kernels are tuned one by one, with the others in
 their shipped configuration.  Only configurations that compile well are measured (``aot``: a matrix
-instruction, enough memory, no spills in loops with matrix instructions, at least 16 rows a warp),
+instruction, enough memory, no spills in loops with matrix instructions, nothing computed twice),
 and only if their results agree with those of the shipped configuration.
 """
 
