@@ -88,7 +88,7 @@ def test_every_tool_from_such_a_folder(misleading: Path) -> None:
     assert "max/mean" in run("traffic", "ring", "--seq-len", "4k", "--world-size", "2",
                              cwd=misleading)  # fmt: skip
     words = ("--operator", "bands", "--mask", "causal", "--world-size", "1", "--dtype", "float32")
-    assert "4 of 4 cases: 4 ok" in run("verify", *words, cwd=misleading)
+    assert "5 of 5 cases: 5 ok" in run("verify", *words, cwd=misleading)
     shutil.rmtree(misleading / "cpbench")  # which Python itself would take for the package
     python = (sys.executable, "-m", "cpbench")
     assert "area" in run("mask", "causal", "--seq-len", "64", cwd=misleading, program=python)

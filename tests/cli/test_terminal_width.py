@@ -110,7 +110,8 @@ def test_tables_of_tools(
     }  # fmt: skip
     print("\n".join(summary_lines([verified, verified | {"dtype": "float32"}])))
     compiled = {
-        "target": "cuda:100", "dtype": "bfloat16", "head_dim": 128, "kernel": "backward_dkv",
+        "target": "cuda:100", "dtype": "bfloat16", "head_dim": 192, "head_dim_v": 128,
+        "kernel": "backward_dkv",
         "config": "rows=128,cols=128,num_warps=8,num_stages=3", "registers": 255, "spill_bytes": 0,
         "shared_bytes": 200 << 10, "tensor_columns": 512, "matrix_instruction": "tcgen05.mma",
         "occupancy": 0.125, "verdict": "ok",
