@@ -85,7 +85,9 @@ def _with_constant_values(saved: object, lanes: int) -> object:
 
     def replace(part: object) -> object:
         if isinstance(part, Saved):
-            last = part.last and (part.last[0], constant(part.last[1]))
+            last = part.last and tuple(
+                x if i % 2 == 0 else constant(x) for i, x in enumerate(part.last)
+            )
             return part._replace(v=constant(part.v), out=torch.zeros_like(part.out), last=last)
         assert isinstance(part, list), "strategies save Saved, or lists of it"
         return [replace(item) for item in part]

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from cpbench import __version__
 from cpbench.core.operator import QKV, Unsupported, declared_refusal
-from cpbench.core.problem import Problem
-from cpbench.core.registry import OperatorInfo, implementation, operator_info, strategy_info
+from cpbench.core.registry import implementation, operator_info, strategy_info
 from cpbench.core.spec import Spec
 from cpbench.parallel.bound_operator import BoundOperator
 from cpbench.parallel.strategy import declared_refusal as strategy_refusal
+from cpbench.parallel.strategy import merge_refusal
 from cpbench.parallel.trace import MODULUS, RankTrace, describe_mismatch, trace_rank
 from cpbench.parallel.world import World
 
@@ -60,7 +60,7 @@ class Attention:
                 "strategy single"
             )
         if reason is None and self.info.merges and world.size > 1:
-            reason = _merge_refusal(op_info, self.info.name, world.problem, device_type)
+            reason = merge_refusal(op_info, self.info.name, world.problem, device_type)
         if reason is not None:
             raise Unsupported(reason)
         self.op = operator_class.load(operator_spec, device)
@@ -119,19 +119,6 @@ def find_disagreement(fingerprints: Sequence[tuple[str, int]]) -> str | None:
         return f"ranks disagree on the problem: {' vs. '.join(described)}"
     if sum(checksum for _, checksum in fingerprints) % MODULUS:
         return "ranks disagree on the communication schedule"
-    return None
-
-
-def _merge_refusal(
-    operator: OperatorInfo, strategy: str, problem: Problem, device: str
-) -> str | None:
-    if not operator.mergeable or device not in operator.lse_on:
-        return f"{strategy} merges partial results and {operator.name} returns no log-sum-exp"
-    if problem.backward and not operator.external_lse:
-        return (
-            f"{strategy} needs a backward that takes the global lse, which {operator.name} "
-            "does not have; use direction fwd or a strategy that does not merge"
-        )
     return None
 
 

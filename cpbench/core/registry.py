@@ -252,9 +252,11 @@ def implementation(info: OperatorInfo | StrategyInfo, params: dict[str, Any]) ->
             raise LoadError(f"{info.name}: cannot load {info.load}: {reason}") from error
     signature = inspect.signature(target).parameters
     for name, value in params.items():
-        integer = name in signature and signature[name].annotation in ("int", int)
-        if integer and type(value) is not int:
+        annotation = signature[name].annotation if name in signature else None
+        if annotation in ("int", int) and type(value) is not int:
             raise ValueError(f"{info.name}: {name} = {value!r} is not an integer")
+        if annotation in ("bool", bool) and type(value) is not bool:
+            raise ValueError(f"{info.name}: {name} = {value!r} is not true or false")
     try:
         made = target(**params)
     except (ValueError, TypeError):  # refused

@@ -18,6 +18,7 @@ from cpbench.parallel.partial_results.accumulators import (
     padded,
     unpacked,
 )
+from cpbench.parallel.partial_results.repeated_heads import repeat_heads, sum_repeated_heads
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +58,11 @@ class BoundOperator:
         """Whether two runs are bitwise equal."""
         return is_deterministic(self.info, self.impl, problem, self.device)
 
+    @property
+    def returns_lse(self) -> bool:
+        """Whether its forward pass returns a log-sum-exp on this device."""
+        return self.info.mergeable and self.device.partition(":")[0] in self.info.lse_on
+
     @classmethod
     def load(cls, spec: Spec | str, device: str) -> BoundOperator:
         """Import and construct the operator named by ``spec``.
@@ -93,7 +99,7 @@ class BoundOperator:
         if reason is not None:
             raise Unsupported(reason)
         plan = self.impl.prepare(mask, problem, self.device)
-        return Planned(plan, problem, mask, subproblem.area, crop)
+        return Planned(plan, problem, mask, subproblem.area, crop, subproblem.world.kv_heads)
 
     def forward(self, qkv: QKV, plan: Any) -> OutLse:
         """See :meth:`Operator.forward`."""
@@ -116,8 +122,9 @@ class BoundOperator:
         self.pairs += plan.area * q.shape[2]
         if plan.crop is not None:
             q0, q1, k0, k1 = plan.crop
-            qkv = QKV(q[:, q0:q1], k[:, k0:k1], v[:, k0:k1])
-        return self._forward(qkv, plan)
+            q, k, v = q[:, q0:q1], k[:, k0:k1], v[:, k0:k1]
+        k, v = (repeat_heads(x, plan.kv_heads) for x in (k, v))
+        return self._forward(QKV(q, k, v), plan)
 
     def _forward(self, qkv: QKV, plan: Planned) -> OutLse:
         return self.impl.forward(qkv, plan.plan)
@@ -141,7 +148,12 @@ class BoundOperator:
             lse: Any = x.lse  # None for operators that return none
             lse = lse[:, :, q0:q1].contiguous() if lse is not None else None
             x = BackwardInputs(dout, q, x.k[:, k0:k1], x.v[:, k0:k1], out, lse)
-        return self._backward(x, plan)
+        if not plan.kv_heads:
+            return self._backward(x, plan)
+        k, v = (repeat_heads(kv, plan.kv_heads) for kv in (x.k, x.v))
+        dq, dk, dv = self._backward(x._replace(k=k, v=v), plan)
+        dk, dv = (sum_repeated_heads(dkv, plan.kv_heads) for dkv in (dk, dv))
+        return dq, dk, dv
 
     def _backward(self, x: BackwardInputs, plan: Planned) -> Gradients:
         return self.impl.backward(x, plan.plan)

@@ -70,6 +70,16 @@ class Layout:
         first, last = np.searchsorted(self.segments[:, 0], [rank, rank + 1])
         return self.segments[first:last, 1:]
 
+    def windows(self, first: int, last: int) -> IntArray:
+        """The local tokens from ``first`` to before ``last`` of every rank, as rows (start, length)
+        in order of ranks; for layouts of step 1."""
+        assert self.step == 1
+        rank, start, length = self.segments.T
+        local = np.cumsum(length) - length - rank * self.local_len
+        begin, end = np.maximum(local, first), np.minimum(local + length, last)
+        runs = np.column_stack([start + begin - local, end - begin])
+        return runs[runs[:, 1] > 0]
+
     def positions(self, rank: int) -> IntArray:
         """The global position of each local token, ``(local_len,)``, for RoPE, labels and inputs.
 

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     import torch
 
     from cpbench.core.operator import QKV, Gradients
-    from cpbench.core.registry import StrategyInfo
+    from cpbench.core.problem import Problem
+    from cpbench.core.registry import OperatorInfo, StrategyInfo
     from cpbench.parallel.bound_operator import BoundOperator
     from cpbench.parallel.comm import Comm
     from cpbench.parallel.world import World
@@ -33,7 +34,7 @@ class Saved(NamedTuple):
 
     Attributes:
         q, k, v, out, lse: of this rank, or of the tokens and heads that it has received.
-        last: other keys and values to keep.
+        last: other keys and values to keep, in turn.
     """
 
     q: torch.Tensor
@@ -41,7 +42,7 @@ class Saved(NamedTuple):
     v: torch.Tensor
     out: torch.Tensor
     lse: torch.Tensor | None
-    last: tuple[torch.Tensor, torch.Tensor] | None = None
+    last: tuple[torch.Tensor, ...] | None = None
 
     def backward_inputs(self, dout: torch.Tensor) -> BackwardInputs:
         """The inputs of an operator's backward pass."""
@@ -99,4 +100,22 @@ def declared_refusal(info: StrategyInfo, world: World) -> str | None:
     if world.placement and world.placement not in info.axes:
         takes = f"placements {', '.join(info.axes)}" if info.axes else "no placement"
         return f"{info.name} takes {takes}, not {world.placement!r}"
+    return None
+
+
+def merge_refusal(
+    operator: OperatorInfo, strategy: str, problem: Problem, device: str
+) -> str | None:
+    """The reason why a strategy cannot merge partial results of an operator, or None.
+
+    Args:
+        device: type of device, or ``"meta"`` in a trace.
+    """
+    if not operator.mergeable or device not in (*operator.lse_on, "meta"):
+        return f"{strategy} merges partial results and {operator.name} returns no log-sum-exp"
+    if problem.backward and not operator.external_lse:
+        return (
+            f"{strategy} needs a backward that takes the global lse, which {operator.name} "
+            "does not have; use direction fwd or a strategy that does not merge"
+        )
     return None

@@ -35,6 +35,8 @@ class World:
         queries, keys: layouts of queries and keys (the same unless their lengths differ).
         ranks_per_node: ranks per node; ranks are numbered node by node.
         placement: the mesh axis to place inside nodes; "" for the default of the strategy.
+        kv_heads: which key/value head each of the problem's is, where some are repeated so that
+            each has equally many query heads; () for all in order.
     """
 
     problem: Problem
@@ -43,6 +45,7 @@ class World:
     keys: Layout
     ranks_per_node: int = 0
     placement: str = ""
+    kv_heads: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -125,10 +128,12 @@ class World:
         assert np.prod(mesh.sizes) == self.size, f"{axes} does not have {self.size} ranks"
         return mesh
 
-    def with_heads(self, heads_q: int, heads_kv: int) -> World:
+    def with_heads(self, heads_q: int, heads_kv: int, kv_heads: tuple[int, ...] = ()) -> World:
         """The same computation with another number of heads."""
-        problem = replace(self.problem, scale=self.problem.softmax_scale)
-        world = replace(self, problem=replace(problem, heads_q=heads_q, heads_kv=heads_kv))
+        problem = replace(
+            self.problem, heads_q=heads_q, heads_kv=heads_kv, scale=self.problem.softmax_scale
+        )
+        world = replace(self, problem=problem, kv_heads=kv_heads)
         world.__dict__["areas"] = self.areas
         return world
 

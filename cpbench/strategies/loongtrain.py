@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 from cpbench.core.registry import StrategyInfo
 from cpbench.parallel.mesh import Mesh, largest_divisor
-from cpbench.strategies.common import head_exchange
 from cpbench.strategies.usp import Usp
 
 if TYPE_CHECKING:
@@ -28,9 +27,9 @@ STRATEGY = StrategyInfo(
     load="cpbench.strategies.loongtrain:LoongTrain",
     value_dims=True,
     merges=True,
-    params=("ulysses", "window", "grad_dtype"),
+    params=("ulysses", "window", "grad_dtype", "pad"),
     axes=("outer", "inner", "ulysses"),
-    variants=("ulysses=1,window=2", "ulysses=2,window=2"),
+    variants=("ulysses=2,window=2,pad=true", "ulysses=1,window=2", "ulysses=2,window=2"),
 )
 
 
@@ -38,15 +37,17 @@ class LoongTrain(Usp):
     """The strategy.
 
     Args:
-        ulysses, grad_dtype: as for :class:`Usp`.
+        ulysses, grad_dtype, pad: as for :class:`Usp`.
         window: ranks of an inner ring; 0 for as many as share a node, or about the square root of
             the ring size if the placement leaves no ring neighbours on one node.
     """
 
     name = "loongtrain"
 
-    def __init__(self, ulysses: int = 0, window: int = 0, grad_dtype: str = "float32") -> None:
-        super().__init__(ulysses, grad_dtype)
+    def __init__(
+        self, ulysses: int = 0, window: int = 0, grad_dtype: str = "float32", pad: bool = False
+    ) -> None:
+        super().__init__(ulysses, grad_dtype, pad=pad)
         if window < 0:
             raise ValueError(
                 f"loongtrain: window = {window} must be a number of ranks, or 0 to choose"
@@ -56,13 +57,13 @@ class LoongTrain(Usp):
     def unsupported(self, world: World) -> str | None:
         reason = super().unsupported(world)
         if reason is None:
-            ring = world.size // head_exchange.group_size(world, self.ulysses)
+            ring = world.size // self.group_size(world)
             if self.window and ring % self.window:
                 reason = f"loongtrain: window = {self.window} must divide the ring of {ring} ranks"
         return reason
 
     def mesh(self, world: World) -> Mesh:
-        size = head_exchange.group_size(world, self.ulysses)
+        size = self.group_size(world)
         ring = world.size // size
         window = self.window or _default_window(world, ring, size)
         return world.mesh(outer=ring // window, inner=window, ulysses=size)

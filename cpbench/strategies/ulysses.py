@@ -1,7 +1,8 @@
 """Ulysses: all-to-all from token shards to head shards, attention over all tokens, and back.
 
 With ``chunks`` above 1 the heads of a rank are processed in chunks: one is computed while the next
-is received and the previous one returned.  Masks that all heads share are always balanced.
+is received and the previous one returned.  Masks that all heads share are always balanced, if all
+ranks get equally many heads; with ``pad`` they need not.
 
 Source: DeepSpeed-Ulysses (arXiv 2309.14509); chunks of heads as in FPDT (arXiv 2408.16978).
 """
@@ -11,19 +12,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cpbench.core.operator import QKV
+from cpbench.core.operator import QKV, nothing_visible, zero_gradients
 from cpbench.core.registry import StrategyInfo
 from cpbench.parallel.strategy import Saved
-from cpbench.strategies.common import head_exchange
+from cpbench.strategies.common import head_exchange, head_shares
+from cpbench.strategies.common.head_shares import ChunkOfHeads, HeadShares
 
 if TYPE_CHECKING:
     import torch
 
-    from cpbench.core.operator import Gradients
+    from cpbench.core.operator import Gradients, OutLse
     from cpbench.parallel.bound_operator import BoundOperator
     from cpbench.parallel.comm import Comm
     from cpbench.parallel.strategy import Forward
     from cpbench.parallel.world import World
+    from cpbench.strategies.common.collectives import PendingTensors
+    from cpbench.strategies.common.head_exchange import Part
 
 STRATEGY = StrategyInfo(
     name="ulysses",
@@ -31,17 +35,19 @@ STRATEGY = StrategyInfo(
     source="DeepSpeed-Ulysses, arXiv 2309.14509",
     load="cpbench.strategies.ulysses:Ulysses",
     value_dims=True,
-    params=("chunks",),
-    variants=("chunks=2",),
+    params=("chunks", "pad"),
+    variants=("chunks=2", "pad=true", "chunks=3,pad=true"),
 )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The operator's plan for a chunk of heads, and the key/value heads of the problem."""
+    """The heads of all ranks, whole and in chunks, and the operator's plan for each chunk of this
+    rank; None for a chunk without heads."""
 
-    op: Any
-    heads_kv: int
+    shares: HeadShares
+    chunks: list[ChunkOfHeads]
+    ops: list[Any]
 
 
 class Ulysses:
@@ -49,110 +55,146 @@ class Ulysses:
 
     Args:
         chunks: number of chunks of the heads of a rank.
+        pad: whether the number of heads need not divide, as if heads were added up to the next
+            multiple; these are neither sent nor computed.
     """
 
-    def __init__(self, chunks: int = 1) -> None:
+    def __init__(self, chunks: int = 1, pad: bool = False) -> None:
         if chunks < 1:
             raise ValueError(f"ulysses: chunks = {chunks} must be 1 or more")
-        self.chunks = chunks
+        self.chunks, self.pad = chunks, pad
 
     def unsupported(self, world: World) -> str | None:
-        reason = head_exchange.refusal("ulysses", world.problem, world.size)
-        if reason is None:
-            local_q, local_kv = head_exchange.heads_per_rank(world.problem, world.size)
+        reason = head_shares.refusal("ulysses", world.problem, world.size, self.pad)
+        if reason is None and not self.pad:
+            local_q = world.problem.heads_q // world.size
+            local_kv = max(world.problem.heads_kv // world.size, 1)
             kv_chunks = min(self.chunks, local_kv)
             if local_q % self.chunks or local_kv % kv_chunks or self.chunks % kv_chunks:
                 reason = (
                     f"ulysses: chunks = {self.chunks} must divide the {local_q} query and "
-                    f"{local_kv} key/value heads of a rank (or be a multiple of the latter)"
+                    f"{local_kv} key/value heads of a rank (or be a multiple of the latter) "
+                    "unless pad = true"
                 )
         return reason
 
     def prepare(self, op: BoundOperator, world: World, rank: int) -> Plan:
-        local_q, local_kv = head_exchange.heads_per_rank(world.problem, world.size)
-        chunk = (local_q // self.chunks, max(local_kv // self.chunks, 1))
-        merged = world.merged((tuple(range(world.size)),), *chunk)
-        return Plan(op.prepare(merged.subproblem([0], [0])), world.problem.heads_kv)
+        problem, size, chunks = world.problem, world.size, self.chunks
+        merged = world.merged((tuple(range(size)),), problem.heads_q, problem.heads_kv)
+        by_chunk = HeadShares.of(problem, size * chunks)
+        plans: dict[Any, Any] = {(0, ()): None}  # by the heads of a chunk
+        ops = []
+        for i in range(rank * chunks, (rank + 1) * chunks):
+            attention = by_chunk.attention(merged, i)
+            heads = attention.problem.heads_q, attention.kv_heads
+            if heads not in plans:
+                plans[heads] = op.prepare(attention.subproblem([0], [0]))
+            ops.append(plans[heads])
+        shares = HeadShares.of(problem, size)
+        return Plan(shares, head_shares.chunks_of_heads(problem, size, chunks), ops)
 
     def forward(
         self, qkv: QKV, plan: Plan, op: BoundOperator, comm: Comm, need_lse: bool
     ) -> Forward:
         import torch
 
-        inputs = self._chunk_inputs(qkv, comm.size)
-        incoming = head_exchange.tokens_to_heads(inputs[0], comm)
+        value_dim = qkv.v.shape[3]
+        incoming = _receive_chunk(qkv, plan.chunks[0], comm)
         kv: list[torch.Tensor] = []
         chunks: list[Saved] = []
         outgoing = []
-        for i in range(self.chunks):
-            q_all, *kv_all = incoming.wait()
-            k_all, v_all = kv = kv_all or kv  # a key/value head of several chunks is sent once
+        for i, (chunk, op_plan) in enumerate(zip(plan.chunks, plan.ops, strict=True)):
+            q_all, *received = incoming.wait()
             if i + 1 < self.chunks:
-                incoming = head_exchange.tokens_to_heads(inputs[i + 1], comm)
-            out_all, lse_all = op.forward(QKV(q_all, k_all, v_all), plan.op)
-            outgoing.append(head_exchange.heads_to_tokens([out_all], comm))
-            chunks.append(Saved(q_all, k_all, v_all, out_all, lse_all))
-        out = _join_heads([pending.wait()[0] for pending in outgoing], comm.size)
-        lse, lses = None, [chunk.lse for chunk in chunks if chunk.lse is not None]
-        if need_lse and lses:
-            lse = head_exchange.lse_to_tokens(torch.cat(lses, dim=1), comm)
+                incoming = _receive_chunk(qkv, plan.chunks[i + 1], comm)
+            first, last = chunk.kv[comm.rank]
+            kept = chunk.received[comm.rank][0] - first  # heads of the previous chunk
+            kv = _append_heads(kv, received, kept) if last > first else kv or received
+            k_all, v_all = kv
+            if op_plan is None:
+                result: OutLse = nothing_visible(q_all, value_dim)
+            else:
+                result = op.forward(QKV(q_all, k_all, v_all), op_plan)
+            outgoing.append(head_exchange.heads_to_tokens(result[:1], (chunk.q,), comm))
+            chunks.append(Saved(q_all, k_all, v_all, *result))
+        parts = [part for pending in outgoing for part in pending.wait()[0]]
+        out, lse = head_exchange.join_parts(parts, plan.shares.heads_q), None
+        if need_lse and op.returns_lse:
+            lse = torch.cat([chunk.lse for chunk in chunks if chunk.lse is not None], dim=1)
+            lse = head_exchange.lse_to_tokens(lse, plan.shares, comm)
         return out, lse, chunks
 
     def backward(
         self, dout: torch.Tensor, saved: Any, plan: Plan, op: BoundOperator, comm: Comm
     ) -> Gradients:
-        douts = [[x] for x in _split_heads(dout, comm.size, self.chunks)]
-        incoming = head_exchange.tokens_to_heads(douts[0], comm)
+        def receive(i: int) -> PendingTensors[torch.Tensor]:
+            return head_exchange.tokens_to_heads([dout], (plan.chunks[i].q,), comm)
+
+        incoming = receive(0)
         outgoing = []
-        dk_dv: tuple[torch.Tensor, torch.Tensor] | None = None  # of chunks that share a head
-        for i, chunk in enumerate(saved):
+        carried: list[torch.Tensor | None] = [None, None]  # dk, dv of a head of several chunks
+        for i, (chunk, inputs) in enumerate(zip(plan.chunks, saved, strict=True)):
             (dout_all,) = incoming.wait()
             if i + 1 < self.chunks:
-                incoming = head_exchange.tokens_to_heads(douts[i + 1], comm)
-            dq, dk, dv = op.backward(chunk.backward_inputs(dout_all), plan.op)
-            if dk_dv is None:
-                dk_dv = (dk, dv)
+                incoming = receive(i + 1)
+            if plan.ops[i] is None:
+                grads = [x[:, :, :0] for x in zero_gradients(QKV(*inputs[:3]))]
             else:
-                dk_dv = (dk_dv[0].float().add_(dk), dk_dv[1].float().add_(dv))
-            grads = [dq]
-            if i + 1 == self.chunks or saved[i + 1].k is not chunk.k:
-                grads += [grad.to(dq.dtype) for grad in dk_dv]
-                dk_dv = None
-            outgoing.append(head_exchange.heads_to_tokens(grads, comm))
-        received = [pending.wait() for pending in outgoing]
-        dq = _join_heads([grads[0] for grads in received], comm.size)
-        dk_dvs = [grads[1:] for grads in received if len(grads) > 1]
-        dk, dv = (_join_heads(list(x), comm.size) for x in zip(*dk_dvs, strict=True))
-        return (
-            dq,
-            head_exchange.sum_replicas(dk, plan.heads_kv),
-            head_exchange.sum_replicas(dv, plan.heads_kv),
-        )
-
-    def _chunk_inputs(self, qkv: QKV, size: int) -> list[list[torch.Tensor]]:
-        """The tensors to exchange for each chunk: its query heads and, unless an earlier chunk has
-        them, its key/value heads."""
-        k, v = (head_exchange.replicate_kv_heads(x, size) for x in (qkv.k, qkv.v))
-        kv_chunks = min(self.chunks, k.shape[2] // size)
-        inputs: list[list[torch.Tensor]] = [[x] for x in _split_heads(qkv.q, size, self.chunks)]
-        pairs = zip(_split_heads(k, size, kv_chunks), _split_heads(v, size, kv_chunks), strict=True)
-        for i, kv in enumerate(pairs):
-            inputs[i * (self.chunks // kv_chunks)] += kv
-        return inputs
+                dq, *dk_dv = op.backward(inputs.backward_inputs(dout_all), plan.ops[i])
+                first, last = chunk.returned[comm.rank]
+                complete = [
+                    _complete_heads(grad, rest, last - first)
+                    for grad, rest in zip(dk_dv, carried, strict=True)
+                ]
+                carried = [rest for _, rest in complete]
+                grads = [dq, *(grad for grad, _ in complete)]
+            shares = (chunk.q, chunk.returned, chunk.returned)
+            outgoing.append(head_exchange.heads_to_tokens(grads, shares, comm))
+        parts: list[list[Part]] = [[], [], []]
+        for pending in outgoing:
+            for of_tensor, returned in zip(parts, pending.wait(), strict=True):
+                of_tensor += returned
+        heads = plan.shares.heads_q, plan.shares.heads_kv, plan.shares.heads_kv
+        dq, dk, dv = (head_exchange.join_parts(x, n) for x, n in zip(parts, heads, strict=True))
+        return dq, dk, dv
 
 
-def _split_heads(x: torch.Tensor, size: int, chunks: int) -> list[torch.Tensor]:
-    """Split the heads of every rank into ``chunks``: ``[B, L, size * h, D]`` each."""
-    if chunks == 1:
-        return [x]
-    by_chunk = x.unflatten(2, (size, chunks, -1))
-    return [by_chunk[:, :, :, i].flatten(2, 3) for i in range(chunks)]
+def _receive_chunk(qkv: QKV, chunk: ChunkOfHeads, comm: Comm) -> PendingTensors[torch.Tensor]:
+    shares = (chunk.q, chunk.received, chunk.received)
+    return head_exchange.tokens_to_heads(qkv, shares, comm)
 
 
-def _join_heads(chunks: list[torch.Tensor], size: int) -> torch.Tensor:
-    """The inverse of :func:`_split_heads`."""
+def _append_heads(
+    held: list[torch.Tensor], received: list[torch.Tensor], kept: int
+) -> list[torch.Tensor]:
+    """Append the key/value heads received to the last ``kept`` ones held, ``[B, S, g, D]`` each."""
     import torch
 
-    if len(chunks) == 1:
-        return chunks[0]
-    return torch.stack([x.unflatten(2, (size, -1)) for x in chunks], dim=3).flatten(2, 4)
+    if not kept:
+        return received
+    held = [x if x.shape[2] == kept else x[:, :, -kept:] for x in held]
+    if not received[0].shape[2]:
+        return held
+    return [torch.cat(pair, dim=2) for pair in zip(held, received, strict=True)]
+
+
+def _complete_heads(
+    grad: torch.Tensor, carried: torch.Tensor | None, complete: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Add a gradient carried from earlier chunks to that of the first head.
+
+    Returns:
+        The gradients of the first ``complete`` heads, and that of the rest (one head or none),
+        which is to be carried on.
+    """
+    import torch
+
+    first = grad[:, :, :1]
+    if carried is not None:
+        first = carried.float().add_(first)
+    if complete == 0:
+        return grad[:, :, :0], first
+    rest = grad[:, :, complete:] if complete < grad.shape[2] else None
+    if carried is None:
+        return grad[:, :, :complete], rest
+    return torch.cat([first.to(grad.dtype), grad[:, :, 1:complete]], dim=2), rest

@@ -16,7 +16,7 @@ from cpbench.parallel.comm import Traffic
 from cpbench.parallel.layout import build as build_layout
 from cpbench.parallel.trace import MODULUS, RankTrace, trace_rank
 from cpbench.parallel.world import World
-from cpbench.strategies.common import head_exchange
+from cpbench.strategies.common import head_shares
 from cpbench.strategies.hierarchical import Hierarchical
 from cpbench.worker.evaluate import _ranks_per_node
 
@@ -308,9 +308,9 @@ def test_the_last_node_may_have_fewer_ranks() -> None:
         traffic.add((rank + 1) % 12, 100)
     across = [traffic.bytes_across_nodes(rank, 8) for rank, traffic in enumerate(sent)]
     assert across == [100 if rank in (7, 11) else 0 for rank in range(12)]
-    size = head_exchange.group_size(world, 0)
+    size = head_shares.group_size(world, 0, pad=False)
     assert size == 4  # 6 divides the ranks, but would put a group on two nodes
-    assert head_exchange.group_size(_world(16, 8), 0) == 4
+    assert head_shares.group_size(_world(16, 8), 0, pad=False) == 4
     refusal = Hierarchical().unsupported(world)
     assert refusal is not None
     assert "equally many ranks on every node, not 12 ranks on nodes of 8" in refusal

@@ -146,6 +146,7 @@ class Planned:
         area: visible pairs.
         crop: ``(q0, q1, k0, k1)`` if the plan covers only these queries and keys, as no others
             see or are seen; None if it covers all.
+        kv_heads: as for ``World``: the operator gets these key/value heads.
     """
 
     plan: Any
@@ -153,6 +154,7 @@ class Planned:
     mask: Any
     area: int
     crop: tuple[int, int, int, int] | None = None
+    kv_heads: tuple[int, ...] = ()
 
 
 def padded(part_BSHD: torch.Tensor, tokens: int, start: int, end: int) -> torch.Tensor:
