@@ -15,9 +15,11 @@ from torch.utils._pytree import tree_leaves
 
 from cpbench.parallel.bound_operator import BoundOperator
 from cpbench.parallel.partial_results.accumulators import BackwardAccumulator, ForwardAccumulator
-from cpbench.parallel.trace import TraceComm, TracedOperator, empty_inputs
+from cpbench.parallel.partial_results.repeated_heads import repeat_heads, sum_repeated_heads
+from cpbench.parallel.trace import TraceComm, TracedOperator, TracedPlan, empty_inputs
 
 if TYPE_CHECKING:
+    from cpbench.core.operator import QKV, BackwardInputs, Gradients, OutLse
     from cpbench.core.registry import OperatorInfo
     from cpbench.parallel.strategy import Strategy
     from cpbench.parallel.world import World
@@ -71,6 +73,19 @@ class _AccumulatingOperator(TracedOperator):
     backward_accumulator_type = BackwardAccumulator
     output_with_delta = staticmethod(BoundOperator.output_with_delta)
     sum_float32 = BoundOperator.sum_float32
+
+    def forward(self, qkv: QKV, plan: TracedPlan) -> OutLse:
+        repeated = [repeat_heads(x, plan.kv_heads) for x in (qkv.k, qkv.v)]
+        result = super().forward(qkv, plan)
+        del repeated
+        return result
+
+    def backward(self, x: BackwardInputs, plan: TracedPlan) -> Gradients:
+        k, v = (repeat_heads(kv, plan.kv_heads) for kv in (x.k, x.v))
+        dq, dk, dv = super().backward(x._replace(k=k, v=v), plan)
+        if plan.kv_heads:
+            dk, dv = (sum_repeated_heads(dkv, plan.kv_heads) for dkv in (dk, dv))
+        return dq, dk, dv
 
 
 def peak_bytes(strategy: Strategy, operator: OperatorInfo, world: World, rank: int) -> int:

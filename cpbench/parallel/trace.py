@@ -15,7 +15,7 @@ import functools
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cpbench.core.operator import QKV
 from cpbench.parallel.bound_operator import BoundOperator
@@ -149,11 +149,18 @@ class TraceComm(GroupedComm):
         return _DONE
 
 
+class TracedPlan(NamedTuple):
+    """A plan of :class:`TracedOperator`: visible pairs, and ``kv_heads`` as for ``World``."""
+
+    area: int
+    kv_heads: tuple[int, ...] = ()
+
+
 class _ForwardAccumulator(ForwardAccumulator):
     """Counts visible pairs and merges nothing."""
 
     def add(self, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor, plan: Any) -> None:
-        self._op.pairs += plan * self._q.shape[2]
+        self._op.pairs += plan.area * self._q.shape[2]
 
     def add_partial(self, out: torch.Tensor, lse: torch.Tensor | None) -> None:
         pass
@@ -168,7 +175,7 @@ class _BackwardAccumulator(BackwardAccumulator):
     def add(
         self, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor, plan: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self._op.pairs += plan * self._q.shape[2]
+        self._op.pairs += plan.area * self._q.shape[2]
         return k_BTGD, v_BTGD
 
     def add_partial(self, dq: torch.Tensor) -> None:
@@ -187,8 +194,8 @@ class TracedOperator(BoundOperator):
     def __init__(self, info: OperatorInfo, device: str = "meta") -> None:
         super().__init__(info, None, device)  # type: ignore[arg-type]
 
-    def prepare(self, subproblem: Subproblem | KeySubset) -> Any:
-        return subproblem.area
+    def prepare(self, subproblem: Subproblem | KeySubset) -> TracedPlan:
+        return TracedPlan(subproblem.area, subproblem.world.kv_heads)
 
     def sum_float32(
         self, total: torch.Tensor | None, gradients: Sequence[torch.Tensor]
@@ -197,11 +204,11 @@ class TracedOperator(BoundOperator):
 
     def forward(self, qkv: QKV, plan: Any) -> OutLse:
         q = qkv.q
-        self.pairs += plan * q.shape[2]
+        self.pairs += plan.area * q.shape[2]
         return self.forward_accumulator(q, qkv.v.shape[3]).empty_result()
 
     def backward(self, x: BackwardInputs, plan: Any) -> Gradients:
-        self.pairs += plan * x.q.shape[2]
+        self.pairs += plan.area * x.q.shape[2]
         return x.q.new_empty(x.q.shape), x.k.new_empty(x.k.shape), x.v.new_empty(x.v.shape)
 
     @staticmethod
