@@ -131,13 +131,13 @@ def test_hierarchical_still_sends_one_copy_across(heads: tuple[int, int]) -> Non
 
 
 def test_repeated_heads_are_in_the_memory_trace() -> None:
-    """10 query heads on 3 ranks cut groups of five: the three of rank 1 attend to two key/value
-    heads, of which one is repeated for the operator."""
-    world = world_of(3, 10, 2, head_dim_v=4, direction="fwd")
-    assert HeadShares.of(world.problem, 3).attention(world, 1).kv_heads == (0, 0, 1)
-    of_token = (3 + 2 + 3) * 16 + (2 + 3 + 3) * 4  # q, k and v as received and as repeated, out
-    lse = 4 * 2 * 48 * 3
-    peak = peak_bytes(implemented("ulysses:pad=true"), operator_info("bands"), world, 1)
+    """21 query heads on 2 ranks cut groups of seven: seven of the ten of rank 0 attend to one
+    key/value head, three to another, which are repeated as often for the operator."""
+    world = world_of(2, 21, 3, head_dim_v=4, direction="fwd")
+    assert HeadShares.of(world.problem, 2).attention(world, 0).kv_heads == (0,) * 7 + (1,) * 3
+    of_token = (10 + 2 + 10) * 16 + (2 + 10 + 10) * 4  # q, k, repeated; v, repeated, out
+    lse = 4 * 2 * 48 * 10
+    peak = peak_bytes(implemented("ulysses:pad=true"), operator_info("bands"), world, 0)
     assert peak == 2 * 48 * of_token * 2 + lse
 
 
