@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from cpbench.parallel.strategy import Forward
     from cpbench.parallel.world import World
     from cpbench.strategies.common.collectives import PendingTensors
-    from cpbench.strategies.common.head_exchange import Part
 
 STRATEGY = StrategyInfo(
     name="ulysses",
@@ -117,8 +116,8 @@ class Ulysses:
                 result = op.forward(QKV(q_all, k_all, v_all), op_plan)
             outgoing.append(head_exchange.heads_to_tokens(result[:1], (chunk.q,), comm))
             chunks.append(Saved(q_all, k_all, v_all, *result))
-        parts = [part for pending in outgoing for part in pending.wait()[0]]
-        out, lse = head_exchange.join_parts(parts, plan.shares.heads_q), None
+        returned = [pending.wait()[0] for pending in outgoing]
+        out, lse = head_exchange.join_heads(returned, plan.shares.heads_q), None
         if need_lse and op.returns_lse:
             lse = torch.cat([chunk.lse for chunk in chunks if chunk.lse is not None], dim=1)
             lse = head_exchange.lse_to_tokens(lse, plan.shares, comm)
@@ -150,12 +149,9 @@ class Ulysses:
                 grads = [dq, *(grad for grad, _ in complete)]
             shares = (chunk.q, chunk.returned, chunk.returned)
             outgoing.append(head_exchange.heads_to_tokens(grads, shares, comm))
-        parts: list[list[Part]] = [[], [], []]
-        for pending in outgoing:
-            for of_tensor, returned in zip(parts, pending.wait(), strict=True):
-                of_tensor += returned
+        chunks = zip(*(pending.wait() for pending in outgoing), strict=True)
         heads = plan.shares.heads_q, plan.shares.heads_kv, plan.shares.heads_kv
-        dq, dk, dv = (head_exchange.join_parts(x, n) for x, n in zip(parts, heads, strict=True))
+        dq, dk, dv = (head_exchange.join_heads(x, n) for x, n in zip(chunks, heads, strict=True))
         return dq, dk, dv
 
 

@@ -27,7 +27,10 @@ def test_strategies_end_and_leave_buffers_alone(size: int) -> None:
 
 
 def passes_of(strategy: str, size: int, layout: str = "zigzag") -> list[Recorder]:
-    case = matrix.Combination(strategy, layout, "causal", 24, 4, "bfloat16")
+    heads = (10, 5) if "pad" in strategy else (24, 4)
+    case = matrix.Combination(
+        strategy, layout, "causal", *heads, "bfloat16", nodes=max(size // 2, 1)
+    )
     ranks = record_strategy(strategy, matrix.world_of(case, size))
     assert ranks is not None
     return ranks
@@ -55,7 +58,8 @@ def _crosses(operation: Any) -> bool:
     "strategy",
     ["ring", "ring:window=2", "ring_reverse", "burst", "tile:rows=2", "distflash", "dispatch",
      "hierarchical:local=2", "loongtrain:ulysses=1,window=2", "usp:ulysses=2", "ulysses:chunks=2",
-     "tree", "ring_allgather:stages=2"],
+     "tree", "ring_allgather:stages=2", "ulysses:chunks=2,pad=true",
+     "usp:inner=allgather,ulysses=2", "hierarchical:local=4,pad=true"],
 )  # fmt: skip
 def test_every_wait_that_comes_too_late_is_found(
     strategy: str, monkeypatch: pytest.MonkeyPatch

@@ -30,16 +30,18 @@ T = TypeVar("T")
 LANE = "heads"  # of messages between pairs of ranks
 
 
-class Part(NamedTuple):
-    """Some heads of a tensor, ``[B, L, h, D]``, that another rank has returned.
+class ReturnedHeads(NamedTuple):
+    """A tensor of the local tokens whose heads other ranks have returned.
 
     Attributes:
-        heads: their numbers.
-        tensor: their values.
+        shares: the heads of each rank.
+        even: of all ranks, ``[B, L, P, h, D]``, if they returned equally many.
+        by_rank: else of each rank that has some, ``[B, L, h, D]``.
     """
 
-    heads: Heads
-    tensor: torch.Tensor
+    shares: Shares
+    even: torch.Tensor | None
+    by_rank: dict[int, torch.Tensor]
 
 
 def tokens_to_heads(
@@ -75,11 +77,11 @@ def tokens_to_heads(
         handle = comm.all_to_all(received, packed)
     else:
         token_major = [x.transpose(0, 1) for x in shards]
-        sends = []
-        for of_rank in zip(*shares, strict=True):
-            parts = [_select(x, heads) for x, heads in zip(token_major, of_rank, strict=True)]
-            sends.append(torch.cat([x.flatten(2) for x in parts], dim=2))
-        handle = _exchange(sends, list(received), comm)
+        sends = {}
+        for rank in _holders(shares):
+            parts = [_select(x, share[rank]) for x, share in zip(token_major, shares, strict=True)]
+            sends[rank] = torch.cat([x.flatten(2) for x in parts], dim=2)
+        handle = _exchange(sends, dict(enumerate(received)) if received.shape[3] else {}, comm)
     return PendingTensors(
         [handle], lambda: _split_last(received.flatten(0, 1).transpose(0, 1), shapes)
     )
@@ -87,63 +89,110 @@ def tokens_to_heads(
 
 def heads_to_tokens(
     by_head: Sequence[torch.Tensor], shares: Sequence[Shares], comm: Comm
-) -> PendingTensors[list[Part]]:
-    """The inverse of :func:`tokens_to_heads`: for each tensor, the parts of all ranks in order."""
+) -> PendingTensors[ReturnedHeads]:
+    """The inverse of :func:`tokens_to_heads`, up to :func:`join_heads`."""
     import torch
 
     if comm.size == 1:
-        parts = [[Part(share[0], x)] for x, share in zip(by_head, shares, strict=True)]
-        return PendingTensors((), lambda: parts)
+        local = [
+            ReturnedHeads(share, x.unsqueeze(2), {})
+            for x, share in zip(by_head, shares, strict=True)
+        ]
+        return PendingTensors((), lambda: local)
     if by_head[0].shape[1] != by_head[-1].shape[1]:
         halves = (heads_to_tokens(by_head[i], shares[i], comm) for i in (slice(1), slice(1, None)))
         return _join_pending(*halves)
     packed = torch.cat([x.transpose(0, 1).flatten(2) for x in by_head], dim=2)
     packed = packed.unflatten(0, (comm.size, -1))  # [P, L, B, all of h * D]
-    shapes = [_shapes(by_head, shares, rank) for rank in range(comm.size)]
-    received: list[torch.Tensor]
-    handle: Handle
-    if not any(map(_total, shares)):
-        received, handle = list(packed), CompletedHandle()
-    elif _equal(shares):
-        received_all = packed.new_empty(packed.shape)
-        received, handle = list(received_all), comm.all_to_all(received_all, packed)
-    else:
-        L, B = packed.shape[1:3]
-        received = [packed.new_empty((L, B, sum(h * d for h, d in of_rank))) for of_rank in shapes]
-        handle = _exchange(list(packed), received, comm)
+    if _equal(shares):
+        shapes = _shapes(by_head, shares, comm.rank)
+        received = packed.new_empty(packed.shape)
+        empty = not any(map(_total, shares))
+        handle = CompletedHandle() if empty else comm.all_to_all(received, packed)
 
-    def collect() -> list[list[Part]]:
-        tensors = [
-            _split_last(x.transpose(0, 1), of_rank)
-            for x, of_rank in zip(received, shapes, strict=True)
-        ]
-        return [
-            [Part(heads, of_rank[i]) for heads, of_rank in zip(share, tensors, strict=True)]
-            for i, share in enumerate(shares)
-        ]
+        def collect_even() -> list[ReturnedHeads]:
+            tensors = _split_last(received.permute(2, 1, 0, 3), shapes)
+            return [ReturnedHeads(share, x, {}) for share, x in zip(shares, tensors, strict=True)]
+
+        return PendingTensors([handle], collect_even)
+    L, B = packed.shape[1:3]
+    shapes_by_rank = {rank: _shapes(by_head, shares, rank) for rank in _holders(shares)}
+    buffers = {
+        rank: packed.new_empty((L, B, sum(h * d for h, d in shapes)))
+        for rank, shapes in shapes_by_rank.items()
+    }
+    handle = _exchange(dict(enumerate(packed)) if packed.shape[3] else {}, buffers, comm)
+
+    def collect() -> list[ReturnedHeads]:
+        returned = [ReturnedHeads(share, None, {}) for share in shares]
+        for rank, shapes in shapes_by_rank.items():
+            parts = _split_last(buffers[rank].transpose(0, 1), shapes)
+            for of_tensor, part in zip(returned, parts, strict=True):
+                if part.shape[2]:
+                    of_tensor.by_rank[rank] = part
+        return returned
 
     return PendingTensors([handle], collect)
 
 
-def join_parts(parts: Sequence[Part], heads: int) -> torch.Tensor:
-    """Join parts to a tensor of all ``heads``, contiguous; heads that several parts have are summed
-    in float32."""
+def join_heads(chunks: Sequence[ReturnedHeads], heads: int) -> torch.Tensor:
+    """Join what was returned to a tensor of all ``heads``, contiguous; heads that several ranks
+    have returned are summed in float32.
+
+    Args:
+        chunks: of the heads of each rank, in order.
+    """
     import torch
 
-    parts = sorted((part for part in parts if _count(part.heads)), key=lambda part: part.heads)
-    if len(parts) == 1:
-        return parts[0].tensor
-    joined = torch.cat([part.tensor for part in parts], dim=2)
-    numbers = [head for part in parts for head in range(*part.heads)]
+    numbers: list[int]
+    evens = [chunk.even for chunk in chunks if chunk.even is not None]
+    if len(evens) == len(chunks):
+        size = len(chunks[0].shares)
+        numbers = [
+            head for rank in range(size) for chunk in chunks for head in range(*chunk.shares[rank])
+        ]
+        joined = (evens[0] if len(evens) == 1 else torch.cat(evens, dim=3)).flatten(2, 3)
+    else:
+        found = sorted(
+            (
+                (chunk.shares[rank], part)
+                for chunk in chunks
+                for rank, part in _by_rank(chunk).items()
+            ),
+            key=lambda item: item[0],
+        )
+        numbers = [head for share, _ in found for head in range(*share)]
+        joined = torch.cat([part for _, part in found], dim=2)
     if len(numbers) == heads:
         return joined
     if numbers == [head for head in range(heads) for _ in range(len(numbers) // heads)]:
         summed: torch.Tensor = joined.unflatten(2, (heads, -1)).float().sum(3)
         return summed.to(joined.dtype)
     total = joined.new_zeros((*joined.shape[:2], heads, joined.shape[3]), dtype=torch.float32)
-    for part in parts:
-        _select(total, part.heads).add_(part.tensor)
+    position = 0
+    for first, last in _runs(numbers):
+        count = last - first
+        total[:, :, first:last] += joined[:, :, position : position + count]
+        position += count
     return total.to(joined.dtype)
+
+
+def _by_rank(chunk: ReturnedHeads) -> dict[int, torch.Tensor]:
+    """The parts of each rank that has some."""
+    if chunk.even is None or not _total(chunk.shares):
+        return chunk.by_rank
+    return dict(enumerate(chunk.even.unbind(2)))
+
+
+def _runs(numbers: Sequence[int]) -> list[Heads]:
+    """Consecutive numbers, joined."""
+    runs: list[Heads] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number:
+            runs[-1] = (runs[-1][0], number + 1)
+        else:
+            runs.append((number, number + 1))
+    return runs
 
 
 def qkv_to_heads(qkv: QKV, shares: HeadShares, comm: Comm) -> PendingTensors[torch.Tensor]:
@@ -153,8 +202,7 @@ def qkv_to_heads(qkv: QKV, shares: HeadShares, comm: Comm) -> PendingTensors[tor
 
 def result_to_tokens(result: OutLse, need_lse: bool, shares: HeadShares, comm: Comm) -> OutLse:
     """Exchange out and (if needed) lse of the local heads for those of the local tokens."""
-    (parts,) = heads_to_tokens([result[0]], (shares.q,), comm).wait()
-    out = join_parts(parts, shares.heads_q)
+    out = join_heads(heads_to_tokens([result[0]], (shares.q,), comm).wait(), shares.heads_q)
     if not need_lse or result[1] is None:
         return out, None
     return out, lse_to_tokens(result[1], shares, comm)
@@ -164,26 +212,29 @@ def gradients_to_tokens(gradients: Gradients, shares: HeadShares, comm: Comm) ->
     """Exchange dq, dk, dv of the local heads for those of the local tokens."""
     dq, dk, dv = heads_to_tokens(gradients, (shares.q, shares.kv, shares.kv), comm).wait()
     return (
-        join_parts(dq, shares.heads_q),
-        join_parts(dk, shares.heads_kv),
-        join_parts(dv, shares.heads_kv),
+        join_heads([dq], shares.heads_q),
+        join_heads([dk], shares.heads_kv),
+        join_heads([dv], shares.heads_kv),
     )
 
 
 def lse_to_tokens(lse_BHS: torch.Tensor, shares: HeadShares, comm: Comm) -> torch.Tensor:
     """Exchange the lse ``[B, h, P * L]`` of the local heads for ``[B, H, L]`` of the tokens."""
     lse_BSH1 = lse_BHS.transpose(1, 2).unsqueeze(-1)
-    (parts,) = heads_to_tokens([lse_BSH1], (shares.q,), comm).wait()
-    return join_parts(parts, shares.heads_q).squeeze(-1).transpose(1, 2)
+    returned = heads_to_tokens([lse_BSH1], (shares.q,), comm).wait()
+    return join_heads(returned, shares.heads_q).squeeze(-1).transpose(1, 2)
 
 
-def _exchange(sends: list[torch.Tensor], recvs: list[torch.Tensor], comm: Comm) -> Handle:
-    """Send a tensor to each rank and receive one from each, unless it is empty."""
+def _exchange(sends: dict[int, torch.Tensor], recvs: dict[int, torch.Tensor], comm: Comm) -> Handle:
+    """Send to some ranks and receive from some."""
     return comm.lane(LANE).exchange(
-        [(x, rank) for rank, x in enumerate(sends) if x.numel()],
-        [(x, rank) for rank, x in enumerate(recvs) if x.numel()],
-        LANE,
+        [(x, rank) for rank, x in sends.items()], [(x, rank) for rank, x in recvs.items()], LANE
     )
+
+
+def _holders(shares: Sequence[Shares]) -> list[int]:
+    """The ranks that have heads of some tensor."""
+    return [rank for rank, of_rank in enumerate(zip(*shares, strict=True)) if _total(of_rank)]
 
 
 def _equal(shares: Sequence[Shares]) -> bool:
