@@ -35,7 +35,7 @@ operator = "{operator}"
 layout = "zigzag"
 mask = {masks}
 seq_len = {tokens}
-num_heads_q = 8
+num_heads_q = {heads_q}
 num_heads_kv = {heads_kv}
 head_dim = 64
 world_size = 4
@@ -45,6 +45,9 @@ strategy = ["ring", "ring_reverse", "hierarchical:local=2", "dispatch"]
 [[include]]
 strategy = "usp:ulysses=2"
 placement = ["ulysses", "ring"]
+
+[[include]]
+strategy = ["ulysses:pad=true", "usp:inner=allgather,ulysses=2"]
 
 [[include]]
 strategy = "dispatch"
@@ -128,6 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rate", default="1gbit")
     parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--heads-q", type=int, default=8)
     parser.add_argument("--heads-kv", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=15.0, help="per case")
     parser.add_argument("--masks", nargs="+", default=MASKS)
@@ -150,7 +154,8 @@ def main() -> None:
         operator = "./paced.py:OP" if options.paced else "bands"
         sweep = SWEEP.format(
             operator=operator, checked="false" if options.paced else "true", masks=masks,
-            tokens=options.tokens, heads_kv=options.heads_kv, seconds=options.seconds,
+            tokens=options.tokens, heads_q=options.heads_q, heads_kv=options.heads_kv,
+            seconds=options.seconds,
         )  # fmt: skip
         measure(folder, options.rate, sweep, options.where)
     table = load(folder / "run")
