@@ -5,7 +5,6 @@ A rank requires the keys that at least one of its queries sees; each is sent to 
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -82,15 +81,20 @@ def _merge_intervals(start: IntArray, end: IntArray) -> IntArray:
     return np.column_stack([start[first], end[np.append(first[1:], len(end)) - 1]])
 
 
-def split_into_stages(transfers: KeyTransfers, stages: int, size: int) -> KeyTransfers:
-    """Split transfers into stages with equally many keys per receiver; sorted by stage, receiver,
-    owner and start.
+def split_into_stages(
+    transfers: KeyTransfers, stages: int, size: int
+) -> tuple[KeyTransfers, IntArray]:
+    """Split transfers into stages with equally many keys per receiver.
 
     As in a ring, a receiver starts with the keys of the rank before it and continues downward, so
     that not all ranks receive from the same owner at once.
+
+    Returns:
+        The parts, sorted by stage, receiver, owner and start, and the transfer that each is of.
     """
     distance = (transfers.receiver - transfers.owner) % size
-    transfers = transfers.select(np.lexsort((transfers.start, distance, transfers.receiver)))
+    order = np.lexsort((transfers.start, distance, transfers.receiver))
+    transfers = transfers.select(order)
     total = np.bincount(transfers.receiver, weights=transfers.length, minlength=size)
     total = total.astype(np.int64)
     per_stage = np.maximum(-(-total // stages), 1)[transfers.receiver]
@@ -106,7 +110,8 @@ def split_into_stages(transfers: KeyTransfers, stages: int, size: int) -> KeyTra
     cut = cut._replace(
         stage=stage, start=cut.start + skipped, length=length, local=cut.local + skipped
     )
-    return cut.select(np.lexsort((cut.start, cut.owner, cut.receiver, cut.stage)))
+    sorting = np.lexsort((cut.start, cut.owner, cut.receiver, cut.stage))
+    return cut.select(sorting), order[source][sorting]
 
 
 def best_stage_count(local_area: IntArray, area: IntArray, keys: IntArray, tokens: int) -> int:
@@ -135,13 +140,23 @@ def best_stage_count(local_area: IntArray, area: IntArray, keys: IntArray, token
     return best_count
 
 
-def min_keys_sent(mask: AttnMask, ranks: int, max_imbalance: float = 1.0) -> int:
-    """A lower bound on the total number of keys sent, over all assignments of tokens whose load
-    imbalance (max/mean area) is at most ``max_imbalance``.
+def choose_stages(world: World, transfers: KeyTransfers) -> int:
+    """The best number of stages for these transfers between the ranks of a world."""
+    keys = np.bincount(transfers.receiver, weights=transfers.length, minlength=world.size)
+    local_area, area = np.diagonal(world.areas), world.areas.sum(1)
+    return best_stage_count(local_area, area, keys.astype(np.int64), world.queries.local_len)
 
-    The queries that see a key occupy at least as many ranks as keep them, with the lightest other
-    tokens that fill up those ranks, within ``max_imbalance`` times the mean area; one of these
-    ranks may hold the key.  O(S log P), and O(keys) for every slice.
+
+def min_keys_sent(
+    mask: AttnMask, ranks: int, max_imbalance: float = 1.0, ranks_per_node: int = 1
+) -> int:
+    """A lower bound on the total number of keys sent, over all assignments of tokens whose load
+    imbalance (max/mean area) is at most ``max_imbalance``; with ``ranks_per_node``, of keys sent to
+    other nodes, where a key is sent to a node once.
+
+    The queries that see a key occupy at least as many ranks (whole nodes of them) as keep them,
+    with the lightest other tokens that fill up those ranks, within ``max_imbalance`` times the mean
+    area; one of these ranks may hold the key.  O(S log P), and O(keys) for every slice.
     """
     local_len = -(-mask.seq_q // ranks)
     row_areas = np.zeros(ranks * local_len, dtype=np.int64)
@@ -158,23 +173,13 @@ def min_keys_sent(mask: AttnMask, ranks: int, max_imbalance: float = 1.0) -> int
         count[k0:k1] += last - first
         area[k0:k1] += total[last] - total[first]
     low = np.maximum(-(-count // local_len), np.ceil(area / max_area - 1e-9).astype(np.int64))
-    high = np.full_like(low, ranks)
-    while (searching := low < high).any():  # bisection over the number of ranks, for every key
+    low = -(-low // ranks_per_node)  # nodes
+    high = np.full_like(low, -(-ranks // ranks_per_node))
+    while (searching := low < high).any():  # bisection over the number of nodes, for every key
         middle = (low + high) // 2
-        others = np.maximum(middle * local_len - count, 0)
-        enough = area + lightest[others] <= middle * max_area * (1 + 1e-12)
+        held = np.minimum(middle * ranks_per_node, ranks)
+        others = np.maximum(held * local_len - count, 0)
+        enough = area + lightest[others] <= held * max_area * (1 + 1e-12)
         high = np.where(searching & enough, middle, high)
         low = np.where(searching & ~enough, middle + 1, low)
     return int(np.maximum(low - 1, 0).sum())
-
-
-@functools.lru_cache(maxsize=8)  # shared by all ranks of a trace
-def group_cast_transfers(world: World, stages: int) -> KeyTransfers:
-    """All transfers between the ranks of a world, in so many stages; 0 chooses the number."""
-    transfers = required_transfers(world.shared_mask, world.queries, world.keys)
-    if not stages:
-        keys = np.bincount(transfers.receiver, weights=transfers.length, minlength=world.size)
-        local_area, area = np.diagonal(world.areas), world.areas.sum(1)
-        tokens = world.queries.local_len
-        stages = best_stage_count(local_area, area, keys.astype(np.int64), tokens)
-    return split_into_stages(transfers, stages, world.size)

@@ -57,8 +57,8 @@ def _crosses(operation: Any) -> bool:
 @pytest.mark.parametrize(
     "strategy",
     ["ring", "ring:window=2", "ring_reverse", "burst", "tile:rows=2", "distflash", "dispatch",
-     "hierarchical:local=2", "loongtrain:ulysses=1,window=2", "usp:ulysses=2", "ulysses:chunks=2",
-     "tree", "ring_allgather:stages=2", "ulysses:chunks=2,pad=true",
+     "dispatch:by=node", "hierarchical:local=2", "loongtrain:ulysses=1,window=2", "usp:ulysses=2",
+     "ulysses:chunks=2", "tree", "ring_allgather:stages=2", "ulysses:chunks=2,pad=true",
      "usp:inner=allgather,ulysses=2", "hierarchical:local=4,pad=true"],
 )  # fmt: skip
 def test_every_wait_that_comes_too_late_is_found(

@@ -21,8 +21,8 @@ class ResultExchange:
     own, so that what comes next does not wait for the results of slower ranks.
     """
 
-    def __init__(self, comm: Comm) -> None:
-        self._comm = comm.lane("results")
+    def __init__(self, comm: Comm, lane: str = "results") -> None:
+        self._comm = comm.lane(lane)
         self._handle: Handle = CompletedHandle()
         self._sends: list[tuple[torch.Tensor, int]] = []
         self._recvs: list[tuple[torch.Tensor, int]] = []

@@ -1,0 +1,1 @@
+"""Dispatch: every rank receives only the keys that its queries see."""
