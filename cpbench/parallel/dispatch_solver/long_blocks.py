@@ -1,13 +1,11 @@
-"""The solver of the layout ``dispatch``: equal token counts and nearly equal areas per rank, with
-few keys to send.
+"""Blocks of which many do not fit on a rank: each is spread over as few ranks as possible.
 
-Connected blocks of the mask (documents) are short, if they fit on a rank by tokens and by area, or
-long; short blocks are kept whole where possible.  Tokens of a long block that see more keys than
-the average token are heavy, the others light.  Rank by rank, the solver assigns tokens from the end
-of the heaviest long block, balanced by light tokens: first those at the beginning of the same block
-(whose keys the rank receives anyway), then whole short blocks.  As heavy tokens lie above the
-average and light tokens below, a balanced assignment exists for every rank, up to one token; and as
-the heaviest tokens are paired with the lightest, no block is spread over more ranks than necessary.
+Tokens of a long block that see more keys than the average token are heavy, the others light.  Rank
+by rank, tokens are taken from the end of the heaviest long block, balanced by light tokens: first
+those at the beginning of the same block (whose keys the rank receives anyway), then whole short
+blocks.  As heavy tokens lie above the average and light tokens below, a balanced assignment exists
+for every rank, up to one token; and as the heaviest tokens are paired with the lightest, no block
+is spread over more ranks than necessary.
 """
 
 from __future__ import annotations
@@ -15,44 +13,24 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections import deque
-from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 
-from cpbench.masks.attn_mask import AttnMask
-from cpbench.masks.slices import BoolArray, IntArray
-
-CHUNKS_PER_RANK = 64  # granularity of the split into heavy and light tokens
-IMBALANCE_TOLERANCE = 0.01  # relative to the mean area; below it no more tokens are swapped
-SEARCH_WIDTH = 32  # short blocks that are tried to find one that fits
-
-
-def assign_tokens(mask: AttnMask, ranks: int) -> IntArray:
-    """Assign tokens to ranks: ``(n, 3)`` segments (rank, start, length), sorted.
-
-    Every rank gets ``ceil(S / P)`` tokens; positions from S on are padding.
-    """
-    return _Solver(mask, ranks).segments()
+from cpbench.masks.slices import IntArray
+from cpbench.parallel.dispatch_solver.tokens import (
+    SEARCH_WIDTH,
+    Assignment,
+    ShortBlock,
+    TokenBlocks,
+    TokenRun,
+    largest_feasible,
+    rebalance,
+)
 
 
-class TokenRun(NamedTuple):
-    """A run of consecutive tokens."""
-
-    start: int
-    length: int
-
-
-class _ShortBlock(NamedTuple):
-    """A block that fits on a rank, or several adjacent tiny ones."""
-
-    tokens: int
-    area: int
-    start: int
-
-    @property
-    def density(self) -> float:
-        return self.area / self.tokens
+def assign_long(blocks: TokenBlocks) -> Assignment:
+    """Assign all tokens; the areas of ranks differ by few tokens."""
+    return _Solver(blocks).assignment()
 
 
 class _TokenPool:
@@ -106,7 +84,7 @@ class _RankShare:
         self.tokens -= count
         self.runs += pool.take(count, high)
 
-    def add_block(self, block: _ShortBlock) -> None:
+    def add_block(self, block: ShortBlock) -> None:
         self.area -= block.area
         self.tokens -= block.tokens
         self.runs.append(TokenRun(block.start, block.tokens))
@@ -119,7 +97,7 @@ class _RankShare:
     def add_light(self, heavy: _TokenPool, pool: _TokenPool) -> bool:
         """Add light tokens while heavy ones can complete the rank; return whether all fit."""
         count = min(pool.count, self.tokens)
-        count = _largest_feasible(count, lambda n: self.can_complete(heavy, n, pool.area(n)))
+        count = largest_feasible(count, lambda n: self.can_complete(heavy, n, pool.area(n)))
         self.add(pool, count)
         return not pool.count
 
@@ -127,31 +105,26 @@ class _RankShare:
 class _Solver:
     """The state of one assignment: the tokens that are still unassigned."""
 
-    def __init__(self, mask: AttnMask, ranks: int) -> None:
-        self.ranks, self.local_len = ranks, -(-mask.seq_q // ranks)
-        row_areas = np.zeros(ranks * self.local_len, np.int64)
-        row_areas[: mask.seq_q] = mask.row_counts()
-        self.cumulative = np.concatenate([[0], np.cumsum(row_areas)])
-        starts = np.append(mask.diagonal_blocks(), len(row_areas))  # padding joins the last block
-        long = np.diff(starts) > self.local_len
-        long |= np.diff(self.cumulative[starts]) * ranks > self.cumulative[-1]
-        step = max(self.local_len // CHUNKS_PER_RANK, 1)
+    def __init__(self, blocks: TokenBlocks) -> None:
+        self.blocks, self.cumulative = blocks, blocks.cumulative
+        self.ranks, self.local_len = blocks.ranks, blocks.local_len
         # Long blocks with heavy and light tokens; pools of light tokens only.
         self.heavy, self.light = deque[tuple[_TokenPool, _TokenPool]](), deque[_TokenPool]()
-        for start, end in zip(starts[:-1][long].tolist(), starts[1:][long].tolist(), strict=True):
-            heavy, light = self._split_heavy_light(start, end, step)
+        for start, end in blocks.long_blocks():
+            heavy, light = self._split_heavy_light(start, end)
             if heavy.count:
                 self.heavy.append((heavy, light))
             else:
                 self.light.append(light)
+        step = blocks.chunk
         densest = sorted(self.heavy, key=lambda pair: pair[0].area(step, high=True), reverse=True)
         self.heavy = deque(densest)
-        self.short_blocks = deque(self._short_blocks(starts, long, step))
-        self.by_density = list[_ShortBlock]()  # short blocks, once there are no heavy tokens
+        self.short_blocks = deque(blocks.short_blocks())
+        self.by_density = list[ShortBlock]()  # short blocks, once there are no heavy tokens
 
-    def _split_heavy_light(self, start: int, end: int, step: int) -> tuple[_TokenPool, _TokenPool]:
-        """The heavy and the light tokens of a block, classified in chunks of ``step``."""
-        edges = np.append(np.arange(start, end, step), end)
+    def _split_heavy_light(self, start: int, end: int) -> tuple[_TokenPool, _TokenPool]:
+        """The heavy and the light tokens of a block, classified in chunks."""
+        edges = np.append(np.arange(start, end, self.blocks.chunk), end)
         mean = float(self.cumulative[-1]) / (len(self.cumulative) - 1)
         heavy = np.diff(self.cumulative[edges]) > mean * np.diff(edges)
         changes = np.flatnonzero(np.diff(heavy)) + 1
@@ -161,18 +134,7 @@ class _Solver:
         heavy_runs, light_runs = runs[first::2], runs[1 - first :: 2]
         return _TokenPool(self.cumulative, heavy_runs), _TokenPool(self.cumulative, light_runs)
 
-    def _short_blocks(self, starts: IntArray, long: BoolArray, step: int) -> list[_ShortBlock]:
-        """The short blocks, in order; adjacent tiny ones that begin in one chunk are merged."""
-        tiny = np.diff(starts) < step
-        follows = tiny[1:] & tiny[:-1] & (np.diff(starts[:-1] // step) == 0)
-        first = np.flatnonzero(np.append(True, ~follows))
-        begin, end = starts[first], np.append(starts[first[1:]], starts[-1])
-        begin, end = begin[~long[first]], end[~long[first]]
-        area = self.cumulative[end] - self.cumulative[begin]
-        fields = zip((end - begin).tolist(), area.tolist(), begin.tolist(), strict=True)
-        return [_ShortBlock(*block_fields) for block_fields in fields]
-
-    def segments(self) -> IntArray:
+    def assignment(self) -> Assignment:
         """Assign all tokens."""
         remaining_area, assigned = int(self.cumulative[-1]), list[list[TokenRun]]()
         for rank in range(self.ranks):
@@ -182,10 +144,9 @@ class _Solver:
             while share.tokens:
                 self._add_light_or_short(share)
             assigned.append(share.runs)
-            remaining_area -= self._area_of(*share.runs)
-        self._rebalance(assigned)
-        rows = [(rank, *run) for rank, runs in enumerate(assigned) for run in _merge_adjacent(runs)]
-        return np.array(rows, dtype=np.int64).reshape(-1, 3)
+            remaining_area -= self.blocks.area_of(*share.runs)
+        rebalance(self.blocks, assigned)
+        return assigned
 
     def _add_heavy(self, share: _RankShare) -> None:
         """Add the end of the heaviest block, after the light tokens that balance it; or all its
@@ -212,7 +173,7 @@ class _Solver:
         if not short_blocks:
             all(share.add_light(heavy, pool) for pool in self._light_of_later_blocks())
             return
-        skipped = list[_ShortBlock]()
+        skipped = list[ShortBlock]()
         while short_blocks and len(skipped) < SEARCH_WIDTH:
             block = short_blocks.popleft()
             if block.area <= share.area and share.can_complete(heavy, block.tokens, block.area):
@@ -246,7 +207,7 @@ class _Solver:
         else:
             self.light.append(self._to_pool(block))
 
-    def _to_pool(self, block: _ShortBlock) -> _TokenPool:
+    def _to_pool(self, block: ShortBlock) -> _TokenPool:
         return _TokenPool(self.cumulative, [(block.start, block.start + block.tokens)])
 
     def _drop_empty_pools(self) -> None:
@@ -269,73 +230,3 @@ class _Solver:
         if self.short_blocks:
             return total + count * self.short_blocks[0].density
         return total + sum(light.area(count) for light in self._light_of_later_blocks()[:1])
-
-    def _area_of(self, *runs: TokenRun) -> int:
-        return sum(int(self.cumulative[start + n] - self.cumulative[start]) for start, n in runs)
-
-    def _rebalance(self, assigned: list[list[TokenRun]]) -> None:
-        """Swap dense tokens of the rank with the most area for sparse ones of the rank with the
-        least, while that helps: the last ranks get the remaining tokens, which may not balance."""
-        areas = np.array([self._area_of(*runs) for runs in assigned], dtype=np.float64)
-        mean = float(areas.mean())
-        for _ in range(2 * self.ranks):
-            most, least = int(areas.argmax()), int(areas.argmin())
-            if areas[most] <= mean * (1 + IMBALANCE_TOLERANCE):
-                return
-            dense = max(assigned[most], key=self._last_token_area)
-            sparse = min(assigned[least], key=lambda run: self._area_of(TokenRun(run.start, 1)))
-            count = self._swap_count(dense, sparse, min(areas[most] - mean, mean - areas[least]))
-            if not count:
-                return
-            dense_end = TokenRun(dense.start + dense.length - count, count)
-            sparse_begin = TokenRun(sparse.start, count)
-            dense_rest = TokenRun(dense.start, dense.length - count)
-            sparse_rest = TokenRun(sparse.start + count, sparse.length - count)
-            for rank, old, new in (
-                (most, dense, (dense_rest, sparse_begin)),
-                (least, sparse, (sparse_rest, dense_end)),
-            ):
-                assigned[rank].remove(old)
-                assigned[rank] += [run for run in new if run.length]
-                areas[rank] = self._area_of(*assigned[rank])
-
-    def _last_token_area(self, run: TokenRun) -> int:
-        return self._area_of(TokenRun(run.start + run.length - 1, 1))
-
-    def _swap_count(self, dense: TokenRun, sparse: TokenRun, max_gain: float) -> int:
-        """The number of tokens to swap between the end of ``dense`` and the beginning of
-        ``sparse``: as many as gain area, up to a total of ``max_gain``."""
-        end = dense.start + dense.length
-
-        def gains(n: int) -> bool:
-            sparse_token = TokenRun(sparse.start + n - 1, 1)
-            return self._area_of(TokenRun(end - n, 1)) > self._area_of(sparse_token)
-
-        def fits(n: int) -> bool:
-            dense_area = self._area_of(TokenRun(end - n, n))
-            return dense_area - self._area_of(TokenRun(sparse.start, n)) <= max_gain
-
-        return _largest_feasible(_largest_feasible(min(dense.length, sparse.length), gains), fits)
-
-
-def _merge_adjacent(runs: list[TokenRun]) -> list[TokenRun]:
-    """The runs in order, adjacent ones merged."""
-    merged = list[TokenRun]()
-    for run in sorted(runs):
-        if merged and merged[-1].start + merged[-1].length == run.start:
-            merged[-1] = TokenRun(merged[-1].start, merged[-1].length + run.length)
-        else:
-            merged.append(run)
-    return merged
-
-
-def _largest_feasible(count: int, fits: Callable[[int], bool]) -> int:
-    """The largest n up to ``count`` that fits, or 0; n fits only if all smaller ones do."""
-    low, high = 0, count
-    while low < high:
-        middle = (low + high + 1) // 2
-        if fits(middle):
-            low = middle
-        else:
-            high = middle - 1
-    return low
