@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import bisect
 import heapq
+import itertools
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -61,7 +62,9 @@ def assign_whole(blocks: TokenBlocks) -> Assignment | None:
     assigned = _equal_counts(blocks, held)
     rebalance(blocks, assigned, MAX_IMBALANCE - 1)
     largest = max(blocks.area_of(*runs) for runs in assigned)
-    return assigned if largest <= MAX_IMBALANCE * blocks.mean_area else None
+    if largest > MAX_IMBALANCE * blocks.mean_area:
+        return None
+    return [assigned[rank] for rank in _sharing_first(blocks, assigned)]
 
 
 class _Pool:
@@ -288,3 +291,21 @@ def _equal_counts(blocks: TokenBlocks, held: _HeldPieces) -> Assignment:
             if not missing[poor[-1]]:
                 poor.pop()
     return assigned
+
+
+def _sharing_first(blocks: TokenBlocks, assigned: Assignment) -> list[int]:
+    """An order of the ranks in which those that share blocks follow each other, so that they lie in
+    one node: after each rank the one to which most of its keys are sent, or from which."""
+    runs = sorted((run, rank) for rank, of_rank in enumerate(assigned) for run in of_rank)
+    begins = set(blocks.starts.tolist())
+    shared = np.zeros((blocks.ranks, blocks.ranks), dtype=np.int64)
+    for (before, owner), (run, rank) in itertools.pairwise(runs):
+        if run.start not in begins:
+            shared[owner, rank] += before.length
+            shared[rank, owner] += before.length
+    order, left = [0], np.arange(blocks.ranks) > 0
+    while left.any():
+        following = int(np.where(left, shared[order[-1]], -1).argmax())
+        order.append(following)
+        left[following] = False
+    return order
