@@ -190,30 +190,35 @@ def divisions(tokens: tuple[int, ...], n: int) -> Iterator[list[tuple[int, ...]]
 
 @pytest.mark.parametrize("corpus", CORPORA)
 def test_short_documents_send_less_than_twice_the_bound(corpus: str) -> None:
-    """Batches in which every document has room on a rank; of seeds that no constant was chosen on.
-    Where the bound is next to nothing, token counts cannot be made equal for less.  Ranks that
-    share documents follow each other, so that most keys stay in nodes of four."""
+    """Batches in which every document has room on a rank, of seeds that no constant was chosen on;
+    the bound ignores that few documents together make exactly equal token counts, so that it is out
+    of reach where it is next to nothing."""
     seq_len, ranks = 1 << 17, 8
-    fitting = [
+    drawn = (
+        mask_of(f"causal_document:corpus={corpus},seed={seed}", seq_len)
+        for seed in itertools.count(5000)
+    )
+    fitting = (
         mask
-        for mask in (
-            mask_of(f"causal_document:corpus={corpus},seed={seed}", seq_len)
-            for seed in range(2000, 2024)
-        )
+        for mask in drawn
         if np.diff(mask.diagonal_blocks(), append=seq_len).max() <= seq_len // ranks
-    ][:4]
-    assert fitting
-    sent = across = 0
-    for mask in fitting:
+    )
+    ratios, sent, across = [], 0, 0
+    for mask in itertools.islice(fitting, 8):
         layout = build("dispatch", seq_len, ranks, mask)
         areas = area_matrix(mask, layout, layout).sum(1)
         assert areas.max() <= 1.02 * areas.mean()
-        keys, bound = keys_received(mask, layout).sum(), min_keys_sent(mask, ranks, 1.02)
-        assert keys < max(2 * bound, seq_len // 100)
-        transfers = required_transfers(mask, layout, layout)
+        transfers, bound = (
+            required_transfers(mask, layout, layout),
+            min_keys_sent(mask, ranks, 1.02),
+        )
+        keys = int(transfers.length.sum())
+        ratios.append(keys / max(bound, seq_len // 100))
         crosses = transfers.receiver // 4 != transfers.owner // 4
-        sent, across = sent + keys, across + transfers.length[crosses].sum()
-    assert across < sent / 3  # in any order, 4 of 7
+        sent, across = sent + keys, across + int(transfers.length[crosses].sum())
+    assert np.median(ratios) < 1.5
+    assert max(ratios) < 2
+    assert across < sent / 3  # in nodes of four ranks: those that share a document are neighbours
 
 
 @pytest.mark.parametrize(

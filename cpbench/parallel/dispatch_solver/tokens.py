@@ -69,6 +69,10 @@ class TokenBlocks:
         """Visible pairs of runs of tokens."""
         return sum(int(self.cumulative[start + n] - self.cumulative[start]) for start, n in runs)
 
+    def imbalance(self, assigned: Assignment) -> float:
+        """The largest area of a rank, relative to the mean."""
+        return max(self.area_of(*runs) for runs in assigned) / self.mean_area
+
     def keys_sent(self, assigned: Assignment) -> int:
         """The number of keys that ranks require and do not hold, if all blocks are causal."""
         ranks = np.repeat(np.arange(self.ranks), [len(runs) for runs in assigned])

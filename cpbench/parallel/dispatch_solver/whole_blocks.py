@@ -28,7 +28,7 @@ from cpbench.parallel.dispatch_solver.tokens import (
     rebalance,
 )
 
-AREA_LIMIT = 1.015  # relative to the mean area: what few first tokens may use up
+AREA_LIMITS = (1.015, 1.007)  # relative to the mean area, before token counts are equal
 MAX_IMBALANCE = 1.02
 AREA_WEIGHT = 8  # of area beyond the limit, in tokens of mean density
 HELPS = 0.02  # of its cost that an exchange saves a rank, at least
@@ -55,15 +55,24 @@ def assign_whole(blocks: TokenBlocks) -> Assignment | None:
     lengths = np.diff(blocks.starts)
     if lengths.max() > blocks.local_len or len(lengths) < 2 * blocks.ranks or not blocks.mean_area:
         return None
-    held = _HeldPieces(blocks, _fill_ranks(blocks))
-    held.exchange()
-    while held.move_first_tokens():
+    found = list[Assignment]()
+    for area_limit in AREA_LIMITS:
+        limit = area_limit * blocks.mean_area
+        held = _HeldPieces(blocks, _fill_ranks(blocks, limit), limit)
         held.exchange()
-    assigned = _equal_counts(blocks, held)
-    rebalance(blocks, assigned, MAX_IMBALANCE - 1)
-    largest = max(blocks.area_of(*runs) for runs in assigned)
-    if largest > MAX_IMBALANCE * blocks.mean_area:
+        while held.move_first_tokens():
+            held.exchange()
+        assigned = _equal_counts(blocks, held)
+        balanced = blocks.imbalance(assigned) <= MAX_IMBALANCE
+        if not balanced:
+            rebalance(blocks, assigned, MAX_IMBALANCE - 1)
+        if blocks.imbalance(assigned) <= MAX_IMBALANCE:
+            found.append(assigned)
+        if balanced:
+            break
+    if not found:
         return None
+    assigned = min(found, key=blocks.keys_sent)
     return [assigned[rank] for rank in _sharing_first(blocks, assigned)]
 
 
@@ -108,7 +117,7 @@ class _Pool:
         return counts, areas
 
 
-def _fill_ranks(blocks: TokenBlocks) -> list[list[_Piece]]:
+def _fill_ranks(blocks: TokenBlocks, limit: float) -> list[list[_Piece]]:
     """Step 1: the pieces of every rank, of which the last gets what is left."""
 
     def piece_of(start: int, tokens: int) -> _Piece:
@@ -117,7 +126,6 @@ def _fill_ranks(blocks: TokenBlocks) -> list[list[_Piece]]:
 
     long = [piece_of(start, end - start) for start, end in blocks.long_blocks()]
     pool = _Pool([*long, *(piece_of(block.start, block.tokens) for block in blocks.short_blocks())])
-    limit = AREA_LIMIT * blocks.mean_area
     left_tokens, left_area = len(blocks.cumulative) - 1, int(blocks.cumulative[-1])
     ranks = list[list[_Piece]]()
     for rank in range(blocks.ranks - 1):
@@ -165,9 +173,9 @@ class _HeldPieces:
         holder, start, tokens, area: of each piece, ``(n,)``.
     """
 
-    def __init__(self, blocks: TokenBlocks, filled: list[list[_Piece]]) -> None:
+    def __init__(self, blocks: TokenBlocks, filled: list[list[_Piece]], limit: float) -> None:
         pieces = np.array([piece[1:] for of_rank in filled for piece in of_rank], dtype=np.int64)
-        self.blocks, self.limit = blocks, AREA_LIMIT * blocks.mean_area
+        self.blocks, self.limit = blocks, limit
         self.holder = np.repeat(np.arange(blocks.ranks), [len(of_rank) for of_rank in filled])
         self.start, self.tokens, self.area = pieces.T
         self._moves_left, self._exchanges_left = blocks.ranks, EXCHANGES * blocks.ranks
@@ -277,8 +285,10 @@ def _equal_counts(blocks: TokenBlocks, held: _HeldPieces) -> Assignment:
     missing = [blocks.local_len - sum(run.length for run in runs) for runs in assigned]
     poor = sorted((rank for rank, n in enumerate(missing) if n > 0), key=missing.__getitem__)
     for rank, runs in enumerate(assigned):
+        count = sum(run.start in begins for run in runs)
+        most = max(blocks.chunk, -(missing[rank] // max(count, 1)))  # of one block: few are light
         while missing[rank] < 0:
-            n = min(-missing[rank], missing[poor[-1]], blocks.chunk)
+            n = min(-missing[rank], missing[poor[-1]], most)
             whole = [run for run in runs if run.start in begins] or runs
             run = min(whole, key=lambda run: abs(run.length - n) if run.length >= n else np.inf)
             n = min(n, run.length)
