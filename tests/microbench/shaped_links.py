@@ -40,7 +40,7 @@ num_heads_kv = {heads_kv}
 head_dim = 64
 world_size = 4
 ranks_per_node = 2
-strategy = ["ring", "ring_reverse", "hierarchical:local=2", "dispatch"]
+strategy = ["ring", "ring_reverse", "hierarchical:local=2", "dispatch", "dispatch:by=node"]
 
 [[include]]
 strategy = "usp:ulysses=2"
@@ -50,7 +50,7 @@ placement = ["ulysses", "ring"]
 strategy = ["ulysses:pad=true", "usp:inner=allgather,ulysses=2"]
 
 [[include]]
-strategy = "dispatch"
+strategy = ["dispatch", "dispatch:by=node"]
 layout = "dispatch"
 
 [measure]
