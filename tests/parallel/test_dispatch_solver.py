@@ -69,6 +69,11 @@ def test_documents_of_any_lengths_are_balanced(lengths: list[int], ranks: int, k
     seq_len = sum(lengths)
     mask = masks.build(Spec.parse(f"{kind}:doc_lens={lengths}"), seq_len)
     layout = build("dispatch", seq_len, ranks, mask)
+    held = np.bincount(layout.segments[:, 0], weights=layout.segments[:, 2], minlength=ranks)
+    assert (held == layout.local_len).all()
+    in_order = layout.segments[np.argsort(layout.segments[:, 1]), 1:]
+    assert in_order[0, 0] == 0
+    assert (np.cumsum(in_order[:, 1])[:-1] == in_order[1:, 0]).all()
     areas = area_matrix(mask, layout, layout).sum(1)
     assert areas.sum() == mask.area
     token_area = mask.row_counts().max()  # the solver balances up to a few tokens

@@ -31,9 +31,9 @@ from cpbench.parallel.dispatch_solver.tokens import (
 AREA_LIMITS = (1.015, 1.007)  # relative to the mean area, before token counts are equal
 MAX_IMBALANCE = 1.02
 AREA_WEIGHT = 8  # of area beyond the limit, in tokens of mean density
-HELPS = 0.02  # of its cost that an exchange saves a rank, at least
+HELPS = 0.02  # part of the cost of a rank that an exchange saves, at least
 NEAR = 100  # tokens: deviations beyond count quadratically
-CLOSE = 512  # tokens per rank and token of deviation that is close enough
+CLOSE = 1 / 512  # deviation of a token count, relative to it, that is not worth an exchange
 PARTNERS = 8  # ranks with which a rank tries to exchange
 EXCHANGES = 8  # per rank, at most
 MOVED_FROM = 0.003  # area beyond the limit, relative to the mean area, for which tokens are moved
@@ -186,7 +186,7 @@ class _HeldPieces:
         count = np.bincount(self.holder, weights=self.tokens, minlength=ranks)
         load = np.bincount(self.holder, weights=self.area, minlength=ranks)
         finished = np.zeros(ranks, dtype=np.bool_)
-        close = self._cost(self.blocks.local_len * (1 + 1 / CLOSE) + 1, 0)
+        close = self._cost(self.blocks.local_len * (1 + CLOSE) + 1, 0)
         while self._exchanges_left:
             self._exchanges_left -= 1
             costs = self._cost(count, load)
@@ -241,7 +241,7 @@ class _HeldPieces:
         if load[rank] > self.limit:
             room = room + AREA_WEIGHT * (self.limit - load) * local_len / self.blocks.mean_area
         room[rank] = -np.inf
-        return np.argsort(-room)[: min(PARTNERS, self.blocks.ranks - 1)]
+        return np.argsort(-room, kind="stable")[: min(PARTNERS, self.blocks.ranks - 1)]
 
     def move_first_tokens(self) -> bool:
         """Move first tokens of the largest piece of the rank with the largest area to another rank,
@@ -280,7 +280,8 @@ def _equal_counts(blocks: TokenBlocks, held: _HeldPieces) -> Assignment:
     assigned: Assignment = [[] for _ in range(blocks.ranks)]
     pieces = zip(held.holder.tolist(), held.start.tolist(), held.tokens.tolist(), strict=True)
     for rank, start, length in pieces:
-        assigned[rank].append(TokenRun(start, length))
+        if length:
+            assigned[rank].append(TokenRun(start, length))
     begins = set(blocks.starts.tolist())
     missing = [blocks.local_len - sum(run.length for run in runs) for runs in assigned]
     poor = sorted((rank for rank, n in enumerate(missing) if n > 0), key=missing.__getitem__)
