@@ -12,6 +12,8 @@ from cpbench.core.operator import QKV, Unsupported, declared_refusal
 from cpbench.core.registry import implementation, operator_info, strategy_info
 from cpbench.core.spec import Spec
 from cpbench.parallel.bound_operator import BoundOperator
+from cpbench.parallel.comm import GroupedComm
+from cpbench.parallel.host_memory.allocation import home_of
 from cpbench.parallel.strategy import declared_refusal as strategy_refusal
 from cpbench.parallel.strategy import merge_refusal
 from cpbench.parallel.trace import MODULUS, RankTrace, describe_mismatch, trace_rank
@@ -35,6 +37,10 @@ class Attention:
         device: ``"cpu"``, ``"cuda"`` (the current one) or ``"cuda:1"``.
         operator_class: how the operator is bound.
 
+    Attributes:
+        offloaded: whether inputs and results are in host memory, pinned beside a GPU.
+        home: the device of inputs and results: ``device``, or that of host memory.
+
     Raises:
         Unsupported: with the reason, before anything is computed or sent.
         ValueError: for unknown names or parameters.
@@ -52,19 +58,22 @@ class Attention:
         strategy_spec, operator_spec = Spec.parse(strategy), Spec.parse(operator)
         self.info, op_info = strategy_info(strategy_spec.name), operator_info(operator_spec.name)
         device_type = device.partition(":")[0]
+        self.offloaded = self.info.is_offloaded(strategy_spec.kwargs)
         reason = declared_refusal(op_info, world.problem, device_type)
         reason = reason or strategy_refusal(self.info, world)
-        if reason is None and op_info.selects and self.info.name != "single":
+        if reason is None and op_info.selects and (self.info.name != "single" or self.offloaded):
             reason = (
                 f"{op_info.name} selects from whole sequences: it runs on 1 rank, under the "
-                "strategy single"
+                "strategy single" + " without offload" * self.offloaded
             )
-        if reason is None and self.info.merges and world.size > 1:
-            reason = merge_refusal(op_info, self.info.name, world.problem, device_type)
+        if reason is None and (self.offloaded or (self.info.merges and world.size > 1)):
+            name = str(strategy_spec) if self.offloaded else self.info.name
+            reason = merge_refusal(op_info, name, world.problem, device_type)
         if reason is not None:
             raise Unsupported(reason)
         self.op = operator_class.load(operator_spec, device)
         self.strategy: Strategy = implementation(self.info, strategy_spec.kwargs)
+        self.home = home_of(device) if self.offloaded else device
         self.world, self.rank = world, rank
         self.mask, self.layout, self.problem = world.mask, world.keys, world.problem
         reason = self.strategy.unsupported(world)
@@ -102,12 +111,17 @@ class Attention:
 
     def forward(self, qkv: QKV, comm: Comm | None, need_lse: bool = True) -> Forward:
         """Return out, lse (None if the operator returns none) and the values saved for backward."""
-        assert comm is not None or self.world.size == 1
-        return self.strategy.forward(qkv, self.plan, self.op, comm, need_lse)  # type: ignore[arg-type]
+        return self.strategy.forward(qkv, self.plan, self.op, comm or self._alone, need_lse)
 
     def backward(self, dout: torch.Tensor, saved: Any, comm: Comm | None) -> Gradients:
         """Return dq, dk, dv of the local shards."""
-        return self.strategy.backward(dout, saved, self.plan, self.op, comm)  # type: ignore[arg-type]
+        return self.strategy.backward(dout, saved, self.plan, self.op, comm or self._alone)
+
+    @functools.cached_property
+    def _alone(self) -> Comm:
+        """The communicator of a single rank, which sends nothing."""
+        assert self.world.size == 1
+        return GroupedComm(0, 1)  # type: ignore[return-value]
 
 
 def find_disagreement(fingerprints: Sequence[tuple[str, int]]) -> str | None:

@@ -15,7 +15,7 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from types import ModuleType
@@ -111,6 +111,9 @@ class StrategyInfo:
         variants: parameters to verify beside the defaults, as ``"key=value,…"``.
         traced: whether all its communication goes through ``Comm``, so that it can be predicted.
         requires: modules that it imports.
+        offloaded: as ``load``, for the parameter ``offload=host``: an implementation whose tensors
+            are in host memory, which takes other parameters and merges partial results; "" if there
+            is none.
     """
 
     name: str
@@ -125,6 +128,19 @@ class StrategyInfo:
     variants: tuple[str, ...] = ()
     traced: bool = True
     requires: tuple[str, ...] = ()
+    offloaded: str | Callable[..., Any] = ""
+
+    def is_offloaded(self, params: Mapping[str, Any]) -> bool:
+        """Whether these parameters name the implementation ``offloaded``.
+
+        Raises:
+            ValueError: for a value of ``offload`` that is not allowed.
+        """
+        if not self.offloaded or "offload" not in params:
+            return False
+        if params["offload"] != "host":
+            raise ValueError(f"{self.name}: offload = {params['offload']!r} is not host")
+        return True
 
 
 class LoadError(Exception):
@@ -242,15 +258,23 @@ def implementation(info: OperatorInfo | StrategyInfo, params: dict[str, Any]) ->
     check_params(
         "operator" if isinstance(info, OperatorInfo) else "strategy", info.name, params, info.params
     )
-    target = info.load
+    place = info.load
+    if isinstance(info, StrategyInfo) and info.is_offloaded(params):
+        place, params = info.offloaded, {k: x for k, x in params.items() if k != "offload"}
+    target = place
     if isinstance(target, str):
         module, _, attribute = target.partition(":")
         try:
             target = getattr(importlib.import_module(module), attribute)
         except Exception as error:  # the module may raise anything
             reason = " ".join(str(error).split())
-            raise LoadError(f"{info.name}: cannot load {info.load}: {reason}") from error
+            raise LoadError(f"{info.name}: cannot load {place}: {reason}") from error
     signature = inspect.signature(target).parameters
+    if isinstance(info, StrategyInfo) and info.offloaded:
+        for name in params:
+            if name not in signature:
+                which = "without" if place is info.load else "with"
+                raise ValueError(f"{info.name} takes no {name} {which} offload=host")
     for name, value in params.items():
         annotation = signature[name].annotation if name in signature else None
         if annotation in ("int", int) and type(value) is not int:

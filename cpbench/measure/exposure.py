@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import copy
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from cpbench.measure.timing import Timing, Workload, iterate
 from cpbench.parallel.comm import CompletedHandle, GroupedComm
+from cpbench.parallel.host_memory.link import contiguous_pairs
 from cpbench.parallel.trace import TracedOperator
 
 if TYPE_CHECKING:
@@ -55,6 +57,13 @@ class NullComm(GroupedComm):
 
     def reduce_scatter(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
         self._fill(out)
+        return CompletedHandle()
+
+    def _copy(
+        self, out: torch.Tensor, x: torch.Tensor, to_device: bool, after: Sequence[Any] = ()
+    ) -> Handle:
+        for part, _ in contiguous_pairs(out, x) if to_device else ():
+            self._fill(part)
         return CompletedHandle()
 
     def _fill(self, tensor: torch.Tensor) -> None:

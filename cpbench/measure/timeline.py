@@ -34,6 +34,7 @@ from cpbench.measure.timing import Workload
 from cpbench.parallel.bound_operator import BoundOperator
 from cpbench.parallel.comm import Comm, CompletedHandle, Handle
 from cpbench.parallel.comm_torch import TorchComm, TorchHandle
+from cpbench.parallel.host_memory.link import Copy
 
 if TYPE_CHECKING:
     import torch
@@ -151,6 +152,9 @@ class _RecordingHandle:
         tensors: kept alive until ``wait``, since torch drops its references once a transfer has
             been waited for on another stream.
         use_thread: whether to wait for the transfer in a thread.
+
+    Attributes:
+        posted: the handle of the transfer.
     """
 
     def __init__(
@@ -165,23 +169,23 @@ class _RecordingHandle:
         self._recorder, self._name, self._details = recorder, name, details
         self._start, self._recorded = recorder.clock.mark(), False
         self._tensors = list(tensors)
-        self._handle = handle = post()
+        self.posted = handle = post()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         if use_thread:
             self._thread = threading.Thread(target=self._wait_in_thread, daemon=True)
             self._thread.start()
-        elif isinstance(recorder.clock, _CudaClock) and isinstance(handle, TorchHandle):
+        elif isinstance(recorder.clock, _CudaClock) and isinstance(handle, TorchHandle | Copy):
             self._record_on_own_stream(handle)
 
     def _wait_in_thread(self) -> None:
         try:
-            self._handle.wait()
+            self.posted.wait()
         except BaseException as error:
             self._error = error
         self._record_transfer()
 
-    def _record_on_own_stream(self, works: TorchHandle) -> None:
+    def _record_on_own_stream(self, works: TorchHandle | Copy) -> None:
         """Record the end by an event that waits for the transfer but not for the compute stream."""
         import torch
 
@@ -202,7 +206,7 @@ class _RecordingHandle:
                 if self._error is not None:
                     raise self._error
             else:
-                self._handle.wait()
+                self.posted.wait()
         if not self._recorded:
             self._record_transfer()
         self._tensors.clear()
@@ -245,6 +249,23 @@ class RecordingComm:
 
     def all_reduce(self, x: torch.Tensor, largest: bool = False) -> Handle:
         return self._collective("all-reduce", (x,), lambda: self._comm.all_reduce(x, largest))
+
+    def to_device(self, out: torch.Tensor, x: torch.Tensor, after: Sequence[Handle] = ()) -> Handle:
+        posted = [handle.posted for handle in after if isinstance(handle, _RecordingHandle)]
+        return self._copy("to device", out, x, lambda: self._comm.to_device(out, x, posted))
+
+    def to_host(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
+        return self._copy("to host", out, x, lambda: self._comm.to_host(out, x))
+
+    def finish_copies(self) -> None:
+        with self._recorder.slice(WAITING, "wait for copies to host"):
+            self._comm.finish_copies()
+
+    def _copy(
+        self, name: str, out: torch.Tensor, x: torch.Tensor, post: Callable[[], Handle]
+    ) -> Handle:
+        details = {"bytes": x.nbytes}
+        return _RecordingHandle(post, (out, x), self._recorder, name, details, use_thread=False)
 
     def _collective(
         self, name: str, tensors: Sequence[torch.Tensor], post: Callable[[], Handle]

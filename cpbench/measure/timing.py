@@ -143,7 +143,9 @@ class Workload:
         work = self._work
         if work.trace is None:
             return {}
-        return {"predicted": peak_bytes(work.strategy, work.op.info, work.world, work.rank)}
+        peak = peak_bytes(work.strategy, work.op.info, work.world, work.rank)
+        host = {"predicted_host": peak.host} if work.offloaded else {}
+        return {"predicted": peak.device, **host}
 
     def held_bytes(self, memory: HeldMemory) -> dict[str, int]:
         """Bytes that operator and strategy hold beyond inputs and results: their plan, the forward

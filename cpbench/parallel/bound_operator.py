@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from cpbench.core.output_state import OutputStates
     from cpbench.core.problem import Problem
     from cpbench.masks.attn_mask import AttnMask
-    from cpbench.parallel.world import KeySubset, Subproblem
+    from cpbench.parallel.world import Chunk, KeySubset, Subproblem
 
 
 def native_rectangle(mask: AttnMask) -> tuple[tuple[int, int, int, int] | None, AttnMask]:
@@ -74,7 +74,7 @@ class BoundOperator:
         info = operator_info(spec.name)
         return cls(info, implementation(info, spec.kwargs), device)
 
-    def prepare(self, subproblem: Subproblem | KeySubset) -> Any:
+    def prepare(self, subproblem: Subproblem | KeySubset | Chunk) -> Any:
         """Plan one subproblem.
 
         If all visible pairs form one full or causal rectangle, as in a step of a zigzag or striped

@@ -9,6 +9,8 @@ Attribution to (sender, receiver), one message each unless noted otherwise:
 - all_reduce: a reduce-scatter and an all-gather, two messages of 1/P of the tensor to every other
   rank.
 
+Copies between the host and the device of a rank are counted apart; they are no messages.
+
 The algorithm of a transport (ring, tree) may send the same bytes over other routes, but not fewer,
 neither per rank nor in total.
 """
@@ -20,6 +22,7 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+from cpbench.parallel.host_memory.link import HostLink
 from cpbench.parallel.process_group import create_group, destroy_group
 
 if TYPE_CHECKING:
@@ -43,11 +46,13 @@ class Traffic:
         bytes_to: bytes by receiver, ``[P]``.
         messages: number of messages.
         largest_message: bytes of the largest message.
+        to_device, to_host: bytes copied from host memory to the device, and back.
     """
 
     def __init__(self, size: int) -> None:
         self.bytes_to = [0] * size
         self.messages = self.largest_message = 0
+        self.to_device = self.to_host = 0
 
     def add(self, receiver: int, nbytes: int, messages: int = 1) -> None:
         """Count messages of ``nbytes`` each."""
@@ -59,6 +64,7 @@ class Traffic:
         """Reset the counters."""
         self.bytes_to = [0] * len(self.bytes_to)
         self.messages = self.largest_message = 0
+        self.to_device = self.to_host = 0
 
     def snapshot(self) -> Traffic:
         """A copy of the counters; later messages do not change it."""
@@ -134,6 +140,24 @@ class Comm(Protocol):
         """Replace x by its sum over ranks, or by its elementwise maximum."""
         ...
 
+    def to_device(self, out: torch.Tensor, x: torch.Tensor, after: Sequence[Handle] = ()) -> Handle:
+        """Copy x from host memory to ``out`` on the device.
+
+        Args:
+            after: copies that read what this one writes, or write what it reads, and that have not
+                been waited for: on a GPU it starts after them.
+        """
+        ...
+
+    def to_host(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
+        """Copy x from the device to ``out`` in host memory, which the CPU may read after
+        :meth:`finish_copies`; x may be reused after ``wait``."""
+        ...
+
+    def finish_copies(self) -> None:
+        """Block until all copies to host memory have ended."""
+        ...
+
 
 class Transport(Comm, Protocol):
     """The communicator of all ranks, which connects and disconnects its parts."""
@@ -176,6 +200,7 @@ class GroupedComm:
         self._parts: dict[Part, Self] = {(self._members, ""): self}
         self.rank, self.size = rank, size
         self.traffic, self._pause_s = Traffic(size), 0.0
+        self._link: HostLink | None = None
 
     @property
     def pause_s(self) -> float:
@@ -192,6 +217,35 @@ class GroupedComm:
     def lane(self, name: str) -> Self:
         """See :meth:`Comm.lane`."""
         return self._part(self._members, name)
+
+    def to_device(self, out: torch.Tensor, x: torch.Tensor, after: Sequence[Handle] = ()) -> Handle:
+        """See :meth:`Comm.to_device`."""
+        self.traffic.to_device += x.nbytes
+        return self._copy(out, x, True, after)
+
+    def to_host(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
+        """See :meth:`Comm.to_host`."""
+        self.traffic.to_host += x.nbytes
+        return self._copy(out, x, False)
+
+    def _copy(
+        self, out: torch.Tensor, x: torch.Tensor, to_device: bool, after: Sequence[Any] = ()
+    ) -> Handle:
+        """Copy between host and device: at once, where both are main memory."""
+        if not (out if to_device else x).is_cuda:
+            out.copy_(x)
+            return CompletedHandle()
+        root = self._root
+        if root._link is None:
+            import torch
+
+            root._link = HostLink(torch.cuda)
+        return root._link.copy(out, x, to_device, after)
+
+    def finish_copies(self) -> None:
+        """See :meth:`Comm.finish_copies`."""
+        if self._root._link is not None:
+            self._root._link.finish()
 
     def _part(self, members: tuple[int, ...], lane: str) -> Self:
         root = self._root

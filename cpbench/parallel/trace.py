@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from cpbench.core.registry import OperatorInfo
     from cpbench.parallel.comm import Messages
     from cpbench.parallel.strategy import Strategy
-    from cpbench.parallel.world import KeySubset, Subproblem, World
+    from cpbench.parallel.world import Chunk, KeySubset, Subproblem, World
 
 MODULUS = 1 << 61
 _DONE = CompletedHandle()
@@ -43,12 +43,15 @@ class PhaseTrace:
         bytes_to: bytes sent, by receiver ``[P]``.
         messages: number of messages; largest_message: bytes of the largest.
         pairs: computed visible pairs, counted once per query head.
+        to_device, to_host: bytes copied from host memory to the device, and back.
     """
 
     bytes_to: list[int]
     messages: int
     largest_message: int
     pairs: int
+    to_device: int = 0
+    to_host: int = 0
 
 
 @dataclass
@@ -132,6 +135,12 @@ class TraceComm(GroupedComm):
         shard_bytes = (x.nbytes + self.size - 1) // self.size
         return self._record_collective(5 if largest else 4, shard_bytes, 2)
 
+    def _copy(
+        self, out: torch.Tensor, x: torch.Tensor, to_device: bool, after: Sequence[Any] = ()
+    ) -> Handle:
+        assert out.shape == x.shape
+        return _DONE
+
     def _record_collective(self, kind: int, nbytes: int, messages: int = 1) -> Handle:
         """Record a collective that sends ``messages`` of ``nbytes`` between each pair of ranks."""
         self._collectives += 1
@@ -194,7 +203,7 @@ class TracedOperator(BoundOperator):
     def __init__(self, info: OperatorInfo, device: str = "meta") -> None:
         super().__init__(info, None, device)  # type: ignore[arg-type]
 
-    def prepare(self, subproblem: Subproblem | KeySubset) -> TracedPlan:
+    def prepare(self, subproblem: Subproblem | KeySubset | Chunk) -> TracedPlan:
         return TracedPlan(subproblem.area, subproblem.world.kv_heads)
 
     def sum_float32(
@@ -261,7 +270,10 @@ def _content_hash(what: str) -> int:
 def _take_phase(op: TracedOperator, comm: TraceComm) -> PhaseTrace:
     """The counts since the last call; resets the counters."""
     traffic = comm.traffic
-    phase = PhaseTrace(traffic.bytes_to, traffic.messages, traffic.largest_message, op.pairs)
+    phase = PhaseTrace(
+        traffic.bytes_to, traffic.messages, traffic.largest_message, op.pairs,
+        traffic.to_device, traffic.to_host,
+    )  # fmt: skip
     traffic.clear()
     op.pairs = 0
     return phase

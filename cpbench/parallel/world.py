@@ -221,3 +221,32 @@ class KeySubset:
         """The problem that the operator computes."""
         whole = self.world.problem
         return local_problem(whole, self.mask.seq_q, self.mask.seq_k, whole.heads_q, whole.heads_kv)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Attention of consecutive queries to consecutive keys of a subproblem.
+
+    Attributes:
+        world: the world that it belongs to.
+        whole: the mask of the subproblem.
+        bounds: ``(q0, q1, k0, k1)`` in it.
+        area: visible pairs; of a mask per head, their mean, rounded up.
+    """
+
+    world: World
+    whole: Mask
+    bounds: tuple[int, int, int, int]
+    area: int
+
+    @property
+    def mask(self) -> Mask:
+        """The mask in local coordinates, cut out on every access."""
+        assert not isinstance(self.whole, DilatedMask), "it cannot be cut"
+        return self.whole.crop(*self.bounds).simplify()
+
+    @property
+    def problem(self) -> Problem:
+        """The problem that the operator computes."""
+        whole, (q0, q1, k0, k1) = self.world.problem, self.bounds
+        return local_problem(whole, q1 - q0, k1 - k0, whole.heads_q, whole.heads_kv)

@@ -23,6 +23,9 @@ STRATEGY = StrategyInfo(
     load="cpbench.strategies.single:Single",
     layouts=("contiguous",),
     value_dims=True,
+    params=("offload", "chunk"),
+    variants=("offload=host,chunk=8",),
+    offloaded="cpbench.strategies.offload.single:OffloadedSingle",
 )
 
 

@@ -40,16 +40,17 @@ STRATEGY = StrategyInfo(
     load="cpbench.strategies.tile:Tile",
     value_dims=True,
     merges=True,
-    params=("rows", "grad_dtype"),
+    params=("rows", "grad_dtype", "offload", "chunk"),
     axes=("keys", "queries"),
-    variants=("rows=1", "rows=2"),
+    variants=("rows=1", "offload=host,chunk=8", "rows=2"),
+    offloaded="cpbench.strategies.offload.tile:OffloadedTile",
 )
 
 
 @dataclass(frozen=True)
-class Column:
-    """A column of the tile: local keys are sent to ``target`` if ``sends``, the keys of ``source``
-    received if ``receives``."""
+class Peers:
+    """A turn of an exchange: the local keys (or queries) are sent to ``target`` if ``sends``, those
+    of ``source`` received if ``receives``."""
 
     source: int
     target: int
@@ -82,7 +83,7 @@ class Plan:
     """Rows and columns of one rank: the first ones are its local queries and keys."""
 
     rows: tuple[Row, ...]
-    columns: tuple[Column, ...]
+    columns: tuple[Peers, ...]
 
 
 class Tile:
@@ -106,8 +107,8 @@ class Tile:
     def prepare(self, op: BoundOperator, world: World, rank: int) -> Plan:
         rows = self.rows or rows_with_least_traffic(world.problem, world.keys.local_len, world.size)
         mesh = world.mesh(keys=world.size // rows, queries=rows)
-        row_peers = _ring_peers(mesh, rank, "queries")
-        column_peers = _ring_peers(mesh, rank, "keys")
+        row_peers = ring_peers(mesh, rank, "queries")
+        column_peers = ring_peers(mesh, rank, "keys")
         column_ranks = [source for source, _ in column_peers]
 
         def needed(queries: list[int], keys: list[int]) -> bool:
@@ -128,7 +129,7 @@ class Tile:
                 for source, target in row_peers
             ),
             columns=tuple(
-                Column(
+                Peers(
                     source=source,
                     target=target,
                     sends=needed(list(mesh.group(target, "queries")), [rank]),
@@ -273,7 +274,7 @@ def rows_with_least_traffic(problem: Problem, tokens: int, size: int) -> int:
     return min(divisors, key=lambda rows: (rows - 1) * q + (size // rows - 1) * kv)
 
 
-def _ring_peers(mesh: Mesh, rank: int, axis: str) -> list[tuple[int, int]]:
+def ring_peers(mesh: Mesh, rank: int, axis: str) -> list[tuple[int, int]]:
     """The (source, target) ranks of every turn along ``axis``; at turn 0 the rank itself."""
     group = mesh.group(rank, axis)
     position, size = group.index(rank), len(group)

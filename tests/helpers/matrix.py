@@ -145,10 +145,10 @@ def outcome(case: Combination, comm: Comm) -> Outcome:
     q, k, v, dout = (layout.shard(x, comm.rank) for layout, x in zip(layouts, inputs, strict=True))
     comm.traffic.clear()
     out, _, saved = work.forward(QKV(q, k, v), comm, need_lse=False)
-    counted = {"fwd": comm.traffic.bytes_to}
+    counted = {"fwd": _bytes(comm.traffic)}
     comm.traffic.clear()
     dq, dk, dv = work.backward(dout, saved, comm)
-    counted["bwd"] = list(comm.traffic.bytes_to)
+    counted["bwd"] = _bytes(comm.traffic)
     repeated_out, lse, _ = work.forward(QKV(q, k, v), comm)
     assert torch.equal(repeated_out, out)
     results = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
@@ -158,8 +158,13 @@ def outcome(case: Combination, comm: Comm) -> Outcome:
         real = torch.as_tensor(layout.positions(comm.rank) < layout.seq_len).nonzero().flatten()
         reference = layout.shard(expected[name], comm.rank, dim=axis).index_select(axis, real)
         errors[name] = naive.error(results[name].index_select(axis, real), reference)
-    traced = {phase: trace.bytes_to for phase, trace in work.trace.phases.items()}
+    traced = {phase: _bytes(trace) for phase, trace in work.trace.phases.items()}
     return Outcome("", errors, work.fingerprint, traced, counted)
+
+
+def _bytes(traffic: Any) -> list[int]:
+    """To every rank, to the device and to host memory."""
+    return [*traffic.bytes_to, traffic.to_device, traffic.to_host]
 
 
 @functools.cache

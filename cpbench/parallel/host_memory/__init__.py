@@ -1,0 +1,1 @@
+"""Tensors in host memory beside a device: allocation, copies, and the memory of both sides."""
