@@ -62,10 +62,17 @@ COLUMNS = {
     "peak_mb": "peak memory excluding the inputs (plan and peak), max per rank, 10^6 bytes",
     "predicted_peak_mb": "predicted memory of the strategy's own code, without temporaries of the "
     "operator, max per rank",
+    "host_peak_mb": "where inputs are in host memory: peak of what else is there, max per rank; "
+    "peak_mb is that of the device",
+    "predicted_host_peak_mb": "that peak of host memory according to the trace, max per rank",
     "inputs_mb": "memory of the inputs, max per rank",
     "limit_mb": "device memory per rank",
     "sent_mb": "bytes sent, max per rank",
     "predicted_sent_mb": "bytes sent according to the trace of the plan, max per rank",
+    "to_device_mb": "bytes copied from host memory to the device, max per rank",
+    "to_host_mb": "bytes copied from the device to host memory, max per rank",
+    "predicted_to_device_mb": "bytes copied to the device according to the trace, max per rank",
+    "predicted_to_host_mb": "bytes copied to host memory according to the trace, max per rank",
     "inside_mb": "bytes sent to ranks of the same node, max per rank",
     "across_mb": "bytes sent to ranks of other nodes, max per rank",
     "compute_ms": "time of the same run without communication, slowest rank",

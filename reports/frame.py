@@ -229,6 +229,9 @@ def _memory_columns(record: Record) -> dict[str, float]:
         row["peak_mb"] = record.peak_bytes / 1e6
     if "predicted" in by_kind:
         row["predicted_peak_mb"] = max(by_kind["predicted"]) / 1e6
+    for kind, column in (("host", "host_peak_mb"), ("predicted_host", "predicted_host_peak_mb")):
+        if kind in by_kind:
+            row[column] = max(by_kind[kind]) / 1e6
     return row
 
 
@@ -238,6 +241,10 @@ def _traffic_columns(record: Record) -> dict[str, float | None]:
         "sent_mb": _max_over_ranks(sent, 1e6),
         "across_mb": _max_over_ranks(across, 1e6),
         "predicted_sent_mb": _max_over_ranks(_per_rank(record.predicted_bytes), 1e6),
+        "to_device_mb": _max_over_ranks(_per_rank(record.bytes_to_device), 1e6),
+        "to_host_mb": _max_over_ranks(_per_rank(record.bytes_to_host), 1e6),
+        "predicted_to_device_mb": _max_over_ranks(_per_rank(record.predicted_to_device), 1e6),
+        "predicted_to_host_mb": _max_over_ranks(_per_rank(record.predicted_to_host), 1e6),
         "messages": _max_over_ranks(_per_rank(record.messages), 1),
     }
     if len(sent) == len(across):

@@ -42,7 +42,7 @@ class AttentionFunction(torch.autograd.Function):
         member: GroupMember | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         ctx.set_materialize_grads(False)
-        with no_autocast(q.device):
+        with no_autocast(torch.device(work.op.device)):
             out, lse, saved = work.forward(QKV(q, k, v), member.comm if member else None)
         if any(ctx.needs_input_grad):
             _save(ctx, saved, work, (q, k, v), lse)
@@ -82,7 +82,7 @@ def differentiate(
         lse: ``[B, H, S]``, its result.
         dlse: None if nothing depends on lse.
     """
-    with no_autocast(dout.device):
+    with no_autocast(torch.device(work.op.device)):
         gradients = work.backward(dout.contiguous(), saved, member.comm if member else None)
         if dlse is not None:
             # Queries that see nothing have no lse: its gradient may be infinite.

@@ -29,6 +29,7 @@ from cpbench.api.inputs import (
 from cpbench.api.prepared import Attention, find_disagreement, require_agreement
 from cpbench.api.public_operator import PublicOperator
 from cpbench.core.operator import Unsupported
+from cpbench.core.registry import strategy_info
 from cpbench.core.spec import Spec
 from cpbench.core.untraced import untraced
 from cpbench.parallel import layout as layouts
@@ -65,7 +66,7 @@ def distributed_attention(
 
     Args:
         q: ``[B, L, H, D]``; k: ``[B, L, G, D]``; v: ``[B, L, G, Dv]``; L is the layout's
-            ``local_len``.
+            ``local_len``.  In host memory, best pinned, for a strategy with ``offload=host``.
         mask: the global mask; if it has fewer queries than keys, the layout assigns both, each by
             its own length.
         strategy, layout, operator: names, with parameters.
@@ -94,7 +95,7 @@ def distributed_attention(
         q, scale = with_positive_scale(q, scale)
         problem = make_problem(q, k, v, mask, scale, need_gradients(q, k, v))
         method = (Spec.parse(operator), Spec.parse(strategy), Spec.parse(layout), placement)
-        call = Call(*method, mask, problem, str(q.device))
+        call = Call(*method, mask, problem, member.device_of(q, method[1]))
         call, work = member.prepared.get(call, (call, None))  # the former has its checksum
         refusal = _wrong_length(work.world, q, k, v) if work else ""
     except Exception as error:  # whatever it is, the other ranks must hear of it
@@ -146,6 +147,22 @@ class GroupMember:
         self.comm = TorchComm(group)
         self.ranks_per_node = self.control.ranks_per_node()
         self.prepared: dict[Call, tuple[Call, Attention]] = {}  # the last ones, in their order
+
+    def device_of(self, q: torch.Tensor, strategy: Spec) -> str:
+        """The device that computes: that of q, or, where tensors stay in host memory, the current
+        GPU if the group is one of GPUs.
+
+        Raises:
+            ValueError: if tensors that have to be in host memory are not.
+        """
+        if not strategy_info(strategy.name).is_offloaded(strategy.kwargs):
+            return str(q.device)
+        if q.device.type != "cpu":
+            raise ValueError(
+                f"{strategy} takes q, k and v in host memory (x.cpu().pin_memory()), not on "
+                f"{q.device}"
+            )
+        return "cuda" if self.comm.on_gpus else "cpu"
 
     def prepare(self, call: Call | None, refusal: str, inputs: Tensors) -> Attention:
         """Prepare a call on all ranks; all of them raise if one refuses or disagrees.

@@ -21,6 +21,7 @@ from cpbench.measure.memory import HeldMemory, tensor_bytes
 from cpbench.measure.processor_use import ProcessorUse
 from cpbench.parallel.comm import Traffic
 from cpbench.parallel.comm_torch import TorchComm
+from cpbench.parallel.host_memory.account import MemoryAccount
 from cpbench.parallel.memory_trace import peak_bytes
 from cpbench.results.record import relative_half_width
 from cpbench.selectors.common.base import Selector
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from cpbench.api import Attention
     from cpbench.measure.device.protocol import Device, HostTime
     from cpbench.parallel.comm import Comm, Control
+    from cpbench.parallel.host_memory.account import PeakBytes
+    from cpbench.parallel.trace import PhaseTrace
 
 LATE_WORK_CALLS = 2  # first calls after which it is seen whether work goes on
 
@@ -133,10 +136,22 @@ class Workload:
         """Drop all results."""
         self.results, self._saved = {}, None
 
-    def predicted_bytes(self) -> dict[str, int]:
-        """Bytes that this rank sends by phase, according to its trace; empty without a trace."""
+    @property
+    def offloaded(self) -> bool:
+        """Whether inputs and results are in host memory."""
+        return self._work.offloaded
+
+    def traced_phases(self) -> dict[str, PhaseTrace]:
+        """The trace of this rank by phase; empty without one."""
         trace = self._work.trace
-        return {p: sum(trace.phases[p].bytes_to) for p in self.phases} if trace else {}
+        return {phase: trace.phases[phase] for phase in self.phases} if trace else {}
+
+    def accounted_peak(self) -> PeakBytes:
+        """Peak bytes that torch allocates for the device and in host memory in a pass."""
+        account = MemoryAccount((self._inputs, self._saved))
+        with account:
+            self.run_all()
+        return account.peak
 
     def predicted_peak(self) -> dict[str, int]:
         """Peak bytes of the strategy's own code beyond the inputs, by the memory trace."""
@@ -265,7 +280,7 @@ def record_traffic(workload: Workload, comm: Comm, control: Control) -> dict[str
         run = functools.partial(workload.run_phase, phase)
         _, messages = record_messages(dist.group.WORLD, run)
         if isinstance(comm, TorchComm):
-            comm.traffic.clear()  # its messages are among those recorded
+            comm.traffic.clear_messages()  # they are among those recorded
         for message in messages:
             comm.traffic.add(*message)
         traffic[phase] = comm.traffic.snapshot()
@@ -313,6 +328,13 @@ def measure_memory(
     workload.reset()
     control.barrier()
     process = device.process_peak_bytes(workload.run_all)
+    if workload.offloaded:
+        workload.reset()
+        control.barrier()
+        accounted = workload.accounted_peak()
+        peak["host"] = accounted.host
+        if device.type == "cpu":  # both sides are main memory: the process's cannot be told apart
+            peak["peak"], process = accounted.device, {}
     comm.pause_s = 0.0
     return {**peak, **process, **held}
 

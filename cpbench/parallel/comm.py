@@ -62,9 +62,13 @@ class Traffic:
 
     def clear(self) -> None:
         """Reset the counters."""
+        self.clear_messages()
+        self.to_device = self.to_host = 0
+
+    def clear_messages(self) -> None:
+        """Reset the counters of messages only."""
         self.bytes_to = [0] * len(self.bytes_to)
         self.messages = self.largest_message = 0
-        self.to_device = self.to_host = 0
 
     def snapshot(self) -> Traffic:
         """A copy of the counters; later messages do not change it."""

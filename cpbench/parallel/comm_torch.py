@@ -64,6 +64,11 @@ class TorchComm(GroupedComm):
         if self._serial and self.size > 1:
             self.meet = self._start_group
 
+    @property
+    def on_gpus(self) -> bool:
+        """Whether it is between GPUs, over NCCL."""
+        return self._serial
+
     def _init_part(self) -> None:
         self.group = None
 

@@ -108,13 +108,18 @@ class Record:
             ``held`` (what else the operator keeps); ``peak`` (on top of those, during one);
             ``process`` (as ``peak``, with what torch does not allocate); ``predicted`` (a peak
             without the operator's own temporaries, see ``cpbench.parallel.memory_trace``); on GPUs
-            ``reserved`` and ``device``.
+            ``reserved`` and ``device``; where inputs are in host memory, ``host`` and
+            ``predicted_host`` (as ``peak`` and ``predicted``, of host memory, of which the others
+            have none).
         bytes_sent: by phase, ``[rank]``, counted at the transport.
         bytes_across: of ``bytes_sent``, those to ranks of other nodes.
         messages: by phase, ``[rank]``.
         largest_message: by phase, bytes of the largest message of any rank.
         predicted_bytes: by phase, ``[rank]``: bytes sent according to the trace of the plan (see
             ``cpbench.parallel.trace``); empty where a library does the sending.
+        bytes_to_device, bytes_to_host: by phase, ``[rank]``: copied between host memory and the
+            device, by strategies whose tensors are in host memory; empty for others.
+        predicted_to_device, predicted_to_host: the same according to the trace.
         ranks_per_node: ranks that share a node, for ``bytes_across`` and the strategy's mesh.
         telemetry: ``[rank]``: power, clocks and temperature of the rank's GPU during timing, see
             ``cpbench.measure.telemetry.summarize``; ``{"missing": why}`` where it is not available,
@@ -159,6 +164,10 @@ class Record:
     messages: dict[str, list[int]] = field(default_factory=dict)
     largest_message: dict[str, int] = field(default_factory=dict)
     predicted_bytes: dict[str, list[int]] = field(default_factory=dict)
+    bytes_to_device: dict[str, list[int]] = field(default_factory=dict)
+    bytes_to_host: dict[str, list[int]] = field(default_factory=dict)
+    predicted_to_device: dict[str, list[int]] = field(default_factory=dict)
+    predicted_to_host: dict[str, list[int]] = field(default_factory=dict)
     ranks_per_node: int = 1
     telemetry: list[dict[str, Any]] = field(default_factory=list)
     conditions: dict[str, Any] = field(default_factory=dict)

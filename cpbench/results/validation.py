@@ -15,7 +15,10 @@ from typing import Any
 PHASES = frozenset(("fwd", "bwd"))
 VARIANTS = frozenset(("whole", "compute", "transfer"))  # of exposure_us
 PARTS = frozenset(("select", "plan", "kernel"))  # of parts_us
-PER_RANK = ("memory_bytes", "bytes_sent", "bytes_across", "messages", "predicted_bytes")
+PER_RANK = (
+    "memory_bytes", "bytes_sent", "bytes_across", "messages", "predicted_bytes",
+    "bytes_to_device", "bytes_to_host", "predicted_to_device", "predicted_to_host",
+)  # fmt: skip
 LATEST_S = 253_402_300_799  # the end of the year 9999, in seconds since the epoch
 
 Fault = Callable[[Any], str]  # what is wrong with a value: "" if nothing

@@ -81,6 +81,8 @@ def _summarise(case: Case, replies: list[dict[str, Any]]) -> dict[str, Any]:
             "bytes_across_nodes_per_rank": [r[phase]["across_nodes"] for r in ranks],
             "messages_per_rank": [r[phase]["messages"] for r in ranks],
             "largest_message_bytes": max(r[phase]["largest"] for r in ranks),
+            "bytes_to_device_per_rank": [r[phase]["to_device"] for r in ranks],
+            "bytes_to_host_per_rank": [r[phase]["to_host"] for r in ranks],
             "area_per_rank": [r[phase]["pairs"] / case.num_heads_q for r in ranks],
         }
         for phase in ranks[0]
@@ -92,7 +94,10 @@ def _summarise(case: Case, replies: list[dict[str, Any]]) -> dict[str, Any]:
         key: [sum(values) for values in zip(*(p[key] for p in phases.values()), strict=True)]
         for key in per_rank
     }
-    buffers = {rank: n for reply in replies for rank, n in reply["buffers"].items()}
+    buffers, host_buffers = (
+        {rank: n for reply in replies for rank, n in reply[name].items()}
+        for name in ("buffers", "host_buffers")
+    )
     first = next(iter(phases.values()))["area_per_rank"]
     return {
         "strategy": str(case.strategy),
@@ -118,6 +123,7 @@ def _summarise(case: Case, replies: list[dict[str, Any]]) -> dict[str, Any]:
         "area_per_rank": first,
         "imbalance": max(first) * len(first) / sum(first) if sum(first) else None,
         "buffers_bytes": {rank: buffers[rank] for rank in sorted(buffers, key=int)},
+        "host_buffers_bytes": {rank: host_buffers[rank] for rank in sorted(host_buffers, key=int)},
         "phases": phases,
     }  # fmt: skip
 
@@ -127,6 +133,8 @@ def table(prediction: dict[str, Any]) -> list[dict[str, Any]]:
     phases = dict(prediction["phases"])
     if len(phases) > 1:
         phases["all"] = prediction
+    to_device = {name: max(phase["bytes_to_device_per_rank"]) for name, phase in phases.items()}
+    to_host = {name: max(phase["bytes_to_host_per_rank"]) for name, phase in phases.items()}
     return [
         {
             "phase": name,
@@ -135,9 +143,15 @@ def table(prediction: dict[str, Any]) -> list[dict[str, Any]]:
             "MB across nodes": f"{sum(phase['bytes_across_nodes_per_rank']) / 1e6:,.2f}",
             "messages": f"{sum(phase['messages_per_rank']):,}",
             "max message MB": f"{phase['largest_message_bytes'] / 1e6:,.2f}",
+            **(_copied(to_device[name], to_host[name]) if any(to_device.values()) else {}),
         }
         for name, phase in phases.items()
     ]
+
+
+def _copied(to_device: int, to_host: int) -> dict[str, str]:
+    """Cells for copies between host and device."""
+    return {"MB to device": f"{to_device / 1e6:,.1f}", "MB to host": f"{to_host / 1e6:,.1f}"}
 
 
 def link_ms(prediction: Mapping[str, Any], rates: LinkRates) -> float:
@@ -187,6 +201,9 @@ def comparison(cases: Sequence[Case], rates: LinkRates | None) -> list[dict[str,
             "sent_bytes": max(prediction["bytes_sent_per_rank"]),
             "messages": max(prediction["messages_per_rank"]),
             "buffers_bytes": max(prediction["buffers_bytes"].values()),
+            "host_buffers_bytes": max(prediction["host_buffers_bytes"].values()),
+            "to_device_bytes": max(prediction["bytes_to_device_per_rank"]),
+            "to_host_bytes": max(prediction["bytes_to_host_per_rank"]),
             "imbalance": prediction["imbalance"],
         }
         if rates is not None:
@@ -215,6 +232,7 @@ def comparison_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     common = _describe(rows[0], [name for name in _NAMED if name not in varying])
     possible = [row for row in rows if row["refused"] is None]
     layouts = len({row["layout"] for row in possible}) > 1
+    copies = any(row["to_device_bytes"] + row["to_host_bytes"] for row in possible)
     cells = [
         {
             "strategy": row["strategy"] + (f" {row['placement']} inside" * bool(row["placement"])),
@@ -223,6 +241,7 @@ def comparison_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             "MB sent": f"{row['sent_bytes'] / 1e6:,.1f}",
             "messages": f"{row['messages']:,}",
             "peak MB": f"{row['buffers_bytes'] / 1e6:,.1f}",
+            **(_copied(row["to_device_bytes"], row["to_host_bytes"]) if copies else {}),
             "imbalance": f"{row['imbalance']:.2f}" if row["imbalance"] else "",
             "ms links": f"{row['link_ms']:,.3g}" if "link_ms" in row else "",
         }

@@ -38,6 +38,7 @@ def trace_case(case: Case, ranks: Sequence[int], memory_ranks: Sequence[int]) ->
     if reason is not None:
         raise ValueError(reason)
     phases = case.direction.split("_")
+    peaks = {rank: peak_bytes(strategy, operator, world, rank) for rank in memory_ranks}
     return {
         "area": world.mask.area,
         "local_tokens": world.keys.local_len,
@@ -45,7 +46,8 @@ def trace_case(case: Case, ranks: Sequence[int], memory_ranks: Sequence[int]) ->
             rank: {phase: _phase_row(trace, phase, rank, world) for phase in phases}
             for rank, trace in ((r, trace_rank(strategy, operator, world, r)) for r in ranks)
         },
-        "buffers": {rank: peak_bytes(strategy, operator, world, rank) for rank in memory_ranks},
+        "buffers": {rank: peak.device for rank, peak in peaks.items()},
+        "host_buffers": {rank: peak.host for rank, peak in peaks.items()},
     }
 
 
@@ -59,6 +61,8 @@ def _phase_row(trace: RankTrace, phase: str, rank: int, world: World) -> dict[st
         "messages": phase_trace.messages,
         "largest": phase_trace.largest_message,
         "pairs": phase_trace.pairs,
+        "to_device": phase_trace.to_device,
+        "to_host": phase_trace.to_host,
     }
 
 

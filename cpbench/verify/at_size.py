@@ -65,9 +65,7 @@ def check_sampled(
         statistics: of :func:`query_statistics`; None to gather them here.
     """
     statistics = statistics or query_statistics(work, inputs, results, context)
-    compare = functools.partial(
-        _compare_lines, work, results, recipe, seed, context.device, statistics
-    )
+    compare = functools.partial(_compare_lines, work, results, recipe, seed, work.home, statistics)
     ranks = context.gather(context.compute(compare))
     errors = combined_errors([sums for sums, *_ in ranks])
     return LineErrors(errors, sum(n for _, n, _ in ranks), sum(n for *_, n in ranks))

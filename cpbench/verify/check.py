@@ -125,10 +125,13 @@ def rank_inputs(
     nbytes = problem.q_bytes(len(queries)) + problem.out_bytes(len(queries))  # q and dout
     nbytes += problem.kv_bytes(len(keys))
     if device != "cpu" or keep_on is not None or nbytes > MOST_KEPT_BYTES:
-        return make_inputs(work.problem, queries, keys, recipe, device, keep_on)
-    kept = _kept_inputs(problem, queries.tobytes(), keys.tobytes(), recipe)
-    names = ("q", "k", "v", "dout")[: 4 if work.problem.backward else 3]
-    return {name: kept[name].clone() for name in names}
+        inputs = make_inputs(work.problem, queries, keys, recipe, device, keep_on)
+    else:
+        kept = _kept_inputs(problem, queries.tobytes(), keys.tobytes(), recipe)
+        names = ("q", "k", "v", "dout")[: 4 if work.problem.backward else 3]
+        inputs = {name: kept[name].clone() for name in names}
+    pinned = work.offloaded and keep_on is None and work.op.device.startswith("cuda")
+    return {name: x.pin_memory() if pinned else x for name, x in inputs.items()}
 
 
 @functools.lru_cache(maxsize=2)
@@ -244,8 +247,8 @@ def check_small(work: Attention, recipe: Recipe, context: RankContext) -> Errors
         WrongResult: for a result that breaks the contract of operators.
         DoesNotFit: see :meth:`RankContext.compute`, as from the other checks.
     """
-    results = run_checked_pass(work, rank_inputs(work, recipe, context.device), context)
-    compare = functools.partial(_sums_of_small, work, results, recipe, context.device)
+    results = run_checked_pass(work, rank_inputs(work, recipe, work.home), context)
+    compare = functools.partial(_sums_of_small, work, results, recipe, work.home)
     return combined_errors(context.gather(context.compute(compare)))
 
 

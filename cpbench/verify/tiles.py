@@ -82,7 +82,7 @@ def check_tiles(
     """
     if isinstance(work.mask, DilatedMask) or "lse" not in results:
         return TileErrors({}, 0.0)
-    checker = _TileChecker(work, inputs, results, recipe, seed, context.device, statistics)
+    checker = _TileChecker(work, inputs, results, recipe, seed, work.home, statistics)
     ranks = context.gather(context.compute(functools.partial(checker.run, seconds)))
     return TileErrors(_worst([errors for errors, _ in ranks]), min(covered for _, covered in ranks))
 

@@ -64,7 +64,7 @@ class Checks:
         recipe = recipe_of(record.case)
         with _may_not_fit("the small check", record):
             if reduced.op.info.selects:
-                inputs = check.rank_inputs(reduced, recipe, self._context.device)
+                inputs = check.rank_inputs(reduced, recipe, reduced.home)
                 errors = check_selection.check_small(reduced, inputs, self._context)
             else:
                 errors = check.check_small(reduced, recipe, self._context)
@@ -155,7 +155,7 @@ class Checks:
         self, work: Attention, inputs: check.Tensors, record: Record, expected: Expected
     ) -> InputVariants:
         device, keep_on = self._context.device, None
-        if device == "cuda" and _share_of_memory(inputs) > MAX_SECOND_SHARE:
+        if work.offloaded or (device == "cuda" and _share_of_memory(inputs) > MAX_SECOND_SHARE):
             keep_on = "cpu"
         # With several threads, libraries may divide the work by the load of the machine.
         one_thread = device != "cpu" or self._settings.threads == 1
@@ -170,7 +170,7 @@ class Checks:
         recipe = second_recipe_of(record.case)
         with _may_not_fit("a second set of inputs", record):
             return self._context.compute(
-                lambda: variants(check.rank_inputs(work, recipe, device, keep_on))
+                lambda: variants(check.rank_inputs(work, recipe, work.home, keep_on))
             )
         return variants({})
 

@@ -26,6 +26,7 @@ from cpbench.results.record import UNCHECKED, Record
 from cpbench.verify import check
 from cpbench.verify.fingerprint import Fingerprinter, describe_difference
 from cpbench.worker.checks import Checks, recipe_of
+from cpbench.worker.traffic_record import store_traffic
 
 if TYPE_CHECKING:
     import torch
@@ -121,7 +122,7 @@ class Evaluator:
         record.conditions = self._settings.conditions(self._device.type)
         if work is None:
             return record
-        inputs = check.rank_inputs(work, recipe_of(case), self._device.type)
+        inputs = check.rank_inputs(work, recipe_of(case), work.home)
         try:
             self._check_and_measure(case, work, inputs, record, turns)
         except check.WrongResult as error:
@@ -177,7 +178,7 @@ class Evaluator:
         """Measure exposed communication and record timelines, where the settings ask for them."""
         workload.release()
         device, comm, control = self._device, self._comm, self.control
-        if self._settings.exposure and comm.size > 1:
+        if self._settings.exposure and (comm.size > 1 or work.offloaded):
             self._report_phase("exposure")
             variants = exposure.measure_exposure(
                 work, inputs, device, comm, control, self._settings
@@ -202,7 +203,7 @@ class Evaluator:
         turn.conditions = record.conditions
         if work is None:
             return turn
-        inputs = check.rank_inputs(work, recipe_of(case), self._device.type)
+        inputs = check.rank_inputs(work, recipe_of(case), work.home)
         variants = self._checks.make_later_variants(work, inputs, turn, self._expected[case.id])
         settings = replace(self._settings.of_turn(turns, record.iterations), memory=False)
         workload = timing.Workload(work, inputs, self._comm)
@@ -330,31 +331,20 @@ class Evaluator:
             if any(sent[p].bytes_to != own_timing.traffic[p].bytes_to for p in workload.phases):
                 flags.add("untracked-traffic")
         workload.reset()
-        predicted = workload.predicted_bytes()
-        ranks = control.all_gather((own_timing, memory, sorted(flags), predicted, sent))
+        traced = workload.traced_phases()
+        ranks = control.all_gather((own_timing, memory, sorted(flags), traced, sent))
         timings: list[timing.Timing] = [rank_timing for rank_timing, *_ in ranks]
-        sent_by_rank = [sent_by_phase for *_, sent_by_phase in ranks]
         record.times_us = {p: [t.times_us[p] for t in timings] for p in workload.phases}
         record.pace_us = [t.pace_us for t in timings if t.pace_us]
         delays_us = {p: [t.delay_us(p) for t in timings] for p in workload.phases}
         record.delay_us = {p: ranks for p, ranks in delays_us.items() if all(ranks)}
         hosts_us = {p: [t.host_us.get(p, []) for t in timings] for p in workload.phases}
         record.host_us = {p: ranks for p, ranks in hosts_us.items() if all(ranks)}
-        traffic = {p: [phases[p] for phases in sent_by_rank] for p in workload.phases}
-        per_node = record.ranks_per_node
-        record.bytes_sent = {p: [t.bytes_sent for t in traffic[p]] for p in traffic}
-        record.bytes_across = {
-            p: [t.bytes_across_nodes(rank, per_node) for rank, t in enumerate(traffic[p])]
-            for p in traffic
-        }
-        record.messages = {p: [t.messages for t in traffic[p]] for p in traffic}
-        record.largest_message = {p: max(t.largest_message for t in traffic[p]) for p in traffic}
-        record.predicted_bytes = {p: [nbytes[p] for *_, nbytes, _ in ranks] for p in predicted}
         record.memory_bytes = {kind: [nbytes[kind] for _, nbytes, *_ in ranks] for kind in memory}
         rank_flags = {flag for _, _, flags_of_rank, *_ in ranks for flag in flags_of_rank}
         record.flags = sorted({*record.flags, *rank_flags})
-        if predicted and record.predicted_bytes != record.bytes_sent:
-            record.flags.append("mispredicted")
+        counted, by_trace = [rank[4] for rank in ranks], [rank[3] for rank in ranks]
+        store_traffic(record, counted, by_trace, workload.offloaded)
         self._fail_if_any(mismatch, record)
         self._check_rate(record)
 
