@@ -183,7 +183,7 @@ class Case:
     def label(self) -> str:
         """One line for people: method and problem."""
         strategy = ""
-        if self.world_size > 1 or self.strategy.name != "single":
+        if self.world_size > 1 or self.strategy != Spec("single"):
             placement = f" {self.placement} inside" if self.placement else ""
             per_node = f" ({self.ranks_per_node} per node)" if self.ranks_per_node else ""
             strategy = f" {self.strategy}{placement}/{self.layout} x{self.world_size}{per_node}"

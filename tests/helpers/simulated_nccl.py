@@ -11,7 +11,8 @@ the place of torch.distributed.  Then the rules of NCCL are applied to what they
   (Small messages may end earlier, which no program may count on.)
 - Messages between two ranks match in the order of issue, by communicator.
 
-While an operation is in flight, nothing may write what it sends, or read or write what it receives.
+While an operation is in flight, nothing may write what it sends, or read or write what it receives;
+nor what a copy between host and device reads or writes, but for copies that start after it.
 Tensors may be let go: torch keeps them until they have been waited for.
 """
 
@@ -115,6 +116,17 @@ class Recorder(TorchDispatchMode):
         self.in_flight.append(operation)
         return Work(self, operation)
 
+    def copy(self, out: Any, x: Any, to_device: bool, after: Sequence[Work]) -> Work:
+        """A copy between host and device, on a stream for each direction; those after which it
+        starts may be in flight."""
+        name = f"copy to {'device' if to_device else 'host'}"
+        earlier = {work.operation for work in after}
+        in_flight = self.in_flight
+        self.in_flight = [operation for operation in in_flight if operation not in earlier]
+        work = self._issue(((self.rank,), name), name, [x], [out])
+        self.in_flight = [*in_flight, work.operation]
+        return work
+
     def start(self, group: Part) -> None:
         """The first operation of a new group, for which its members wait."""
         self._issue(group, "start", (), ()).wait()
@@ -179,6 +191,9 @@ class SimulatedComm(TorchComm):
             self.group = (tuple(sorted(self._members)), self._lane)
             self._dist.start(self.group)
         return self.group
+
+    def _copy(self, out: Any, x: Any, to_device: bool, after: Any = ()) -> Any:
+        return self._dist.copy(out, x, to_device, after)
 
     def exchange(self, sends: Any, recvs: Any, what: str = "") -> Any:
         self._dist.content = what
@@ -302,11 +317,20 @@ def _run(ranks: Sequence[Recorder], queue_of: Callable[[Operation], Any]) -> lis
 
 
 def _overlap(x: torch.Tensor, y: torch.Tensor) -> bool:
-    """Whether two tensors share memory, each taken from its first to its last element."""
+    """Whether two tensors share memory, each batch taken from its first to its last element."""
     if not x.numel() or not y.numel():
         return False
-    (own, start, end), (other, other_start, other_end) = _extent(x), _extent(y)
-    return own == other and start < other_end and other_start < end
+    return any(
+        own == other and start < other_end and other_start < end
+        for own, start, end in extents(x)
+        for other, other_start, other_end in extents(y)
+    )
+
+
+def extents(x: torch.Tensor) -> list[tuple[int, int, int]]:
+    """Of a tensor, or of each of its batches if these are contiguous and it is not."""
+    by_batch = not x.is_contiguous() and x.ndim > 1 and x[0].is_contiguous()
+    return [_extent(part) for part in x] if by_batch else [_extent(x)]
 
 
 def _extent(x: torch.Tensor) -> tuple[int, int, int]:
