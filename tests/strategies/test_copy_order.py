@@ -80,8 +80,8 @@ def test_results_that_are_read_before_they_arrive(monkeypatch: Any) -> None:
 
 
 def test_a_missing_wait_for_a_chunk_is_found(monkeypatch: Any) -> None:
-    """Of every third copy to the device in turn: the chunk is used before it is there.  Each is on a
-    stream of its own here, since a wait for a later one of the same stream covers it."""
+    """Of every third copy to the device in turn: the chunk is used before it is there.  Each is on
+    a stream of its own here, since a wait for a later one of the same stream covers it."""
     copy, wait = HostLink.copy, Copy.wait
     to_device: list[Copy] = []
     skipped = -1

@@ -104,16 +104,19 @@ class Writer:
     def __init__(self, comm: Comm) -> None:
         self._comm = comm
         self._handles: list[Handle] = []
+        self._kept: list[torch.Tensor] = []
 
     def write(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
         """Start to copy the device tensor x to ``out``."""
         handle = self._comm.to_host(out, x)
         self._handles.append(handle)
+        self._kept.append(x)
         return handle
 
     def release(self) -> None:
         """Wait for what has been posted, so that its device memory is free again."""
         _wait_for_all(self._handles)
+        self._kept.clear()
 
     def finish(self) -> None:
         """Block until the CPU may read what was written."""
