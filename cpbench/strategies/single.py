@@ -24,7 +24,7 @@ STRATEGY = StrategyInfo(
     layouts=("contiguous",),
     value_dims=True,
     params=("offload", "chunk"),
-    variants=("offload=host,chunk=8",),
+    variants=("offload=host,chunk=16",),
     offloaded="cpbench.strategies.offload.single:OffloadedSingle",
 )
 

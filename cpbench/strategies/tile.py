@@ -42,7 +42,7 @@ STRATEGY = StrategyInfo(
     merges=True,
     params=("rows", "grad_dtype", "offload", "chunk"),
     axes=("keys", "queries"),
-    variants=("rows=1", "offload=host,chunk=8", "rows=2"),
+    variants=("rows=1", "offload=host,chunk=16", "rows=2"),
     offloaded="cpbench.strategies.offload.tile:OffloadedTile",
 )
 

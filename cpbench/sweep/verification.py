@@ -154,12 +154,15 @@ def build_request(
             few_masks = {} if masks else {"mask": [*FEW_MASKS, HEAD_MASKS[1]]}
             heads = {"num_heads_q": 4, "num_heads_kv": 2, "operator": unequal}
             tables.append({**shapes, **heads, **VALUE_DIMS, **few_masks})
-    parallel = [spec for spec in map(Spec.parse, strategy_specs) if spec.name != "single"]
+    if not operators and (not strategies or "single" in strategy_specs):
+        strategy_specs = [*strategy_specs, *_variants("single")]
+    parallel = [spec for spec in map(Spec.parse, strategy_specs) if spec != Spec("single")]
     if parallel and (strategies or not operators):
         base = {**shapes, "operator": operator_specs if operators else "bands", "head_dim": 16}
         sizes = sizes if world_sizes else ["1", *sizes]
         for spec in parallel:
-            tables += _strategy_tables(spec, base, sizes, few_masks=not masks)
+            on_ranks = ["1"] if spec.name == "single" else sizes
+            tables += _strategy_tables(spec, base, on_ranks, few_masks=not masks)
     if quick:
         if operators or strategies or masks or world_sizes or dtypes:
             raise ValueError("--quick chooses the cases: leave out the lists")
@@ -200,6 +203,10 @@ def _all_operators() -> list[str]:
     return specs
 
 
+def _variants(strategy: str) -> list[str]:
+    return [f"{strategy}:{text}" for text in registry.strategy_info(strategy).variants]
+
+
 def _strategy_tables(
     spec: Spec, base: dict[str, Any], sizes: list[str], few_masks: bool
 ) -> list[dict[str, Any]]:
@@ -215,7 +222,7 @@ def _strategy_tables(
     info = registry.strategy_info(spec.name)
     mask_subset = {"mask": list(FEW_MASKS)} if few_masks else {}
     two_layouts = list(dict.fromkeys([info.layouts[0], info.layouts[-1]]))
-    variants = [] if spec.params else [f"{spec.name}:{variant}" for variant in info.variants]
+    variants = [] if spec.params else _variants(spec.name)
     tables: list[dict[str, Any]] = []
     for num_heads_q, num_heads_kv in STRATEGY_HEADS:
         shared = {**base, "num_heads_q": num_heads_q, "num_heads_kv": num_heads_kv}
@@ -265,7 +272,8 @@ def summary_rows(records: Iterable[Record]) -> list[dict[str, Any]]:
     groups: dict[tuple[str, ...], list[Record]] = {}
     for record in records:
         case = record.case
-        strategy = "" if case.strategy.name == "single" else f"{case.strategy}/{case.layout}"
+        alone = case.strategy == Spec("single")
+        strategy = "" if alone else f"{case.strategy}/{case.layout}"
         strategy += f" {case.placement} inside" if case.placement else ""
         groups.setdefault((str(case.operator), strategy, case.dtype), []).append(record)
     rows = []

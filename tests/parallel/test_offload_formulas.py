@@ -3,6 +3,7 @@ against the trace, exactly."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from cpbench.core.registry import implementation, operator_info, strategy_info
 from cpbench.core.spec import Spec
 from cpbench.parallel.layout import build
 from cpbench.parallel.memory_trace import peak_bytes
-from cpbench.parallel.trace import MODULUS, trace_rank
+from cpbench.parallel.trace import MODULUS, RankTrace, trace_rank
 from cpbench.parallel.world import World
 
 CHUNK = 8
@@ -61,23 +62,24 @@ def offloaded(name: str, *more: str, chunk: int = CHUNK) -> str:
     return f"{name}:{','.join(('offload=host', f'chunk={chunk}', *more))}"
 
 
+@functools.lru_cache(maxsize=1)
+def traced(strategy: str, world: World) -> list[RankTrace]:
+    """The traces of all ranks, whose checksums match."""
+    made, op = strategy_of(strategy), operator_info("bands")
+    ranks = [trace_rank(made, op, world, rank) for rank in range(world.size)]
+    assert sum(rank.checksum for rank in ranks) % MODULUS == 0
+    return ranks
+
+
 def copied(strategy: str, world: World, phase: str) -> tuple[int, int]:
     """Bytes to the device and to host memory; all ranks copy the same under these masks."""
-    size = world.size
-    ranks = [
-        trace_rank(strategy_of(strategy), operator_info("bands"), world, r) for r in range(size)
-    ]
-    assert sum(rank.checksum for rank in ranks) % MODULUS == 0
-    (copies,) = {(t.phases[phase].to_device, t.phases[phase].to_host) for t in ranks}
+    phases = [rank.phases[phase] for rank in traced(strategy, world)]
+    (copies,) = {(trace.to_device, trace.to_host) for trace in phases}
     return copies
 
 
 def sent(strategy: str, world: World, phase: str) -> list[int]:
-    size = world.size
-    ranks = [
-        trace_rank(strategy_of(strategy), operator_info("bands"), world, r) for r in range(size)
-    ]
-    return [sum(rank.phases[phase].bytes_to) for rank in ranks]
+    return [sum(rank.phases[phase].bytes_to) for rank in traced(strategy, world)]
 
 
 def streamed(s: Sizes, rows: int, columns: int, visits: int, f_dk: int = 1) -> Any:
@@ -134,7 +136,7 @@ def test_chunks_that_are_not_seen_are_not_copied() -> None:
     assert copied(offloaded("single"), world, "bwd") == backward
 
 
-@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("shape", [{}, UNEQUAL])
 def test_ulysses(size: int, shape: dict[str, Any]) -> None:
     world = world_of(size, **shape)
@@ -150,7 +152,7 @@ def test_ulysses(size: int, shape: dict[str, Any]) -> None:
     assert sent(strategy, world, "fwd") == sent(strategy, world, "bwd") == [exchanged] * size
 
 
-@pytest.mark.parametrize("size", [2, 3, 8])
+@pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_ring_allgather(size: int, dtype: str) -> None:
     world = world_of(size, dtype=dtype)
@@ -211,16 +213,16 @@ def peaks(s: Sizes, name: str, size: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("shape", [{}, UNEQUAL, {"heads_kv": 24}])
-@pytest.mark.parametrize("size", [1, 2, 4, 6])
-@pytest.mark.parametrize("name", ["single", "ulysses", "ring_allgather", "tile"])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("single", 1), ("ulysses", 2), ("ulysses", 4), ("ring_allgather", 2), ("ring_allgather", 6),
+     ("tile", 4)],
+)  # fmt: skip
 def test_peak_memory_of_the_device(name: str, size: int, shape: dict[str, Any], dtype: str) -> None:
-    if (name == "single") != (size == 1):
-        return
     more = ["rows=2"] if name == "tile" else []
     strategy = strategy_of(offloaded(name, *more))
     world = world_of(size, dtype=dtype, **shape)
-    if strategy.unsupported(world):
-        return
+    assert strategy.unsupported(world) is None
     replicas = max(1, size // world.problem.heads_kv) if name == "ulysses" else 1
     expected = peaks(Sizes.of(world.problem, CHUNK, replicas), name, size)
     for direction, peak in zip(("fwd", "bwd"), expected, strict=True):
