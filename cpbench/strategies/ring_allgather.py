@@ -44,6 +44,7 @@ STRATEGY = StrategyInfo(
     source="Llama 3, arXiv 2407.21783",
     load="cpbench.strategies.ring_allgather:RingAllGather",
     value_dims=True,
+    params=("stages", "keep", "offload", "chunk"),
     variants=("stages=2", "keep=true", "offload=host,chunk=16", "stages=8"),
     offloaded="cpbench.strategies.offload.ring_allgather:OffloadedRingAllGather",
 )

@@ -34,6 +34,7 @@ STRATEGY = StrategyInfo(
     source="DeepSpeed-Ulysses, arXiv 2309.14509",
     load="cpbench.strategies.ulysses:Ulysses",
     value_dims=True,
+    params=("chunks", "pad", "offload", "chunk"),
     variants=("chunks=2", "pad=true", "offload=host,chunk=16", "chunks=3,pad=true"),
     offloaded="cpbench.strategies.offload.ulysses:OffloadedUlysses",
 )
