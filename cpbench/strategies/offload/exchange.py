@@ -62,7 +62,9 @@ def by_chunk(
 
 def of_all_ranks(tokens: int, chunk: int, size: int) -> list[tuple[Span, ...]]:
     """For each chunk of the ``tokens`` of a rank, its spans in the tokens of all ranks, rank after
-    rank."""
+    rank; one span, if a chunk are all of them."""
+    if chunk >= tokens:
+        return [((0, size * tokens),)]
     return [
         tuple((rank * tokens + start, rank * tokens + end) for rank in range(size))
         for start, end in spans(tokens, chunk)

@@ -16,7 +16,7 @@ from cpbench.parallel.world import Chunk
 if TYPE_CHECKING:
     from cpbench.masks.head_masks import SlicedMask
     from cpbench.parallel.bound_operator import BoundOperator
-    from cpbench.parallel.world import Subproblem
+    from cpbench.parallel.world import Subproblem, World
 
 Span = tuple[int, int]  # first token of a chunk, and the one after its last
 
@@ -79,16 +79,37 @@ def spans(tokens: int, chunk: int) -> tuple[Span, ...]:
     return tuple((start, min(start + chunk, tokens)) for start in range(0, tokens, chunk))
 
 
-def plan_grid(op: BoundOperator, subproblem: Subproblem, chunk: int) -> Grid:
+class Cut(NamedTuple):
+    """A subproblem in chunks: its mask, their spans, and the visible pairs of every chunk of
+    queries with every chunk of keys (the mean over heads)."""
+
+    mask: Any
+    rows: tuple[Span, ...]
+    columns: tuple[Span, ...]
+    areas: np.typing.NDArray[np.float64]
+
+
+@functools.lru_cache(maxsize=2)  # ranks of a trace may have the same
+def cut(subproblem: Subproblem, chunk: int) -> Cut:
+    """Cut a subproblem into chunks of ``chunk`` tokens."""
+    mask: Any = subproblem.mask
+    rows, columns = spans(mask.seq_q, chunk), spans(mask.seq_k, chunk)
+    return Cut(mask, rows, columns, _areas(mask, rows, columns))
+
+
+def plan_grid(
+    op: BoundOperator, subproblem: Subproblem, chunk: int, world: World | None = None
+) -> Grid:
     """Plan a subproblem in chunks of ``chunk`` tokens.
+
+    Args:
+        world: with the heads to compute; that of the subproblem unless given.
 
     Raises:
         Unsupported: if the operator does not take the mask or problem of a tile.
     """
-    mask: Any = subproblem.mask
-    world = subproblem.world
-    rows, columns = spans(mask.seq_q, chunk), spans(mask.seq_k, chunk)
-    visible = _areas(mask, rows, columns)
+    mask, rows, columns, visible = cut(subproblem, chunk)
+    world = world or subproblem.world
     full_plans: dict[tuple[int, int], Any] = {}
 
     def plan(q: Span, k: Span, area: int) -> Any:

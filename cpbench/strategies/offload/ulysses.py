@@ -52,8 +52,8 @@ class OffloadedUlysses(Offloaded):
         problem, size = world.problem, world.size
         shares = HeadShares.of(problem, size)
         merged = world.merged((tuple(range(size)),), problem.heads_q, problem.heads_kv)
-        attended = shares.attention(merged, rank).subproblem([0], [0])
-        return Plan(plan_grid(op, attended, self.chunk * size), shares)
+        whole, own_heads = merged.subproblem([0], [0]), shares.attention(merged, rank)
+        return Plan(plan_grid(op, whole, self.chunk * size, own_heads), shares)
 
     def forward(
         self, qkv: QKV, plan: Plan, op: BoundOperator, comm: Comm, need_lse: bool
