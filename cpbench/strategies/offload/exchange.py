@@ -109,8 +109,8 @@ def heads_to_tokens(
     out = allocation.empty((b, tokens, heads, dim), x.dtype, op.device)
 
     def exchange(by_head: torch.Tensor) -> torch.Tensor:
-        (parts,) = head_exchange.heads_to_tokens([by_head], [tuple(shares)], comm).wait()
-        return head_exchange.join_parts(parts, heads)
+        returned = head_exchange.heads_to_tokens([by_head], [tuple(shares)], comm).wait()
+        return head_exchange.join_heads(returned, heads)
 
     one, all_ranks = of_one_rank(tokens, chunk), of_all_ranks(tokens, chunk, comm.size)
     by_chunk((x,), out, all_ranks, one, exchange, op, comm)
