@@ -1,7 +1,7 @@
 """cpbench: attention kernels and context-parallel strategies, measured and verified.
 
-``attention`` and ``distributed_attention`` are the public computations; importing ``cpbench``
-loads neither torch nor numpy until one of them is asked for.
+``attention``, ``distributed_attention`` and ``mix`` are the public computations; importing
+``cpbench`` loads neither torch nor numpy until one of them is asked for.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cpbench import layout, masks
-    from cpbench.api import attention, distributed_attention
+    from cpbench.api import attention, distributed_attention, mix
     from cpbench.core.operator import Unsupported
     from cpbench.masks.attn_mask import AttnMask
     from cpbench.reports.frame import load
@@ -25,6 +25,7 @@ __all__ = [
     "layout",
     "load",
     "masks",
+    "mix",
 ]
 
 _HOME = {
@@ -33,6 +34,7 @@ _HOME = {
     "attention": "cpbench.api",
     "distributed_attention": "cpbench.api",
     "load": "cpbench.reports.frame",
+    "mix": "cpbench.api",
 }
 
 

@@ -181,6 +181,7 @@ def test_few_import_a_kernel() -> None:
     assert users <= {
         ("verify.check", "kernels.reference"),
         ("verify.selection", "kernels.reference"),
+        *(("api.mixing", f"kernels.mixers.{name}") for name in ("forms", "chunks", "mixer")),
         ("tools.compiler.compilation", "kernels.triton.configs"),
         ("tools.compiler.tuner", "kernels.triton.configs"),
         ("tools.compiler.tuner", "kernels.triton.launch"),

@@ -16,20 +16,31 @@ Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 def require_types(q: Any, k: Any, v: Any, mask: Any) -> None:
     """Raise a ValueError for anything but tensors of four axes on one device, and a mask."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, torch.Tensor):
-            raise ValueError(f"{name} must be a torch.Tensor, not {_short(x)}")
-        if x.ndim != 4:
-            raise ValueError(f"{name} has shape {list(x.shape)}; shapes are [B, S, H, D]")
-        if x.device != q.device:
-            raise ValueError(f"q is on {q.device} and {name} on {x.device}")
-        if x.device.type not in ("cpu", "cuda") or x.layout != torch.strided:
-            kind = f"{x.layout} on {x.device}"
-            raise ValueError(f"{name} must be a dense tensor on cpu or cuda, not {kind}")
+        require_dense(name, x, q, 4, "[B, S, H, D]")
     if not isinstance(mask, Mask):
         raise ValueError(
             f"mask must be one of cpbench.masks, such as cpbench.masks.build('causal', seq_len=8), "
-            f"not {_short(mask)}"
+            f"not {short(mask)}"
         )
+
+
+def require_dense(name: str, x: Any, q: Any, axes: int, shape: str) -> None:
+    """Raise a ValueError for anything but a dense tensor on the device of q.
+
+    Args:
+        name: of x, for the message.
+        axes: that x must have.
+        shape: of x, in words.
+    """
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(f"{name} must be a torch.Tensor, not {short(x)}")
+    if x.ndim != axes:
+        raise ValueError(f"{name} has shape {list(x.shape)}; shapes are {shape}")
+    if x.device != q.device:
+        raise ValueError(f"q is on {q.device} and {name} on {x.device}")
+    if x.device.type not in ("cpu", "cuda") or x.layout != torch.strided:
+        kind = f"{x.layout} on {x.device}"
+        raise ValueError(f"{name} must be a dense tensor on cpu or cuda, not {kind}")
 
 
 def under_autocast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Tensors:
@@ -65,7 +76,7 @@ def require_scale(scale: Any) -> None:
     except OverflowError:
         finite = False
     if not finite:
-        raise ValueError(f"scale must be a finite number or None, not {_short(scale)}")
+        raise ValueError(f"scale must be a finite number or None, not {short(scale)}")
 
 
 def need_gradients(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
@@ -123,6 +134,7 @@ def make_problem(
     )
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value as it is written, in at most 60 characters."""
     text = repr(value).replace("\n", " ")
     return text if len(text) <= 60 else f"{text[:57]}..."

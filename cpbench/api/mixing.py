@@ -1,0 +1,239 @@
+"""Sequence mixers on one device."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.utils import _pytree as pytree
+
+from cpbench.api.autograd import no_autocast
+from cpbench.api.inputs import require_dense, require_scale, short, under_autocast
+from cpbench.api.public_operator import are_finite
+from cpbench.core.problem import DTYPE_BYTES
+from cpbench.core.spec import Spec
+from cpbench.core.untraced import untraced
+from cpbench.kernels.mixers import forms
+from cpbench.kernels.mixers.chunks import Inputs, Plan
+from cpbench.kernels.mixers.forms import Form
+from cpbench.kernels.mixers.mixer import Mixer
+from cpbench.masks import build
+from cpbench.masks.attn_mask import AttnMask
+
+MaskLike = AttnMask | str | Mapping[str, Any] | Spec
+
+
+@untraced
+def mix(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None = None,
+    beta: torch.Tensor | None = None,
+    mixer: Spec | str = "gated_deltanet",
+    mask: MaskLike | None = None,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mix tokens through a state per head, in time proportional to their number.
+
+    A token updates the state, then reads it (``cpbench.kernels.mixers.forms``):
+
+        S <- (I - beta k k^T) Diag(exp g) S + beta k v^T,    out = scale * S^T q
+
+    Without the delta rule ``I - beta k k^T`` and beta are left out.  Differentiable, once, in all
+    tensors and both results.  Under autocast q, k and v are cast, g and beta are not.
+
+    Args:
+        q, k: ``[B, S, H, K]``; v: ``[B, S, H, V]``.  The delta rule wants keys of length 1.
+        g: log decay, at most 0, ``[B, S, H]`` (``retention``, ``ssd``, ``gated_deltanet``) or
+            ``[B, S, H, K]`` (``gla``, ``kda``).
+        beta: ``[B, S, H]``, from 0 to 2 (``deltanet``, ``gated_deltanet``, ``kda``).
+        mixer: name, with the tokens of a chunk if wanted (``"gla:chunk=32"``).  ``ttt`` reads the
+            state at the start of the chunk, 512 tokens unless given; chunks begin with a document.
+        mask: causal (unless given) or causal within documents, each of which starts from an empty
+            state, as a name or an object of ``cpbench.masks``; ``"full"`` for ``linear`` alone.
+        scale: multiplies q; ``K ** -0.5`` unless given.
+        initial_state: ``[B, H, K, V]``, before the first document; of ``ttt``, the fast weights
+            that every document starts from.  0 unless given.
+
+    Returns:
+        out ``[B, S, H, V]`` in the dtype of v, and the state after the last token ``[B, H, K, V]``,
+        float32 (float64 for float64).
+
+    Raises:
+        ValueError: if shapes, dtypes, mask or scale do not fit, or the mixer is unknown or none.
+        RuntimeError: in the backward pass, for a second derivative.
+    """
+    form, chunk = forms.parse(mixer)
+    _require(form, q, k, v, g, beta, initial_state)
+    require_scale(scale)
+    q, k, v = under_autocast(q, k, v)
+    work = _prepare(form, chunk, _find_mask(mask, q.shape[1]), q, scale)
+    if g is None and form.default_gate:
+        g = retention_decays(q.shape[2], q.device).expand(q.shape[:3])
+    return MixerFunction.apply(work, q, k, v, g, beta, initial_state)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def retention_decays(heads: int, device: torch.device) -> torch.Tensor:
+    """``[H]`` float64 log decays of RetNet: log(1 - 2^(-5-h)) (Sun et al. 2023)."""
+    return torch.log1p(-(2.0 ** (-5.0 - torch.arange(heads, device=device, dtype=torch.float64))))
+
+
+class MixerFunction(torch.autograd.Function):
+    """out and state of a mixer, both differentiable; once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        work: Mixer,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        g: torch.Tensor | None,
+        beta: torch.Tensor | None,
+        state: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.set_materialize_grads(False)
+        x, keep, saved = Inputs(q, k, v, g, beta), any(ctx.needs_input_grad), None
+        ctx.exact = not work.whole and q.device.type == "cpu" and not _finite(*x, state)
+        with no_autocast(q.device):
+            if ctx.exact:
+                out, last = work.recur(x, state)
+            else:
+                out, last, saved = work.forward(x, state, keep)
+        if keep:
+            leaves, ctx.structure = pytree.tree_flatten((x, state, saved))
+            ctx.save_for_backward(*leaves)
+        ctx.work = work
+        return out, last
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, dout: torch.Tensor | None, dstate: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        x, state, saved = pytree.tree_unflatten(list(ctx.saved_tensors), ctx.structure)
+        work: Mixer = ctx.work
+        if dout is None:
+            dout = torch.zeros_like(x.v)
+        exact = ctx.exact or (
+            not work.whole and dout.device.type == "cpu" and not _finite(dout, dstate)
+        )
+        with no_autocast(dout.device):
+            if exact:
+                grads = _differentiate_recurrence(work, x, state, dout, dstate)
+            else:
+                *rest, initial = work.backward(x, saved, dout, dstate)
+                grads = (*rest, None if state is None else initial.to(state.dtype))
+        needed = ctx.needs_input_grad[1:]
+        return None, *(y if want else None for y, want in zip(grads, needed, strict=True))
+
+
+def _differentiate_recurrence(
+    work: Mixer,
+    x: Inputs,
+    state: torch.Tensor | None,
+    dout: torch.Tensor,
+    dstate: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of the inputs and of the state, token by token."""
+    leaves = [None if y is None else y.detach().requires_grad_() for y in (*x, state)]
+    with torch.enable_grad():
+        out, last = work.recur(Inputs(*leaves[:5]), leaves[5])  # type: ignore[arg-type]
+    given = [y for y in leaves if y is not None]
+    results, gradients = [out], [dout]
+    if dstate is not None:
+        results, gradients = [out, last], [dout, dstate]
+    found = iter(torch.autograd.grad(results, given, gradients, materialize_grads=True))
+    return tuple(None if y is None else next(found) for y in leaves)
+
+
+def _finite(*tensors: torch.Tensor | None) -> bool:
+    return are_finite(tuple(x for x in tensors if x is not None))
+
+
+def _require(form: Form, q: Any, k: Any, v: Any, g: Any, beta: Any, initial_state: Any) -> None:
+    """Raise a ValueError for tensors that do not fit the form or each other."""
+    for name, x, shape in (("q", q, "K"), ("k", k, "K"), ("v", v, "V")):
+        require_dense(name, x, q, 4, f"[B, S, H, {shape}]")
+    if q.shape != k.shape or q.shape[:3] != v.shape[:3]:
+        raise ValueError(
+            f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not fit; shapes are "
+            "[B, S, H, K], [B, S, H, K] and [B, S, H, V]"
+        )
+    if 0 in (*q.shape, v.shape[3]):
+        raise ValueError(f"q {list(q.shape)} and v {list(v.shape)} must have no axis of 0")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must share one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
+    if str(q.dtype).removeprefix("torch.") not in DTYPE_BYTES:
+        raise ValueError(f"q, k and v must be {', '.join(DTYPE_BYTES)}, not {q.dtype}")
+    B, S, H, K = q.shape
+    gate = {None: None, "scalar": [B, S, H], "diagonal": [B, S, H, K]}[form.gate]
+    for name, x, wanted, required in (
+        ("g", g, gate, not form.default_gate),
+        ("beta", beta, [B, S, H] if form.delta else None, True),
+        ("initial_state", initial_state, [B, H, K, v.shape[3]], False),
+    ):
+        if wanted is None:
+            if x is not None:
+                raise ValueError(f"{form.name} takes no {name}; {_takers(name)} do")
+            continue
+        if x is None and not required:
+            continue
+        if x is None:
+            raise ValueError(f"{form.name} needs {name}, of shape {wanted}")
+        require_dense(name, x, q, len(wanted), str(wanted))
+        if list(x.shape) != wanted or not x.is_floating_point():
+            raise ValueError(
+                f"{name} is {x.dtype} {list(x.shape)}; {form.name} wants floating point {wanted}"
+            )
+
+
+def _takers(name: str) -> str:
+    takes = (form.gate is not None if name == "g" else form.delta for form in forms.FORMS.values())
+    return ", ".join(form for form, has in zip(forms.FORMS, takes, strict=True) if has)
+
+
+def _find_mask(mask: Any, tokens: int) -> AttnMask | None:
+    """The mask of an argument; None for causal."""
+    if isinstance(mask, str | Mapping | Spec):
+        mask = build(mask, tokens)
+    if mask is None:
+        return None
+    if not isinstance(mask, AttnMask):
+        raise ValueError(f"mask must be a name or one of cpbench.masks, not {short(mask)}")
+    if (mask.seq_q, mask.seq_k) != (tokens, tokens):
+        raise ValueError(
+            f"a mask of {mask.seq_q} queries and {mask.seq_k} keys does not fit {tokens} tokens"
+        )
+    return mask
+
+
+def _prepare(
+    form: Form, chunk: int, mask: AttnMask | None, q: torch.Tensor, scale: float | None
+) -> Mixer:
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    plan = Plan(form, scale, chunk)
+    if mask is None:
+        return Mixer(plan)
+    starts = find_documents(mask)
+    if starts is not None:
+        return Mixer(plan, starts[1:])
+    if mask.kind == "full" and form.name == "linear":
+        return Mixer(plan, whole=True)
+    allowed = "causal, causal_document" + (" and full" if form.name == "linear" else "")
+    raise ValueError(f"{form.name} takes the masks {allowed}, not {mask!r}")
+
+
+@functools.lru_cache(maxsize=64)
+def find_documents(mask: AttnMask) -> tuple[int, ...] | None:
+    """The first tokens of the documents of a mask that is causal in each; None for other masks."""
+    starts = mask.diagonal_blocks().tolist()
+    sizes = [b - a for a, b in zip(starts, [*starts[1:], mask.seq_q], strict=True)]
+    seen = sum(size * (size + 1) // 2 for size in sizes)
+    later = len(mask.slices) and (mask.slices[:, 5] > 0).any()
+    return tuple(starts) if mask.area == seen and not later else None

@@ -1,0 +1,133 @@
+"""The mixers by name: which recurrence each one is, and which are none.
+
+Per head, token t updates a state S ``[K, V]`` and reads it:
+
+    S <- (I - beta_t k_t k_t^T) Diag(exp g_t) S + beta_t k_t v_t^T,    out_t = S^T q_t
+
+Mixers without the delta rule leave out ``I - beta k k^T`` and beta; ``g`` is one number per head
+(``"scalar"``), one per key dimension (``"diagonal"``), or 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from cpbench.core.registry import check_params
+from cpbench.core.spec import Spec
+
+CHUNK = 64  # tokens computed as one matrix product
+LARGEST_CHUNK = 1 << 16
+FAST_WEIGHT_CHUNK = 512  # of In-Place test-time training, where it is part of the definition
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """The recurrence of a mixer.
+
+    Attributes:
+        name, summary, source: for people.
+        gate: kind of decay: None for none.
+        delta: whether the delta rule applies, with beta.
+        lagging: whether a token reads the state at the start of its chunk, not its own update: then
+            the chunk is part of the definition, and every document starts from the initial state.
+        default_gate: whether it has decays of its own where no g is given.
+        chunk: tokens of a chunk.
+    """
+
+    name: str
+    summary: str
+    source: str
+    gate: Literal["scalar", "diagonal"] | None = None
+    delta: bool = False
+    lagging: bool = False
+    default_gate: bool = False
+    chunk: int = CHUNK
+
+
+FORMS = {
+    form.name: form
+    for form in (
+        Form(
+            name="linear",
+            summary="linear attention without normaliser",
+            source="Katharopoulos et al. 2020, Transformers are RNNs",
+        ),
+        Form(
+            name="retention",
+            summary="a fixed decay per head, 1 - 2^(-5-h) unless g is given",
+            source="Sun et al. 2023, Retentive Network",
+            gate="scalar",
+            default_gate=True,
+        ),
+        Form(
+            name="ssd",
+            summary="a decay per head and token (Mamba-2: q = C, k = B, v = dt x, g = dt A)",
+            source="Dao and Gu 2024, Transformers are SSMs",
+            gate="scalar",
+        ),
+        Form(
+            name="gla",
+            summary="a decay per key dimension and token",
+            source="Yang et al. 2024, Gated Linear Attention",
+            gate="diagonal",
+        ),
+        Form(
+            name="deltanet",
+            summary="the delta rule",
+            source="Yang et al. 2024, Parallelizing Linear Transformers with the Delta Rule",
+            delta=True,
+        ),
+        Form(
+            name="gated_deltanet",
+            summary="the delta rule and a decay per head and token",
+            source="Yang et al. 2025, Gated Delta Networks",
+            gate="scalar",
+            delta=True,
+        ),
+        Form(
+            name="kda",
+            summary="the delta rule and a decay per key dimension and token",
+            source="Kimi Team 2025, Kimi Linear",
+            gate="diagonal",
+            delta=True,
+        ),
+        Form(
+            name="ttt",
+            summary="fast weights: a token reads the state at the start of its chunk",
+            source="Feng et al. 2026, In-Place Test-Time Training",
+            lagging=True,
+            chunk=FAST_WEIGHT_CHUNK,
+        ),
+    )
+}
+
+_DEEP = "its memory is {what}, whose update is not affine in the state: no scan over tokens exists"
+NOT_AFFINE = {
+    "atlas": _DEEP.format(what="an MLP trained with Muon"),
+    "titans": _DEEP.format(what="an MLP trained by gradient steps"),
+    "mela": _DEEP.format(what="an MLP"),
+    "lact": _DEEP.format(what="a SwiGLU MLP with normalised weights"),
+}
+
+
+def parse(mixer: Spec | str) -> tuple[Form, int]:
+    """The form of a mixer and its tokens per chunk, from ``"gla"`` or ``"gla:chunk=32"``.
+
+    Raises:
+        ValueError: for an unknown name or parameter, a chunk that is no power of two, and memories
+            that are not affine in their state, with the reason.
+    """
+    spec = Spec.parse(mixer)
+    if spec.name in NOT_AFFINE:
+        raise ValueError(f"{spec.name} is not a mixer: {NOT_AFFINE[spec.name]}")
+    if spec.name not in FORMS:
+        raise ValueError(f"no mixer {spec.name!r}; there are: {', '.join(FORMS)}")
+    form = FORMS[spec.name]
+    check_params("mixer", spec.name, spec.kwargs, ("chunk",))
+    chunk = spec.kwargs.get("chunk", form.chunk)
+    if type(chunk) is not int or not 1 <= chunk <= LARGEST_CHUNK:
+        raise ValueError(f"{form.name}: chunk = {chunk!r} must be an integer from 1 to 65536")
+    if chunk & (chunk - 1) and not form.lagging:
+        raise ValueError(f"{form.name}: chunk = {chunk} must be a power of two")
+    return form, chunk
