@@ -62,10 +62,10 @@ def pass_gradients(
 
     decay = chunks.decay
     writers = times(chunks.writers, decay.end)
-    torch.matmul(times(chunks.q, decay.start).mT, dout, out=dstates[:-1])
     dvalues = torch.zeros_like(dout) if pairs is None else pairs[:, :, 0].mT @ dout
     readers = None if inverse is None else times(chunks.k, decay.start).mT
     with full_float32(dstates.device):
+        torch.matmul(times(chunks.q, decay.start).mT, dout, out=dstates[:-1])
         for i in reversed(range(len(dout))):
             if decay.across is None:
                 dstates[i].add_(dstates[i + 1])

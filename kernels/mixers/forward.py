@@ -212,8 +212,9 @@ def _outputs(
 
 def combine(later: Summary, earlier: Summary) -> Summary:
     """The summary of two runs, one after the other."""
-    transition = None
-    if later.transition is not None and earlier.transition is not None:
+    if earlier.transition is None:
+        transition = later.transition
+    else:
         transition = apply(later.transition, earlier.transition)
     return Summary(transition, apply(later.transition, earlier.state) + later.state)
 
