@@ -61,11 +61,11 @@ def pass_gradients(
     import torch
 
     decay = chunks.decay
-    writers = times(chunks.writers, decay.end)
+    writers = chunks.to_end
     dvalues = torch.zeros_like(dout) if pairs is None else pairs[:, :, 0].mT @ dout
-    readers = None if inverse is None else times(chunks.k, decay.start).mT
+    readers = None if inverse is None else chunks.from_start[:, :, 1].mT
     with full_float32(dstates.device):
-        torch.matmul(times(chunks.q, decay.start).mT, dout, out=dstates[:-1])
+        torch.matmul(chunks.from_start[:, :, 0].mT, dout, out=dstates[:-1])
         for i in reversed(range(len(dout))):
             if decay.across is None:
                 dstates[i].add_(dstates[i + 1])
@@ -104,7 +104,7 @@ def summarise_back(
         if plan.form.delta:
             slab_inverse = invert(chunks, pairs) if inverse is None else inverse[slab.chunks]
         dstates = _gradients_of_states(current, slab)
-        pass_gradients(dstates, read(dout, slab, C), chunks, pairs, slab_inverse)
+        pass_gradients(dstates, read(dout, slab, C, current.dtype), chunks, pairs, slab_inverse)
         current = dstates[0]
     gradient: torch.Tensor = current.unflatten(0, (B, H))
     return gradient
@@ -131,8 +131,10 @@ def backward(
     current = initial_state(x, dstate)
     for slab in reversed(cut_slabs(x, C)):
         chunks = load(x, plan, slab, C)
-        values, d = read(x.v, slab, C), read(dout, slab, C)
-        found = _differentiate(chunks, plan, saved.of(slab), values, d, current, slab)
+        rows = current.new_empty((*chunks.readers.shape[:4], x.v.shape[3]))
+        read(dout, slab, C, current.dtype, rows[:, :, 0])
+        values = read(x.v, slab, C, current.dtype)
+        found = _differentiate(chunks, plan, saved.of(slab), values, rows, current, slab)
         current = found.state
         write(found.q.mul_(plan.scale), slab, dq)
         write(found.k, slab, dk)
@@ -155,24 +157,32 @@ def _differentiate(
     plan: Plan,
     saved: Saved,
     v: torch.Tensor,
-    dout: torch.Tensor,
+    rows: torch.Tensor,
     dstate: torch.Tensor,
     slab: Slab,
 ) -> Gradients:
-    """The gradients of a slab's chunks, ``[n, h, C, …]``, and of the state at its start."""
+    """The gradients of a slab's chunks, ``[n, h, C, …]``, and of the state at its start.
+
+    Args:
+        v: ``[n, h, C, V]``.
+        rows: ``[n, h, R, C, V]``, of what readers read, of which that of q is given: dout.
+        dstate: ``[h, K, V]``, of the state at its end.
+    """
     import torch
 
     decay, readers, writers = chunks.decay, chunks.readers, chunks.writers
     R, C = readers.shape[2:4]
     pairs = None if plan.form.lagging else decay.pairs(readers, writers)
     dstates = _gradients_of_states(dstate, slab)
-    dv = pass_gradients(dstates, dout, chunks, pairs, saved.inverse)
+    dv = pass_gradients(dstates, rows[:, :, 0], chunks, pairs, saved.inverse)
 
-    rows, values = dout.unsqueeze(2), v
+    values = v
     if saved.inverse is not None:
-        read_back = times(chunks.k, decay.start) @ saved.states
-        values = saved.inverse @ torch.sub(v, read_back)
-        rows = torch.stack([dout, -dv], dim=2)
+        torch.neg(dv, out=rows[:, :, 1])
+        v.flatten(0, 1).baddbmm_(
+            chunks.from_start[:, :, 1].flatten(0, 1), saved.states.flatten(0, 1), alpha=-1
+        )
+        values = saved.inverse @ v
     flat = rows.flatten(2, 3)  # [n, h, R * C, V]
     dreaders = (flat @ saved.states.mT).unflatten(2, (R, C))
     if decay.start is not None:
@@ -186,7 +196,10 @@ def _differentiate(
         dreaders.add_(inner[0])
         if plan.form.gate is not None:
             handed_on = dwriters * writers
-            dG = (dreaders * readers).sum(2).sub_(inner[1] * writers)
+            dG = dreaders[:, :, 0] * chunks.q
+            if R == 2:
+                dG.addcmul_(dreaders[:, :, 1], chunks.k)
+            dG.addcmul_(inner[1], writers, value=-1)
             dg = _gate_gradient(dG, handed_on, saved.states, dstates, chunks, plan, slab)
         dwriters.add_(inner[1])
         dreaders[:, :, 0].addcmul_(own, writers)

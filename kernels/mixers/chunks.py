@@ -101,12 +101,14 @@ def state_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def read(x: torch.Tensor, slab: Slab, chunk: int, out: torch.Tensor | None = None) -> torch.Tensor:
+def read(
+    x: torch.Tensor, slab: Slab, chunk: int, dtype: torch.dtype, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """Copy the tokens of a slab, ``[B, S, H, D]``, to ``[n, h, C, D]``; tokens beyond are 0."""
     B, _, H, D = x.shape
     n, tokens = slab.end - slab.first, slab.stop - slab.start
     if out is None:
-        out = x.new_empty((n, B * H, chunk, D), dtype=state_dtype(x))
+        out = x.new_empty((n, B * H, chunk, D), dtype=dtype)
     chunks = out.unflatten(1, (B, H)).permute(1, 0, 3, 2, 4)  # [B, n, C, H, D]
     whole, rest = divmod(tokens, chunk)
     if whole:

@@ -55,7 +55,8 @@ class Decay(Protocol):
     def pairs_backward(
         self, dpairs: torch.Tensor, readers: torch.Tensor, writers: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The gradients of readers and writers through pairs of different tokens."""
+        """The gradients of readers and writers through pairs of different tokens; ``dpairs`` is
+        overwritten."""
         ...
 
 
@@ -98,24 +99,21 @@ class NoDecay:
         return _products_backward(self._visible(dpairs, -1), readers, writers)
 
     def _visible(self, x: torch.Tensor, diagonal: int) -> torch.Tensor:
-        x = x.tril(diagonal)
-        return x if self.segments is None else x.mul_(self.segments.same.unsqueeze(2))
+        x = x.tril_(diagonal)
+        return x if self.segments is None else _hide(x, self.segments.same.unsqueeze(2))
 
 
 class ScalarDecay:
     """One decay per head and token."""
 
     def __init__(self, g: torch.Tensor, segments: Segments | None) -> None:
-        import torch
-
         self.segments = segments
         G = sum_decays(g, segments)
         self.start, self.end = _to_ends(G, segments)
         self.across = self.start[:, :, -1:]
-        visible = torch.ones((g.shape[2],) * 2, dtype=torch.bool, device=g.device).tril()
-        if segments is not None:
-            visible = visible & segments.same
-        self.between = _exp(G - G.mT, visible).unsqueeze(2)
+        between = _exp(G - G.mT).tril_()
+        self.between = between if segments is None else _hide(between, segments.same)
+        self.between = self.between.unsqueeze(2)
 
     def pairs(self, readers: torch.Tensor, writers: torch.Tensor) -> torch.Tensor:
         return _products(readers, writers).mul_(self.between)
@@ -123,9 +121,8 @@ class ScalarDecay:
     def pairs_backward(
         self, dpairs: torch.Tensor, readers: torch.Tensor, writers: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        dproducts = dpairs * self.between
-        dproducts.diagonal(dim1=-2, dim2=-1).zero_()
-        return _products_backward(dproducts, readers, writers)
+        dpairs.mul_(self.between).diagonal(dim1=-2, dim2=-1).zero_()
+        return _products_backward(dpairs, readers, writers)
 
 
 class DiagonalDecay:
@@ -174,13 +171,11 @@ class DiagonalDecay:
         ones ``[n, h, b, half, K]`` of blocks of two halves, and the factors of both."""
         G = _blocks(self.G, half)
         middle = G[..., 0, -1:, :]
-        since, until = G[..., 1, :, :] - middle, middle - G[..., 0, :, :]
-        if self.segments is None:
-            since, until = since.exp_(), until.exp_()
-        else:
+        since, until = _exp(G[..., 1, :, :] - middle), _exp(middle - G[..., 0, :, :])
+        if self.segments is not None:
             number = _blocks(self.segments.number, half)
             own = number == number[..., 0, -1:, :].unsqueeze(-3)
-            since, until = _exp(since, own[..., 1, :, :]), _exp(until, own[..., 0, :, :])
+            since, until = _hide(since, own[..., 1, :, :]), _hide(until, own[..., 0, :, :])
         since = since.unsqueeze(3)
         late = _blocks(readers, half)[..., 1, :, :].transpose(2, 3) * since
         return late.flatten(3, 4), _blocks(writers, half)[..., 0, :, :] * until, since, until
@@ -189,23 +184,21 @@ class DiagonalDecay:
 def sum_decays(g: torch.Tensor, segments: Segments | None) -> torch.Tensor:
     """The sums G of log decays ``[n, h, C, …]`` from the start of each chunk, or of the document if
     that begins later; the decay of its first token is that of an empty state."""
-    if segments is None:
-        return g.cumsum(2)
     with full_float32(g.device):
-        return _summed(segments, g.dtype) @ g
+        return _summed(g, segments) @ g
 
 
 def sum_decays_backward(dG: torch.Tensor, segments: Segments | None) -> torch.Tensor:
     """The gradient of log decays from that of their sums."""
-    if segments is None:
-        return dG.flip(2).cumsum(2).flip(2)
     with full_float32(dG.device):
-        return _summed(segments, dG.dtype).mT @ dG
+        return _summed(dG, segments).mT @ dG
 
 
-def _summed(segments: Segments, dtype: torch.dtype) -> torch.Tensor:
-    """``[n, 1, C, C]``, 1 where the decay of a token (column) is in the sum of another (row)."""
-    return (segments.same & ~segments.begins.mT).tril().to(dtype)
+def _summed(like: torch.Tensor, segments: Segments | None) -> torch.Tensor:
+    """``[C, C]`` or ``[n, 1, C, C]``, 1 where the decay of a token (column) is in a sum (row)."""
+    if segments is None:
+        return like.new_ones((like.shape[2],) * 2).tril_()
+    return (segments.same & ~segments.begins.mT).tril_().to(like.dtype)
 
 
 def _halves(C: int) -> list[int]:
@@ -229,14 +222,30 @@ def _quarter(pairs: torch.Tensor, half: int) -> torch.Tensor:
 
 def _to_ends(G: torch.Tensor, segments: Segments | None) -> tuple[torch.Tensor, torch.Tensor]:
     """The factors from the start of the chunk and to its end."""
-    if segments is None:
-        return G.exp(), (G[:, :, -1:] - G).exp_()
-    return _exp(G.clone(), segments.first), _exp(G[:, :, -1:] - G, segments.last)
+    start, end = _exp(G.clone()), _exp(G[:, :, -1:] - G)
+    if segments is not None:
+        start, end = _hide(start, segments.first), _hide(end, segments.last)
+    return start, end
 
 
-def _exp(x: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-    """exp(x) in place, 0 where it is not visible: exp(x) may be infinite there."""
-    return x.masked_fill_(~visible, -math.inf).exp_()
+def smallest_factor(dtype: torch.dtype) -> float:
+    """Factors below it are 0, the root of the smallest normal number (1e-19 in float32): a CPU
+    takes a hundred times longer for smaller numbers, which products of two factors would be."""
+    import torch
+
+    return math.sqrt(torch.finfo(dtype).tiny)
+
+
+def _exp(x: torch.Tensor) -> torch.Tensor:
+    """exp(x) in place, or 0."""
+    import torch
+
+    return torch.threshold_(x, math.log(smallest_factor(x.dtype)), -math.inf).exp_()
+
+
+def _hide(x: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    """0 in place of what is not visible, which may be infinite."""
+    return x.masked_fill_(~visible, 0)
 
 
 def _products(readers: torch.Tensor, writers: torch.Tensor) -> torch.Tensor:

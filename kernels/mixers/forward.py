@@ -16,6 +16,7 @@ chunk, n chunks of a slab, N chunks of the run.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -29,7 +30,7 @@ from cpbench.kernels.mixers.chunks import (
     state_dtype,
     write,
 )
-from cpbench.kernels.mixers.decay import Decay, make_decay, times
+from cpbench.kernels.mixers.decay import Decay, make_decay, smallest_factor, times
 from cpbench.kernels.mixers.precision import full_float32
 
 if TYPE_CHECKING:
@@ -89,22 +90,34 @@ class Chunks:
     def k(self) -> torch.Tensor:
         return self.readers[:, :, 1]
 
+    @functools.cached_property
+    def from_start(self) -> torch.Tensor:
+        """The readers as they see the state at the start of the chunk: Q and R."""
+        start = self.decay.start
+        return times(self.readers, None if start is None else start.unsqueeze(2))
+
+    @functools.cached_property
+    def to_end(self) -> torch.Tensor:
+        """The writers as the state at the end of the chunk sees them: W."""
+        return times(self.writers, self.decay.end)
+
 
 def load(x: Inputs, plan: Plan, slab: Slab, C: int) -> Chunks:
     """The tokens of a slab and the decay between them."""
     B, _, H, K = x.q.shape
     n, R = slab.end - slab.first, 2 if plan.form.delta else 1
-    readers = x.q.new_empty((n, B * H, R, C, K), dtype=state_dtype(x.q))
-    read(x.q, slab, C, readers[:, :, 0]).mul_(plan.scale)
+    dtype = state_dtype(x.q)
+    readers = x.q.new_empty((n, B * H, R, C, K), dtype=dtype)
+    read(x.q, slab, C, dtype, readers[:, :, 0]).mul_(plan.scale)
     if plan.form.delta:
         assert x.beta is not None
-        beta = read(x.beta.unsqueeze(-1), slab, C)
-        writers = read(x.k, slab, C, readers[:, :, 1]) * beta
+        beta = read(x.beta.unsqueeze(-1), slab, C, dtype)
+        writers = read(x.k, slab, C, dtype, readers[:, :, 1]) * beta
     else:
-        beta, writers = None, read(x.k, slab, C)
+        beta, writers = None, read(x.k, slab, C, dtype)
     g = None
     if x.g is not None:
-        g = read(x.g if plan.form.gate == "diagonal" else x.g.unsqueeze(-1), slab, C)
+        g = read(x.g if plan.form.gate == "diagonal" else x.g.unsqueeze(-1), slab, C, dtype)
     segments = find_segments(plan.resets, slab, C, x.q.device)
     decay = make_decay(g, plan.form.gate == "diagonal", segments)
     return Chunks(readers, writers, beta, decay)
@@ -122,10 +135,10 @@ def invert(chunks: Chunks, pairs: torch.Tensor | None = None) -> torch.Tensor:
         pairs = chunks.decay.pairs(chunks.readers[:, :, 1:], chunks.writers)
     products = pairs[:, :, -1]  # solve_triangular reads what is below the diagonal alone
     identity = torch.eye(products.shape[-1], dtype=pairs.dtype, device=pairs.device)
-    inverse: torch.Tensor = torch.linalg.solve_triangular(
+    inverse = torch.linalg.solve_triangular(
         products, identity.expand(products.shape), upper=False, unitriangular=True
     )
-    return inverse
+    return torch.nn.functional.hardshrink(inverse, smallest_factor(inverse.dtype))
 
 
 def pass_states(
@@ -146,7 +159,7 @@ def pass_states(
     """
     import torch
 
-    writers = times(chunks.writers, chunks.decay.end).mT
+    writers = chunks.to_end.mT
     across = chunks.decay.across
     with full_float32(states.device):
         if inverse is None:
@@ -161,7 +174,7 @@ def pass_states(
                 else:
                     states[i + 1].addcmul_(states[i], across[i])
             return v
-        readers = times(chunks.k, chunks.decay.start)
+        readers = chunks.from_start[:, :, 1]
         x = states.new_empty((*readers.shape[:3], states.shape[3]))
         for i in range(len(readers)):
             if v is None:
@@ -204,7 +217,7 @@ def _outputs(
     chunks: Chunks, pairs: torch.Tensor | None, states: torch.Tensor, values: torch.Tensor
 ) -> torch.Tensor:
     """out ``[n, h, C, V]`` of the states at the starts of chunks and the values written in them."""
-    out = times(chunks.q, chunks.decay.start) @ states
+    out = chunks.from_start[:, :, 0] @ states
     if pairs is not None:
         out.flatten(0, 1).baddbmm_(pairs[:, :, 0].flatten(0, 1), values.flatten(0, 1))
     return out
@@ -245,7 +258,7 @@ def summarise(x: Inputs, plan: Plan) -> tuple[Summary, torch.Tensor | None]:
         )
     for slab in slabs:
         chunks = load(x, plan, slab, C)
-        v = read(x.v, slab, C)
+        v = read(x.v, slab, C, state_dtype(x.q))
         if inverse is not None:
             inverse[slab.chunks] = invert(chunks)
             v = torch.nn.functional.pad(v, (K, 0))
@@ -296,7 +309,7 @@ def output(
         if plan.form.delta:
             slab_inverse = invert(chunks, pairs) if inverse is None else inverse[slab.chunks]
         passed = _states(current, slab)
-        values = pass_states(passed, read(x.v, slab, C), chunks, slab_inverse)
+        values = pass_states(passed, read(x.v, slab, C, state_dtype(x.q)), chunks, slab_inverse)
         write(_outputs(chunks, pairs, passed[:-1], values), slab, out)
         if saved is not None:
             saved.states[slab.chunks] = passed[:-1]

@@ -150,8 +150,9 @@ def test_linear_without_a_mask() -> None:
         assert naive.error(got[name], gradient) < 1e-14
 
 
-def test_the_decays_of_retention() -> None:
-    x = naive_mixers.make_inputs("retention", 1, 70, 3, 8, 8)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_decays_of_retention(dtype: torch.dtype) -> None:
+    x = naive_mixers.make_inputs("retention", 1, 70, 3, 8, 8, dtype)
     x["g"] = torch.tensor([1 - 1 / 32, 1 - 1 / 64, 1 - 1 / 128]).double().log().expand(1, 70, 3)
     expected, _ = cpbench.mix(**x, mixer="ssd")
     del x["g"]
@@ -194,6 +195,18 @@ def test_a_gate_of_minus_infinity_forgets() -> None:
     expected, true_state = cpbench.mix(**x, mixer="ssd", mask=mask_of((12, 18)))
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(state, true_state)
+
+
+def test_gates_and_betas_of_any_dtype() -> None:
+    x = naive_mixers.make_inputs("gated_deltanet", 1, 70, 2, 8, 8, torch.bfloat16)
+    for dtype in (torch.bfloat16, torch.float64):
+        given = {name: x[name].to(dtype) for name in ("g", "beta", "initial_state")}
+        expected, *_ = call(x | {name: y.float() for name, y in given.items()}, "gated_deltanet")
+        got, out, state = call(x | given, "gated_deltanet")
+        assert (out.dtype, state.dtype) == (torch.bfloat16, torch.float32)
+        for name, gradient in got.items():
+            assert gradient.dtype == (x | given)[name].dtype
+            torch.testing.assert_close(gradient, expected[name].to(gradient.dtype))
 
 
 @pytest.mark.parametrize("mixer", ["gla", "gated_deltanet"])

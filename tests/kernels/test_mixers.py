@@ -150,7 +150,7 @@ def test_states_are_passed_on_in_full_float32() -> None:
     plan = Plan(FORMS["gated_deltanet"], SCALE, 32)
     (slab,) = chunks.cut_slabs(x, 32)
     loaded = forward.load(x, plan, slab, 32)
-    inverse, v = forward.invert(loaded), chunks.read(x.v, slab, 32)
+    inverse, v = forward.invert(loaded), chunks.read(x.v, slab, 32, torch.float32)
 
     def pass_on() -> list[torch.Tensor]:
         states = torch.zeros(11, 2, 32, 32)
