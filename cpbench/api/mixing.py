@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from cpbench.api.autograd import no_autocast
 from cpbench.api.inputs import require_dense, require_scale, short, under_autocast
 from cpbench.api.public_operator import are_finite
+from cpbench.core.operator import Unsupported
 from cpbench.core.problem import DTYPE_BYTES
 from cpbench.core.spec import Spec
 from cpbench.core.untraced import untraced
@@ -20,6 +21,7 @@ from cpbench.kernels.mixers import forms
 from cpbench.kernels.mixers.chunks import Inputs, Plan
 from cpbench.kernels.mixers.forms import Form
 from cpbench.kernels.mixers.mixer import Mixer
+from cpbench.kernels.mixers.triton import launch
 from cpbench.masks import build
 from cpbench.masks.attn_mask import AttnMask
 
@@ -52,8 +54,10 @@ def mix(
         g: log decay, at most 0, ``[B, S, H]`` (``retention``, ``ssd``, ``gated_deltanet``) or
             ``[B, S, H, K]`` (``gla``, ``kda``).
         beta: ``[B, S, H]``, from 0 to 2 (``deltanet``, ``gated_deltanet``, ``kda``).
-        mixer: name, with the tokens of a chunk if wanted (``"gla:chunk=32"``).  ``ttt`` reads the
-            state at the start of the chunk, 512 tokens unless given; chunks begin with a document.
+        mixer: name, with parameters if wanted.  ``chunk``: tokens that are computed together, a
+            power of two (``"gla:chunk=32"``); of ``ttt``, any number of tokens that read the state
+            before them, 512 unless given, counted from the start of a document.
+            ``kernel=triton``: the outputs by our Triton kernels (at most one decay per head).
         mask: causal (unless given) or causal within documents, each of which starts from an empty
             state, as a name or an object of ``cpbench.masks``; ``"full"`` for ``linear`` alone.
         scale: multiplies q; ``K ** -0.5`` unless given.
@@ -66,13 +70,14 @@ def mix(
 
     Raises:
         ValueError: if shapes, dtypes, mask or scale do not fit, or the mixer is unknown or none.
+        Unsupported: for what ``kernel=triton`` does not compute.
         RuntimeError: in the backward pass, for a second derivative.
     """
-    form, chunk = forms.parse(mixer)
+    form, chunk, kernel = forms.parse(mixer)
     _require(form, q, k, v, g, beta, initial_state)
     require_scale(scale)
     q, k, v = under_autocast(q, k, v)
-    work = _prepare(form, chunk, _find_mask(mask, q.shape[1]), q, scale)
+    work = _prepare(form, chunk, kernel, _find_mask(mask, q.shape[1]), q, scale)
     if g is None and form.default_gate:
         g = retention_decays(q.shape[2], q.device).expand(q.shape[:3])
     return MixerFunction.apply(work, q, k, v, g, beta, initial_state)  # type: ignore[no-any-return, no-untyped-call]
@@ -214,15 +219,26 @@ def _find_mask(mask: Any, tokens: int) -> AttnMask | None:
 
 
 def _prepare(
-    form: Form, chunk: int, mask: AttnMask | None, q: torch.Tensor, scale: float | None
+    form: Form,
+    chunk: int,
+    kernel: str,
+    mask: AttnMask | None,
+    q: torch.Tensor,
+    scale: float | None,
 ) -> Mixer:
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     plan = Plan(form, scale, chunk)
+    if kernel == "triton":
+        reason = launch.refusal(
+            plan, q.shape[3], str(q.dtype).removeprefix("torch."), q.device.type
+        )
+        if reason is not None:
+            raise Unsupported(f"{form.name}: {reason}")
     if mask is None:
-        return Mixer(plan)
+        return Mixer(plan, kernel=kernel)
     starts = find_documents(mask)
     if starts is not None:
-        return Mixer(plan, starts[1:])
+        return Mixer(plan, starts[1:], kernel=kernel)
     if mask.kind == "full" and form.name == "linear":
         return Mixer(plan, whole=True)
     allowed = "causal, causal_document" + (" and full" if form.name == "linear" else "")

@@ -17,6 +17,8 @@ from cpbench.core.registry import check_params
 from cpbench.core.spec import Spec
 
 CHUNK = 64  # tokens computed as one matrix product
+TRITON_CHUNK = 32  # more spill registers (cpbench compile --operator mixers)
+KERNELS = ("torch", "triton")
 LARGEST_CHUNK = 1 << 16
 FAST_WEIGHT_CHUNK = 512  # of In-Place test-time training, where it is part of the definition
 
@@ -111,8 +113,9 @@ NOT_AFFINE = {
 }
 
 
-def parse(mixer: Spec | str) -> tuple[Form, int]:
-    """The form of a mixer and its tokens per chunk, from ``"gla"`` or ``"gla:chunk=32"``.
+def parse(mixer: Spec | str) -> tuple[Form, int, str]:
+    """The form of a mixer, its tokens per chunk, and what computes it: ``"torch"`` or ``"triton"``;
+    from ``"gla"`` or ``"ssd:chunk=16,kernel=triton"``.
 
     Raises:
         ValueError: for an unknown name or parameter, a chunk that is no power of two, and memories
@@ -124,10 +127,13 @@ def parse(mixer: Spec | str) -> tuple[Form, int]:
     if spec.name not in FORMS:
         raise ValueError(f"no mixer {spec.name!r}; there are: {', '.join(FORMS)}")
     form = FORMS[spec.name]
-    check_params("mixer", spec.name, spec.kwargs, ("chunk",))
-    chunk = spec.kwargs.get("chunk", form.chunk)
+    check_params("mixer", spec.name, spec.kwargs, ("chunk", "kernel"))
+    kernel = spec.kwargs.get("kernel", "torch")
+    if kernel not in KERNELS:
+        raise ValueError(f"{form.name}: kernel = {kernel!r} is not one of {', '.join(KERNELS)}")
+    chunk = spec.kwargs.get("chunk", TRITON_CHUNK if kernel == "triton" else form.chunk)
     if type(chunk) is not int or not 1 <= chunk <= LARGEST_CHUNK:
         raise ValueError(f"{form.name}: chunk = {chunk!r} must be an integer from 1 to 65536")
     if chunk & (chunk - 1) and not form.lagging:
         raise ValueError(f"{form.name}: chunk = {chunk} must be a power of two")
-    return form, chunk
+    return form, chunk, str(kernel)

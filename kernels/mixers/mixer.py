@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     Forward = tuple[torch.Tensor, torch.Tensor, Any]
 
 
+SHORTEST = 16  # tokens that the Triton kernels take: the smallest side of a matrix product
+
+
 @dataclass(frozen=True)
 class Mixer:
     """A mixer over whole sequences.
@@ -26,11 +29,13 @@ class Mixer:
         plan: of one document.
         documents: first tokens of the documents, but for the first one.
         whole: whether every token sees all, before and after it (linear attention alone).
+        kernel: what computes outputs: ``"torch"`` or ``"triton"``.
     """
 
     plan: Plan
     documents: tuple[int, ...] = ()
     whole: bool = False
+    kernel: str = "torch"
 
     def forward(self, x: Inputs, state: torch.Tensor | None, keep: bool) -> Forward:
         """Compute out ``[B, S, H, V]`` and the state of the last document ``[B, H, K, V]``.
@@ -45,6 +50,10 @@ class Mixer:
         if self.whole:
             return _see_all(x, self.plan.scale, state)
         runs = self._runs(x)
+        if self.kernel == "triton" and x.q.shape[1] >= SHORTEST:
+            from cpbench.kernels.mixers.triton import launch
+
+            return launch.output(*runs[0], state)
         results = [output(run, plan, state, keep=keep) for run, plan in runs]
         if len(results) == 1:
             return results[0]

@@ -274,7 +274,15 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "lact": ({"mixer": "lact"}, "not affine in the state"),
     "chunk": ({"mixer": "gla:chunk=24"}, "chunk = 24 must be a power of two"),
     "chunk 0": ({"mixer": "gla:chunk=0"}, "must be an integer from 1 to 65536"),
-    "parameter": ({"mixer": "gla:size=2"}, "mixer 'gla' has no parameter 'size'; it takes chunk"),
+    "parameter": ({"mixer": "gla:size=2"}, "has no parameter 'size'; it takes chunk, kernel"),
+    "kernel": ({"mixer": "ssd:kernel=cuda"}, "kernel = 'cuda' is not one of torch, triton"),
+    "diagonal": (
+        {"mixer": "kda:kernel=triton", "g": torch.zeros(1, 8, 2, 4)},
+        "kda: kernel=triton computes at most one decay per head and token, not kda",
+    ),
+    "long": (
+        {"mixer": "gated_deltanet:kernel=triton,chunk=128"}, "a chunk of 16, 32, 64, not 128",
+    ),
     "no g": ({"g": None}, "gated_deltanet needs g, of shape [1, 8, 2]"),
     "g of kda": ({"g": torch.zeros(1, 8, 2, 4)}, "g has shape [1, 8, 2, 4]; shapes are [1, 8, 2]"),
     "g of ssd": ({"g": torch.zeros(1, 7, 2)}, "g is torch.float32 [1, 7, 2]; gated_deltanet wants"),

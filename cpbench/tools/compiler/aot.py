@@ -24,8 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from cpbench.core.kernel_launch import Launch
-from cpbench.core.registry import operator_info
-from cpbench.tools.compiler.compilation import SPILLS_OUTSIDE
+from cpbench.tools.compiler.compilation import SPILLS_OUTSIDE, launch_lists
 from cpbench.tools.compiler.disassembly import disassemble, hot_loops
 
 KIB = 1024
@@ -146,7 +145,7 @@ def _verdict(row: dict[str, Any], chip: Chip, multiplies: bool) -> str:
         return f"broken: takes {taken} arguments, and is launched with {given or 'others'}"
     rows, cols = row["tile"]
     exponentials = row.get("exponentials", 0) * 32 * row["warps"]
-    if multiplies and exponentials > 1.5 * rows * cols:
+    if multiplies and rows * cols and exponentials > 1.5 * rows * cols:
         times = exponentials / (rows * cols)
         return f"repeats work: each exponential {times:.2g} times, by {row['warps']} warps"
     if hot := row.get("hot_local_bytes"):
@@ -224,8 +223,7 @@ def kernel_launches(
     operator: str, target: str, dtype: str, head_dim: int, head_dim_v: int = 0, **config: int
 ) -> list[Launch]:
     """The launches of an operator on a target, in the order of its kernels."""
-    info = operator_info(operator)
-    module, _, attribute = info.compiles.partition(":")
+    module, _, attribute = launch_lists()[operator].partition(":")
     launches: list[Launch] = getattr(importlib.import_module(module), attribute)(
         target, dtype, head_dim, head_dim_v=head_dim_v, **config
     )

@@ -22,6 +22,7 @@ HEAD_DIMS = (64, 96, 128, 192, 256)
 INTERPRETER_VARIABLES = ("TRITON_INTERPRET",)  # unset in subprocesses
 CONFIG_FIELDS = ("rows", "cols", "num_warps", "num_stages", "descriptors", "launches")
 
+MIXERS = "mixers"
 SPILLS_OUTSIDE = "spills outside of its loops"
 _AOT, _TUNER = (f"cpbench.tools.compiler.{name}" for name in ("aot", "tuner"))
 
@@ -37,14 +38,14 @@ def compile_requests(
     """The requests to compile each operator for each target, dtype and head_dim.
 
     Args:
-        operators: empty for all Triton operators.
+        operators: empty for all Triton operators; ``"mixers"`` are those of the mixers.
         config: fields that replace those of the shipped configuration.
         head_dim_v: of values; 0 for that of queries and keys.
 
     Raises:
         ValueError: for an unknown value (the message lists the known ones), or without Triton.
     """
-    compilable = sorted(name for name, info in registry.operators().items() if info.compiles)
+    compilable = sorted(launch_lists())
     for option, values, allowed in (
         ("operator", operators, compilable),
         ("target", targets, TARGETS),
@@ -58,18 +59,25 @@ def compile_requests(
         for dim in dims:
             if not 8 <= dim <= 256:
                 raise ValueError(f"--{option}: {dim} is not between 8 and 256")
-    if registry.missing_package(registry.operator_info(compilable[0])):
+    if registry.missing_package(registry.operator_info("triton_band")):
         raise ValueError("compile needs the Python package triton: pip install 'cpbench[triton]'")
     return [
         {
             "operator": operator, "target": target, "dtype": dtype, "head_dim": dim,
             "head_dim_v": head_dim_v, "config": config,
         }
-        for operator in operators or compilable
+        for operator in operators or sorted(set(compilable) - {MIXERS})
         for target in targets
         for dtype in dtypes
         for dim in head_dims
     ]  # fmt: skip
+
+
+def launch_lists() -> dict[str, str]:
+    """``"module:attribute"`` of the function that lists the kernel launches, by operator, and of
+    the mixers, which are no operators."""
+    found = {name: info.compiles for name, info in registry.operators().items() if info.compiles}
+    return found | {MIXERS: "cpbench.kernels.mixers.triton.launch:launches"}
 
 
 def compile_kernels(requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,0 +1,85 @@
+"""The Triton kernels of the mixers, under Triton's interpreter and compiled ahead of time."""
+
+from __future__ import annotations
+
+import naive
+import naive_mixers
+import pytest
+import torch
+
+import cpbench
+from cpbench import masks
+from cpbench.kernels.mixers import forward
+from cpbench.kernels.mixers.chunks import Inputs, Plan
+from cpbench.kernels.mixers.forms import FORMS
+from cpbench.kernels.mixers.triton import launch
+from cpbench.tools.compiler import compilation
+
+pytest.importorskip("triton")
+
+# Several chunks, the last one shorter, dimensions that are no powers of two, and documents that
+# begin with a chunk, inside it, and after a single token.
+CASES: list[tuple[str, torch.dtype, int, int, tuple[int, ...]]] = [
+    ("linear", torch.float32, 70, 32, (5, 32, 33)),
+    ("ssd", torch.float32, 70, 32, ()),
+    ("ssd", torch.bfloat16, 70, 16, (5, 32, 33)),
+    ("deltanet", torch.float16, 70, 32, (5, 32, 33)),
+    ("gated_deltanet", torch.float32, 130, 64, (5, 64, 65, 100)),
+    ("gated_deltanet", torch.bfloat16, 70, 32, ()),
+]
+
+
+@pytest.mark.parametrize(("mixer", "dtype", "tokens", "chunk", "resets"), CASES)
+def test_kernels_compute_what_torch_does(
+    mixer: str, dtype: torch.dtype, tokens: int, chunk: int, resets: tuple[int, ...]
+) -> None:
+    named = naive_mixers.make_inputs(mixer, 1, tokens, 2, 12, 24, dtype)
+    x = Inputs(*(named.get(name) for name in ("q", "k", "v", "g", "beta")))  # type: ignore[arg-type]
+    plan = Plan(FORMS[mixer], 0.4, chunk, resets)
+    out, state, saved = launch.output(x, plan, named["initial_state"])
+    expected, true_state, true = forward.output(x, plan, named["initial_state"])
+    assert true is not None
+    assert out.dtype == dtype
+    assert naive.error(out, expected) < (1e-6 if dtype == torch.float32 else 2e-4)
+    assert naive.error(state, true_state) < 1e-6
+    assert naive.error(saved.states, true.states) < 1e-6
+    if true.inverse is not None:
+        assert saved.inverse is not None
+        assert naive.error(saved.inverse, true.inverse) < 1e-6
+
+
+def test_gradients_follow_the_kernels() -> None:
+    x = naive_mixers.make_inputs("gated_deltanet", 1, 50, 2, 16, 8, torch.float32)
+    mask = masks.build("causal_document", 50, doc_lens=[20, 30])
+    found = {}
+    for kernel in ("torch", "triton"):
+        leaves = {name: y.detach().requires_grad_() for name, y in x.items()}
+        mixer = f"gated_deltanet:kernel={kernel},chunk=32"
+        out, state = cpbench.mix(**leaves, mixer=mixer, mask=mask)
+        found[kernel] = torch.autograd.grad(out.sum() + state.sum(), tuple(leaves.values()))
+    for a, b in zip(*found.values(), strict=True):
+        assert naive.error(a, b) < 1e-5
+
+
+def test_a_sequence_shorter_than_a_matrix_product() -> None:
+    x = naive_mixers.make_inputs("ssd", 1, 5, 2, 16, 8, torch.float32)
+    out, _ = cpbench.mix(**x, mixer="ssd:kernel=triton")
+    assert torch.equal(out, cpbench.mix(**x, mixer="ssd:chunk=32")[0])
+
+
+def test_without_the_interpreter_a_cpu_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    x = naive_mixers.make_inputs("ssd", 1, 20, 2, 16, 8, torch.float32)
+    with pytest.raises(cpbench.Unsupported, match="set TRITON_INTERPRET=1"):
+        cpbench.mix(**x, mixer="ssd:kernel=triton")
+
+
+def test_kernels_compile_without_spills() -> None:
+    targets = ["cuda:80", "cuda:90", "cuda:100"]
+    requests = compilation.compile_requests(["mixers"], targets, ["bfloat16"], [64], {})
+    rows = compilation.compile_kernels(requests)
+    names = ("invert", "pass_states", "outputs")
+    delta = [f"gated_deltanet.{name}" for name in names]
+    assert [row["kernel"] for row in rows] == [*delta, "ssd.pass_states", "ssd.outputs"] * 3
+    assert all(map(compilation.compiles_well, rows))
+    assert all(row["hot_local_bytes"] == 0 for row in rows)
