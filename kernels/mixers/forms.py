@@ -137,3 +137,25 @@ def parse(mixer: Spec | str) -> tuple[Form, int, str]:
     if chunk & (chunk - 1) and not form.lagging:
         raise ValueError(f"{form.name}: chunk = {chunk} must be a power of two")
     return form, chunk, str(kernel)
+
+
+def flops(form: Form, tokens: int, key_dim: int, value_dim: int) -> dict[str, int]:
+    """FLOPs of the forward and the backward pass of one head over ``tokens`` (of all sequences).
+
+    Those of the recurrence, in products of 2 K V a token; what chunks multiply besides depends on
+    their size and is not counted.  Forward: a token updates a state and reads it, and reads it once
+    more under the delta rule.  Backward: the states again (1, 2 under the delta rule), and dq, dk,
+    dv and dS (4; the read of the delta rule adds one to dk and one to dS).
+    """
+    forward, backward = (6, 16) if form.delta else (4, 10)
+    return {
+        "fwd": forward * tokens * key_dim * value_dim,
+        "bwd": backward * tokens * key_dim * value_dim,
+    }
+
+
+def parity_tokens(form: Form, key_dim: int, value_dim: int) -> float:
+    """The length from which a mixer takes fewer FLOPs than causal attention, forward: its 2 (K + V)
+    for each of S (S + 1) / 2 pairs."""
+    per_token = flops(form, 1, key_dim, value_dim)["fwd"]
+    return per_token / (key_dim + value_dim) - 1

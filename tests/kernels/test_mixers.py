@@ -14,9 +14,10 @@ import pytest
 import torch
 from naive_mixers import DELTA, NAMES, Named
 
+from cpbench.core.problem import Problem
 from cpbench.kernels.mixers import backward, chunks, decay, forward
 from cpbench.kernels.mixers.chunks import Inputs, Plan
-from cpbench.kernels.mixers.forms import FORMS
+from cpbench.kernels.mixers.forms import FORMS, flops, parity_tokens
 from cpbench.kernels.mixers.forward import Summary, apply, combine
 
 SCALE, CHUNK = 0.5, 16
@@ -287,3 +288,24 @@ def test_summaries_combine_in_any_grouping() -> None:
     for a, b in ((left, right), (combine(nothing, Summary(None, left.state)), left)):
         torch.testing.assert_close(a.state, b.state)
     torch.testing.assert_close(left.transition, right.transition)
+
+
+def test_flops_by_counting_products() -> None:
+    """Of a token: an update and a read, and the gradients of both, over K x V each."""
+    for mixer in NAMES:
+        delta = mixer in DELTA
+        products = {"fwd": 2 + delta, "bwd": 1 + delta + 4 + 2 * delta}
+        assert flops(FORMS[mixer], 10, 64, 128) == {
+            phase: 10 * 2 * 64 * 128 * count for phase, count in products.items()
+        }
+
+
+@pytest.mark.parametrize(("mixer", "dims"), [("ssd", 2), ("gated_deltanet", 3)])
+def test_parity_with_attention_is_at_a_few_head_dims(mixer: str, dims: int) -> None:
+    tokens = round(parity_tokens(FORMS[mixer], 64, 64))
+    assert tokens == dims * 64 - 1
+    problem = Problem(
+        batch=1, seq_q=tokens, seq_k=tokens, heads_q=1, heads_kv=1, head_dim=64, dtype="float32"
+    )
+    attention = problem.flops(tokens * (tokens + 1) / 2)["fwd"]
+    assert attention == flops(FORMS[mixer], tokens, 64, 64)["fwd"]
