@@ -1,4 +1,4 @@
-"""The only ``autograd.Function`` of the project.
+"""The ``autograd.Function`` of attention, of every operator under every strategy.
 
 What the backward pass needs is saved by ``save_for_backward``: so hooks on saved tensors
 (checkpointing, offloading) see it, it is freed by the first backward pass, and a tensor that was

@@ -57,7 +57,7 @@ def mix(
         mixer: name, with parameters if wanted.  ``chunk``: tokens that are computed together, a
             power of two (``"gla:chunk=32"``); of ``ttt``, any number of tokens that read the state
             before them, 512 unless given, counted from the start of a document.
-            ``kernel=triton``: the outputs by our Triton kernels (at most one decay per head).
+            ``kernel=triton``: by our Triton kernels (at most one decay per head and token).
         mask: causal (unless given) or causal within documents, each of which starts from an empty
             state, as a name or an object of ``cpbench.masks``; ``"full"`` for ``linear`` alone.
         scale: multiplies q; ``K ** -0.5`` unless given.

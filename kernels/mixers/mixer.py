@@ -29,7 +29,7 @@ class Mixer:
         plan: of one document.
         documents: first tokens of the documents, but for the first one.
         whole: whether every token sees all, before and after it (linear attention alone).
-        kernel: what computes outputs: ``"torch"`` or ``"triton"``.
+        kernel: what computes: ``"torch"`` or ``"triton"``.
     """
 
     plan: Plan
@@ -50,7 +50,7 @@ class Mixer:
         if self.whole:
             return _see_all(x, self.plan.scale, state)
         runs = self._runs(x)
-        if self.kernel == "triton" and x.q.shape[1] >= SHORTEST:
+        if self._launches(x):
             from cpbench.kernels.mixers.triton import launch
 
             return launch.output(*runs[0], state)
@@ -68,6 +68,10 @@ class Mixer:
 
         if self.whole:
             return _see_all_backward(x, self.plan.scale, saved, dout, dstate)
+        if isinstance(saved, Saved) and self._launches(x):
+            from cpbench.kernels.mixers.triton import launch
+
+            return launch.backward(x, self._runs(x)[0][1], saved, dout, dstate)
         if isinstance(saved, Saved):
             return backward(x, self._runs(x)[0][1], saved, dout, dstate)
         runs, start, parts = self._runs(x), 0, []
@@ -86,6 +90,9 @@ class Mixer:
 
         outs, states = zip(*(recur(run, plan, state) for run, plan in self._runs(x)), strict=True)
         return torch.cat(outs, 1), states[-1]
+
+    def _launches(self, x: Inputs) -> bool:
+        return self.kernel == "triton" and x.q.shape[1] >= SHORTEST
 
     def _runs(self, x: Inputs) -> list[tuple[Inputs, Plan]]:
         """What is computed at once: all documents, or one if the form is lagging, for which every

@@ -9,7 +9,7 @@ import torch
 
 import cpbench
 from cpbench import masks
-from cpbench.kernels.mixers import forward
+from cpbench.kernels.mixers import backward, forward
 from cpbench.kernels.mixers.chunks import Inputs, Plan
 from cpbench.kernels.mixers.forms import FORMS
 from cpbench.kernels.mixers.triton import launch
@@ -46,6 +46,17 @@ def test_kernels_compute_what_torch_does(
     if true.inverse is not None:
         assert saved.inverse is not None
         assert naive.error(saved.inverse, true.inverse) < 1e-6
+    dout, dstate = torch.randn(out.shape).to(out), torch.randn_like(state)
+    found = launch.backward(x, plan, saved, dout, dstate)
+    wanted = backward.backward(x, plan, true, dout, dstate)
+    for name, a, b in zip(found._fields, found, wanted, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None and b is not None:
+            assert a.dtype == b.dtype
+            # The last head has gates of 1,280 nats a chunk: their sums have fewer digits.
+            errors = naive_mixers.head_errors(a, b, 1 if name == "state" else 2)
+            assert max(errors[:-1]) < (2e-6 if a.dtype == torch.float32 else 2e-4), name
+            assert errors[-1] < 1e-3, name
 
 
 def test_gradients_follow_the_kernels() -> None:
@@ -78,8 +89,8 @@ def test_kernels_compile_without_spills() -> None:
     targets = ["cuda:80", "cuda:90", "cuda:100"]
     requests = compilation.compile_requests(["mixers"], targets, ["bfloat16"], [64], {})
     rows = compilation.compile_kernels(requests)
-    names = ("invert", "pass_states", "outputs")
-    delta = [f"gated_deltanet.{name}" for name in names]
-    assert [row["kernel"] for row in rows] == [*delta, "ssd.pass_states", "ssd.outputs"] * 3
+    names = [f"gated_deltanet.{name}" for name in launch.KERNELS]
+    names += [f"ssd.{name}" for name in launch.KERNELS[1:]]
+    assert [row["kernel"] for row in rows] == names * len(targets)
     assert all(map(compilation.compiles_well, rows))
     assert all(row["hot_local_bytes"] == 0 for row in rows)

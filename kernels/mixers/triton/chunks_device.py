@@ -70,6 +70,24 @@ def load_tokens(X, stride, start, tokens, C: tl.constexpr):
 
 
 @triton.jit
+def store_tokens(X, stride, start, tokens, x, C: tl.constexpr):
+    """Store what :func:`load_tokens` loads."""
+    row = start + tl.arange(0, C)
+    tl.store(X + to_int64(row) * stride, x.to(X.dtype.element_ty), mask=row < tokens)
+
+
+@triton.jit
+def which_summed(Number, start, C: tl.constexpr, DOCUMENTS: tl.constexpr):
+    """``[C, C]``, whether the decay of a token (column) is in the sum of another (row)."""
+    i = tl.arange(0, C)
+    summed = i[:, None] >= i[None, :]
+    if DOCUMENTS:
+        own, previous = tl.load(Number + start + 1 + i), tl.load(Number + start + i)
+        summed = summed & (own[:, None] == own[None, :]) & (own == previous)[None, :]
+    return summed
+
+
+@triton.jit
 def decays(
     G, g_s, Number, start, tokens, C: tl.constexpr, GATED: tl.constexpr, DOCUMENTS: tl.constexpr
 ):
@@ -91,12 +109,11 @@ def decays(
     if DOCUMENTS:
         before = tl.load(Number + start)
         own = tl.load(Number + start + 1 + i)
-        previous = tl.load(Number + start + i)
         final = tl.load(Number + start + C)
         visible = visible & (own[:, None] == own[None, :])
         first, last = own == before, own == final
         through = tl.where(before == final, 1.0, 0.0)
-        summed = visible & (own == previous)[None, :]
+        summed = which_summed(Number, start, C, DOCUMENTS)
         sums = tl.sum(tl.where(summed, g[None, :], 0.0), 1)
     else:
         sums = tl.cumsum(g, 0)

@@ -1,5 +1,5 @@
-"""Launches of the Triton kernels of mixers: :func:`output` is in the place of that of
-``cpbench.kernels.mixers.forward``.
+"""Launches of the Triton kernels of mixers: :func:`output` and :func:`backward` are in the place of
+those of ``cpbench.kernels.mixers.forward`` and ``backward``.
 
 Legend: B batch, S tokens, H heads, K and V dimensions of keys and values, C tokens of a chunk.
 """
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from cpbench.core.environment import interpreting
 from cpbench.core.kernel_launch import Launch
-from cpbench.kernels.mixers.chunks import Inputs, Plan
+from cpbench.kernels.mixers.backward import Gradients
+from cpbench.kernels.mixers.chunks import Inputs, Plan, Slab, write
 from cpbench.kernels.mixers.forward import Saved, initial_state
 from cpbench.kernels.triton.interpreter import patch_bfloat16
 
@@ -24,7 +25,9 @@ WARPS = 8
 LARGEST_KEY = 128
 CHUNKS = (16, 32, 64)
 DTYPES = ("bfloat16", "float16", "float32")
-KERNELS = ("invert", "pass_states", "outputs")
+FLOAT32 = ("Inverse", "State", "States", "X", "G", "Beta", "DState", "DStates", "DV", "DG", "DBeta")
+ALIGNED = ("q", "k", "v", "o", "do", "dq", "dk")  # prefixes of strides, of heads of 16 elements
+KERNELS = ("invert", "pass_states", "outputs", "pass_gradients", "chunk_gradients")
 
 
 def refusal(plan: Plan, key_dim: int, dtype: str, device: str) -> str | None:
@@ -68,14 +71,14 @@ def _output(
     q, k, v, g, beta = x
     (B, S, H, K), V, C = q.shape, v.shape[3], plan.tokens_per_chunk(q.shape[1])
     chunks, h = -(-S // C), B * H
-    first = initial_state(x, state)
+    first = initial_state(x, state).contiguous()
     states = first.new_empty((chunks + 1, h, K, V))
     out = v.new_empty(v.shape)
     number = _document_numbers(plan, chunks * C, q)
     gates, betas = (q if y is None else y for y in (g, beta))  # never read if there are none
     constants = _constants(plan, C, K, V, q.element_size() == 2, cuda=q.is_cuda)
     columns = -(-V // constants["E"])
-    kernels = device_module()
+    kernels = device_modules()[0]
     inverse, values = None, first  # never read without the delta rule
     if plan.form.delta:
         inverse = first.new_empty((chunks, h, C, C))
@@ -96,13 +99,56 @@ def _output(
     return out, states[-1].unflatten(0, (B, H)), Saved(states[:-1], inverse)
 
 
-def device_module() -> Any:
-    """The module of the kernels."""
+def backward(
+    x: Inputs, plan: Plan, saved: Saved, dout: torch.Tensor, dstate: torch.Tensor | None
+) -> Gradients:
+    """As ``cpbench.kernels.mixers.backward.backward``, which see."""
+    import torch
+
+    device = torch.cuda.device(x.q.device) if x.q.is_cuda else nullcontext()
+    with device:
+        inputs = Inputs(*map(_readable, x))  # type: ignore[arg-type]
+        return _backward(inputs, plan, saved, dout.contiguous(), dstate)
+
+
+def _backward(
+    x: Inputs, plan: Plan, saved: Saved, dout: torch.Tensor, dstate: torch.Tensor | None
+) -> Gradients:
+    q, k, v, g, beta = x
+    (B, S, H, K), V, C = q.shape, v.shape[3], plan.tokens_per_chunk(q.shape[1])
+    chunks, h = -(-S // C), B * H
+    last = initial_state(x, dstate).contiguous()
+    dstates = last.new_empty((chunks + 1, h, K, V))
+    dvalues = last.new_empty((chunks, h, C, V))
+    dq, dk, dv = (y.new_empty(y.shape) for y in (q, k, v))
+    dg, dbeta = (None if y is None else y.new_empty(y.shape) for y in (g, beta))
+    number = _document_numbers(plan, chunks * C, q)
+    inverse = last if saved.inverse is None else saved.inverse  # never read if there is none
+    gates, betas, dgates, dbetas = (q if y is None else y for y in (g, beta, dg, dbeta))
+    constants = _constants(plan, C, K, V, q.element_size() == 2, cuda=q.is_cuda)
+    kernels = device_modules()[1]
+    kernels.pass_gradients[(h, -(-V // constants["E"]))](
+        q, k, gates, betas, number, inverse, dout, last, dstates, dvalues,
+        *_strides(q, k, gates, betas, dout), h, H, S, chunks, plan.scale,
+        **_of(kernels.pass_gradients, constants),
+    )  # fmt: skip
+    kernels.chunk_gradients[(chunks, h)](
+        q, k, v, gates, betas, number, inverse, saved.states, dstates, dvalues, dout,
+        dq, dk, dgates, dbetas,
+        *_strides(q, k, v, gates, betas, dout, dq, dk, dgates, dbetas), h, H, S, chunks, plan.scale,
+        **_of(kernels.chunk_gradients, constants),
+    )  # fmt: skip
+    write(dvalues, Slab(0, chunks, 0, S), dv)
+    return Gradients(dq, dk, dv, dg, dbeta, dstates[0].unflatten(0, (B, H)))
+
+
+def device_modules() -> tuple[Any, Any]:
+    """The modules with the kernels of the forward and the backward pass."""
     if interpreting():
         patch_bfloat16()
-    from cpbench.kernels.mixers.triton import forward_device
+    from cpbench.kernels.mixers.triton import backward_device, forward_device
 
-    return forward_device
+    return forward_device, backward_device
 
 
 def _document_numbers(plan: Plan, tokens: int, q: torch.Tensor) -> torch.Tensor:
@@ -149,8 +195,8 @@ def _strides(*tensors: torch.Tensor) -> list[int]:
 def launches(
     target: str, dtype: str, head_dim: int, head_dim_v: int = 0, **config: int
 ) -> list[Launch]:
-    """The launches of a forward pass of ``gated_deltanet`` over documents, and of ``ssd``, to
-    compile them ahead of time.
+    """The launches of a forward and a backward pass of ``gated_deltanet`` over documents, and of
+    ``ssd``, to compile them ahead of time.
 
     Raises:
         ValueError: for fields of a configuration, of which the kernels have none.
@@ -160,7 +206,6 @@ def launches(
     if config:
         raise ValueError(f"mixers have no configuration, and {', '.join(config)} was given")
     element = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[dtype]
-    module = device_module()
     found = []
     for form in ("gated_deltanet", "ssd"):
         plan = Plan(FORMS[form], 1.0, TRITON_CHUNK, (1,) if FORMS[form].delta else ())
@@ -169,19 +214,20 @@ def launches(
             cuda=target.startswith("cuda"),
         )  # fmt: skip
         for name in KERNELS if plan.form.delta else KERNELS[1:]:
+            module = next(one for one in device_modules() if hasattr(one, name))
             arguments = getattr(module, name).arg_names
             own = {key: value for key, value in constants.items() if key in arguments}
             types = {}
             for argument in arguments:
                 if argument == "Number":
                     types[argument] = "*i32"
-                elif argument in ("Inverse", "State", "States", "X", "G", "Beta"):
+                elif argument in FLOAT32:
                     types[argument] = "*fp32"
                 elif argument[0].isupper() and argument not in own:
                     types[argument] = f"*{element}"
                 elif argument not in own:
                     types[argument] = "fp32" if argument == "scale" else "i32"
-            strides = [x for x in types if x[-2:] in ("_b", "_s", "_h") and x[0] in "qkvo"]
+            strides = [x for x in types if x.rpartition("_")[0] in ALIGNED]
             pointers = [x for x, type_ in types.items() if type_[0] == "*"]
             found.append(
                 Launch(

@@ -1,0 +1,154 @@
+# mypy: ignore-errors
+"""The backward pass of a mixer in Triton: the gradients of the states, then those of each chunk.
+
+The formulas are those of ``cpbench.kernels.mixers.backward``: readers are q (times scale) and under
+the delta rule k, writers w = beta k.
+
+Legend: as in ``chunks_device``; programs divide chunks, batches and heads (bh), and E.
+"""
+
+import triton
+import triton.language as tl
+
+from cpbench.kernels.mixers.triton.chunks_device import (
+    decays,
+    head,
+    load_matrix,
+    load_rows,
+    load_tokens,
+    store_matrix,
+    store_rows,
+    store_tokens,
+    to_int64,
+    which_summed,
+)
+
+
+@triton.jit
+def pass_gradients(
+    Q, K, G, Beta, Number, Inverse, DOut, DState, DStates, DV,
+    q_b, q_s, q_h, k_b, k_s, k_h, g_b, g_s, g_h, beta_b, beta_s, beta_h, do_b, do_s, do_h,
+    batch_heads, heads, tokens, chunks, scale,
+    C: tl.constexpr, D: tl.constexpr, E: tl.constexpr, KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, GATED: tl.constexpr, DELTA: tl.constexpr, DOCUMENTS: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Pass E columns of the gradient of the state of a head back through all chunks.
+
+    ``DStates`` ``[chunks + 1, bh, KEY_DIM, VALUE_DIM]`` receives that before each chunk and after
+    the last one, ``DV`` ``[chunks, bh, C, VALUE_DIM]`` the gradient of the values.
+    """
+    bh, first = tl.program_id(0), tl.program_id(1) * E
+    size = KEY_DIM * VALUE_DIM
+    q_head, k_head = head(Q, bh, heads, q_b, q_h), head(K, bh, heads, k_b, k_h)
+    g_head, beta_head = head(G, bh, heads, g_b, g_h), head(Beta, bh, heads, beta_b, beta_h)
+    dout_head = head(DOut, bh, heads, do_b, do_h)
+    dstate = load_matrix(DState + to_int64(bh) * size, first, D, E, KEY_DIM, VALUE_DIM)
+    for back in range(chunks):
+        n = chunks - 1 - back
+        start, index = n * C, to_int64(n) * batch_heads + bh
+        store_matrix(
+            DStates + (index + batch_heads) * size, first, dstate, D, E, KEY_DIM, VALUE_DIM
+        )
+        q = load_rows(q_head, q_s, start, 0, tokens, C, D, KEY_DIM) * scale
+        k = load_rows(k_head, k_s, start, 0, tokens, C, D, KEY_DIM)
+        dout = load_rows(dout_head, do_s, start, first, tokens, C, E, VALUE_DIM)
+        between, from_start, to_end, across = decays(
+            g_head, g_s, Number, start, tokens, C, GATED, DOCUMENTS
+        )
+        pairs = tl.dot(k, tl.trans(q), input_precision=PRECISION) * tl.trans(between)
+        if DELTA:
+            beta = load_tokens(beta_head, beta_s, start, tokens, C)
+            pairs *= beta[:, None]
+            to_end *= beta
+        dv = tl.dot(pairs, dout, input_precision=PRECISION)
+        dv += tl.dot(k * to_end[:, None], dstate, input_precision=PRECISION)
+        dstate *= across
+        dstate += tl.dot(tl.trans(q * from_start[:, None]), dout, input_precision=PRECISION)
+        if DELTA:
+            inverse = load_matrix(Inverse + index * C * C, 0, C, C, C, C)
+            dv = tl.dot(tl.trans(inverse), dv, input_precision=PRECISION)
+            dstate -= tl.dot(tl.trans(k * from_start[:, None]), dv, input_precision=PRECISION)
+        store_matrix(DV + index * C * VALUE_DIM, first, dv, C, E, C, VALUE_DIM)
+    store_matrix(DStates + to_int64(bh) * size, first, dstate, D, E, KEY_DIM, VALUE_DIM)
+
+
+@triton.jit
+def chunk_gradients(
+    Q, K, V, G, Beta, Number, Inverse, States, DStates, DV, DOut, DQ, DK, DG, DBeta,
+    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, g_b, g_s, g_h, beta_b, beta_s, beta_h,
+    do_b, do_s, do_h, dq_b, dq_s, dq_h, dk_b, dk_s, dk_h, dg_b, dg_s, dg_h, db_b, db_s, db_h,
+    batch_heads, heads, tokens, chunks, scale,
+    C: tl.constexpr, D: tl.constexpr, E: tl.constexpr, KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, GATED: tl.constexpr, DELTA: tl.constexpr, DOCUMENTS: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradients of q, k, g and beta of a chunk, from the states before it and their gradients
+    after it."""
+    n, bh = tl.program_id(0), tl.program_id(1)
+    start, index = n * C, to_int64(n) * batch_heads + bh
+    size = KEY_DIM * VALUE_DIM
+    k = load_rows(head(K, bh, heads, k_b, k_h), k_s, start, 0, tokens, C, D, KEY_DIM)
+    g_head = head(G, bh, heads, g_b, g_h)
+    between, from_start, to_end, across = decays(
+        g_head, g_s, Number, start, tokens, C, GATED, DOCUMENTS
+    )
+    v_head, dout_head = head(V, bh, heads, v_b, v_h), head(DOut, bh, heads, do_b, do_h)
+    dq, dk, dw = (
+        tl.zeros([C, D], dtype=tl.float32),
+        tl.zeros([C, D], dtype=tl.float32),
+        tl.zeros([C, D], dtype=tl.float32),
+    )
+    dp, dm = tl.zeros([C, C], dtype=tl.float32), tl.zeros([C, C], dtype=tl.float32)
+    through = tl.zeros([D], dtype=tl.float32)
+    for first in range(0, VALUE_DIM, E):
+        state = load_matrix(States + index * size, first, D, E, KEY_DIM, VALUE_DIM)
+        dstate = load_matrix(
+            DStates + (index + batch_heads) * size, first, D, E, KEY_DIM, VALUE_DIM
+        )
+        x = load_rows(v_head, v_s, start, first, tokens, C, E, VALUE_DIM)
+        dout = load_rows(dout_head, do_s, start, first, tokens, C, E, VALUE_DIM)
+        if DELTA:
+            x -= tl.dot(k * from_start[:, None], state, input_precision=PRECISION)
+            inverse = load_matrix(Inverse + index * C * C, 0, C, C, C, C)
+            x = tl.dot(inverse, x, input_precision=PRECISION)
+            dv = load_matrix(DV + index * C * VALUE_DIM, first, C, E, C, VALUE_DIM)
+            dk -= tl.dot(dv, tl.trans(state), input_precision=PRECISION)
+            dm -= tl.dot(dv, tl.trans(x), input_precision=PRECISION)
+        dq += tl.dot(dout, tl.trans(state), input_precision=PRECISION)
+        dw += tl.dot(x, tl.trans(dstate), input_precision=PRECISION)
+        dp += tl.dot(dout, tl.trans(x), input_precision=PRECISION)
+        through += tl.sum(state * dstate, 1)
+    q = load_rows(head(Q, bh, heads, q_b, q_h), q_s, start, 0, tokens, C, D, KEY_DIM) * scale
+    w = k
+    if DELTA:
+        beta = load_tokens(head(Beta, bh, heads, beta_b, beta_h), beta_s, start, tokens, C)
+        w = k * beta[:, None]
+    i = tl.arange(0, C)
+    itself = i[:, None] == i[None, :]
+    own = tl.sum(tl.where(itself, dp, 0.0), 1)[:, None]
+    between = tl.where(itself, 0.0, between)
+    dp *= between
+    dq = dq * from_start[:, None] + tl.dot(dp, w, input_precision=PRECISION)
+    dw_end = dw * to_end[:, None]
+    dw = tl.dot(tl.trans(dp), q, input_precision=PRECISION)
+    if DELTA:
+        dm *= between
+        dk = dk * from_start[:, None] + tl.dot(dm, w, input_precision=PRECISION)
+        dw += tl.dot(tl.trans(dm), k, input_precision=PRECISION)
+    if GATED:
+        last = i == tl.minimum(tokens - start, C) - 1  # no decay follows it
+        handed_on = tl.where(last, 0.0, tl.sum(w * dw_end, 1))
+        at_end = tl.sum(handed_on, 0) + across * tl.sum(through, 0)
+        dsums = tl.sum(q * dq + k * dk - w * dw, 1) - handed_on + tl.where(last, at_end, 0.0)
+        summed = which_summed(Number, start, C, DOCUMENTS)
+        dg = tl.sum(tl.where(summed, dsums[:, None], 0.0), 0)
+        store_tokens(head(DG, bh, heads, dg_b, dg_h), dg_s, start, tokens, dg, C)
+    dw += dw_end + own * q
+    dq = (dq + own * w) * scale
+    store_rows(head(DQ, bh, heads, dq_b, dq_h), dq_s, start, 0, tokens, dq, C, D, KEY_DIM)
+    if DELTA:
+        dbeta = tl.sum(dw * k, 1)
+        store_tokens(head(DBeta, bh, heads, db_b, db_h), db_s, start, tokens, dbeta, C)
+        dw = dk + dw * beta[:, None]
+    store_rows(head(DK, bh, heads, dk_b, dk_h), dk_s, start, 0, tokens, dw, C, D, KEY_DIM)
