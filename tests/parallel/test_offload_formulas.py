@@ -1,4 +1,4 @@
-"""Traffic and memory of strategies with ``offload=host``: the closed formulas of docs/strategies.md
+"""Traffic and memory of strategies with ``offload=host``: the closed formulas of docs/offload.md
 against the trace, exactly."""
 
 from __future__ import annotations
