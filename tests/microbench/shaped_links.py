@@ -47,7 +47,9 @@ strategy = "usp:ulysses=2"
 placement = ["ulysses", "ring"]
 
 [[include]]
-strategy = ["ulysses:pad=true", "usp:inner=allgather,ulysses=2"]
+strategy = [
+    "ulysses:pad=true", "ulysses:offload=host,chunk=1024", "usp:inner=allgather,ulysses=2"
+]
 
 [[include]]
 strategy = ["dispatch", "dispatch:by=node"]
