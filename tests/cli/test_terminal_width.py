@@ -116,7 +116,9 @@ def test_tables_of_tools(
         "shared_bytes": 200 << 10, "tensor_columns": 512, "matrix_instruction": "tcgen05.mma",
         "occupancy": 0.125, "verdict": "ok",
     }  # fmt: skip
-    print_rows(compilation.table([compiled]))
+    of_mixers = {"head_dim": 64, "head_dim_v": 0, "kernel": "gated_deltanet.chunk_gradients",
+                 "config": "chunk 32 w8", "matrix_instructions": 12, "tile": (0, 0)}  # fmt: skip
+    print_rows(compilation.table([compiled, compiled | of_mixers]))
     groups = [{"ranks": list(range(8)), "times_us": [1.0, 2.0]}] * 2
     row = {"link": "across", "operation": "reduce_scatter", "ranks": 16, "bytes": 1 << 26,
            "groups": groups}  # fmt: skip

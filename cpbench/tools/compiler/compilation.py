@@ -148,6 +148,8 @@ def _matrix_use(row: dict[str, Any]) -> str:
     if not row.get("matrix_instructions"):
         return name
     rows, cols = row["tile"]
+    if not rows * cols:  # no tile of scores
+        return name
     return (
         f"{name}, {row['matrix_instructions'] * 64 / rows * 64 / cols:.3g} a warp for 64x64 scores"
     )
