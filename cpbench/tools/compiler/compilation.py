@@ -160,12 +160,13 @@ def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         {
             "target": row["target"], "dtype": row["dtype"], "head_dim": _head_dims(row),
-            "kernel": row["kernel"],
+            "kernel": row["kernel"].rpartition(".")[2],
             "registers": row.get("registers", ""), "spilled bytes": row.get("spill_bytes", ""),
             "shared KiB": f"{row.get('shared_bytes', 0) / 1024:.0f}",
             "tensor cols": row.get("tensor_columns", "") or "",
             "summary": "; ".join(filter(None, [
-                f"{row['config']}: {row['verdict']}",
+                " ".join(filter(None, (row["kernel"].rpartition(".")[0], row["config"])))
+                + f": {row['verdict']}",
                 _matrix_use(row),
                 f"occupancy {100 * row['occupancy']:.0f} %" if "occupancy" in row else "",
             ])),
