@@ -188,8 +188,13 @@ class BoundOperator:
         """Uninitialised memory for :meth:`sum_float32`."""
         import torch
 
-        elements = sum(gradient.numel() for gradient in gradients)
-        return torch.empty(elements, dtype=torch.float32, device=self.device)
+        return self.empty((sum(gradient.numel() for gradient in gradients),), torch.float32)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Uninitialised memory for partial results."""
+        import torch
+
+        return torch.empty(tuple(shape), dtype=dtype, device=self.device)
 
     output_with_delta = staticmethod(output_with_delta)
 

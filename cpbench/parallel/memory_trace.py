@@ -43,6 +43,7 @@ class _AccumulatingOperator(TracedOperator):
     backward_accumulator_type = BackwardAccumulator
     output_with_delta = staticmethod(BoundOperator.output_with_delta)
     sum_float32 = BoundOperator.sum_float32
+    empty = BoundOperator.empty
 
     def forward(self, qkv: QKV, plan: TracedPlan) -> OutLse:
         repeated = [repeat_heads(x, plan.kv_heads) for x in (qkv.k, qkv.v)]

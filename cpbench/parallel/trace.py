@@ -191,17 +191,28 @@ class _BackwardAccumulator(BackwardAccumulator):
         pass
 
     def finish(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return self._q.new_empty(self._q.shape, dtype=dtype)
+        return self._op.empty(self._q.shape, dtype or self._q.dtype)
 
 
 class TracedOperator(BoundOperator):
-    """An operator that counts the visible pairs of its calls and computes nothing."""
+    """An operator that counts the visible pairs of its calls and computes nothing.
+
+    Results of one shape and dtype are one tensor, as nothing is written to them.
+    """
 
     forward_accumulator_type: type[ForwardAccumulator] = _ForwardAccumulator
     backward_accumulator_type: type[BackwardAccumulator] = _BackwardAccumulator
 
     def __init__(self, info: OperatorInfo, device: str = "meta") -> None:
         super().__init__(info, None, device)  # type: ignore[arg-type]
+        self._empty: dict[tuple[tuple[int, ...], torch.dtype], torch.Tensor] = {}
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor of this shape and dtype."""
+        key = tuple(shape), dtype
+        if key not in self._empty:
+            self._empty[key] = super().empty(shape, dtype)
+        return self._empty[key]
 
     def prepare(self, subproblem: Subproblem | KeySubset | Chunk) -> TracedPlan:
         return TracedPlan(subproblem.area, subproblem.world.kv_heads)
@@ -218,7 +229,8 @@ class TracedOperator(BoundOperator):
 
     def backward(self, x: BackwardInputs, plan: Any) -> Gradients:
         self.pairs += plan.area * x.q.shape[2]
-        return x.q.new_empty(x.q.shape), x.k.new_empty(x.k.shape), x.v.new_empty(x.v.shape)
+        dq, dk, dv = (self.empty(tensor.shape, tensor.dtype) for tensor in x.qkv)
+        return dq, dk, dv
 
     @staticmethod
     def output_with_delta(dout_BSHD: torch.Tensor, delta_BSH: torch.Tensor) -> torch.Tensor:

@@ -116,7 +116,7 @@ class World:
         """Attention of the queries of one rank to concatenated runs of keys, rows (start, length);
         for layouts of step 1."""
         queries = self.queries.ranges(rank)
-        return KeySubset(self, self.shared_mask.restrict(queries, keys).simplify())
+        return KeySubset(self, self.shared_mask.restrict(queries, keys))
 
     def mesh(self, **axes: int) -> Mesh:
         """The ranks as a mesh of ``axes``, outermost first; ``placement`` moves one innermost.
@@ -205,22 +205,28 @@ class KeySubset:
 
     Attributes:
         world: the world that it belongs to.
-        mask: in local coordinates.
+        pieces: its mask in local coordinates, as cut out: in more slices than needed.
     """
 
     world: World
-    mask: AttnMask
+    pieces: AttnMask
+
+    @property
+    def mask(self) -> AttnMask:
+        """The mask in local coordinates, simplified on every access."""
+        return self.pieces.simplify()
 
     @property
     def area(self) -> int:
         """Visible pairs."""
-        return self.mask.area
+        return self.pieces.area
 
     @property
     def problem(self) -> Problem:
         """The problem that the operator computes."""
         whole = self.world.problem
-        return local_problem(whole, self.mask.seq_q, self.mask.seq_k, whole.heads_q, whole.heads_kv)
+        seq_q, seq_k = self.pieces.seq_q, self.pieces.seq_k
+        return local_problem(whole, seq_q, seq_k, whole.heads_q, whole.heads_kv)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ Source: DistFlashAttn / LightSeq (arXiv 2310.03294); helpers are chosen here by 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -140,34 +139,31 @@ class DistFlash:
         accumulator = op.backward_accumulator(dout, q, out, lse)
         dk_dv: torch.Tensor | None = None  # of the local keys, float32
 
-        def add(gradients: Sequence[torch.Tensor]) -> None:
+        def add(*gradients: torch.Tensor) -> None:
             nonlocal dk_dv
             dk_dv = op.sum_float32(dk_dv, gradients)
-
-        def add_received(packed: torch.Tensor) -> None:
-            add(unpacked(packed, [k.shape, v.shape]))
 
         results = ResultExchange(comm)
         local_queries = (q, dout, row_delta(dout, out), lse)
         for step, kv, queries in _overlapped_steps(plan, local_queries, (k, v), comm):
             if step is None:
                 if plan.local is not None:
-                    add(accumulator.add(k, v, plan.local))
+                    add(*accumulator.add(k, v, plan.local))
                 continue
             if step.attend_plan is not None:
                 grads = op.sum_float32(None, accumulator.add(kv[0], kv[1], step.attend_plan))
                 results.send([grads.to(send_dtype)], step.source)
             if step.sends_keys:
-                buffer = k.new_empty(k.numel() + v.numel(), dtype=send_dtype)
-                results.receive([buffer], step.target, add_received)
+                buffer = op.empty((k.numel() + v.numel(),), send_dtype)
+                results.receive([buffer], step.target, add)
             if step.help_plan is not None:
                 q_s, dout_s, delta_s, lse_s = queries
                 helper = op.backward_accumulator_from_delta(dout_s, q_s, delta_s, lse_s)
-                add(helper.add(k, v, step.help_plan))
+                add(*helper.add(k, v, step.help_plan))
                 results.send([helper.finish(send_dtype)], step.source)
             if step.sends_queries:
                 results.receive(
-                    [q.new_empty(q.shape, dtype=send_dtype)], step.target, accumulator.add_partial
+                    [op.empty(q.shape, send_dtype)], step.target, accumulator.add_partial
                 )
             results.post()
         results.wait()

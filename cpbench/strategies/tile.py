@@ -194,20 +194,19 @@ class Tile:
                 results.send([accumulator.finish(send_dtype)], row.source)
             if row.sends:
                 results.receive(
-                    [q.new_empty(q.shape, dtype=send_dtype)], row.target, own.add_partial
+                    [op.empty(q.shape, send_dtype)], row.target, own.add_partial
                 )
             results.post()
         columns.finish()
 
         def add(packed: torch.Tensor) -> None:
-            dk_dv = unpacked(packed, [k.shape, v.shape])
-            column_grads[0] = op.sum_float32(column_grads.get(0), dk_dv)
+            column_grads[0] = op.sum_float32(column_grads.get(0), [packed])
 
         for i, column in list(enumerate(plan.columns))[1:]:
             if column.receives:
                 results.send([column_grads[i].to(send_dtype)], column.source)
             if column.sends:
-                buffer = k.new_empty(k.numel() + v.numel(), dtype=send_dtype)
+                buffer = op.empty((k.numel() + v.numel(),), send_dtype)
                 results.receive([buffer], column.target, add)
             results.post()
         results.wait()

@@ -86,8 +86,8 @@ class ForwardAccumulator:
         import torch
 
         b, s, h, _ = self._q.shape
-        out = self._q.new_empty((b, s, h, self._value_dim))
-        return out, self._q.new_empty((b, h, s), dtype=torch.float32)
+        out = self._op.empty((b, s, h, self._value_dim), self._q.dtype)
+        return out, self._op.empty((b, h, s), torch.float32)
 
 
 class BackwardAccumulator:

@@ -90,14 +90,10 @@ def plan_rotation(
         window: ranks per window, a divisor of P.
         plan: makes the operator's plan for a block, given its owner.
     """
-    table = _cached_schedule(needed.tobytes(), len(needed), window)[:, rank]
+    table = _cached_schedule(needed.tobytes(), len(needed), window)[rank]
     steps = []
-    for row in table.tolist():
-        step = Step(*row)
-        if step.computes:
-            step = step._replace(plan=plan(step.source))
-        if step.computes or max(row[3:7]) > NO_PEER or max(row[7:]) > NO_PEER:
-            steps.append(step)
+    for row in table[(table[:, 2] > 0) | (table[:, 3:].max(axis=1) > NO_PEER)].tolist():
+        steps.append(Step(*row, plan(row[1]) if row[2] else None))
     return Rotation(tuple(steps), window < len(needed))
 
 
@@ -108,7 +104,7 @@ def _cached_schedule(needed: bytes, size: int, window: int) -> IntArray:
 
 
 def _compute_schedule(needed: BoolArray, window: int) -> IntArray:
-    """The fields of every step of every rank, ``(steps, ranks, 10)``.
+    """The fields of every step of every rank, ``(ranks, steps, 10)``.
 
     Legend of axes: (block s, round o, turn i) or (round o, turn i, rank r).
     """
@@ -156,7 +152,7 @@ def _compute_schedule(needed: BoolArray, window: int) -> IntArray:
         peer_if(at(rank, goes_home), at(rank, holder)),
     ]
     table = np.stack([field.astype(np.int32) for field in fields], axis=-1)
-    return table.reshape(rounds * window, size, len(fields))
+    return table.reshape(rounds * window, size, len(fields)).transpose(1, 0, 2).copy()
 
 
 def rotate_blocks(
@@ -280,7 +276,4 @@ class GradientRotation:
             self._local = arrived.float() if self._local is None else self._local.add_(arrived)
 
     def _buffer(self, dtype: torch.dtype) -> torch.Tensor:
-        import torch
-
-        elements = sum(map(math.prod, self._shapes))
-        return torch.empty(elements, dtype=dtype, device=self._op.device)
+        return self._op.empty((sum(map(math.prod, self._shapes)),), dtype)
