@@ -30,6 +30,7 @@ WINGS = (
     "api",
     "verify",
     "measure",
+    "simulator",
     "worker",
     "launchers",
     "sweep",
@@ -43,11 +44,12 @@ DOORS = ("", "__main__")  # `import cpbench` shows names of all wings, `python -
 
 # What a login node runs, and what is started from there in processes of its own.
 PARENT = (
-    "core", "results", "masks", "inputs", "launchers", "sweep", "slurm", "reports", "tools", "cli",
+    "core", "results", "masks", "inputs", "simulator", "launchers", "sweep", "slurm", "reports",
+    "tools", "cli",
 )  # fmt: skip
 SUBPROCESSES = (
     "integrations.capture", "tools.compiler.aot", "tools.links_operations", "tools.links_worker",
-    "tools.compiler.tuner", "slurm.node_probe",
+    "tools.compiler.tuner", "slurm.node_probe", "simulator.recording",
 )  # fmt: skip
 
 MOST_LINES = 400

@@ -18,6 +18,7 @@ from cpbench.parallel.partial_results.accumulators import (
     padded,
     unpacked,
 )
+from cpbench.parallel.partial_results.merge import merge
 from cpbench.parallel.partial_results.repeated_heads import repeat_heads, sum_repeated_heads
 
 if TYPE_CHECKING:
@@ -197,6 +198,12 @@ class BoundOperator:
         return torch.empty(tuple(shape), dtype=dtype, device=self.device)
 
     output_with_delta = staticmethod(output_with_delta)
+
+    def merge(
+        self, out: torch.Tensor, lse: torch.Tensor, partial: torch.Tensor, partial_lse: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :func:`cpbench.parallel.partial_results.merge.merge`."""
+        return merge(out, lse, partial, partial_lse)
 
     def forward_accumulator(self, q: torch.Tensor, value_dim: int = 0) -> ForwardAccumulator:
         """Accumulate attention of these queries over disjoint subsets of keys, whose values have

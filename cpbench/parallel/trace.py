@@ -32,6 +32,11 @@ if TYPE_CHECKING:
     from cpbench.parallel.world import Chunk, KeySubset, Subproblem, World
 
 MODULUS = 1 << 61
+# Names of the kinds of collectives; the last is the creation of a lane, which sends nothing.
+COLLECTIVES = {
+    1: "all_to_all", 2: "all_gather", 3: "reduce_scatter", 4: "all_reduce", 5: "all_reduce",
+    6: "lane",
+}  # fmt: skip
 _DONE = CompletedHandle()
 
 

@@ -193,9 +193,7 @@ class Tile:
             if row.receives:
                 results.send([accumulator.finish(send_dtype)], row.source)
             if row.sends:
-                results.receive(
-                    [op.empty(q.shape, send_dtype)], row.target, own.add_partial
-                )
+                results.receive([op.empty(q.shape, send_dtype)], row.target, own.add_partial)
             results.post()
         columns.finish()
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cpbench.core.operator import QKV, BackwardInputs, nothing_visible
-from cpbench.parallel.partial_results.merge import merge
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +63,7 @@ class ForwardAccumulator:
         assert self._lse is not None
         self._out = self._out.float()
         cropped_lse = self._lse[:, :, q0:q1]
-        cropped_lse.copy_(merge(self._out[:, q0:q1], cropped_lse, out, lse)[1])
+        cropped_lse.copy_(self._op.merge(self._out[:, q0:q1], cropped_lse, out, lse)[1])
 
     def add_partial(self, out: torch.Tensor, lse: torch.Tensor | None) -> None:
         """Merge the partial result of another subset of keys; its tensors may be overwritten."""
@@ -73,7 +72,7 @@ class ForwardAccumulator:
         else:
             assert lse is not None
             assert self._lse is not None
-            self._out, self._lse = merge(self._out, self._lse, out, lse)
+            self._out, self._lse = self._op.merge(self._out, self._lse, out, lse)
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return out in the dtype of q, and lse; zeros and -inf when nothing was added."""

@@ -1,0 +1,88 @@
+"""What one rank does in order: kernels, side work, communication and waits; and its totals.
+
+Ranks are those of all ranks (not of a sub-communicator), bytes are those of one rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cpbench.simulator.tiles import TileCounts
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One call of the attention operator.
+
+    Attributes:
+        phase: ``"fwd"`` or ``"bwd"``.
+        tiles: of one head.
+        heads_q, heads_kv: heads times batch.
+        seq_q, seq_k: tokens of its tensors.
+        head_dim, value_dim: of queries and keys, and of values.
+        itemsize: bytes of an element.
+    """
+
+    phase: str
+    tiles: TileCounts
+    heads_q: int
+    heads_kv: int
+    seq_q: int
+    seq_k: int
+    head_dim: int
+    value_dim: int
+    itemsize: int
+
+
+@dataclass(frozen=True)
+class SideWork:
+    """Work of a strategy beside its kernels: merges, packing, float32 sums, padding.
+
+    Attributes:
+        stream: bytes read and written in order; gather, scatter: by an index.
+        launches: of device kernels.
+    """
+
+    stream: int = 0
+    gather: int = 0
+    scatter: int = 0
+    launches: int = 0
+
+    def __add__(self, other: SideWork) -> SideWork:
+        return SideWork(
+            self.stream + other.stream,
+            self.gather + other.gather,
+            self.scatter + other.scatter,
+            self.launches + other.launches,
+        )
+
+
+@dataclass(frozen=True)
+class Post:
+    """The start of a communication operation, in the background.
+
+    Attributes:
+        number: of the operation among those of its rank.
+        operation: ``"exchange"``, ``"all_to_all"``, ``"all_gather"``, ``"reduce_scatter"`` or
+            ``"all_reduce"``.
+        members, lane: of its communicator, whose operations run one after another.
+        sends, receives: rows (peer, bytes); of a collective, to and from every other member.
+    """
+
+    number: int
+    operation: str
+    members: tuple[int, ...]
+    lane: str
+    sends: tuple[tuple[int, int], ...]
+    receives: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Wait:
+    """The host or device waits for the operation of that number."""
+
+    number: int
+
+
+Event = Kernel | SideWork | Post | Wait
+Program = tuple[Event, ...]

@@ -1,0 +1,206 @@
+"""Recordings of a rank: what its strategy does in order, from its own code on meta tensors.
+
+Everything but the operator's kernels runs as it would on a GPU: :class:`RecordingOperator` is the
+real :class:`~cpbench.parallel.bound_operator.BoundOperator` around an implementation that computes
+nothing, and what torch would launch for the strategy is seen by a dispatch mode.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from cpbench.parallel.bound_operator import BoundOperator
+from cpbench.parallel.comm import CompletedHandle
+from cpbench.parallel.trace import COLLECTIVES, TraceComm, empty_inputs
+from cpbench.simulator.events import Event, Kernel, Post, Program, SideWork, Wait
+from cpbench.simulator.tiles import Tiling, count_tiles
+
+if TYPE_CHECKING:
+    from cpbench.core.operator import QKV, BackwardInputs, Gradients, OutLse
+    from cpbench.core.problem import Problem
+    from cpbench.core.registry import OperatorInfo
+    from cpbench.masks.attn_mask import AttnMask
+    from cpbench.parallel.comm import Handle, Messages
+    from cpbench.parallel.strategy import Strategy
+    from cpbench.parallel.world import World
+
+# Operators of torch that move no data, and those that read or write by an index.
+FREE = {"empty", "empty_like", "new_empty", "empty_strided", "detach", "alias", "lift_fresh"}
+GATHERS = {"index_select", "gather", "index", "take_along_dim", "embedding"}
+SCATTERS = {"index_copy_", "index_add_", "scatter_", "scatter_add_", "index_put_", "index_fill_"}
+
+
+class Recorder:
+    """The events of one rank in order; consecutive side work is one event."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def add(self, event: Event) -> None:
+        if isinstance(event, SideWork) and self.events:
+            last = self.events[-1]
+            if isinstance(last, SideWork):
+                self.events[-1] = last + event
+                return
+        self.events.append(event)
+
+    def take(self) -> Program:
+        """The events since the last call."""
+        events, self.events = tuple(self.events), []
+        return events
+
+
+class RecordingComm(TraceComm):
+    """A :class:`~cpbench.parallel.trace.TraceComm` that also keeps posts and waits in order."""
+
+    def __init__(self, rank: int, size: int, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._posts = 0
+        super().__init__(rank, size)
+
+    def exchange(self, sends: Messages, recvs: Messages, what: str = "") -> Handle:
+        super().exchange(sends, recvs, what)
+        sent, received = (
+            tuple((self._members[peer], x.nbytes) for x, peer in side if peer != self.rank)
+            for side in (sends, recvs)
+        )
+        return self._post("exchange", sent, received)
+
+    def _record_collective(self, kind: int, nbytes: int, messages: int = 1) -> Handle:
+        super()._record_collective(kind, nbytes, messages)
+        peers = [member for member in self._members if member != self._root.rank]
+        rows = tuple((peer, nbytes * messages) for peer in peers) if nbytes else ()
+        return self._post(COLLECTIVES[kind], rows, rows)
+
+    def _post(self, operation: str, sends: Any, receives: Any) -> Handle:
+        if not sends and not receives:
+            return CompletedHandle()
+        root = self._root
+        root._posts += 1
+        root._recorder.add(Post(root._posts, operation, self._members, self._lane, sends, receives))
+        return _RecordedHandle(root._recorder, root._posts)
+
+
+class _RecordedHandle:
+    """Records that its operation is waited for, once."""
+
+    def __init__(self, recorder: Recorder, number: int) -> None:
+        self._recorder, self._number = recorder, number
+
+    def wait(self) -> None:
+        if self._number:
+            self._recorder.add(Wait(self._number))
+            self._number = 0
+
+
+class _Kernels:
+    """An operator that records its calls and computes nothing."""
+
+    def __init__(self, recorder: Recorder, tiling: Tiling) -> None:
+        self._recorder, self._tiling = recorder, tiling
+
+    def unsupported(self, problem: Problem, mask: AttnMask, device: str) -> str | None:
+        return None
+
+    def prepare(self, mask: AttnMask, problem: Problem, device: str) -> AttnMask:
+        return mask
+
+    def forward(self, qkv: QKV, plan: AttnMask) -> OutLse:
+        self._record("fwd", qkv, plan)
+        b, s, h, _ = qkv.q.shape
+        out = qkv.q.new_empty((b, s, h, qkv.v.shape[3]))
+        return out, qkv.q.new_empty((b, h, s), dtype=torch.float32)
+
+    def backward(self, x: BackwardInputs, plan: AttnMask) -> Gradients:
+        self._record("bwd", x.qkv, plan)
+        return x.q.new_empty(x.q.shape), x.k.new_empty(x.k.shape), x.v.new_empty(x.v.shape)
+
+    def _record(self, phase: str, qkv: QKV, mask: AttnMask) -> None:
+        batch, seq_q, heads_q, head_dim = qkv.q.shape
+        self._recorder.add(
+            Kernel(
+                phase=phase,
+                tiles=count_tiles(self._tiling, mask, phase),
+                heads_q=batch * heads_q,
+                heads_kv=batch * qkv.k.shape[2],
+                seq_q=seq_q,
+                seq_k=qkv.k.shape[1],
+                head_dim=head_dim,
+                value_dim=qkv.v.shape[3],
+                itemsize=qkv.q.element_size(),
+            )
+        )
+
+
+class RecordingOperator(BoundOperator):
+    """A bound operator that records its kernels; partial results are merged as on a GPU."""
+
+    def __init__(self, info: OperatorInfo, recorder: Recorder, tiling: Tiling) -> None:
+        super().__init__(info, _Kernels(recorder, tiling), "meta")
+        self._recorder = recorder
+
+    def merge(
+        self, out: torch.Tensor, lse: torch.Tensor, partial: torch.Tensor, partial_lse: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One kernel that reads every element once and writes the merged ones."""
+        merged = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
+        merged_lse = torch.empty_like(lse)
+        tensors = (out, lse, partial, partial_lse, merged, merged_lse)
+        self._recorder.add(SideWork(stream=sum(x.nbytes for x in tensors), launches=1))
+        return merged, merged_lse
+
+
+class SideWorkMode(TorchDispatchMode):
+    """Records what torch would launch: each operator that computes is one kernel that reads each of
+    its inputs and writes each of its outputs once; views and uninitialised memory are none."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._recorder = recorder
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func._schema.name.removeprefix("aten::")
+        is_view = any(a.alias_info and not a.alias_info.is_write for a in func._schema.arguments)
+        if not is_view and name not in FREE:
+            self._recorder.add(side_work(name, args, kwargs, result))
+        return result
+
+
+def side_work(name: str, args: Any, kwargs: Any, result: Any) -> SideWork:
+    """The side work of one operator of torch."""
+    outputs = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+    fills = name.startswith("new_") or name.endswith("_like")
+    leaves = [] if fills else [*tree_leaves(args), *tree_leaves(kwargs or {})]
+    inputs = [x for x in leaves if isinstance(x, torch.Tensor)]
+    if name in GATHERS:  # of the source only what is selected
+        return SideWork(gather=2 * sum(x.nbytes for x in outputs), launches=1)
+    if name in SCATTERS:
+        return SideWork(scatter=2 * inputs[-1].nbytes, launches=1)
+    return SideWork(stream=sum(x.nbytes for x in (*inputs, *outputs)), launches=1)
+
+
+def record_rank(
+    strategy: Strategy, operator: OperatorInfo, world: World, rank: int, tiling: Tiling
+) -> dict[str, Program]:
+    """Record the phases of one rank, ``"fwd"`` and ``"bwd"``; the forward pass is always recorded.
+
+    The log-sum-exp is not requested, as in timed runs.
+    """
+    recorder = Recorder()
+    op = RecordingOperator(operator, recorder, tiling)
+    comm = RecordingComm(rank, world.size, recorder)
+    plan = strategy.prepare(op, world, rank)
+    qkv, dout = empty_inputs(world)
+    programs = {}
+    with SideWorkMode(recorder):
+        _, _, saved = strategy.forward(qkv, plan, op, comm, need_lse=False)
+        programs["fwd"] = recorder.take()
+        if world.problem.backward:
+            strategy.backward(dout, saved, plan, op, comm)
+            programs["bwd"] = recorder.take()
+    return programs

@@ -1,0 +1,78 @@
+"""Ranks that stand for all: one of each class of alike ranks, found from the world alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cpbench.masks.slices import IntArray, cut_axis
+
+if TYPE_CHECKING:
+    from cpbench.parallel.layout import Layout
+    from cpbench.parallel.world import World
+
+MOST = 16  # classes that are told apart; beyond, ranks of nearly equal work are one class
+
+
+def rank_classes(world: World) -> IntArray:
+    """The class of each rank, ``(P,)``.
+
+    Alike are ranks in the same place of their nodes that compute the same rectangles of equal area
+    with the ranks at every distance before and behind them, as queries and as keys.
+    """
+    size = world.size
+    nodes = np.arange(size) % world.ranks_per_node
+    ahead = (np.arange(size)[:, None] + np.arange(size)[None, :]) % size
+    own = np.arange(size)[:, None]
+    features = [nodes[:, None]]
+    for table in (world.areas, *_hulls(world)):
+        features += [table[own, ahead], table[ahead, own]]
+    _, classes = np.unique(np.concatenate(features, axis=1), axis=0, return_inverse=True)
+    return np.asarray(classes.reshape(-1), np.int64)
+
+
+def representatives(world: World, most: int = MOST) -> dict[int, int]:
+    """Ranks to record, each with the number of ranks that it stands for.
+
+    With more classes than ``most``, ranks are divided into that many groups by their visible pairs
+    (those of equal work by their number); of each the one with the most pairs is chosen, so the
+    rank with the most work always is.
+    """
+    classes = rank_classes(world)
+    _, first, counts = np.unique(classes, return_index=True, return_counts=True)
+    if len(first) <= most:
+        return dict(sorted(zip(first.tolist(), counts.tolist(), strict=True)))
+    by_work = np.lexsort((np.arange(world.size), world.areas.sum(1)))
+    groups = np.array_split(by_work, most)
+    return dict(sorted((int(group[-1]), len(group)) for group in groups))
+
+
+def _hulls(world: World) -> list[IntArray]:
+    """Bounds of the visible pairs of every pair of ranks in local tokens, ``(P, P)`` each: first
+    and last query, first and last key; none for striped layouts, whose bounds follow from areas."""
+    if world.keys.step > 1:
+        return []
+    size = world.size
+    cut, _, part_q = cut_axis(world.shared_mask.slices, world.queries.segments[:, 1:], axis=0)
+    cut, source, part_k = cut_axis(cut, world.keys.segments[:, 1:], axis=1)
+    part_q = part_q[source]
+    pair = world.queries.segments[part_q, 0] * size + world.keys.segments[part_k, 0]
+    shift_q = _local_shift(world.queries)[part_q]
+    shift_k = _local_shift(world.keys)[part_k]
+    hulls = []
+    for column, shift, reduce, start in (
+        (0, shift_q, np.minimum, np.iinfo(np.int64).max), (1, shift_q, np.maximum, 0),
+        (2, shift_k, np.minimum, np.iinfo(np.int64).max), (3, shift_k, np.maximum, 0),
+    ):  # fmt: skip
+        bounds = np.full(size * size, start, np.int64)
+        reduce.at(bounds, pair, cut[:, column] + shift)
+        hulls.append(bounds.reshape(size, size))
+    return hulls
+
+
+def _local_shift(layout: Layout) -> IntArray:
+    """What to add to a position in each segment to get the local token."""
+    lengths = layout.segments[:, 2]
+    local = np.cumsum(lengths) - lengths - layout.segments[:, 0] * layout.local_len
+    return np.asarray(local - layout.segments[:, 1], np.int64)

@@ -1,0 +1,116 @@
+"""Tiles that a blocked attention kernel visits, counted from the band slices of a mask.
+
+A *tile* is what one thread block computes: a run of queries (forward) or of keys (backward) of one
+head; it visits *blocks* of the other axis.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cpbench.masks.attn_mask import AttnMask
+from cpbench.masks.slices import HI, K0, K1, LO, Q0, Q1, IntArray
+from cpbench.masks.tiling import strips, tiles
+
+GRIDS = ("mask", "slices")
+
+
+@dataclass(frozen=True)
+class TileCounts:
+    """The thread blocks of one head.
+
+    Attributes:
+        blocks: blocks that all tiles visit.
+        tiles: tiles that visit a block.
+        empty: thread blocks that are launched and find nothing to do.
+        largest: blocks of the largest tile.
+    """
+
+    blocks: int
+    tiles: int
+    empty: int
+    largest: int
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a kernel divides a mask.
+
+    Attributes:
+        fwd: queries of a tile and keys of a block.
+        bwd: queries of a block and keys of a tile.
+        grid: ``"mask"`` if tiles begin at multiples of their extent (block-sparse kernels), or
+            ``"slices"`` if they begin anew in every slice, with a grid of the longest slice times
+            the number of slices (kernels for packed documents).
+    """
+
+    fwd: tuple[int, int]
+    bwd: tuple[int, int]
+    grid: str
+
+    def count(self, mask: AttnMask, phase: str) -> TileCounts:
+        """The tiles of one head in a phase, ``"fwd"`` or ``"bwd"``."""
+        slices = mask.slices
+        extents, block = (mask.seq_q, mask.seq_k), self.fwd
+        if phase == "bwd":
+            slices = transposed(slices)
+            extents, block = (mask.seq_k, mask.seq_q), (self.bwd[1], self.bwd[0])
+        if self.grid == "slices":
+            return count_by_slice(slices, *block)
+        return count_by_mask(AttnMask.from_slices(*extents, slices), *block)
+
+
+@functools.lru_cache(maxsize=4096)
+def count_tiles(tiling: Tiling, mask: AttnMask, phase: str) -> TileCounts:
+    """:meth:`Tiling.count`, cached: the steps of a ring have few different masks."""
+    return tiling.count(mask, phase)
+
+
+def transposed(slices: IntArray) -> IntArray:
+    """Slices with queries and keys exchanged."""
+    q0, q1, k0, k1, lo, hi = slices.T
+    return np.column_stack([k0, k1, q0, q1, -hi, -lo])
+
+
+def count_by_mask(mask: AttnMask, tile: int, block: int) -> TileCounts:
+    """Tiles at multiples of ``tile``; all tiles of the mask are launched."""
+    grid = tiles(mask, tile, block)
+    visits = np.bincount(grid.run_rows, weights=grid.run_lens, minlength=grid.num_rows)
+    return _summarise(visits.astype(np.int64), grid.num_rows)
+
+
+def count_by_slice(slices: IntArray, tile: int, block: int) -> TileCounts:
+    """Tiles that begin anew in every slice; the grid is that of the longest slice for each."""
+    if not len(slices):
+        return TileCounts(0, 0, 0, 0)
+    local = slices.copy()
+    shift_q, shift_k = slices[:, Q0], slices[:, K0]
+    for column, shift in ((Q0, shift_q), (Q1, shift_q), (K0, shift_k), (K1, shift_k)):
+        local[:, column] -= shift
+    local[:, LO] -= shift_k - shift_q
+    local[:, HI] -= shift_k - shift_q
+    cut, _ = strips(local, tile)
+    visits = -(-cut[:, K1] // block) - cut[:, K0] // block
+    return _summarise(visits, int(-(-local[:, Q1].max() // tile)) * len(slices))
+
+
+def count_documents(
+    queries: Sequence[int] | IntArray, keys: Sequence[int] | IntArray, causal: bool, tile: int,
+    block: int,
+) -> TileCounts:  # fmt: skip
+    """Tiles of packed documents with so many queries and keys each; causal ones are aligned to the
+    end of the keys.  The grid is that of the longest document for each."""
+    q, k = np.asarray(queries, np.int64), np.asarray(keys, np.int64)
+    seen = np.flatnonzero((q > 0) & (k > 0))
+    q, k = q[seen], k[seen]
+    zero, high = np.zeros_like(q), k - q if causal else k
+    return count_by_slice(np.column_stack([zero, q, zero, k, -q, high]), tile, block)
+
+
+def _summarise(visits: IntArray, launched: int) -> TileCounts:
+    busy = int((visits > 0).sum())
+    return TileCounts(int(visits.sum()), busy, launched - busy, int(visits.max(initial=0)))

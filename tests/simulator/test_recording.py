@@ -1,0 +1,182 @@
+"""Recordings against traces: the same bytes and visible pairs, and every post is waited for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from cpbench import masks
+from cpbench.core.problem import Case, Problem
+from cpbench.core.registry import implementation, operator_info, strategies
+from cpbench.core.spec import Spec
+from cpbench.parallel.bound_operator import BoundOperator
+from cpbench.parallel.layout import build as build_layout
+from cpbench.parallel.trace import TracedOperator, trace_rank
+from cpbench.parallel.world import World
+from cpbench.simulator.events import Kernel, Post, Program, SideWork, Wait
+from cpbench.simulator.recording import Recorder, SideWorkMode, record_rank
+from cpbench.simulator.recordings import cached, content_key
+from cpbench.simulator.representatives import rank_classes, representatives
+from cpbench.simulator.tiles import Tiling
+
+SIZE = 4
+PAIRS = Tiling(fwd=(1, 1), bwd=(1, 1), grid="mask")  # blocks are visible pairs
+SPECS = [
+    f"{name}:{variant}" if variant else name
+    for name, info in sorted(strategies().items())
+    if info.traced and name != "single"
+    for variant in ("", *info.variants)
+]
+
+
+DOCUMENTS = "causal_document:doc_lens=[50,29,49]"
+
+
+def world(mask_text: str, layout: str, size: int = SIZE, nodes: int = 2) -> World:
+    tokens = 32 * size
+    problem = Problem(batch=2, seq_q=tokens, seq_k=tokens, heads_q=16, heads_kv=8, head_dim=16,
+                      dtype="bfloat16")  # fmt: skip
+    mask = masks.build(mask_text, tokens)
+    return World.of(problem, mask, build_layout(layout, tokens, size, mask), nodes)
+
+
+@pytest.mark.parametrize("spec_text", SPECS)
+def test_recordings_agree_with_traces(spec_text: str) -> None:
+    spec = Spec.parse(spec_text)
+    info, operator = strategies()[spec.name], operator_info("bands")
+    strategy = implementation(info, spec.kwargs)
+    for layout, mask in (("zigzag", "causal"), ("contiguous", DOCUMENTS)):
+        one = world(mask, layout)
+        if strategy.unsupported(one):
+            continue
+        sent, received = Counter[tuple[int, int, int]](), Counter[tuple[int, int, int]]()
+        for rank in range(SIZE):
+            trace = trace_rank(strategy, operator, one, rank)
+            for phase, program in record_rank(strategy, operator, one, rank, PAIRS).items():
+                expected = trace.phases[phase]
+                kernels = [event for event in program if isinstance(event, Kernel)]
+                pairs = sum(k.tiles.blocks * k.heads_q // 2 for k in kernels)
+                assert pairs == expected.pairs
+                posts = [event for event in program if isinstance(event, Post)]
+                bytes_to = [0] * SIZE
+                for post in posts:
+                    for peer, nbytes in post.sends:
+                        bytes_to[peer] += nbytes
+                        sent[rank, peer, nbytes] += 1
+                    for peer, nbytes in post.receives:
+                        received[peer, rank, nbytes] += 1
+                assert bytes_to == expected.bytes_to
+                assert_waited(program, [post.number for post in posts])
+        assert sent == received
+
+
+def assert_waited(program: Program, posts: list[int]) -> None:
+    """Every operation is waited for once, after it was posted."""
+    place = {event.number: i for i, event in enumerate(program) if isinstance(event, Post)}
+    waits = [event.number for event in program if isinstance(event, Wait)]
+    assert sorted(waits) == sorted(posts)
+    assert all(
+        place[event.number] < i for i, event in enumerate(program) if isinstance(event, Wait)
+    )
+
+
+class SlowTracedOperator(TracedOperator):
+    """Makes every result anew, and packs and adds as on a GPU."""
+
+    empty = BoundOperator.empty
+    cat_runs = BoundOperator.cat_runs
+    add_runs = BoundOperator.add_runs
+
+
+@pytest.mark.parametrize("spec_text", SPECS)
+def test_traces_do_not_depend_on_what_results_are_made_of(
+    spec_text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = Spec.parse(spec_text)
+    info, operator = strategies()[spec.name], operator_info("bands")
+    strategy = implementation(info, spec.kwargs)
+    for layout, mask in (("zigzag", "causal"), ("contiguous", DOCUMENTS)):
+        one = world(mask, layout)
+        if strategy.unsupported(one):
+            continue
+        fast = [trace_rank(strategy, operator, one, rank, log=True) for rank in (0, 3)]
+        with monkeypatch.context() as patch:
+            patch.setattr("cpbench.parallel.trace.TracedOperator", SlowTracedOperator)
+            slow = [trace_rank(strategy, operator, one, rank, log=True) for rank in (0, 3)]
+        assert fast == slow
+
+
+def test_side_work_by_kind() -> None:
+    recorder = Recorder()
+    x = torch.empty((8, 4), device="meta")
+    index = torch.empty(2, dtype=torch.int64, device="meta")
+    with SideWorkMode(recorder):
+        x.view(4, 8)
+        torch.empty_like(x)
+        y = x.bfloat16()
+        y.add_(y)
+    with SideWorkMode(recorder):
+        rows = x.index_select(0, index)
+        x.index_copy_(0, index, rows)
+    (event,) = recorder.take()
+    assert event == SideWork(stream=128 + 64 + 3 * 64, gather=2 * 32, scatter=2 * 32, launches=4)
+
+
+def test_side_work_of_a_ring_is_what_it_launches() -> None:
+    """A merge is one kernel that reads both results; the last one is followed by a cast."""
+    strategy = implementation(strategies()["ring"], {})
+    programs = record_rank(strategy, operator_info("bands"), world("full", "contiguous"), 1, PAIRS)
+    work = [event for event in programs["fwd"] if isinstance(event, SideWork)]
+    b, s, h, d = 2, 32, 16, 16
+    elements, rows = b * s * h * d, 4 * b * s * h
+    first = 2 * elements + 2 * elements + 4 * elements + 3 * rows
+    later = 4 * elements + 2 * elements + 4 * elements + 3 * rows
+    cast = 4 * elements + 2 * elements
+    assert [w.stream for w in work] == [first, *[later] * (SIZE - 3), later + cast]
+
+
+def test_classes_of_alike_ranks() -> None:
+    """A full mask: ranks differ by their place in the node.  Causal and zigzag: no two are alike,
+    as the ranks before one need half of its queries, and those after it half of its keys."""
+    full = world("full", "contiguous")
+    assert rank_classes(full).tolist() == [0, 1, 0, 1]
+    assert representatives(full) == {0: 2, 1: 2}
+    assert len(set(rank_classes(world("causal", "zigzag")))) == SIZE
+    ragged = world("causal", "contiguous", size=16)
+    chosen = representatives(ragged, most=4)
+    assert chosen == {3: 4, 7: 4, 11: 4, 15: 4}
+
+
+def test_alike_ranks_have_equal_recordings() -> None:
+    strategy = implementation(strategies()["ring"], {})
+    full = world("full", "contiguous")
+    shapes = []
+    for rank in (1, 3):
+        program = record_rank(strategy, operator_info("bands"), full, rank, PAIRS)["bwd"]
+        shapes.append([
+            (e.operation, [((peer - rank) % SIZE, n) for peer, n in e.sends])
+            if isinstance(e, Post) else e for e in program
+        ])  # fmt: skip
+    assert shapes[0] == shapes[1]
+
+
+def test_recordings_are_kept_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    strategy, one = implementation(strategies()["usp"], {}), world("causal", "zigzag")
+    case = Case(strategy=Spec("usp"), operator=Spec("bands"))
+    key = content_key(case, one, PAIRS, 3)
+    made = cached(key, lambda: record_rank(strategy, operator_info("bands"), one, 3, PAIRS))
+    assert cached(key, lambda: pytest.fail("recorded again")) == made
+    others = {
+        content_key(case, one, PAIRS, 2),
+        content_key(case, world("full", "zigzag"), PAIRS, 3),
+        content_key(case, world("causal", "contiguous"), PAIRS, 3),
+        content_key(Case(strategy=Spec("ring")), one, PAIRS, 3),
+    }
+    assert len({key, *others}) == 5
+    (file,) = tmp_path.rglob("*.json")
+    file.write_text("broken")
+    assert cached(key, lambda: made) is made
