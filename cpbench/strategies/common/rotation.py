@@ -93,7 +93,7 @@ def plan_rotation(
     table = _cached_schedule(needed.tobytes(), len(needed), window)[rank]
     steps = []
     for row in table[(table[:, 2] > 0) | (table[:, 3:].max(axis=1) > NO_PEER)].tolist():
-        steps.append(Step(*row, plan=plan(row[1]) if row[2] else None))
+        steps.append(Step._make([*row, plan(row[1]) if row[2] else None]))
     return Rotation(tuple(steps), window < len(needed))
 
 

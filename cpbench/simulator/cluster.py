@@ -1,0 +1,308 @@
+"""Cluster files: the constants of the simulator, in TOML, each with where it comes from.
+
+::
+
+    name = "h100-ib"
+    gpus_per_node = 8
+    error = "4 % in the median on points that were not fitted"
+
+    [gpu]
+    source = "data sheet; rates by cpbench peaks"
+    sms = 132
+    memory_gib = 80
+    stream_gb_per_s = 2900
+    gather_gb_per_s = 1500
+    scatter_gb_per_s = 400
+    launch_us = 3.0
+
+    [[kernels]]
+    source = "single-rank records"
+    operators = ["flash_attn_3"]
+    dtype = "bfloat16"
+    head_dim = 128
+    grid = "slices"                    # or "mask"
+    [kernels.fwd]
+    tile = [128, 128]                  # queries, keys
+    tflops = 720.0
+    tile_us = 1.0                      # of a thread block, beside its blocks
+    empty_us = 0.1                     # of a thread block without work
+    tail = 0.5                         # of the largest tile, after all others
+    call_us = 5.0
+    [kernels.bwd]                      # the same, for the backward pass
+
+    [links.node]                       # also: links.across, links.host
+    source = "cpbench links"
+    alpha_us = 10.0
+    gb_per_s = 350.0                   # of one rank, in each direction
+    per_node = 8                       # of links across nodes: how many a node has
+
+    [collectives]                      # GB/s of received bytes, inside a node and across
+    source = "cpbench links"
+    alpha_us = 15.0
+    all_gather = [330.0, 300.0]
+    reduce_scatter = [330.0, 300.0]
+    all_reduce = [330.0, 300.0]
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cpbench.simulator.tiles import GRIDS, Tiling
+
+PACKAGED = Path(__file__).parent / "clusters"
+LINKS = ("node", "across", "host")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """A GPU: streaming multiprocessors, memory, and the rates of side work by kind."""
+
+    source: str
+    sms: int
+    memory_gib: float
+    stream_gb_per_s: float
+    gather_gb_per_s: float
+    scatter_gb_per_s: float
+    launch_us: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """The costs of a kernel in one phase; see the example of the module."""
+
+    tile: tuple[int, int]
+    tflops: float
+    tile_us: float
+    empty_us: float
+    tail: float
+    call_us: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelCosts:
+    """A kernel of some operators, for one dtype and head_dim; ``bwd`` is None if it has none."""
+
+    source: str
+    operators: tuple[str, ...]
+    dtype: str
+    head_dim: int
+    grid: str
+    fwd: Phase
+    bwd: Phase | None = None
+
+    @property
+    def tiling(self) -> Tiling:
+        """How it divides a mask."""
+        return Tiling(self.fwd.tile, (self.bwd or self.fwd).tile, self.grid)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """A class of links: latency of a message, and the rate of one rank in each direction.
+
+    Attributes:
+        per_node: links that the ranks of a node share; 0 if each rank has its own.
+    """
+
+    source: str
+    alpha_us: float
+    gb_per_s: float
+    per_node: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collectives:
+    """Latency, and rates in received bytes for groups inside a node and across nodes."""
+
+    source: str
+    alpha_us: float
+    all_gather: tuple[float, float]
+    reduce_scatter: tuple[float, float]
+    all_reduce: tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """The constants of a cluster.
+
+    Attributes:
+        error: how far predictions were from points that were not fitted, in words.
+    """
+
+    name: str
+    gpus_per_node: int
+    gpu: Gpu
+    kernels: tuple[KernelCosts, ...]
+    links: dict[str, Link]
+    collectives: Collectives
+    error: str = ""
+    digest: str = field(default="", compare=False)
+
+    def kernel(self, operator: str, dtype: str, head_dim: int) -> KernelCosts:
+        """The kernel of an operator.
+
+        Raises:
+            ValueError: if none was calibrated for this operator, dtype and head_dim.
+        """
+        for kernel in self.kernels:
+            if operator in kernel.operators and (kernel.dtype, kernel.head_dim) == (
+                dtype, head_dim,
+            ):  # fmt: skip
+                return kernel
+        known = "; ".join(
+            f"{', '.join(kernel.operators)} in {kernel.dtype} with head_dim {kernel.head_dim}"
+            for kernel in self.kernels
+        )
+        raise ValueError(
+            f"cluster {self.name} has no kernel of {operator} in {dtype} with head_dim {head_dim}; "
+            f"there are: {known}"
+        )
+
+
+def load(name: str) -> Cluster:
+    """Load a packaged cluster by its name, or one from a file.
+
+    Raises:
+        ValueError: for a file that is not valid, or an unknown name; in one line.
+        OSError: when the file cannot be read.
+    """
+    path = Path(name)
+    if path.suffix != ".toml":
+        path = PACKAGED / f"{name}.toml"
+        if not path.exists():
+            names = ", ".join(sorted(file.stem for file in PACKAGED.glob("*.toml")))
+            raise ValueError(
+                f"no cluster {name!r}; there are: {names}, or a file that ends in .toml"
+            )
+    content = path.read_bytes()
+    try:
+        table = tomllib.loads(content.decode("utf-8-sig"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not TOML: {' '.join(str(error).split())}") from None
+    try:
+        return from_table(table)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def from_table(table: Mapping[str, Any]) -> Cluster:
+    """A cluster from parsed TOML.
+
+    Raises:
+        ValueError: for a missing or unknown key, or a value of the wrong type or sign.
+    """
+    values = dict(table)
+    kernels = values.get("kernels", [])
+    if not isinstance(kernels, list) or not kernels:
+        raise ValueError("kernels must be a list of tables: [[kernels]]")
+    links = values.get("links")
+    if not isinstance(links, dict) or "node" not in links:
+        raise ValueError("links must have a table [links.node]")
+    for name in links:
+        if name not in LINKS:
+            raise ValueError(f"no link {name!r}; there are: {', '.join(LINKS)}")
+    values["gpu"] = _from_table(Gpu, values.get("gpu"), "gpu")
+    values["kernels"] = tuple(
+        _kernel(kernel, f"kernels[{index}]") for index, kernel in enumerate(kernels)
+    )
+    values["links"] = {name: _from_table(Link, x, f"links.{name}") for name, x in links.items()}
+    values["collectives"] = _from_table(Collectives, values.get("collectives"), "collectives")
+    if "digest" in values:
+        raise ValueError("digest is computed, not given")
+    cluster = _from_table(Cluster, values, "")
+    if cluster.gpus_per_node < 1:
+        raise ValueError(f"gpus_per_node = {cluster.gpus_per_node} must be 1 or more")
+    text = json.dumps({key: _plain(value) for key, value in values.items()}, sort_keys=True)
+    cluster.__dict__["digest"] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return cluster
+
+
+def _kernel(table: Any, where: str) -> KernelCosts:
+    values = dict(_as_table(table, where))
+    for phase in ("fwd", "bwd"):
+        if phase in values:
+            values[phase] = _from_table(Phase, values[phase], f"{where}.{phase}")
+    kernel = _from_table(KernelCosts, values, where)
+    if kernel.grid not in GRIDS:
+        raise ValueError(f"{where}.grid = {kernel.grid!r} is none of {', '.join(GRIDS)}")
+    return kernel
+
+
+def _as_table(value: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where} must be a table: [{where}]")
+    return value
+
+
+def _from_table(kind: type[T], table: Any, where: str) -> T:
+    """A dataclass from a table with its fields, all of the right types, numbers not negative."""
+    prefix = f"{where}." if where else ""
+    known = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for key, value in _as_table(table, where).items():
+        if key not in known:
+            close = difflib.get_close_matches(key, known, 1)
+            hint = f"did you mean {prefix}{close[0]}?" if close else f"there are {', '.join(known)}"
+            raise ValueError(f"no key {prefix}{key}; {hint}")
+        values[key] = _checked(f"{prefix}{key}", str(known[key].type), value)
+    for name, item in known.items():
+        if name not in values and item.default is MISSING and item.default_factory is MISSING:
+            raise ValueError(f"{prefix}{name} is missing")
+    return kind(**values)
+
+
+def _checked(name: str, wanted: str, value: Any) -> Any:
+    if wanted == "str" and isinstance(value, str):
+        return value
+    if wanted == "int" and type(value) is int and value >= 0:
+        return value
+    if wanted == "float" and type(value) in (int, float) and 0 <= value < math.inf:
+        return float(value)
+    if wanted == "tuple[str, ...]" and _is_list(value, (str,)) and value:
+        return tuple(value)
+    if (
+        wanted == "tuple[int, int]"
+        and _is_list(value, (int,))
+        and len(value) == 2
+        and min(value) > 0
+    ):
+        return tuple(value)
+    if (
+        wanted == "tuple[float, float]"
+        and _is_list(value, (int, float))
+        and len(value) == 2
+        and 0 < min(value) <= max(value) < math.inf
+    ):
+        return tuple(map(float, value))
+    if wanted not in _WORDS:  # tables, which were made before
+        return value
+    raise ValueError(f"{name} = {value!r} is not {_WORDS[wanted]}")
+
+
+_WORDS = {
+    "str": "a string", "int": "an integer of 0 or more", "float": "a number of 0 or more",
+    "tuple[str, ...]": "a list of strings", "tuple[int, int]": "a list of two positive integers",
+    "tuple[float, float]": "a list of two positive numbers",
+}  # fmt: skip
+
+
+def _is_list(value: Any, types: tuple[type, ...]) -> bool:
+    return isinstance(value, list) and all(type(item) in types for item in value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, str | int | float) else asdict(value)

@@ -1,0 +1,131 @@
+"""Links of a cluster, and messages that share them.
+
+Each rank has a link in each direction for every class (inside the node, across nodes, to the
+host); links across nodes may be fewer than ranks.  A message gets, on every link that it uses, an
+equal share with the others on it, and runs at the smallest of its shares.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from cpbench.simulator.cluster import Cluster
+from cpbench.simulator.events import Post
+
+At = Callable[[float, Callable[[float], None]], None]
+Done = Callable[[float], None]
+
+
+class _Flow:
+    """A message in transfer: bytes that remain, its rate, and when both were set."""
+
+    def __init__(self, nbytes: int, links: tuple[Any, ...], done: Done) -> None:
+        self.remaining, self.links, self.done = float(nbytes), links, done
+        self.rate, self.since, self.version = 0.0, 0.0, 0
+
+
+class Network:
+    """The links of all ranks.
+
+    Args:
+        nodes: ranks per node.
+        at: schedules an action at a time.
+    """
+
+    def __init__(self, cluster: Cluster, nodes: int, at: At) -> None:
+        self._cluster, self._nodes, self._at = cluster, nodes, at
+        self._on: dict[Any, dict[_Flow, None]] = {}  # flows on a link, in the order of their start
+
+    def link_class(self, rank: int, peer: int) -> str:
+        """The class of the link between two ranks.
+
+        Raises:
+            ValueError: if it is not in the cluster.
+        """
+        name = "node" if rank // self._nodes == peer // self._nodes else "across"
+        if name not in self._cluster.links:
+            raise ValueError(f"cluster {self._cluster.name} has no [links.{name}]")
+        return name
+
+    def send(
+        self, name: str, sender: int | None, receiver: int | None, nbytes: int, now: float,
+        done: Done,
+    ) -> None:  # fmt: skip
+        """Start a message over links of a class; an end that is None uses none."""
+        ends = (("out", sender), ("in", receiver))
+        links = tuple(self._link(name, way, rank) for way, rank in ends if rank is not None)
+        self._start(name, nbytes, links, now, done)
+
+    def _link(self, name: str, direction: str, rank: int) -> tuple[Any, ...]:
+        """A link by its name: of one rank, or of the share of a node's links that it uses."""
+        per_node = self._cluster.links[name].per_node
+        if per_node:
+            node, place = divmod(rank, self._nodes)
+            return name, direction, node, place * per_node // self._nodes
+        return name, direction, rank
+
+    def collective_flows(self, rank: int, post: Post) -> int:
+        """How many messages :meth:`collective` starts on a rank."""
+        if post.operation != "all_to_all":
+            return 1
+        return 2 * len(self._by_class(rank, post))
+
+    def collective(self, rank: int, post: Post, now: float, done: Done) -> None:
+        """Start the part of one rank: of an all-to-all its bytes in each class of links; others run
+        at a rate of their own, in received bytes."""
+        by_class = self._by_class(rank, post)
+        if post.operation == "all_to_all":
+            for name, nbytes in by_class.items():
+                for direction in ("out", "in"):
+                    self._start(name, nbytes, (self._link(name, direction, rank),), now, done)
+            return
+        costs = self._cluster.collectives
+        inside, across = getattr(costs, post.operation)
+        rate = across if "across" in by_class else inside
+        length = costs.alpha_us * 1e-6 + sum(by_class.values()) / (rate * 1e9)
+        self._at(now + length, done)
+
+    def _by_class(self, rank: int, post: Post) -> dict[str, int]:
+        """Bytes that a collective receives on a rank, by the class of link."""
+        totals: dict[str, int] = {}
+        for peer, nbytes in post.receives:
+            name = self.link_class(rank, peer)
+            totals[name] = totals.get(name, 0) + nbytes
+        return totals
+
+    def _start(
+        self, name: str, nbytes: int, links: tuple[Any, ...], now: float, done: Done
+    ) -> None:
+        flow = _Flow(nbytes, links, done)
+        latency = self._cluster.links[name].alpha_us * 1e-6
+        self._at(now + latency, functools.partial(self._begin, flow))
+
+    def _begin(self, flow: _Flow, now: float) -> None:
+        flow.since = now
+        for link in flow.links:
+            self._on.setdefault(link, {})[flow] = None
+        self._share(flow.links, now)
+
+    def _share(self, links: tuple[Any, ...], now: float) -> None:
+        """Set the rates of all flows on these links anew."""
+        for flow in dict.fromkeys(flow for link in links for flow in self._on[link]):
+            flow.remaining -= flow.rate * (now - flow.since)
+            flow.since = now
+            flow.rate = min(
+                self._cluster.links[link[0]].gb_per_s * 1e9 / len(self._on[link])
+                for link in flow.links
+            )
+            flow.version += 1
+            end = now + max(flow.remaining, 0.0) / flow.rate
+            self._at(end, functools.partial(self._end, flow, flow.version))
+
+    def _end(self, flow: _Flow, version: int, now: float) -> None:
+        if version != flow.version:
+            return
+        flow.version += 1
+        for link in flow.links:
+            del self._on[link][flow]
+        self._share(flow.links, now)
+        flow.done(now)

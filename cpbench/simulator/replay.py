@@ -1,0 +1,213 @@
+"""Discrete-event replay of what ranks do: compute, side work, post, wait.
+
+A rank computes in order and posts communication in the background.  The operations of one
+communicator or lane run one after another on every rank.  A message starts when both its ranks have
+reached it, takes the latency of its link, and then shares the bandwidth of the links that it uses
+with the other messages on them; a collective starts when all its members have reached it.
+
+A rank may also be replayed alone: its peers are then taken to be where it is, which is how a few
+representatives stand for many ranks.
+"""
+
+from __future__ import annotations
+
+import functools
+import heapq
+import itertools
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from cpbench.simulator.cluster import Cluster
+from cpbench.simulator.events import Kernel, Post, Program, SideWork, Wait
+from cpbench.simulator.network import Network
+
+Seconds = Callable[[Kernel | SideWork], float]
+
+
+@dataclass
+class RankTimes:
+    """The seconds of one rank in one phase.
+
+    Attributes:
+        attention: in kernels; side: in other work; exposed: waiting for communication.
+        end: when it has finished.
+        spans: rows (name, start, end) in order.
+    """
+
+    attention: float = 0.0
+    side: float = 0.0
+    exposed: float = 0.0
+    end: float = 0.0
+    spans: list[tuple[str, float, float]] = field(default_factory=list)
+
+
+def replay(
+    programs: Mapping[int, Program], cluster: Cluster, nodes: int, seconds: Seconds,
+    alone: bool = False,
+) -> dict[int, RankTimes]:  # fmt: skip
+    """Replay the programs of ranks.
+
+    Args:
+        programs: by rank; all ranks of every communicator, unless each is replayed alone.
+        nodes: ranks per node.
+        seconds: the time of a kernel or of side work.
+        alone: whether peers are taken to be where each rank is.
+
+    Raises:
+        ValueError: if ranks wait for each other for ever, or the cluster lacks a class of links.
+    """
+    if alone:
+        return {
+            rank: _Replay({rank: program}, cluster, nodes, seconds, True).run()[rank]
+            for rank, program in programs.items()
+        }
+    return _Replay(programs, cluster, nodes, seconds, False).run()
+
+
+@dataclass(eq=False)
+class _Operation:
+    """One operation on one rank: what it waits for, and how many of its messages are pending."""
+
+    rank: int
+    post: Post
+    queue: tuple[Any, ...]
+    pending: int = 0
+    done: bool = False
+
+
+class _Replay:
+    def __init__(
+        self, programs: Mapping[int, Program], cluster: Cluster, nodes: int, seconds: Seconds,
+        alone: bool,
+    ) -> None:  # fmt: skip
+        self._programs, self._seconds, self._alone = programs, seconds, alone
+        self._heap: list[tuple[float, int, Callable[[float], None]]] = []
+        self._order = itertools.count()
+        self._network = Network(cluster, nodes, self._at)
+        self._times = {rank: RankTimes() for rank in programs}
+        self._next = dict.fromkeys(programs, 0)
+        self._operations: dict[tuple[int, int], _Operation] = {}
+        self._waiting: dict[tuple[int, int], float] = {}  # operation of a rank: since when
+        self._queues: dict[tuple[Any, ...], deque[_Operation]] = {}
+        self._channels: dict[tuple[int, int], tuple[deque[Any], deque[Any]]] = {}
+        self._gathering: dict[tuple[Any, ...], list[_Operation]] = {}
+        self._entered: dict[tuple[Any, ...], int] = {}
+
+    def run(self) -> dict[int, RankTimes]:
+        for rank in self._programs:
+            self._at(0.0, functools.partial(self._advance, rank))
+        while self._heap:
+            now, _, action = heapq.heappop(self._heap)
+            action(now)
+        if self._waiting:
+            rank, number = min(self._waiting)
+            raise ValueError(
+                f"rank {rank} waits for ever for its operation {number}: "
+                "its peers never reach the same one"
+            )
+        return self._times
+
+    def _at(self, time: float, action: Callable[[float], None]) -> None:
+        heapq.heappush(self._heap, (time, next(self._order), action))
+
+    def _advance(self, rank: int, now: float) -> None:
+        """Run a rank until it computes, waits or ends."""
+        times, program = self._times[rank], self._programs[rank]
+        while self._next[rank] < len(program):
+            event = program[self._next[rank]]
+            self._next[rank] += 1
+            if isinstance(event, Post):
+                self._post(rank, event, now)
+            elif isinstance(event, Wait):
+                if not self._operations[rank, event.number].done:
+                    self._waiting[rank, event.number] = now
+                    return
+            elif length := self._seconds(event):
+                if isinstance(event, Kernel):
+                    times.attention += length
+                else:
+                    times.side += length
+                name = event.phase if isinstance(event, Kernel) else "side"
+                times.spans.append((name, now, now + length))
+                self._at(now + length, functools.partial(self._advance, rank))
+                return
+        times.end = now
+
+    def _post(self, rank: int, post: Post, now: float) -> None:
+        operation = _Operation(rank, post, (rank, post.members, post.lane))
+        self._operations[rank, post.number] = operation
+        queue = self._queues.setdefault(operation.queue, deque())
+        queue.append(operation)
+        if len(queue) == 1:
+            self._open(operation, now)
+
+    def _open(self, operation: _Operation, now: float) -> None:
+        """The operation is the next one of its communicator on its rank."""
+        post, rank = operation.post, operation.rank
+        if post.operation != "exchange":
+            self._enter_collective(operation, now)
+            return
+        operation.pending = len(post.sends) + len(post.receives)
+        for side, rows in enumerate((post.sends, post.receives)):
+            for peer, nbytes in rows:
+                name = self._network.link_class(rank, peer)
+                if self._alone:
+                    sender, receiver = (rank, None) if side == 0 else (None, rank)
+                    finish = self._finisher(operation)
+                    self._network.send(name, sender, receiver, nbytes, now, finish)
+                    continue
+                pair = (rank, peer) if side == 0 else (peer, rank)
+                channel = self._channels.setdefault(pair, (deque(), deque()))
+                if not channel[1 - side]:
+                    channel[side].append(operation)
+                    continue
+                other = channel[1 - side].popleft()
+                both = [self._finisher(operation), self._finisher(other)]
+                finish = functools.partial(_call, both)
+                self._network.send(name, pair[0], pair[1], nbytes, now, finish)
+        if not operation.pending:
+            self._complete(operation, now)
+
+    def _enter_collective(self, operation: _Operation, now: float) -> None:
+        post = operation.post
+        key = (operation.rank, post.members, post.lane)
+        turn = self._entered[key] = self._entered.get(key, 0) + 1
+        group = self._gathering.setdefault((post.members, post.lane, turn), [])
+        group.append(operation)
+        if not self._alone and len(group) < len(post.members):
+            return
+        del self._gathering[post.members, post.lane, turn]
+        finishers = [self._finisher(one) for one in group]
+        for one in group:
+            one.pending = self._network.collective_flows(one.rank, one.post)
+        for one, finish in zip(group, finishers, strict=True):
+            self._network.collective(one.rank, one.post, now, finish)
+
+    def _finisher(self, operation: _Operation) -> Callable[[float], None]:
+        def finish(now: float) -> None:
+            operation.pending -= 1
+            if not operation.pending:
+                self._complete(operation, now)
+
+        return finish
+
+    def _complete(self, operation: _Operation, now: float) -> None:
+        operation.done = True
+        queue = self._queues[operation.queue]
+        queue.popleft()
+        if queue:
+            self._open(queue[0], now)
+        since = self._waiting.pop((operation.rank, operation.post.number), None)
+        if since is not None:
+            times = self._times[operation.rank]
+            times.exposed += now - since
+            if now > since:
+                times.spans.append(("wait", since, now))
+            self._advance(operation.rank, now)
+
+
+def _call(actions: list[Callable[[float], None]], now: float) -> None:
+    for action in actions:
+        action(now)
