@@ -1,4 +1,4 @@
-"""Commands that plan a run on a cluster: traffic, links."""
+"""Commands that plan a run on a cluster: traffic, predict, links."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from cpbench.cli import case_options
 from cpbench.cli.completion import complete
 from cpbench.cli.options import (
     AsJson,
@@ -16,12 +17,8 @@ from cpbench.cli.options import (
     LauncherName,
     OnDevice,
     device_name,
-    direction_list,
-    dtype_list,
     file_option,
-    layout_list,
     list_option,
-    mask_list,
     user_input,
 )
 from cpbench.reports.tables.terminal import print_rows
@@ -39,26 +36,20 @@ def traffic(
             autocompletion=complete("strategies"),
         ),
     ],
-    mask: Annotated[
-        list[str] | None, mask_list(help="Masks; repeatable.  [default: causal]")
-    ] = None,
-    seq_len: Annotated[str, list_option(help="Global sequence lengths.")] = "128k",
-    world_size: Annotated[str, list_option(help="Numbers of ranks.")] = "8",
-    gpus_per_node: Annotated[str, list_option(help="Ranks per node.")] = "8",
-    layout: Annotated[str, layout_list(help="See: cpbench list layouts.")] = "contiguous",
-    placement: Annotated[
-        str, list_option(help="Mesh axes inside a node.  [default: set by the strategy]")
-    ] = "",
-    queries: Annotated[
-        str, list_option(help="Numbers of queries, the last tokens; 0: all tokens.")
-    ] = "0",
-    num_heads_q: Annotated[str, list_option(help="Query heads.")] = "64",
-    num_heads_kv: Annotated[str, list_option(help="Key/value heads.")] = "8",
-    head_dim: Annotated[str, list_option(help="Head dimensions.")] = "128",
-    head_dim_v: Annotated[str, list_option(help="Those of values; 0: as --head-dim.")] = "0",
-    batch: Annotated[str, list_option(help="Batch sizes.")] = "1",
-    dtype: Annotated[str, dtype_list(help="Data types.")] = "bfloat16",
-    direction: Annotated[str, direction_list(help="fwd, bwd or fwd_bwd.")] = "fwd_bwd",
+    mask: case_options.Masks = None,
+    seq_len: case_options.SeqLens = "128k",
+    world_size: case_options.WorldSizes = "8",
+    gpus_per_node: case_options.GpusPerNode = "8",
+    layout: case_options.Layouts = "contiguous",
+    placement: case_options.Placements = "",
+    queries: case_options.Queries = "0",
+    num_heads_q: case_options.HeadsQ = "64",
+    num_heads_kv: case_options.HeadsKv = "8",
+    head_dim: case_options.HeadDims = "128",
+    head_dim_v: case_options.HeadDimsV = "0",
+    batch: case_options.Batches = "1",
+    dtype: case_options.Dtypes = "bfloat16",
+    direction: case_options.Directions = "fwd_bwd",
     links: Annotated[
         Path | None,
         file_option(help="File of cpbench links --json: add the time that these links need."),
@@ -69,32 +60,19 @@ def traffic(
 
     Runs the strategy's own code on tensors without data. Of one case, shows each phase; of several
     (a LIST holds values separated by commas), one row each: the busiest rank's bytes. 1,024 ranks
-    take one or two minutes.
+    take less than half a minute.
     """
     from cpbench.core.subprocess_call import RequestRefused
-    from cpbench.sweep import sweep_file
     from cpbench.tools import traffic
     from cpbench.tools.link_rates import read_link_rates
 
     with user_input():
-        lists = {
-            "strategy": strategy, "layout": layout, "seq_len": seq_len, "queries": queries,
-            "batch": batch, "num_heads_q": num_heads_q, "num_heads_kv": num_heads_kv,
-            "head_dim": head_dim, "head_dim_v": head_dim_v, "dtype": dtype,
-            "direction": direction,
-        }  # fmt: skip
-        table = {key: sweep_file.split_list(text) for key, text in lists.items()}
-        table["mask"] = [m for text in mask or ["causal"] for m in sweep_file.split_list(text)]
-        if placement:
-            table["placement"] = sweep_file.split_list(placement)
-        cases = []
-        for size in sweep_file.split_list(world_size):
-            ranks = sweep_file.parse_integer("world_size", size)
-            for text in sweep_file.split_list(gpus_per_node):
-                per_node = sweep_file.parse_integer("ranks_per_node", text) or ranks
-                cases += sweep_file.expand_table(
-                    {**table, "world_size": ranks, "ranks_per_node": min(per_node, ranks)}
-                )
+        cases = case_options.expand(
+            world_size, gpus_per_node, mask, placement,
+            strategy=strategy, layout=layout, seq_len=seq_len, queries=queries, batch=batch,
+            num_heads_q=num_heads_q, num_heads_kv=num_heads_kv, head_dim=head_dim,
+            head_dim_v=head_dim_v, dtype=dtype, direction=direction,
+        )  # fmt: skip
         rates = read_link_rates(links) if links else None
         if len(cases) > 1:
             rows = traffic.comparison(cases, rates)
@@ -119,6 +97,64 @@ def traffic(
             print(f"load imbalance, max/mean: {prediction['imbalance']:.2f}")
         if link_ms is not None:
             print(f"links of the busiest rank need {link_ms:,.3g} ms")
+
+
+@commands.command()
+def predict(
+    strategy: Annotated[
+        str,
+        typer.Argument(
+            metavar="STRATEGIES",
+            help="One or several, e.g. ring,ulysses,usp:ulysses=8.",
+            autocompletion=complete("strategies"),
+        ),
+    ],
+    mask: case_options.Masks = None,
+    seq_len: case_options.SeqLens = "128k",
+    world_size: case_options.WorldSizes = "8",
+    gpus_per_node: case_options.GpusPerNode = "8",
+    layout: case_options.Layouts = "contiguous",
+    placement: case_options.Placements = "",
+    queries: case_options.Queries = "0",
+    num_heads_q: case_options.HeadsQ = "64",
+    num_heads_kv: case_options.HeadsKv = "8",
+    head_dim: case_options.HeadDims = "128",
+    head_dim_v: case_options.HeadDimsV = "0",
+    batch: case_options.Batches = "1",
+    dtype: case_options.Dtypes = "bfloat16",
+    direction: case_options.Directions = "fwd_bwd",
+    cluster: Annotated[
+        str, typer.Option(metavar="NAME|FILE", help="A packaged cluster, or a file of constants.")
+    ] = "h100-ib",
+    operator: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="The operator.  [default: the cluster's first kernel]"),
+    ] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Predict the time of strategies on a cluster, without a GPU.
+
+    Records what the strategy's own code does on tensors without data, and replays it with the
+    constants of the cluster. Times have an interval: the error of nine in ten predictions of
+    measured runs that the constants were not fitted to.
+    """
+    from cpbench.tools import prediction
+
+    with user_input():
+        cases = case_options.expand(
+            world_size, gpus_per_node, mask, placement,
+            strategy=strategy, layout=layout, seq_len=seq_len, queries=queries, batch=batch,
+            num_heads_q=num_heads_q, num_heads_kv=num_heads_kv, head_dim=head_dim,
+            head_dim_v=head_dim_v, dtype=dtype, direction=direction,
+            operator=operator or prediction.first_operator(cluster),
+        )  # fmt: skip
+        predictions = prediction.predict_all(cases, cluster)
+    if as_json:
+        print(json.dumps(predictions[0] if len(cases) == 1 else predictions))
+        return
+    for line in prediction.lines(predictions):
+        print(line)
+    print_rows(prediction.table(predictions))
 
 
 @commands.command()

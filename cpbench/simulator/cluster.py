@@ -4,7 +4,13 @@
 
     name = "h100-ib"
     gpus_per_node = 8
-    error = "4 % in the median on points that were not fitted"
+
+    [calibrated]                       # on what it was fitted, and its errors on what it was not
+    source = "published points"
+    ranks = 32
+    tokens = 8192                      # of one rank
+    median_error = 0.03
+    percentile_90_error = 0.1
 
     [gpu]
     source = "data sheet; rates by cpbench peaks"
@@ -21,12 +27,14 @@
     dtype = "bfloat16"
     head_dim = 128
     grid = "slices"                    # or "mask"
+    packs_heads = true                 # query heads of a group share a tile (forward pass)
     [kernels.fwd]
     tile = [128, 128]                  # queries, keys
     tflops = 720.0
     tile_us = 1.0                      # of a thread block, beside its blocks
     empty_us = 0.1                     # of a thread block without work
     tail = 0.5                         # of the largest tile, after all others
+    full_rate = 1.0                    # of full rectangles, relative to tflops
     call_us = 5.0
     [kernels.bwd]                      # the same, for the backward pass
 
@@ -86,6 +94,7 @@ class Phase:
     empty_us: float
     tail: float
     call_us: float
+    full_rate: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,11 +108,12 @@ class KernelCosts:
     grid: str
     fwd: Phase
     bwd: Phase | None = None
+    packs_heads: bool = False
 
     @property
     def tiling(self) -> Tiling:
         """How it divides a mask."""
-        return Tiling(self.fwd.tile, (self.bwd or self.fwd).tile, self.grid)
+        return Tiling(self.fwd.tile, (self.bwd or self.fwd).tile, self.grid, self.packs_heads)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,12 +142,20 @@ class Collectives:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cluster:
-    """The constants of a cluster.
+class Calibrated:
+    """On what a cluster was fitted: the most ranks, and the most tokens of a rank; and how far
+    predictions of points that were not fitted were off, as fractions."""
 
-    Attributes:
-        error: how far predictions were from points that were not fitted, in words.
-    """
+    source: str
+    ranks: int
+    tokens: int
+    median_error: float
+    percentile_90_error: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """The constants of a cluster."""
 
     name: str
     gpus_per_node: int
@@ -145,7 +163,7 @@ class Cluster:
     kernels: tuple[KernelCosts, ...]
     links: dict[str, Link]
     collectives: Collectives
-    error: str = ""
+    calibrated: Calibrated
     digest: str = field(default="", compare=False)
 
     def kernel(self, operator: str, dtype: str, head_dim: int) -> KernelCosts:
@@ -216,6 +234,7 @@ def from_table(table: Mapping[str, Any]) -> Cluster:
         _kernel(kernel, f"kernels[{index}]") for index, kernel in enumerate(kernels)
     )
     values["links"] = {name: _from_table(Link, x, f"links.{name}") for name, x in links.items()}
+    values["calibrated"] = _from_table(Calibrated, values.get("calibrated"), "calibrated")
     values["collectives"] = _from_table(Collectives, values.get("collectives"), "collectives")
     if "digest" in values:
         raise ValueError("digest is computed, not given")
@@ -264,6 +283,8 @@ def _from_table(kind: type[T], table: Any, where: str) -> T:
 def _checked(name: str, wanted: str, value: Any) -> Any:
     if wanted == "str" and isinstance(value, str):
         return value
+    if wanted == "bool" and type(value) is bool:
+        return value
     if wanted == "int" and type(value) is int and value >= 0:
         return value
     if wanted == "float" and type(value) in (int, float) and 0 <= value < math.inf:
@@ -281,7 +302,7 @@ def _checked(name: str, wanted: str, value: Any) -> Any:
         wanted == "tuple[float, float]"
         and _is_list(value, (int, float))
         and len(value) == 2
-        and 0 < min(value) <= max(value) < math.inf
+        and all(0 < item < math.inf for item in value)
     ):
         return tuple(map(float, value))
     if wanted not in _WORDS:  # tables, which were made before
@@ -290,7 +311,8 @@ def _checked(name: str, wanted: str, value: Any) -> Any:
 
 
 _WORDS = {
-    "str": "a string", "int": "an integer of 0 or more", "float": "a number of 0 or more",
+    "str": "a string", "bool": "true or false", "int": "an integer of 0 or more",
+    "float": "a number of 0 or more",
     "tuple[str, ...]": "a list of strings", "tuple[int, int]": "a list of two positive integers",
     "tuple[float, float]": "a list of two positive numbers",
 }  # fmt: skip

@@ -29,16 +29,19 @@ def kernel_seconds(kernel: Kernel, costs: KernelCosts, gpu: Gpu) -> float:
 
 
 def tiles_seconds(kernel: Kernel, phase: Phase, gpu: Gpu) -> float:
-    """The time of the thread blocks of one call."""
+    """The time of the thread blocks of one call, which are spread over all multiprocessors and take
+    at least as long as the largest."""
     tiles, (queries, keys) = kernel.tiles, phase.tile
     dims = kernel.head_dim + kernel.value_dim
     if kernel.phase == "bwd":
         dims = 3 * kernel.head_dim + 2 * kernel.value_dim
-    block_s = 2 * dims * queries * keys / (phase.tflops * 1e12 / gpu.sms)
+    rate = phase.tflops * 1e12 * (phase.full_rate if kernel.full else 1.0) / gpu.sms
+    block_s = 2 * dims * queries * keys / rate
     per_head = tiles.blocks * block_s + tiles.tiles * phase.tile_us * 1e-6
     per_head += tiles.empty * phase.empty_us * 1e-6
-    last = phase.tail * tiles.largest * block_s
-    return kernel.heads_q * per_head / gpu.sms + last + phase.call_us * 1e-6
+    largest = tiles.largest * block_s
+    total = max(kernel.heads_q * per_head / gpu.sms, largest)
+    return total + phase.tail * largest + phase.call_us * 1e-6
 
 
 def backward_bytes(kernel: Kernel) -> int:

@@ -16,11 +16,12 @@ class Kernel:
 
     Attributes:
         phase: ``"fwd"`` or ``"bwd"``.
-        tiles: of one head.
-        heads_q, heads_kv: heads times batch.
+        tiles: of one head, or of the query heads that a tile holds.
+        heads_q: such heads times batch; heads_kv: key/value heads times batch.
         seq_q, seq_k: tokens of its tensors.
         head_dim, value_dim: of queries and keys, and of values.
         itemsize: bytes of an element.
+        full: whether all that it computes are full rectangles.
     """
 
     phase: str
@@ -32,6 +33,7 @@ class Kernel:
     head_dim: int
     value_dim: int
     itemsize: int
+    full: bool
 
 
 @dataclass(frozen=True)

@@ -46,16 +46,23 @@ class Tiling:
         grid: ``"mask"`` if tiles begin at multiples of their extent (block-sparse kernels), or
             ``"slices"`` if they begin anew in every slice, with a grid of the longest slice times
             the number of slices (kernels for packed documents).
+        packs_heads: whether a tile of the forward pass holds the query heads of a key/value head,
+            and so many fewer queries.
     """
 
     fwd: tuple[int, int]
     bwd: tuple[int, int]
     grid: str
+    packs_heads: bool = False
 
-    def count(self, mask: AttnMask, phase: str) -> TileCounts:
-        """The tiles of one head in a phase, ``"fwd"`` or ``"bwd"``."""
+    def count(self, mask: AttnMask, phase: str, group: int = 1) -> TileCounts:
+        """The tiles of one head in a phase, ``"fwd"`` or ``"bwd"``.
+
+        Args:
+            group: query heads of a tile, see :meth:`group`.
+        """
         slices = mask.slices
-        extents, block = (mask.seq_q, mask.seq_k), self.fwd
+        extents, block = (mask.seq_q, mask.seq_k), (max(self.fwd[0] // group, 1), self.fwd[1])
         if phase == "bwd":
             slices = transposed(slices)
             extents, block = (mask.seq_k, mask.seq_q), (self.bwd[1], self.bwd[0])
@@ -63,11 +70,21 @@ class Tiling:
             return count_by_slice(slices, *block)
         return count_by_mask(AttnMask.from_slices(*extents, slices), *block)
 
+    def group(self, phase: str, heads_q: int, heads_kv: int) -> int:
+        """Query heads that a tile holds."""
+        return heads_q // heads_kv if self.packs_heads and phase == "fwd" else 1
+
 
 @functools.lru_cache(maxsize=4096)
-def count_tiles(tiling: Tiling, mask: AttnMask, phase: str) -> TileCounts:
+def count_tiles(tiling: Tiling, mask: AttnMask, phase: str, group: int) -> TileCounts:
     """:meth:`Tiling.count`, cached: the steps of a ring have few different masks."""
-    return tiling.count(mask, phase)
+    return tiling.count(mask, phase, group)
+
+
+def all_full(slices: IntArray) -> bool:
+    """Whether canonical slices are full rectangles."""
+    q0, q1, k0, k1, lo, hi = slices.T
+    return bool(((lo == k0 - q1 + 1) & (hi == k1 - 1 - q0)).all())
 
 
 def transposed(slices: IntArray) -> IntArray:

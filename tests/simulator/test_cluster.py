@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ PHASE = {"tile": [128, 64], "tflops": 500, "tile_us": 2, "empty_us": 0.5, "tail"
          "call_us": 10}  # fmt: skip
 TABLE: dict[str, Any] = {
     "name": "made", "gpus_per_node": 8,
+    "calibrated": {"source": "made", "ranks": 8, "tokens": 8192, "median_error": 0.03,
+                   "percentile_90_error": 0.1},
     "gpu": {"source": "made", "sms": 100, "memory_gib": 80, "stream_gb_per_s": 2000,
             "gather_gb_per_s": 1000, "scatter_gb_per_s": 250, "launch_us": 3},
     "kernels": [{"source": "made", "operators": ["bands", "flex"], "dtype": "bfloat16",
@@ -89,7 +92,7 @@ def test_the_digest_is_of_the_content() -> None:
 def test_packaged_clusters(name: str) -> None:
     cluster = load(name)
     assert cluster.name == name
-    assert cluster.error
+    assert cluster.calibrated.percentile_90_error > cluster.calibrated.median_error > 0
     assert all(kernel.fwd.tflops > 0 for kernel in cluster.kernels)
 
 
@@ -105,16 +108,22 @@ def test_the_costs_of_a_kernel() -> None:
     cluster = from_table(TABLE)
     costs, gpu = cluster.kernels[0], cluster.gpu
     tiles = TileCounts(blocks=50, tiles=10, empty=4, largest=8)
-    kernel = Kernel("fwd", tiles, heads_q=6, heads_kv=2, seq_q=1280, seq_k=640, head_dim=128,
-                    value_dim=128, itemsize=2)  # fmt: skip
+    kernel = Kernel("fwd", tiles, heads_q=600, heads_kv=2, seq_q=1280, seq_k=640, head_dim=128,
+                    value_dim=128, itemsize=2, full=False)  # fmt: skip
     block = 4 * 128 * 128 * 64 / 5e12
-    expected = 6 * (50 * block + 10 * 2e-6 + 4 * 5e-7) / 100 + 0.25 * 8 * block + 1e-5
+    expected = 600 * (50 * block + 10 * 2e-6 + 4 * 5e-7) / 100 + 0.25 * 8 * block + 1e-5
     assert kernel_seconds(kernel, costs, gpu) == pytest.approx(expected)
     backward = Kernel("bwd", *[getattr(kernel, name) for name in list(kernel.__annotations__)[1:]])
-    moved = 7 * 6 * 1280 * 128 * 2 + 2 * 640 * 256 * 10
-    expected = 6 * (50 * 2.5 * block + 10 * 2e-6 + 4 * 5e-7) / 100 + 0.25 * 8 * 2.5 * block + 1e-5
+    moved = 7 * 600 * 1280 * 128 * 2 + 2 * 640 * 256 * 10
+    expected = 600 * (50 * 2.5 * block + 10 * 2e-6 + 4 * 5e-7) / 100 + 0.25 * 8 * 2.5 * block + 1e-5
     assert kernel_seconds(backward, costs, gpu) == pytest.approx(expected + moved / 2e12)
-    nothing = Kernel("fwd", TileCounts(0, 0, 9, 0), 6, 2, 1280, 640, 128, 128, 2)
+    few = dataclasses.replace(kernel, heads_q=1)  # the largest tile takes longer than the mean
+    assert kernel_seconds(few, costs, gpu) == pytest.approx(1.25 * 8 * block + 1e-5)
+    full = dataclasses.replace(costs, fwd=dataclasses.replace(costs.fwd, full_rate=0.5))
+    assert kernel_seconds(few, full, gpu) == kernel_seconds(few, costs, gpu)
+    few = dataclasses.replace(few, full=True)
+    assert kernel_seconds(few, full, gpu) == pytest.approx(2 * 1.25 * 8 * block + 1e-5)
+    nothing = Kernel("fwd", TileCounts(0, 0, 9, 0), 6, 2, 1280, 640, 128, 128, 2, False)
     assert kernel_seconds(nothing, costs, gpu) == 0
     forward_only = from_table(changed("kernels.0.bwd"))
     with pytest.raises(ValueError, match="no backward pass was calibrated"):

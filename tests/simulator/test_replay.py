@@ -15,6 +15,8 @@ GB = 10**9
 PHASE = {"tile": [128, 128], "tflops": 500, "tile_us": 0, "empty_us": 0, "tail": 0, "call_us": 0}
 TABLE: dict[str, Any] = {
     "name": "made", "gpus_per_node": 4,
+    "calibrated": {"source": "made", "ranks": 8, "tokens": 8192, "median_error": 0.03,
+                   "percentile_90_error": 0.1},
     "gpu": {"source": "made", "sms": 100, "memory_gib": 80, "stream_gb_per_s": 2000,
             "gather_gb_per_s": 1000, "scatter_gb_per_s": 250, "launch_us": 0},
     "kernels": [{"source": "made", "operators": ["bands"], "dtype": "bfloat16", "head_dim": 128,

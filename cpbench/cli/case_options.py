@@ -1,0 +1,50 @@
+"""Options that describe cases of a strategy on a cluster: those of traffic and predict."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from cpbench.cli.options import direction_list, dtype_list, layout_list, list_option, mask_list
+from cpbench.core.problem import Case
+
+Masks = Annotated[list[str] | None, mask_list(help="Masks; repeatable.  [default: causal]")]
+SeqLens = Annotated[str, list_option(help="Global sequence lengths.")]
+WorldSizes = Annotated[str, list_option(help="Numbers of ranks.")]
+GpusPerNode = Annotated[str, list_option(help="Ranks per node.")]
+Layouts = Annotated[str, layout_list(help="See: cpbench list layouts.")]
+Placements = Annotated[
+    str, list_option(help="Mesh axes inside a node.  [default: set by the strategy]")
+]
+Queries = Annotated[str, list_option(help="Numbers of queries, the last tokens; 0: all tokens.")]
+HeadsQ = Annotated[str, list_option(help="Query heads.")]
+HeadsKv = Annotated[str, list_option(help="Key/value heads.")]
+HeadDims = Annotated[str, list_option(help="Head dimensions.")]
+HeadDimsV = Annotated[str, list_option(help="Those of values; 0: as --head-dim.")]
+Batches = Annotated[str, list_option(help="Batch sizes.")]
+Dtypes = Annotated[str, dtype_list(help="Data types.")]
+Directions = Annotated[str, direction_list(help="fwd, bwd or fwd_bwd.")]
+
+
+def expand(
+    world_size: str, gpus_per_node: str, mask: list[str] | None, placement: str, **lists: str
+) -> list[Case]:
+    """The cases of all combinations of the values of these lists.
+
+    Raises:
+        ValueError: for a value that is not valid.
+    """
+    from cpbench.sweep import sweep_file
+
+    table = {key: sweep_file.split_list(text) for key, text in lists.items()}
+    table["mask"] = [m for text in mask or ["causal"] for m in sweep_file.split_list(text)]
+    if placement:
+        table["placement"] = sweep_file.split_list(placement)
+    cases = []
+    for size in sweep_file.split_list(world_size):
+        ranks = sweep_file.parse_integer("world_size", size)
+        for text in sweep_file.split_list(gpus_per_node):
+            per_node = sweep_file.parse_integer("ranks_per_node", text) or ranks
+            cases += sweep_file.expand_table(
+                {**table, "world_size": ranks, "ranks_per_node": min(per_node, ranks)}
+            )
+    return cases

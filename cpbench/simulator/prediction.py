@@ -1,0 +1,141 @@
+"""Predicted times of cases: ``python -m cpbench.simulator.prediction``, a subprocess.
+
+Representatives of the ranks are recorded, or their recordings read, and each is replayed alone on
+the links of the cluster.  Reads a request from stdin, the case and the name of the cluster, and
+prints the reply.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from typing import Any
+
+from cpbench.core.operator import value_dims_refusal
+from cpbench.core.problem import Case
+from cpbench.core.registry import LoadError, implementation, operator_info, strategy_info
+from cpbench.masks.head_masks import per_head
+from cpbench.parallel.strategy import declared_refusal
+from cpbench.parallel.world import World
+from cpbench.simulator.cluster import Cluster, load
+from cpbench.simulator.costs import event_seconds
+from cpbench.simulator.events import Program
+from cpbench.simulator.recordings import cached, content_key
+from cpbench.simulator.replay import RankTimes, replay
+from cpbench.simulator.representatives import representatives
+from cpbench.simulator.tiles import Tiling
+
+FAR = 4  # times what was calibrated, from where on a prediction is an extrapolation
+
+
+def predict(case: Case, cluster: Cluster) -> dict[str, Any]:
+    """The predicted time of a case, as ``cpbench predict --json`` prints it.
+
+    Raises:
+        ValueError: if the strategy does not take the case, or it was not calibrated; in one line.
+    """
+    kernel = cluster.kernel(case.operator.name, case.dtype, case.head_dim)
+    world = World.of_case(case, cluster.gpus_per_node)
+    programs, counts = record(case, world, kernel.tiling)
+    cost = functools.partial(event_seconds, costs=kernel, cluster=cluster)
+    phases = {}
+    for phase, flops in world.problem.flops(world.mask.area).items():
+        if phase not in case.direction.split("_"):
+            continue
+        of_phase = {rank: programs[rank][phase] for rank in counts}
+        times = replay(of_phase, cluster, world.ranks_per_node, cost, alone=True)
+        phases[phase] = _phase(times, counts, flops / world.size, cluster)
+    return {
+        "cluster": cluster.name,
+        "cluster_hash": cluster.digest,
+        "operator": str(case.operator),
+        "representatives": list(counts),
+        "warnings": warnings(case, world, cluster),
+        "phases": phases,
+    }
+
+
+def record(
+    case: Case, world: World, tiling: Tiling
+) -> tuple[dict[int, dict[str, Program]], dict[int, int]]:
+    """The recordings of the representatives, and how many ranks each stands for.
+
+    Raises:
+        ValueError: if the strategy or operator does not take the case.
+    """
+    info, operator = strategy_info(case.strategy.name), operator_info(case.operator.name)
+    if not info.traced:
+        raise ValueError(f"{info.name} sends through a library, whose time is not predicted")
+    if operator.selects:
+        raise ValueError(f"{operator.name} selects by the data, so its work is not known before")
+    if per_head(world.mask):
+        raise ValueError("a mask that differs from head to head is not predicted")
+    strategy = implementation(info, case.strategy.kwargs)
+    reason = declared_refusal(info, world) or strategy.unsupported(world)
+    if reason := reason or value_dims_refusal(operator, world.problem):
+        raise ValueError(reason)
+    counts = representatives(world)
+
+    def record_one(rank: int) -> dict[str, Program]:
+        from cpbench.simulator.recording import record_rank
+
+        return record_rank(strategy, operator, world, rank, tiling)
+
+    programs = {
+        rank: cached(
+            content_key(case, world, tiling, rank), functools.partial(record_one, rank)
+        )
+        for rank in counts
+    }  # fmt: skip
+    return programs, counts
+
+
+def _phase(
+    times: dict[int, RankTimes], counts: dict[int, int], flops: float, cluster: Cluster
+) -> dict[str, Any]:
+    """The result of one phase: that of its slowest rank, and how even the work is."""
+    slowest = max(times, key=lambda rank: (times[rank].end, -rank))
+    one = times[slowest]
+    mean = sum(times[rank].end * n for rank, n in counts.items()) / sum(counts.values())
+    error = cluster.calibrated.percentile_90_error
+    return {
+        "seconds": one.end,
+        "low": one.end / (1 + error),
+        "high": one.end * (1 + error),
+        "tflops_per_gpu": flops / one.end / 1e12 if one.end else None,
+        "breakdown": {"attention": one.attention, "side": one.side, "exposed": one.exposed},
+        "slowest_rank": slowest,
+        "imbalance": one.end / mean if mean else None,
+    }
+
+
+def warnings(case: Case, world: World, cluster: Cluster) -> list[str]:
+    """In how far a case is beyond what the cluster was calibrated on."""
+    known, lines = cluster.calibrated, []
+    for name, value, most in (
+        ("ranks", case.world_size, known.ranks),
+        ("tokens per rank", world.keys.local_len, known.tokens),
+    ):
+        if value > FAR * most:
+            lines.append(
+                f"extrapolated: {value:,} {name}, more than {FAR} times the {most:,} that "
+                f"{cluster.name} was calibrated on"
+            )
+    return lines
+
+
+def main() -> int:
+    """Answer the request from stdin."""
+    request = json.load(sys.stdin)
+    try:
+        reply = predict(Case.from_json(request["case"]), load(request["cluster"]))
+    except (ValueError, LoadError, OSError) as refusal:
+        print(refusal, file=sys.stderr)
+        return 2
+    print(json.dumps(reply))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
