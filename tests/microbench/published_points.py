@@ -269,18 +269,20 @@ def judge(points: Sequence[Point], predicted: Sequence[float]) -> Judgement:
     cells: dict[Any, list[tuple[float, float]]] = {}
     for point, p in zip(points, predicted, strict=True):
         cells.setdefault((point.mask, point.direction, point.size), []).append((point.rate, p))
-    agree, count, regret = 0, 0, 0.0
+    agree, count, regrets = 0, 0, [float("nan")]  # of cells with one strategy there is none
     for rows in cells.values():
+        if len(rows) == 1:
+            continue
         for (a, pa), (b, pb) in itertools.combinations(rows, 2):
             if abs(a - b) > NEAR * max(a, b):
                 agree += int(np.sign((a - b) * (pa - pb)))
                 count += 1
         best, best_predicted = max(a for a, _ in rows), max(p for _, p in rows)
         named = max(a for a, p in rows if p >= (1 - CHOICE) * best_predicted)
-        regret = max(regret, 1 - named / best)
+        regrets.append(1 - named / best)
     return Judgement(
         float(np.median(errors)), float(np.quantile(errors, 0.9)),
-        agree / count if count else float("nan"), regret, len(points),
+        agree / count if count else float("nan"), float(np.fmax.reduce(regrets)), len(points),
     )  # fmt: skip
 
 
