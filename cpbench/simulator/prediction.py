@@ -1,8 +1,8 @@
 """Predicted times of cases: ``python -m cpbench.simulator.prediction``, a subprocess.
 
-Representatives of the ranks are recorded, or their recordings read, and each is replayed alone on
-the links of the cluster.  Reads a request from stdin, the case and the name of the cluster, and
-prints the reply.
+All ranks of a small world are recorded, or their recordings read, and replayed together on the
+links of the cluster; of a large one, representatives are, each alone.  Reads a request from stdin,
+the case and the name of the cluster, and prints the reply.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from cpbench.simulator.replay import RankTimes, replay
 from cpbench.simulator.representatives import representatives
 from cpbench.simulator.tiles import Tiling
 
+TOGETHER = 32  # ranks of which all are recorded and replayed together
 FAR = 4  # times what was calibrated, from where on a prediction is an extrapolation
 
 
@@ -44,13 +45,13 @@ def predict(case: Case, cluster: Cluster) -> dict[str, Any]:
         if phase not in case.direction.split("_"):
             continue
         of_phase = {rank: programs[rank][phase] for rank in counts}
-        times = replay(of_phase, cluster, world.ranks_per_node, cost, alone=True)
+        times = replay(of_phase, cluster, world.ranks_per_node, cost, world.size > TOGETHER)
         phases[phase] = _phase(times, counts, flops / world.size, cluster)
     return {
         "cluster": cluster.name,
         "cluster_hash": cluster.digest,
         "operator": str(case.operator),
-        "representatives": list(counts),
+        "ranks": list(counts),
         "warnings": warnings(case, world, cluster),
         "phases": phases,
     }
@@ -59,7 +60,7 @@ def predict(case: Case, cluster: Cluster) -> dict[str, Any]:
 def record(
     case: Case, world: World, tiling: Tiling
 ) -> tuple[dict[int, dict[str, Program]], dict[int, int]]:
-    """The recordings of the representatives, and how many ranks each stands for.
+    """The recordings of all ranks or of representatives, and how many ranks each stands for.
 
     Raises:
         ValueError: if the strategy or operator does not take the case.
@@ -75,7 +76,8 @@ def record(
     reason = declared_refusal(info, world) or strategy.unsupported(world)
     if reason := reason or value_dims_refusal(operator, world.problem):
         raise ValueError(reason)
-    counts = representatives(world)
+    everyone = dict.fromkeys(range(world.size), 1)
+    counts = everyone if world.size <= TOGETHER else representatives(world)
 
     def record_one(rank: int) -> dict[str, Program]:
         from cpbench.simulator.recording import record_rank
