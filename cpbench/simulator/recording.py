@@ -7,6 +7,7 @@ nothing, and what torch would launch for the strategy is seen by a dispatch mode
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 FREE = {"empty", "empty_like", "new_empty", "empty_strided", "detach", "alias", "lift_fresh"}
 GATHERS = {"index_select", "gather", "index", "take_along_dim", "embedding"}
 SCATTERS = {"index_copy_", "index_add_", "scatter_", "scatter_add_", "index_put_", "index_fill_"}
+
+
+NO_HOST = "copies between a device and its host are not predicted: leave out offload=host"
 
 
 class Recorder:
@@ -75,6 +79,12 @@ class RecordingComm(TraceComm):
         peers = [member for member in self._members if member != self._root.rank]
         rows = tuple((peer, nbytes * messages) for peer in peers) if nbytes else ()
         return self._post(COLLECTIVES[kind], rows, rows)
+
+    def to_device(self, out: torch.Tensor, x: torch.Tensor, after: Sequence[Handle] = ()) -> Handle:
+        raise ValueError(NO_HOST)
+
+    def to_host(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
+        raise ValueError(NO_HOST)
 
     def _post(self, operation: str, sends: Any, receives: Any) -> Handle:
         if not sends and not receives:
@@ -192,6 +202,9 @@ def record_rank(
     """Record the phases of one rank, ``"fwd"`` and ``"bwd"``; the forward pass is always recorded.
 
     The log-sum-exp is not requested, as in timed runs.
+
+    Raises:
+        ValueError: if the strategy copies between device and host.
     """
     recorder = Recorder()
     op = RecordingOperator(operator, recorder, tiling)

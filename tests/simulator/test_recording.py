@@ -52,6 +52,10 @@ def test_recordings_agree_with_traces(spec_text: str) -> None:
         one = world(mask, layout)
         if strategy.unsupported(one):
             continue
+        if "offload" in spec.kwargs:
+            with pytest.raises(ValueError, match="leave out offload=host"):
+                record_rank(strategy, operator, one, 0, PAIRS)
+            continue
         sent, received = Counter[tuple[int, int, int]](), Counter[tuple[int, int, int]]()
         for rank in range(SIZE):
             trace = trace_rank(strategy, operator, one, rank)
@@ -84,11 +88,9 @@ def assert_waited(program: Program, posts: list[int]) -> None:
 
 
 class SlowTracedOperator(TracedOperator):
-    """Makes every result anew, and packs and adds as on a GPU."""
+    """Makes every result anew."""
 
     empty = BoundOperator.empty
-    cat_runs = BoundOperator.cat_runs
-    add_runs = BoundOperator.add_runs
 
 
 @pytest.mark.parametrize("spec_text", SPECS)
