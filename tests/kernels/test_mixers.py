@@ -19,6 +19,7 @@ from cpbench.kernels.mixers import backward, chunks, decay, forward
 from cpbench.kernels.mixers.chunks import Inputs, Plan
 from cpbench.kernels.mixers.forms import FORMS, flops, parity_tokens
 from cpbench.kernels.mixers.forward import Summary, apply, combine
+from cpbench.measure.process_state import ProcessState
 
 SCALE, CHUNK = 0.5, 16
 
@@ -163,14 +164,14 @@ def test_states_are_passed_on_in_full_float32() -> None:
         return [states, values, dstates[:-2], combine(summary, summary).state]
 
     expected = pass_on()
-    before = torch.get_float32_matmul_precision()
+    state = ProcessState()
     try:
         torch.set_float32_matmul_precision("medium")
         allowed = torch._C._get_fp32_precision_getter("mkldnn", "matmul")
         found = pass_on()
         assert torch._C._get_fp32_precision_getter("mkldnn", "matmul") == allowed == "bf16"
     finally:
-        torch.set_float32_matmul_precision(before)
+        assert state.restore()
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
 

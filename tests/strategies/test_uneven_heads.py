@@ -137,7 +137,7 @@ def test_repeated_heads_are_in_the_memory_trace() -> None:
     assert HeadShares.of(world.problem, 2).attention(world, 0).kv_heads == (0,) * 7 + (1,) * 3
     of_token = (10 + 2 + 10) * 16 + (2 + 10 + 10) * 4  # q, k, repeated; v, repeated, out
     lse = 4 * 2 * 48 * 10
-    peak = peak_bytes(implemented("ulysses:pad=true"), operator_info("bands"), world, 0)
+    peak = peak_bytes(implemented("ulysses:pad=true"), operator_info("bands"), world, 0).device
     assert peak == 2 * 48 * of_token * 2 + lse
 
 
