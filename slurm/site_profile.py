@@ -21,14 +21,14 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+from cpbench.core.user_files import load_toml, require_known
 
 RANKS = {"srun": "srun", "torchrun": "srun-torchrun", "mpi": "srun-mpi", "mpiexec": "mpi"}
 PACKING = ("size", "array", "one")
@@ -214,14 +214,7 @@ def load(path: Path) -> Profile:
         ValueError: for a file that is not valid; one line, with the name of the file.
         OSError: when the file cannot be read.
     """
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not TOML: {' '.join(str(error).split())}") from None
-    try:
-        return from_table(table)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    return load_toml(path, from_table)
 
 
 def from_table(table: Mapping[str, Any]) -> Profile:
@@ -243,10 +236,7 @@ def _checked_keys(table: Mapping[str, Any], kind: type, prefix: str) -> dict[str
     names = [item.name for item in fields(kind)]
     values = {}
     for key, value in table.items():
-        if key not in names:
-            close = difflib.get_close_matches(key, names, 1)
-            hint = f"did you mean {prefix}{close[0]}?" if close else f"there are {', '.join(names)}"
-            raise ValueError(f"no key {prefix}{key}; {hint}")
+        require_known(key, names, prefix)
         values[key] = tuple(value) if isinstance(value, list) else value
     return values
 

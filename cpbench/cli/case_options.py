@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import typer
+
+from cpbench.cli.completion import complete
 from cpbench.cli.options import direction_list, dtype_list, layout_list, list_option, mask_list
 from cpbench.core.problem import Case
 
+Strategies = Annotated[
+    str,
+    typer.Argument(
+        metavar="STRATEGIES",
+        help="One or several, e.g. ring,ulysses,usp:ulysses=8.",
+        autocompletion=complete("strategies"),
+    ),
+]
 Masks = Annotated[list[str] | None, mask_list(help="Masks; repeatable.  [default: causal]")]
 SeqLens = Annotated[str, list_option(help="Global sequence lengths.")]
 WorldSizes = Annotated[str, list_option(help="Numbers of ranks.")]

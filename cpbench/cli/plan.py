@@ -10,7 +10,6 @@ from typing import Annotated
 import typer
 
 from cpbench.cli import case_options
-from cpbench.cli.completion import complete
 from cpbench.cli.options import (
     AsJson,
     Launcher,
@@ -28,14 +27,7 @@ commands = typer.Typer()
 
 @commands.command()
 def traffic(
-    strategy: Annotated[
-        str,
-        typer.Argument(
-            metavar="STRATEGIES",
-            help="One or several, e.g. ring,ulysses,usp:ulysses=8.",
-            autocompletion=complete("strategies"),
-        ),
-    ],
+    strategy: case_options.Strategies,
     mask: case_options.Masks = None,
     seq_len: case_options.SeqLens = "128k",
     world_size: case_options.WorldSizes = "8",
@@ -101,14 +93,7 @@ def traffic(
 
 @commands.command()
 def predict(
-    strategy: Annotated[
-        str,
-        typer.Argument(
-            metavar="STRATEGIES",
-            help="One or several, e.g. ring,ulysses,usp:ulysses=8.",
-            autocompletion=complete("strategies"),
-        ),
-    ],
+    strategy: case_options.Strategies,
     mask: case_options.Masks = None,
     seq_len: case_options.SeqLens = "128k",
     world_size: case_options.WorldSizes = "8",

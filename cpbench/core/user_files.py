@@ -1,4 +1,4 @@
-"""Files that users name: code of operators, strategies and masks, document lengths, tensors.
+"""Files that users name: code of operators, strategies and masks, document lengths, tensors, TOML.
 
 A relative path in a sweep counts from the folder of the sweep; where that has no such file, and on
 the command line, from the working directory.
@@ -6,15 +6,19 @@ the command line, from the working directory.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import hashlib
 import importlib.util
 import sys
+import tomllib
+from collections.abc import Callable, Collection
 from contextlib import redirect_stdout
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 _folder = Path()
 
 
@@ -88,3 +92,28 @@ def _searched(name: str) -> str:
     if Path(name).is_absolute() or _folder.resolve() == Path.cwd():
         return ""
     return f" in {_folder} or here"
+
+
+def load_toml(path: Path, parse: Callable[[dict[str, Any]], T]) -> T:
+    """What ``parse`` makes of the table in a TOML file.
+
+    Raises:
+        ValueError: for a file that is not TOML in UTF-8, and as ``parse``.
+        OSError: when the file cannot be read.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not TOML: {' '.join(str(error).split())}") from None
+    try:
+        return parse(table)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def require_known(key: str, known: Collection[str], prefix: str = "") -> None:
+    """Raise a ValueError for a key that is not known, with the closest one or all of them."""
+    if key not in known:
+        close = difflib.get_close_matches(key, known, 1)
+        hint = f"did you mean {prefix}{close[0]}?" if close else f"there are {', '.join(known)}"
+        raise ValueError(f"no key {prefix}{key}; {hint}")

@@ -54,16 +54,15 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
-import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from cpbench.core.user_files import load_toml, require_known
 from cpbench.simulator.tiles import GRIDS, Tiling
 
 PACKAGED = Path(__file__).parent / "clusters"
@@ -202,15 +201,7 @@ def load(name: str) -> Cluster:
             raise ValueError(
                 f"no cluster {name!r}; there are: {names}, or a file that ends in .toml"
             )
-    content = path.read_bytes()
-    try:
-        table = tomllib.loads(content.decode("utf-8-sig"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not TOML: {' '.join(str(error).split())}") from None
-    try:
-        return from_table(table)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    return load_toml(path, from_table)
 
 
 def from_table(table: Mapping[str, Any]) -> Cluster:
@@ -269,10 +260,7 @@ def _from_table(kind: type[T], table: Any, where: str) -> T:
     known = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
     for key, value in _as_table(table, where).items():
-        if key not in known:
-            close = difflib.get_close_matches(key, known, 1)
-            hint = f"did you mean {prefix}{close[0]}?" if close else f"there are {', '.join(known)}"
-            raise ValueError(f"no key {prefix}{key}; {hint}")
+        require_known(key, known, prefix)
         values[key] = _checked(f"{prefix}{key}", str(known[key].type), value)
     for name, item in known.items():
         if name not in values and item.default is MISSING and item.default_factory is MISSING:
