@@ -7,14 +7,14 @@ import time
 from typing import Any
 
 import pytest
+import traced
+from traced import sent, sent_across
 
 from cpbench import masks
 from cpbench.core.problem import Problem
-from cpbench.core.registry import implementation, operator_info, strategy_info
-from cpbench.core.spec import Spec
 from cpbench.parallel.comm import Traffic
 from cpbench.parallel.layout import build as build_layout
-from cpbench.parallel.trace import MODULUS, RankTrace, trace_rank
+from cpbench.parallel.trace import RankTrace
 from cpbench.parallel.world import World
 from cpbench.strategies.common import head_shares
 from cpbench.strategies.hierarchical import Hierarchical
@@ -38,18 +38,7 @@ def traces(
     problem = Problem(seq_q=tokens, seq_k=tokens, **{**values, **changes})
     mask = masks.build(mask_text, tokens)
     world = World.of(problem, mask, build_layout(layout, tokens, size, mask), nodes, placement)
-    spec = Spec.parse(strategy)
-    implemented = implementation(strategy_info(spec.name), spec.kwargs)
-    assert implemented.unsupported(world) is None
-    operator = operator_info("bands")
-    ranks = [trace_rank(implemented, operator, world, rank) for rank in range(size)]
-    assert sum(trace.checksum for trace in ranks) % MODULUS == 0
-    return ranks
-
-
-def sent(ranks: list[RankTrace], phase: str) -> list[int]:
-    """The bytes that every rank sends."""
-    return [sum(trace.phases[phase].bytes_to) for trace in ranks]
+    return traced.traces(strategy, world)
 
 
 def volumes(size: int, heads_kv: int = 2, tokens: int = 48) -> tuple[int, int, int]:
@@ -167,7 +156,7 @@ def test_a_double_ring_sends_as_much_as_a_ring_and_less_across_nodes(window: int
     ranks = traces(f"ring:window={window}", size=8, nodes=window)
     assert sent(ranks, "fwd") == [7 * kv] * 8
     assert sent(ranks, "bwd") == [3 * 7 * kv] * 8
-    across = [_across(trace, rank, window, "fwd") for rank, trace in enumerate(ranks)]
+    across = sent_across(ranks, "fwd", window)
     assert (
         across == [(8 // window - 1) * kv] * 8
     )  # the keys of a window are sent once to each other window
@@ -229,7 +218,7 @@ def test_hierarchical_sends_one_copy_of_the_keys_across(nodes: int, copies: int)
     for strategy, sent_copies in (("hierarchical", 1), (f"usp:ulysses={nodes}", copies)):
         ranks = traces(strategy, size=size, nodes=nodes)
         for phase, times in (("fwd", 1), ("bwd", 3)):
-            across = [_across(trace, rank, nodes, phase) for rank, trace in enumerate(ranks)]
+            across = sent_across(ranks, phase, nodes)
             assert across == [(size // nodes - 1) * kv * sent_copies * times] * size
 
 
@@ -237,19 +226,11 @@ def test_placement_decides_what_crosses_nodes() -> None:
     crossing = {}
     for placement in ("", "ring"):
         ranks = traces("usp:ulysses=4", size=16, nodes=4, placement=placement, tokens=256)
-        crossing[placement] = sum(
-            _across(trace, rank, 4, "fwd") for rank, trace in enumerate(ranks)
-        )
+        crossing[placement] = sum(sent_across(ranks, "fwd", 4))
         assert len(set(sent(ranks, "fwd"))) == 1
     q, kv, _ = volumes(16, tokens=256)
     assert crossing[""] == 16 * 3 * 2 * kv  # the ring alone, two copies of each head
     assert crossing["ring"] == 16 * (2 * q + 2 * kv) * 3 // 4  # the all-to-all
-
-
-def _across(trace: RankTrace, rank: int, nodes: int, phase: str) -> int:
-    first = rank // nodes * nodes
-    to = trace.phases[phase].bytes_to
-    return sum(to) - sum(to[first : first + nodes])
 
 
 def test_ring_skips_steps_that_the_mask_leaves_empty() -> None:

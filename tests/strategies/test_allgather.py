@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
+from traced import implemented, sent, sent_across, traces
 
 from cpbench import masks
 from cpbench.api import Attention
 from cpbench.core.operator import Unsupported
 from cpbench.core.problem import Problem
-from cpbench.core.registry import implementation, operator_info, strategy_info
-from cpbench.core.spec import Spec
+from cpbench.core.registry import operator_info
 from cpbench.parallel.layout import build as build_layout
 from cpbench.parallel.memory_trace import peak_bytes
-from cpbench.parallel.trace import RankTrace, trace_rank
 from cpbench.parallel.world import World
 
 
@@ -24,21 +21,6 @@ def world_of(size: int, nodes: int = 0, layout: str = "contiguous", tokens: int 
     )
     mask = masks.build("causal", tokens)
     return World.of(problem, mask, build_layout(layout, tokens, size, mask), nodes)
-
-
-def implemented(strategy: str) -> Any:
-    spec = Spec.parse(strategy)
-    return implementation(strategy_info(spec.name), spec.kwargs)
-
-
-def traces(strategy: str, world: World) -> list[RankTrace]:
-    made = implemented(strategy)
-    assert made.unsupported(world) is None
-    return [trace_rank(made, operator_info("bands"), world, rank) for rank in range(world.size)]
-
-
-def sent(ranks: list[RankTrace], phase: str) -> list[int]:
-    return [sum(trace.phases[phase].bytes_to) for trace in ranks]
 
 
 def gradient_bytes(kv: int) -> int:
@@ -90,10 +72,7 @@ def test_usp_gathers_across_nodes(size: int, ulysses: int, keep: bool) -> None:
     back = gradient_bytes(across) + (0 if keep else across)
     assert sent(ranks, "bwd") == [exchanged + back] * size
     for phase, bytes_across in (("fwd", across), ("bwd", back)):
-        for rank, trace in enumerate(ranks):
-            to = trace.phases[phase].bytes_to
-            first = rank // ulysses * ulysses
-            assert sum(to) - sum(to[first : first + ulysses]) == bytes_across
+        assert sent_across(ranks, phase, ulysses) == [bytes_across] * size
 
 
 def test_refusals() -> None:

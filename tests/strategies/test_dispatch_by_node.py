@@ -7,17 +7,18 @@ import itertools
 import matrix
 import numpy as np
 import pytest
+import traced
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_ranks
 
 from cpbench import masks
 from cpbench.core.problem import Problem
-from cpbench.core.registry import implementation, operator_info, strategy_info
+from cpbench.core.registry import implementation, strategy_info
 from cpbench.core.spec import Spec
 from cpbench.parallel.kv_requirements import KeyTransfers, required_transfers
 from cpbench.parallel.layout import build as build_layout
-from cpbench.parallel.trace import RankTrace, trace_rank
+from cpbench.parallel.trace import RankTrace
 from cpbench.parallel.world import World
 from cpbench.strategies.dispatch.relays import GroupCast, plan_transfers
 
@@ -122,12 +123,7 @@ def world_of(
 
 
 def traces(strategy: str, world: World) -> list[RankTrace]:
-    spec = Spec.parse(strategy)
-    method = implementation(strategy_info(spec.name), spec.kwargs)
-    return [
-        trace_rank(method, operator_info("bands"), world, rank, log=True)
-        for rank in range(world.size)
-    ]
+    return traced.traces(strategy, world, log=True)
 
 
 def bytes_across(ranks: list[RankTrace], world: World) -> dict[str, int]:

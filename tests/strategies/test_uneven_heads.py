@@ -8,14 +8,13 @@ from typing import Any
 import matrix
 import pytest
 from ranks import run_ranks
+from traced import implemented, sent, sent_across, traces
 
 from cpbench import masks
 from cpbench.core.problem import Problem
-from cpbench.core.registry import implementation, operator_info, strategy_info
-from cpbench.core.spec import Spec
+from cpbench.core.registry import operator_info
 from cpbench.parallel.layout import build as build_layout
 from cpbench.parallel.memory_trace import peak_bytes
-from cpbench.parallel.trace import RankTrace, trace_rank
 from cpbench.parallel.world import World
 from cpbench.strategies.common.head_shares import HeadShares, chunks_of_heads
 
@@ -68,21 +67,6 @@ def world_of(size: int, heads_q: int, heads_kv: int, nodes: int = 0, **changes: 
     )
 
 
-def implemented(strategy: str) -> Any:
-    spec = Spec.parse(strategy)
-    return implementation(strategy_info(spec.name), spec.kwargs)
-
-
-def traces(strategy: str, world: World) -> list[RankTrace]:
-    made = implemented(strategy)
-    assert made.unsupported(world) is None
-    return [trace_rank(made, operator_info("bands"), world, rank) for rank in range(world.size)]
-
-
-def sent(ranks: list[RankTrace], phase: str) -> list[int]:
-    return [sum(trace.phases[phase].bytes_to) for trace in ranks]
-
-
 @pytest.mark.parametrize("chunks", [1, 3])
 @pytest.mark.parametrize(("heads_q", "heads_kv"), HEADS)
 @pytest.mark.parametrize("size", [2, 3, 4, 8])
@@ -122,12 +106,7 @@ def test_hierarchical_still_sends_one_copy_across(heads: tuple[int, int]) -> Non
     kv = world.problem.kv_bytes(48 // 8)
     ranks = traces("hierarchical:pad=true", world)
     for phase, times in (("fwd", 1), ("bwd", 3)):
-        across = 0
-        for rank, trace in enumerate(ranks):
-            first = rank // 4 * 4
-            to = trace.phases[phase].bytes_to
-            across += sum(to) - sum(to[first : first + 4])
-        assert across == 8 * kv * times
+        assert sum(sent_across(ranks, phase, 4)) == 8 * kv * times
 
 
 def test_repeated_heads_are_in_the_memory_trace() -> None:
