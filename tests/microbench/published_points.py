@@ -30,7 +30,8 @@ from scipy.optimize import least_squares
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
-from published_baselines import BASELINES, TILING, D, G, H
+from published_baselines import BASELINES
+from published_sequence import TILING, D, G, H
 
 from cpbench.simulator.cluster import Cluster, from_table
 from cpbench.simulator.costs import event_seconds, kernel_seconds
