@@ -13,6 +13,7 @@ from typing import Any
 from cpbench.core.environment import usable_cores
 from cpbench.core.problem import Case
 from cpbench.core.subprocess_call import RequestRefused, read_reply, subprocesses
+from cpbench.reports.tables.terminal import wrap
 from cpbench.simulator.cluster import load
 
 
@@ -56,17 +57,34 @@ def seconds(prediction: dict[str, Any]) -> float:
 
 
 def lines(predictions: Sequence[dict[str, Any]]) -> list[str]:
-    """What applies to all rows: warnings first, then the cluster."""
+    """What applies to all rows: warnings first, then the cluster and what cases have in common."""
     warnings = dict.fromkeys(line for one in predictions for line in one["warnings"])
     first = predictions[0]
-    return [*warnings, f"{first['operator']} on {first['cluster']} ({first['cluster_hash']}):"]
+    common, _ = _split_labels(predictions)
+    on = f"{first['cluster']} ({first['cluster_hash']})"
+    common = common.removeprefix(first["operator"]).strip()
+    return [*warnings, *wrap(f"{first['operator']} on {on}{', ' * bool(common)}{common}:")]
+
+
+def _split_labels(predictions: Sequence[dict[str, Any]]) -> tuple[str, list[str]]:
+    """The words that the labels of all cases have in common, and the others of each."""
+    labels = [one["case"].split() for one in predictions]
+    if len({len(words) for words in labels}) > 1:
+        return "", [" ".join(words) for words in labels]
+    same = [len(set(words)) == 1 for words in zip(*labels, strict=True)]
+    common = [word for word, is_same in zip(labels[0], same, strict=True) if is_same]
+    others = [
+        [word for word, is_same in zip(words, same, strict=True) if not is_same] for words in labels
+    ]
+    return " ".join(common), [" ".join(words) for words in others]
 
 
 def table(predictions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows for a terminal: a phase of a case each, in milliseconds of its slowest rank."""
+    _, names = _split_labels(predictions)
     return [
         {
-            "case": one["case"],
+            **({"case": case} if len(predictions) > 1 else {}),
             "phase": name,
             "ms": f"{phase['seconds'] * 1e3:,.3g}",
             "interval": f"{phase['low'] * 1e3:,.3g} to {phase['high'] * 1e3:,.3g}",
@@ -76,8 +94,7 @@ def table(predictions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 for part, length in phase["breakdown"].items()
             },
             "max/mean": f"{phase['imbalance'] or 1:.2f}",
-            "slowest rank": phase["slowest_rank"],
         }
-        for one in predictions
+        for case, one in zip(names, predictions, strict=True)
         for name, phase in one["phases"].items()
     ]  # fmt: skip

@@ -118,11 +118,20 @@ def test_the_command(tmp_path: Path) -> None:
 
 
 def test_warnings_come_first() -> None:
-    reply = {"case": "a case", **predict(case(direction="fwd"), load("h100-ib"))}
-    assert lines([reply]) == [f"flash_attn.3 on h100-ib ({load('h100-ib').digest}):"]
+    reply = {
+        "case": "flash_attn.3 ring x2 S=16k",
+        **predict(case(direction="fwd"), load("h100-ib")),
+    }
+    cluster = f"flash_attn.3 on h100-ib ({load('h100-ib').digest})"
+    assert lines([reply]) == [f"{cluster}, ring x2 S=16k:"]
     assert lines([reply | {"warnings": ["extrapolated"]}])[0] == "extrapolated"
     (row,) = table([reply])
-    assert row["case"] == "a case"
+    assert "case" not in row
+    other = reply | {"case": "flash_attn.3 usp x2 S=16k"}
+    assert lines([reply, other]) == [f"{cluster}, x2 S=16k:"]
+    assert [row["case"] for row in table([reply, other])] == ["ring", "usp"]
+    longer = reply | {"case": "flash_attn.3 usp x2 S=16k fwd"}
+    assert table([reply, longer])[0]["case"] == reply["case"]
     milliseconds = reply["phases"]["fwd"]["seconds"] * 1e3
     assert float(row["ms"]) == pytest.approx(milliseconds, rel=0.01)
     low, high = map(float, row["interval"].split(" to "))
