@@ -73,5 +73,5 @@ def count_fused_merges(monkeypatch: pytest.MonkeyPatch, counter: LaunchCounter) 
         return results
 
     monkeypatch.setattr(merging, "merge_eager", lambda *x: pytest.fail("not on a GPU"))
-    for user in ("cpbench.parallel.partial_results.accumulators", "cpbench.kernels.bands.composed"):
+    for user in ("cpbench.parallel.bound_operator", "cpbench.kernels.bands.composed"):
         monkeypatch.setattr(f"{user}.merge", fused)

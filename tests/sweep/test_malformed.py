@@ -148,7 +148,7 @@ LINES: dict[str, tuple[list[str], list[str]]] = {
         [
             "'benchmark'",
             "list, run, bench, init, verify, report, plot, compare, gate, race, history, traffic, "
-            "links",
+            "predict, links",
         ],
     ),
     "option": (["run", "quick", "--fast"], ["--fast", "cpbench run --help"]),
