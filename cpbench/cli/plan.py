@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from cpbench.cli import case_options
+from cpbench.cli.completion import complete
 from cpbench.cli.options import (
     AsJson,
     Launcher,
@@ -113,7 +114,11 @@ def predict(
     ] = "h100-ib",
     operator: Annotated[
         str,
-        typer.Option(metavar="NAME", help="The operator.  [default: the cluster's first kernel]"),
+        typer.Option(
+            metavar="NAME",
+            autocompletion=complete("operators"),
+            help="The operator.  [default: the cluster's first kernel]",
+        ),
     ] = "",
     as_json: AsJson = False,
 ) -> None:

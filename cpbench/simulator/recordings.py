@@ -67,14 +67,14 @@ def cached(key: str, record: Callable[[], dict[str, Program]]) -> dict[str, Prog
     """The recording of that key: from disk, else recorded and kept."""
     path = cache_folder() / f"{key}.json"
     try:
-        return _from_json(json.loads(path.read_text()))
+        return _from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError):
         pass
     programs = record()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.part")
-        partial.write_text(json.dumps(_to_json(programs)))
+        partial.write_text(json.dumps(_to_json(programs)), encoding="utf-8")
         partial.replace(path)
     except OSError:
         pass
