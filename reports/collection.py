@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from cpbench.reports.frame import tidy_table
 from cpbench.reports.labels import pluralize
+from cpbench.reports.predicted.columns import split_predicted
 from cpbench.reports.where import filter_rows, filter_run
+from cpbench.results.prediction import STATUS
 from cpbench.results.store import Run, read_run
 
 if TYPE_CHECKING:
@@ -25,18 +27,30 @@ class Collection:
     """Runs merged into one table.
 
     Attributes:
-        table: one row per case and machine, see ``COLUMNS``; index from 0.
+        table: one row per measured case and machine, see ``COLUMNS``; index from 0.
+        predicted: rows of the cases that were predicted, measured or not.
         runs: by the name of their directory.
         warnings: damaged, skipped or duplicate records; launches that are not pooled.
     """
 
     table: pd.DataFrame
+    predicted: pd.DataFrame
     runs: Mapping[str, Run]
     warnings: list[str] = field(default_factory=list)
 
     @property
     def title(self) -> str:
         return " + ".join(Path(name).name or name for name in self.runs)
+
+    @property
+    def whole(self) -> pd.DataFrame:
+        """``table``, and below it the cases that were predicted only."""
+        import pandas as pd
+
+        unmeasured = self.predicted[self.predicted["status"] == STATUS]
+        if self.table.empty or unmeasured.empty:
+            return self.table if unmeasured.empty else unmeasured
+        return pd.concat([self.table, unmeasured], ignore_index=True)
 
     @property
     def environments(self) -> dict[str, dict[str, Any]]:
@@ -59,7 +73,7 @@ def collect(folders: Sequence[Path], where: Sequence[str] = ()) -> Collection:
             raise ValueError(f"{folder} is not a run directory: it has no records folder")
     with _paused_garbage_collection():
         runs = {str(folder): read_run(folder) for folder in folders}
-    if not any(run.records for run in runs.values()):
+    if not any(run.records or run.predictions for run in runs.values()):
         names = ", ".join(runs)
         hint = [warning for run in runs.values() for warning in run.warnings[:1]]
         hold = "hold" if len(runs) > 1 else "holds"
@@ -67,10 +81,11 @@ def collect(folders: Sequence[Path], where: Sequence[str] = ()) -> Collection:
     collection = merge_runs(runs)
     if not where:
         return collection
-    table = filter_rows(collection.table, where).reset_index(drop=True)
+    whole = filter_rows(collection.whole, where).reset_index(drop=True)
+    table, predicted = split_predicted(whole)
     ids = {name: set(rows["id"]) for name, rows in table.groupby("run")}
     filtered = {name: filter_run(run, ids.get(name, set())) for name, run in runs.items()}
-    return replace(collection, table=table, runs=filtered)
+    return replace(collection, table=table, predicted=predicted, runs=filtered)
 
 
 @contextmanager
@@ -90,6 +105,7 @@ def merge_runs(runs: Mapping[str, Run]) -> Collection:
     import pandas as pd
 
     whole = pd.concat([tidy_table(run, name) for name, run in runs.items()], ignore_index=True)
+    whole, predicted = split_predicted(whole)
     table = whole.sort_values("started", kind="stable").drop_duplicates(
         ["id", "machine"], keep="last"
     )
@@ -115,4 +131,4 @@ def merge_runs(runs: Mapping[str, Run]) -> Collection:
             f"{pluralize(duplicates, 'case')} measured on the same machine in several directories: "
             "the newest are shown (cpbench compare compares the runs)"
         )
-    return Collection(table, dict(runs), warnings)
+    return Collection(table, predicted, dict(runs), warnings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 COLUMNS = {
     "run": "run directory",
     "id": "case id",
-    "status": "ok, unsupported, oom, wrong, crash or timeout",
+    "status": "ok, unsupported, oom, wrong, crash or timeout; predicted where there is no record",
     "reason": "why the status is not ok",
     "operator": "operator with its parameters",
     "strategy": "context-parallel strategy with its parameters",
@@ -43,6 +43,10 @@ COLUMNS = {
     "bwd_ms": "time of the backward phase",
     "bwd_low_ms": "lower end of its interval",
     "bwd_high_ms": "upper end of its interval",
+    "predicted_ms": "predicted time, see cpbench run --predict",
+    "predicted_low_ms": "lower end of its interval",
+    "predicted_high_ms": "upper end of its interval",
+    "predicted_for": "cluster of the prediction, with the hash of its file",
     "evidence": "medians that comparisons of methods rest on, ms by writer, JSON: of each turn in "
     "which methods were measured alternately, or of the launch",
     "noise": "half-width of the 95 % interval of the median, relative to the median",
@@ -115,7 +119,8 @@ COLUMNS = {
 TEXT_COLUMNS = (
     "run", "id", "status", "reason", "operator", "strategy", "layout", "mask", "mask_family",
     "draw", "dtype", "direction", "placement", "inputs", "content", "code", "machine", "clock",
-    "held_down_by", "evidence", "disqualified", "flags", "notes", "environment", "writer", "log",
+    "held_down_by", "evidence", "predicted_for", "disqualified", "flags", "notes", "environment",
+    "writer", "log",
 )  # fmt: skip
 BOOLEAN_COLUMNS = ("competes",)
 INTEGER_COLUMNS = ("iterations", "launches")  # nullable

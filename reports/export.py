@@ -22,8 +22,9 @@ def write_parquet(collection: Collection, path: Path) -> None:
         import pyarrow.parquet as pq
     except ImportError:
         raise ValueError('parquet needs pyarrow: pip install "cpbench[parquet]"') from None
-    seeds = collection.table["draw"].map(_seed_text)
-    table = pa.Table.from_pandas(collection.table.assign(draw=seeds), preserve_index=False)
+    whole = collection.whole
+    seeds = whole["draw"].map(_seed_text)
+    table = pa.Table.from_pandas(whole.assign(draw=seeds), preserve_index=False)
     fields = [field.with_metadata({"meaning": COLUMNS[field.name]}) for field in table.schema]
     schema = pa.schema(fields, metadata=table.schema.metadata)
     content = io.BytesIO()

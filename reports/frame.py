@@ -19,6 +19,7 @@ from cpbench.reports.columns import (
     TEXT_COLUMNS,
     UNKNOWN_MACHINE,
 )
+from cpbench.reports.predicted.columns import prediction_columns, prediction_row
 from cpbench.results.record import Record, median_interval, slowest_us
 from cpbench.results.store import Run, read_run
 from cpbench.sweep.sweep_file import CHOICES, INT_KEYS, SPEC_KEYS
@@ -66,7 +67,13 @@ def tidy_table(run: Run, name: str) -> pd.DataFrame:
         _record_row(
             record, run.launches.get(key, ()), machines.get(record.environment or "", unknown)
         )
+        | prediction_columns(run.predictions.get(key))
         for key, record in run.records.items()
+    ]
+    rows += [
+        _case_columns(prediction.case) | prediction_row(prediction)
+        for key, prediction in run.predictions.items()
+        if key not in run.records
     ]
     columns = {c: [row.get(c) for row in rows] for c in COLUMNS if c != "run"}
     table = pd.DataFrame({"run": pd.Series([name] * len(rows), dtype=object)})
@@ -107,15 +114,7 @@ class _Machine:
 
 def _record_row(record: Record, launches: Sequence[Record], machine: _Machine) -> dict[str, Any]:
     case = record.case
-    row: dict[str, Any] = {key: getattr(case, key) for key in _CASE_KEYS}
-    row |= {"id": case.id, "status": record.status, "reason": record.reason}
-    for key in SPEC_KEYS:
-        row[key] = str(getattr(case, key))
-    row["mask_family"], row["draw"] = _split_mask_seed(case.mask)
-    row["placement"] = case.placement or None
-    data_files = case.data_content
-    row["content"] = _short_hashes(data_files) or "none"
-    row["code"] = _short_hashes(file for file in case.content if file not in data_files) or None
+    row = _case_columns(case) | {"status": record.status, "reason": record.reason}
     for key in ("started", "seconds", "environment", "writer", "log"):
         row[key] = getattr(record, key)
     row["machine"], row["clock"] = machine.name, record.conditions.get("clock")
@@ -142,6 +141,19 @@ def _record_row(record: Record, launches: Sequence[Record], machine: _Machine) -
         row["intensity"] = sum(record.flops.values()) / _minimal_bytes(case, record.flops)
     if record.balance and sum(record.balance):
         row["imbalance"] = max(record.balance) * len(record.balance) / sum(record.balance)
+    return row
+
+
+def _case_columns(case: Case) -> dict[str, Any]:
+    row: dict[str, Any] = {key: getattr(case, key) for key in _CASE_KEYS}
+    row["id"] = case.id
+    for key in SPEC_KEYS:
+        row[key] = str(getattr(case, key))
+    row["mask_family"], row["draw"] = _split_mask_seed(case.mask)
+    row["placement"] = case.placement or None
+    data_files = case.data_content
+    row["content"] = _short_hashes(data_files) or "none"
+    row["code"] = _short_hashes(file for file in case.content if file not in data_files) or None
     return row
 
 

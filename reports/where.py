@@ -77,4 +77,5 @@ def filter_run(run: Run, ids: set[str]) -> Run:
         records={key: record for key, record in run.records.items() if key in ids},
         launches={key: launches for key, launches in run.launches.items() if key in ids},
         other_launches={key: other for key, other in run.other_launches.items() if key in ids},
+        predictions={key: one for key, one in run.predictions.items() if key in ids},
     )

@@ -118,6 +118,7 @@ class PlotKind(str, Enum):
     pareto = "pareto"
     quality = "quality"
     roofline = "roofline"
+    predicted = "predicted"
     timeline = "timeline"
 
 

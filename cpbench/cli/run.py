@@ -5,14 +5,14 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from cpbench.cli import jobs
 from cpbench.cli.completion import complete
+from cpbench.cli.execution import execute, predict_cases, print_report, run_request
 from cpbench.cli.options import (
-    INTERRUPTED,
     AnyLauncher,
     AnyLauncherName,
     AsJson,
@@ -24,7 +24,6 @@ from cpbench.cli.options import (
     ProfilerName,
     Timeout,
     Transport,
-    UserError,
     device_name,
     direction_list,
     dtype_list,
@@ -35,15 +34,11 @@ from cpbench.cli.options import (
     list_option,
     mask_list,
     operator_list,
-    print_error,
     run_directory,
     strategy_list,
     user_input,
 )
 from cpbench.reports.tables.terminal import print_rows
-
-if TYPE_CHECKING:
-    from cpbench.sweep.request import Request
 
 commands = typer.Typer()
 
@@ -124,6 +119,14 @@ def run_(
         ),
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if a case is oom.")] = False,
+    predict: Annotated[
+        str,
+        typer.Option(
+            "--predict",
+            metavar="CLUSTER",
+            help="Run nothing: keep predictions for this cluster (see: cpbench predict) in --out.",
+        ),
+    ] = "",
     as_json: AsJson = False,
 ) -> int:
     """Run a sweep, or resume one: recorded cases are not run again."""
@@ -140,6 +143,13 @@ def run_(
         cases = select_cases(definition.cases, where or [])
         if definition.left_out and not as_json:
             print(f"cpbench: {refusals.describe(definition.left_out)}", file=sys.stderr)
+        if predict:
+            if dry_run or launcher.value != "local" or profiler or trace:
+                raise ValueError(
+                    "--predict runs nothing: leave out --launcher, --dry-run, --trace, --profiler"
+                )
+            folder = run_directory(out or Path("results") / definition.name)
+            return predict_cases(cases, predict, folder, as_json)
         site = jobs.slurm_profile(
             launcher.value, profile, wait, resubmit, profiler.value if profiler else ""
         )
@@ -180,12 +190,12 @@ def run_(
         code = jobs.submit(request, site, wait, resubmit, as_json)
         if code is not None:
             return code
-        return max(_print_report(request, as_json), bool(remaining_cases(request)))
+        return max(print_report(request, as_json), bool(remaining_cases(request)))
     if dry_run:
         return print_plan(request, as_json)
     with user_input():
         jobs.check_no_live_jobs(request)
-    return _execute(request, as_json)
+    return execute(request, as_json)
 
 
 @commands.command()
@@ -274,7 +284,7 @@ def bench(
             launcher=launcher.value, device=device_name(device), settings=definition.settings,
             command=sys.argv[1:],
         )  # fmt: skip
-    return _execute(request, as_json)
+    return execute(request, as_json)
 
 
 @commands.command()
@@ -336,7 +346,7 @@ def verify(
             dtypes=dtype, device=name, launcher=launcher.value, out=out and run_directory(out),
             timeout_s=timeout, quick=quick,
         )  # fmt: skip
-    code = _run_request(request, quiet=as_json)
+    code = run_request(request, quiet=as_json)
     run = runs.results(request)
     rows = verification.summary_rows(run.records.values())
     if as_json:
@@ -346,50 +356,3 @@ def verify(
         print("\n".join(summary_lines(rows)))
         print(verification.summary_footer(run, request))
     return code
-
-
-def _execute(request: Request, as_json: bool) -> int:
-    """Run a request, print its report and return the exit code."""
-    code = _run_request(request, quiet=as_json)
-    _print_report(request, as_json)
-    return code
-
-
-def _print_report(request: Request, as_json: bool) -> int:
-    """Print the report of all results so far and return the exit code."""
-    from cpbench.reports import collection
-    from cpbench.reports.tables import render
-    from cpbench.sweep import runs
-
-    run = runs.results(request)
-    results = collection.merge_runs({str(request.out): run})
-    if as_json:
-        print(render.render(results, "json"), end="")
-    elif run.records:
-        print()
-        print(render.render(results, "table"), end="")
-        lines = runs.describe_timelines(request)
-        print("".join(f"{line}\n" for line in ([""] if lines else []) + lines), end="")
-    return runs.exit_code(request)
-
-
-def _run_request(request: Request, quiet: bool) -> int:
-    """Run a request and return the exit code; errors and Ctrl-C become one-line messages."""
-    from cpbench.launchers.supervisor import LaunchError
-    from cpbench.results.store import StoreError
-    from cpbench.sweep import runs
-    from cpbench.sweep.remaining import remaining_cases
-
-    try:
-        return runs.execute(request, quiet)
-    except (StoreError, LaunchError) as error:
-        raise typer.Exit(print_error(str(error), 1)) from None
-    except ValueError as error:  # another process is running the same cases
-        raise UserError(str(error)) from None
-    except KeyboardInterrupt:
-        recorded = len(request.cases) - len(remaining_cases(request))
-        text = (
-            f"interrupted: {recorded} of {len(request.cases)} cases are recorded in {request.out}; "
-            "repeat the command to resume"
-        )
-        raise typer.Exit(print_error(text, INTERRUPTED)) from None

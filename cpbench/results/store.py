@@ -3,7 +3,8 @@
 ::
 
     sweep.json                    the sweep that was requested
-    records/WRITER.jsonl          environments and records of cases, one JSON object per line
+    records/WRITER.jsonl          environments, records and predictions of cases, a JSON
+                                  object per line
     jobs/WRITER/job.json          the job of a gang of workers
     jobs/WRITER/rankN.jsonl       journal of a rank: events while it works
     jobs/WRITER/rankN.log         output of a rank
@@ -32,6 +33,8 @@ from cpbench.core.settings import MeasureSettings
 from cpbench.core.user_files import counted_from
 from cpbench.results import worlds
 from cpbench.results.launches import flag_differing_results, split_launches
+from cpbench.results.prediction import KIND as PREDICTION
+from cpbench.results.prediction import Prediction
 from cpbench.results.record import SCHEMA, Record
 from cpbench.results.sealed import DamagedError, seal, unseal
 from cpbench.results.validation import check_environment
@@ -246,6 +249,7 @@ class Run:
         warnings: damaged lines and files, which are left out; launches of other worlds; times ahead
             of the clock.
         other_launches: as ``launches``, those of other worlds.
+        predictions: the newest prediction of each case, by the id of the case.
     """
 
     records: dict[str, Record] = field(default_factory=dict)
@@ -253,6 +257,7 @@ class Run:
     environments: dict[str, dict[str, Any]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     other_launches: dict[str, list[Record]] = field(default_factory=dict)
+    predictions: dict[str, Prediction] = field(default_factory=dict)
 
 
 def read_run(out: Path) -> Run:
@@ -264,6 +269,11 @@ def read_run(out: Path) -> Run:
                 if table.get("kind") == "environment" and "id" in table:
                     check_environment(table)
                     run.environments[table["id"]] = table
+                elif table.get("kind") == PREDICTION:
+                    prediction = Prediction.from_json(table)
+                    known = run.predictions.setdefault(prediction.case.id, prediction)
+                    if prediction.sequence > known.sequence:
+                        run.predictions[prediction.case.id] = prediction
                 else:
                     record = Record.from_json(table)
                     records_by_case.setdefault(record.case.id, []).append(record)
@@ -348,28 +358,6 @@ def read_document(path: Path) -> dict[str, Any]:
         return unseal(path.read_bytes())
     except DamagedError as error:
         raise DamagedError(f"{path} is damaged: {error}") from None
-
-
-def damaged_files(out: Path) -> list[str]:
-    """A line for every damaged line or file of a run directory beside its records and timelines,
-    which say so where they are read."""
-    warnings: list[str] = []
-    for path in _find(out, "jobs/*/rank*.jsonl", "slurm/*.jsonl"):
-        in_file: list[str] = []
-        for _ in read_lines(path, in_file):
-            pass
-        warnings += [f"{path.parent.relative_to(out)}/{warning}" for warning in in_file]
-    for path in _find(out, "sweep.json", "jobs/*/*.json", "running/*.json", "slurm/*.json"):
-        with suppress(FileNotFoundError):  # its process has ended meanwhile
-            try:
-                unseal(path.read_bytes())
-            except DamagedError as error:
-                warnings.append(f"{path.relative_to(out)}: {error}")
-    return warnings
-
-
-def _find(out: Path, *patterns: str) -> list[Path]:
-    return sorted(path for pattern in patterns for path in out.glob(pattern))
 
 
 def check_writable(folder: Path) -> None:

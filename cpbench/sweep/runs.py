@@ -17,11 +17,11 @@ from cpbench.launchers import supervisor
 from cpbench.launchers.failure_cause import RankState
 from cpbench.launchers.join import GANG_ENDED_FILE
 from cpbench.results import active, worlds
+from cpbench.results.damage import damaged_files
 from cpbench.results.record import FAILURES, Record
 from cpbench.results.store import (
     RecordWriter,
     Run,
-    damaged_files,
     read_document,
     read_run,
     trace_path,

@@ -7,7 +7,7 @@ torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cpbench.core.environment import usable_cores
@@ -37,6 +37,17 @@ def predict_all(cases: Sequence[Case], cluster: str) -> list[dict[str, Any]]:
     for case in cases:
         constants.kernel(case.operator.name, case.dtype, case.head_dim)
     predictions = []
+    for case, reply in predict_each(cases, cluster):
+        if isinstance(reply, ValueError):
+            raise ValueError(f"{case.label}: {reply}")
+        predictions.append({"case": case.label, **reply})
+    return sorted(predictions, key=seconds)
+
+
+def predict_each(
+    cases: Sequence[Case], cluster: str
+) -> Iterator[tuple[Case, dict[str, Any] | ValueError]]:
+    """Each case with its prediction, or with the refusal, in order."""
     at_once = usable_cores()
     for start in range(0, len(cases), at_once):
         batch = cases[start : start + at_once]
@@ -44,11 +55,9 @@ def predict_all(cases: Sequence[Case], cluster: str) -> list[dict[str, Any]]:
         with subprocesses("cpbench.simulator.prediction", requests) as processes:
             for case, process in zip(batch, processes, strict=True):
                 try:
-                    reply = json.loads(read_reply(process, "recording"))
+                    yield case, json.loads(read_reply(process, "recording"))
                 except RequestRefused as refusal:
-                    raise ValueError(f"{case.label}: {refusal}") from None
-                predictions.append({"case": case.label, **reply})
-    return sorted(predictions, key=seconds)
+                    yield case, refusal
 
 
 def seconds(prediction: dict[str, Any]) -> float:

@@ -12,9 +12,10 @@ from cpbench.core.problem import Case
 from cpbench.launchers.failure_cause import RankState
 from cpbench.reports.tables.terminal import print_rows
 from cpbench.results import active
+from cpbench.results.damage import damaged_files
 from cpbench.results.record import UNFINISHED
 from cpbench.results.sealed import DamagedError
-from cpbench.results.store import damaged_files, read_document, read_run
+from cpbench.results.store import read_document, read_run
 from cpbench.slurm import submission
 from cpbench.slurm.client import SlurmError
 

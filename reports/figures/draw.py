@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpbench.reports.collection import Collection
 from cpbench.reports.columns import UNKNOWN_MACHINE
-from cpbench.reports.figures import kinds, pareto
+from cpbench.reports.figures import kinds, pareto, predicted
 from cpbench.reports.figures.sheet import SETTINGS, Sheet
 from cpbench.reports.figures.style import method_styles, with_hollow_styles
 from cpbench.reports.labels import pluralize
@@ -96,6 +96,11 @@ CHARTS = {
         "no timed case has measured peaks (gemm_tflops and copy_gb_s of its machine)",
         kinds.roofline,
     ),
+    "predicted": ChartKind(
+        lambda table: table["predicted_ms"].notna(),
+        "no case was predicted: cpbench run SWEEP --predict CLUSTER", predicted.predicted,
+        one_world_size=False, labels=method_names,
+    ),
     "timeline": ChartKind(
         lambda table: (table["started"] > 0) & (table["seconds"] > 0),
         "no case has a start and a duration", kinds.timeline,
@@ -146,7 +151,8 @@ def draw(
         raise ValueError(f"-o {path}: a figure is written as {', '.join(SUFFIXES)}")
     if kind not in KINDS:
         raise ValueError(f"no kind {kind!r} of figure; kinds: {', '.join(KINDS)}")
-    table = collection.table.assign(method=method_names(collection.table))
+    table = collection.predicted if kind == "predicted" else collection.table
+    table = table.assign(method=method_names(table))
     styles = method_styles(table["method"])
     table = filter_rows(table, where)
     chart = CHARTS[kind] if kind in CHARTS else _pareto_chart(axes)

@@ -19,6 +19,7 @@ from cpbench.reports.figures.style import method_styles
 from cpbench.reports.labels import group_by_problem, three_digits
 from cpbench.reports.page import assets
 from cpbench.reports.page.data import chart_data, samples_by_row
+from cpbench.reports.predicted.rows import predicted_rows, prediction_notes
 from cpbench.reports.tables import overview
 from cpbench.reports.tables import rows as tables
 from cpbench.reports.tables.fastest_grids import fastest_grids, fastest_methods, verdict_text
@@ -29,7 +30,7 @@ from cpbench.reports.tables.notes import (
     contest_notes,
     seed_notes,
 )
-from cpbench.reports.tables.render import ReportContents, status_counts
+from cpbench.reports.tables.render import ReportContents
 from cpbench.reports.tables.selection import break_even_rows, recall_rows
 from cpbench.reports.tables.summary import method_names
 from cpbench.results.store import write_atomically
@@ -58,10 +59,10 @@ CHARTS = (
      "same ranks at once."),
 )  # fmt: skip
 SECTIONS = (
-    ("fastest", "Fastest method per problem"), ("selection", "Sparse selection"),
-    ("charts", "Charts"), ("support", "Support"), ("failures", "Failures"),
-    ("correctness", "Correctness"), ("noise", "Noise"), ("environment", "Environment"),
-    ("cases", "All cases"),
+    ("fastest", "Fastest method per problem"), ("predicted", "Predicted"),
+    ("selection", "Sparse selection"), ("charts", "Charts"), ("support", "Support"),
+    ("failures", "Failures"), ("correctness", "Correctness"), ("noise", "Noise"),
+    ("environment", "Environment"), ("cases", "All cases"),
 )  # fmt: skip
 
 
@@ -96,17 +97,24 @@ def _render(collection: Collection, samples: Any, folder: str) -> str:
     failed = tables.failed_cases(table)
     support = overview.support_table(table, names)
     recall = group_by_problem(recall_rows(table, facts))
+    predicted = group_by_problem(predicted_rows(collection.predicted))
     tables_js, tables_css = assets.packed_data_tables()
-    source = assets.read_web(*SCRIPTS)
+    source = assets.read_web(*SCRIPTS) if len(table) else ""
     return render_template(
         "report.html.j2",
         title=collection.title,
-        counts=status_counts(table),
+        counts=contents.counts,
         common_facts=contents.common_facts,
-        measured_at=_time_span(table["started"]),
+        measured_at=_time_span(table["started"]) if len(table) else "",
         version=__version__,
         warnings=collection.warnings,
-        sections=[section for section in SECTIONS if section[0] != "selection" or recall],
+        sections=[
+            (name, title)
+            for name, title in SECTIONS
+            if {"selection": recall, "predicted": predicted}.get(name, len(table))
+        ],
+        predicted=predicted,
+        prediction_notes=prediction_notes(collection.predicted),
         recall=recall,
         break_even=group_by_problem(break_even_rows(table, facts)),
         charts=CHARTS,
@@ -142,7 +150,9 @@ def _render(collection: Collection, samples: Any, folder: str) -> str:
             "plotly": assets.packed_plotly(),
             "datatables": tables_js,
             "data": assets.pack_json(data),
-        },
+        }
+        if len(table)
+        else {},
         samples="" if samples is None else assets.pack_json(samples),
         folder=folder,
         chunk=CHUNK_CASES,

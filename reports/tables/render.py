@@ -19,6 +19,7 @@ from cpbench.reports.labels import (
     group_by_problem,
     pluralize,
 )
+from cpbench.reports.predicted.rows import predicted_rows, prediction_notes
 from cpbench.reports.tables import rows as tables
 from cpbench.reports.tables.markup import MARKS, MARKUPS, Markup
 from cpbench.reports.tables.mask_seeds import (
@@ -101,13 +102,22 @@ class ReportContents:
 
     @property
     def headline(self) -> str:
-        return f"{self.collection.title}: {status_counts(self.collection.table)}"
+        return f"{self.collection.title}: {self.counts}"
+
+    @property
+    def counts(self) -> str:
+        """Number of cases by status, and of predictions."""
+        counts = [status_counts(self.collection.table)] if len(self.collection.table) else []
+        if predicted := len(self.collection.predicted):
+            counts.append(f"{pluralize(predicted, 'case')} predicted")
+        return "; ".join(counts)
 
     @property
     def common_facts(self) -> str:
         """Facts common to all cases, in words; "" for none."""
-        first = self.collection.table.iloc[0]
-        return describe(first, self.constant_facts) if self.constant_facts else ""
+        if not self.constant_facts:
+            return ""
+        return describe(self.collection.table.iloc[0], self.constant_facts)
 
     @property
     def summary(self) -> str:
@@ -120,6 +130,7 @@ class ReportContents:
             cases: whether the tables of cases are shown.
         """
         return [
+            *prediction_notes(self.collection.predicted),
             *contest_notes(self.rankings),
             *seed_notes(self.seed_groups, cases),
             *check_notes(self.ok_rows, cases),
@@ -135,21 +146,24 @@ def render(collection: Collection, form: str) -> str:
     fastest method per problem, selectors, methods across mask seeds, all other cases, unsupported
     and failed cases, caveats and environments.  ``short`` leaves out the tables of cases.
     """
-    table = collection.table
     if form == "csv":
-        return str(table.to_csv(index=False))
+        return str(collection.whole.to_csv(index=False))
     if form == "json":
-        return json.dumps(json_rows(table), indent=1) + "\n"
+        return json.dumps(json_rows(collection.whole), indent=1) + "\n"
+    table = collection.table
     markup, contents = MARKUPS[form], ReportContents.from_collection(collection)
     facts, rate = contents.varying_facts, contents.rate
     lines = markup.title(contents.headline)
-    lines += [*markup.paragraph(contents.summary), ""]
+    if len(table):
+        lines += [*markup.paragraph(contents.summary), ""]
     lines += markup.common(contents.common_facts)
     marks = contents.marks
     fastest = tables.fastest_rows(contents.rankings, facts, rate, marks)
     fastest += tables.fastest_rows_across_seeds(contents.seed_groups, facts, rate, marks)
     lines += _fitting_section("Fastest method per problem", fastest, markup, form)
     lines += _selection_sections(contents, markup, form)
+    predicted = predicted_rows(collection.predicted)
+    lines += _section_by_problem("Predicted, fastest first", predicted, markup, form)
     unsupported = tables.unsupported_rows(table)
     if form != "short":
         lines += _seed_sections(contents, markup, form)
@@ -169,7 +183,8 @@ def render(collection: Collection, form: str) -> str:
     if form == "short":
         count = sum(row["cases"] for row in unsupported)
         notes += [f"Unsupported: {pluralize(count, 'case')}."] if count else []
-        notes.append("All cases: --format table; a page with charts: -o report.html")
+        if len(table):
+            notes.append("All cases: --format table; a page with charts: -o report.html")
     return markup.document([*lines, *markup.notes(notes)])
 
 
