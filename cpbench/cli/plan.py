@@ -120,6 +120,9 @@ def predict(
             help="The operator.  [default: the cluster's first kernel]",
         ),
     ] = "",
+    trace: Annotated[
+        Path | None, file_option(help="Write a timeline of the simulated ranks, for Perfetto.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Predict the time of strategies on a cluster, without a GPU.
@@ -138,7 +141,7 @@ def predict(
             head_dim_v=head_dim_v, dtype=dtype, direction=direction,
             operator=operator or prediction.first_operator(cluster),
         )  # fmt: skip
-        predictions = prediction.predict_all(cases, cluster)
+        predictions = prediction.predict_all(cases, cluster, trace)
     if as_json:
         print(json.dumps(predictions[0] if len(cases) == 1 else predictions))
         return

@@ -25,13 +25,17 @@ from cpbench.simulator.recordings import cached, content_key
 from cpbench.simulator.replay import RankTimes, replay
 from cpbench.simulator.representatives import representatives
 from cpbench.simulator.tiles import Tiling
+from cpbench.simulator.timeline import timeline
 
 TOGETHER = 32  # ranks of which all are recorded and replayed together
 FAR = 4  # times what was calibrated, from where on a prediction is an extrapolation
 
 
-def predict(case: Case, cluster: Cluster) -> dict[str, Any]:
+def predict(case: Case, cluster: Cluster, trace: bool = False) -> dict[str, Any]:
     """The predicted time of a case, as ``cpbench predict --json`` prints it.
+
+    Args:
+        trace: whether to add ``trace``, a timeline of the simulated ranks for Perfetto.
 
     Raises:
         ValueError: if the strategy does not take the case, or it was not calibrated; in one line.
@@ -40,14 +44,17 @@ def predict(case: Case, cluster: Cluster) -> dict[str, Any]:
     world = World.of_case(case, cluster.gpus_per_node)
     programs, counts = record(case, world, kernel.tiling)
     cost = functools.partial(event_seconds, costs=kernel, cluster=cluster)
-    phases = {}
+    phases, times_by_phase = {}, {}
     for phase, flops in world.problem.flops(world.mask.area).items():
         if phase not in case.direction.split("_"):
             continue
         of_phase = {rank: programs[rank][phase] for rank in counts}
         times = replay(of_phase, cluster, world.ranks_per_node, cost, world.size > TOGETHER)
+        times_by_phase[phase] = times
         phases[phase] = _phase(times, counts, flops / world.size, cluster)
+    facts = {"case": case.label, "cluster": f"{cluster.name} ({cluster.digest})", "simulated": True}
     return {
+        **({"trace": timeline(times_by_phase, kernel, cluster.name, facts)} if trace else {}),
         "cluster": cluster.name,
         "cluster_hash": cluster.digest,
         "operator": str(case.operator),
@@ -131,7 +138,8 @@ def main() -> int:
     """Answer the request from stdin."""
     request = json.load(sys.stdin)
     try:
-        reply = predict(Case.from_json(request["case"]), load(request["cluster"]))
+        case, cluster = Case.from_json(request["case"]), load(request["cluster"])
+        reply = predict(case, cluster, request.get("trace", False))
     except (ValueError, LoadError, OSError) as refusal:
         print(refusal, file=sys.stderr)
         return 2

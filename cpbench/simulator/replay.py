@@ -26,6 +26,17 @@ from cpbench.simulator.network import Network
 Seconds = Callable[[Kernel | SideWork], float]
 
 
+@dataclass(frozen=True)
+class Span:
+    """What a rank does for some time: a ``"kernel"``, a ``"wait"`` or a ``"transfer"``."""
+
+    kind: str
+    name: str
+    start: float
+    end: float
+    details: dict[str, Any]
+
+
 @dataclass
 class RankTimes:
     """The seconds of one rank in one phase.
@@ -33,14 +44,14 @@ class RankTimes:
     Attributes:
         attention: in kernels; side: in other work; exposed: waiting for communication.
         end: when it has finished.
-        spans: rows (name, start, end) in order.
+        spans: its kernels, waits and transfers, by the time of their end.
     """
 
     attention: float = 0.0
     side: float = 0.0
     exposed: float = 0.0
     end: float = 0.0
-    spans: list[tuple[str, float, float]] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
 
 
 def replay(
@@ -74,7 +85,22 @@ class _Operation:
     post: Post
     queue: tuple[Any, ...]
     pending: int = 0
+    opened: float = 0.0
     done: bool = False
+
+    @property
+    def name(self) -> str:
+        lane = f", {self.post.lane}" if self.post.lane else ""
+        return f"{self.post.operation} {self.post.number}{lane}"
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """Bytes by peer, as in measured timelines."""
+        sends, receives = (
+            {str(peer): nbytes for peer, nbytes in rows}
+            for rows in (self.post.sends, self.post.receives)
+        )
+        return {"sends": sends, "receives": receives}
 
 
 class _Replay:
@@ -127,10 +153,10 @@ class _Replay:
             elif length := self._seconds(event):
                 if isinstance(event, Kernel):
                     times.attention += length
+                    details = {"blocks": event.tiles.blocks * event.heads_q}
+                    times.spans.append(Span("kernel", event.phase, now, now + length, details))
                 else:
                     times.side += length
-                name = event.phase if isinstance(event, Kernel) else "side"
-                times.spans.append((name, now, now + length))
                 self._at(now + length, functools.partial(self._advance, rank))
                 return
         times.end = now
@@ -146,6 +172,7 @@ class _Replay:
     def _open(self, operation: _Operation, now: float) -> None:
         """The operation is the next one of its communicator on its rank."""
         post, rank = operation.post, operation.rank
+        operation.opened = now
         if post.operation != "exchange":
             self._enter_collective(operation, now)
             return
@@ -195,16 +222,19 @@ class _Replay:
 
     def _complete(self, operation: _Operation, now: float) -> None:
         operation.done = True
+        times = self._times[operation.rank]
+        details = operation.details
+        times.spans.append(Span("transfer", operation.name, operation.opened, now, details))
         queue = self._queues[operation.queue]
         queue.popleft()
         if queue:
             self._open(queue[0], now)
         since = self._waiting.pop((operation.rank, operation.post.number), None)
         if since is not None:
-            times = self._times[operation.rank]
             times.exposed += now - since
             if now > since:
-                times.spans.append(("wait", since, now))
+                name = f"wait {operation.name}"
+                times.spans.append(Span("wait", name, since, now, details))
             self._advance(operation.rank, now)
 
 

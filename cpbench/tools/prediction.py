@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from cpbench.core.environment import usable_cores
 from cpbench.core.problem import Case
 from cpbench.core.subprocess_call import RequestRefused, read_reply, subprocesses
 from cpbench.reports.tables.terminal import wrap
+from cpbench.results.store import write_atomically
 from cpbench.simulator.cluster import load
 
 
@@ -26,32 +28,41 @@ def first_operator(cluster: str) -> str:
     return load(cluster).kernels[0].operators[0]
 
 
-def predict_all(cases: Sequence[Case], cluster: str) -> list[dict[str, Any]]:
+def predict_all(
+    cases: Sequence[Case], cluster: str, trace: Path | None = None
+) -> list[dict[str, Any]]:
     """The predictions of cases, the fastest first.
+
+    Args:
+        trace: a file for the timeline of the only case.
 
     Raises:
         ValueError: if a case is refused, in one line.
         OSError: when the file of the cluster cannot be read.
     """
     constants = load(cluster)
+    if trace and len(cases) > 1:
+        raise ValueError(f"--trace takes one case, not {len(cases)}")
     for case in cases:
         constants.kernel(case.operator.name, case.dtype, case.head_dim)
     predictions = []
-    for case, reply in predict_each(cases, cluster):
+    for case, reply in predict_each(cases, cluster, trace=bool(trace)):
         if isinstance(reply, ValueError):
             raise ValueError(f"{case.label}: {reply}")
+        if trace:
+            write_atomically(trace, json.dumps(reply.pop("trace"), separators=(",", ":")))
         predictions.append({"case": case.label, **reply})
     return sorted(predictions, key=seconds)
 
 
 def predict_each(
-    cases: Sequence[Case], cluster: str
+    cases: Sequence[Case], cluster: str, trace: bool = False
 ) -> Iterator[tuple[Case, dict[str, Any] | ValueError]]:
     """Each case with its prediction, or with the refusal, in order."""
     at_once = usable_cores()
     for start in range(0, len(cases), at_once):
         batch = cases[start : start + at_once]
-        requests = [{"case": case.to_json(), "cluster": cluster} for case in batch]
+        requests = [{"case": case.to_json(), "cluster": cluster, "trace": trace} for case in batch]
         with subprocesses("cpbench.simulator.prediction", requests) as processes:
             for case, process in zip(batch, processes, strict=True):
                 try:

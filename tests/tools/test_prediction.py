@@ -51,6 +51,27 @@ def test_a_direction_alone() -> None:
         assert phases == {direction: whole[direction]}
 
 
+def test_a_timeline_shows_what_the_prediction_adds_up() -> None:
+    """Per rank and phase: kernels and waits of the timeline are those of the slowest rank."""
+    one = predict(case(mask="causal_document:corpus=prolong64k,seed=1"), load("h100-ib"), True)
+    events = [event for event in one["trace"]["traceEvents"] if event["ph"] == "X"]
+    assert {event["pid"] for event in events} == set(range(4))
+    begins = {e["name"]: e["ts"] for e in events if e["cat"] == "phase" and e["pid"] == 0}
+    for name, phase in one["phases"].items():
+        rank = phase["slowest_rank"]
+        inside = [
+            event for event in events
+            if event["pid"] == rank
+            and begins[name] <= event["ts"] < begins[name] + 1e6 * phase["seconds"] - 0.01
+        ]  # fmt: skip
+        for category, part in (("compute", "attention"), ("waiting", "exposed")):
+            total = sum(event["dur"] for event in inside if event["cat"] == category)
+            assert total == pytest.approx(phase["breakdown"][part] * 1e6, rel=1e-3, abs=1)
+        assert any(event["cat"] == "transfer" for event in inside)
+    assert len(one["trace"]["otherData"]["stragglers"]) == 2
+    assert "trace" not in predict(case(), load("h100-ib"))
+
+
 def test_an_unbalanced_layout_is_slower() -> None:
     even, uneven = (
         predict(case(layout=layout, direction="fwd"), load("h100-ib"))["phases"]["fwd"]

@@ -1,0 +1,124 @@
+"""Predictions held against strategies that ran over slow links, on one machine.
+
+    python tests/microbench/shaped_links.py --rate 250mbit --paced 7.5 --seconds 1.5 --folder FOLDER
+    python tests/microbench/predicted_links.py FOLDER --rate 250mbit --paced 7.5
+
+Constants are not fitted to the run: attention sleeps for a known time, the link has a known rate
+(of which Ethernet, IP and TCP headers take 4.4 %), and the rates of copies inside the machine are
+measured here, by one process.  Prints predicted and measured times of each case, the errors, and
+how many pairs of strategies are in the right order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+HEAD_DIM = 64
+PAYLOAD = 1448 / 1514  # bytes of a TCP segment over those of its Ethernet frame
+CLUSTER = """
+name = "shaped"
+gpus_per_node = 2
+
+[calibrated]
+source = "not fitted: known rates"
+ranks = 4
+tokens = 2048
+median_error = 0.05
+percentile_90_error = 0.1
+
+[gpu]
+source = "copies by one process"
+sms = 1
+memory_gib = 8
+stream_gb_per_s = {stream}
+gather_gb_per_s = {gather}
+scatter_gb_per_s = {scatter}
+launch_us = 20
+
+[[kernels]]
+source = "sleeps for a known time"
+operators = ["./paced.py:OP"]
+dtype = "float32"
+head_dim = 64
+grid = "mask"
+fwd = {{ tile = [16, 16], tflops = {tflops}, tile_us = 0, empty_us = 0, tail = 0, call_us = 150 }}
+bwd = {{ tile = [16, 16], tflops = {tflops}, tile_us = 0, empty_us = 0, tail = 0, call_us = 150 }}
+
+[links.node]
+source = "loopback: as fast as two copies"
+alpha_us = 150
+gb_per_s = {loopback}
+
+[links.across]
+source = "the rate that was set, without headers"
+alpha_us = 300
+gb_per_s = {across}
+per_node = 1
+
+[collectives]
+source = "rings over the slow link"
+alpha_us = 500
+all_gather = [{loopback}, {across}]
+reduce_scatter = [{loopback}, {across}]
+all_reduce = [{loopback}, {across}]
+"""
+
+
+def median_gb_per_s(nbytes: int, run: object) -> float:
+    """Bytes that are read and written, per second, in GB/s."""
+    times = []
+    for _ in range(15):
+        start = time.perf_counter()
+        run()  # type: ignore[operator]
+        times.append(time.perf_counter() - start)
+    return nbytes / sorted(times)[7] / 1e9
+
+
+def copy_rates() -> dict[str, float]:
+    """Rates of stream, gather and scatter in GB/s."""
+    torch.set_num_threads(1)
+    x, y = torch.ones(1 << 22), torch.ones(1 << 22)
+    rows, index = torch.ones(1 << 14, 256), torch.randperm(1 << 14)
+    out, nbytes = torch.empty_like(rows), 2 * x.nbytes
+    return {
+        "stream": median_gb_per_s(nbytes, lambda: y.copy_(x)),
+        "gather": median_gb_per_s(nbytes, lambda: rows.index_select(0, index)),
+        "scatter": median_gb_per_s(nbytes, lambda: out.index_copy_(0, index, rows)),
+    }
+
+
+def bytes_per_second(rate: str) -> float:
+    for unit, factor in (("mbit", 1e6), ("gbit", 1e9)):
+        if rate.endswith(unit):
+            return float(rate.removesuffix(unit)) * factor / 8
+    raise SystemExit(f"--rate {rate}: give mbit or gbit")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="that of shaped_links.py")
+    parser.add_argument("--rate", required=True)
+    parser.add_argument("--paced", type=float, required=True, metavar="NS")
+    options = parser.parse_args()
+    rates = copy_rates()
+    text = CLUSTER.format(
+        **rates,
+        tflops=4 * HEAD_DIM / options.paced / 1e3,
+        across=bytes_per_second(options.rate) * PAYLOAD / 1e9,
+        loopback=rates["stream"] / 4,
+    )
+    (options.folder / "shaped.toml").write_text(text, encoding="utf-8")
+    cpbench = (sys.executable, "-m", "cpbench")
+    run = ("run", "sweep.toml", "--out", "run", "--predict", "shaped.toml", "--json")
+    subprocess.run([*cpbench, *run], cwd=options.folder, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*cpbench, "report", "run"], cwd=options.folder, check=True)
+
+
+if __name__ == "__main__":
+    main()
