@@ -21,7 +21,7 @@ from cpbench.core import registry
 from cpbench.core.spec import Spec, Value
 from cpbench.core.untraced import untraced
 from cpbench.core.user_files import load_from_file, locate
-from cpbench.masks import head_patterns  # noqa: F401  registers its patterns
+from cpbench.masks import head_patterns, sparse_patterns  # noqa: F401  register their patterns
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.dilated_mask import DilatedMask
 from cpbench.masks.documents import MOST_TOKENS

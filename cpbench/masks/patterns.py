@@ -121,7 +121,7 @@ def full(seq_len: int, *, seq_q: int | None = None) -> AttnMask:
 
     ``seq_q`` queries (by default ``seq_len``) by ``seq_len`` keys; area seq_q · N.
     """
-    rows = seq_len if seq_q is None else _checked_int("seq_q", seq_q, low=1)
+    rows = seq_len if seq_q is None else checked_int("seq_q", seq_q, low=1)
     return AttnMask.from_slices(rows, seq_len, [(0, rows, 0, seq_len, -WIDE, WIDE)])
 
 
@@ -134,8 +134,8 @@ def causal(seq_len: int, *, seq_q: int | None = None, offset: int | None = None)
     top-left alignment.  With a negative offset, the first queries see no keys.  Area T(N) if
     square.
     """
-    rows = seq_len if seq_q is None else _checked_int("seq_q", seq_q, low=1)
-    shift = seq_len - rows if offset is None else _checked_int("offset", offset, low=None)
+    rows = seq_len if seq_q is None else checked_int("seq_q", seq_q, low=1)
+    shift = seq_len - rows if offset is None else checked_int("offset", offset, low=None)
     return AttnMask.from_slices(rows, seq_len, [(0, rows, 0, seq_len, -WIDE, shift)])
 
 
@@ -145,7 +145,7 @@ def sliding_window(seq_len: int, *, window: int = 1024) -> AttnMask:
 
     Area (2w+1)N - w(w+1) for w < N.  Source: Longformer (arXiv:2004.05150).
     """
-    w = _checked_int("window", window, low=0)
+    w = checked_int("window", window, low=0)
     return AttnMask.from_slices(seq_len, seq_len, [(0, seq_len, 0, seq_len, -w, w)])
 
 
@@ -156,7 +156,7 @@ def sliding_window_causal(seq_len: int, *, window: int = 1024) -> AttnMask:
     Area (w+1)N - w(w+1)/2 for w < N.  Source: Mistral 7B (arXiv:2310.06825), where the window
     includes the query's own key; here it does not.
     """
-    w = _checked_int("window", window, low=0)
+    w = checked_int("window", window, low=0)
     return AttnMask.from_slices(seq_len, seq_len, [(0, seq_len, 0, seq_len, -w, 0)])
 
 
@@ -166,7 +166,7 @@ def prefix_lm_causal(seq_len: int, *, prefix_len: int = 1024) -> AttnMask:
 
     Area p² + (N-p)(N+p+1)/2, with p clamped to N.  Source: T5 (arXiv:1910.10683).
     """
-    p = min(_checked_int("prefix_len", prefix_len, low=1), seq_len)
+    p = min(checked_int("prefix_len", prefix_len, low=1), seq_len)
     slices = [(0, p, 0, p, -WIDE, WIDE), (p, seq_len, 0, seq_len, -WIDE, 0)]
     return AttnMask.from_slices(seq_len, seq_len, slices)
 
@@ -178,8 +178,8 @@ def global_sliding_window(seq_len: int, *, num_global: int = 64, window: int = 1
     Area N² - r² + (2w+1)r - w(w+1) with r = N - g, for w < r.  Source: Longformer
     (arXiv:2004.05150), BigBird (arXiv:2007.14062).
     """
-    g = _checked_int("num_global", num_global, low=0, high=seq_len)
-    w = _checked_int("window", window, low=0)
+    g = checked_int("num_global", num_global, low=0, high=seq_len)
+    w = checked_int("window", window, low=0)
     slices = [
         (0, g, 0, seq_len, -WIDE, WIDE),
         (g, seq_len, 0, g, -WIDE, WIDE),
@@ -195,8 +195,8 @@ def streaming(seq_len: int, *, num_sinks: int = 4, window: int = 1024) -> AttnMa
     Area (w+1)N - w(w+1)/2 + s(N-w-1) - s(s-1)/2 for s <= N - w.  Source: StreamingLLM
     (arXiv:2309.17453); also called Λ-shaped (LM-Infinite) and A-shape (MInference).
     """
-    s = _checked_int("num_sinks", num_sinks, low=0, high=seq_len)
-    w = _checked_int("window", window, low=0)
+    s = checked_int("num_sinks", num_sinks, low=0, high=seq_len)
+    w = checked_int("window", window, low=0)
     slices = [(0, seq_len, 0, s, -WIDE, 0), (0, seq_len, s, seq_len, -w, 0)]
     return AttnMask.from_slices(seq_len, seq_len, slices)
 
@@ -252,7 +252,7 @@ def prefix_lm_document(
 
     Area Σ p² + (l-p)(l+p+1)/2, with p clamped to each l.  Source: T5 (arXiv:1910.10683), packed.
     """
-    length = _checked_int("prefix_len", prefix_len, low=1)
+    length = checked_int("prefix_len", prefix_len, low=1)
     lens = lengths(seq_len, **documents)
     first, end = starts(lens), np.cumsum(lens)
     prefix_end = first + np.minimum(lens, length)
@@ -321,7 +321,7 @@ def block_causal_document(
     Area Σ b² · m(m+1)/2 + r · l with l = m · b + r.  Source: autoregressive video generation,
     MAGI-1 (arXiv:2505.13211).
     """
-    b = min(_checked_int("block_size", block_size, low=1), seq_len)
+    b = min(checked_int("block_size", block_size, low=1), seq_len)
     lens = lengths(seq_len, **documents)
     blocks = -(-lens // b)
     if blocks.sum() > MAX_BLOCKS:
@@ -351,7 +351,7 @@ def _slices_up_to(q0: IntArray, q1: IntArray, k0: IntArray, k1: IntArray, hi: in
     return np.column_stack([q0, q1, k0, k1, np.full_like(q0, -WIDE), np.full_like(q0, hi)])
 
 
-def _checked_int(name: str, value: object, *, low: int | None, high: int | None = None) -> int:
+def checked_int(name: str, value: object, *, low: int | None, high: int | None = None) -> int:
     """Check an integer parameter; values beyond ``WIDE`` are clamped to it."""
     is_int = isinstance(value, int | np.integer) and not isinstance(value, bool)
     number = int(value) if is_int else 0  # type: ignore[call-overload]

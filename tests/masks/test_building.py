@@ -53,7 +53,7 @@ def test_equivalent_specs_build_the_same_mask() -> None:
 
 
 BAD: list[tuple[Any, Any, dict[str, Any], str]] = [
-    ("casual", 8, {}, "no mask 'casual'; there are: block_causal_document, block_sparse_"),
+    ("casual", 8, {}, "no mask 'casual'; there are: bigbird, block_causal_document, block_"),
     ("causal:window=3", 8, {}, "mask 'causal' has no parameter 'window'; it takes seq_q, offset"),
     ("full", 8, {"w": 1}, "mask 'full' has no parameter 'w'; it takes seq_q"),
     ("full", 0, {}, "seq_len must be an integer >= 1, not 0"),
