@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -62,6 +63,7 @@ max_seconds = {seconds}
 check_small = {checked}
 check_sampled = false
 memory = false
+exposure = {exposure}
 """
 PACED = '''
 """An operator that sleeps instead of computing: no core is busy, as with a GPU."""
@@ -95,7 +97,7 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def measure(folder: Path, rate: str, sweep: str, where: list[str]) -> None:
+def measure(folder: Path, rate: str, sweep: str, where: list[str], trace: bool) -> None:
     """Run the sweep on two nodes, into ``folder / run``."""
     (folder / "sweep.toml").write_text(sweep)
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
@@ -111,7 +113,7 @@ def measure(folder: Path, rate: str, sweep: str, where: list[str]) -> None:
         try:
             subprocess.run(
                 [*first, *cpbench, "run", "sweep.toml", "--out", "run", "--launcher", "torchrun",
-                 "--nodes", "2", *on, *conditions, "--trace", "--json"],
+                 "--nodes", "2", *on, *conditions, *["--trace"] * trace, "--json"],
                 cwd=folder, env=env, check=True, stdout=subprocess.DEVNULL,
             )  # fmt: skip
         finally:
@@ -121,8 +123,10 @@ def measure(folder: Path, rate: str, sweep: str, where: list[str]) -> None:
 
 def max_wait_ms(folder: Path, case: str) -> float:
     """The maximum waiting time per rank in the traced pass: for transfers, and for ranks that share
-    its core."""
+    its core; nan without a trace."""
     waits = [0.0] * 4
+    if not trace_path(folder, case).exists():
+        return math.nan
     for event in json.loads(trace_path(folder, case).read_text())["traceEvents"]:
         if event.get("cat") == "waiting":
             waits[event["pid"]] += event["dur"] / 1e3
@@ -139,6 +143,7 @@ def main() -> None:
     parser.add_argument("--masks", nargs="+", default=MASKS)
     parser.add_argument("--paced", type=float, metavar="NS", help="instead of computing, sleep NS "
                         "nanoseconds per visible pair and head: no core is busy")  # fmt: skip
+    parser.add_argument("--times-only", action="store_true", help="neither exposure nor a trace")
     parser.add_argument(
         "--where", nargs="+", default=[], help="only matching cases, e.g. strategy=ring"
     )
@@ -157,9 +162,9 @@ def main() -> None:
         sweep = SWEEP.format(
             operator=operator, checked="false" if options.paced else "true", masks=masks,
             tokens=options.tokens, heads_q=options.heads_q, heads_kv=options.heads_kv,
-            seconds=options.seconds,
+            seconds=options.seconds, exposure="false" if options.times_only else "true",
         )  # fmt: skip
-        measure(folder, options.rate, sweep, options.where)
+        measure(folder, options.rate, sweep, options.where, not options.times_only)
     table = load(folder / "run")
     table["method"] = [
         " ".join(filter(None, (f"{row.strategy}/{row.layout}", row.placement)))
