@@ -148,6 +148,8 @@ def predict(
     for line in prediction.lines(predictions):
         print(line)
     print_rows(prediction.table(predictions))
+    for line in ["memory of a GPU:", *prediction.memory_lines(predictions)]:
+        print(line)
 
 
 @commands.command()

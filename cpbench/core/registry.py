@@ -19,9 +19,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cpbench.core.user_files import load_from_file
+
+if TYPE_CHECKING:
+    from cpbench.core.problem import Problem
 
 T = TypeVar("T")
 
@@ -65,6 +68,8 @@ class OperatorInfo:
         looks_ahead: of a selector under a causal mask: which later tokens may change its selection,
             none (``""``), those of the query's ``"block"`` or of the whole ``"sequence"``.
         install: how to install what it requires, as a command if there is one.
+        workspace: bytes of device memory that a call takes beside its inputs and results, for the
+            problem of the call, whose direction is that of its phase; None: none.
         unproven: of an adapter that has never run on the library that it calls: the version of the
             library whose source it was written against.
     """
@@ -93,6 +98,7 @@ class OperatorInfo:
     selects: bool = False
     looks_ahead: str = ""
     install: str = ""
+    workspace: Callable[[Problem], int] | None = None
     unproven: str = ""
 
 

@@ -147,10 +147,27 @@ def long_mixture(seq_len: int, corpus: str, seed: int) -> IntArray:
     return shuffled
 
 
-def from_file(seq_len: int, file: str, column: str | None = None) -> IntArray:
+def from_file(seq_len: int, file: str, column: str | None = None, shuffle: int = 0) -> IntArray:
     """Lengths in the order of a file, repeated if they are fewer than ``seq_len`` tokens.
 
-    The last document is truncated.  Files are ``.txt`` (one length per line, empty lines skipped),
+    The last document is truncated.
+
+    Args:
+        shuffle: 0 for the order of the file, else the seed of another one.
+
+    Raises:
+        ValueError: see :func:`read_file`.
+    """
+    lens = read_file(file, column)
+    if shuffle:
+        lens = _generator(shuffle).permutation(lens)
+    return _cut_or_repeat(lens, seq_len)
+
+
+def read_file(file: str, column: str | None = None) -> IntArray:
+    """All lengths in a file.
+
+    Files are ``.txt`` (one length per line, empty lines skipped),
     ``.json`` (a list), ``.jsonl`` (a length per line, or objects that have it under ``column``),
     ``.npy`` (a 1-D integer array), or tables: ``.csv`` with a head, or ``.parquet`` (an integer
     column: ``column``, or the only one).
@@ -173,7 +190,7 @@ def from_file(seq_len: int, file: str, column: str | None = None) -> IntArray:
         raise
     except Exception as error:  # json, numpy and pyarrow raise many types for broken files
         raise ValueError(f"file {file!r} cannot be read: {_one_line(error)}") from error
-    return _cut_or_repeat(_checked(raw, f"file {file!r}"), seq_len)
+    return _checked(raw, f"file {file!r}")
 
 
 def starts(doc_lens: IntArray) -> IntArray:

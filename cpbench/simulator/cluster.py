@@ -50,6 +50,12 @@
     all_gather = [330.0, 300.0]
     reduce_scatter = [330.0, 300.0]
     all_reduce = [330.0, 300.0]
+
+    [memory]                           # of a GPU, beside tensors; without it only these count
+    source = "records of a run"
+    context_gb = 1.0                   # CUDA context, libraries
+    peer_gb = 0.4                      # NCCL: of each peer in the node, for each communicator
+    slack = 0.1                        # kept by the allocator, relative to what is allocated
 """
 
 from __future__ import annotations
@@ -141,6 +147,17 @@ class Collectives:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Memory:
+    """What fills the memory of a GPU beside tensors: see the example of the module.  Peers and
+    slack are upper bounds."""
+
+    source: str
+    context_gb: float = 0.0
+    peer_gb: float = 0.0
+    slack: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Calibrated:
     """On what a cluster was fitted: the most ranks, and the most tokens of a rank; and how far
     predictions of points that were not fitted were off, as fractions."""
@@ -163,6 +180,7 @@ class Cluster:
     links: dict[str, Link]
     collectives: Collectives
     calibrated: Calibrated
+    memory: Memory = Memory(source="not given")
     digest: str = field(default="", compare=False)
 
     def kernel(self, operator: str, dtype: str, head_dim: int) -> KernelCosts:
@@ -227,6 +245,8 @@ def from_table(table: Mapping[str, Any]) -> Cluster:
     values["links"] = {name: _from_table(Link, x, f"links.{name}") for name, x in links.items()}
     values["calibrated"] = _from_table(Calibrated, values.get("calibrated"), "calibrated")
     values["collectives"] = _from_table(Collectives, values.get("collectives"), "collectives")
+    if "memory" in values:
+        values["memory"] = _from_table(Memory, values["memory"], "memory")
     if "digest" in values:
         raise ValueError("digest is computed, not given")
     cluster = _from_table(Cluster, values, "")

@@ -10,7 +10,9 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from cpbench.core.operator import value_dims_refusal
 from cpbench.core.problem import Case
@@ -18,38 +20,50 @@ from cpbench.core.registry import LoadError, implementation, operator_info, stra
 from cpbench.masks.head_masks import per_head
 from cpbench.parallel.strategy import declared_refusal
 from cpbench.parallel.world import World
+from cpbench.simulator import memory
 from cpbench.simulator.cluster import Cluster, load
 from cpbench.simulator.costs import event_seconds
 from cpbench.simulator.events import Program
-from cpbench.simulator.recordings import cached, content_key
+from cpbench.simulator.recordings import cached, cached_value, content_key
 from cpbench.simulator.replay import RankTimes, replay
 from cpbench.simulator.representatives import representatives
 from cpbench.simulator.tiles import Tiling
 from cpbench.simulator.timeline import timeline
 
+if TYPE_CHECKING:
+    from cpbench.core.registry import OperatorInfo
+    from cpbench.parallel.strategy import Strategy
+
 TOGETHER = 32  # ranks of which all are recorded and replayed together
 FAR = 4  # times what was calibrated, from where on a prediction is an extrapolation
 
 
-def predict(case: Case, cluster: Cluster, trace: bool = False) -> dict[str, Any]:
-    """The predicted time of a case, as ``cpbench predict --json`` prints it.
+def predict(
+    case: Case, cluster: Cluster, trace: bool = False, world: World | None = None
+) -> dict[str, Any]:
+    """The predicted time and memory of a case, as ``cpbench predict --json`` prints it.
 
     Args:
         trace: whether to add ``trace``, a timeline of the simulated ranks for Perfetto.
+        world: that of the case, if it is known.
 
     Raises:
         ValueError: if the strategy does not take the case, or it was not calibrated; in one line.
     """
     kernel = cluster.kernel(case.operator.name, case.dtype, case.head_dim)
-    world = World.of_case(case, cluster.gpus_per_node)
-    programs, counts = record(case, world, kernel.tiling)
+    world = world or World.of_case(case, cluster.gpus_per_node)
+    strategy, operator = load_method(case, world)
+    counts = chosen = representatives(world)
+    if world.size <= TOGETHER:
+        counts = dict.fromkeys(range(world.size), 1)
+    programs = record(case, world, strategy, operator, kernel.tiling, counts)
     cost = functools.partial(event_seconds, costs=kernel, cluster=cluster)
     phases, times_by_phase = {}, {}
     for phase, flops in world.problem.flops(world.mask.area).items():
         if phase not in case.direction.split("_"):
             continue
         of_phase = {rank: programs[rank][phase] for rank in counts}
-        times = replay(of_phase, cluster, world.ranks_per_node, cost, world.size > TOGETHER)
+        times = replay(of_phase, cluster, world.ranks_per_node, cost, len(counts) < world.size)
         times_by_phase[phase] = times
         phases[phase] = _phase(times, counts, flops / world.size, cluster)
     facts = {"case": case.label, "cluster": f"{cluster.name} ({cluster.digest})", "simulated": True}
@@ -61,16 +75,25 @@ def predict(case: Case, cluster: Cluster, trace: bool = False) -> dict[str, Any]
         "ranks": list(counts),
         "warnings": warnings(case, world, cluster),
         "phases": phases,
+        "memory": memory.summary(
+            needs(
+                case,
+                world,
+                strategy,
+                operator,
+                kernel.tiling,
+                {rank: programs[rank] for rank in chosen},
+            ),
+            cluster,
+        ),
     }
 
 
-def record(
-    case: Case, world: World, tiling: Tiling
-) -> tuple[dict[int, dict[str, Program]], dict[int, int]]:
-    """The recordings of all ranks or of representatives, and how many ranks each stands for.
+def load_method(case: Case, world: World) -> tuple[Strategy, OperatorInfo]:
+    """The strategy and operator of a case.
 
     Raises:
-        ValueError: if the strategy or operator does not take the case.
+        ValueError: if the case is not predicted, or one of them does not take it.
     """
     info, operator = strategy_info(case.strategy.name), operator_info(case.operator.name)
     if not info.traced:
@@ -83,21 +106,48 @@ def record(
     reason = declared_refusal(info, world) or strategy.unsupported(world)
     if reason := reason or value_dims_refusal(operator, world.problem):
         raise ValueError(reason)
-    everyone = dict.fromkeys(range(world.size), 1)
-    counts = everyone if world.size <= TOGETHER else representatives(world)
+    return strategy, operator
+
+
+def record(
+    case: Case, world: World, strategy: Strategy, operator: OperatorInfo, tiling: Tiling,
+    ranks: Iterable[int],
+) -> dict[int, dict[str, Program]]:  # fmt: skip
+    """The recordings of some ranks.
+
+    Raises:
+        ValueError: if the strategy copies between device and host.
+    """
 
     def record_one(rank: int) -> dict[str, Program]:
         from cpbench.simulator.recording import record_rank
 
         return record_rank(strategy, operator, world, rank, tiling)
 
-    programs = {
+    return {
         rank: cached(
             content_key(case, world, tiling, rank), functools.partial(record_one, rank)
         )
-        for rank in counts
+        for rank in ranks
     }  # fmt: skip
-    return programs, counts
+
+
+def needs(
+    case: Case, world: World, strategy: Strategy, operator: OperatorInfo, tiling: Tiling,
+    programs: Mapping[int, Mapping[str, Program]],
+) -> dict[int, memory.Need]:  # fmt: skip
+    """The memory that ranks need, from their recordings."""
+
+    def of_rank(rank: int) -> memory.Need:
+        return memory.need(strategy, operator, world, rank, programs[rank])
+
+    return {
+        rank: cached_value(
+            f"{content_key(case, world, tiling, rank)}-memory", functools.partial(of_rank, rank),
+            asdict, lambda values: memory.Need(**values),
+        )
+        for rank in programs
+    }  # fmt: skip
 
 
 def _phase(

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cpbench.simulator.events import Event, Kernel, Post, Program, SideWork, Wait
 from cpbench.simulator.tiles import TileCounts, Tiling
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cpbench.core.problem import Case
     from cpbench.parallel.world import World
 
+T = TypeVar("T")
 PACKAGE = Path(__file__).parents[1]
 CODE = ("core", "masks", "parallel", "simulator", "strategies")
 _KINDS: dict[str, type] = {kind.__name__: kind for kind in (Kernel, SideWork, Post, Wait)}
@@ -65,20 +66,31 @@ def content_key(case: Case, world: World, tiling: Tiling, rank: int) -> str:
 
 def cached(key: str, record: Callable[[], dict[str, Program]]) -> dict[str, Program]:
     """The recording of that key: from disk, else recorded and kept."""
+    return cached_value(key, record, _to_json, _from_json)
+
+
+def cached_value(
+    key: str, make: Callable[[], T], encode: Callable[[T], Any], decode: Callable[[Any], T]
+) -> T:
+    """The value of that key: from disk, else made and kept.
+
+    Args:
+        encode, decode: to and from plain values.
+    """
     path = cache_folder() / f"{key}.json"
     try:
-        return _from_json(json.loads(path.read_text(encoding="utf-8")))
+        return decode(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    programs = record()
+    value = make()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.part")
-        partial.write_text(json.dumps(_to_json(programs)), encoding="utf-8")
+        partial.write_text(json.dumps(encode(value)), encoding="utf-8")
         partial.replace(path)
     except OSError:
         pass
-    return programs
+    return value
 
 
 def _to_json(programs: dict[str, Program]) -> dict[str, Any]:

@@ -118,3 +118,25 @@ def table(predictions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for case, one in zip(names, predictions, strict=True)
         for name, phase in one["phases"].items()
     ]  # fmt: skip
+
+
+def memory_lines(predictions: Sequence[dict[str, Any]]) -> list[str]:
+    """Whether each case fits into the memory of a GPU, and what the rank needs that needs most."""
+    _, names = _split_labels(predictions)
+    return [
+        line
+        for name, one in zip(names, predictions, strict=True)
+        for line in wrap(f"{name}: " * (len(predictions) > 1) + memory_text(one["memory"]), "  ")
+    ]
+
+
+def memory_text(need: dict[str, Any]) -> str:
+    """``fits: 10.2 to 14.1 of 80.0 GiB (2.0 inputs, 6.1 buffers, 1.1 workspace)``."""
+    gib = {name: value / (1 << 30) for name, value in need.items() if name.endswith("_bytes")}
+    parts = ", ".join(
+        f"{gib[f'{part}_bytes']:,.1f} {part}" for part in ("inputs", "buffers", "workspace")
+    )
+    return (
+        f"{need['verdict']}: {gib['low_bytes']:,.1f} to {gib['high_bytes']:,.1f} of "
+        f"{gib['gpu_bytes']:,.1f} GiB ({parts})"
+    )

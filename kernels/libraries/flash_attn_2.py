@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from cpbench.core.problem import DTYPE_BYTES
 from cpbench.core.registry import OperatorInfo
 from cpbench.kernels.libraries.adapter import (
     Limits,
@@ -31,6 +32,18 @@ if TYPE_CHECKING:
     from cpbench.core.problem import Problem
     from cpbench.masks.attn_mask import AttnMask
 
+
+def workspace(problem: Problem) -> int:
+    """Bytes of a backward pass: dQ in float32; and where query heads share keys, dK and dV of every
+    query head."""
+    if problem.direction != "bwd":
+        return 0
+    per_query = 4 * problem.heads_q * problem.head_dim
+    per_key = 2 * DTYPE_BYTES[problem.dtype] * problem.heads_q * problem.head_dim
+    per_key *= problem.group > 1
+    return problem.batch * (problem.seq_q * per_query + problem.seq_k * per_key)
+
+
 OPERATORS = (
     OperatorInfo(
         name="flash_attn.2",
@@ -41,6 +54,7 @@ OPERATORS = (
         devices=("cuda",),
         deterministic=False,
         requires=("torch", "flash_attn"),
+        workspace=workspace,
         install="pip install flash-attn --no-build-isolation",
         unproven="flash-attn 2.8.3.post1",
     ),

@@ -34,6 +34,16 @@ if TYPE_CHECKING:
     from cpbench.core.problem import Problem
     from cpbench.masks.attn_mask import AttnMask
 
+
+def workspace(problem: Problem) -> int:
+    """Bytes of a backward pass: dQ in float32, and dK and dV where query heads share them."""
+    if problem.direction != "bwd":
+        return 0
+    per_query = problem.heads_q * problem.head_dim
+    per_key = problem.heads_kv * (problem.head_dim + problem.value_dim) * (problem.group > 1)
+    return 4 * problem.batch * (problem.seq_q * per_query + problem.seq_k * per_key)
+
+
 OPERATORS = (
     OperatorInfo(
         name="flash_attn.3",
@@ -44,6 +54,7 @@ OPERATORS = (
         devices=("cuda",),
         deterministic=False,
         requires=("torch", "flash_attn_interface"),
+        workspace=workspace,
         install="python setup.py install in folder hopper of github.com/Dao-AILab/flash-attention",
         unproven="flash-attention main 0251105a",
     ),

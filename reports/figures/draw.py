@@ -172,7 +172,7 @@ def draw(
         sheet = Sheet(with_hollow_styles(styles, dict(zip(labels, table["method"], strict=True))))
         chart.draw(table.assign(method=labels), sheet)
         sheet.draw_legend()
-        _save(sheet.figure, path)
+        save(sheet.figure, path)
 
 
 def _select_problem(table: pd.DataFrame, chart: ChartKind) -> pd.DataFrame:
@@ -240,7 +240,8 @@ def _expand_launches(collection: Collection, table: pd.DataFrame) -> pd.DataFram
     return pd.concat([others, pd.DataFrame(rows)], ignore_index=True) if rows else others
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure in the form of the suffix, one of ``SUFFIXES``."""
     form, content = path.suffix[1:].lower(), io.BytesIO()
     figure.savefig(content, format=form, dpi=DPI, metadata=_METADATA[form])
     write_atomically(path, content.getvalue())

@@ -18,7 +18,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Figure]:
 
     def draw(kind: str, cases: Collection, *where: str) -> Figure:
         saved: list[Figure] = []
-        monkeypatch.setattr(figures, "_save", lambda figure, path: saved.append(figure))
+        monkeypatch.setattr(figures, "save", lambda figure, path: saved.append(figure))
         figures.draw(cases, kind, Path("x.svg"), where)
         monkeypatch.undo()
         return saved[0]

@@ -148,7 +148,7 @@ LINES: dict[str, tuple[list[str], list[str]]] = {
         [
             "'benchmark'",
             "list, run, bench, init, verify, report, plot, compare, gate, race, history, traffic, "
-            "predict, links",
+            "predict, links, recommend",
         ],
     ),
     "option": (["run", "quick", "--fast"], ["--fast", "cpbench run --help"]),
@@ -202,6 +202,10 @@ LINES: dict[str, tuple[list[str], list[str]]] = {
     "traffic text": (["traffic", "ulysses:chunks=x"], ["chunks = 'x'", "integer"]),
     "traffic strategy": (["traffic", "x"], ["'x'", "ring"]),
     "traffic heads": (["traffic", "ulysses", "--world-size", "48"], ["64 on 48", "divisible"]),
+    "recommend strategy": (["recommend", "--strategy", "rng"], ["'rng'", "ring"]),
+    "recommend problems": (["recommend", "--seq-len", "4k,8k"], ["one problem", "no lists"]),
+    "recommend output": (["recommend", "-o", "x.pptx"], ["x.pptx", ".html, .svg, .png, .pdf"]),
+    "recommend draws": (["recommend", "--draws", "0"], ["--draws 0", "1 or more"]),
     "links seconds": (["links", "--seconds", "nan"], ["--seconds nan", "more than 0"]),
     "links ranks": (["links", "--world-size", "3000"], ["--world-size 3000", "at most 256"]),
     "verify operator": (["verify", "--operator", "x"], ["'x'", "bands"]),

@@ -1,0 +1,120 @@
+"""Whether a case fits into the memory of a GPU.
+
+A rank needs its inputs, the peak of its strategy (``cpbench.parallel.memory_trace``) and, at most
+at the same time, the workspace that its operator declares; beside tensors, the CUDA context,
+buffers that NCCL keeps for each peer, and what the allocator does not give back.  The last two are
+upper bounds, so the need is a range.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
+
+from cpbench.core.problem import Problem
+from cpbench.simulator.events import Kernel, Post, Program
+
+if TYPE_CHECKING:
+    from cpbench.core.registry import OperatorInfo
+    from cpbench.parallel.strategy import Strategy
+    from cpbench.parallel.world import World
+    from cpbench.simulator.cluster import Cluster
+
+FULL = 0.85  # of the memory of a GPU, below which a case fits
+FITS, UNSURE, TOO_LARGE = "fits", "unsure", "does not fit"
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that one rank needs.
+
+    Attributes:
+        rank: the rank.
+        inputs: q, k, v, and dout if there is a backward pass.
+        buffers: peak of all that its strategy allocates beside them.
+        workspace: of its largest kernel call.
+        peers: distinct (peer in its node, communicator).
+    """
+
+    rank: int
+    inputs: int
+    buffers: int
+    workspace: int
+    peers: int
+
+    def total(self, cluster: Cluster) -> tuple[int, int]:
+        """The least and the most memory that is in use at the peak."""
+        memory = cluster.memory
+        tensors = self.inputs + self.buffers + self.workspace
+        low = tensors + memory.context_gb * 1e9
+        return round(low), round(low + memory.slack * tensors + memory.peer_gb * 1e9 * self.peers)
+
+
+def verdict(low: int, high: int, gpu: int) -> str:
+    """``"fits"`` if the most that may be in use is below 85 % of the memory of a GPU, ``"does not
+    fit"`` if the least is beyond it, else ``"unsure"``."""
+    if high < FULL * gpu:
+        return FITS
+    return TOO_LARGE if low > gpu else UNSURE
+
+
+def summary(needs: Mapping[int, Need], cluster: Cluster) -> dict[str, int | str]:
+    """The need of the rank that needs most, and the verdict, as plain values."""
+    need = max(needs.values(), key=lambda one: (one.total(cluster)[1], -one.rank))
+    low, high = need.total(cluster)
+    gpu = round(cluster.gpu.memory_gib * (1 << 30))
+    return {
+        **{f"{name}_bytes": value for name, value in asdict(need).items() if name not in _COUNTS},
+        "rank": need.rank,
+        "low_bytes": low,
+        "high_bytes": high,
+        "gpu_bytes": gpu,
+        "verdict": verdict(low, high, gpu),
+    }
+
+
+_COUNTS = ("rank", "peers")
+
+
+def need(
+    strategy: Strategy, operator: OperatorInfo, world: World, rank: int,
+    programs: Mapping[str, Program],
+) -> Need:  # fmt: skip
+    """What one rank needs.
+
+    Args:
+        programs: its recordings by phase.
+    """
+    from cpbench.parallel.memory_trace import peak_bytes
+
+    problem = world.problem
+    if problem.backward:  # what the forward pass saves is there, whether it is timed or not
+        world = replace(world, problem=replace(problem, direction="fwd_bwd"))
+    inputs = problem.q_bytes(world.queries.local_len) + problem.kv_bytes(world.keys.local_len)
+    inputs += problem.out_bytes(world.queries.local_len) * problem.backward
+    events = [event for program in programs.values() for event in program]
+    return Need(
+        rank=rank,
+        inputs=inputs,
+        buffers=peak_bytes(strategy, operator, world, rank).device,
+        workspace=max((_workspace(x, operator, problem) for x in events if isinstance(x, Kernel)),
+                      default=0),
+        peers=len({
+            (peer, event.members, event.lane)
+            for event in events if isinstance(event, Post)
+            for peer, _ in (*event.sends, *event.receives)
+            if peer // world.ranks_per_node == rank // world.ranks_per_node
+        }),
+    )  # fmt: skip
+
+
+def _workspace(kernel: Kernel, operator: OperatorInfo, problem: Problem) -> int:
+    """Bytes that one call needs, by declaration."""
+    if operator.workspace is None:
+        return 0
+    call = replace(
+        problem, batch=1, seq_q=kernel.seq_q, seq_k=kernel.seq_k, heads_q=kernel.heads_q,
+        heads_kv=kernel.heads_kv, direction=kernel.phase,
+    )  # fmt: skip
+    return operator.workspace(call)

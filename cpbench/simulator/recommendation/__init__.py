@@ -1,0 +1,1 @@
+"""The search for the strategies that are fastest: candidates, bounds that rule some out, times."""

@@ -1,0 +1,149 @@
+"""The fastest of many cases: ``python -m cpbench.simulator.recommendation.search``, a subprocess.
+
+The cases are methods for one problem.  Each is bounded from below first; in the order of their
+bounds, the rank with the most work is recorded, and if it may be within the interval of the best
+time, the others are; until no bound is.  Reads a
+request from stdin and prints an outcome for each case, in order.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from operator import attrgetter
+from typing import Any
+
+import numpy as np
+
+from cpbench.core.problem import Case
+from cpbench.core.registry import LoadError
+from cpbench.parallel.world import World
+from cpbench.simulator.cluster import Cluster, load
+from cpbench.simulator.costs import event_seconds
+from cpbench.simulator.memory import TOO_LARGE
+from cpbench.simulator.prediction import load_method, predict, record
+from cpbench.simulator.recommendation.bounds import bound
+from cpbench.simulator.replay import replay
+
+PARTS = ("attention", "side", "exposed")
+
+
+def search(cases: Sequence[Case], cluster: Cluster, everything: bool = False) -> list[Any]:
+    """Find the fastest cases.
+
+    Args:
+        everything: whether to predict all cases that are not refused.
+
+    Returns:
+        for each case a table with ``refused``, the reason; or ``bound`` (seconds, see
+        :class:`~cpbench.simulator.recommendation.bounds.Bound`), with ``busiest_rank`` (seconds of
+        its parts) if that one was recorded, and with ``phases`` and ``memory`` if the case was
+        predicted, see :func:`cpbench.simulator.prediction.predict`.
+    """
+    outcomes = [_bounded(case, cluster) for case in cases]
+    possible = [i for i, outcome in enumerate(outcomes) if "bound" in outcome]
+    limit = float("inf")
+    for i in sorted(possible, key=lambda i: (outcomes[i]["bound"]["total"], i)):
+        least = outcomes[i]["bound"]
+        if least["total"] > limit and not everything:
+            break
+        world = _world(cases[i], cluster.gpus_per_node)
+        try:
+            if not everything:
+                busiest = _one_rank(cases[i], world, cluster)
+                if sum(busiest.values()) > limit:
+                    outcomes[i]["busiest_rank"] = busiest
+                    continue
+            prediction = predict(cases[i], cluster, world=world)
+        except ValueError as refusal:
+            outcomes[i] = {"refused": str(refusal)}
+            continue
+        outcomes[i] |= prediction
+        if prediction["memory"]["verdict"] != TOO_LARGE:
+            limit = min(limit, sum(phase["high"] for phase in prediction["phases"].values()))
+    return outcomes
+
+
+def _one_rank(case: Case, world: World, cluster: Cluster) -> dict[str, float]:
+    """The parts of the predicted time of the rank with the most work, alone: what it waits for is
+    at least as late when all ranks run."""
+    kernel = cluster.kernel(case.operator.name, case.dtype, case.head_dim)
+    rank = _busiest(world)[0]
+    programs = record(case, world, *load_method(case, world), kernel.tiling, [rank])[rank]
+    cost = functools.partial(event_seconds, costs=kernel, cluster=cluster)
+    times = [
+        replay({rank: programs[phase]}, cluster, world.ranks_per_node, cost, alone=True)[rank]
+        for phase in case.direction.split("_")
+    ]
+    return {part: sum(getattr(one, part) for one in times) for part in PARTS}
+
+
+@functools.lru_cache(maxsize=16)
+def _busiest(world: World) -> list[int]:
+    """The rank with the most work, and one of the node with the most, where that is another."""
+    work = world.areas.sum(1)
+    rank, nodes = int(np.argmax(work)), world.ranks_per_node
+    starts = range(0, world.size, nodes)
+    first = max(starts, key=lambda start: (int(work[start : start + nodes].sum()), -start))
+    return [rank] if first <= rank < first + nodes else [rank, first]
+
+
+def _bounded(case: Case, cluster: Cluster) -> dict[str, Any]:
+    """The bound of the rank with the most work, or why the case is refused."""
+    try:
+        world = _world(case, cluster.gpus_per_node)
+        strategy, operator = load_method(case, world)
+        kernel = cluster.kernel(case.operator.name, case.dtype, case.head_dim)
+        least = max(
+            (bound(strategy, operator, world, rank, cluster, kernel) for rank in _busiest(world)),
+            key=attrgetter("total"),
+        )
+    except (ValueError, LoadError) as refusal:
+        return {"refused": str(refusal)}
+    return {"bound": {**asdict(least), "balance": _balance(least.pairs, case, world)}}
+
+
+def _balance(pairs: int, case: Case, world: World) -> float:
+    """The work of a rank over the mean of all."""
+    whole = world.mask.area * case.num_heads_q
+    return pairs * world.size / whole if whole else 1.0
+
+
+@functools.lru_cache(maxsize=16)
+def _world(case: Case, per_node: int) -> World:
+    """The world of a case, which shares layout and areas with those of other strategies."""
+    plain = replace(case, strategy=Case.strategy, placement="")
+    if case == plain:
+        return World.of_case(case, per_node)
+    shared = _world(plain, per_node)
+    if not case.placement:
+        return shared
+    world = replace(shared, placement=case.placement)
+    world.__dict__["areas"] = shared.areas
+    return world
+
+
+def main() -> int:
+    """Answer the request from stdin: searches, each in its turn."""
+    request = json.load(sys.stdin)
+    try:
+        cluster = load(request["cluster"])
+        if request["memory_gib"]:
+            gpu = replace(cluster.gpu, memory_gib=request["memory_gib"])
+            cluster = replace(cluster, gpu=gpu)
+        replies = [
+            search([Case.from_json(case) for case in one["cases"]], cluster, one["everything"])
+            for one in request["searches"]
+        ]
+    except (ValueError, OSError) as refusal:
+        print(refusal, file=sys.stderr)
+        return 2
+    print(json.dumps(replies))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

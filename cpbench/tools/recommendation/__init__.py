@@ -1,0 +1,1 @@
+"""``cpbench recommend``: the strategies that are fastest for a problem on a cluster, predicted."""

@@ -1,0 +1,1 @@
+"""Recommendations: as text, as a page, as a figure."""
