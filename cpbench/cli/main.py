@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from cpbench import __version__
-from cpbench.cli import compare, jobs, plan, recommend, reports, run, tools
+from cpbench.cli import calibration, compare, jobs, plan, recommend, reports, run, tools
 from cpbench.cli.options import (
     INTERRUPTED,
     AsJson,
@@ -140,5 +140,5 @@ def list_(
     print_rows(rows if as_json else listing.table(rows), as_json)
 
 
-for module in (run, reports, compare, plan, recommend, tools, jobs):
+for module in (run, reports, compare, plan, recommend, calibration, tools, jobs):
     app.registered_commands += module.commands.registered_commands

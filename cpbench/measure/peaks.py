@@ -1,4 +1,5 @@
-"""Peak rates of a rank's device for a roofline: a large matrix product and a large copy.
+"""Peak rates of a rank's device, for a roofline and for the side work of strategies: a large matrix
+product, a large copy, and rows read and added by an index.
 
 All ranks measure at the same time, since they share machines when they run; the best of several
 repeats stands in for data-sheet figures.
@@ -14,14 +15,21 @@ if TYPE_CHECKING:
     from cpbench.parallel.comm import Control
 
 REPEATS = 7
-COPY = "copy_gb_s"
+COPY, GATHER, SCATTER, LAUNCH = "copy_gb_s", "gather_gb_s", "scatter_gb_s", "launch_us"
+NO_PRODUCTS = (COPY, GATHER, SCATTER, LAUNCH)
 MATRIX_SIZE = {"cpu": 512, "cuda": 8192}
 COPY_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}  # larger than the caches
+ROW = 1024  # float32 elements of a row that an index names: a token of 8 heads of 128
+LAUNCHES = 100
 
 
 def measure_peaks(device: Device, control: Control, dtypes: Iterable[str]) -> dict[str, float]:
-    """TFLOP/s per rank by dtype, always of float32 too, and ``copy_gb_s`` (10^9 bytes read and
-    written per second); of the slowest rank.  Collective over all ranks."""
+    """TFLOP/s per rank by dtype, always of float32 too; ``copy_gb_s`` (10^9 bytes read and written
+    per second), ``gather_gb_s`` and ``scatter_gb_s`` (the same, of the rows that ``index_select``
+    takes and that ``index_add_`` is given); ``launch_us``, the time of an operation on one element.
+
+    All are of the slowest rank.  Collective over all ranks.
+    """
     import torch
 
     def best_us(work: object) -> float:
@@ -40,4 +48,17 @@ def measure_peaks(device: Device, control: Control, dtypes: Iterable[str]) -> di
     source = torch.randn(COPY_BYTES[device.type] // 4, device=device.type)
     target = torch.empty_like(source)
     rates[COPY] = 2 * source.nbytes / best_us(lambda: target.copy_(source)) / 1e3
+    source, target = source.view(-1, ROW), target.view(-1, ROW)
+    index = torch.randperm(len(source), device=device.type)
+    gather_us = best_us(lambda: torch.index_select(source, 0, index, out=target))
+    rates[GATHER] = 2 * source.nbytes / gather_us / 1e3
+    scatter_us = best_us(lambda: target.index_add_(0, index, source))
+    rates[SCATTER] = 2 * source.nbytes / scatter_us / 1e3
+    one = torch.zeros(1, device=device.type)
+
+    def launch() -> None:
+        for _ in range(LAUNCHES):
+            one.add_(1)
+
+    rates[LAUNCH] = best_us(launch) / LAUNCHES
     return rates

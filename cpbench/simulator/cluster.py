@@ -38,7 +38,7 @@
     call_us = 5.0
     [kernels.bwd]                      # the same, for the backward pass
 
-    [links.node]                       # also: links.across, links.host
+    [links.node]                       # also: links.across, links.host; none: for one rank only
     source = "cpbench links"
     alpha_us = 10.0
     gb_per_s = 350.0                   # of one rank, in each direction
@@ -177,9 +177,9 @@ class Cluster:
     gpus_per_node: int
     gpu: Gpu
     kernels: tuple[KernelCosts, ...]
-    links: dict[str, Link]
-    collectives: Collectives
     calibrated: Calibrated
+    links: dict[str, Link] = field(default_factory=dict)
+    collectives: Collectives | None = None
     memory: Memory = Memory(source="not given")
     digest: str = field(default="", compare=False)
 
@@ -232,9 +232,13 @@ def from_table(table: Mapping[str, Any]) -> Cluster:
     kernels = values.get("kernels", [])
     if not isinstance(kernels, list) or not kernels:
         raise ValueError("kernels must be a list of tables: [[kernels]]")
-    links = values.get("links")
-    if not isinstance(links, dict) or "node" not in links:
-        raise ValueError("links must have a table [links.node]")
+    links = values.get("links", {})
+    if not isinstance(links, dict):
+        raise ValueError("links must be tables: [links.node], [links.across]")
+    if bool(links) != ("collectives" in values):
+        raise ValueError(
+            "[links] and [collectives] go together: give both, or neither for one rank"
+        )
     for name in links:
         if name not in LINKS:
             raise ValueError(f"no link {name!r}; there are: {', '.join(LINKS)}")
@@ -244,7 +248,8 @@ def from_table(table: Mapping[str, Any]) -> Cluster:
     )
     values["links"] = {name: _from_table(Link, x, f"links.{name}") for name, x in links.items()}
     values["calibrated"] = _from_table(Calibrated, values.get("calibrated"), "calibrated")
-    values["collectives"] = _from_table(Collectives, values.get("collectives"), "collectives")
+    if links:
+        values["collectives"] = _from_table(Collectives, values["collectives"], "collectives")
     if "memory" in values:
         values["memory"] = _from_table(Memory, values["memory"], "memory")
     if "digest" in values:

@@ -6,8 +6,12 @@ Ranks are those of all ranks (not of a sub-communicator), bytes are those of one
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from cpbench.simulator.tiles import TileCounts
+from cpbench.simulator.tiles import TileCounts, Tiling, all_full, count_tiles
+
+if TYPE_CHECKING:
+    from cpbench.masks.attn_mask import AttnMask
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,30 @@ class Kernel:
     value_dim: int
     itemsize: int
     full: bool
+
+    @classmethod
+    def of_mask(
+        cls, phase: str, mask: AttnMask, tiling: Tiling, batch: int, heads: tuple[int, int],
+        head_dims: tuple[int, int], itemsize: int,
+    ) -> Kernel:  # fmt: skip
+        """The call for all pairs of a mask.
+
+        Args:
+            heads: query and key/value heads; head_dims: of queries and keys, and of values.
+        """
+        group = tiling.group(phase, *heads)
+        return cls(
+            phase=phase,
+            tiles=count_tiles(tiling, mask, phase, group),
+            heads_q=batch * heads[0] // group,
+            heads_kv=batch * heads[1],
+            seq_q=mask.seq_q,
+            seq_k=mask.seq_k,
+            head_dim=head_dims[0],
+            value_dim=head_dims[1],
+            itemsize=itemsize,
+            full=all_full(mask.slices),
+        )
 
 
 @dataclass(frozen=True)

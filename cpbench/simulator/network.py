@@ -82,6 +82,7 @@ class Network:
                     self._start(name, nbytes, (self._link(name, direction, rank),), now, done)
             return
         costs = self._cluster.collectives
+        assert costs is not None  # a cluster with links has them
         inside, across = getattr(costs, post.operation)
         rate = across if "across" in by_class else inside
         length = costs.alpha_us * 1e-6 + sum(by_class.values()) / (rate * 1e9)

@@ -18,7 +18,7 @@ from cpbench.parallel.bound_operator import BoundOperator
 from cpbench.parallel.comm import CompletedHandle
 from cpbench.parallel.trace import COLLECTIVES, TraceComm, empty_inputs
 from cpbench.simulator.events import Event, Kernel, Post, Program, SideWork, Wait
-from cpbench.simulator.tiles import Tiling, all_full, count_tiles
+from cpbench.simulator.tiles import Tiling
 
 if TYPE_CHECKING:
     from cpbench.core.operator import QKV, BackwardInputs, Gradients, OutLse
@@ -130,21 +130,11 @@ class _Kernels:
         return x.q.new_empty(x.q.shape), x.k.new_empty(x.k.shape), x.v.new_empty(x.v.shape)
 
     def _record(self, phase: str, qkv: QKV, mask: AttnMask) -> None:
-        batch, seq_q, heads_q, head_dim = qkv.q.shape
-        group = self._tiling.group(phase, heads_q, qkv.k.shape[2])
+        batch, _, heads_q, head_dim = qkv.q.shape
+        heads, head_dims = (heads_q, qkv.k.shape[2]), (head_dim, qkv.v.shape[3])
+        itemsize = qkv.q.element_size()
         self._recorder.add(
-            Kernel(
-                phase=phase,
-                tiles=count_tiles(self._tiling, mask, phase, group),
-                heads_q=batch * heads_q // group,
-                heads_kv=batch * qkv.k.shape[2],
-                seq_q=seq_q,
-                seq_k=qkv.k.shape[1],
-                head_dim=head_dim,
-                value_dim=qkv.v.shape[3],
-                itemsize=qkv.q.element_size(),
-                full=all_full(mask.slices),
-            )
+            Kernel.of_mask(phase, mask, self._tiling, batch, heads, head_dims, itemsize)
         )
 
 

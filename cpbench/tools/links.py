@@ -40,6 +40,8 @@ POLL_S = 0.05
 # busbw / algbw of n ranks.
 BUSBW_FACTORS: dict[str, Callable[[int], float]] = {
     "p2p": lambda n: 1.0,
+    "ring": lambda n: 1.0,
+    "cross": lambda n: 1.0,
     "all_to_all": lambda n: (n - 1) / n,
     "all_gather": lambda n: (n - 1) / n,
     "reduce_scatter": lambda n: (n - 1) / n,

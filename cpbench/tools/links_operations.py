@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cpbench.parallel.comm import Comm
 
 ITEMSIZE = 4  # bytes of an element
+MESSAGES = ("p2p", "ring", "cross")  # operations whose size is that of a message
 PERIOD = 4093  # values are 1 to PERIOD: sums over 4,000 ranks stay below 2**24
 
 
@@ -24,14 +25,14 @@ class LinkError(RuntimeError):
 
 
 def element_count(operation: str, nbytes: int, ranks: int) -> int:
-    """Elements of a message (point-to-point) or of each rank's chunk (collectives), at least 1."""
-    return max(1, nbytes // ITEMSIZE // (1 if operation == "p2p" else ranks))
+    """Elements of a message, or of each rank's chunk (collectives), at least 1."""
+    return max(1, nbytes // ITEMSIZE // (1 if operation in MESSAGES else ranks))
 
 
 def actual_bytes(operation: str, nbytes: int, ranks: int) -> int:
     """``nbytes`` rounded down to whole elements for every rank, at least one each."""
     chunk_bytes = element_count(operation, nbytes, ranks) * ITEMSIZE
-    return chunk_bytes if operation == "p2p" else chunk_bytes * ranks
+    return chunk_bytes if operation in MESSAGES else chunk_bytes * ranks
 
 
 def seeded_values(seeds: Sequence[int], length: int, device: str) -> torch.Tensor:
@@ -119,6 +120,19 @@ class _PingPong(LinkOperation):
             self.comm.exchange(sends, recvs).wait()
 
 
+class _Ring(LinkOperation):
+    """Every rank sends to the next one and receives from the one before, at once."""
+
+    def prepare(self) -> None:
+        before = (self.rank - 1) % self.size
+        self.x, self.expected = self.values(self.rank), self.values(before)
+        self.out = self.x.new_empty(self.x.shape)
+
+    def run(self, repeat: int) -> None:
+        after, before = (self.rank + 1) % self.size, (self.rank - 1) % self.size
+        self.comm.exchange([(self.x, after)], [(self.out, before)]).wait()
+
+
 class _AllToAll(LinkOperation):
     def prepare(self) -> None:
         import torch
@@ -173,6 +187,8 @@ class _AllReduce(LinkOperation):
 
 OPERATIONS: dict[str, type[LinkOperation]] = {
     "p2p": _PingPong,
+    "ring": _Ring,
+    "cross": _Ring,
     "all_to_all": _AllToAll,
     "all_gather": _AllGather,
     "reduce_scatter": _ReduceScatter,

@@ -8,6 +8,10 @@ every group of ranks.
 - Point-to-point: pairs of neighbours inside each node (all nodes at the same time), and the first
   ranks of consecutive nodes (a node is in one pair at a time).  A sample is half of the round-trip
   time, as in osu_latency of the OSU micro-benchmarks.
+- Rings: every rank of a node sends to the next one and receives from the one before, at once (all
+  nodes at the same time); so do the first ranks of all nodes; and ``cross``, where a node has
+  several ranks: each rank with those in its place on the next node and the one before, all ranks of
+  all nodes at once.  A sample is the time of the slowest rank.
 - Collectives: inside each node, over the first rank of every node, and over all ranks.  A sample is
   the time of the slowest rank.  As in nccl-tests (doc/PERFORMANCE.md), the size is that of the
   whole array: a rank's input (all-to-all, reduce-scatter, all-reduce) or output (all-gather).
@@ -110,13 +114,14 @@ def plan_measurements(size: int, per_node: int) -> list[tuple[str, str, list[Gro
             [node[i : i + 2] for node in nodes] for i in range(per_node - 1)
         ]
         measurements.append((NODE, "p2p", neighbours))
-        measurements += [(NODE, operation, [list(nodes)]) for operation in COLLECTIVES]
+        measurements += [(NODE, name, [list(nodes)]) for name in ("ring", *COLLECTIVES)]
     if len(nodes) > 1:
         chain: Groups = list(itertools.pairwise(firsts))
         alternating = [pairs for pairs in (chain[::2], chain[1::2]) if pairs]
         measurements.append((ACROSS, "p2p", alternating))
-        measurements += [(ACROSS, operation, [[firsts]]) for operation in COLLECTIVES]
+        measurements += [(ACROSS, name, [[firsts]]) for name in ("ring", *COLLECTIVES)]
     if 1 < per_node < size:
+        measurements.append((ALL, "cross", [list(zip(*nodes, strict=True))]))
         measurements += [(ALL, operation, [[tuple(range(size))]]) for operation in COLLECTIVES]
     return measurements
 

@@ -18,7 +18,7 @@ from cpbench.core.problem import Case
 from cpbench.core.settings import MeasureSettings
 from cpbench.measure import exposure, timeline, timing
 from cpbench.measure.memory import HeldMemory, memory_gap
-from cpbench.measure.peaks import COPY, measure_peaks
+from cpbench.measure.peaks import NO_PRODUCTS, measure_peaks
 from cpbench.measure.process_state import ProcessState
 from cpbench.measure.telemetry import telemetry_flags
 from cpbench.parallel.world import World
@@ -383,4 +383,4 @@ def _ranks_per_node(local_world_sizes: Sequence[int]) -> int:
 
 def _best_product(peaks: dict[str, float]) -> float:
     """The highest rate of matrix products of any dtype."""
-    return max(rate for name, rate in peaks.items() if name != COPY)
+    return max(rate for name, rate in peaks.items() if name not in NO_PRODUCTS)

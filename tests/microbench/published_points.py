@@ -20,12 +20,11 @@ import functools
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.optimize import least_squares
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
@@ -33,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 from published_baselines import BASELINES
 from published_sequence import TILING, D, G, H
 
+from cpbench.simulator.calibration.solve import solve
 from cpbench.simulator.cluster import Cluster, from_table
 from cpbench.simulator.costs import event_seconds, kernel_seconds
 from cpbench.simulator.events import Kernel, Program
@@ -169,27 +169,7 @@ def fit_kernel(data: Data) -> dict[str, float]:
         predicted = chart_rates(seen, cluster_of({**WHOLE, **constants}))
         return [np.log(p / rate) for p, (*_, rate) in zip(predicted, seen, strict=True)]
 
-    return solve(residuals, KERNEL, 1e-6)
-
-
-def solve(
-    residuals: Callable[[dict[str, float]], list[float]],
-    guess: dict[str, float],
-    tolerance: float = 1e-3,
-) -> dict[str, float]:
-    """Constants with the least residuals, searched by their logarithms."""
-    names = list(guess)
-
-    def of_vector(x: Any) -> Any:
-        return np.array(residuals(dict(zip(names, np.exp(x).tolist(), strict=True))))
-
-    start = np.log([guess[name] for name in names])
-    most = [np.log(MOST.get(name, np.inf)) for name in names]
-    start = np.minimum(start, np.array(most) - 0.01)
-    bounds = (start - np.log(20), np.minimum(start + np.log(20), most))
-    found = least_squares(of_vector, start, loss="soft_l1", f_scale=0.05, bounds=bounds,
-                          diff_step=0.01, xtol=tolerance, ftol=tolerance)  # fmt: skip
-    return dict(zip(names, np.exp(found.x).tolist(), strict=True))
+    return solve(residuals, KERNEL, tolerance=1e-6).constants
 
 
 class Model:
@@ -242,7 +222,7 @@ def fit_whole(
         cluster = cluster_of({**kernel, **constants})
         return [np.log(model.rate(point, cluster) / point.rate) for point in points]
 
-    return {**kernel, **solve(residuals, guess)}
+    return {**kernel, **solve(residuals, guess, MOST).constants}
 
 
 @dataclasses.dataclass

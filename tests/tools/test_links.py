@@ -20,7 +20,8 @@ from cpbench.tools import links
 from cpbench.tools.links_operations import OPERATIONS, actual_bytes, element_count, format_ranks
 from cpbench.tools.links_worker import ACROSS, ALL, COLLECTIVES, NODE, plan_measurements
 
-NAMES = ("p2p", *COLLECTIVES)
+NAMES = ("p2p", "ring", *COLLECTIVES)
+OF_LINK = {NODE: NAMES, ACROSS: NAMES, ALL: ("cross", *COLLECTIVES)}
 
 
 def row(operation: str, nbytes: int, ranks: int, *times_us: list[float]) -> dict[str, Any]:
@@ -34,6 +35,8 @@ def row(operation: str, nbytes: int, ranks: int, *times_us: list[float]) -> dict
     ("operation", "ranks", "factor"),
     [
         ("p2p", 2, 1.0),
+        ("ring", 8, 1.0),
+        ("cross", 4, 1.0),
         ("all_to_all", 4, 3 / 4),
         ("all_gather", 2, 1 / 2),
         ("all_gather", 8, 7 / 8),
@@ -93,17 +96,20 @@ def test_plan(size: int, per_node: int, links: set[str]) -> None:
             assert groups == [(i, i + 1) for i in range(size) if (i + 1) % per_node]
         elif operation == "p2p":
             assert groups == list(itertools.pairwise(firsts))
+        elif operation == "cross":
+            assert groups == [tuple(range(i, size, per_node)) for i in range(per_node)]
+            assert len(rounds) == 1, "all ranks send across at once"
         else:
             whole = {NODE: [tuple(range(i, i + per_node)) for i in nodes], ACROSS: [tuple(firsts)]}
             assert groups == whole.get(link, [tuple(range(size))])
     for link in links:
-        expected = COLLECTIVES if link == ALL else NAMES
-        assert tuple(operation for name, operation, _ in plan if name == link) == expected
+        assert tuple(operation for name, operation, _ in plan if name == link) == OF_LINK[link]
 
 
 def test_sizes_are_whole_elements_for_every_rank() -> None:
     assert actual_bytes("p2p", 8, 2) == 8
     assert actual_bytes("p2p", 7, 2) == 4
+    assert actual_bytes("ring", 1000, 8) == actual_bytes("cross", 1000, 8) == 1000
     assert actual_bytes("all_gather", 8, 4) == 16
     assert actual_bytes("all_to_all", 1000, 3) == 996
     assert element_count("all_to_all", 1000, 3) == 83
@@ -134,14 +140,12 @@ def test_a_run(size: int, launcher: str, per_node: int, capsys: pytest.CaptureFi
     output = measured(capsys, size, launcher, per_node)
     classes = [NODE] if not per_node else [ACROSS] if per_node == 1 else [NODE, ACROSS, ALL]
     pairs = {(row["link"], row["operation"]) for row in output["rows"]}
-    assert pairs == {
-        (link, operation)
-        for link in classes
-        for operation in (COLLECTIVES if link == ALL else NAMES)
-    }
+    assert pairs == {(link, operation) for link in classes for operation in OF_LINK[link]}
     for row in output["rows"]:
-        assert row["ranks"] == (size if row["link"] == ALL else 2)
-        assert len(row["groups"]) == (2 if row["link"] == NODE and size == 4 else 1)
+        cross = row["operation"] == "cross"
+        assert row["ranks"] == (size if row["link"] == ALL and not cross else 2)
+        two = cross or (row["link"] == NODE and size == 4)
+        assert len(row["groups"]) == (2 if two else 1)
         for group in row["groups"]:
             assert len(group["times_us"]) >= 5
             assert all(0.1 < time_us < 1e7 for time_us in group["times_us"])
@@ -263,4 +267,4 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--sizes", "8", "--device", "cpu", "--seconds", "0.01", "--json"]
     assert cli.invoke(["links", *options]) == 0
     output = json.loads(capsys.readouterr().out)
-    assert {r["operation"] for r in output["rows"]} == set(OPERATIONS)
+    assert {r["operation"] for r in output["rows"]} == set(OPERATIONS) - {"cross"}  # one node

@@ -1,0 +1,1 @@
+"""Fits of the constants of a cluster file to measurements."""

@@ -1,0 +1,303 @@
+"""``cpbench calibrate``: a cluster file from measurements, and how far off it is.
+
+In stages: kernels are fitted to single ranks, links and collectives to ``cpbench links``, side work
+has the peaks of the machine.  Records of several ranks are only predicted, never fitted to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cpbench.reports.labels import pluralize
+from cpbench.simulator.calibration.cluster_file import to_toml
+from cpbench.simulator.calibration.kernels import KernelFit, fit_kernel
+from cpbench.simulator.calibration.links import LinksFit, Measured, fit_links, read_measured
+from cpbench.simulator.calibration.records import (
+    Measurement,
+    Measurements,
+    measured_gpu,
+    read_measurements,
+)
+from cpbench.simulator.cluster import Calibrated, Cluster
+from cpbench.tools import prediction
+
+PERCENTILE = 0.9
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A constant of a cluster file, for people.
+
+    Attributes:
+        table: of the file, such as ``kernels.0.fwd``; of: the same in words.
+        name: its key; of a rate of collectives with ``.node`` or ``.across``.
+        interval: of 95 %, or the range of what was measured; None where it is not identified.
+    """
+
+    table: str
+    of: str
+    name: str
+    value: float
+    interval: tuple[float, float] | None
+
+    @property
+    def note(self) -> str:
+        """The interval in words."""
+        if self.interval is None:
+            return "not identified"
+        low, high = self.interval
+        return f"{low:.3g} to {high:.3g}"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One phase of a case of several ranks, measured and predicted, in seconds."""
+
+    case: str
+    method: str
+    phase: str
+    measured: float
+    predicted: float
+
+    @property
+    def error(self) -> float:
+        return self.predicted / self.measured - 1
+
+
+@dataclass
+class Calibration:
+    """The result: a cluster, its constants, and errors of what was not fitted."""
+
+    cluster: Cluster
+    constants: list[Constant]
+    unidentified: list[str]
+    kernel_errors: list[float]
+    all_to_all_errors: list[float]
+    judged: list[Judged]
+    notes: list[str]
+
+    @property
+    def text(self) -> str:
+        """The cluster file."""
+        notes: dict[str, str] = {}
+        for one in self.constants:
+            key, _, place = one.name.partition(".")
+            before = f"{notes[path]}; " if (path := f"{one.table}.{key}") in notes else ""
+            notes[path] = f"{before}{place and place + ' '}{one.note}"
+        return to_toml(self.cluster, notes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for programs."""
+        return {
+            "cluster": self.cluster.name,
+            "constants": [
+                {"constant": f"{x.table}.{x.name}", "of": x.of, "value": x.value,
+                 "low": x.interval and x.interval[0], "high": x.interval and x.interval[1]}
+                for x in self.constants
+            ],
+            "not_identified": self.unidentified,
+            "errors": {
+                name: {"count": len(values), "median": statistics.median(values),
+                       "percentile_90": _percentile(values)}
+                for name, values in self.errors().items()
+            },
+            "predicted": [dataclasses.asdict(one) for one in self.judged],
+            "notes": self.notes,
+        }  # fmt: skip
+
+    def errors(self) -> dict[str, list[float]]:
+        """Absolute relative errors of what was not fitted, by kind; kinds without any are not
+        among them."""
+        kinds = {
+            "single_rank": self.kernel_errors,
+            "all_to_all": self.all_to_all_errors,
+            "several_ranks": [abs(one.error) for one in self.judged],
+        }
+        return {name: values for name, values in kinds.items() if values}
+
+
+def calibrate(folders: Sequence[Path], links: Path | None, output: Path) -> Calibration:
+    """Fit a cluster, and write its file.
+
+    Args:
+        folders: run directories.
+        links: file of ``cpbench links --json``; None for a cluster of one rank.
+        output: file to write, which ends in .toml.
+
+    Raises:
+        ValueError: for what cannot be fitted to, in one line.
+        OSError: when a file cannot be read or written.
+    """
+    measured = read_measured(links) if links else None
+    measurements = read_measurements(folders)
+    if measured and measured.device != measurements.machine.device:
+        raise ValueError(
+            f"--links {links} was measured on {measured.device}, the records on "
+            f"{measurements.machine.device}: measure both on one device"
+        )
+    fitted = _fit(measurements, folders, measured, output.stem)
+    judge(fitted, measurements.several)
+    reasons = [f"{count} {reason}" for reason, count in measurements.left_out.most_common()]
+    if reasons:
+        fitted.notes.append(f"records left out: {'; '.join(reasons)}")
+    output.write_text(fitted.text, encoding="utf-8")
+    return fitted
+
+
+def _fit(
+    measurements: Measurements, folders: Sequence[Path], measured: Measured | None, name: str
+) -> Calibration:
+    """The fit, with the errors of single ranks."""
+    machine, of_runs = measurements.machine, ", ".join(map(str, folders))
+    per_node = measured.ranks_per_node if measured else 1
+    gpu, ranges = measured_gpu(measurements, per_node, f"peaks of {of_runs} ({machine})")
+    kernels: list[KernelFit] = []
+    for (operator, _, _), points in measurements.points().items():
+        source = f"{len(points)} times of single ranks in {of_runs} ({machine})"
+        kernels.append(fit_kernel(points, operator, gpu, source))
+    links = fit_links(measured, f"cpbench links: {measured.path}") if measured else None
+    errors = [error for kernel in kernels for error in kernel.errors]
+    cluster = Cluster(
+        name=name, gpus_per_node=per_node, gpu=gpu,
+        kernels=tuple(kernel.costs for kernel in kernels),
+        calibrated=Calibrated(
+            source=f"{len(errors)} times of {_ERRORS['single_rank']}",
+            ranks=measured.ranks if measured else 1,
+            tokens=max(one.case.seq_len for one in measurements.single),
+            median_error=statistics.median(errors), percentile_90_error=_percentile(errors),
+        ),
+        links=links.links if links else {}, collectives=links.collectives if links else None,
+    )  # fmt: skip
+    constants = [
+        Constant("gpu", "side work", key, getattr(gpu, key), low_high)
+        for key, low_high in ranges.items()
+    ]
+    constants += _kernel_constants(kernels)
+    constants += _link_constants(links) if links else []
+    unidentified = [f"{one.of} {one.name}" for one in constants if one.interval is None]
+    unidentified += [
+        f"{_describe(kernel)} grid" for kernel in kernels if "grid" in kernel.unidentified
+    ]
+    return Calibration(
+        cluster, constants, unidentified, errors, links.all_to_all if links else [], [], []
+    )
+
+
+def _describe(kernel: KernelFit) -> str:
+    costs = kernel.costs
+    return f"{costs.operators[0]} {costs.dtype} {costs.head_dim}"
+
+
+def _kernel_constants(kernels: Sequence[KernelFit]) -> list[Constant]:
+    constants = []
+    for index, kernel in enumerate(kernels):
+        for phase, fit in kernel.fits.items():
+            costs = kernel.costs.fwd if phase == "fwd" else kernel.costs.bwd
+            for name in ("tflops", "tile_us", "empty_us", "tail", "call_us", "full_rate"):
+                known = f"{phase}.{name}" not in kernel.unidentified
+                constants.append(
+                    Constant(
+                        f"kernels.{index}.{phase}", f"{_describe(kernel)} {phase}", name,
+                        getattr(costs, name), fit.intervals[name] if known else None,
+                    )
+                )  # fmt: skip
+    return constants
+
+
+def _link_constants(links: LinksFit) -> list[Constant]:
+    constants = []
+    for table, fit in links.fits.items():
+        for name, value in fit.constants.items():
+            interval = None if name in fit.unidentified else fit.intervals[name]
+            constants.append(Constant(table, table, name, value, interval))
+    return constants
+
+
+def judge(fitted: Calibration, several: Sequence[Measurement]) -> None:
+    """Predict cases of several ranks with a fit, and replace its errors by theirs, if there are
+    any that it can predict."""
+    refused: dict[str, int] = {}
+    with tempfile.TemporaryDirectory(prefix="cpbench-calibrate-") as folder:
+        file = Path(folder) / f"{fitted.cluster.name}.toml"
+        file.write_text(fitted.text, encoding="utf-8")
+        for one in several if fitted.cluster.links else ():
+            try:
+                (reply,) = prediction.predict_all([one.case], str(file))
+            except ValueError as refusal:
+                reason = str(refusal).removeprefix(f"{one.case.label}: ")
+                refused[reason] = refused.get(reason, 0) + 1
+                continue
+            method = f"{one.case.strategy}/{one.case.layout} x{one.case.world_size}"
+            fitted.judged += [
+                Judged(one.case.label, method, phase, seconds, reply["phases"][phase]["seconds"])
+                for phase, seconds in one.seconds.items()
+            ]
+    fitted.notes += [f"not predicted: {pluralize(n, 'case')}: {why}" for why, n in refused.items()]
+    if several and not fitted.cluster.links:
+        fitted.notes.append("records of several ranks are not predicted without --links")
+    if not fitted.judged:
+        return
+    errors, known = [abs(one.error) for one in fitted.judged], fitted.cluster.calibrated
+    calibrated = dataclasses.replace(
+        known,
+        source=f"{pluralize(len(errors), 'time')} of several ranks, none of them fitted to",
+        ranks=max(known.ranks, *(one.case.world_size for one in several)),
+        tokens=max(known.tokens, *(one.case.seq_len // one.case.world_size for one in several)),
+        median_error=statistics.median(errors),
+        percentile_90_error=_percentile(errors),
+    )
+    fitted.cluster = dataclasses.replace(fitted.cluster, calibrated=calibrated)
+
+
+def _percentile(errors: Sequence[float]) -> float:
+    return float(np.quantile(errors, PERCENTILE))
+
+
+_ERRORS = {
+    "single_rank": "single ranks, each predicted by constants fitted to others",
+    "all_to_all": "all-to-alls of cpbench links, predicted from the rings",
+    "several_ranks": "several ranks, none of them fitted to",
+}
+
+
+def constant_rows(calibration: Calibration) -> list[dict[str, str]]:
+    """The constants, for a table."""
+    return [
+        {"of": one.of, "constant": one.name, "value": f"{one.value:.3g}", "95 % interval": one.note}
+        for one in calibration.constants
+    ]
+
+
+def method_rows(calibration: Calibration) -> list[dict[str, str]]:
+    """The errors of cases of several ranks by method, for a table."""
+    by_method: dict[tuple[str, str], list[Judged]] = {}
+    for one in calibration.judged:
+        by_method.setdefault((one.method, one.phase), []).append(one)
+    return [
+        {
+            "method": method, "phase": phase, "times": str(len(rows)),
+            "median error": f"{statistics.median(one.error for one in rows):+.1%}",
+            "largest": f"{max((one.error for one in rows), key=abs):+.1%}",
+        }
+        for (method, phase), rows in by_method.items()
+    ]  # fmt: skip
+
+
+def error_lines(calibration: Calibration) -> list[str]:
+    """Errors of what was not fitted to, and what is not identified, in sentences."""
+    lines = [
+        f"{pluralize(len(values), 'time')} of {_ERRORS[name]}: median error "
+        f"{statistics.median(values):.1%}, 90th percentile {_percentile(values):.1%}"
+        for name, values in calibration.errors().items()
+    ]
+    if calibration.unidentified:
+        lines.append(f"not identified by these data: {', '.join(calibration.unidentified)}")
+    return [*lines, *calibration.notes]
