@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from cpbench.simulator.calibration.records import (
     read_measurements,
 )
 from cpbench.simulator.cluster import Calibrated, Cluster
-from cpbench.tools import prediction
+from cpbench.tools.prediction import predict_each
 
 PERCENTILE = 0.9
 
@@ -224,23 +225,20 @@ def _link_constants(links: LinksFit) -> list[Constant]:
 def judge(fitted: Calibration, several: Sequence[Measurement]) -> None:
     """Predict cases of several ranks with a fit, and replace its errors by theirs, if there are
     any that it can predict."""
-    refused: dict[str, int] = {}
+    refused, cases = Counter[str](), {one.case: one.seconds for one in several}
     with tempfile.TemporaryDirectory(prefix="cpbench-calibrate-") as folder:
         file = Path(folder) / f"{fitted.cluster.name}.toml"
         file.write_text(fitted.text, encoding="utf-8")
-        for one in several if fitted.cluster.links else ():
-            try:
-                (reply,) = prediction.predict_all([one.case], str(file))
-            except ValueError as refusal:
-                reason = str(refusal).removeprefix(f"{one.case.label}: ")
-                refused[reason] = refused.get(reason, 0) + 1
+        for case, reply in predict_each(list(cases) if fitted.cluster.links else [], str(file)):
+            if isinstance(reply, ValueError):
+                refused[str(reply)] += 1
                 continue
-            method = f"{one.case.strategy}/{one.case.layout} x{one.case.world_size}"
+            method = f"{case.strategy}/{case.layout} x{case.world_size}"
             fitted.judged += [
-                Judged(one.case.label, method, phase, seconds, reply["phases"][phase]["seconds"])
-                for phase, seconds in one.seconds.items()
+                Judged(case.label, method, phase, seconds, reply["phases"][phase]["seconds"])
+                for phase, seconds in cases[case].items()
             ]
-    fitted.notes += [f"not predicted: {pluralize(n, 'case')}: {why}" for why, n in refused.items()]
+    fitted.notes += [f"{pluralize(n, 'case')} not predicted: {why}" for why, n in refused.items()]
     if several and not fitted.cluster.links:
         fitted.notes.append("records of several ranks are not predicted without --links")
     if not fitted.judged:
@@ -298,6 +296,11 @@ def error_lines(calibration: Calibration) -> list[str]:
         f"{statistics.median(values):.1%}, 90th percentile {_percentile(values):.1%}"
         for name, values in calibration.errors().items()
     ]
-    if calibration.unidentified:
-        lines.append(f"not identified by these data: {', '.join(calibration.unidentified)}")
+    by_table: dict[str, list[str]] = {}
+    for one in calibration.unidentified:
+        of, _, name = one.rpartition(" ")
+        by_table.setdefault(of, []).append(name)
+    if by_table:
+        tables = "; ".join(f"{of}: {', '.join(names)}" for of, names in by_table.items())
+        lines.append(f"not identified by these data: {tables}")
     return [*lines, *calibration.notes]

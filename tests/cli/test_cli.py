@@ -19,7 +19,7 @@ from cpbench.sweep import runs, sweep_file
 CPBENCH = Path(sys.executable).with_name("cpbench")
 COMMANDS = (
     "list", "run", "bench", "verify", "report", "mask", "traffic", "predict", "links", "recommend",
-    "doctor",
+    "calibrate", "doctor",
 )  # fmt: skip
 KINDS = ("operators", "strategies", "layouts", "masks", "inputs", "sweeps", "support")
 

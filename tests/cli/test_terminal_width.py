@@ -10,7 +10,8 @@ import pytest
 from limits import LIMIT_S
 from made_records import launches, noisy, write_run
 
-from cpbench.tools import links
+from cpbench.simulator.cluster import load
+from cpbench.tools import calibration, links
 from cpbench.tools.compiler import compilation
 from cpbench.tools.verification_table import summary_lines
 
@@ -125,6 +126,23 @@ def test_tables_of_tools(
     world = {"ranks": 16, "ranks_per_node": 8, "hosts": ["a-long-host-name"] * 16, "flags": [],
              "device": {"type": "cuda"}}  # fmt: skip
     links._print_tables(world, [{**row, **links.link_statistics(row)}])
+    constants = [
+        calibration.Constant("kernels.0.bwd", "sdpa.cpu_flash bfloat16 128 bwd", "full_rate", 0.91,
+                             (0.000123, 12345678.0)),
+        calibration.Constant("collectives", "collectives", "reduce_scatter.across", 3.0, None),
+    ]  # fmt: skip
+    judged = [
+        calibration.Judged(
+            "-", "usp:inner=allgather,ulysses=8/zigzag_document x128", "bwd", 1.0, 9.0
+        )
+    ]
+    cluster = load("h100-ib")
+    fitted = calibration.Calibration(
+        cluster, constants, ["bands bfloat16 128 fwd grid"] * 30, [0.1], [], judged, []
+    )
+    print_rows(calibration.constant_rows(fitted))
+    print_rows(calibration.method_rows(fitted))
     text = capsys.readouterr().out
     assert "slowest: ranks 0-7" in text
+    assert "reduce_scatter.across" in text
     assert len(widest(text)) <= WIDTH

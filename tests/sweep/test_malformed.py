@@ -148,7 +148,7 @@ LINES: dict[str, tuple[list[str], list[str]]] = {
         [
             "'benchmark'",
             "list, run, bench, init, verify, report, plot, compare, gate, race, history, traffic, "
-            "predict, links, recommend",
+            "predict, links, recommend, calibrate",
         ],
     ),
     "option": (["run", "quick", "--fast"], ["--fast", "cpbench run --help"]),
@@ -207,6 +207,14 @@ LINES: dict[str, tuple[list[str], list[str]]] = {
     "recommend output": (["recommend", "-o", "x.pptx"], ["x.pptx", ".html, .svg, .png, .pdf"]),
     "recommend draws": (["recommend", "--draws", "0"], ["--draws 0", "1 or more"]),
     "links seconds": (["links", "--seconds", "nan"], ["--seconds nan", "more than 0"]),
+    "calibrate nothing": (["calibrate"], ["run directories", "-o cluster.toml"]),
+    "calibrate output": (["calibrate", "started", "-o", "x.json"], ["x.json", "end in .toml"]),
+    "calibrate folder": (["calibrate", "no", "-o", "x.toml"], ["no is not a run directory"]),
+    "calibrate empty": (["calibrate", "started", "-o", "x.toml"], ["started: no checked times"]),
+    "calibrate links": (
+        ["calibrate", "started", "--links", "good.txt", "-o", "x.toml"],
+        ["good.txt: not a file of cpbench links"],
+    ),
     "links ranks": (["links", "--world-size", "3000"], ["--world-size 3000", "at most 256"]),
     "verify operator": (["verify", "--operator", "x"], ["'x'", "bands"]),
     "verify strategy": (["verify", "--strategy", "x"], ["'x'", "ring"]),
