@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from cpbench.reports.labels import pluralize
+from cpbench.results.store import write_atomically
 from cpbench.simulator.calibration.cluster_file import to_toml
 from cpbench.simulator.calibration.kernels import KernelFit, fit_kernel
 from cpbench.simulator.calibration.links import LinksFit, Measured, fit_links, read_measured
@@ -149,7 +150,7 @@ def calibrate(folders: Sequence[Path], links: Path | None, output: Path) -> Cali
     reasons = [f"{count} {reason}" for reason, count in measurements.left_out.most_common()]
     if reasons:
         fitted.notes.append(f"records left out: {'; '.join(reasons)}")
-    output.write_text(fitted.text, encoding="utf-8")
+    write_atomically(output, fitted.text)
     return fitted
 
 

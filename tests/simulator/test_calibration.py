@@ -133,7 +133,8 @@ def test_cases_of_several_ranks_are_judged_and_not_fitted(
     dense: calibration.Calibration, tmp_path: Path
 ) -> None:
     """A ring that took a second, where its kernels take milliseconds, changes no constant."""
-    records = [*single_rank_records(DENSE), two_ranks()]
+    busy = two_ranks(mask="full", flags=["contended"])
+    records = [*single_rank_records(DENSE), two_ranks(), busy]
     run, links = write_records(tmp_path / "run", records), write_links(tmp_path / "links.json")
     found = calibration.calibrate([run], links, tmp_path / "known.toml")
     assert found.cluster.kernels[0].fwd == dense.cluster.kernels[0].fwd
@@ -144,6 +145,7 @@ def test_cases_of_several_ranks_are_judged_and_not_fitted(
     known = load(str(tmp_path / "known.toml")).calibrated
     assert known.median_error > 0.9
     assert "2 times of several ranks" in known.source
+    assert found.notes == ["records left out: 1 contended (other processes used the cores)"]
 
 
 def other_machine(changes: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -163,6 +165,10 @@ REFUSED: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
     "unchecked": (
         lambda f: [str(write_records(f / "run", single_rank_records(DENSE, **unchecked())))],
         ["no checked times of a single rank (24 unchecked)"],
+    ),
+    "contended": (
+        lambda f: [str(write_records(f / "run", single_rank_records(DENSE, flags=["contended"])))],
+        ["no checked times of a single rank (24 contended (other processes used the cores))"],
     ),
     "several ranks only": (
         lambda f: [str(write_records(f / "run", [two_ranks()]))],
@@ -206,7 +212,7 @@ REFUSED: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
     "old links": (
         lambda f: ["run", "--links", str(write_links(f / "l.json", rows=[
             row for row in links_table()["rows"] if row["operation"] != "ring"]))],
-        ["l.json: has no rings", "run cpbench links --json again"],
+        ["l.json: has no ring: an earlier version", "run cpbench links --json again"],
     ),
     "links of another device": (
         lambda f: [str(write_records(f / "run", single_rank_records(DENSE))), "--links",

@@ -9,8 +9,7 @@ from typing import Any
 
 from cpbench.simulator.cluster import Cluster
 
-Intervals = Mapping[str, tuple[float, float]]  # by path: kernels.0.fwd.tflops, links.node.alpha_us
-ROW = 42  # column of comments
+COMMENT_COLUMN = 42
 
 
 def to_toml(cluster: Cluster, notes: Mapping[str, str]) -> str:
@@ -41,7 +40,7 @@ def _rows(table: Any, path: str, notes: Mapping[str, str]) -> Iterator[str]:
         value = getattr(table, item.name)
         if isinstance(value, bool | int | float | str | tuple):
             row, note = f"{item.name} = {_value(value)}", notes.get(f"{path}.{item.name}", "")
-            yield f"{row:{ROW}} # {note}" if note else row
+            yield f"{row:{COMMENT_COLUMN}} # {note}" if note else row
 
 
 def _value(value: Any) -> str:

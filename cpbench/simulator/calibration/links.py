@@ -62,11 +62,12 @@ def read_measured(path: Path) -> Measured:
         raise ValueError(f"--links {path}: not a file of cpbench links --json") from None
     if not complete:
         raise ValueError(f"--links {path}: that run of cpbench links failed before its end")
-    if not any(row["operation"] == "ring" for row in measured.rows):
-        raise ValueError(
-            f"--links {path}: has no rings, in which ranks send and receive at once; run cpbench "
-            "links --json again"
-        )
+    for name in ("ring", *GATHERING):
+        if not any(row["operation"] == name for row in measured.rows):
+            raise ValueError(
+                f"--links {path}: has no {name}: an earlier version of cpbench wrote it; run "
+                "cpbench links --json again"
+            )
     return measured
 
 

@@ -26,6 +26,12 @@ from cpbench.simulator.cluster import Gpu
 PEAKS = {"stream_gb_per_s": COPY, "gather_gb_per_s": GATHER, "scatter_gb_per_s": SCATTER,
          "launch_us": LAUNCH}  # fmt: skip
 
+# Flags of times that tell how busy the machine was, unless they are CPU time.
+BUSY = {
+    "contended": "contended (other processes used the cores)",
+    "oversubscribed": "oversubscribed (more threads than cores)",
+}
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -159,8 +165,11 @@ def _unusable(record: Record, machine: Machine) -> str | None:
         return f"of {record.case.strategy}"
     if operator_info(record.case.operator.name).selects:
         return "of operators that select by the data"
-    if record.conditions.get("clock") == "cpu" and machine.units != 1:
-        return "of the CPU time of several threads"
+    if record.conditions.get("clock") == "cpu":
+        return None if machine.units == 1 else "of the CPU time of several threads"
+    for flag, reason in BUSY.items():
+        if flag in record.flags:
+            return reason
     return None
 
 
