@@ -32,7 +32,8 @@ def calibrate(
     cpbench links, side work has the measured peaks. Cases of several ranks are predicted, never
     fitted to.
     """
-    from cpbench.tools import calibration
+    from cpbench.tools.calibration import tables
+    from cpbench.tools.calibration.calibrate import calibrate as fit
 
     with user_input():
         if not folders or output is None:
@@ -40,15 +41,15 @@ def calibrate(
         if output.suffix != ".toml":
             raise ValueError(f"-o {output}: the name must end in .toml")
         check_output(output)
-        fitted = calibration.calibrate(folders, links, output)
+        fitted = fit(folders, links, output)
     if as_json:
         print(json.dumps(fitted.to_json()))
         return
-    print_rows(calibration.constant_rows(fitted))
+    print_rows(tables.constant_rows(fitted))
     print()
-    if rows := calibration.method_rows(fitted):
+    if rows := tables.method_rows(fitted):
         print_rows(rows)
         print()
-    for line in calibration.error_lines(fitted):
+    for line in tables.error_lines(fitted):
         print("\n".join(wrap(line)))
     print(f"\ncluster file: {output}")

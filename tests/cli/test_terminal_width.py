@@ -11,7 +11,9 @@ from limits import LIMIT_S
 from made_records import launches, noisy, write_run
 
 from cpbench.simulator.cluster import load
-from cpbench.tools import calibration, links
+from cpbench.tools import links
+from cpbench.tools.calibration import calibrate as calibration
+from cpbench.tools.calibration import tables
 from cpbench.tools.compiler import compilation
 from cpbench.tools.verification_table import summary_lines
 
@@ -140,8 +142,8 @@ def test_tables_of_tools(
     fitted = calibration.Calibration(
         cluster, constants, ["bands bfloat16 128 fwd grid"] * 30, [0.1], [], judged, []
     )
-    print_rows(calibration.constant_rows(fitted))
-    print_rows(calibration.method_rows(fitted))
+    print_rows(tables.constant_rows(fitted))
+    print_rows(tables.method_rows(fitted))
     text = capsys.readouterr().out
     assert "slowest: ranks 0-7" in text
     assert "reduce_scatter.across" in text

@@ -30,7 +30,8 @@ from cpbench.simulator.calibration.links import fit_links, read_measured
 from cpbench.simulator.calibration.solve import solve, solve_identified
 from cpbench.simulator.cluster import load
 from cpbench.simulator.tiles import Tiling
-from cpbench.tools import calibration
+from cpbench.tools.calibration import calibrate as calibration
+from cpbench.tools.calibration import tables
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +249,7 @@ def test_links_of_one_node(tmp_path: Path) -> None:
 def test_tables_and_json(
     fitted: calibration.Calibration, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = calibration.constant_rows(fitted)
+    rows = tables.constant_rows(fitted)
     assert {"of": "bands bfloat16 64 fwd", "constant": "tflops"}.items() <= rows[4].items()
     assert json.loads(json.dumps(fitted.to_json()))["errors"]["single_rank"]["count"] == 84
 

@@ -32,6 +32,11 @@ from cpbench.simulator.cluster import Calibrated, Cluster
 from cpbench.tools.prediction import predict_each
 
 PERCENTILE = 0.9
+ERRORS = {  # of what was not fitted to
+    "single_rank": "single ranks, each predicted by constants fitted to others",
+    "all_to_all": "all-to-alls of cpbench links, predicted from the rings",
+    "several_ranks": "several ranks, none of them fitted to",
+}
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,7 @@ class Calibration:
             "not_identified": self.unidentified,
             "errors": {
                 name: {"count": len(values), "median": statistics.median(values),
-                       "percentile_90": _percentile(values)}
+                       "percentile_90": percentile(values)}
                 for name, values in self.errors().items()
             },
             "predicted": [dataclasses.asdict(one) for one in self.judged],
@@ -171,10 +176,10 @@ def _fit(
         name=name, gpus_per_node=per_node, gpu=gpu,
         kernels=tuple(kernel.costs for kernel in kernels),
         calibrated=Calibrated(
-            source=f"{len(errors)} times of {_ERRORS['single_rank']}",
+            source=f"{len(errors)} times of {ERRORS['single_rank']}",
             ranks=measured.ranks if measured else 1,
             tokens=max(one.case.seq_len for one in measurements.single),
-            median_error=statistics.median(errors), percentile_90_error=_percentile(errors),
+            median_error=statistics.median(errors), percentile_90_error=percentile(errors),
         ),
         links=links.links if links else {}, collectives=links.collectives if links else None,
     )  # fmt: skip
@@ -251,57 +256,11 @@ def judge(fitted: Calibration, several: Sequence[Measurement]) -> None:
         ranks=max(known.ranks, *(one.case.world_size for one in several)),
         tokens=max(known.tokens, *(one.case.seq_len // one.case.world_size for one in several)),
         median_error=statistics.median(errors),
-        percentile_90_error=_percentile(errors),
+        percentile_90_error=percentile(errors),
     )
     fitted.cluster = dataclasses.replace(fitted.cluster, calibrated=calibrated)
 
 
-def _percentile(errors: Sequence[float]) -> float:
+def percentile(errors: Sequence[float]) -> float:
+    """The 90th percentile of errors."""
     return float(np.quantile(errors, PERCENTILE))
-
-
-_ERRORS = {
-    "single_rank": "single ranks, each predicted by constants fitted to others",
-    "all_to_all": "all-to-alls of cpbench links, predicted from the rings",
-    "several_ranks": "several ranks, none of them fitted to",
-}
-
-
-def constant_rows(calibration: Calibration) -> list[dict[str, str]]:
-    """The constants, for a table."""
-    return [
-        {"of": one.of, "constant": one.name, "value": f"{one.value:.3g}", "95 % interval": one.note}
-        for one in calibration.constants
-    ]
-
-
-def method_rows(calibration: Calibration) -> list[dict[str, str]]:
-    """The errors of cases of several ranks by method, for a table."""
-    by_method: dict[tuple[str, str], list[Judged]] = {}
-    for one in calibration.judged:
-        by_method.setdefault((one.method, one.phase), []).append(one)
-    return [
-        {
-            "method": method, "phase": phase, "times": str(len(rows)),
-            "median error": f"{statistics.median(one.error for one in rows):+.1%}",
-            "largest": f"{max((one.error for one in rows), key=abs):+.1%}",
-        }
-        for (method, phase), rows in by_method.items()
-    ]  # fmt: skip
-
-
-def error_lines(calibration: Calibration) -> list[str]:
-    """Errors of what was not fitted to, and what is not identified, in sentences."""
-    lines = [
-        f"{pluralize(len(values), 'time')} of {_ERRORS[name]}: median error "
-        f"{statistics.median(values):.1%}, 90th percentile {_percentile(values):.1%}"
-        for name, values in calibration.errors().items()
-    ]
-    by_table: dict[str, list[str]] = {}
-    for one in calibration.unidentified:
-        of, _, name = one.rpartition(" ")
-        by_table.setdefault(of, []).append(name)
-    if by_table:
-        tables = "; ".join(f"{of}: {', '.join(names)}" for of, names in by_table.items())
-        lines.append(f"not identified by these data: {tables}")
-    return [*lines, *calibration.notes]

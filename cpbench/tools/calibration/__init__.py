@@ -1,0 +1,1 @@
+"""``cpbench calibrate``: a cluster file from measurements."""
