@@ -41,6 +41,25 @@ class KeyTransfers(NamedTuple):
         return KeyTransfers(*(column[index] for column in self))
 
 
+class TransfersByRank:
+    """Transfers between ``size`` ranks, and where those of each rank are."""
+
+    def __init__(self, transfers: KeyTransfers, size: int) -> None:
+        self._transfers = transfers
+        self._sides = [_grouped(ranks, size) for ranks in (transfers.owner, transfers.receiver)]
+
+    def of(self, rank: int) -> KeyTransfers:
+        """The transfers that a rank sends or receives, in order."""
+        index = [order[first[rank] : first[rank + 1]] for order, first in self._sides]
+        return self._transfers.select(np.sort(np.concatenate(index)))
+
+
+def _grouped(ranks: IntArray, size: int) -> tuple[IntArray, IntArray]:
+    """The indices of ranks, those of rank 0 first, and where those of each rank begin."""
+    order = np.argsort(ranks.astype(np.min_scalar_type(size)), kind="stable")  # a radix sort
+    return order, np.concatenate([[0], np.cumsum(np.bincount(ranks, minlength=size))])
+
+
 def required_transfers(mask: AttnMask, queries: Layout, keys: Layout) -> KeyTransfers:
     """The keys that each rank requires and does not hold, in one stage.
 

@@ -115,8 +115,8 @@ class World:
     def key_subset(self, rank: int, keys: IntArray) -> KeySubset:
         """Attention of the queries of one rank to concatenated runs of keys, rows (start, length);
         for layouts of step 1."""
-        queries = self.queries.ranges(rank)
-        return KeySubset(self, self.shared_mask.restrict(queries, keys))
+        queries = np.array([[0, self.queries.local_len]])
+        return KeySubset(self, _mask_of_queries(self, rank).restrict(queries, keys))
 
     def mesh(self, **axes: int) -> Mesh:
         """The ranks as a mesh of ``axes``, outermost first; ``placement`` moves one innermost.
@@ -146,6 +146,13 @@ class World:
             heads_q, heads_kv: heads of the new problem.
         """
         return _merge_groups(self, groups, heads_q, heads_kv)
+
+
+@functools.lru_cache(maxsize=1)  # shared by all subsets of a rank
+def _mask_of_queries(world: World, rank: int) -> AttnMask:
+    """The mask of the local queries of a rank, for all keys."""
+    every = np.array([[0, world.keys.padded_len]])
+    return world.shared_mask.restrict(world.queries.ranges(rank), every)
 
 
 @functools.lru_cache(maxsize=8)  # shared by all ranks of a trace

@@ -158,8 +158,9 @@ def _select_runs(x: torch.Tensor, runs: Runs) -> torch.Tensor:
     """Select runs of tokens of ``[L, …]``; a copy unless it is one run."""
     import torch
 
-    slices = [x.narrow(0, start, n) for start, n in runs]
-    return slices[0] if len(slices) == 1 else torch.cat(slices)
+    if len(runs) == 1:
+        return x.narrow(0, *runs[0])
+    return torch.cat([x.narrow(0, start, n) for start, n in runs])
 
 
 def _gradient_adder(sums: Tensors, runs: Runs) -> Any:
@@ -167,10 +168,9 @@ def _gradient_adder(sums: Tensors, runs: Runs) -> Any:
 
     def add(*gradients: torch.Tensor) -> None:
         for local_sum, gradient in zip(sums, gradients, strict=True):
-            offset = 0
+            received, offset = gradient.transpose(0, 1), 0
             for start, n in runs:
-                run = gradient.narrow(0, offset, n).transpose(0, 1)
-                local_sum.narrow(1, start, n).add_(run)
+                local_sum.narrow(1, start, n).add_(received.narrow(1, offset, n))
                 offset += n
 
     return add

@@ -16,6 +16,7 @@ import numpy as np
 from cpbench.masks.slices import BoolArray, IntArray, ragged_indices
 from cpbench.parallel.kv_requirements import (
     KeyTransfers,
+    TransfersByRank,
     choose_stages,
     required_transfers,
     split_into_stages,
@@ -47,7 +48,31 @@ class GroupCast(NamedTuple):
         return 1 + max(int(transfers.stage.max(initial=-1)) for transfers in self)
 
 
+class RankedCast(NamedTuple):
+    """A :class:`GroupCast`, to look up the transfers of a rank.
+
+    Attributes:
+        stages: the number of stages.
+        by_node: whether any rank receives keys through a relay.
+    """
+
+    stages: int
+    by_node: bool
+    direct: TransfersByRank
+    across: TransfersByRank
+    passing: TransfersByRank
+    relayed: TransfersByRank
+
+
 @functools.lru_cache(maxsize=8)  # shared by all ranks of a trace
+def rank_transfers(world: World, stages: int, by_node: bool) -> RankedCast:
+    """:func:`plan_transfers`, by rank."""
+    cast = plan_transfers(world, stages, by_node)
+    relays = len(cast.across.stage) + len(cast.passing.stage) > 0
+    by_rank = (TransfersByRank(transfers, world.size) for transfers in cast)
+    return RankedCast(cast.stages, relays, *by_rank)
+
+
 def plan_transfers(world: World, stages: int, by_node: bool) -> GroupCast:
     """All transfers between the ranks of a world.
 

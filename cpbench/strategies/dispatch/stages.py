@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from cpbench.parallel.kv_requirements import KeyTransfers
 if TYPE_CHECKING:
     from cpbench.parallel.bound_operator import BoundOperator
     from cpbench.parallel.world import World
-    from cpbench.strategies.dispatch.relays import GroupCast
+    from cpbench.strategies.dispatch.relays import RankedCast
 
 Runs = tuple[tuple[int, int], ...]  # (start, length) of tokens
 
@@ -67,23 +68,22 @@ class Plan:
     by_node: bool = False
 
 
-def plan_rank(op: BoundOperator, world: World, rank: int, cast: GroupCast) -> Plan:
+def plan_rank(op: BoundOperator, world: World, rank: int, cast: RankedCast) -> Plan:
     """Plan all stages of a rank."""
     local = world.subproblem([rank], [rank])
     kinds = (cast.passing, cast.across, cast.direct, cast.relayed)
-    own = [_of_rank(transfers, rank) for transfers in kinds]
-    stages = [
-        _plan_stage(op, world, rank, [_select(x, x.stage == stage) for x in own])
-        for stage in range(cast.stages)
-    ]
+    by_stage = (_by_stage(transfers.of(rank), cast.stages) for transfers in kinds)
+    stages = [_plan_stage(op, world, rank, of_kinds) for of_kinds in zip(*by_stage, strict=True)]
     first = Stage(plan=op.prepare(local) if local.area else None)
-    return Plan((first, *stages), by_node=len(cast.across.stage) + len(cast.passing.stage) > 0)
+    return Plan((first, *stages), cast.by_node)
 
 
-def _plan_stage(op: BoundOperator, world: World, rank: int, kinds: list[KeyTransfers]) -> Stage:
+def _plan_stage(
+    op: BoundOperator, world: World, rank: int, kinds: tuple[KeyTransfers, ...]
+) -> Stage:
     """Plan one stage of a rank from its transfers: passing, across, direct and relayed ones."""
     received = [_select(x, x.receiver == rank) for x in kinds]
-    tokens = np.cumsum([0, *(x.length.sum() for x in received)]).tolist()
+    tokens = [0, *itertools.accumulate(int(x.length.sum()) for x in received)]
     passing, across, direct, relayed = (
         _messages(*of_kind, rank) for of_kind in zip(kinds, received, tokens, strict=False)
     )
@@ -101,6 +101,8 @@ def _plan_stage(op: BoundOperator, world: World, rank: int, kinds: list[KeyTrans
 
 def _messages(transfers: KeyTransfers, received: KeyTransfers, offset: int, rank: int) -> Messages:
     """The messages of one kind; what is received lies in the buffer from ``offset`` on."""
+    if not len(transfers.stage):
+        return Messages()
     sent = _select(transfers, transfers.owner == rank)
     sends: dict[int, list[tuple[int, int]]] = {}
     for receiver, start, n in zip(
@@ -116,10 +118,15 @@ def _messages(transfers: KeyTransfers, received: KeyTransfers, offset: int, rank
     )
 
 
-def _of_rank(transfers: KeyTransfers, rank: int) -> KeyTransfers:
-    """The transfers that a rank sends or receives."""
-    return _select(transfers, (transfers.receiver == rank) | (transfers.owner == rank))
+def _by_stage(transfers: KeyTransfers, stages: int) -> list[KeyTransfers]:
+    """The transfers of each stage; they are sorted by stage."""
+    bounds = np.searchsorted(transfers.stage, np.arange(stages + 1)).tolist()
+    return [
+        KeyTransfers(*(column[first:last] for column in transfers))
+        for first, last in itertools.pairwise(bounds)
+    ]
 
 
 def _select(transfers: KeyTransfers, condition: Any) -> KeyTransfers:
-    return transfers.select(np.flatnonzero(condition))
+    """The transfers for which a condition holds."""
+    return transfers.select(np.flatnonzero(condition)) if len(condition) else transfers

@@ -25,7 +25,7 @@ from cpbench.parallel.partial_results.accumulators import unpacked
 from cpbench.parallel.strategy import Saved
 from cpbench.strategies.common import gradient_dtype
 from cpbench.strategies.dispatch.messages import GroupReduce, group_cast
-from cpbench.strategies.dispatch.relays import plan_transfers
+from cpbench.strategies.dispatch.relays import rank_transfers
 from cpbench.strategies.dispatch.stages import Plan, Stage, plan_rank
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Dispatch:
         """Plan the stages; the first one computes with the local keys."""
         if world.size == 1:
             return Plan((Stage(plan=op.prepare(world.subproblem([rank], [rank]))),))
-        return plan_rank(op, world, rank, plan_transfers(world, self.stages, self.by == "node"))
+        return plan_rank(op, world, rank, rank_transfers(world, self.stages, self.by == "node"))
 
     def forward(
         self, qkv: QKV, plan: Plan, op: BoundOperator, comm: Comm, need_lse: bool
