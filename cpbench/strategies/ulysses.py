@@ -46,7 +46,7 @@ class Plan:
     rank; None for a chunk without heads."""
 
     shares: HeadShares
-    chunks: list[ChunkOfHeads]
+    chunks: tuple[ChunkOfHeads, ...]
     ops: list[Any]
 
 

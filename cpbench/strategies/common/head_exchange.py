@@ -10,6 +10,7 @@ differ from tensor to tensor.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -68,7 +69,7 @@ def tokens_to_heads(
     handle: Handle
     if not any(map(_total, shares)):
         handle = CompletedHandle()
-    elif _equal(shares):
+    elif _equal(tuple(shares)):
         by_rank = [
             _select(x, *share).unflatten(2, (comm.size, -1)).permute(2, 1, 0, 3, 4)
             for x, share in zip(shards, shares, strict=True)
@@ -78,7 +79,7 @@ def tokens_to_heads(
     else:
         token_major = [x.transpose(0, 1) for x in shards]
         sends = {}
-        for rank in _holders(shares):
+        for rank in _holders(tuple(shares)):
             parts = [_select(x, share[rank]) for x, share in zip(token_major, shares, strict=True)]
             sends[rank] = torch.cat([x.flatten(2) for x in parts], dim=2)
         handle = _exchange(sends, dict(enumerate(received)) if received.shape[3] else {}, comm)
@@ -104,7 +105,7 @@ def heads_to_tokens(
         return _join_pending(*halves)
     packed = torch.cat([x.transpose(0, 1).flatten(2) for x in by_head], dim=2)
     packed = packed.unflatten(0, (comm.size, -1))  # [P, L, B, all of h * D]
-    if _equal(shares):
+    if _equal(tuple(shares)):
         shapes = _shapes(by_head, shares, comm.rank)
         received = packed.new_empty(packed.shape)
         empty = not any(map(_total, shares))
@@ -116,7 +117,7 @@ def heads_to_tokens(
 
         return PendingTensors([handle], collect_even)
     L, B = packed.shape[1:3]
-    shapes_by_rank = {rank: _shapes(by_head, shares, rank) for rank in _holders(shares)}
+    shapes_by_rank = {rank: _shapes(by_head, shares, rank) for rank in _holders(tuple(shares))}
     buffers = {
         rank: packed.new_empty((L, B, sum(h * d for h, d in shapes)))
         for rank, shapes in shapes_by_rank.items()
@@ -232,12 +233,14 @@ def _exchange(sends: dict[int, torch.Tensor], recvs: dict[int, torch.Tensor], co
     )
 
 
-def _holders(shares: Sequence[Shares]) -> list[int]:
+@functools.lru_cache(maxsize=16)  # shared by all ranks of a trace
+def _holders(shares: tuple[Shares, ...]) -> list[int]:
     """The ranks that have heads of some tensor."""
     return [rank for rank, of_rank in enumerate(zip(*shares, strict=True)) if _total(of_rank)]
 
 
-def _equal(shares: Sequence[Shares]) -> bool:
+@functools.lru_cache(maxsize=16)
+def _equal(shares: tuple[Shares, ...]) -> bool:
     """Whether all ranks get equally many heads of each tensor."""
     return all(len({_count(heads) for heads in share}) == 1 for share in shares)
 

@@ -146,11 +146,15 @@ class ChunkOfHeads(NamedTuple):
     returned: tuple[Heads, ...]
 
 
-def chunks_of_heads(problem: Problem, size: int, chunks: int) -> list[ChunkOfHeads]:
+def chunks_of_heads(problem: Problem, size: int, chunks: int) -> tuple[ChunkOfHeads, ...]:
     """Divide the heads of each of ``size`` ranks into chunks."""
-    shares = HeadShares.of(problem, size * chunks)
+    return _chunks(HeadShares.of(problem, size * chunks), size, chunks)
+
+
+@functools.lru_cache(maxsize=4)  # shared by all ranks of a trace
+def _chunks(shares: HeadShares, size: int, chunks: int) -> tuple[ChunkOfHeads, ...]:
     by_rank = [_rank_chunks(shares.kv[rank * chunks : (rank + 1) * chunks]) for rank in range(size)]
-    return [
+    return tuple(
         ChunkOfHeads(
             q=shares.q[i::chunks],
             kv=shares.kv[i::chunks],
@@ -158,7 +162,7 @@ def chunks_of_heads(problem: Problem, size: int, chunks: int) -> list[ChunkOfHea
             returned=tuple(returned[i] for _, returned in by_rank),
         )
         for i in range(chunks)
-    ]
+    )
 
 
 def _rank_chunks(kv: Iterable[Heads]) -> tuple[list[Heads], list[Heads]]:

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from cpbench.parallel.bound_operator import BoundOperator
     from cpbench.parallel.comm import Comm, Handle
 
+    Batch = tuple[list[tuple[torch.Tensor, int]], list[tuple[torch.Tensor, int]]]  # sends, receives
+
 NO_PEER = -1
 
 
@@ -228,6 +230,7 @@ class GradientRotation:
         comm: Comm,
     ) -> None:
         self._shapes, self._dtype, self._op, self._comm = shapes, dtype, op, comm
+        self._numel = sum(map(math.prod, shapes))
         self._across = rotation.lane_across(comm)
         self._local: torch.Tensor | None = None
         self._incoming: torch.Tensor | None = None
@@ -242,21 +245,21 @@ class GradientRotation:
             self._local = self._op.sum_float32(self._local, gradients)
         elif gradients is not None:
             current = self._op.sum_float32(None if current is None else current.float(), gradients)
-        home = self._across if step.outer else self._comm  # the owner is in another window, or not
-        batches = {lane: (list[Any](), list[Any]()) for lane in (self._comm, home)}
+        here: Batch = ([], [])
+        home: Batch = ([], []) if step.outer else here  # the owner is in another window, or not
         if step.grad_send_to != NO_PEER:
             assert current is not None
-            lane = home if step.grad_send_to == step.source else self._comm
-            batches[lane][0].append((current.to(self._dtype), step.grad_send_to))
+            sends, _ = home if step.grad_send_to == step.source else here
+            sends.append((current.to(self._dtype), step.grad_send_to))
         if step.grad_recv_from != NO_PEER:
             self._incoming = self._buffer(self._dtype)
-            batches[self._comm][1].append((self._incoming, step.grad_recv_from))
+            here[1].append((self._incoming, step.grad_recv_from))
         if step.home_recv_from != NO_PEER:
             self._home_gradient = self._buffer(self._dtype)
-            batches[home][1].append((self._home_gradient, step.home_recv_from))
-        self._handles = [
-            lane.exchange(*batch, "gradients") for lane, batch in batches.items() if any(batch)
-        ]
+            home[1].append((self._home_gradient, step.home_recv_from))
+        self._handles = [self._comm.exchange(*here, "gradients")] if any(here) else []
+        if home is not here and any(home):
+            self._handles.append(self._across.exchange(*home, "gradients"))
 
     def finish(self) -> list[torch.Tensor]:
         """The gradients of the local block, float32."""
@@ -276,4 +279,4 @@ class GradientRotation:
             self._local = arrived.float() if self._local is None else self._local.add_(arrived)
 
     def _buffer(self, dtype: torch.dtype) -> torch.Tensor:
-        return self._op.empty((sum(map(math.prod, self._shapes)),), dtype)
+        return self._op.empty((self._numel,), dtype)
