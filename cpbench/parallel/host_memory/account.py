@@ -37,6 +37,7 @@ class MemoryAccount(TorchDispatchMode):
         self._excluded = {x.untyped_storage()._cdata for x in tensors}
         self._sides: tuple[dict[int, tuple[Any, int]], ...] = ({}, {})
         self._peaks, self._limit = [0, 0], limit
+        self._most = [0, 0]  # no less than the live bytes of each side
 
     @property
     def peak(self) -> PeakBytes:
@@ -44,7 +45,7 @@ class MemoryAccount(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if args and result is args[0]:  # in place
+        if func.is_view or (args and result is args[0]):  # in place
             return result
         for x in tree_leaves(result):
             if _is_tensor(x) and x.untyped_storage()._cdata not in self._excluded:
@@ -57,10 +58,13 @@ class MemoryAccount(TorchDispatchMode):
         if other is not None and not other[0].expired():
             return  # a view of the other side
         live = self._sides[side]
+        live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self._most[side] += storage.nbytes()
+        if self._most[side] <= self._peaks[side]:
+            return
         for key in [key for key, (reference, _) in live.items() if reference.expired()]:
             del live[key]
-        live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        total = sum(nbytes for _, nbytes in live.values())
+        self._most[side] = total = sum(nbytes for _, nbytes in live.values())
         self._peaks[side] = max(self._peaks[side], total)
         if side == 0 and self._limit is not None and total > self._limit:
             raise torch.OutOfMemoryError(
