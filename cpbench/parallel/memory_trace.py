@@ -13,7 +13,7 @@ from cpbench.parallel.bound_operator import BoundOperator
 from cpbench.parallel.host_memory.account import MemoryAccount, PeakBytes
 from cpbench.parallel.partial_results.accumulators import BackwardAccumulator, ForwardAccumulator
 from cpbench.parallel.partial_results.repeated_heads import repeat_heads, sum_repeated_heads
-from cpbench.parallel.trace import TraceComm, TracedOperator, TracedPlan, empty_inputs
+from cpbench.parallel.trace import CountingComm, TracedOperator, TracedPlan, empty_inputs
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +62,7 @@ class _AccumulatingOperator(TracedOperator):
 def peak_bytes(strategy: Strategy, operator: OperatorInfo, world: World, rank: int) -> PeakBytes:
     """The peak bytes of the phases of the problem on one rank, in addition to its inputs (and, for
     ``bwd`` alone, to what the forward pass saved)."""
-    op, comm = _AccumulatingOperator(operator), TraceComm(rank, world.size)
+    op, comm = _AccumulatingOperator(operator), CountingComm(rank, world.size)
     plan = strategy.prepare(op, world, rank)
     qkv, dout = empty_inputs(world)
     account = MemoryAccount((qkv, dout))

@@ -1,10 +1,10 @@
 """Traces of a strategy: its own code, run on tensors without data, records what it would send.
 
-:class:`TraceComm` transfers nothing.  It counts the bytes of every operation of one rank, from the
-definition of the operation, and folds every message into a checksum.  The checksums of all ranks
-sum to zero exactly when every message sent is expected by its receiver, and every collective is
-entered by all its members, in the same order and with the same size.  So ranks can compare their
-communication schedules before the first send.
+:class:`CountingComm` transfers nothing.  It counts the bytes of every operation of one rank, from
+the definition of the operation.  :class:`TraceComm` also folds every message into a checksum.  The
+checksums of all ranks sum to zero exactly when every message sent is expected by its receiver, and
+every collective is entered by all its members, in the same order and with the same size.  So ranks
+can compare their communication schedules before the first send.
 
 :class:`TracedOperator` computes nothing: it counts the visible pairs of its calls.
 """
@@ -15,12 +15,13 @@ import functools
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from cpbench.core.operator import QKV
 from cpbench.parallel.bound_operator import BoundOperator
 from cpbench.parallel.comm import CompletedHandle, GroupedComm, Handle, Part
 from cpbench.parallel.partial_results.accumulators import BackwardAccumulator, ForwardAccumulator
+from cpbench.parallel.shape_tensor import shape_tensor, without_data
 
 if TYPE_CHECKING:
     import torch
@@ -76,8 +77,51 @@ class RankTrace:
     log: list[tuple[object, ...]]
 
 
-class TraceComm(GroupedComm):
-    """:class:`~cpbench.parallel.comm.Comm` for one rank on meta tensors.
+class CountingComm(GroupedComm):
+    """:class:`~cpbench.parallel.comm.Comm` for one rank without data: counts what it sends."""
+
+    def exchange(self, sends: Messages, recvs: Messages, what: str = "") -> Handle:
+        members, own, traffic = self._members, self.rank, self.traffic
+        bytes_to = traffic.bytes_to
+        for tensor, peer in sends:
+            if peer != own:
+                nbytes = tensor.nbytes
+                bytes_to[members[peer]] += nbytes
+                traffic.messages += 1
+                if nbytes > traffic.largest_message:
+                    traffic.largest_message = nbytes
+        return _DONE
+
+    def all_to_all(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
+        assert out.shape == x.shape
+        return self._collective(1, x.nbytes // self.size)
+
+    def all_gather(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
+        assert out.shape == (self.size, *x.shape)
+        return self._collective(2, x.nbytes)
+
+    def reduce_scatter(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
+        assert x.shape == (self.size, *out.shape)
+        return self._collective(3, out.nbytes)
+
+    def all_reduce(self, x: torch.Tensor, largest: bool = False) -> Handle:
+        shard_bytes = (x.nbytes + self.size - 1) // self.size
+        return self._collective(5 if largest else 4, shard_bytes, 2)
+
+    def _collective(self, kind: int, nbytes: int, messages: int = 1) -> Handle:
+        """A collective that sends ``messages`` of ``nbytes`` between each pair of ranks."""
+        self._count_collective(nbytes, messages)
+        return _DONE
+
+    def _copy(
+        self, out: torch.Tensor, x: torch.Tensor, to_device: bool, after: Sequence[Any] = ()
+    ) -> Handle:
+        assert out.shape == x.shape
+        return _DONE
+
+
+class TraceComm(CountingComm):
+    """A communicator that also keeps a checksum of what it sends and expects.
 
     Attributes:
         parts: as in :class:`RankTrace`.
@@ -94,11 +138,12 @@ class TraceComm(GroupedComm):
     def _init_part(self) -> None:
         self._collectives = 0
         if self._lane:
-            self._record_collective(6, 0, 0)  # all members create it
+            self._collective(6, 0, 0)  # all members create it
 
     def exchange(self, sends: Messages, recvs: Messages, what: str = "") -> Handle:
+        super().exchange(sends, recvs, what)
         root, members, member_rank = self._root, self._members, self.rank
-        own_rank, checksum, traffic = root.rank, root.checksum, root.traffic
+        own_rank, checksum = root.rank, root.checksum
         what = f"{what} in lane {self._lane}" if self._lane else what
         content = _content_hash(what)
         for tensor, peer in sends:
@@ -107,10 +152,6 @@ class TraceComm(GroupedComm):
                 number = root._sent_count[receiver] = root._sent_count.get(receiver, 0) + 1
                 # Hashes of integers are the same in every process.
                 checksum += hash((own_rank, receiver, number, nbytes, content))
-                traffic.bytes_to[receiver] += nbytes
-                traffic.messages += 1
-                if nbytes > traffic.largest_message:
-                    traffic.largest_message = nbytes
                 if root.log is not None:
                     root.log.append(("message", own_rank, receiver, number, nbytes, what, "sent"))
         for tensor, peer in recvs:
@@ -124,30 +165,7 @@ class TraceComm(GroupedComm):
         root.checksum = checksum
         return _DONE
 
-    def all_to_all(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
-        assert out.shape == x.shape
-        return self._record_collective(1, x.nbytes // self.size)
-
-    def all_gather(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
-        assert out.shape == (self.size, *x.shape)
-        return self._record_collective(2, x.nbytes)
-
-    def reduce_scatter(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
-        assert x.shape == (self.size, *out.shape)
-        return self._record_collective(3, out.nbytes)
-
-    def all_reduce(self, x: torch.Tensor, largest: bool = False) -> Handle:
-        shard_bytes = (x.nbytes + self.size - 1) // self.size
-        return self._record_collective(5 if largest else 4, shard_bytes, 2)
-
-    def _copy(
-        self, out: torch.Tensor, x: torch.Tensor, to_device: bool, after: Sequence[Any] = ()
-    ) -> Handle:
-        assert out.shape == x.shape
-        return _DONE
-
-    def _record_collective(self, kind: int, nbytes: int, messages: int = 1) -> Handle:
-        """Record a collective that sends ``messages`` of ``nbytes`` between each pair of ranks."""
+    def _collective(self, kind: int, nbytes: int, messages: int = 1) -> Handle:
         self._collectives += 1
         if self._collectives == 1 and self is not self._root and self.size > 1:
             self.parts.append((self._members, self._lane))
@@ -157,10 +175,7 @@ class TraceComm(GroupedComm):
             self._root.log.append(entry)
         value = hash((kind, self._members, lane, self._collectives, nbytes))
         self._root.checksum += value * (self.size - 1 if self.rank == 0 else -1)
-        for member_rank, member in enumerate(self._members):
-            if member_rank != self.rank:
-                self.traffic.add(member, nbytes, messages)
-        return _DONE
+        return super()._collective(kind, nbytes, messages)
 
 
 class TracedPlan(NamedTuple):
@@ -242,6 +257,13 @@ class TracedOperator(BoundOperator):
         return dout_BSHD
 
 
+class _ShapeOperator(TracedOperator):
+    """A :class:`TracedOperator` whose results are a shape and a dtype."""
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return cast("torch.Tensor", shape_tensor(tuple(shape), dtype))
+
+
 def trace_rank(
     strategy: Strategy, operator: OperatorInfo, world: World, rank: int, log: bool = False
 ) -> RankTrace:
@@ -249,15 +271,46 @@ def trace_rank(
 
     The log-sum-exp is not requested, as in timed runs.
     """
-    op, comm = TracedOperator(operator), TraceComm(rank, world.size, log)
-    plan = strategy.prepare(op, world, rank)
+    comm = TraceComm(rank, world.size, log)
+    phases = _trace_shapes(strategy, operator, world, comm)
+    return RankTrace(phases, comm.checksum, comm.parts, comm.log or [])
+
+
+def count_rank(
+    strategy: Strategy, operator: OperatorInfo, world: World, rank: int
+) -> dict[str, PhaseTrace]:
+    """The phases of :func:`trace_rank`, without the checksum."""
+    return _trace_shapes(strategy, operator, world, CountingComm(rank, world.size))
+
+
+def _trace_shapes(
+    strategy: Strategy, operator: OperatorInfo, world: World, comm: CountingComm
+) -> dict[str, PhaseTrace]:
     qkv, dout = empty_inputs(world)
+    q, k, v, dout = (cast("torch.Tensor", without_data(x)) for x in (*qkv, dout))
+    return trace_phases(strategy, _ShapeOperator(operator), world, comm, (QKV(q, k, v), dout))
+
+
+def trace_phases(
+    strategy: Strategy,
+    op: TracedOperator,
+    world: World,
+    comm: CountingComm,
+    inputs: tuple[QKV, torch.Tensor],
+) -> dict[str, PhaseTrace]:
+    """Run the strategy's code for the rank of a communicator; what it counts by phase.
+
+    Args:
+        inputs: q, k, v and dout, without data.
+    """
+    qkv, dout = inputs
+    plan = strategy.prepare(op, world, comm.rank)
     _, _, saved = strategy.forward(qkv, plan, op, comm, need_lse=False)
     phases = {"fwd": _take_phase(op, comm)}
     if world.problem.backward:
         strategy.backward(dout, saved, plan, op, comm)
         phases["bwd"] = _take_phase(op, comm)
-    return RankTrace(phases, comm.checksum, comm.parts, comm.log or [])
+    return phases
 
 
 def empty_inputs(world: World) -> tuple[QKV, torch.Tensor]:
@@ -284,7 +337,7 @@ def _content_hash(what: str) -> int:
     return zlib.crc32(what.encode())
 
 
-def _take_phase(op: TracedOperator, comm: TraceComm) -> PhaseTrace:
+def _take_phase(op: TracedOperator, comm: CountingComm) -> PhaseTrace:
     """The counts since the last call; resets the counters."""
     traffic = comm.traffic
     phase = PhaseTrace(

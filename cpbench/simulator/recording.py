@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from cpbench.parallel.bound_operator import BoundOperator
 from cpbench.parallel.comm import CompletedHandle
-from cpbench.parallel.trace import COLLECTIVES, TraceComm, empty_inputs
+from cpbench.parallel.trace import COLLECTIVES, CountingComm, empty_inputs
 from cpbench.simulator.events import Event, Kernel, Post, Program, SideWork, Wait
 from cpbench.simulator.tiles import Tiling
 
@@ -58,8 +58,8 @@ class Recorder:
         return events
 
 
-class RecordingComm(TraceComm):
-    """A :class:`~cpbench.parallel.trace.TraceComm` that also keeps posts and waits in order."""
+class RecordingComm(CountingComm):
+    """A :class:`~cpbench.parallel.trace.CountingComm` that also keeps posts and waits in order."""
 
     def __init__(self, rank: int, size: int, recorder: Recorder) -> None:
         self._recorder = recorder
@@ -74,8 +74,8 @@ class RecordingComm(TraceComm):
         )
         return self._post("exchange", sent, received)
 
-    def _record_collective(self, kind: int, nbytes: int, messages: int = 1) -> Handle:
-        super()._record_collective(kind, nbytes, messages)
+    def _collective(self, kind: int, nbytes: int, messages: int = 1) -> Handle:
+        super()._collective(kind, nbytes, messages)
         peers = [member for member in self._members if member != self._root.rank]
         rows = tuple((peer, nbytes * messages) for peer in peers) if nbytes else ()
         return self._post(COLLECTIVES[kind], rows, rows)

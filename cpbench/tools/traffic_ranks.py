@@ -10,13 +10,15 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cpbench.core.problem import Case
 from cpbench.core.registry import LoadError, implementation, operator_info, strategy_info
 from cpbench.parallel.strategy import declared_refusal
-from cpbench.parallel.trace import RankTrace, trace_rank
 from cpbench.parallel.world import World
+
+if TYPE_CHECKING:
+    from cpbench.parallel.trace import PhaseTrace
 
 
 def trace_case(case: Case, ranks: Sequence[int], memory_ranks: Sequence[int]) -> dict[str, Any]:
@@ -26,6 +28,7 @@ def trace_case(case: Case, ranks: Sequence[int], memory_ranks: Sequence[int]) ->
         ValueError: if the strategy cannot run this case.
     """
     from cpbench.parallel.memory_trace import peak_bytes
+    from cpbench.parallel.trace import count_rank
 
     world = World.of_case(case, case.world_size)
     info, operator = strategy_info(case.strategy.name), operator_info(case.operator.name)
@@ -43,16 +46,15 @@ def trace_case(case: Case, ranks: Sequence[int], memory_ranks: Sequence[int]) ->
         "area": world.mask.area,
         "local_tokens": world.keys.local_len,
         "ranks": {
-            rank: {phase: _phase_row(trace, phase, rank, world) for phase in phases}
-            for rank, trace in ((r, trace_rank(strategy, operator, world, r)) for r in ranks)
+            rank: {phase: _phase_row(traced[phase], rank, world) for phase in phases}
+            for rank, traced in ((r, count_rank(strategy, operator, world, r)) for r in ranks)
         },
         "buffers": {rank: peak.device for rank, peak in peaks.items()},
         "host_buffers": {rank: peak.host for rank, peak in peaks.items()},
     }
 
 
-def _phase_row(trace: RankTrace, phase: str, rank: int, world: World) -> dict[str, int]:
-    phase_trace = trace.phases[phase]
+def _phase_row(phase_trace: PhaseTrace, rank: int, world: World) -> dict[str, int]:
     first = rank // world.ranks_per_node * world.ranks_per_node
     same_node = sum(phase_trace.bytes_to[first : first + world.ranks_per_node])
     return {

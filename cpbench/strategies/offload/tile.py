@@ -261,7 +261,4 @@ def _like(
     x: torch.Tensor, tokens: int, op: BoundOperator, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """Device memory for so many tokens of a host tensor ``[B, S, …]``."""
-    import torch
-
-    shape = (x.shape[0], tokens, *x.shape[2:])
-    return torch.empty(shape, dtype=dtype or x.dtype, device=op.device)
+    return op.empty((x.shape[0], tokens, *x.shape[2:]), dtype or x.dtype)
