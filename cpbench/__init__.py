@@ -1,6 +1,6 @@
 """cpbench: attention kernels and context-parallel strategies, measured and verified.
 
-``attention``, ``distributed_attention`` and ``mix`` are the public computations; importing
+``attention``, ``mix`` and their ``distributed_`` namesakes are the public computations; importing
 ``cpbench`` loads neither torch nor numpy until one of them is asked for.
 """
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cpbench import layout, masks
-    from cpbench.api import attention, distributed_attention, mix
+    from cpbench.api import attention, distributed_attention, distributed_mix, mix
     from cpbench.core.operator import Unsupported
     from cpbench.masks.attn_mask import AttnMask
     from cpbench.reports.frame import load
@@ -22,6 +22,7 @@ __all__ = [
     "Unsupported",
     "attention",
     "distributed_attention",
+    "distributed_mix",
     "layout",
     "load",
     "masks",
@@ -33,6 +34,7 @@ _HOME = {
     "Unsupported": "cpbench.core.operator",
     "attention": "cpbench.api",
     "distributed_attention": "cpbench.api",
+    "distributed_mix": "cpbench.api",
     "load": "cpbench.reports.frame",
     "mix": "cpbench.api",
 }

@@ -183,6 +183,10 @@ def test_few_import_a_kernel() -> None:
     assert users <= {
         ("verify.check", "kernels.reference"),
         ("verify.selection", "kernels.reference"),
+        ("api.distributed_mixing", "kernels.mixers.bound"),
+        ("api.distributed_mixing", "kernels.mixers.chunks"),
+        ("api.distributed_mixing", "kernels.mixers.forms"),
+        ("api.mixing", "kernels.mixers.bound"),
         ("api.mixing", "kernels.mixers.chunks"),
         ("api.mixing", "kernels.mixers.forms"),
         ("api.mixing", "kernels.mixers.mixer"),

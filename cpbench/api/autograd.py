@@ -18,7 +18,7 @@ from cpbench.core.operator import QKV
 from cpbench.parallel.strategy import Saved
 
 if TYPE_CHECKING:
-    from cpbench.api.distributed import GroupMember
+    from cpbench.api.group_member import GroupMember
     from cpbench.api.inputs import Tensors
     from cpbench.api.prepared import Attention
     from cpbench.core.operator import Gradients
@@ -53,7 +53,7 @@ class AttentionFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[Any, ...]:
         saved, lse = _restore(ctx)
-        if lse is not None and _some_rank_has(dlse, ctx.member) and dlse is None:
+        if lse is not None and some_rank_has(dlse, ctx.member) and dlse is None:
             dlse = torch.zeros_like(lse)
         if dout is None:
             device = ctx.saved_tensors[0].device
@@ -61,7 +61,7 @@ class AttentionFunction(torch.autograd.Function):
         return *differentiate(ctx.work, saved, lse, dout, dlse, ctx.member), None, None
 
 
-def _some_rank_has(dlse: torch.Tensor | None, member: GroupMember | None) -> bool:
+def some_rank_has(dlse: torch.Tensor | None, member: GroupMember | None) -> bool:
     """Whether any rank has a gradient of lse, which is another pass: all ranks take it, or none."""
     has_own = dlse is not None
     return has_own if member is None else bool(member.control.max(float(has_own)))

@@ -18,7 +18,7 @@ import torch
 from cpbench.parallel.strategy import Saved
 
 if TYPE_CHECKING:
-    from cpbench.api.distributed import GroupMember
+    from cpbench.api.group_member import GroupMember
     from cpbench.api.prepared import Attention
     from cpbench.core.operator import Gradients
 

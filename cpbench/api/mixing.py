@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ from cpbench.core.problem import DTYPE_BYTES
 from cpbench.core.spec import Spec
 from cpbench.core.untraced import untraced
 from cpbench.kernels.mixers import forms
+from cpbench.kernels.mixers.bound import BoundMixer
 from cpbench.kernels.mixers.chunks import Inputs, Plan
 from cpbench.kernels.mixers.forms import Form
 from cpbench.kernels.mixers.mixer import Mixer
@@ -74,13 +74,25 @@ def mix(
         RuntimeError: in the backward pass, for a second derivative.
     """
     form, chunk, kernel = forms.parse(mixer)
-    _require(form, q, k, v, g, beta, initial_state)
+    require_inputs(form, q, k, v, g, beta, initial_state)
     require_scale(scale)
     q, k, v = under_autocast(q, k, v)
-    work = _prepare(form, chunk, kernel, _find_mask(mask, q.shape[1]), q, scale)
-    if g is None and form.default_gate:
-        g = retention_decays(q.shape[2], q.device).expand(q.shape[:3])
+    tokens, found = q.shape[1], find_mask(mask, q.shape[1])
+    if (found.seq_q, found.seq_k) != (tokens, tokens):
+        raise ValueError(
+            f"a mask of {found.seq_q} queries and {found.seq_k} keys does not fit {tokens} tokens"
+        )
+    documents = read_documents(form, found)
+    work = BoundMixer(make_plan(form, chunk, kernel, q, scale), kernel).over(documents)
+    g = with_default_gate(form, q, g)
     return MixerFunction.apply(work, q, k, v, g, beta, initial_state)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def with_default_gate(form: Form, q: torch.Tensor, g: torch.Tensor | None) -> torch.Tensor | None:
+    """The log decays of a mixer that has some of its own where none are given."""
+    if g is None and form.default_gate:
+        return retention_decays(q.shape[2], q.device).expand(q.shape[:3])
+    return g
 
 
 def retention_decays(heads: int, device: torch.device) -> torch.Tensor:
@@ -161,7 +173,9 @@ def _finite(*tensors: torch.Tensor | None) -> bool:
     return are_finite(tuple(x for x in tensors if x is not None))
 
 
-def _require(form: Form, q: Any, k: Any, v: Any, g: Any, beta: Any, initial_state: Any) -> None:
+def require_inputs(
+    form: Form, q: Any, k: Any, v: Any, g: Any, beta: Any, initial_state: Any
+) -> None:
     """Raise a ValueError for tensors that do not fit the form or each other."""
     for name, x, shape in (("q", q, "K"), ("k", k, "K"), ("v", v, "V")):
         require_dense(name, x, q, 4, f"[B, S, H, {shape}]")
@@ -203,53 +217,40 @@ def _takers(name: str) -> str:
     return ", ".join(form for form, has in zip(forms.FORMS, takes, strict=True) if has)
 
 
-def _find_mask(mask: Any, tokens: int) -> AttnMask | None:
-    """The mask of an argument; None for causal."""
-    if isinstance(mask, str | Mapping | Spec):
-        mask = build(mask, tokens)
-    if mask is None:
-        return None
+def find_mask(mask: Any, tokens: int) -> AttnMask:
+    """The mask of an argument; a name is that of a mask of so many tokens, None causal."""
+    if mask is None or isinstance(mask, str | Mapping | Spec):
+        return build("causal" if mask is None else mask, tokens)
     if not isinstance(mask, AttnMask):
         raise ValueError(f"mask must be a name or one of cpbench.masks, not {short(mask)}")
-    if (mask.seq_q, mask.seq_k) != (tokens, tokens):
-        raise ValueError(
-            f"a mask of {mask.seq_q} queries and {mask.seq_k} keys does not fit {tokens} tokens"
-        )
     return mask
 
 
-def _prepare(
-    form: Form,
-    chunk: int,
-    kernel: str,
-    mask: AttnMask | None,
-    q: torch.Tensor,
-    scale: float | None,
-) -> Mixer:
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    plan = Plan(form, scale, chunk)
+def make_plan(form: Form, chunk: int, kernel: str, q: torch.Tensor, scale: float | None) -> Plan:
+    """What is fixed before a sequence of one document is computed.
+
+    Raises:
+        Unsupported: for what ``kernel=triton`` does not compute.
+    """
+    plan = Plan(form, q.shape[3] ** -0.5 if scale is None else float(scale), chunk)
     if kernel == "triton":
-        reason = launch.refusal(
-            plan, q.shape[3], str(q.dtype).removeprefix("torch."), q.device.type
-        )
+        dtype = str(q.dtype).removeprefix("torch.")
+        reason = launch.refusal(plan, q.shape[3], dtype, q.device.type)
         if reason is not None:
             raise Unsupported(f"{form.name}: {reason}")
-    if mask is None:
-        return Mixer(plan, kernel=kernel)
-    starts = find_documents(mask)
-    if starts is not None:
-        return Mixer(plan, starts[1:], kernel=kernel)
+    return plan
+
+
+def read_documents(form: Form, mask: AttnMask) -> tuple[int, ...] | None:
+    """The first tokens of the documents of a mask; None if every token sees all.
+
+    Raises:
+        ValueError: for a mask that the mixer does not take.
+    """
+    documents = mask.causal_documents
+    if documents is not None:
+        return documents
     if mask.kind == "full" and form.name == "linear":
-        return Mixer(plan, whole=True)
+        return None
     allowed = "causal, causal_document" + (" and full" if form.name == "linear" else "")
     raise ValueError(f"{form.name} takes the masks {allowed}, not {mask!r}")
-
-
-@functools.lru_cache(maxsize=64)
-def find_documents(mask: AttnMask) -> tuple[int, ...] | None:
-    """The first tokens of the documents of a mask that is causal in each; None for other masks."""
-    starts = mask.diagonal_blocks().tolist()
-    sizes = [b - a for a, b in zip(starts, [*starts[1:], mask.seq_q], strict=True)]
-    seen = sum(size * (size + 1) // 2 for size in sizes)
-    later = len(mask.slices) and (mask.slices[:, 5] > 0).any()
-    return tuple(starts) if mask.area == seen and not later else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cpbench import __version__
 from cpbench.core.operator import QKV, Unsupported, declared_refusal
@@ -25,6 +25,32 @@ if TYPE_CHECKING:
     from cpbench.core.operator import Gradients
     from cpbench.parallel.comm import Comm, Control, Transport
     from cpbench.parallel.strategy import Forward, Strategy
+
+
+class Prepared(Protocol):
+    """One rank's prepared computation, as ranks agree on it.
+
+    Attributes:
+        world: the global computation.
+        fingerprint: what ranks compare before anything is sent: a text, the same on all ranks, and
+            a checksum of their messages, whose sum over ranks is 0 (see
+            ``cpbench.parallel.trace``).
+    """
+
+    @property
+    def world(self) -> World: ...
+
+    @property
+    def fingerprint(self) -> tuple[str, int]: ...
+
+    def trace_messages(self, log: bool = False) -> RankTrace:
+        """Trace this rank again, with a log of every message if requested."""
+        ...
+
+    def connect(self, comm: Transport) -> None:
+        """Connect the sub-communicators and lanes that the strategy uses, once ranks have agreed;
+        collective."""
+        ...
 
 
 class Attention:
@@ -86,8 +112,7 @@ class Attention:
 
     @functools.cached_property
     def fingerprint(self) -> tuple[str, int]:
-        """What ranks compare before anything is sent: a text, the same on all ranks, and a checksum
-        of their messages, whose sum over ranks is 0 (see ``cpbench.parallel.trace``)."""
+        """See :class:`Prepared`."""
         world = self.world
         nodes = f"{world.ranks_per_node} {world.placement}"
         layout_names = f"{world.queries.name} {world.keys.name} x{world.size} {nodes}"
@@ -100,12 +125,11 @@ class Attention:
         return self.trace_messages() if self.info.traced else None
 
     def trace_messages(self, log: bool = False) -> RankTrace:
-        """Trace this rank again, with a log of every message if requested."""
+        """See :class:`Prepared`."""
         return trace_rank(self.strategy, self.op.info, self.world, self.rank, log)
 
     def connect(self, comm: Transport) -> None:
-        """Connect the sub-communicators and lanes that the strategy uses, once ranks have agreed;
-        collective.  Libraries make their own groups when they are first called."""
+        """See :class:`Prepared`.  Libraries make their own groups when they are first called."""
         if self.trace is not None:
             comm.connect(self.trace.parts)
 
@@ -137,7 +161,7 @@ def find_disagreement(fingerprints: Sequence[tuple[str, int]]) -> str | None:
 
 
 def require_agreement(
-    control: Control, work: Attention, fingerprints: Sequence[tuple[str, int]]
+    control: Control, work: Prepared, fingerprints: Sequence[tuple[str, int]]
 ) -> None:
     """Raise a RuntimeError on every rank if their problems or communication schedules differ.
 

@@ -180,6 +180,16 @@ class AttnMask(living.PickledByFields):
         block_starts = np.append(0, start[1:][start[1:] >= max_end[:-1]])
         return block_starts.astype(np.int64)
 
+    @functools.cached_property
+    def causal_documents(self) -> tuple[int, ...] | None:
+        """First tokens of the documents, if the mask is causal in each of them; None for others."""
+        if self.seq_q != self.seq_k or (self.slices[:, HI] > 0).any():
+            return None
+        starts = self.diagonal_blocks()
+        lengths = np.diff(starts, append=self.seq_q)
+        seen = int((lengths * (lengths + 1) // 2).sum())
+        return tuple(starts.tolist()) if self.area == seen else None
+
     def to_dense(self) -> BoolArray:
         """``(seq_q, seq_k)`` booleans, for tests and pictures of small masks only."""
         dense = np.zeros((self.seq_q, self.seq_k), dtype=np.bool_)

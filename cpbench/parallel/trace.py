@@ -15,7 +15,7 @@ import functools
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 from cpbench.core.operator import QKV
 from cpbench.parallel.bound_operator import BoundOperator
@@ -264,6 +264,12 @@ class _ShapeOperator(TracedOperator):
         return cast("torch.Tensor", shape_tensor(tuple(shape), dtype))
 
 
+class Counted(Protocol):
+    """What counts ``pairs``, visible ones that it has computed."""
+
+    pairs: int
+
+
 def trace_rank(
     strategy: Strategy, operator: OperatorInfo, world: World, rank: int, log: bool = False
 ) -> RankTrace:
@@ -306,10 +312,10 @@ def trace_phases(
     qkv, dout = inputs
     plan = strategy.prepare(op, world, comm.rank)
     _, _, saved = strategy.forward(qkv, plan, op, comm, need_lse=False)
-    phases = {"fwd": _take_phase(op, comm)}
+    phases = {"fwd": take_phase(op, comm)}
     if world.problem.backward:
         strategy.backward(dout, saved, plan, op, comm)
-        phases["bwd"] = _take_phase(op, comm)
+        phases["bwd"] = take_phase(op, comm)
     return phases
 
 
@@ -337,7 +343,7 @@ def _content_hash(what: str) -> int:
     return zlib.crc32(what.encode())
 
 
-def _take_phase(op: TracedOperator, comm: CountingComm) -> PhaseTrace:
+def take_phase(op: Counted, comm: CountingComm) -> PhaseTrace:
     """The counts since the last call; resets the counters."""
     traffic = comm.traffic
     phase = PhaseTrace(

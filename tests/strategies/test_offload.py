@@ -199,7 +199,7 @@ def test_refusals(strategy: str, operator: str, mask: str, reason: str) -> None:
 
 
 def _refusal_of_gpu_tensors(rank: int, size: int) -> str:
-    from cpbench.api.distributed import GroupMember
+    from cpbench.api.group_member import GroupMember
     from cpbench.core.spec import Spec
 
     member = GroupMember(None)

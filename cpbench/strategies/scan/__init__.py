@@ -1,0 +1,1 @@
+"""Context parallelism of sequence mixers: a scan of the states that runs of tokens hand on."""
