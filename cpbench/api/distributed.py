@@ -76,12 +76,14 @@ def distributed_attention(
     def read() -> tuple[AttentionCall, Tensors]:
         require_types(q, k, v, mask)
         require_scale(scale)
-        (*qkv,) = under_autocast(q, k, v)
-        qkv[0], positive_scale = with_positive_scale(qkv[0], scale)
-        problem = make_problem(*qkv, mask, positive_scale, need_gradients(*qkv))
+        cast, keys, values = under_autocast(q, k, v)
+        queries, positive = with_positive_scale(cast, scale)
+        backward = need_gradients(queries, keys, values)
+        problem = make_problem(queries, keys, values, mask, positive, backward)
         method = (Spec.parse(operator), Spec.parse(strategy), Spec.parse(layout), placement)
-        call = AttentionCall(*method, mask, problem, _device_of(member, qkv[0], method[1]))
-        return call, dict(zip("qkv", qkv, strict=True))
+        device = _device_of(member, queries, method[1])
+        call = AttentionCall(*method, mask, problem, device)
+        return call, {"q": queries, "k": keys, "v": values}
 
     work, tensors = member.agree(read)
     shards = (x.contiguous() for x in tensors.values())

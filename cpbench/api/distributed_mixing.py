@@ -20,7 +20,7 @@ from cpbench.api.mixing import (
     require_inputs,
     with_default_gate,
 )
-from cpbench.api.prepared_mixer import PreparedMixer
+from cpbench.api.prepared_mixer import PreparedMixer, find_strategy
 from cpbench.core.spec import Spec
 from cpbench.core.untraced import untraced
 from cpbench.kernels.mixers import forms
@@ -89,6 +89,8 @@ def distributed_mix(
         form, *_ = forms.parse(mixer)
         require_inputs(form, q, k, v, g, beta, initial_state)
         require_scale(scale)
+        method = (Spec.parse(mixer), Spec.parse(strategy), Spec.parse(layout))
+        find_strategy(method[1].name)
         qkv = under_autocast(q, k, v)
         gate = with_default_gate(form, q, g)
         tensors = {"q": qkv[0], "k": qkv[1], "v": qkv[2]}
@@ -101,10 +103,7 @@ def distributed_mix(
         dtypes = {n: str(x.dtype).removeprefix("torch.") for n, x in tensors.items()}
         if initial_state is not None:
             dtypes["initial_state"] = ""
-        call = MixerCall(
-            Spec.parse(mixer), Spec.parse(strategy), Spec.parse(layout), found, problem,
-            tuple(dtypes.items()), str(q.device),
-        )  # fmt: skip
+        call = MixerCall(*method, found, problem, tuple(dtypes.items()), str(q.device))
         return call, tensors
 
     work, tensors = member.agree(read)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cpbench import __version__
 from cpbench.core.operator import Unsupported
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from cpbench.parallel.comm import Comm, Transport
-    from cpbench.parallel.mixing import BoundMixer, Inputs, MixerGradients, MixerStrategy, Saved
+    from cpbench.parallel.mixing import BoundMixer, Inputs, MixerGradients, MixerStrategy
     from cpbench.parallel.trace import RankTrace
     from cpbench.parallel.world import World
 
@@ -75,12 +75,12 @@ class PreparedMixer:
 
     def forward(
         self, x: Inputs, state: torch.Tensor | None, comm: Comm
-    ) -> tuple[torch.Tensor, torch.Tensor | None, Saved]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
         """Return out and the state, and what is saved for the backward pass."""
         return self.strategy.forward(x, self.plan, self.mixer, comm, True, state)
 
     def backward(
-        self, dout: torch.Tensor, dstate: torch.Tensor | None, saved: Saved, comm: Comm
+        self, dout: torch.Tensor, dstate: torch.Tensor | None, saved: Any, comm: Comm
     ) -> MixerGradients:
         """Return the gradients of the inputs and of the initial state."""
         return self.strategy.backward(dout, saved, self.plan, self.mixer, comm, dstate)

@@ -80,7 +80,7 @@ class BoundMixer(Protocol):
         """The summary of this transition and this state."""
         ...
 
-    def combine(self, later: Summary, earlier: Summary) -> Summary:
+    def combine(self, later: Any, earlier: Any) -> Summary:
         """The summary of two runs, one after the other."""
         ...
 
@@ -88,7 +88,7 @@ class BoundMixer(Protocol):
         """The state after a transition."""
         ...
 
-    def transpose(self, transition: torch.Tensor | None) -> torch.Tensor | None:
+    def transpose(self, transition: torch.Tensor) -> torch.Tensor:
         """The transition of gradients."""
         ...
 
@@ -248,7 +248,7 @@ class TracedMixer:
     def apply(self, transition: torch.Tensor | None, state: torch.Tensor) -> torch.Tensor:
         return state
 
-    def transpose(self, transition: torch.Tensor | None) -> torch.Tensor | None:
+    def transpose(self, transition: torch.Tensor) -> torch.Tensor:
         return transition
 
     def output(

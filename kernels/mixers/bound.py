@@ -60,10 +60,8 @@ class BoundMixer:
             transition = x.q.new_empty((B, H, rows, columns), dtype=dtype)
         return Summary(transition, x.q.new_empty((B, H, K, x.v.shape[3]), dtype=dtype))
 
-    def transpose(self, transition: torch.Tensor | None) -> torch.Tensor | None:
-        if transition is None or transition.shape[-1] == 1:
-            return transition
-        return transition.mT
+    def transpose(self, transition: torch.Tensor) -> torch.Tensor:
+        return transition if transition.shape[-1] == 1 else transition.mT
 
     def summarise(self, x: Inputs, resets: tuple[int, ...]) -> tuple[Summary, torch.Tensor | None]:
         return forwards.summarise(x, self._of_run(resets))

@@ -24,12 +24,13 @@ from cpbench.core.spec import Spec
 from cpbench.kernels.mixers.bound import BoundMixer
 from cpbench.kernels.mixers.chunks import Inputs, Plan
 from cpbench.kernels.mixers.forms import FORMS
+from cpbench.parallel.comm import CompletedHandle
 from cpbench.parallel.layout import build as build_layout
 from cpbench.parallel.mixing import trace_mixer
 from cpbench.parallel.strategy import declared_refusal
 from cpbench.parallel.trace import MODULUS, RankTrace
 from cpbench.parallel.world import World
-from cpbench.strategies.scan import strategy
+from cpbench.strategies.scan import gather, strategy
 from cpbench.strategies.scan.slots import find_slots
 
 SCALE, CHUNK, TOKENS = 0.5, 8, 96
@@ -56,8 +57,15 @@ def world_of(
     tokens: int = TOKENS,
     **changes: Any,
 ) -> World:
-    values = {"batch": 1, "heads_q": 4, "heads_kv": 4, "head_dim": 6, "head_dim_v": 5}
-    problem = Problem(seq_q=tokens, seq_k=tokens, dtype="float64", **{**values, **changes})
+    values: dict[str, Any] = {
+        "batch": 1,
+        "heads_q": 4,
+        "heads_kv": 4,
+        "head_dim": 6,
+        "head_dim_v": 5,
+    }
+    values |= {"dtype": "float64", **changes}
+    problem = Problem(seq_q=tokens, seq_k=tokens, **values)
     mask = mask_of(starts, tokens)
     return World.of(problem, mask, build_layout(layout, tokens, size, mask))
 
@@ -337,8 +345,14 @@ def test_refusals() -> None:
 
 
 def no_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every rank starts from an empty state."""
-    monkeypatch.setattr(strategy, "_beside", lambda exchange, work: ([*work], {})[1])
+    """Nothing is received, and every rank starts from an empty state."""
+
+    def keep_own(order: Any, by_slot: Any, like: torch.Tensor, comm: Any) -> CompletedHandle:
+        for slot in range(len(order.ranks)):
+            by_slot.setdefault(slot, torch.zeros_like(like))
+        return CompletedHandle()
+
+    monkeypatch.setattr(gather, "_gather", keep_own)
 
 
 def no_transition(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,13 +34,10 @@ def exchange(
     """As :func:`cpbench.strategies.scan.doubling.exchange`, which see.
 
     Args:
-        transitions: those that are known; those that are received are added.
+        transitions: those that are known, of ``own`` too; those that are received are added.
         to_send: the orders for which transitions are sent: of this pass and of later ones, or none.
     """
     states = {slot: summary.state for slot, summary in own.items()}
-    for slot, summary in own.items():
-        if summary.transition is not None:
-            transitions[slot] = summary.transition
     if like.transition is None:
         to_send = ()
     handles: list[Handle] = []

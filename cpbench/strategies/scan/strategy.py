@@ -131,6 +131,7 @@ class Scan:
         if state is not None:
             starts = {n: state for n, slot in own.items() if _starts(slot, mixer)}
         summaries: dict[int, Summary] = {}
+        transitions: BySlot = {}
         known = dict.fromkeys(own)
         for number, slot in own.items():
             if order.taker(number) is not None:
@@ -140,6 +141,8 @@ class Scan:
                     start = mixer.apply(summary.transition, start) + summary.state
                     summary = mixer.summary(summary.transition, start)
                 summaries[number] = summary
+                if summary.transition is not None:
+                    transitions[number] = summary.transition
         results: dict[int, Any] = {}
 
         def compute() -> Iterator[None]:
@@ -150,7 +153,7 @@ class Scan:
                 )
                 yield
 
-        like, transitions = mixer.empty_summary(x), dict[int, Any]()
+        like = mixer.empty_summary(x)
         later = (plan.backward,) if plan.keeps else ()
         exchange = self._exchange(order, summaries, like, mixer, comm, transitions, (order, *later))
         taken = _beside(exchange, compute())
@@ -164,7 +167,6 @@ class Scan:
             found = results.get(plan.last)
             last = like.state.zero_() if found is None else found[1].contiguous()
             comm.all_reduce(last).wait()
-        transitions |= {n: y.transition for n, y in summaries.items()}
         return out, last, Saved(x, {n: found[2] for n, found in results.items()}, transitions)
 
     def backward(
@@ -182,6 +184,7 @@ class Scan:
         if dstate is not None:
             dstate = dstate.contiguous().clone()
             comm.all_reduce(dstate).wait()
+        transitions = {n: mixer.transpose(y) for n, y in saved.transitions.items()}
         gradients: dict[int, MixerGradients] = {}
 
         def differentiate(number: int, dend: torch.Tensor | None) -> None:
@@ -200,8 +203,7 @@ class Scan:
                     gradient = mixer.summarise_back(
                         runs[number], own[number].resets, douts[number], saved.slots[number]
                     )
-                matrix = mixer.transpose(saved.transitions.get(number))
-                summaries[number] = mixer.summary(matrix, gradient)
+                summaries[number] = mixer.summary(transitions.get(number), gradient)
 
         def compute() -> Iterator[None]:
             for number in own:
@@ -209,7 +211,6 @@ class Scan:
                     differentiate(number, None)
                     yield
 
-        transitions = {n: mixer.transpose(y) for n, y in saved.transitions.items()}
         exchange = self._exchange(
             order, summaries, mixer.empty_summary(x), mixer, comm, transitions, ()
         )
