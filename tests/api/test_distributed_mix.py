@@ -22,7 +22,7 @@ STARTS = (0, 20, 21, 50)
 MASK = masks.from_cu_seqlens([*STARTS, TOKENS])
 
 
-def shards(x: Named, rank: int, size: int, layout: str) -> Named:
+def shards_of(x: Named, rank: int, size: int, layout: str) -> Named:
     chosen = build_layout(layout, TOKENS, size, MASK)
     return {
         name: (y.clone() if name == "initial_state" else chosen.shard(y, rank)).requires_grad_()
@@ -36,7 +36,7 @@ def _mix(rank: int, size: int, mixer: str, dtype: torch.dtype, ways: list[tuple[
     results = []
     for strategy, layout in ways:
         x = naive_mixers.make_inputs(mixer, 1, TOKENS, 4, 6, 5, dtype)
-        leaves = shards(x, rank, size, layout)
+        leaves = shards_of(x, rank, size, layout)
         options = {
             "mixer": mixer, "mask": MASK, "scale": SCALE, "strategy": strategy, "layout": layout,
         }  # fmt: skip
@@ -58,7 +58,8 @@ def _mix(rank: int, size: int, mixer: str, dtype: torch.dtype, ways: list[tuple[
             sum(phases[phase].bytes_to) for phase in ("fwd", "bwd")
         )
         by_name = {f"d{name}": y for name, y in zip(leaves, found, strict=True)}
-        results.append(({"out": out.detach(), "state": state.detach()} | by_name, counted))
+        by_name |= {"out": out.detach(), "state": state.detach()}
+        results.append(({name: y.double().numpy() for name, y in by_name.items()}, counted))
     return results
 
 
@@ -93,7 +94,7 @@ def test_real_ranks(mixer: str, size: int, dtype: torch.dtype) -> None:
         found, counted = zip(*results, strict=True)
         assert all(counted), (strategy, layout)
         for name, y in wanted.items():
-            parts = [of_rank[name] for of_rank in found]
+            parts = [torch.from_numpy(of_rank[name]) for of_rank in found]
             if name == "state":
                 assert all(torch.equal(part, parts[0]) for part in parts)
                 whole = parts[0]
@@ -106,7 +107,7 @@ def test_real_ranks(mixer: str, size: int, dtype: torch.dtype) -> None:
             assert error < limit, (strategy, layout, name, error)
 
 
-def _chained(rank: int, size: int) -> list[torch.Tensor]:
+def _chained(rank: int, size: int) -> list[Any]:
     """Two calls, the second from the state of the first; the loss uses the second alone."""
     x = naive_mixers.make_inputs("gated_deltanet", 1, 64, 2, 8, 8)
     initial = x.pop("initial_state")
@@ -118,7 +119,7 @@ def _chained(rank: int, size: int) -> list[torch.Tensor]:
     _, state = cpbench.distributed_mix(**halves[0], initial_state=initial, layout="zigzag")
     out, last = cpbench.distributed_mix(**halves[1], initial_state=state, layout="zigzag")
     loss = out.square().sum() + last.square().sum() / size
-    return list(torch.autograd.grad(loss, tuple(halves[0].values())))
+    return [y.numpy() for y in torch.autograd.grad(loss, tuple(halves[0].values()))]
 
 
 def test_the_state_of_a_call_goes_into_the_next() -> None:
@@ -131,12 +132,13 @@ def test_the_state_of_a_call_goes_into_the_next() -> None:
     ranks = run_ranks(2, _chained)
     layout = build_layout("zigzag", 32, 2)
     for *parts, whole in zip(*ranks, expected, strict=True):
-        torch.testing.assert_close(layout.unshard(parts), whole[:, :32])
+        shards = [torch.from_numpy(part) for part in parts]
+        torch.testing.assert_close(layout.unshard(shards), whole[:, :32])
 
 
 def _in_pytorch(rank: int, size: int) -> list[Any]:
     x = naive_mixers.make_inputs("kda", 1, TOKENS, 2, 8, 4, torch.float32)
-    leaves = shards(x, rank, size, "contiguous")
+    leaves = shards_of(x, rank, size, "contiguous")
     tensors = tuple(leaves.values())
 
     def run(*given: torch.Tensor) -> torch.Tensor:
