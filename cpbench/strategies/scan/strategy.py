@@ -131,18 +131,14 @@ class Scan:
         if state is not None:
             starts = {n: state for n, slot in own.items() if _starts(slot, mixer)}
         summaries: dict[int, Summary] = {}
-        transitions: BySlot = {}
         known = dict.fromkeys(own)
         for number, slot in own.items():
             if order.taker(number) is not None:
                 summary, known[number] = mixer.summarise(runs[number], slot.resets)
                 if number in starts and not slot.resets:
-                    start = starts[number].to(summary.state.dtype)
-                    start = mixer.apply(summary.transition, start) + summary.state
-                    summary = mixer.summary(summary.transition, start)
+                    summary = _started(summary, starts[number], mixer)
                 summaries[number] = summary
-                if summary.transition is not None:
-                    transitions[number] = summary.transition
+        transitions = {n: y.transition for n, y in summaries.items() if y.transition is not None}
         results: dict[int, Any] = {}
 
         def compute() -> Iterator[None]:
@@ -261,6 +257,12 @@ def _require_whole_chunks(slots: tuple[Slot, ...], mixer: BoundMixer, layout: st
 def _starts(slot: Slot, mixer: BoundMixer) -> bool:
     """Whether a slot starts from the initial state."""
     return slot.start == 0 or (slot.begins and mixer.from_initial)
+
+
+def _started(summary: Summary, start: torch.Tensor, mixer: BoundMixer) -> Summary:
+    """The summary of a run whose state at the start is known: its state is that at the end."""
+    end = mixer.apply(summary.transition, start.to(summary.state.dtype)) + summary.state
+    return mixer.summary(summary.transition, end)
 
 
 def _beside(exchange: Generator[None, None, BySlot], work: Iterator[None]) -> BySlot:
