@@ -81,7 +81,7 @@ def distributed_attention(
         backward = need_gradients(queries, keys, values)
         problem = make_problem(queries, keys, values, mask, positive, backward)
         method = (Spec.parse(operator), Spec.parse(strategy), Spec.parse(layout), placement)
-        device = _device_of(member, queries, method[1])
+        device = device_of(member, queries, method[1])
         call = AttentionCall(*method, mask, problem, device)
         return call, {"q": queries, "k": keys, "v": values}
 
@@ -118,7 +118,7 @@ class AttentionCall(Call[Attention]):
         return Attention(*method, world, rank, self.device, PublicOperator)
 
 
-def _device_of(member: GroupMember, q: torch.Tensor, strategy: Spec) -> str:
+def device_of(member: GroupMember, q: torch.Tensor, strategy: Spec) -> str:
     """The device that computes: that of q, or, where tensors stay in host memory, the current GPU
     if the group is one of GPUs.
 

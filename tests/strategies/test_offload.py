@@ -199,15 +199,16 @@ def test_refusals(strategy: str, operator: str, mask: str, reason: str) -> None:
 
 
 def _refusal_of_gpu_tensors(rank: int, size: int) -> str:
+    from cpbench.api.distributed import device_of
     from cpbench.api.group_member import GroupMember
     from cpbench.core.spec import Spec
 
     member = GroupMember(None)
     strategy = Spec.parse("ulysses:offload=host")
-    assert member.device_of(torch.zeros(1), strategy) == "cpu"
-    assert member.device_of(torch.zeros(1, device="meta"), Spec("ring")) == "meta"
+    assert device_of(member, torch.zeros(1), strategy) == "cpu"
+    assert device_of(member, torch.zeros(1, device="meta"), Spec("ring")) == "meta"
     with pytest.raises(ValueError, match="in host memory") as refused:
-        member.device_of(torch.zeros(1, device="meta"), strategy)
+        device_of(member, torch.zeros(1, device="meta"), strategy)
     return str(refused.value)
 
 
