@@ -20,7 +20,7 @@ from cpbench.kernels.mixers import forms
 from cpbench.kernels.mixers.bound import BoundMixer
 from cpbench.kernels.mixers.chunks import Inputs, Plan
 from cpbench.kernels.mixers.forms import Form
-from cpbench.kernels.mixers.mixer import Mixer
+from cpbench.kernels.mixers.mixer import Mixer, retention_decays
 from cpbench.kernels.mixers.triton import launch
 from cpbench.masks import build
 from cpbench.masks.attn_mask import AttnMask
@@ -93,11 +93,6 @@ def with_default_gate(form: Form, q: torch.Tensor, g: torch.Tensor | None) -> to
     if g is None and form.default_gate:
         return retention_decays(q.shape[2], q.device).expand(q.shape[:3])
     return g
-
-
-def retention_decays(heads: int, device: torch.device) -> torch.Tensor:
-    """``[H]`` float64 log decays of RetNet: log(1 - 2^(-5-h)) (Sun et al. 2023)."""
-    return torch.log1p(-(2.0 ** (-5.0 - torch.arange(heads, device=device, dtype=torch.float64))))
 
 
 class MixerFunction(torch.autograd.Function):

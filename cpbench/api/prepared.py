@@ -8,18 +8,20 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cpbench import __version__
-from cpbench.core.operator import QKV, Unsupported, declared_refusal
+from cpbench.core.operator import QKV, MixerInputs, Unsupported, declared_refusal
 from cpbench.core.registry import implementation, operator_info, strategy_info
 from cpbench.core.spec import Spec
 from cpbench.parallel.bound_operator import BoundOperator
 from cpbench.parallel.comm import GroupedComm
 from cpbench.parallel.host_memory.allocation import home_of
 from cpbench.parallel.strategy import declared_refusal as strategy_refusal
-from cpbench.parallel.strategy import merge_refusal
+from cpbench.parallel.strategy import kind_refusal, merge_refusal
 from cpbench.parallel.trace import MODULUS, RankTrace, describe_mismatch, trace_rank
 from cpbench.parallel.world import World
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
 
     from cpbench.core.operator import Gradients
@@ -86,12 +88,14 @@ class Attention:
         device_type = device.partition(":")[0]
         self.offloaded = self.info.is_offloaded(strategy_spec.kwargs)
         reason = declared_refusal(op_info, world.problem, device_type)
-        reason = reason or strategy_refusal(self.info, world)
+        reason = reason or kind_refusal(self.info, op_info) or strategy_refusal(self.info, world)
         if reason is None and op_info.selects and (self.info.name != "single" or self.offloaded):
             reason = (
                 f"{op_info.name} selects from whole sequences: it runs on 1 rank, under the "
                 "strategy single" + " without offload" * self.offloaded
             )
+        if reason is None and op_info.mixer and self.offloaded:
+            reason = f"{op_info.name} is a sequence mixer, which takes no offload"
         if reason is None and (self.offloaded or (self.info.merges and world.size > 1)):
             name = str(strategy_spec) if self.offloaded else self.info.name
             reason = merge_refusal(op_info, name, world.problem, device_type)
@@ -100,6 +104,7 @@ class Attention:
         self.op = operator_class.load(operator_spec, device)
         self.strategy: Strategy = implementation(self.info, strategy_spec.kwargs)
         self.home = home_of(device) if self.offloaded else device
+        world = world.with_gates(op_info.gate_lanes(world.problem.head_dim))
         self.world, self.rank = world, rank
         self.mask, self.layout, self.problem = world.mask, world.keys, world.problem
         reason = self.strategy.unsupported(world)
@@ -133,12 +138,31 @@ class Attention:
         if self.trace is not None:
             comm.connect(self.trace.parts)
 
-    def forward(self, qkv: QKV, comm: Comm | None, need_lse: bool = True) -> Forward:
-        """Return out, lse (None if the operator returns none) and the values saved for backward."""
+    @property
+    def flops(self) -> dict[str, int]:
+        """FLOPs of the forward and the backward pass, all ranks together."""
+        if self.op.info.mixer:
+            flops: dict[str, int] = self.op.impl.flops(self.problem)  # type: ignore[attr-defined]
+            return flops
+        return self.problem.flops(self.mask.area)
+
+    @property
+    def result_names(self) -> tuple[str, ...]:
+        """Names of the results: of the forward pass, then the gradients."""
+        second = "state" if self.op.info.mixer else "lse"
+        return ("out", second, *(f"d{name}" for name in self.problem.inputs))
+
+    def inputs_of(self, tensors: Mapping[str, torch.Tensor]) -> QKV | MixerInputs:
+        """The inputs of the operator, from tensors by name."""
+        return MixerInputs.of(tensors) if self.op.info.mixer else QKV.of(tensors)
+
+    def forward(self, qkv: QKV | MixerInputs, comm: Comm | None, need_lse: bool = True) -> Forward:
+        """Return out, lse (None if the operator returns none; of mixers, the last state) and the
+        values saved for backward."""
         return self.strategy.forward(qkv, self.plan, self.op, comm or self._alone, need_lse)
 
     def backward(self, dout: torch.Tensor, saved: Any, comm: Comm | None) -> Gradients:
-        """Return dq, dk, dv of the local shards."""
+        """Return the gradients of the local shards, in the order of the inputs."""
         return self.strategy.backward(dout, saved, self.plan, self.op, comm or self._alone)
 
     @functools.cached_property

@@ -43,6 +43,47 @@ class QKV(NamedTuple):
         return cls(tensors["q"], tensors["k"], tensors["v"])
 
 
+class MixerInputs(NamedTuple):
+    """The inputs of a sequence mixer.
+
+    Attributes:
+        q, k: ``[B, S, H, K]``; v: ``[B, S, H, V]``.
+        g: log decay, ``[B, S, H]`` or ``[B, S, H, K]``; None for a mixer that takes none.
+        beta: ``[B, S, H]``; None for a mixer that takes none.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    g: torch.Tensor | None
+    beta: torch.Tensor | None
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, torch.Tensor]) -> MixerInputs:
+        """The tensors of these names, of which gates may be missing."""
+        return cls(tensors["q"], tensors["k"], tensors["v"], tensors.get("g"), tensors.get("beta"))
+
+    @property
+    def given(self) -> tuple[torch.Tensor, ...]:
+        """Those that are there, in order."""
+        return tuple(x for x in self if x is not None)
+
+
+class MixerBackwardInputs(NamedTuple):
+    """The inputs of a mixer's backward pass.
+
+    Attributes:
+        dout: ``[B, S, H, V]``, the gradient of ``out``; that of the state is 0.
+        inputs: of the forward pass.
+        out, state: what it returned.
+    """
+
+    dout: torch.Tensor
+    inputs: MixerInputs
+    out: torch.Tensor
+    state: torch.Tensor | None
+
+
 class BackwardInputs(NamedTuple):
     """The inputs of a backward pass.
 
@@ -63,6 +104,13 @@ class BackwardInputs(NamedTuple):
     @property
     def qkv(self) -> QKV:
         return QKV(self.q, self.k, self.v)
+
+
+def state_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype of states and of all that is computed: float32, but for float64."""
+    import torch
+
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def nothing_visible(q: torch.Tensor, value_dim: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,6 +135,11 @@ def zero_gradients(qkv: QKV) -> Gradients:
 
 class Operator(Protocol):
     """An attention operator.  All tensors are on one device, in ``problem.dtype``.
+
+    A sequence mixer has the same methods, and ``flops(problem)``: ``forward`` takes a
+    :class:`MixerInputs` and returns out ``[B, S, H, V]`` and the last state ``[B, H, K, V]``;
+    ``backward`` takes a :class:`MixerBackwardInputs` and returns a gradient for each input that
+    the mixer declares.  Gates and states are in ``problem.gate_dtype``.
 
     An operator whose backward pass needs more of the forward pass than out and lse has an attribute
     ``states``, a :class:`~cpbench.core.output_state.OutputStates`.
@@ -158,6 +211,11 @@ def declared_limits(info: OperatorInfo, problem: Problem, device: str) -> str | 
         return f"{info.name} takes head_dim up to {info.max_head_dim}, not {largest}"
     if reason := value_dims_refusal(info, problem):
         return reason
+    if info.mixer and problem.heads_q != problem.heads_kv:
+        return (
+            f"{info.name} is a sequence mixer, with as many key/value heads as query heads, not "
+            f"{problem.heads_kv} for {problem.heads_q}"
+        )
     if problem.backward and device not in info.backward_on:
         return f"{info.name} has no backward pass on {device}; use direction fwd"
     if problem.deterministic and not info.deterministic:

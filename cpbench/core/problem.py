@@ -40,6 +40,8 @@ class Problem:
         scale: softmax scale; None for ``head_dim ** -0.5``.
         softcap: reserved; anything but 0 is refused.
         deterministic: whether two runs must be bitwise equal.
+        gates: the inputs of a sequence mixer beside q, k and v: their names, each with its numbers
+            per head and token, 0 for one without an axis (``[B, S, H]``).
     """
 
     batch: int
@@ -54,6 +56,17 @@ class Problem:
     scale: float | None = None
     softcap: float = 0.0
     deterministic: bool = False
+    gates: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the inputs; their gradients have a ``d`` before."""
+        return ("q", "k", "v", *(name for name, _ in self.gates))
+
+    @property
+    def gate_dtype(self) -> str:
+        """That of gates and states, and of their gradients."""
+        return "float64" if self.dtype == "float64" else "float32"
 
     @property
     def softmax_scale(self) -> float:
@@ -98,6 +111,11 @@ class Problem:
     def out_bytes(self, tokens: int) -> int:
         """Bytes of the outputs of ``tokens`` tokens."""
         return self.batch * tokens * self.heads_q * self.value_dim * DTYPE_BYTES[self.dtype]
+
+    def gate_bytes(self, tokens: int) -> int:
+        """Bytes of the gates of ``tokens`` tokens."""
+        lanes = sum(max(count, 1) for _, count in self.gates)
+        return self.batch * tokens * self.heads_q * lanes * DTYPE_BYTES[self.gate_dtype]
 
 
 @dataclass(frozen=True, kw_only=True)

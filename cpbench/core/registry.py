@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from cpbench.core.user_files import load_from_file
 
@@ -34,7 +34,8 @@ ANY_LAYOUT = ("contiguous", "zigzag", "zigzag_document", "dispatch", "striped")
 
 @dataclass(frozen=True, kw_only=True)
 class OperatorInfo:
-    """Declaration of an attention operator and its capabilities, as plain data.
+    """Declaration of an operator and its capabilities, as plain data: of attention, or of a
+    sequence mixer, whose results are another thing.
 
     Attributes:
         name: registered name; a dot separates family and member (``sdpa.flash``).
@@ -42,7 +43,7 @@ class OperatorInfo:
         source: paper or library of the method.
         load: ``"module:attribute"`` of a callable that takes the spec's parameters and returns the
             implementation (see ``cpbench.core.operator.Operator``), or that callable itself.
-        masks: supported values of ``AttnMask.kind``.
+        masks: supported values of ``AttnMask.kind``; of mixers, also ``"causal_document"``.
         dtypes: supported dtypes.
         max_head_dim: largest supported head_dim.
         value_dims: whether values may have another head_dim than queries and keys.
@@ -67,6 +68,10 @@ class OperatorInfo:
             that it selects from queries and keys (see ``cpbench.selectors.common.base``).
         looks_ahead: of a selector under a causal mask: which later tokens may change its selection,
             none (``""``), those of the query's ``"block"`` or of the whole ``"sequence"``.
+        mixer: of a sequence mixer: the recurrence that it computes (a name in
+            ``cpbench.kernels.mixers.forms``), against which it is checked; "" for attention.
+        gates: of a mixer: its inputs beside q, k and v, each with what has a number of its own: a
+            ``"head"`` ``[B, S, H]``, or a ``"key"`` dimension ``[B, S, H, K]``.
         install: how to install what it requires, as a command if there is one.
         workspace: bytes of device memory that a call takes beside its inputs and results, for the
             problem of the call, whose direction is that of its phase; None: none.
@@ -97,9 +102,20 @@ class OperatorInfo:
     variants: tuple[str, ...] = ()
     selects: bool = False
     looks_ahead: str = ""
+    mixer: str = ""
+    gates: tuple[tuple[str, Literal["head", "key"]], ...] = ()
     install: str = ""
     workspace: Callable[[Problem], int] | None = None
     unproven: str = ""
+
+    @property
+    def kind(self) -> str:
+        """What it computes: ``"attention"`` or ``"mixer"``."""
+        return "mixer" if self.mixer else "attention"
+
+    def gate_lanes(self, head_dim: int) -> tuple[tuple[str, int], ...]:
+        """The ``gates`` of a problem with keys of this head_dim."""
+        return tuple((name, head_dim if each == "key" else 0) for name, each in self.gates)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +125,7 @@ class StrategyInfo:
     Attributes:
         name, summary, source, load, params: as for :class:`OperatorInfo`.
         layouts: names of the supported layouts.
+        kinds: kinds of operators that it takes: ``"attention"``, ``"mixer"``.
         value_dims: as for :class:`OperatorInfo`.
         merges: whether it merges partial results (and so needs a mergeable operator whose backward
             takes an external out and lse).
@@ -127,6 +144,7 @@ class StrategyInfo:
     source: str
     load: str | Callable[..., Any]
     layouts: tuple[str, ...] = ANY_LAYOUT
+    kinds: tuple[str, ...] = ("attention",)
     value_dims: bool = False
     merges: bool = False
     params: tuple[str, ...] = ()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cpbench.core.registry import check_params
+from cpbench.core.registry import check_params, operator_info
 from cpbench.core.spec import Spec
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class InputKind:
     Attributes:
         summary: one line for people.
         params: names and defaults of its parameters; None if required.
+        gates: whether it makes the gates of sequence mixers, too.
         load: ``"module:class"`` of the generator, whose constructor takes the parameters and
             raises ``ValueError`` for invalid ones.  Its ``make(request)`` returns the tensor of an
             :class:`InputRequest`; its ``check(case)`` raises ``ValueError`` for a case that it
@@ -47,6 +48,7 @@ class InputKind:
     summary: str
     load: str
     params: dict[str, Any] = field(default_factory=dict)
+    gates: bool = False
 
 
 KINDS = {
@@ -67,19 +69,27 @@ KINDS = {
         },
     ),
     "file": InputKind(
-        summary="q, k and v [B, T, heads, D] of a safetensors file: file:qkv.safetensors",
+        summary="q, k, v [B, T, heads, D] (and g, beta) of a file: file:qkv.safetensors",
         load="cpbench.inputs.captured:Captured",
         params={"file": None},
+        gates=True,
+    ),
+    "gates": InputKind(
+        summary="normals with unit keys, and gates that forget within tokens or in no sequence",
+        load="cpbench.inputs.gates:Gates",
+        params={"shortest": 16.0, "longest": 4.0},
+        gates=True,
     ),
 }  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class InputRequest:
-    """A request for rows of a tensor, ``[len(batches), len(positions), len(heads), head_dim]``.
+    """A request for rows of a tensor, ``[len(batches), len(positions), len(heads), head_dim]``;
+    without the last axis for gates that have none.
 
     Attributes:
-        name: one of ``TENSORS``.
+        name: one of ``TENSORS``, or of the gates of the problem.
         seed: any integer.
         problem: the problem that it is an input of; determines the dtype.
         positions: global indices of queries (for q and dout) or of keys (for k and v).
@@ -100,6 +110,11 @@ class InputRequest:
         """That of the tensor."""
         problem = self.problem
         return problem.value_dim if self.name in ("v", "dout") else problem.head_dim
+
+    @property
+    def gate_lanes(self) -> int | None:
+        """Of a gate: its numbers per head and token, 0 for one without an axis; else None."""
+        return dict(self.problem.gates).get(self.name)
 
 
 @dataclass(frozen=True)
@@ -200,5 +215,11 @@ def build_generator(spec: Spec) -> Any:
 
 
 def check_case(case: Case) -> None:
-    """Raise ``ValueError`` if the inputs of a case do not fit its sizes."""
+    """Raise ``ValueError`` if the inputs of a case do not fit its operator or its sizes."""
+    operator = operator_info(case.operator.name)
+    if operator.mixer and not input_kind(case.inputs).gates:
+        kinds = " or ".join(name for name, kind in KINDS.items() if kind.gates)
+        raise ValueError(
+            f"inputs = {case.inputs}: {operator.name} is a sequence mixer, whose inputs are {kinds}"
+        )
     build_generator(case.inputs).check(case)

@@ -1,8 +1,9 @@
-"""Inputs from a file: q, k and v captured from a model, as safetensors.
+"""Inputs from a file: q, k and v captured from a model, as safetensors; of sequence mixers also g
+``[B, T, heads]`` or ``[B, T, heads, D]`` and beta ``[B, T, heads]``.
 
-Each is ``[B, T, heads, D]``.  The first ``seq_len`` tokens are used; of q, the last ``queries`` of
-those if a case has fewer queries than keys (the file may also hold just these).  Values are rounded
-to the dtype of the case.  dout is normal.
+q, k and v are ``[B, T, heads, D]``.  The first ``seq_len`` tokens are used; of q, the last
+``queries`` of those if a case has fewer queries than keys (the file may also hold just these).
+Values are rounded to the dtype of the case, gates to that of states.  dout is normal.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpbench.core.problem import DTYPE_BYTES
+from cpbench.core.registry import operator_info
 from cpbench.core.user_files import locate
 from cpbench.inputs.normal import Normal
 
@@ -42,6 +44,7 @@ class Captured:
 
     def check(self, case: Case) -> None:
         """Raise ``ValueError`` if the shapes in the file do not fit a case."""
+        file = Path(self._file[0]).name
         heads_kv, dims = case.num_heads_kv, (case.head_dim, case.problem.value_dim)
         for name, heads, dim in (
             ("q", case.num_heads_q, dims[0]), ("k", heads_kv, dims[0]), ("v", heads_kv, dims[1])
@@ -50,10 +53,23 @@ class Captured:
             fits = (shape[0], shape[2], shape[3]) == (case.batch, heads, dim)
             only_queries = name == "q" and case.queries > 0 and shape[1] == case.queries
             if not fits or not (only_queries or shape[1] >= case.seq_len):
-                file = Path(self._file[0]).name
                 raise ValueError(
                     f"inputs: {name} of {file} is {list(shape)}; the case needs "
                     f"[{case.batch}, at least {case.seq_len}, {heads}, {dim}]"
+                )
+        operator = operator_info(case.operator.name)
+        for name, lanes in operator.gate_lanes(case.head_dim):
+            wanted = [case.num_heads_q, *([lanes] if lanes else [])]
+            if name not in self._shapes:
+                raise ValueError(
+                    f"inputs: {file} has no tensor {name!r}, which {operator.name} takes"
+                )
+            shape = self._shapes[name]
+            if shape[0] != case.batch or shape[1] < case.seq_len or list(shape[2:]) != wanted:
+                needed = ", ".join(map(str, wanted))
+                raise ValueError(
+                    f"inputs: {name} of {file} is {list(shape)}; the case needs "
+                    f"[{case.batch}, at least {case.seq_len}, {needed}]"
                 )
 
     def make(self, request: InputRequest) -> torch.Tensor:
@@ -70,7 +86,8 @@ class Captured:
         # Padding tokens, which are never visible, repeat the last token.
         rows = x.index_select(1, tokens.clamp(max=x.shape[1] - 1))[list(request.batches)]
         rows = rows.index_select(2, torch.as_tensor(list(request.heads)))
-        return rows.to(device=request.device, dtype=getattr(torch, problem.dtype))
+        dtype = problem.dtype if request.gate_lanes is None else problem.gate_dtype
+        return rows.to(device=request.device, dtype=getattr(torch, dtype))
 
 
 @functools.lru_cache(maxsize=16)

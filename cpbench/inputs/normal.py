@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 GOLDEN = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio, the increment of SplitMix64
 _SPLITMIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+TOKEN = 1 << 20  # hashes are of TOKEN * token + head
 _CHUNK = 1 << 16  # elements at a time on CPUs, so that temporaries stay in cache
 
 
@@ -74,16 +75,16 @@ def normal(
     import torch
 
     initialise_vector_math()
-    base = _mix_int(seed * len(TENSORS) + TENSORS.index(tensor))
+    base = mix_int(seed * len(TENSORS) + TENSORS.index(tensor))
     head = torch.as_tensor(list(heads), device=device)
-    token = torch.as_tensor(positions, device=device) * (1 << 20)
+    token = torch.as_tensor(positions, device=device) * TOKEN
     pair = torch.arange(-(-head_dim // 2), device=device, dtype=torch.int32) * _signed32(GOLDEN)
     out = torch.empty(
         (len(batches), len(positions), len(heads), head_dim), dtype=dtype, device=device
     )
     step = max(1, (_CHUNK if device == "cpu" else 64 * _CHUNK) // (len(heads) * head_dim))
     for i, batch in enumerate(batches):
-        start = signed64(_mix_int(base + batch))
+        start = signed64(mix_int(base + batch))
         for t in range(0, len(positions), step):
             row = mix64((token[t : t + step, None] + head) * signed64(GOLDEN) + start)
             out[i, t : t + step] = _gaussian(_mix32(row, pair))[..., :head_dim]
@@ -125,7 +126,7 @@ def logical_shift(x: torch.Tensor, bits: int, width: int) -> torch.Tensor:
     return (x >> bits) & ((1 << (width - bits)) - 1)
 
 
-def _mix_int(x: int) -> int:
+def mix_int(x: int) -> int:
     """SplitMix64 of a Python integer."""
     x = (x + GOLDEN) % 2**64
     for shift, factor in _SPLITMIX:

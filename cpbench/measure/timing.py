@@ -89,12 +89,12 @@ class Workload:
     def run_phase(self, phase: str) -> Any:
         """Run one phase and keep what it returns in ``results``."""
         if phase == "fwd":
-            qkv = QKV.of(self._inputs)
-            out, _, self._saved = self._work.forward(qkv, self._comm, need_lse=False)
+            inputs = self._work.inputs_of(self._inputs)
+            out, _, self._saved = self._work.forward(inputs, self._comm, need_lse=False)
             self.results["out"] = out
         else:
             grads = self._work.backward(self._inputs["dout"], self._saved, self._comm)
-            self.results.update(zip(("dq", "dk", "dv"), grads, strict=True))
+            self.results.update(zip(self._work.result_names[2:], grads, strict=True))
 
     def run_all(self) -> dict[str, torch.Tensor]:
         """Run all phases; returns the results."""

@@ -6,10 +6,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from cpbench.core.operator import QKV, BackwardInputs, Operator, Unsupported, is_deterministic
+from cpbench.core.operator import (
+    QKV,
+    BackwardInputs,
+    MixerBackwardInputs,
+    MixerInputs,
+    Operator,
+    Unsupported,
+    is_deterministic,
+)
 from cpbench.core.registry import OperatorInfo, implementation, operator_info
 from cpbench.core.spec import Spec
-from cpbench.masks.head_masks import per_head
+from cpbench.masks.attn_mask import AttnMask
+from cpbench.masks.head_masks import Mask, per_head
 from cpbench.parallel.partial_results.accumulators import (
     BackwardAccumulator,
     ForwardAccumulator,
@@ -27,7 +36,6 @@ if TYPE_CHECKING:
     from cpbench.core.operator import Gradients, OutLse
     from cpbench.core.output_state import OutputStates
     from cpbench.core.problem import Problem
-    from cpbench.masks.attn_mask import AttnMask
     from cpbench.parallel.world import Chunk, KeySubset, Subproblem
 
 
@@ -39,6 +47,14 @@ def native_rectangle(mask: AttnMask) -> tuple[tuple[int, int, int, int] | None, 
         if inner.kind in ("full", "causal"):
             return mask.hull, inner
     return None, mask
+
+
+def declared_kind(info: OperatorInfo, mask: Mask) -> str:
+    """The kind of a mask, in the words in which an operator declares those that it takes: mixers
+    tell masks that are causal in each document from others."""
+    if info.mixer and isinstance(mask, AttnMask) and mask.causal_documents is not None:
+        return "causal" if len(mask.causal_documents) == 1 else "causal_document"
+    return str(mask.kind)
 
 
 class BoundOperator:
@@ -86,13 +102,13 @@ class BoundOperator:
         """
         mask: Any = subproblem.mask  # of the kinds that the operator declares
         problem, crop = subproblem.problem, None
-        if mask.kind == "bands" and not self.info.selects:
+        if mask.kind == "bands" and not (self.info.selects or self.info.mixer):
             crop, rectangle = native_rectangle(mask)
             if crop is not None and self._knows_outputs and crop[:2] != (0, mask.seq_q):
                 crop, rectangle = None, mask  # its backward pass takes the output it returned
             mask = rectangle
             problem = replace(problem, seq_q=mask.seq_q, seq_k=mask.seq_k)
-        if mask.kind not in self.info.masks:
+        if declared_kind(self.info, mask) not in self.info.masks:
             takes = ", ".join(self.info.masks)
             kind = "differs from head to head" if per_head(mask) else f"is {mask.kind}"
             raise Unsupported(f"{self.info.name} takes {takes} masks; this one {kind}")
@@ -102,10 +118,12 @@ class BoundOperator:
         plan = self.impl.prepare(mask, problem, self.device)
         return Planned(plan, problem, mask, subproblem.area, crop, subproblem.world.kv_heads)
 
-    def forward(self, qkv: QKV, plan: Any) -> OutLse:
+    def forward(self, qkv: QKV | MixerInputs, plan: Any) -> OutLse:
         """See :meth:`Operator.forward`."""
         import torch
 
+        if isinstance(qkv, MixerInputs):
+            return self.impl.forward(qkv, plan.plan)  # type: ignore[arg-type]
         q = qkv.q
         out, lse = self.forward_cropped(qkv, plan)
         if plan.crop is None or out.shape[1] == q.shape[1]:
@@ -130,8 +148,10 @@ class BoundOperator:
     def _forward(self, qkv: QKV, plan: Planned) -> OutLse:
         return self.impl.forward(qkv, plan.plan)
 
-    def backward(self, x: BackwardInputs, plan: Any) -> Gradients:
+    def backward(self, x: BackwardInputs | MixerBackwardInputs, plan: Any) -> Gradients:
         """See :meth:`Operator.backward`."""
+        if isinstance(x, MixerBackwardInputs):
+            return self.impl.backward(x, plan.plan)  # type: ignore[arg-type]
         dq, dk, dv = self.backward_cropped(x, plan)
         if plan.crop is None:
             return dq, dk, dv

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from cpbench.core.operator import MixerBackwardInputs
 from cpbench.parallel.bound_operator import BoundOperator
 from cpbench.parallel.host_memory.account import MemoryAccount, PeakBytes
 from cpbench.parallel.partial_results.accumulators import BackwardAccumulator, ForwardAccumulator
@@ -18,7 +19,7 @@ from cpbench.parallel.trace import CountingComm, TracedOperator, TracedPlan, emp
 if TYPE_CHECKING:
     import torch
 
-    from cpbench.core.operator import QKV, BackwardInputs, Gradients, OutLse
+    from cpbench.core.operator import QKV, BackwardInputs, Gradients, MixerInputs, OutLse
     from cpbench.core.registry import OperatorInfo
     from cpbench.parallel.strategy import Strategy
     from cpbench.parallel.world import World
@@ -45,13 +46,15 @@ class _AccumulatingOperator(TracedOperator):
     sum_float32 = BoundOperator.sum_float32
     empty = BoundOperator.empty
 
-    def forward(self, qkv: QKV, plan: TracedPlan) -> OutLse:
+    def forward(self, qkv: QKV | MixerInputs, plan: TracedPlan) -> OutLse:
         repeated = [repeat_heads(x, plan.kv_heads) for x in (qkv.k, qkv.v)]
         result = super().forward(qkv, plan)
         del repeated
         return result
 
-    def backward(self, x: BackwardInputs, plan: TracedPlan) -> Gradients:
+    def backward(self, x: BackwardInputs | MixerBackwardInputs, plan: TracedPlan) -> Gradients:
+        if isinstance(x, MixerBackwardInputs):
+            return super().backward(x, plan)
         k, v = (repeat_heads(kv, plan.kv_heads) for kv in (x.k, x.v))
         dq, dk, dv = super().backward(x._replace(k=k, v=v), plan)
         if plan.kv_heads:
@@ -64,7 +67,7 @@ def peak_bytes(strategy: Strategy, operator: OperatorInfo, world: World, rank: i
     ``bwd`` alone, to what the forward pass saved)."""
     op, comm = _AccumulatingOperator(operator), CountingComm(rank, world.size)
     plan = strategy.prepare(op, world, rank)
-    qkv, dout = empty_inputs(world)
+    qkv, dout = empty_inputs(world, operator.kind)
     account = MemoryAccount((qkv, dout))
     if world.problem.direction == "bwd":
         _, _, saved = strategy.forward(qkv, plan, op, comm, need_lse=False)

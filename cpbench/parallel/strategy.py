@@ -12,14 +12,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from cpbench.core.operator import BackwardInputs, value_dims_refusal
+from cpbench.core.operator import (
+    BackwardInputs,
+    MixerBackwardInputs,
+    MixerInputs,
+    value_dims_refusal,
+)
 from cpbench.core.registry import missing_package
 from cpbench.masks.head_masks import per_head
 
 if TYPE_CHECKING:
     import torch
 
-    from cpbench.core.operator import QKV, Gradients
+    from cpbench.core.operator import Gradients
     from cpbench.core.problem import Problem
     from cpbench.core.registry import OperatorInfo, StrategyInfo
     from cpbench.parallel.bound_operator import BoundOperator
@@ -49,6 +54,18 @@ class Saved(NamedTuple):
         return BackwardInputs(dout, *self[:5])  # type: ignore[arg-type]
 
 
+class SavedMixer(NamedTuple):
+    """What the backward pass of a mixer on one rank needs of the forward pass."""
+
+    inputs: MixerInputs
+    out: torch.Tensor
+    state: torch.Tensor | None
+
+    def backward_inputs(self, dout: torch.Tensor) -> MixerBackwardInputs:
+        """The inputs of a mixer's backward pass."""
+        return MixerBackwardInputs(dout, *self)
+
+
 class Strategy(Protocol):
     """The methods of a strategy."""
 
@@ -65,12 +82,13 @@ class Strategy(Protocol):
         ...
 
     def forward(
-        self, qkv: QKV, plan: Any, op: BoundOperator, comm: Comm, need_lse: bool
+        self, qkv: Any, plan: Any, op: BoundOperator, comm: Comm, need_lse: bool
     ) -> Forward:
-        """Compute attention on local shards.
+        """Compute attention on local shards.  Of a mixer, ``qkv`` is a ``MixerInputs`` and lse
+        is the last state.
 
         Args:
-            qkv: q ``[B, L, H, D]``; k ``[B, L, G, D]``; v ``[B, L, G, Dv]``; contiguous.
+            qkv: a ``QKV``: q ``[B, L, H, D]``; k ``[B, L, G, D]``; v ``[B, L, G, Dv]``; contiguous.
             need_lse: whether to return the local lse even if that costs communication.
 
         Returns:
@@ -101,6 +119,15 @@ def declared_refusal(info: StrategyInfo, world: World) -> str | None:
         takes = f"placements {', '.join(info.axes)}" if info.axes else "no placement"
         return f"{info.name} takes {takes}, not {world.placement!r}"
     return None
+
+
+def kind_refusal(strategy: StrategyInfo, operator: OperatorInfo) -> str | None:
+    """The reason why a strategy does not take operators of this kind, or None."""
+    if operator.kind in strategy.kinds:
+        return None
+    if operator.mixer:
+        return f"{strategy.name} distributes attention; {operator.name} is a sequence mixer"
+    return f"{strategy.name} distributes sequence mixers; {operator.name} computes attention"
 
 
 def merge_refusal(

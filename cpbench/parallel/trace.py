@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
-from cpbench.core.operator import QKV
+from cpbench.core.operator import QKV, MixerBackwardInputs, MixerInputs, state_dtype
 from cpbench.parallel.bound_operator import BoundOperator
 from cpbench.parallel.comm import CompletedHandle, GroupedComm, Handle, Part
 from cpbench.parallel.partial_results.accumulators import BackwardAccumulator, ForwardAccumulator
@@ -242,12 +242,17 @@ class TracedOperator(BoundOperator):
     ) -> torch.Tensor:
         return self.empty_sum(gradients) if total is None else total
 
-    def forward(self, qkv: QKV, plan: Any) -> OutLse:
+    def forward(self, qkv: QKV | MixerInputs, plan: Any) -> OutLse:
         q = qkv.q
+        if isinstance(qkv, MixerInputs):
+            (B, _, H, K), V = q.shape, qkv.v.shape[3]
+            return self.empty(qkv.v.shape, q.dtype), self.empty((B, H, K, V), state_dtype(q))
         self.pairs += plan.area * q.shape[2]
         return self.forward_accumulator(q, qkv.v.shape[3]).empty_result()
 
-    def backward(self, x: BackwardInputs, plan: Any) -> Gradients:
+    def backward(self, x: BackwardInputs | MixerBackwardInputs, plan: Any) -> Gradients:
+        if isinstance(x, MixerBackwardInputs):
+            return tuple(self.empty(y.shape, y.dtype) for y in x.inputs.given)  # type: ignore[return-value]
         self.pairs += plan.area * x.q.shape[2]
         dq, dk, dv = (self.empty(tensor.shape, tensor.dtype) for tensor in x.qkv)
         return dq, dk, dv
@@ -292,8 +297,10 @@ def count_rank(
 def _trace_shapes(
     strategy: Strategy, operator: OperatorInfo, world: World, comm: CountingComm
 ) -> dict[str, PhaseTrace]:
-    qkv, dout = empty_inputs(world)
-    q, k, v, dout = (cast("torch.Tensor", without_data(x)) for x in (*qkv, dout))
+    inputs, dout = empty_inputs(world, operator.kind)
+    if not isinstance(inputs, QKV):
+        return trace_phases(strategy, TracedOperator(operator), world, comm, (inputs, dout))
+    q, k, v, dout = (cast("torch.Tensor", without_data(x)) for x in (*inputs, dout))
     return trace_phases(strategy, _ShapeOperator(operator), world, comm, (QKV(q, k, v), dout))
 
 
@@ -302,12 +309,12 @@ def trace_phases(
     op: TracedOperator,
     world: World,
     comm: CountingComm,
-    inputs: tuple[QKV, torch.Tensor],
+    inputs: tuple[Any, torch.Tensor],
 ) -> dict[str, PhaseTrace]:
     """Run the strategy's code for the rank of a communicator; what it counts by phase.
 
     Args:
-        inputs: q, k, v and dout, without data.
+        inputs: those of the operator, and dout, without data.
     """
     qkv, dout = inputs
     plan = strategy.prepare(op, world, comm.rank)
@@ -319,8 +326,8 @@ def trace_phases(
     return phases
 
 
-def empty_inputs(world: World) -> tuple[QKV, torch.Tensor]:
-    """q, k, v and dout of one rank, without data."""
+def empty_inputs(world: World, kind: str = "attention") -> tuple[Any, torch.Tensor]:
+    """The inputs of an operator of this kind on one rank, and dout, without data."""
     import torch
 
     problem = world.problem
@@ -334,7 +341,13 @@ def empty_inputs(world: World) -> tuple[QKV, torch.Tensor]:
             (of_keys, problem.value_dim), (of_queries, problem.value_dim),
         )
     )  # fmt: skip
-    return QKV(q, k, v), dout
+    if kind == "attention":
+        return QKV(q, k, v), dout
+    gates = {
+        name: q.new_empty((*q.shape[:3], *([lanes] if lanes else [])), dtype=state_dtype(q))
+        for name, lanes in problem.gates
+    }
+    return MixerInputs.of({"q": q, "k": k, "v": v, **gates}), dout
 
 
 @functools.cache

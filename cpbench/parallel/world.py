@@ -137,6 +137,15 @@ class World:
         world.__dict__["areas"] = self.areas
         return world
 
+    def with_gates(self, gates: tuple[tuple[str, int], ...]) -> World:
+        """The same computation with other inputs beside q, k and v."""
+        if gates == self.problem.gates:
+            return self
+        world = replace(self, problem=replace(self.problem, gates=gates))
+        if "areas" in self.__dict__:
+            world.__dict__["areas"] = self.areas
+        return world
+
     def merged(self, groups: tuple[tuple[int, ...], ...], heads_q: int, heads_kv: int) -> World:
         """Merge each group of ranks into one rank, in this order: the world after an all-to-all
         inside the groups that leaves every member a subset of heads of all their tokens.

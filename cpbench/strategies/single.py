@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from cpbench.core.operator import QKV
 from cpbench.core.registry import StrategyInfo
-from cpbench.parallel.strategy import Saved
+from cpbench.parallel.strategy import Saved, SavedMixer
 
 if TYPE_CHECKING:
     import torch
 
-    from cpbench.core.operator import QKV, Gradients
+    from cpbench.core.operator import Gradients, MixerInputs
     from cpbench.parallel.bound_operator import BoundOperator
     from cpbench.parallel.comm import Comm
     from cpbench.parallel.strategy import Forward
@@ -22,6 +23,7 @@ STRATEGY = StrategyInfo(
     source="the operator alone",
     load="cpbench.strategies.single:Single",
     layouts=("contiguous",),
+    kinds=("attention", "mixer"),
     value_dims=True,
     params=("offload", "chunk"),
     variants=("offload=host,chunk=16",),
@@ -41,10 +43,11 @@ class Single:
         return op.prepare(world.subproblem([0], [0]))
 
     def forward(
-        self, qkv: QKV, plan: Any, op: BoundOperator, comm: Comm, need_lse: bool
+        self, qkv: QKV | MixerInputs, plan: Any, op: BoundOperator, comm: Comm, need_lse: bool
     ) -> Forward:
         out, lse = op.forward(qkv, plan)
-        return out, lse, Saved(*qkv, out, lse)
+        saved = Saved(*qkv, out, lse) if isinstance(qkv, QKV) else SavedMixer(qkv, out, lse)
+        return out, lse, saved
 
     def backward(
         self, dout: torch.Tensor, saved: Any, plan: Any, op: BoundOperator, comm: Comm

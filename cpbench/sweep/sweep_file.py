@@ -68,6 +68,7 @@ INT_KEYS = (
 CHOICES = {"dtype": DTYPES, "direction": DIRECTIONS}
 KEYS = (*SPEC_KEYS, *INT_KEYS, *CHOICES, "placement")
 ZERO_ALLOWED = ("seed", "ranks_per_node", "queries", "head_dim_v")
+GATES = Spec("gates")  # the inputs of sequence mixers unless given
 PACKAGED = resources.files("cpbench.sweep") / "packaged"
 TABLES = ("sweep", "include", "exclude", "measure", "description")
 
@@ -308,6 +309,8 @@ def _build_case(values: dict[str, Any]) -> Case:
     if "head_dim_v" in values:
         head_dim = values.get("head_dim", Case.head_dim)
         values["head_dim_v"] = different_or_zero(values["head_dim_v"], head_dim)
+    if "inputs" not in values and operator_info(values.get("operator", Case.operator).name).mixer:
+        values["inputs"] = GATES
     case = Case(**values)
     if case.num_heads_q % case.num_heads_kv:
         raise ValueError(

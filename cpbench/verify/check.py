@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 
-from cpbench.core.operator import QKV, BackwardInputs
+from cpbench.core.operator import QKV, BackwardInputs, state_dtype
 from cpbench.core.problem import Problem
 from cpbench.inputs import Recipe
 from cpbench.masks.attn_mask import AttnMask
@@ -89,10 +89,10 @@ def make_inputs(
     device: str,
     keep_on: str | None = None,
 ) -> Tensors:
-    """q, k, v and (with a backward pass) dout of the given tokens, ``[B, tokens, heads, D]``.
+    """The inputs and (with a backward pass) dout of the given tokens, ``[B, tokens, heads, D]``.
 
     Args:
-        queries: global positions of the tokens of q and dout.
+        queries: global positions of the tokens of q, dout and gates.
         keys: global positions of the tokens of k and v.
         device: on which they are computed.
         keep_on: to which each is moved then, if another one.
@@ -109,7 +109,12 @@ def make_inputs(
             keep_on=keep_on,
         )
 
-    return {name: make(name) for name in ("q", "k", "v", "dout")[: 4 if problem.backward else 3]}
+    return {name: make(name) for name in _names(problem)}
+
+
+def _names(problem: Problem) -> tuple[str, ...]:
+    """Names of the tensors of :func:`make_inputs`."""
+    return (*problem.inputs, "dout") if problem.backward else problem.inputs
 
 
 def rank_inputs(
@@ -123,13 +128,12 @@ def rank_inputs(
     problem = replace(work.problem, direction="fwd_bwd")
     queries, keys = (x.positions(work.rank) for x in (work.world.queries, work.world.keys))
     nbytes = problem.q_bytes(len(queries)) + problem.out_bytes(len(queries))  # q and dout
-    nbytes += problem.kv_bytes(len(keys))
+    nbytes += problem.kv_bytes(len(keys)) + problem.gate_bytes(len(queries))
     if device != "cpu" or keep_on is not None or nbytes > MOST_KEPT_BYTES:
         inputs = make_inputs(work.problem, queries, keys, recipe, device, keep_on)
     else:
         kept = _kept_inputs(problem, queries.tobytes(), keys.tobytes(), recipe)
-        names = ("q", "k", "v", "dout")[: 4 if work.problem.backward else 3]
-        inputs = {name: kept[name].clone() for name in names}
+        inputs = {name: kept[name].clone() for name in _names(work.problem)}
     pinned = work.offloaded and keep_on is None and work.op.device.startswith("cuda")
     return {name: x.pin_memory() if pinned else x for name, x in inputs.items()}
 
@@ -146,15 +150,12 @@ class WrongResult(ValueError):
 
 
 def run_pass(work: Attention, inputs: Tensors, comm: Comm | None) -> Tensors:
-    """Run one pass; returns out, lse if the operator has one, and gradients if asked for."""
-    out, lse, saved = work.forward(QKV.of(inputs), comm)
-    results = {"out": out}
-    if lse is not None:
-        results["lse"] = lse
-    if work.problem.backward:
-        grads = work.backward(inputs["dout"], saved, comm)
-        results.update(zip(("dq", "dk", "dv"), grads, strict=True))
-    return results
+    """Run one pass; returns out, lse if the operator has one (of mixers, the last state), and
+    gradients if asked for."""
+    *forward, saved = work.forward(work.inputs_of(inputs), comm)
+    grads = work.backward(inputs["dout"], saved, comm) if work.problem.backward else ()
+    results = dict(zip(work.result_names, (*forward, *grads), strict=bool(grads)))
+    return {name: x for name, x in results.items() if x is not None}
 
 
 def run_checked_pass(work: Attention, inputs: Tensors, context: RankContext) -> Tensors:
@@ -172,20 +173,22 @@ def run_checked_pass(work: Attention, inputs: Tensors, context: RankContext) -> 
 
 def contract_breach(results: Tensors, inputs: Tensors) -> str | None:
     """The first result that is not a plain tensor of the shape, dtype and device that operators
-    must return (those of q, k and v, and float32 for lse), in one line; None if there is none."""
+    must return (those of the inputs, and float32 for lse and states), in one line; None if there is
+    none."""
     import torch
 
     q, k, v = QKV.of(inputs)
     b, s, h, _ = q.shape
-    shapes = {"out": [b, s, h, v.shape[3]], "lse": [b, h, s]}
-    shapes |= {"dq": list(q.shape), "dk": list(k.shape), "dv": list(v.shape)}
+    likes = {"out": ([b, s, h, v.shape[3]], q.dtype), "lse": ([b, h, s], torch.float32)}
+    likes["state"] = [b, h, k.shape[3], v.shape[3]], state_dtype(q)
+    likes |= {f"d{name}": (list(x.shape), x.dtype) for name, x in inputs.items()}
     for name, result in results.items():
         if type(result) is not torch.Tensor:
             kind = f"{type(result).__module__}.{type(result).__qualname__}"
             return f"{name} is a {kind}; it must be a plain torch.Tensor"
-        dtype = torch.float32 if name == "lse" else q.dtype
+        shape, dtype = likes[name]
         for what, actual, expected in (
-            ("shape", list(result.shape), shapes[name]),
+            ("shape", list(result.shape), shape),
             ("dtype", result.dtype, dtype),
             ("device", result.device, q.device),
         ):
@@ -232,6 +235,7 @@ def reduced_world(work: Attention) -> World:
     """The world for :func:`check_small`: that of ``work`` with a reduced mask, same layout."""
     world = work.world
     tokens = SELECTION_TOKENS if work.op.info.selects else SMALL_TOKENS
+    tokens = max(tokens, getattr(work.op.impl, "small_tokens", 0))
     # A multiple that layouts split evenly, since some strategies do not pad.
     mask = reduced_mask(work.mask, tokens - tokens % (2 * world.size))
     problem = replace(world.problem, seq_q=mask.seq_q, seq_k=mask.seq_k)
@@ -240,33 +244,63 @@ def reduced_world(work: Attention) -> World:
     return World.of(problem, mask, layout, world.ranks_per_node, world.placement)
 
 
-def check_small(work: Attention, recipe: Recipe, context: RankContext) -> Errors:
+def check_small(
+    work: Attention,
+    recipe: Recipe,
+    context: RankContext,
+    reference: Callable[[Attention, Recipe, str], Tensors] | None = None,
+) -> Errors:
     """Errors of every output and gradient of a problem of :func:`reduced_world`.
+
+    Args:
+        reference: the global results in float64, ``[B, heads, S, …]``; those of attention unless
+            given.
 
     Raises:
         WrongResult: for a result that breaks the contract of operators.
         DoesNotFit: see :meth:`RankContext.compute`, as from the other checks.
     """
     results = run_checked_pass(work, rank_inputs(work, recipe, work.home), context)
-    compare = functools.partial(_sums_of_small, work, results, recipe, work.home)
+    expected = reference or _attention_results
+    compare = functools.partial(_sums_of_small, work, results, recipe, work.home, expected)
     return combined_errors(context.gather(context.compute(compare)))
 
 
-def _sums_of_small(work: Attention, results: Tensors, recipe: Recipe, device: str) -> ErrorSums:
+def _sums_of_small(
+    work: Attention,
+    results: Tensors,
+    recipe: Recipe,
+    device: str,
+    expected_results: Callable[[Attention, Recipe, str], Tensors],
+) -> ErrorSums:
     """Error sums of the results of a rank."""
-    reference = _reference_results(work.mask, work.problem, recipe, device)
+    reference = expected_results(work, recipe, device)
     sums = {}
     for name, value in results.items():
+        if name == "state":
+            sums[name] = TensorErrorSums.between(
+                value, reference[name].to(device), value[..., 0, 0].numel()
+            )
+            continue
         layout = work.world.keys if name in ("dk", "dv") else work.world.queries
         positions = layout.positions(work.rank)
         real = np.flatnonzero(positions < layout.seq_len)
-        heads_first = value if name == "lse" else value.transpose(1, 2)
+        heads_first = value if name == "lse" else as_matrices(value).transpose(1, 2)
         own = heads_first.index_select(2, as_index(real, device))
         expected = reference[name].to(device)
         expected = expected.index_select(2, as_index(positions[real], device))
         groups = own.shape[0] * own.shape[1]
         sums[name] = TensorErrorSums.between(own, expected, groups)
     return sums
+
+
+def as_matrices(x: torch.Tensor) -> torch.Tensor:
+    """``[B, S, H, D]``; of a tensor without the last axis, D = 1."""
+    return x.unsqueeze(3) if x.ndim == 3 else x
+
+
+def _attention_results(work: Attention, recipe: Recipe, device: str) -> Tensors:
+    return _reference_results(work.mask, work.problem, recipe, device)
 
 
 @functools.lru_cache(maxsize=16)

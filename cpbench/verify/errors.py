@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -117,3 +118,14 @@ def combined_errors(ranks: list[ErrorSums]) -> Errors:
         for name, sums in rank.items():
             total[name] = total[name].add(sums) if name in total else sums
     return {name: sums.errors(absolute=name == "lse") for name, sums in total.items()}
+
+
+def worst_errors(errors: Sequence[Errors]) -> Errors:
+    """The largest of each error."""
+    worst: Errors = {}
+    for one in errors:
+        for name, metrics in one.items():
+            known = worst.setdefault(name, dict(metrics))
+            for metric, value in metrics.items():
+                known[metric] = max(known.get(metric, value), value)
+    return worst

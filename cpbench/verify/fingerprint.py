@@ -15,6 +15,7 @@ import numpy as np
 
 from cpbench.core.tolerance import LIMITS
 from cpbench.masks.slices import IntArray
+from cpbench.verify.check import as_matrices
 from cpbench.verify.errors import Floats
 
 if TYPE_CHECKING:
@@ -65,21 +66,23 @@ class Fingerprinter:
 
     def __init__(self, work: Attention) -> None:
         queries, keys = (x.positions(work.rank) for x in (work.world.queries, work.world.keys))
+        gates = [name for name, _ in work.problem.gates]
         self._positions = dict.fromkeys(("q", "dout", "out", "dq"), queries)
         self._positions |= dict.fromkeys(("k", "v", "dk", "dv"), keys)
+        self._positions |= dict.fromkeys((*gates, *(f"d{name}" for name in gates)), keys)
 
     def take(
         self,
         tensors: Mapping[str, torch.Tensor],
         lane_signs: Mapping[str, torch.Tensor] | None = None,
     ) -> Fingerprint:
-        """The fingerprints of inputs, out and gradients (lse is left out).
+        """The fingerprints of inputs, out and gradients (lse and states are left out).
 
         Args:
             lane_signs: by tensor, ``[D]`` signs by which its lanes are multiplied first.
         """
         return {
-            name: self._take(x, self._positions[name], (lane_signs or {}).get(name))
+            name: self._take(as_matrices(x), self._positions[name], (lane_signs or {}).get(name))
             for name, x in tensors.items()
             if name in self._positions
         }

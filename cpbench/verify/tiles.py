@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,7 +34,7 @@ from cpbench.masks.head_masks import distinct_masks
 from cpbench.masks.slices import IntArray
 from cpbench.verify.at_size import Statistics
 from cpbench.verify.check import RankContext, Tensors, as_index
-from cpbench.verify.errors import Errors, TensorErrorSums
+from cpbench.verify.errors import Errors, TensorErrorSums, worst_errors
 from cpbench.verify.fit import chunks, row_products
 
 if TYPE_CHECKING:
@@ -84,7 +84,9 @@ def check_tiles(
         return TileErrors({}, 0.0)
     checker = _TileChecker(work, inputs, results, recipe, seed, work.home, statistics)
     ranks = context.gather(context.compute(functools.partial(checker.run, seconds)))
-    return TileErrors(_worst([errors for errors, _ in ranks]), min(covered for _, covered in ranks))
+    return TileErrors(
+        worst_errors([errors for errors, _ in ranks]), min(covered for _, covered in ranks)
+    )
 
 
 class _TileChecker:
@@ -126,7 +128,7 @@ class _TileChecker:
             errors, share = self._check_pair(b, g, left / (len(pairs) - done))
             by_pair.append(errors)
             covered += share / len(pairs)
-        return _worst(by_pair), covered
+        return worst_errors(by_pair), covered
 
     def _check_pair(self, b: int, g: int, seconds: float) -> tuple[Errors, float]:
         """The same for one batch and key/value head; at least one chunk."""
@@ -364,14 +366,3 @@ def _errors(name: str, tiles: list[TensorErrorSums]) -> dict[str, float]:
         least = MIN_TILE_WEIGHT * weight.mean()
         errors["tile"] = float(np.sqrt((squared_error / np.maximum(weight, least)).max()))
     return errors
-
-
-def _worst(errors: Sequence[Errors]) -> Errors:
-    """The largest of each error."""
-    worst: Errors = {}
-    for one in errors:
-        for name, metrics in one.items():
-            known = worst.setdefault(name, dict(metrics))
-            for metric, value in metrics.items():
-                known[metric] = max(known.get(metric, value), value)
-    return worst

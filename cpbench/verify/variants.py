@@ -2,10 +2,10 @@
 
 There are two sets of inputs, from different seeds; both are checked.  Besides, before every call,
 lanes of the head dimension are multiplied by new random signs: those of q and k by the same, and
-those of v and dout by the same.  All products of attention stay what they are, so the results are
-those of the checked call up to the signs, to the last bit: out and dv have the signs of v, dq and
-dk those of k.  So a call that returns what it returned before, or computes from stale inputs, is
-found out; and no call repeats the inputs of another.
+those of v and dout by the same.  All products of attention (and of mixers) stay what they are, so
+the results are those of the checked call up to the signs, to the last bit: out and dv have the
+signs of v, dq and dk those of k.  So a call that returns what it returned before, or computes from
+stale inputs, is found out; and no call repeats the inputs of another.
 
 Inputs are changed in place: the addresses stay the same.
 """
@@ -58,6 +58,8 @@ class InputVariants:
         tolerance: float,
         expected: Expected,
     ) -> None:
+        import torch
+
         self.inputs, self._others, self._tolerance = first, second, tolerance
         self._fingerprinter = Fingerprinter(work)
         self._rng = np.random.default_rng([seed, 1])
@@ -68,8 +70,8 @@ class InputVariants:
         self.expected = dict(expected)
         self._calls, self._mismatch, self.unfit = 0, "", ""
         # Kept, so that a swap never fails half-way for want of memory.
-        windows = [x[:, : _swap_step(x)].numel() for x in second.values()]
-        self._buffer = first["q"].new_empty(max(windows, default=0))
+        windows = [x[:, : _swap_step(x)].nbytes for x in second.values()]
+        self._buffer = first["q"].new_empty(max(windows, default=0), dtype=torch.uint8)
 
     @property
     def has_second(self) -> bool:
@@ -94,7 +96,7 @@ class InputVariants:
             step = _swap_step(x)
             for start in range(0, x.shape[1], step):
                 own, other = (y[:, start : start + step] for y in (x, self._others[name]))
-                kept = self._buffer[: own.numel()].view(own.shape).copy_(own)
+                kept = self._buffer[: own.nbytes].view(own.dtype).view(own.shape).copy_(own)
                 own.copy_(other)
                 other.copy_(kept)
 

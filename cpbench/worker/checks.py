@@ -18,7 +18,7 @@ from cpbench.core import tolerance
 from cpbench.core.registry import OperatorInfo
 from cpbench.inputs import Recipe
 from cpbench.results.record import APPROXIMATE, UNCHECKED
-from cpbench.verify import at_size, check, fingerprint, quality, tiles
+from cpbench.verify import at_size, check, fingerprint, mixing, quality, tiles
 from cpbench.verify import selection as check_selection
 from cpbench.verify.fit import DoesNotFit
 from cpbench.verify.variants import InputVariants
@@ -67,7 +67,8 @@ class Checks:
                 inputs = check.rank_inputs(reduced, recipe, reduced.home)
                 errors = check_selection.check_small(reduced, inputs, self._context)
             else:
-                errors = check.check_small(reduced, recipe, self._context)
+                reference = mixing.small_results if reduced.op.info.mixer else None
+                errors = check.check_small(reduced, recipe, self._context, reference)
             self._store("small", errors, reduced.op.info, record)
 
     def check_at_size(self, work: Attention, inputs: check.Tensors, record: Record) -> Expected:
@@ -91,12 +92,15 @@ class Checks:
         start = time.monotonic()
         results = check.run_checked_pass(work, inputs, context)
         seconds = max(context.gather(time.monotonic() - start))
-        record.balance = context.gather(work.op.pairs)
+        record.balance = None if work.op.info.mixer else context.gather(work.op.pairs)
         if self._settings.check_sampled and case.seq_len > check.SMALL_TOKENS:
             self._report_phase("check at size")
             limit = max(TILE_PASSES * seconds, MIN_TILE_SECONDS)
             if self._settings.thorough:
                 limit = self._settings.timeout_s / 2
+            if work.op.info.mixer:
+                self._check_mixer(work, results, recipe_of(case), record, limit)
+                return results
             with _may_not_fit("the check at size", record):
                 statistics = at_size.query_statistics(work, inputs, results, context)
                 self._check_lines(work, inputs, results, recipe_of(case), record, statistics)
@@ -130,8 +134,11 @@ class Checks:
             results = check.run_checked_pass(work, variants.inputs, self._context)
             if self._settings.check_sampled and record.case.seq_len > check.SMALL_TOKENS:
                 recipe = second_recipe_of(record.case)
-                with _may_not_fit("the check at size", record):
-                    self._check_lines(work, variants.inputs, results, recipe, record)
+                if work.op.info.mixer:
+                    self._check_mixer(work, results, recipe, record, 0.0)
+                else:
+                    with _may_not_fit("the check at size", record):
+                        self._check_lines(work, variants.inputs, results, recipe, record)
         with _may_not_fit(FINGERPRINT, record):
             self._context.compute(lambda: variants.expect(results))
         variants.swap()
@@ -196,6 +203,23 @@ class Checks:
         record.checked["seed"] = self._seed
         for kind, count in (("rows", lines.rows), ("columns", lines.columns)):
             record.checked[kind] = record.checked.get(kind, 0) + count
+
+    def _check_mixer(
+        self,
+        work: Attention,
+        results: check.Tensors,
+        recipe: Recipe,
+        record: Record,
+        limit_s: float,
+    ) -> None:
+        """Compare the results of a mixer with float64, of as many heads as the time allows, one at
+        least."""
+        seed = self._seed + recipe.seed
+        with _may_not_fit("the check at size", record):
+            checked = mixing.check_in_full(work, results, recipe, seed, limit_s, self._context)
+            self._store("full", checked.errors, work.op.info, record)
+            record.checked["seed"] = self._seed
+            record.checked["heads"] = max(checked.covered, record.checked.get("heads", 0.0))
 
     def _check_selection(
         self, work: Attention, inputs: check.Tensors, record: Record

@@ -262,7 +262,7 @@ class Evaluator:
             return None, Record(case=case, status="unsupported", reason=refusals[0])
         require_agreement(self.control, work, [fingerprint for *_, fingerprint in ranks])
         work.connect(self._comm)
-        flops = case.problem.flops(work.mask.area)
+        flops = work.flops
         record = Record(
             case=case,
             status="ok",

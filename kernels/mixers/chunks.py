@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from cpbench.core.operator import MixerInputs
 from cpbench.kernels.mixers.forms import Form
 
 if TYPE_CHECKING:
@@ -18,20 +19,7 @@ if TYPE_CHECKING:
 SLAB_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 25}  # of the largest matrices of a slab's chunks
 
 
-class Inputs(NamedTuple):
-    """The inputs of a mixer, of one contiguous run of tokens.
-
-    Attributes:
-        q, k: ``[B, S, H, K]``; v: ``[B, S, H, V]``.
-        g: log decay, ``[B, S, H]`` or ``[B, S, H, K]`` by the form; None without one.
-        beta: ``[B, S, H]``; None without the delta rule.
-    """
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    g: torch.Tensor | None
-    beta: torch.Tensor | None
+Inputs = MixerInputs  # of one contiguous run of tokens
 
 
 @dataclass(frozen=True)
@@ -92,13 +80,6 @@ def cut_slabs(x: Inputs, chunk: int) -> list[Slab]:
         Slab(i, min(i + size, total), i * chunk, min((i + size) * chunk, S))
         for i in range(0, total, size)
     ]
-
-
-def state_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype of states and of all that is computed: float32, but for float64."""
-    import torch
-
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def read(

@@ -11,10 +11,13 @@ Mixers without the delta rule leave out ``I - beta k k^T`` and beta; ``g`` is on
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from cpbench.core.registry import check_params
 from cpbench.core.spec import Spec
+
+if TYPE_CHECKING:
+    from cpbench.core.problem import Problem
 
 CHUNK = 64  # tokens computed as one matrix product
 TRITON_CHUNK = 32  # more spill registers (cpbench compile --operator mixers)
@@ -57,7 +60,7 @@ FORMS = {
         ),
         Form(
             name="retention",
-            summary="a fixed decay per head, 1 - 2^(-5-h) unless g is given",
+            summary="a fixed decay per head, 1 - 2^(-5-h)",
             source="Sun et al. 2023, Retentive Network",
             gate="scalar",
             default_gate=True,
@@ -152,6 +155,13 @@ def flops(form: Form, tokens: int, key_dim: int, value_dim: int) -> dict[str, in
         "fwd": forward * tokens * key_dim * value_dim,
         "bwd": backward * tokens * key_dim * value_dim,
     }
+
+
+def problem_flops(form: Form, problem: Problem) -> dict[str, int]:
+    """:func:`flops` of all heads and sequences of a problem."""
+    tokens = problem.batch * problem.seq_q
+    one = flops(form, tokens, problem.head_dim, problem.value_dim)
+    return {phase: count * problem.heads_q for phase, count in one.items()}
 
 
 def parity_tokens(form: Form, key_dim: int, value_dim: int) -> float:

@@ -6,8 +6,9 @@ import itertools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from cpbench.core.operator import state_dtype
 from cpbench.kernels.mixers.backward import Gradients, backward
-from cpbench.kernels.mixers.chunks import Inputs, Plan, state_dtype
+from cpbench.kernels.mixers.chunks import Inputs, Plan
 from cpbench.kernels.mixers.forward import Saved, output
 from cpbench.kernels.mixers.recurrence import recur
 
@@ -49,7 +50,7 @@ class Mixer:
 
         if self.whole:
             return _see_all(x, self.plan.scale, state)
-        runs = self._runs(x)
+        runs = self.runs(x)
         if self._launches(x):
             from cpbench.kernels.mixers.triton import launch
 
@@ -71,10 +72,10 @@ class Mixer:
         if isinstance(saved, Saved) and self._launches(x):
             from cpbench.kernels.mixers.triton import launch
 
-            return launch.backward(x, self._runs(x)[0][1], saved, dout, dstate)
+            return launch.backward(x, self.runs(x)[0][1], saved, dout, dstate)
         if isinstance(saved, Saved):
-            return backward(x, self._runs(x)[0][1], saved, dout, dstate)
-        runs, start, parts = self._runs(x), 0, []
+            return backward(x, self.runs(x)[0][1], saved, dout, dstate)
+        runs, start, parts = self.runs(x), 0, []
         for (run, plan), kept in zip(runs, saved, strict=True):
             stop = start + run.q.shape[1]
             last = dstate if stop == x.q.shape[1] else None
@@ -88,13 +89,13 @@ class Mixer:
         """As :meth:`forward`, token by token; for inputs that are not finite."""
         import torch
 
-        outs, states = zip(*(recur(run, plan, state) for run, plan in self._runs(x)), strict=True)
+        outs, states = zip(*(recur(run, plan, state) for run, plan in self.runs(x)), strict=True)
         return torch.cat(outs, 1), states[-1]
 
     def _launches(self, x: Inputs) -> bool:
         return self.kernel == "triton" and x.q.shape[1] >= SHORTEST
 
-    def _runs(self, x: Inputs) -> list[tuple[Inputs, Plan]]:
+    def runs(self, x: Inputs) -> list[tuple[Inputs, Plan]]:
         """What is computed at once: all documents, or one if the form is lagging, for which every
         document begins with a chunk and with the same fast weights."""
         if not (self.plan.form.lagging and self.documents):
@@ -104,6 +105,13 @@ class Mixer:
             (Inputs(*(None if y is None else y[:, a:b] for y in x)), self.plan)  # type: ignore[arg-type]
             for a, b in itertools.pairwise(edges)
         ]
+
+
+def retention_decays(heads: int, device: torch.device | str) -> torch.Tensor:
+    """``[H]`` float64 log decays of RetNet: log(1 - 2^(-5-h)) (Sun et al. 2023)."""
+    import torch
+
+    return torch.log1p(-(2.0 ** (-5.0 - torch.arange(heads, device=device, dtype=torch.float64))))
 
 
 def _see_all(x: Inputs, scale: float, state: torch.Tensor | None) -> Forward:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cpbench.kernels.mixers.chunks import Inputs, Plan, state_dtype
+from cpbench.core.operator import state_dtype
+from cpbench.kernels.mixers.chunks import Inputs, Plan
 
 if TYPE_CHECKING:
     import torch

@@ -1,0 +1,140 @@
+"""Sequence mixers as registered operators, over whole sequences on one device."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from cpbench.core.operator import MixerBackwardInputs, MixerInputs
+from cpbench.core.output_state import OutputStates
+from cpbench.core.registry import OperatorInfo
+from cpbench.core.spec import Spec
+from cpbench.kernels.mixers import forms
+from cpbench.kernels.mixers.chunks import Plan
+from cpbench.kernels.mixers.mixer import Mixer, retention_decays
+from cpbench.kernels.mixers.triton import launch
+
+if TYPE_CHECKING:
+    import torch
+
+    from cpbench.core.problem import Problem
+    from cpbench.masks.attn_mask import AttnMask
+
+MOST_SMALL_TOKENS = 1024  # of the small check of a mixer whose chunks are part of its definition
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A plan.
+
+    Attributes:
+        mixer: what computes.
+        backward: whether a backward pass follows.
+        decays: ``[H]``, log decays of a mixer that has its own; else None.
+    """
+
+    mixer: Mixer
+    backward: bool
+    decays: torch.Tensor | None
+
+
+class MixerOperator:
+    """The operator of a mixer; for the contract see ``cpbench.core.operator.Operator``.
+
+    Args:
+        name: of the mixer.
+        chunk, kernel: as for ``cpbench.mix``; the chunk of the mixer unless given.
+
+    Raises:
+        ValueError: for a chunk or kernel that does not exist.
+    """
+
+    def __init__(self, name: str, chunk: int = 0, kernel: str = "torch") -> None:
+        given: tuple[tuple[str, int | str], ...] = (("kernel", kernel),)
+        given += (("chunk", chunk),) if chunk else ()
+        self.form, self._chunk, self._kernel = forms.parse(Spec(name, given))
+        self.states = OutputStates(name)
+
+    @property
+    def recurrence(self) -> str:
+        """What it computes, whatever the chunks: the form, and the chunk where that matters."""
+        return f"{self.form.name}:chunk={self._chunk}" if self.form.lagging else self.form.name
+
+    @property
+    def small_tokens(self) -> int:
+        """Tokens of a small problem in which its chunks show; 0 for any."""
+        return min(2 * self._chunk, MOST_SMALL_TOKENS) if self.form.lagging else 0
+
+    def flops(self, problem: Problem) -> dict[str, int]:
+        """FLOPs of the forward and the backward pass."""
+        return forms.problem_flops(self.form, problem)
+
+    def unsupported(self, problem: Problem, mask: AttnMask, device: str) -> str | None:
+        if self._kernel == "torch":
+            return None
+        plan, device_type = self._plan(problem), device.partition(":")[0]
+        return launch.refusal(plan, problem.head_dim, problem.dtype, device_type)
+
+    def prepare(self, mask: AttnMask, problem: Problem, device: str) -> Prepared:
+        return Prepared(
+            make_mixer(self._plan(problem), mask, self._kernel),
+            problem.backward,
+            retention_decays(problem.heads_q, device) if self.form.default_gate else None,
+        )
+
+    def forward(self, x: MixerInputs, plan: Prepared) -> tuple[torch.Tensor, torch.Tensor]:
+        out, state, saved = plan.mixer.forward(_gated(x, plan), None, plan.backward)
+        if plan.backward:
+            self.states.put(out, saved)
+        return out, state
+
+    def backward(self, x: MixerBackwardInputs, plan: Prepared) -> tuple[torch.Tensor, ...]:
+        saved = self.states.get(x.out)
+        grads = plan.mixer.backward(_gated(x.inputs, plan), saved, x.dout, None)
+        pairs = zip(x.inputs, grads[:5], strict=True)
+        return tuple(grad for given, grad in pairs if given is not None and grad is not None)
+
+    def _plan(self, problem: Problem) -> Plan:
+        return Plan(self.form, problem.softmax_scale, self._chunk)
+
+
+def make_mixer(plan: Plan, mask: AttnMask, kernel: str = "torch") -> Mixer:
+    """The mixer of a mask that is causal in each document, or full."""
+    documents = mask.causal_documents
+    if documents is None:
+        assert mask.kind == "full", "other masks are refused before"
+        return Mixer(plan, whole=True)
+    return Mixer(plan, documents[1:], kernel=kernel)
+
+
+def _gated(x: MixerInputs, plan: Prepared) -> MixerInputs:
+    """The inputs with the decays of the mixer where it has its own."""
+    return x if plan.decays is None else x._replace(g=plan.decays.expand(x.q.shape[:3]))
+
+
+def _declare(form: forms.Form) -> OperatorInfo:
+    gates: tuple[tuple[str, Literal["head", "key"]], ...] = ()
+    if form.gate is not None and not form.default_gate:
+        gates += (("g", "key" if form.gate == "diagonal" else "head"),)
+    if form.delta:
+        gates += (("beta", "head"),)
+    compiled = form.gate != "diagonal" and not form.lagging
+    return OperatorInfo(
+        name=form.name,
+        summary=form.summary,
+        source=form.source,
+        load=functools.partial(MixerOperator, form.name),
+        masks=("causal", "causal_document", *(("full",) if form.name == "linear" else ())),
+        value_dims=True,
+        external_lse=False,
+        mergeable=False,
+        lse_on=(),
+        params=("chunk", "kernel"),
+        variants=("kernel=triton",) if compiled else ("chunk=16",),
+        mixer=form.name,
+        gates=gates,
+    )
+
+
+OPERATORS = tuple(_declare(form) for form in forms.FORMS.values())
