@@ -10,6 +10,7 @@ COLUMNS = {
     "operator": "operator with its parameters",
     "strategy": "context-parallel strategy with its parameters",
     "layout": "assignment of tokens to ranks",
+    "computes": "attention, or the recurrence of a sequence mixer",
     "mask": "mask with its parameters",
     "mask_family": "mask without its seed, the same for all its mask seeds",
     "draw": "mask seed, empty where the mask has none",
@@ -51,7 +52,8 @@ COLUMNS = {
     "which methods were measured alternately, or of the launch",
     "noise": "half-width of the 95 % interval of the median, relative to the median",
     "iterations": "timed iterations, all launches",
-    "tflops_per_rank": "TFLOP/s per rank, from the exact area of the mask",
+    "tflops_per_rank": "TFLOP/s per rank, from the exact area of the mask or the recurrence of a "
+    "mixer",
     "fwd_tflops_per_rank": "TFLOP/s per rank of the forward phase",
     "bwd_tflops_per_rank": "TFLOP/s per rank of the backward phase",
     "gemm_tflops": "TFLOP/s per rank of a large matrix product in that dtype, all ranks at once",
@@ -108,6 +110,9 @@ COLUMNS = {
     "error_dq": "largest relative L2 error of dq",
     "error_dk": "largest relative L2 error of dk",
     "error_dv": "largest relative L2 error of dv",
+    "error_state": "largest relative L2 error of the last state of a mixer",
+    "error_dg": "largest relative L2 error of the gradient of the log decay",
+    "error_dbeta": "largest relative L2 error of the gradient of beta",
     "flags": "caveats, such as contended or throttled",
     "notes": "details of caveats, such as what state of the process has changed",
     "started": "start, seconds since the epoch",
@@ -117,12 +122,12 @@ COLUMNS = {
     "log": "log of the failing rank",
 }
 TEXT_COLUMNS = (
-    "run", "id", "status", "reason", "operator", "strategy", "layout", "mask", "mask_family",
-    "draw", "dtype", "direction", "placement", "inputs", "content", "code", "machine", "clock",
-    "held_down_by", "evidence", "predicted_for", "disqualified", "flags", "notes", "environment",
-    "writer", "log",
+    "run", "id", "status", "reason", "operator", "strategy", "layout", "computes", "mask",
+    "mask_family", "draw", "dtype", "direction", "placement", "inputs", "content", "code",
+    "machine", "clock", "held_down_by", "evidence", "predicted_for", "disqualified", "flags",
+    "notes", "environment", "writer", "log",
 )  # fmt: skip
 BOOLEAN_COLUMNS = ("competes",)
 INTEGER_COLUMNS = ("iterations", "launches")  # nullable
 UNKNOWN_MACHINE = "unknown"
-ERROR_TENSORS = ("out", "lse", "dq", "dk", "dv")
+ERROR_TENSORS = ("out", "lse", "dq", "dk", "dv", "state", "dg", "dbeta")

@@ -115,6 +115,7 @@ class _Machine:
 def _record_row(record: Record, launches: Sequence[Record], machine: _Machine) -> dict[str, Any]:
     case = record.case
     row = _case_columns(case) | {"status": record.status, "reason": record.reason}
+    row["computes"] = record.computes
     for key in ("started", "seconds", "environment", "writer", "log"):
         row[key] = getattr(record, key)
     row["machine"], row["clock"] = machine.name, record.conditions.get("clock")

@@ -12,16 +12,25 @@ from typing import Any
 from cpbench.core.problem import format_head_dims
 from cpbench.core.spec import format_size
 from cpbench.core.spec import three_digits as three_digits
+from cpbench.results.record import ATTENTION
 
 _AS_LAUNCHED = "as launched"
 _ALL_QUERIES = "all"
-_DEFAULTS = ("", "none", "normal", "unknown", _AS_LAUNCHED)  # left out where all cases have them
+_DEFAULTS = (
+    "",
+    "none",
+    ATTENTION,
+    "normal",
+    "unknown",
+    _AS_LAUNCHED,
+)  # left out where all cases have them
 _MAX_SEED_RANGES = 5  # that are listed
 _PIECE = re.compile(r"[^\s,:/]*(?:[,:/]+\s?|\s|$)")
 _BREAKS = "_="  # where a piece that is too long is broken
 
 # Facts of a problem by heading: their value, from a row of the tidy table, and form in a sentence.
 FACTS: dict[str, tuple[Callable[[Any], object], str]] = {
+    "computes": (itemgetter("computes"), "{}"),
     "mask": (itemgetter("mask"), "{}"),
     "tokens": (lambda row: format_size(int(row["seq_len"])), "{} tokens"),
     "queries": (

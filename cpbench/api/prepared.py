@@ -139,6 +139,11 @@ class Attention:
             comm.connect(self.trace.parts)
 
     @property
+    def computes(self) -> str:
+        """``"attention"``, or the recurrence of a sequence mixer."""
+        return str(self.op.impl.recurrence) if self.op.info.mixer else "attention"  # type: ignore[attr-defined]
+
+    @property
     def flops(self) -> dict[str, int]:
         """FLOPs of the forward and the backward pass, all ranks together."""
         if self.op.info.mixer:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cpbench.core.operator import QKV, BackwardInputs
+from cpbench.core.operator import QKV, BackwardInputs, Unsupported
 from cpbench.core.registry import implementation, operator_info
+from cpbench.core.spec import Spec
 from cpbench.parallel.bound_operator import BoundOperator
 from cpbench.parallel.partial_results.accumulators import Planned
 
@@ -41,6 +42,13 @@ def _sum_dtype(x: torch.Tensor) -> torch.dtype:
 
 class PublicOperator(BoundOperator):
     """An operator that leaves inputs that are not finite to the reference, on a CPU."""
+
+    @classmethod
+    def load(cls, spec: Spec | str, device: str) -> BoundOperator:
+        name = Spec.parse(spec).name
+        if operator_info(name).mixer:
+            raise Unsupported(f"{name} is a sequence mixer, which cpbench.mix computes")
+        return super().load(spec, device)
 
     def _forward(self, qkv: QKV, plan: Planned) -> OutLse:
         if torch.is_grad_enabled() and autograd_records(self, qkv, plan):

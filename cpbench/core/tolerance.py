@@ -16,6 +16,10 @@ infinite where only one side is -inf.
 
 Scores are rounded in proportion to their size, of which the largest lse is a measure.  So limits
 grow with it, by the precision in which the operator declares to hold its scores, up to a cap.
+
+A sequence mixer multiplies its state by a rounded decay in every chunk, always by the same one
+where decays are fixed; so limits grow with the number of tokens.  States are held in float32
+whatever the dtype of the inputs.
 """
 
 from __future__ import annotations
@@ -42,25 +46,34 @@ LSE_ERROR = 1e-5  # nats, beyond the rounding of scores
 EPSILON = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 GROWTH = 8  # rounding errors of a score, per nat of the largest lse, in units of EPSILON
 MAX_GROWTH, MAX_GROWTH_ROUNDED = 1e-2, 1e-1  # caps of rel_l2; the second for rounded scores
+MIXER_CHUNK = 64  # tokens, after which a state is multiplied by a decay
+MIXER_STATE = {"rel_l2": 5e-4, "max_rms": 1e-2, "bias": 5e-4}  # of inputs of 16 bits
 MAX_RMS_GROWTH = 20  # max_rms grows by so much more than rel_l2
 
 
-def limits(dtype: str, info: OperatorInfo, largest_lse: float) -> dict[str, dict[str, float]]:
+def limits(
+    dtype: str, info: OperatorInfo, largest_lse: float, tokens: int = 0
+) -> dict[str, dict[str, float]]:
     """Return the limits of ``lse`` and of all other tensors (``*``) by metric.
 
     Args:
         dtype: of the inputs.
         info: declaration of the operator: ``rounds_scores`` and ``lse_error`` are looser limits.
         largest_lse: largest magnitude of the reference's lse, in nats.
+        tokens: of a mixer's sequence.
     """
     accumulator = "float64" if dtype == "float64" else "float32"
     growth = GROWTH * EPSILON[dtype if info.rounds_scores else accumulator] * largest_lse
+    if info.mixer:
+        growth = EPSILON[accumulator] / 2 * tokens / MIXER_CHUNK
     capped = min(growth, MAX_GROWTH_ROUNDED if info.rounds_scores else MAX_GROWTH)
     rel_l2, max_rms, bias = LIMITS[dtype]
     lse = info.lse_error if dtype in ("bfloat16", "float16") else LSE_ERROR
     lse += 2 * (capped if info.rounds_scores else growth)
+    states = {"state": MIXER_STATE} if dtype in ("bfloat16", "float16") else {}
     return {
         "lse": {"rel_l2": lse, "max_rms": lse},
+        **states,
         "*": {
             "rel_l2": rel_l2 + capped,
             "max_rms": max_rms + MAX_RMS_GROWTH * capped,
@@ -70,9 +83,9 @@ def limits(dtype: str, info: OperatorInfo, largest_lse: float) -> dict[str, dict
     }
 
 
-def violation(errors: Errors, dtype: str, info: OperatorInfo) -> str | None:
+def violation(errors: Errors, dtype: str, info: OperatorInfo, tokens: int = 0) -> str | None:
     """The first error above its limit, in one line; None when all are within tolerance."""
-    for name, metric, error, limit in _errors_with_limits(errors, dtype, info):
+    for name, metric, error, limit in _errors_with_limits(errors, dtype, info, tokens):
         if not error <= limit:
             return f"{name} differs from float64: {metric} {error:.3g} > {limit:.3g}"
     return None
@@ -88,21 +101,22 @@ def grows(small: StoredErrors, at_size: StoredErrors, dtype: str) -> bool:
     return False
 
 
-def largest_share(errors: StoredErrors, dtype: str, info: OperatorInfo) -> float:
+def largest_share(errors: StoredErrors, dtype: str, info: OperatorInfo, tokens: int = 0) -> float:
     """The largest error as a fraction of its limit; 0 without errors."""
     finite = {
         name: {metric: math.inf if x is None else x for metric, x in metrics.items()}
         for name, metrics in errors.items()
     }
-    shares = [error / limit for *_, error, limit in _errors_with_limits(finite, dtype, info)]
+    found = _errors_with_limits(finite, dtype, info, tokens)
+    shares = [error / limit for *_, error, limit in found]
     return max(shares, default=0.0)
 
 
 def _errors_with_limits(
-    errors: Errors, dtype: str, info: OperatorInfo
+    errors: Errors, dtype: str, info: OperatorInfo, tokens: int
 ) -> Iterator[tuple[str, str, float, float]]:
     """Every tensor and metric with its error and limit."""
-    allowed = limits(dtype, info, errors.get("lse", {}).get("largest", 0.0))
+    allowed = limits(dtype, info, errors.get("lse", {}).get("largest", 0.0), tokens)
     for name, metrics in errors.items():
         for metric, limit in allowed.get(name, allowed["*"]).items():
             if metric in metrics:

@@ -20,6 +20,7 @@ STATUSES = ("ok", "unsupported", "oom", "wrong", "crash", "timeout")
 MIN_ROUNDS_FOR_SPREAD = 3  # of the exposure measurement
 MAX_RELATIVE_SPREAD = 0.25  # of the communication time: above it, overlap cannot be told from noise
 UNCHECKED = "unchecked"  # flag: a check was switched off, or did not fit in memory
+ATTENTION = "attention"  # what records compute, unless they are of sequence mixers
 APPROXIMATE = "approximate"  # flag of results computed by a selector
 UNFINISHED = "unfinished"  # flag: written while further turns were to come
 LAUNCHES_DIFFER = "launches-differ"  # flag: given on reading, see cpbench.results.launches
@@ -100,10 +101,12 @@ class Record:
             turn by the same writer, in a random order each time.
         mask_us, plan_us, first_call_us: building the mask, planning (with the assignment of tokens
             to ranks), and the first call at full size (with compilation), slowest rank.
-        flops: by phase, from ``area``, all ranks together; the selection is not counted.
+        computes: ``"attention"``, or the recurrence of a sequence mixer.
+        flops: by phase, all ranks together: of attention from ``area``, where the selection is not
+            counted; of mixers those of the recurrence.
         area: visible pairs of the mask per head (mean over heads); of selectors, those selected.
         balance: visible pairs that each rank computed in one pass over all phases, counted once per
-            query head; None for selectors.
+            query head; None for selectors and mixers.
         memory_bytes: by kind, ``[rank]``: ``inputs``; ``plan`` and ``saved`` (held before a pass);
             ``held`` (what else the operator keeps); ``peak`` (on top of those, during one);
             ``process`` (as ``peak``, with what torch does not allocate); ``predicted`` (a peak
@@ -155,6 +158,7 @@ class Record:
     mask_us: float | None = None
     plan_us: float | None = None
     first_call_us: float | None = None
+    computes: str = ATTENTION
     flops: dict[str, int] = field(default_factory=dict)
     area: float | None = None
     balance: list[int] | None = None

@@ -98,6 +98,8 @@ def load_method(case: Case, world: World) -> tuple[Strategy, OperatorInfo]:
     info, operator = strategy_info(case.strategy.name), operator_info(case.operator.name)
     if not info.traced:
         raise ValueError(f"{info.name} sends through a library, whose time is not predicted")
+    if operator.mixer:
+        raise ValueError(f"{operator.name} is a sequence mixer, whose time is not predicted")
     if operator.selects:
         raise ValueError(f"{operator.name} selects by the data, so its work is not known before")
     if per_head(world.mask):

@@ -18,6 +18,7 @@ from cpbench.core import registry
 from cpbench.core.problem import Case
 from cpbench.core.settings import MeasureSettings
 from cpbench.core.spec import Spec
+from cpbench.kernels.mixers.forms import FORMS, problem_flops
 from cpbench.results.contest import turns_needed
 from cpbench.results.record import Record
 from cpbench.results.store import read_run
@@ -55,6 +56,9 @@ class Estimator:
 
     def flops(self, case: Case) -> float:
         """FLOPs of one pass over all phases, all ranks together."""
+        if mixer := registry.operator_info(case.operator.name).mixer:
+            by_phase = problem_flops(FORMS[mixer], case.problem)
+            return float(sum(by_phase[phase] for phase in case.direction.split("_")))
         query_share = (case.queries or case.seq_len) / case.seq_len
         area = _mask_area(case.mask, case.seq_len, case.num_heads_q) * query_share
         by_phase = case.problem.flops(area)

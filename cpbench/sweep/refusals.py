@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterable
 
 from cpbench.core.problem import Case
-from cpbench.core.registry import strategy_info
+from cpbench.core.registry import operator_info, strategy_info
+from cpbench.parallel.strategy import kind_refusal
 
 
 def leave_out_refused(cases: Iterable[Case]) -> tuple[list[Case], Counter[str]]:
@@ -32,7 +33,10 @@ def certain_refusal(case: Case) -> str | None:
     name = case.strategy.name
     if name == "single" and case.world_size > 1:
         return "single runs on one rank"
-    layouts = strategy_info(name).layouts
+    info = strategy_info(name)
+    if reason := kind_refusal(info, operator_info(case.operator.name)):
+        return reason
+    layouts = info.layouts
     if case.layout.name not in layouts:
         return f"{name} takes layouts {', '.join(layouts)}"
     return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,10 @@ STRATEGY_HEADS = ((24, 6), (24, 2))
 # Values of another head_dim than queries and keys, as in multi-head latent attention.
 VALUE_DIMS = {"head_dim": 24, "head_dim_v": 16}
 
-TENSORS = ("out", "lse", "dq", "dk", "dv")
+MIXER_MASKS = ("causal", f"causal_document:{DOCUMENTS}")
+MIXER_HEADS = {"num_heads_q": 4, "num_heads_kv": 4}
+
+TENSORS = ("out", "lse", "state", "dq", "dk", "dv", "dg", "dbeta")
 
 
 def quick_tables(device: str, devices: int) -> list[dict[str, Any]]:
@@ -74,7 +77,7 @@ def quick_tables(device: str, devices: int) -> list[dict[str, Any]]:
         "seq_len": SEQ_LEN, "num_heads_q": 4, "num_heads_kv": 2, "head_dim": 64,
         "direction": "fwd_bwd",
     }  # fmt: skip
-    names = sorted(registry.operators())
+    names, mixers = _split_mixers(sorted(registry.operators()))
     by_head = [name for name in names if "heads" in registry.operators()[name].masks]
     forward_only = [name for name in names if device not in registry.operators()[name].backward_on]
     strategies = [name for name, info in sorted(registry.strategies().items()) if name != "single"]
@@ -86,6 +89,8 @@ def quick_tables(device: str, devices: int) -> list[dict[str, Any]]:
         {**shapes, "operator": by_head, "dtype": "bfloat16", "mask": blocks},
         {**shapes, "operator": "dilated", "dtype": "bfloat16", "mask": DILATED_MASKS[0]},
         {**unequal, "operator": _taking_value_dims(names)},
+        {**shapes, **MIXER_HEADS, **both, "mask": list(MIXER_MASKS), "operator": mixers},
+        {**unequal, **MIXER_HEADS, "operator": mixers, "mask": MIXER_MASKS[1]},
         {**unequal, "strategy": ["ring", "ulysses"], "world_size": min(devices, 2)},
         *(
             {**shapes, "strategy": name, "layout": registry.strategies()[name].layouts[0],
@@ -120,7 +125,8 @@ def build_request(
         ValueError: for a name that is not registered, or a value that is not allowed.
     """
     settings = MeasureSettings(time=False, memory=False, quality=False, timeout_s=timeout_s)
-    operator_specs = sweep_file.split_list(operators) if operators else _all_operators()
+    named = sweep_file.split_list(operators) if operators else _all_operators()
+    operator_specs, mixers = _split_mixers(named)
     traced = sorted(name for name, info in registry.strategies().items() if info.traced)
     # Strategies that wrap a library are verified only when named.
     strategy_specs = sweep_file.split_list(strategies) if strategies else traced
@@ -133,7 +139,10 @@ def build_request(
     }
     sizes = sweep_file.split_list(world_sizes) if world_sizes else [str(n) for n in WORLD_SIZES]
     tables: list[dict[str, Any]] = []
-    if not strategies or "single" in strategy_specs:
+    alone = not strategies or "single" in strategy_specs
+    if alone and mixers:
+        tables += _mixer_tables(mixers, shapes, bool(masks))
+    if alone and operator_specs:
         for num_heads_q, num_heads_kv, head_dim in ((4, 2, 64), (3, 1, 128)):
             tables.append(
                 {
@@ -157,7 +166,7 @@ def build_request(
     if not operators and (not strategies or "single" in strategy_specs):
         strategy_specs = [*strategy_specs, *_variants("single")]
     parallel = [spec for spec in map(Spec.parse, strategy_specs) if spec != Spec("single")]
-    if parallel and (strategies or not operators):
+    if parallel and (strategies or not operators) and (operator_specs or not mixers):
         base = {**shapes, "operator": operator_specs if operators else "bands", "head_dim": 16}
         sizes = sizes if world_sizes else ["1", *sizes]
         for spec in parallel:
@@ -172,7 +181,11 @@ def build_request(
         for case in sweep_file.expand_table(table):
             cases.setdefault(case.id, case)
     if not cases:
-        raise ValueError("nothing to verify: --strategy names no strategy")
+        raise ValueError(
+            "nothing to verify: --strategy names no strategy"
+            if not mixers
+            else "nothing to verify: mixers run under the strategy single"
+        )
     return Request(
         name="verify",
         cases=list(cases.values()),
@@ -188,6 +201,35 @@ def usable_devices(device: str) -> int:
     if device != "cuda":
         return 2
     return max(1, len(list(Path("/dev").glob("nvidia[0-9]*"))))
+
+
+def _split_mixers(operators: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Operators of attention, and sequence mixers, each with its parameters."""
+    kinds: dict[str, list[str]] = {"attention": [], "mixer": []}
+    for text in operators:
+        kinds[registry.operator_info(Spec.parse(text).name).kind].append(text)
+    return kinds["attention"], kinds["mixer"]
+
+
+def _mixer_tables(
+    mixers: list[str], shapes: Mapping[str, Any], given_masks: bool
+) -> list[dict[str, Any]]:
+    """Tables of mixers on one rank: small, longer than the small check, other head_dims of values,
+    gates of 20 nats a token, and the full mask of those that take it."""
+    masks = {} if given_masks else {"mask": list(MIXER_MASKS)}
+    base = {**shapes, **MIXER_HEADS, **masks, "operator": mixers}
+    if given_masks:
+        return [{**base, "head_dim": 64, "direction": ["fwd", "fwd_bwd"]}]
+    full = [
+        text for text in mixers if "full" in registry.operator_info(Spec.parse(text).name).masks
+    ]
+    return [
+        {**base, "head_dim": 64, "direction": ["fwd", "fwd_bwd"]},
+        {**base, **VALUE_DIMS},
+        {**base, "head_dim": 16, "inputs": "gates:shortest=0.03"},
+        {**base, "head_dim": 32, "seq_len": LONG_SEQ_LEN},
+        *([{**base, "operator": full, "mask": "full"}] if full else []),
+    ]
 
 
 def _taking_value_dims(operators: Iterable[str]) -> list[str]:
@@ -335,7 +377,8 @@ def _limit_used(records: Iterable[Record]) -> str:
     for record in records:
         info = registry.operator_info(record.case.operator.name)
         for errors in record.errors.values():
-            shares.append(tolerance.largest_share(errors, record.case.dtype, info))
+            case = record.case
+            shares.append(tolerance.largest_share(errors, case.dtype, info, case.seq_len))
     return f"{max(shares):.0%}" if shares else ""
 
 

@@ -42,7 +42,8 @@ def rows(kind: str, device: str) -> list[dict[str, Any]]:
 def table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The rows of a listing for a terminal.
 
-    Why an operator or strategy is not available is moved to the line below it, its summary.
+    Why an operator or strategy is not available, and that it is a sequence mixer, is moved to the
+    line below it, its summary.
     """
     shown = []
     for row in rows:
@@ -52,6 +53,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             cells["here"] = verdict.removesuffix(", never run")
             if reason:
                 cells["summary"] = f"{row['summary']}; not available: {reason}"
+        if cells.pop("kind", "") == "mixer":
+            cells["summary"] = f"sequence mixer: {cells['summary']}"
         if cells.pop("operators", "any") == "merging":
             cells["summary"] = f"{cells['summary']}; needs an operator that merges"
         if cells.pop("stable", "yes") == "no":
@@ -64,6 +67,7 @@ def _operators(device: str) -> list[dict[str, Any]]:
     return [
         {
             "operator": info.name,
+            "kind": "selector" if info.selects else info.kind,
             "here": _operator_availability(info, device),
             "masks": _mask_names(info),
             "dtypes": _dtype_names(info),

@@ -19,7 +19,7 @@ from cpbench.core.spec import Spec
 from cpbench.kernels.libraries.adapter import Adapter
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.head_masks import Mask, SlicedMask
-from cpbench.parallel.bound_operator import native_rectangle
+from cpbench.parallel.bound_operator import declared_kind, native_rectangle
 from cpbench.selectors.common.selection import SELECTIONS
 from cpbench.sweep.verification import DILATED_MASKS, HEAD_MASKS, MASKS, SEQ_LEN
 
@@ -87,9 +87,9 @@ def refusal(info: OperatorInfo, mask: str, direction: str, device: str) -> str |
     if reason is not None:
         return reason
     built: Mask = masks.build_heads(mask, TOKENS, HEADS)
-    if isinstance(built, AttnMask) and not info.selects:
+    if isinstance(built, AttnMask) and not (info.selects or info.mixer):
         _, built = native_rectangle(built)
-    if built.kind not in info.masks:
+    if declared_kind(info, built) not in info.masks:
         return f"{info.name} takes {', '.join(info.masks)} masks"
     if info.unproven:
         adapter = registry.implementation(info, {})

@@ -30,7 +30,7 @@ def summary_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def _blocks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     cells = []
     for row in rows:
-        errors = [(float(row[name]), name) for name in TENSORS if row[name]]
+        errors = [(float(row[name]), name) for name in TENSORS if row.get(name)]
         error, name = max(errors, default=(0.0, ""))
         cells.append(
             {

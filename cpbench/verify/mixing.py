@@ -56,15 +56,11 @@ class FullErrors(NamedTuple):
 
 def _float64_mixer(work: Attention) -> Mixer:
     """What computes the mixer of a problem in chunks."""
-    form, chunk, _ = parse(_recurrence_of(work))
+    form, chunk, _ = parse(work.computes)
     if not form.lagging:
         chunk = SHORT if work.mask.seq_q < LONG_FROM else LONG
     plan = Plan(form, work.problem.softmax_scale, chunk)
     return make_mixer(plan, work.world.shared_mask)
-
-
-def _recurrence_of(work: Attention) -> str:
-    return str(work.op.impl.recurrence)  # type: ignore[attr-defined]
 
 
 def _with_decays(x: MixerInputs, form: Form, heads: range, total: int) -> MixerInputs:
@@ -80,9 +76,7 @@ def _with_decays(x: MixerInputs, form: Form, heads: range, total: int) -> MixerI
 
 def small_results(work: Attention, recipe: Recipe, device: str) -> Tensors:
     """The results by the recurrence, for ``check.check_small``."""
-    return _small_results(
-        _recurrence_of(work), work.world.shared_mask, work.problem, recipe, device
-    )
+    return _small_results(work.computes, work.world.shared_mask, work.problem, recipe, device)
 
 
 @functools.lru_cache(maxsize=16)
@@ -228,7 +222,7 @@ def _differs_from_recurrence(
             error = float((found - true).abs().max())
             if not error <= RECURRENCE_ERROR * max(float(true.abs().max()), 1e-30):
                 return (
-                    f"the recurrence is too ill-conditioned to be checked in chunks: at token {first} "
-                    f"they differ by {error:.2g} in float64; give keys of length 1"
+                    "the recurrence is too ill-conditioned to be checked in chunks: at token "
+                    f"{first} they differ by {error:.2g} in float64; give keys of length 1"
                 )
     return ""

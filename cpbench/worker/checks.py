@@ -100,18 +100,30 @@ class Checks:
                 limit = self._settings.timeout_s / 2
             if work.op.info.mixer:
                 self._check_mixer(work, results, recipe_of(case), record, limit)
-                return results
-            with _may_not_fit("the check at size", record):
-                statistics = at_size.query_statistics(work, inputs, results, context)
-                self._check_lines(work, inputs, results, recipe_of(case), record, statistics)
-                checked = tiles.check_tiles(
-                    work, inputs, results, recipe_of(case), self._seed, limit, context, statistics
-                )
-                self._store("tiles", checked.errors, work.op.info, record)
-                record.checked["tiles"] = checked.covered
+            else:
+                self._check_lines_and_tiles(work, inputs, results, record, limit)
         if self._errors_grow(record):
             record.flags.append("error-grows")
         return results
+
+    def _check_lines_and_tiles(
+        self,
+        work: Attention,
+        inputs: check.Tensors,
+        results: check.Tensors,
+        record: Record,
+        limit_s: float,
+    ) -> None:
+        """Check lines, and as many tiles as the time allows."""
+        recipe = recipe_of(record.case)
+        with _may_not_fit("the check at size", record):
+            statistics = at_size.query_statistics(work, inputs, results, self._context)
+            self._check_lines(work, inputs, results, recipe, record, statistics)
+            checked = tiles.check_tiles(
+                work, inputs, results, recipe, self._seed, limit_s, self._context, statistics
+            )
+            self._store("tiles", checked.errors, work.op.info, record)
+            record.checked["tiles"] = checked.covered
 
     def make_variants(
         self, work: Attention, inputs: check.Tensors, expected: Expected, record: Record
@@ -265,7 +277,8 @@ class Checks:
     def _store(self, name: str, errors: Errors, info: OperatorInfo, record: Record) -> None:
         """Store the errors of a check, the larger ones if it was made before; the record becomes
         ``wrong`` if one exceeds its limit."""
-        violation = tolerance.violation(errors, record.case.dtype, info)
+        case = record.case
+        violation = tolerance.violation(errors, case.dtype, info, case.seq_len)
         if violation is not None and record.status == "ok":
             record.status, record.reason = "wrong", violation
         stored = record.errors.setdefault(name, {})
@@ -277,9 +290,11 @@ class Checks:
 
     def _errors_grow(self, record: Record) -> bool:
         """Whether errors at size are well above those of the small check."""
-        if not {"small", "sampled"} <= record.errors.keys():
+        small, at_size = record.errors.get("small"), record.errors.get("sampled")
+        at_size = at_size or record.errors.get("full")
+        if not small or not at_size:
             return False
-        return tolerance.grows(record.errors["small"], record.errors["sampled"], record.case.dtype)
+        return tolerance.grows(small, at_size, record.case.dtype)
 
 
 @contextlib.contextmanager

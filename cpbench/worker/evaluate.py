@@ -268,6 +268,7 @@ class Evaluator:
             status="ok",
             mask_us=max(us for _, us, _, _ in ranks),
             plan_us=max(us for _, _, us, _ in ranks),
+            computes=work.computes,
             area=work.mask.area,
             ranks_per_node=work.world.ranks_per_node,
             flops={phase: flops[phase] for phase in case.direction.split("_")},

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 TEXTS = (
-    "run", "id", "status", "reason", "method", "operator", "strategy", "layout", "mask",
+    "run", "id", "status", "reason", "method", "operator", "strategy", "layout", "computes", "mask",
     "mask_family", "dtype", "direction", "placement", "inputs", "shape", "machine", "clock",
     "flags", "disqualified", "notes", "environment", "writer", "log",
 )  # fmt: skip

@@ -31,7 +31,7 @@ from cpbench.reports.tables.notes import (
     seed_notes,
 )
 from cpbench.reports.tables.render import ReportContents
-from cpbench.reports.tables.selection import break_even_rows, recall_rows
+from cpbench.reports.tables.selection import break_even_rows, mixer_rows, recall_rows
 from cpbench.reports.tables.summary import method_names
 from cpbench.results.store import write_atomically
 
@@ -60,9 +60,9 @@ CHARTS = (
 )  # fmt: skip
 SECTIONS = (
     ("fastest", "Fastest method per problem"), ("predicted", "Predicted"),
-    ("selection", "Sparse selection"), ("charts", "Charts"), ("support", "Support"),
-    ("failures", "Failures"), ("correctness", "Correctness"), ("noise", "Noise"),
-    ("environment", "Environment"), ("cases", "All cases"),
+    ("selection", "Sparse selection"), ("mixers", "Sequence mixers"), ("charts", "Charts"),
+    ("support", "Support"), ("failures", "Failures"), ("correctness", "Correctness"),
+    ("noise", "Noise"), ("environment", "Environment"), ("cases", "All cases"),
 )  # fmt: skip
 
 
@@ -98,6 +98,7 @@ def _render(collection: Collection, samples: Any, folder: str) -> str:
     support = overview.support_table(table, names)
     recall = group_by_problem(recall_rows(table, facts))
     predicted = group_by_problem(predicted_rows(collection.predicted))
+    mixers = group_by_problem(mixer_rows(table, facts))
     tables_js, tables_css = assets.packed_data_tables()
     source = assets.read_web(*SCRIPTS) if len(table) else ""
     return render_template(
@@ -111,12 +112,13 @@ def _render(collection: Collection, samples: Any, folder: str) -> str:
         sections=[
             (name, title)
             for name, title in SECTIONS
-            if {"selection": recall, "predicted": predicted}.get(name, len(table))
+            if {"selection": recall, "mixers": mixers, "predicted": predicted}.get(name, len(table))
         ],
         predicted=predicted,
         prediction_notes=prediction_notes(collection.predicted),
         recall=recall,
         break_even=group_by_problem(break_even_rows(table, facts)),
+        mixers=mixers,
         charts=CHARTS,
         summary=contents.summary,
         contest_notes=[*contest_notes(contents.rankings), *seed_notes(contents.seed_groups)],

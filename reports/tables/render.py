@@ -33,7 +33,7 @@ from cpbench.reports.tables.notes import (
     origin_notes,
     seed_notes,
 )
-from cpbench.reports.tables.selection import break_even_rows, recall_rows
+from cpbench.reports.tables.selection import break_even_rows, mixer_rows, recall_rows
 from cpbench.reports.tables.summary import (
     MethodRanking,
     is_approximate,
@@ -230,13 +230,16 @@ def _case_section(contents: ReportContents, markup: Markup, form: str) -> list[s
 
 
 def _selection_sections(contents: ReportContents, markup: Markup, form: str) -> list[str]:
-    """Attention recall and time of selectors, and their break-even lengths."""
+    """Attention recall and time of selectors; break-even lengths of selectors and of mixers."""
     table = contents.collection.table
     recall = recall_rows(table, contents.varying_facts)
     lines = _section_by_problem("Sparse selection, highest recall first", recall, markup, form)
     lengths = break_even_rows(table, contents.varying_facts)
     title = "Sparse selection: break-even length against exact attention"
-    return lines + _section_by_problem(title, lengths, markup, form)
+    lines += _section_by_problem(title, lengths, markup, form)
+    mixers = mixer_rows(table, contents.varying_facts)
+    title = "Sequence mixers: length from which each is faster than exact attention"
+    return lines + _section_by_problem(title, mixers, markup, form)
 
 
 def _fitting_section(title: str, rows: list[tables.Row], markup: Markup, form: str) -> list[str]:

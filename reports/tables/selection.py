@@ -1,15 +1,17 @@
-"""Sparse selection: attention recall of selectors, their time, and their break-even length.
+"""What is not attention beside attention: attention recall of selectors, and break-even lengths of
+selectors and of sequence mixers.
 
-Selectors compute part of attention, so they are not ranked with exact methods; each is compared
-with the fastest exact method for the same problem.
+Selectors compute part of attention, and mixers something else, so they are not ranked with exact
+attention; each is compared with the fastest exact method for the same problem.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from cpbench.core.problem import DTYPE_BYTES
 from cpbench.core.spec import format_size
 from cpbench.reports.labels import fact_values, format_number, three_digits
 from cpbench.reports.tables.contest import Contest, hold_contest
@@ -20,7 +22,7 @@ from cpbench.reports.tables.summary import (
     method_label,
     method_name,
 )
-from cpbench.results.record import APPROXIMATE
+from cpbench.results.record import APPROXIMATE, ATTENTION
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,18 +31,32 @@ Row = dict[str, str]
 
 
 def selector_cases(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows of selectors that are ok, with more columns: ``exact``, the fastest exact method for the
-    same problem, ``exact_ms``, its time, and ``exact_evidence``; none where the time of the
-    selector does not count."""
-    ranked = table[table["competes"]].sort_values("time_ms", kind="stable")
-    fastest = {key: rows.iloc[0] for key, rows in ranked.groupby(list(PROBLEM_KEYS), sort=False)}
+    """Rows of selectors that are ok, beside the fastest exact method for the same problem."""
     # A backward pass alone does not include the selection, so it is not compared.
-    fastest = {key: row for key, row in fastest.items() if row["direction"] != "bwd"}
+    compared = table[table["direction"] != "bwd"]
     cases = table[is_approximate(table) & (table["status"] == "ok")]
-    keys = zip(*(cases[column] for column in PROBLEM_KEYS), strict=True)
+    return _beside_attention(cases, compared, list(PROBLEM_KEYS))
+
+
+def mixer_cases(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows of sequence mixers that are ok, beside the fastest exact attention of as many tokens and
+    heads, whatever its inputs."""
+    cases = table[(table["computes"] != ATTENTION) & (table["status"] == "ok")]
+    keys = [key for key in PROBLEM_KEYS if key not in ("computes", "inputs", "content")]
+    return _beside_attention(cases, table, keys)
+
+
+def _beside_attention(cases: pd.DataFrame, table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """Cases with more columns: ``exact``, the fastest exact attention in a table with the same
+    values of ``keys``, ``exact_ms``, its time, and ``exact_evidence``; none where the time of the
+    case does not count."""
+    ranked = table[table["competes"] & (table["computes"] == ATTENTION)]
+    ranked = ranked.sort_values("time_ms", kind="stable")
+    fastest = {key: rows.iloc[0] for key, rows in ranked.groupby(keys, sort=False)}
+    values = zip(*(cases[column] for column in keys), strict=True)
     exact = [
         fastest.get(key) if counts else None
-        for key, counts in zip(keys, has_result(cases), strict=True)
+        for key, counts in zip(values, has_result(cases), strict=True)
     ]
     return cases.assign(
         exact_ms=[math.nan if row is None else float(row["time_ms"]) for row in exact],
@@ -76,11 +92,41 @@ def recall_rows(table: pd.DataFrame, varying_facts: Sequence[str]) -> list[Row]:
 def break_even_rows(table: pd.DataFrame, varying_facts: Sequence[str]) -> list[Row]:
     """For each selector timed at several lengths, the length from which it is faster than the
     fastest exact method."""
-    cases = selector_cases(table)
+    return [
+        {**length_row, "recall %": ", ".join(_percent(row["recovered"]) for row in rows)}
+        for length_row, rows in _lengths(selector_cases(table), varying_facts, "exact")
+    ]
+
+
+def mixer_rows(table: pd.DataFrame, varying_facts: Sequence[str]) -> list[Row]:
+    """For each sequence mixer timed at several lengths, the length from which it is faster than the
+    fastest exact attention, and how much smaller its state is than keys and values."""
+    return [
+        {
+            **length_row,
+            "KV over state": ", ".join(
+                f"{format_size(int(row['seq_len']))}: {_kv_over_state(row):.3g}x" for row in rows
+            ),
+        }
+        for length_row, rows in _lengths(mixer_cases(table), varying_facts, "attention")
+    ]
+
+
+def _kv_over_state(row: Any) -> float:
+    """Bytes of the keys and values of a sequence over those of the state of a mixer."""
+    key_dim, value_dim = int(row["head_dim"]), int(row["head_dim_v"] or row["head_dim"])
+    kv_bytes = int(row["seq_len"]) * (key_dim + value_dim) * DTYPE_BYTES[row["dtype"]]
+    return kv_bytes / (key_dim * value_dim * DTYPE_BYTES["float32"])
+
+
+def _lengths(
+    cases: pd.DataFrame, varying_facts: Sequence[str], beside: str
+) -> Iterator[tuple[Row, list[dict[str, Any]]]]:
+    """For each method timed at several lengths, a row with the length from which it is faster than
+    what is beside it, and its cases by length."""
     cases = cases[cases["time_ms"].notna() & cases["exact_ms"].notna()]
     other_keys = [key for key in PROBLEM_KEYS if key != "seq_len"]
-    other_facts = [fact for fact in varying_facts if fact != "tokens"]
-    table_rows = []
+    other_facts = [fact for fact in varying_facts if fact not in ("tokens", "computes")]
     for _, group in cases.groupby([*other_keys, "operator"], sort=True):
         by_length = group.sort_values("seq_len").to_dict("records")
         if len({row["seq_len"] for row in by_length}) < 2:
@@ -89,19 +135,19 @@ def break_even_rows(table: pd.DataFrame, varying_facts: Sequence[str]) -> list[R
             (int(row["seq_len"]), hold_contest([row["evidence"], row["exact_evidence"]]))
             for row in by_length
         ]
-        table_rows.append(
+        speedups = ", ".join(
+            f"{format_size(int(row['seq_len']))}: {row['exact_ms'] / row['time_ms']:.2f}x"
+            for row in by_length
+        )
+        yield (
             {
                 **fact_values(by_length[0], other_facts),
                 "method": method_name(by_length[0]),
                 "faster from": break_even_length(contests),
-                "speedup over exact": ", ".join(
-                    f"{format_size(int(row['seq_len']))}: {row['exact_ms'] / row['time_ms']:.2f}x"
-                    for row in by_length
-                ),
-                "recall %": ", ".join(_percent(row["recovered"]) for row in by_length),
-            }
+                f"speedup over {beside}": speedups,
+            },
+            by_length,
         )
-    return table_rows
 
 
 def break_even_length(contests: Sequence[tuple[int, Contest]]) -> str:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 # Columns of the tidy table that define a problem: what is computed, on how many ranks, where.
 PROBLEM_KEYS = (
+    "computes",
     "mask",
     "seq_len",
     "queries",

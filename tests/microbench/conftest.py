@@ -79,6 +79,7 @@ def _default_sweep() -> sweep_file.Sweep:
         info.name
         for info in registry.operators().values()
         if declared_refusal(info, case.problem, device) is None
+        and not info.mixer
         and {"causal", "full"} & set(info.masks)
         and info.name != "reference"
     ]
