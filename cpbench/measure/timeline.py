@@ -40,7 +40,14 @@ if TYPE_CHECKING:
     import torch
 
     from cpbench.api import Attention
-    from cpbench.core.operator import QKV, BackwardInputs, Gradients, OutLse
+    from cpbench.core.operator import (
+        QKV,
+        BackwardInputs,
+        Gradients,
+        MixerBackwardInputs,
+        MixerInputs,
+        OutLse,
+    )
     from cpbench.measure.device.protocol import Device
     from cpbench.parallel.comm import Control, Messages
     from cpbench.parallel.partial_results.accumulators import Planned
@@ -305,6 +312,14 @@ class RecordingOperator(BoundOperator):
     def backward_cropped(self, x: BackwardInputs, plan: Planned) -> Gradients:
         with self._recorder.slice(COMPUTE, "attention backward", pairs=plan.area * x.q.shape[2]):
             return super().backward_cropped(x, plan)
+
+    def mix(self, x: MixerInputs, plan: Planned) -> OutLse:
+        with self._recorder.slice(COMPUTE, "mixer", pairs=0):
+            return super().mix(x, plan)
+
+    def mix_backward(self, x: MixerBackwardInputs, plan: Planned) -> Gradients:
+        with self._recorder.slice(COMPUTE, "mixer backward", pairs=0):
+            return super().mix_backward(x, plan)
 
 
 def record_timelines(

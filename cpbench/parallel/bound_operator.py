@@ -123,7 +123,7 @@ class BoundOperator:
         import torch
 
         if isinstance(qkv, MixerInputs):
-            return self.impl.forward(qkv, plan.plan)  # type: ignore[arg-type]
+            return self.mix(qkv, plan)
         q = qkv.q
         out, lse = self.forward_cropped(qkv, plan)
         if plan.crop is None or out.shape[1] == q.shape[1]:
@@ -134,6 +134,14 @@ class BoundOperator:
             lse = torch.full((b, h, q.shape[1]), -torch.inf, dtype=lse.dtype, device=lse.device)
             lse[:, :, q0:q1] = cropped_lse
         return padded(out, q.shape[1], q0, q1), lse
+
+    def mix(self, x: MixerInputs, plan: Planned) -> OutLse:
+        """The forward pass of a sequence mixer: out and the last state."""
+        return self.impl.forward(x, plan.plan)  # type: ignore[arg-type]
+
+    def mix_backward(self, x: MixerBackwardInputs, plan: Planned) -> Gradients:
+        """Its backward pass: a gradient for each input."""
+        return self.impl.backward(x, plan.plan)  # type: ignore[arg-type]
 
     def forward_cropped(self, qkv: QKV, plan: Planned) -> OutLse:
         """As :meth:`forward`, for the queries of ``plan.crop`` only."""
@@ -151,7 +159,7 @@ class BoundOperator:
     def backward(self, x: BackwardInputs | MixerBackwardInputs, plan: Any) -> Gradients:
         """See :meth:`Operator.backward`."""
         if isinstance(x, MixerBackwardInputs):
-            return self.impl.backward(x, plan.plan)  # type: ignore[arg-type]
+            return self.mix_backward(x, plan)
         dq, dk, dv = self.backward_cropped(x, plan)
         if plan.crop is None:
             return dq, dk, dv

@@ -42,7 +42,7 @@ class OtherFarTokens(Right):
 
     def forward(self, x: Any, plan: Any) -> Any:
         out, state = super().forward(x, plan)
-        out[:, 1000:] *= 1.01
+        out[:, 1000:] *= 1.5
         return out, state
 
 
