@@ -141,6 +141,8 @@ class Recipe:
             keep_on: device to which the rows are moved then, if another one.
         """
         generator, home = build_generator(self.spec), keep_on or device
+        if name in dict(problem.gates) and not input_kind(self.spec).gates:
+            raise ValueError(f"inputs = {self.spec} have no {name}: use gates, or a file")
 
         def make(part: np.typing.NDArray[np.int64]) -> torch.Tensor:
             rows: torch.Tensor = generator.make(

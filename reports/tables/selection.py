@@ -121,7 +121,7 @@ def _kv_over_state(row: Any) -> float:
 
 def _lengths(
     cases: pd.DataFrame, varying_facts: Sequence[str], beside: str
-) -> Iterator[tuple[Row, list[dict[str, Any]]]]:
+) -> Iterator[tuple[Row, list[Any]]]:
     """For each method timed at several lengths, a row with the length from which it is faster than
     what is beside it, and its cases by length."""
     cases = cases[cases["time_ms"].notna() & cases["exact_ms"].notna()]

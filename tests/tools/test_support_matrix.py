@@ -14,6 +14,7 @@ from cpbench.api import Attention
 from cpbench.core import registry
 from cpbench.core.operator import Unsupported, declared_refusal
 from cpbench.core.problem import DTYPES, Problem
+from cpbench.core.spec import Spec
 from cpbench.inputs import Recipe
 from cpbench.masks.head_masks import AttnMask
 from cpbench.parallel.layout import build
@@ -61,7 +62,8 @@ def test_the_matrix_agrees_with_operators_on_cpus(name: str) -> None:
                 continue
             computed = not info.selects or text in ("causal", "full")
             if name not in SLOW and computed:
-                results = run_pass(attention, rank_inputs(attention, Recipe(), "cpu"), None)
+                recipe = Recipe(0, Spec("gates")) if info.mixer else Recipe()
+                results = run_pass(attention, rank_inputs(attention, recipe, "cpu"), None)
                 assert ("dq" in results) == (direction == "fwd_bwd")
                 assert all(torch.isfinite(x).all() for key, x in results.items() if key != "lse")
 
