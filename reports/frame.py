@@ -20,7 +20,7 @@ from cpbench.reports.columns import (
     UNKNOWN_MACHINE,
 )
 from cpbench.reports.predicted.columns import prediction_columns, prediction_row
-from cpbench.results.record import Record, median_interval, slowest_us
+from cpbench.results.record import ATTENTION, Record, median_interval, slowest_us
 from cpbench.results.store import Run, read_run
 from cpbench.sweep.sweep_file import CHOICES, INT_KEYS, SPEC_KEYS
 
@@ -151,7 +151,7 @@ def _case_columns(case: Case) -> dict[str, Any]:
     for key in SPEC_KEYS:
         row[key] = str(getattr(case, key))
     row["mask_family"], row["draw"] = _split_mask_seed(case.mask)
-    row["placement"] = case.placement or None
+    row["placement"], row["computes"] = case.placement or None, ATTENTION
     data_files = case.data_content
     row["content"] = _short_hashes(data_files) or "none"
     row["code"] = _short_hashes(file for file in case.content if file not in data_files) or None

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from cpbench.core.operator import MixerInputs
+from cpbench.core.operator import state_dtype as state_dtype
 from cpbench.kernels.mixers.forms import Form
 
 if TYPE_CHECKING:

@@ -20,7 +20,6 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from cpbench.core.operator import state_dtype
 from cpbench.kernels.mixers.chunks import (
     Inputs,
     Plan,
@@ -28,6 +27,7 @@ from cpbench.kernels.mixers.chunks import (
     cut_slabs,
     find_segments,
     read,
+    state_dtype,
     write,
 )
 from cpbench.kernels.mixers.decay import Decay, make_decay, smallest_factor, times

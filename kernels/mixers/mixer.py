@@ -6,9 +6,8 @@ import itertools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from cpbench.core.operator import state_dtype
 from cpbench.kernels.mixers.backward import Gradients, backward
-from cpbench.kernels.mixers.chunks import Inputs, Plan
+from cpbench.kernels.mixers.chunks import Inputs, Plan, state_dtype
 from cpbench.kernels.mixers.forward import Saved, output
 from cpbench.kernels.mixers.recurrence import recur
 

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cpbench.core.operator import state_dtype
-from cpbench.kernels.mixers.chunks import Inputs, Plan
+from cpbench.kernels.mixers.chunks import Inputs, Plan, state_dtype
 
 if TYPE_CHECKING:
     import torch
