@@ -89,7 +89,7 @@ def quick_tables(device: str, devices: int) -> list[dict[str, Any]]:
         {**shapes, "operator": by_head, "dtype": "bfloat16", "mask": blocks},
         {**shapes, "operator": "dilated", "dtype": "bfloat16", "mask": DILATED_MASKS[0]},
         {**unequal, "operator": _taking_value_dims(names)},
-        {**shapes, **MIXER_HEADS, **both, "operator": mixers, "mask": MIXER_MASKS[1]},
+        {**shapes, **MIXER_HEADS, "operator": mixers, "dtype": "bfloat16", "mask": MIXER_MASKS[1]},
         {**unequal, "strategy": ["ring", "ulysses"], "world_size": min(devices, 2)},
         *(
             {**shapes, "strategy": name, "layout": registry.strategies()[name].layouts[0],

@@ -23,7 +23,7 @@ from cpbench.kernels.mixers import forms
 from cpbench.parallel import layout as layouts
 from cpbench.parallel.world import World
 from cpbench.results.record import Record
-from cpbench.sweep import sweep_file
+from cpbench.sweep import sweep_file, verification
 from cpbench.verify import check, mixing
 from cpbench.verify.fingerprint import Fingerprinter
 from cpbench.verify.variants import InputVariants
@@ -228,6 +228,31 @@ def test_strategies_of_attention_are_left_out() -> None:
     kept = {(case.operator.name, case.strategy.name) for case in swept.cases}
     assert kept == {("bands", "single"), ("ssd", "single"), ("bands", "ring")}
     assert dict(swept.left_out) == {"ring distributes attention; ssd is a sequence mixer": 1}
+
+
+def test_verify_has_cases_of_mixers(tmp_path: Path) -> None:
+    def cases(operators: str | None, strategies: str | None = None) -> list[Case]:
+        request = verification.build_request(
+            operators=operators, strategies=strategies, masks=None, world_sizes=None, dtypes=None,
+            device="cpu", launcher="local", out=tmp_path, timeout_s=60.0,
+        )  # fmt: skip
+        return list(request.cases)
+
+    found = cases("bands,gla,linear")
+    mixed = [case for case in found if case.operator.name != "bands"]
+    assert {case.operator.name for case in mixed} == {"gla", "linear"}
+    assert {(case.strategy.name, case.num_heads_q - case.num_heads_kv) for case in mixed} == {
+        ("single", 0)
+    }
+    assert {case.mask.name for case in mixed if case.operator.name == "gla"} == {
+        "causal", "causal_document"
+    }  # fmt: skip
+    assert "full" in {case.mask.name for case in mixed if case.operator.name == "linear"}
+    assert {str(case.inputs) for case in mixed} == {"gates", "gates:shortest=0.03"}
+    assert max(case.seq_len for case in mixed) > check.SMALL_TOKENS
+    assert {case.operator.name for case in cases(None)} == set(registry.operators())
+    with pytest.raises(ValueError, match="nothing to verify: mixers run under the strategy single"):
+        cases("gla", "ring")
 
 
 def test_inputs_of_a_file(tmp_path: Path) -> None:
