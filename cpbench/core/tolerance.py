@@ -18,8 +18,9 @@ Scores are rounded in proportion to their size, of which the largest lse is a me
 grow with it, by the precision in which the operator declares to hold its scores, up to a cap.
 
 A sequence mixer multiplies its state by a rounded decay in every chunk, always by the same one
-where decays are fixed; so limits grow with the number of tokens.  States are held in float32
-whatever the dtype of the inputs.
+where decays are fixed; so limits grow with the number of tokens.  Sums of log decays over a chunk
+are rounded in proportion to their size, ``nats``, which shows in the gradient of the log decay.
+States are held in float32 whatever the dtype of the inputs.
 """
 
 from __future__ import annotations
@@ -118,6 +119,8 @@ def _errors_with_limits(
     """Every tensor and metric with its error and limit."""
     allowed = limits(dtype, info, errors.get("lse", {}).get("largest", 0.0), tokens)
     for name, metrics in errors.items():
+        more = EPSILON["float32"] * metrics.get("nats", 0.0)
         for metric, limit in allowed.get(name, allowed["*"]).items():
             if metric in metrics:
-                yield name, metric, metrics[metric], limit
+                growth = more * (MAX_RMS_GROWTH if metric == "max_rms" else 1)
+                yield name, metric, metrics[metric], limit + growth

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from cpbench.core.operator import MixerInputs
+from cpbench.core.tolerance import MIXER_CHUNK
 from cpbench.inputs import Recipe
 from cpbench.kernels.mixers.chunks import Plan
 from cpbench.kernels.mixers.forms import Form, parse
@@ -23,6 +24,7 @@ from cpbench.kernels.mixers.forward import Saved
 from cpbench.kernels.mixers.mixer import Mixer, retention_decays
 from cpbench.kernels.mixers.operator import make_mixer
 from cpbench.kernels.mixers.recurrence import recur
+from cpbench.verify import check
 from cpbench.verify.check import (
     RankContext,
     Tensors,
@@ -74,8 +76,27 @@ def _with_decays(x: MixerInputs, form: Form, heads: range, total: int) -> MixerI
 # --- small --------------------------------------------------------------------------------------
 
 
+def check_small(work: Attention, recipe: Recipe, context: RankContext) -> Errors:
+    """As :func:`cpbench.verify.check.check_small`, against the recurrence."""
+    errors = check.check_small(work, recipe, context, small_results)
+    return _with_nats(errors, work, recipe, context)
+
+
+def _with_nats(errors: Errors, work: Attention, recipe: Recipe, context: RankContext) -> Errors:
+    """The errors with the nats by which limits of dg grow (see ``core.tolerance``)."""
+    if "dg" not in errors:
+        return errors
+    problem = work.problem
+    g = recipe.make(
+        "g", problem, work.world.keys.positions(work.rank), batches=range(problem.batch),
+        heads=range(problem.heads_q), device=work.home,
+    )  # fmt: skip
+    nats = MIXER_CHUNK * max(context.gather(float(g.abs().max())))
+    return {**errors, "dg": {**errors["dg"], "nats": nats}}
+
+
 def small_results(work: Attention, recipe: Recipe, device: str) -> Tensors:
-    """The results by the recurrence, for ``check.check_small``."""
+    """The results by the recurrence."""
     return _small_results(work.computes, work.world.shared_mask, work.problem, recipe, device)
 
 
@@ -159,7 +180,8 @@ def check_in_full(
         found.append(combined_errors([sums for sums, _ in ranks]))
         if max(context.gather(time.monotonic() - begun)) > limit_s:
             break
-    return FullErrors(worst_errors(found), len(found) / len(order))
+    errors = _with_nats(worst_errors(found), work, recipe, context)
+    return FullErrors(errors, len(found) / len(order))
 
 
 def _compare_head(

@@ -67,8 +67,8 @@ class Checks:
                 inputs = check.rank_inputs(reduced, recipe, reduced.home)
                 errors = check_selection.check_small(reduced, inputs, self._context)
             else:
-                reference = mixing.small_results if reduced.op.info.mixer else None
-                errors = check.check_small(reduced, recipe, self._context, reference)
+                check_small = mixing.check_small if reduced.op.info.mixer else check.check_small
+                errors = check_small(reduced, recipe, self._context)
             self._store("small", errors, reduced.op.info, record)
 
     def check_at_size(self, work: Attention, inputs: check.Tensors, record: Record) -> Expected:
