@@ -76,17 +76,17 @@ def tidy_table(run: Run, name: str) -> pd.DataFrame:
         if key not in run.records
     ]
     columns = {c: [row.get(c) for row in rows] for c in COLUMNS if c != "run"}
-    table = pd.DataFrame({"run": pd.Series([name] * len(rows), dtype=object)})
+    typed: dict[str, Any] = {"run": pd.Series([name] * len(rows), dtype=object)}
     for column, values in columns.items():
         if column in TEXT_COLUMNS:
-            table[column] = pd.Series(values, dtype=object)  # str or None
+            typed[column] = pd.Series(values, dtype=object)  # str or None
         elif column in INTEGER_COLUMNS:
-            table[column] = pd.array(values, dtype="Int64")
+            typed[column] = pd.array(values, dtype="Int64")
         elif column in BOOLEAN_COLUMNS:
-            table[column] = pd.Series(values, dtype=bool)
+            typed[column] = pd.Series(values, dtype=bool)
         else:  # nan where not measured
-            table[column] = pd.to_numeric(pd.Series(values, dtype=object))
-    return table
+            typed[column] = pd.to_numeric(pd.Series(values, dtype=object))
+    return pd.DataFrame(typed)
 
 
 class _Machine:

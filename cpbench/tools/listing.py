@@ -98,9 +98,11 @@ def _dtype_names(info: registry.OperatorInfo) -> list[str]:
 
 
 def _mask_names(info: registry.OperatorInfo) -> list[str]:
-    """The kinds of masks of an operator, abbreviated: ``any`` or single ones, then ``heads``."""
+    """The kinds of masks of an operator, abbreviated: ``any`` or single ones (``docs`` are causal
+    documents), then ``heads``."""
     kinds = set(info.masks)
     shared = [kind for kind in info.masks if kind not in ("empty", "heads")]
+    shared = ["docs" if kind == "causal_document" else kind for kind in shared]
     names = ["any"] if kinds >= set(registry.ANY_MASK) else shared
     return names + (["heads"] if "heads" in kinds else [])
 
