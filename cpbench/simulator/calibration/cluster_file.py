@@ -29,8 +29,10 @@ def to_toml(cluster: Cluster, notes: Mapping[str, str]) -> str:
                 lines += ["", f"[kernels.{phase}]", *_rows(costs, f"{path}.{phase}", notes)]
     for name, link in cluster.links.items():
         lines += ["", f"[links.{name}]", *_rows(link, f"links.{name}", notes)]
-    if cluster.collectives is not None:
-        lines += ["", "[collectives]", *_rows(cluster.collectives, "collectives", notes)]
+    for item in fields(cluster):
+        table = getattr(cluster, item.name)
+        if item.name in ("collectives", "memory") and table != item.default:
+            lines += ["", f"[{item.name}]", *_rows(table, item.name, notes)]
     return "\n".join(lines) + "\n"
 
 
