@@ -16,7 +16,7 @@ from cpbench.parallel.comm import GroupedComm
 from cpbench.parallel.host_memory.allocation import home_of
 from cpbench.parallel.strategy import declared_refusal as strategy_refusal
 from cpbench.parallel.strategy import kind_refusal, merge_refusal
-from cpbench.parallel.trace import MODULUS, RankTrace, describe_mismatch, trace_rank
+from cpbench.parallel.tracing.trace import MODULUS, RankTrace, describe_mismatch, trace_rank
 from cpbench.parallel.world import World
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Prepared(Protocol):
         world: the global computation.
         fingerprint: what ranks compare before anything is sent: a text, the same on all ranks, and
             a checksum of their messages, whose sum over ranks is 0 (see
-            ``cpbench.parallel.trace``).
+            ``cpbench.parallel.tracing``).
     """
 
     @property

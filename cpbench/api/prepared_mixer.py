@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from cpbench.parallel.comm import Comm, Transport
     from cpbench.parallel.mixing import BoundMixer, Inputs, MixerGradients, MixerStrategy
-    from cpbench.parallel.trace import RankTrace
+    from cpbench.parallel.tracing.trace import RankTrace
     from cpbench.parallel.world import World
 
 STRATEGIES = {info.name: info for info in (scan.INFO, ulysses_mixers.INFO)}

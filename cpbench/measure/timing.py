@@ -22,7 +22,7 @@ from cpbench.measure.processor_use import ProcessorUse
 from cpbench.parallel.comm import Traffic
 from cpbench.parallel.comm_torch import TorchComm
 from cpbench.parallel.host_memory.account import MemoryAccount
-from cpbench.parallel.memory_trace import peak_bytes
+from cpbench.parallel.tracing.memory_trace import peak_bytes
 from cpbench.results.record import relative_half_width
 from cpbench.selectors.common.base import Selector
 from cpbench.strategies.libraries.traffic import record_messages
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from cpbench.measure.device.protocol import Device, HostTime
     from cpbench.parallel.comm import Comm, Control
     from cpbench.parallel.host_memory.account import PeakBytes
-    from cpbench.parallel.trace import PhaseTrace
+    from cpbench.parallel.tracing.trace import PhaseTrace
 
 LATE_WORK_CALLS = 2  # first calls after which it is seen whether work goes on
 

@@ -171,7 +171,7 @@ class Transport(Comm, Protocol):
         ones; collective.
 
         Args:
-            parts: as ``cpbench.parallel.trace`` finds them; members connect theirs in one order.
+            parts: as ``cpbench.parallel.tracing`` finds them; members connect theirs in one order.
         """
         ...
 

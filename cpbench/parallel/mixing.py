@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-from cpbench.parallel.trace import RankTrace, TraceComm, take_phase
+from cpbench.parallel.tracing.trace import RankTrace, TraceComm, take_phase
 
 if TYPE_CHECKING:
     import torch

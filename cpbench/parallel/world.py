@@ -2,7 +2,7 @@
 
 Strategies plan from a :class:`World`: the subproblems between ranks, their areas, and the mesh of
 ranks.  The mask of a subproblem is cut out only when it is read, so a schedule alone
-(``cpbench.parallel.trace``) needs the areas only.
+(``cpbench.parallel.tracing``) needs the areas only.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ class Record:
         memory_bytes: by kind, ``[rank]``: ``inputs``; ``plan`` and ``saved`` (held before a pass);
             ``held`` (what else the operator keeps); ``peak`` (on top of those, during one);
             ``process`` (as ``peak``, with what torch does not allocate); ``predicted`` (a peak
-            without the operator's own temporaries, see ``cpbench.parallel.memory_trace``); on GPUs
+            without the operator's own temporaries, see ``cpbench.parallel.tracing``); on GPUs
             ``reserved`` and ``device``; where inputs are in host memory, ``host`` and
             ``predicted_host`` (as ``peak`` and ``predicted``, of host memory, of which the others
             have none).
@@ -119,7 +119,7 @@ class Record:
         messages: by phase, ``[rank]``.
         largest_message: by phase, bytes of the largest message of any rank.
         predicted_bytes: by phase, ``[rank]``: bytes sent according to the trace of the plan (see
-            ``cpbench.parallel.trace``); empty where a library does the sending.
+            ``cpbench.parallel.tracing``); empty where a library does the sending.
         bytes_to_device, bytes_to_host: by phase, ``[rank]``: copied between host memory and the
             device, by strategies whose tensors are in host memory; empty for others.
         predicted_to_device, predicted_to_host: the same according to the trace.

@@ -1,6 +1,6 @@
 """Whether a case fits into the memory of a GPU.
 
-A rank needs its inputs, the peak of its strategy (``cpbench.parallel.memory_trace``) and, at most
+A rank needs its inputs, the peak of its strategy (``cpbench.parallel.tracing``) and, at most
 at the same time, the workspace that its operator declares; beside tensors, the CUDA context,
 buffers that NCCL keeps for each peer, and what the allocator does not give back.  The last two are
 upper bounds, so the need is a range.
@@ -86,7 +86,7 @@ def need(
     Args:
         programs: its recordings by phase.
     """
-    from cpbench.parallel.memory_trace import peak_bytes
+    from cpbench.parallel.tracing.memory_trace import peak_bytes
 
     problem = world.problem
     if problem.backward:  # what the forward pass saves is there, whether it is timed or not

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from cpbench.parallel.bound_operator import BoundOperator
 from cpbench.parallel.comm import CompletedHandle
-from cpbench.parallel.trace import COLLECTIVES, CountingComm, empty_inputs
+from cpbench.parallel.tracing.trace import COLLECTIVES, CountingComm, empty_inputs
 from cpbench.simulator.events import Event, Kernel, Post, Program, SideWork, Wait
 from cpbench.simulator.tiles import Tiling
 
@@ -59,7 +59,7 @@ class Recorder:
 
 
 class RecordingComm(CountingComm):
-    """A :class:`~cpbench.parallel.trace.CountingComm` that also keeps posts and waits in order."""
+    """A :class:`~cpbench.parallel.tracing.trace.CountingComm` that keeps posts and waits, too."""
 
     def __init__(self, rank: int, size: int, recorder: Recorder) -> None:
         self._recorder = recorder

@@ -1,6 +1,6 @@
 """``cpbench traffic``: the communication, work and memory of every rank of a case, predicted.
 
-The strategy's own code runs on tensors without data (``cpbench.parallel.trace``), in a few
+The strategy's own code runs on tensors without data (``cpbench.parallel.tracing``), in a few
 subprocesses with a share of the ranks each, since this one loads no torch.
 """
 

@@ -18,7 +18,7 @@ from cpbench.parallel.strategy import declared_refusal
 from cpbench.parallel.world import World
 
 if TYPE_CHECKING:
-    from cpbench.parallel.trace import PhaseTrace
+    from cpbench.parallel.tracing.trace import PhaseTrace
 
 
 def trace_case(case: Case, ranks: Sequence[int], memory_ranks: Sequence[int]) -> dict[str, Any]:
@@ -27,8 +27,8 @@ def trace_case(case: Case, ranks: Sequence[int], memory_ranks: Sequence[int]) ->
     Raises:
         ValueError: if the strategy cannot run this case.
     """
-    from cpbench.parallel.memory_trace import peak_bytes
-    from cpbench.parallel.trace import count_rank
+    from cpbench.parallel.tracing.memory_trace import peak_bytes
+    from cpbench.parallel.tracing.trace import count_rank
 
     world = World.of_case(case, case.world_size)
     info, operator = strategy_info(case.strategy.name), operator_info(case.operator.name)

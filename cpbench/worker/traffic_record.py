@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from cpbench.parallel.comm import Traffic
-    from cpbench.parallel.trace import PhaseTrace
+    from cpbench.parallel.tracing.trace import PhaseTrace
     from cpbench.results.record import Record
 
 

@@ -34,7 +34,7 @@ from cpbench.parallel.bound_operator import BoundOperator
 from cpbench.parallel.comm import GroupedComm, Part
 from cpbench.parallel.comm_torch import TorchComm
 from cpbench.parallel.strategy import declared_refusal
-from cpbench.parallel.trace import empty_inputs, trace_rank
+from cpbench.parallel.tracing.trace import empty_inputs, trace_rank
 from cpbench.parallel.world import World
 
 METADATA_ONLY = ("empty_like", "new_empty", "zeros_like", "new_zeros", "full_like", "new_full")

@@ -6,7 +6,7 @@ from typing import Any
 
 from cpbench.core.registry import implementation, operator_info, strategy_info
 from cpbench.core.spec import Spec
-from cpbench.parallel.trace import MODULUS, RankTrace, trace_rank
+from cpbench.parallel.tracing.trace import MODULUS, RankTrace, trace_rank
 from cpbench.parallel.world import World
 
 

@@ -30,7 +30,7 @@ from cpbench.core.registry import implementation, operator_info, strategy_info
 from cpbench.core.spec import Spec, format_size
 from cpbench.parallel import layout as layouts
 from cpbench.parallel.host_memory.account import MemoryAccount, PeakBytes
-from cpbench.parallel.memory_trace import peak_bytes
+from cpbench.parallel.tracing.memory_trace import peak_bytes
 from cpbench.parallel.world import World
 
 MEASURED = ("single", "single:offload=host,chunk=512", "single:offload=host,chunk=2048")

@@ -14,8 +14,8 @@ from cpbench.core.problem import DTYPE_BYTES, Problem
 from cpbench.core.registry import implementation, operator_info, strategy_info
 from cpbench.core.spec import Spec
 from cpbench.parallel.layout import build
-from cpbench.parallel.memory_trace import peak_bytes
-from cpbench.parallel.trace import MODULUS, RankTrace, trace_rank
+from cpbench.parallel.tracing.memory_trace import peak_bytes
+from cpbench.parallel.tracing.trace import MODULUS, RankTrace, trace_rank
 from cpbench.parallel.world import World
 
 CHUNK = 8

@@ -14,7 +14,7 @@ from cpbench import masks
 from cpbench.core.problem import Problem
 from cpbench.parallel.comm import Traffic
 from cpbench.parallel.layout import build as build_layout
-from cpbench.parallel.trace import RankTrace
+from cpbench.parallel.tracing.trace import RankTrace
 from cpbench.parallel.world import World
 from cpbench.strategies.common import head_shares
 from cpbench.strategies.hierarchical import Hierarchical

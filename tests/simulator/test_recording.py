@@ -14,7 +14,7 @@ from cpbench.core.registry import implementation, operator_info, strategies
 from cpbench.core.spec import Spec
 from cpbench.parallel.bound_operator import BoundOperator
 from cpbench.parallel.layout import build as build_layout
-from cpbench.parallel.trace import (
+from cpbench.parallel.tracing.trace import (
     RankTrace,
     TraceComm,
     TracedOperator,

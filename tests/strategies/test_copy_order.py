@@ -16,7 +16,7 @@ from cpbench.core.registry import operator_info
 from cpbench.parallel.bound_operator import BoundOperator
 from cpbench.parallel.host_memory.link import Copy, HostLink
 from cpbench.parallel.layout import build
-from cpbench.parallel.trace import empty_inputs
+from cpbench.parallel.tracing.trace import empty_inputs
 from cpbench.parallel.world import World
 from cpbench.strategies.offload.single import OffloadedSingle
 

@@ -18,7 +18,7 @@ from cpbench.core.registry import implementation, strategy_info
 from cpbench.core.spec import Spec
 from cpbench.parallel.kv_requirements import KeyTransfers, required_transfers
 from cpbench.parallel.layout import build as build_layout
-from cpbench.parallel.trace import RankTrace
+from cpbench.parallel.tracing.trace import RankTrace
 from cpbench.parallel.world import World
 from cpbench.strategies.dispatch.relays import GroupCast, plan_transfers
 

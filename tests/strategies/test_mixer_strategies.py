@@ -30,7 +30,7 @@ from cpbench.parallel.comm import CompletedHandle
 from cpbench.parallel.layout import build as build_layout
 from cpbench.parallel.mixing import TracedMixer, trace_mixer
 from cpbench.parallel.strategy import declared_refusal
-from cpbench.parallel.trace import MODULUS, RankTrace
+from cpbench.parallel.tracing.trace import MODULUS, RankTrace
 from cpbench.parallel.world import World
 from cpbench.strategies.scan import gather, strategy
 from cpbench.strategies.scan.slots import find_slots

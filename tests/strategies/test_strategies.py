@@ -21,7 +21,7 @@ from cpbench.core.operator import Unsupported
 from cpbench.core.problem import Problem
 from cpbench.parallel.comm_torch import TorchComm
 from cpbench.parallel.layout import build as build_layout
-from cpbench.parallel.trace import MODULUS, TraceComm, describe_mismatch
+from cpbench.parallel.tracing.trace import MODULUS, TraceComm, describe_mismatch
 from cpbench.parallel.world import World
 
 LIMIT = {"float32": 2e-6, "bfloat16": 1.2e-2}

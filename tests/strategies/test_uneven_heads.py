@@ -14,7 +14,7 @@ from cpbench import masks
 from cpbench.core.problem import Problem
 from cpbench.core.registry import operator_info
 from cpbench.parallel.layout import build as build_layout
-from cpbench.parallel.memory_trace import peak_bytes
+from cpbench.parallel.tracing.memory_trace import peak_bytes
 from cpbench.parallel.world import World
 from cpbench.strategies.common.head_shares import HeadShares, chunks_of_heads
 

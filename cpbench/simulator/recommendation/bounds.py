@@ -49,7 +49,7 @@ def bound(
     Raises:
         ValueError: if its strategy does not take the case.
     """
-    from cpbench.parallel.trace import TracedOperator, empty_inputs
+    from cpbench.parallel.tracing.trace import TracedOperator, empty_inputs
     from cpbench.simulator.recording import Recorder, RecordingComm
 
     recorder, op = Recorder(), TracedOperator(operator)

@@ -14,7 +14,7 @@ from cpbench.parallel.bound_operator import BoundOperator
 from cpbench.parallel.host_memory.account import MemoryAccount, PeakBytes
 from cpbench.parallel.partial_results.accumulators import BackwardAccumulator, ForwardAccumulator
 from cpbench.parallel.partial_results.repeated_heads import repeat_heads, sum_repeated_heads
-from cpbench.parallel.trace import CountingComm, TracedOperator, TracedPlan, empty_inputs
+from cpbench.parallel.tracing.trace import CountingComm, TracedOperator, TracedPlan, empty_inputs
 
 if TYPE_CHECKING:
     import torch

@@ -21,7 +21,7 @@ from cpbench.core.operator import QKV, MixerBackwardInputs, MixerInputs, state_d
 from cpbench.parallel.bound_operator import BoundOperator
 from cpbench.parallel.comm import CompletedHandle, GroupedComm, Handle, Part
 from cpbench.parallel.partial_results.accumulators import BackwardAccumulator, ForwardAccumulator
-from cpbench.parallel.shape_tensor import shape_tensor, without_data
+from cpbench.parallel.tracing.shape_tensor import shape_tensor, without_data
 
 if TYPE_CHECKING:
     import torch
