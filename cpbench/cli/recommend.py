@@ -52,8 +52,9 @@ def recommend(
     ] = "",
     draws: Annotated[int, typer.Option(metavar=NUMBER, help="Draws of a random mask.")] = 4,
     memory: Annotated[
-        float, typer.Option(metavar="GIB", help="Memory of a GPU.  [default: the cluster's]")
-    ] = 0.0,
+        float | None,
+        typer.Option(metavar="GIB", help="Memory of a GPU.  [default: the cluster's]"),
+    ] = None,
     cluster: Annotated[
         str, typer.Option(metavar="NAME|FILE", help="A packaged cluster, or a file of constants.")
     ] = "h100-ib",
@@ -89,7 +90,7 @@ def recommend(
         if output is not None:
             outputs.check(output)
             check_output(output)
-        if not 0 <= memory < float("inf"):
+        if memory is not None and not 0 < memory < float("inf"):
             raise ValueError(f"--memory {memory} must be a number of GiB above 0")
         per_node = parse_size(gpus_per_node) if gpus_per_node else load(cluster).gpus_per_node
         cases = case_options.expand(
@@ -102,7 +103,7 @@ def recommend(
         if len(cases) > 1:
             raise ValueError(f"recommend takes one problem, not {len(cases)}: give no lists")
         names = split_list(strategy) if strategy else own_strategies()
-        result = search(cases[0], names, cluster, draws, memory)
+        result = search(cases[0], names, cluster, draws, memory or 0.0)
         if output is not None:
             outputs.write(result, output)
     print(json.dumps(result) if as_json else "\n".join(text.lines(result)))
