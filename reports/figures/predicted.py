@@ -16,11 +16,11 @@ MEASURED = "measured (filled)"
 
 def predicted(table: pd.DataFrame, sheet: Sheet) -> None:
     """Draw the predicted time of each method by ranks (by length, on one number of ranks), hollow
-    with its interval, and the measured time, filled."""
+    with its interval, and the measured time, filled; over mask seeds, medians and the range."""
     by_ranks = table["world_size"].nunique() > 1
     x, other = ("world_size", "seq_len") if by_ranks else ("seq_len", "world_size")
     panels_rows = {}
-    for (mask, _), rows in table.groupby(["mask", other], sort=True):
+    for (mask, _), rows in table.groupby(["mask_family", other], sort=True):
         size = rows[other].iloc[0]
         text = f"{format_size(int(size))} tokens" if by_ranks else f"{size} ranks"
         panels_rows[f"{mask}\n{text}"] = rows
@@ -28,7 +28,7 @@ def predicted(table: pd.DataFrame, sheet: Sheet) -> None:
     panels = sheet.panels(group)
     for axes, rows in zip(panels, panels_rows.values(), strict=True):
         for name, points in rows.groupby("method", sort=True):
-            _draw_method(sheet, axes, str(name), points.sort_values(x), x)
+            _draw_method(sheet, axes, str(name), points, x)
     set_log2_axis(panels[0], table[x], sizes=not by_ranks)
     panels[0].set_yscale("log")
     measured = table["time_ms"].dropna().tolist()
@@ -42,17 +42,20 @@ def predicted(table: pd.DataFrame, sheet: Sheet) -> None:
 
 def _draw_method(sheet: Sheet, axes: Axes, name: str, points: pd.DataFrame, x: str) -> None:
     style = sheet.styles[name]
+    by_x = points.groupby(x)
+    predicted_ms = by_x["predicted_ms"].median()
+    below = predicted_ms - by_x["predicted_low_ms"].min()
+    above = by_x["predicted_high_ms"].max() - predicted_ms
     line: dict[str, Any] = {"color": style.colour, "marker": style.marker, "markersize": 4}
-    below = points["predicted_ms"] - points["predicted_low_ms"]
-    above = points["predicted_high_ms"] - points["predicted_ms"]
     container = axes.errorbar(
-        points[x], points["predicted_ms"], yerr=[below, above], linestyle=style.dash,
+        predicted_ms.index, predicted_ms, yerr=[below, above], linestyle=style.dash,
         linewidth=1.0, elinewidth=0.7, capsize=1.8, capthick=0.7, markerfacecolor="white", **line,
     )  # fmt: skip
     sheet.add_legend_entry(name, container[0])
     measured = points[points["competes"].to_numpy(dtype=bool)]
     if len(measured):
-        axes.plot(measured[x], measured["time_ms"], linestyle="", **line)
+        times = measured.groupby(x)["time_ms"].median()
+        axes.plot(times.index, times, linestyle="", **line)
         from matplotlib.lines import Line2D
 
         sheet.add_legend_entry(
