@@ -27,9 +27,18 @@ def predict_cases(cases: Sequence[Case], cluster: str, out: Path, as_json: bool)
     """Keep predictions of cases in a run directory, and print its report."""
     from cpbench.reports import collection
     from cpbench.reports.tables import render
+    from cpbench.results.store import read_run
     from cpbench.tools.sweep_prediction import predict_sweep
 
-    predict_sweep(cases, cluster, out)
+    try:
+        predict_sweep(cases, cluster, out)
+    except KeyboardInterrupt:
+        kept = len(read_run(out).predictions.keys() & {case.id for case in cases})
+        text = (
+            f"interrupted: {kept} of {len(cases)} predictions are kept in {out}; repeat the "
+            "command for the others"
+        )
+        raise typer.Exit(print_error(text, INTERRUPTED)) from None
     results = collection.collect([out])
     print(render.render(results, "json" if as_json else "short"), end="")
     return 0

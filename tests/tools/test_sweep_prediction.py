@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from limits import LIMIT_S
 
+from cpbench.results.store import read_run
 from cpbench.simulator.cluster import PACKAGED
 
 SWEEP = """
@@ -66,6 +69,25 @@ def test_a_predicted_sweep_is_still_to_be_run(folder: Path) -> None:
     assert "Predictions of 2 measured cases: off by" in " ".join(report.stdout.split())
 
 
+def test_an_interrupted_prediction_keeps_what_is_known(folder: Path) -> None:
+    lengths = "seq_len = [256, 320, 384, 448, 512, 576, 640, 704]"
+    (folder / "sweep.toml").write_text(SWEEP.replace("seq_len = 256", lengths), encoding="utf-8")
+    command = ("run", "sweep.toml", "--predict", "own.toml", "--out", "here")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cpbench", *command], cwd=folder, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    while process.poll() is None and not read_run(folder / "here").predictions:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=LIMIT_S)
+    kept = len(read_run(folder / "here").predictions)
+    assert process.returncode == 130
+    assert 1 <= kept < 24
+    assert f"interrupted: {kept} of 24 predictions are kept in here; repeat" in stderr
+    assert "Traceback" not in stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -82,4 +104,4 @@ def test_what_cannot_be_predicted_is_one_line(
     assert done.returncode == 2, done.stderr
     assert line in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
-    assert not (folder / "here" / "records").exists() or not done.stdout
+    assert not done.stdout
