@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
@@ -29,29 +30,29 @@ Tensors = Mapping[str, torch.Tensor]  # by name; q is a shard of queries, the ot
 W = TypeVar("W", bound=Prepared)
 
 
-class Call(Generic[W]):
+class Call(ABC, Generic[W]):
     """What all ranks must call with the same values, but for the device; hashable."""
 
     @property
+    @abstractmethod
     def text(self) -> str:
         """The values in words, equal on all ranks."""
-        raise NotImplementedError
 
+    @abstractmethod
     def world(self, member: GroupMember) -> World:
         """The computation as all ranks see it.
 
         Raises:
             ValueError: if the layout does not fit.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def prepare(self, world: World, member: GroupMember, tensors: Tensors) -> W:
         """Prepare this rank, without communication.
 
         Raises:
             ValueError: with the reason, if it is not supported.
         """
-        raise NotImplementedError
 
     @functools.cached_property
     def checksum(self) -> int:

@@ -33,6 +33,17 @@ HeadDims = Annotated[str, list_option(help="Head dimensions.")]
 HeadDimsV = Annotated[str, list_option(help="Those of values; 0: as --head-dim.")]
 Batches = Annotated[str, list_option(help="Batch sizes.")]
 Dtypes = Annotated[str, dtype_list(help="Data types.")]
+Cluster = Annotated[
+    str, typer.Option(metavar="NAME|FILE", help="A packaged cluster, or a file of constants.")
+]
+ClusterOperator = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        autocompletion=complete("operators"),
+        help="The operator.  [default: the cluster's first kernel]",
+    ),
+]
 Directions = Annotated[str, direction_list(help="fwd, bwd or fwd_bwd.")]
 
 

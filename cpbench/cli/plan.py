@@ -10,7 +10,6 @@ from typing import Annotated
 import typer
 
 from cpbench.cli import case_options
-from cpbench.cli.completion import complete
 from cpbench.cli.options import (
     AsJson,
     Launcher,
@@ -109,17 +108,8 @@ def predict(
     batch: case_options.Batches = "1",
     dtype: case_options.Dtypes = "bfloat16",
     direction: case_options.Directions = "fwd_bwd",
-    cluster: Annotated[
-        str, typer.Option(metavar="NAME|FILE", help="A packaged cluster, or a file of constants.")
-    ] = "h100-ib",
-    operator: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            autocompletion=complete("operators"),
-            help="The operator.  [default: the cluster's first kernel]",
-        ),
-    ] = "",
+    cluster: case_options.Cluster = "h100-ib",
+    operator: case_options.ClusterOperator = "",
     trace: Annotated[
         Path | None, file_option(help="Write a timeline of the simulated ranks, for Perfetto.")
     ] = None,

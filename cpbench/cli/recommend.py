@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from cpbench.cli import case_options
-from cpbench.cli.completion import complete
 from cpbench.cli.options import (
     AsJson,
     check_output,
@@ -55,17 +54,8 @@ def recommend(
         float | None,
         typer.Option(metavar="GIB", help="Memory of a GPU.  [default: the cluster's]"),
     ] = None,
-    cluster: Annotated[
-        str, typer.Option(metavar="NAME|FILE", help="A packaged cluster, or a file of constants.")
-    ] = "h100-ib",
-    operator: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            autocompletion=complete("operators"),
-            help="The operator.  [default: the cluster's first kernel]",
-        ),
-    ] = "",
+    cluster: case_options.Cluster = "h100-ib",
+    operator: case_options.ClusterOperator = "",
     as_json: AsJson = False,
     output: Annotated[
         Path | None,

@@ -151,7 +151,9 @@ def draw(
         raise ValueError(f"-o {path}: a figure is written as {', '.join(SUFFIXES)}")
     if kind not in KINDS:
         raise ValueError(f"no kind {kind!r} of figure; kinds: {', '.join(KINDS)}")
-    table = collection.predicted if kind == "predicted" else collection.table
+    table = collection.table
+    if kind == "predicted":  # of one cluster, wherever the measured ones ran
+        table = collection.predicted.assign(machine="", clock="")
     table = table.assign(method=method_names(table))
     styles = method_styles(table["method"])
     table = filter_rows(table, where)

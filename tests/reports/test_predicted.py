@@ -116,6 +116,18 @@ def test_cases_that_were_only_predicted_never_compete(tmp_path: Path) -> None:
     assert len(json.loads(render(collection, "json"))) == 2
 
 
+def test_the_figure_draws_cases_that_were_only_predicted_beside_measured_ones(
+    tmp_path: Path,
+) -> None:
+    slow = measured("ring", 2.0)
+    fast = dataclasses.replace(slow.case, strategy=Spec.parse("ulysses"))
+    out = run_directory(tmp_path / "run", slow, prediction(slow.case, 2.1), prediction(fast, 0.1))
+    draw(collect([out]), "predicted", tmp_path / "figure.svg", [])
+    drawn = (tmp_path / "figure.svg").read_text(encoding="utf-8")
+    assert "ring/contiguous bands" in drawn
+    assert "ulysses/contiguous bands" in drawn
+
+
 def test_predictions_of_another_directory_are_joined_by_case(tmp_path: Path) -> None:
     ring = measured("ring", 2.0)
     folders = [
