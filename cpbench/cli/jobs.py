@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cpbench.cli.options import AsJson, UserError, user_input
+from cpbench.cli.options import AsJson, Interface, UserError, user_input
 from cpbench.reports.tables.terminal import print_rows
 
 if TYPE_CHECKING:
     from cpbench.cli.options import DeviceName, ProfilerName, Transport
-    from cpbench.core.problem import Case
     from cpbench.core.settings import MeasureSettings
     from cpbench.launchers.protocol import Place
     from cpbench.results.active import ActiveProcess
@@ -105,13 +105,13 @@ def override_settings(
 
 
 def launch_place(
-    launcher: str, nodes: int, hosts: str, interface: str, cases: Sequence[Case]
+    launcher: str, nodes: int, hosts: str, interface: str, world_sizes: Collection[int]
 ) -> Callable[[int], Place]:
-    """A function from world size to the nodes that its ranks run on (not for Slurm).
+    """A function from world size to the nodes that its ranks run on (not for batch jobs).
 
     Raises:
-        ValueError: if ranks do not divide by nodes, the launcher works on one node only, or there
-            is no such network interface.
+        ValueError: if ranks do not divide by nodes, the launcher works on one node only or outside
+            of its allocation, or there is no such network interface.
     """
     from cpbench.launchers import mpi
     from cpbench.launchers.gang import free_port
@@ -136,9 +136,12 @@ def launch_place(
         raise ValueError(
             "--hosts is for --launcher mpi; with torchrun, run cpbench join on other nodes"
         )
+    elif launcher == "srun":
+        if "SLURM_JOB_ID" not in os.environ:
+            raise ValueError("--launcher srun runs inside an allocation of Slurm: use salloc")
     elif nodes > 1 and launcher != "torchrun":
         raise ValueError(
-            f"--launcher {launcher} is for one machine; torchrun, mpi or slurm for more"
+            f"--launcher {launcher} is for one machine; torchrun, mpi or Slurm for more"
         )
 
     def place_of(world_size: int) -> Place:
@@ -147,7 +150,7 @@ def launch_place(
         return Place(nodes=nodes, hosts=host_names, address=address, interface=interface)
 
     if launcher != "mpi":
-        for world_size in sorted({case.world_size for case in cases}):
+        for world_size in sorted(set(world_sizes)):
             place_of(world_size).ranks_per_node(world_size)
     return place_of
 
@@ -339,9 +342,7 @@ def _wait_for_exit(process: ActiveProcess, timeout_s: float = 30.0) -> None:
 @commands.command()
 def join(
     run_dir: RunFolder,
-    interface: Annotated[
-        str, typer.Option(metavar="NAME", help="Network interface that the ranks use.")
-    ] = "",
+    interface: Interface = "",
     patience: Annotated[
         float,
         typer.Option(metavar="SECONDS", min=1, help="Exit after this long without work."),
@@ -349,9 +350,9 @@ def join(
 ) -> int:
     """Join a multi-node run as an additional node.
 
-    Start the run on the first machine with: cpbench run SWEEP --launcher torchrun --nodes N. Then
-    join on each of the others, with the same run directory on a shared file system. The command
-    ends with the run.
+    Start the run on the first machine with: cpbench run SWEEP --launcher torchrun --nodes N, or
+    cpbench links likewise. Then join on each of the others, with the same run directory on a
+    shared file system. The command ends with the run.
     """
     from cpbench.launchers import join
     from cpbench.worker.rendezvous import require_interface

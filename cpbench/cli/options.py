@@ -53,6 +53,15 @@ class AnyLauncherName(str, Enum):
     slurm = "slurm"
 
 
+class LinksLauncherName(str, Enum):
+    """Launchers of ``cpbench links``; ``srun`` inside an allocation of Slurm."""
+
+    local = "local"
+    torchrun = "torchrun"
+    mpi = "mpi"
+    srun = "srun"
+
+
 class ProfilerName(str, Enum):
     """NVIDIA's profilers: Nsight Systems and Nsight Compute."""
 
@@ -142,6 +151,11 @@ OnDevice = Annotated[
 ]
 Launcher = Annotated[LauncherName, typer.Option(help="How to launch the ranks.")]
 AnyLauncher = Annotated[AnyLauncherName, typer.Option(help="How to launch the ranks.")]
+Nodes = Annotated[int, typer.Option(metavar="N", min=1, help="torchrun, mpi: number of nodes.")]
+Hosts = Annotated[str, list_option(help="mpi: host names, one per node.")]
+Interface = Annotated[
+    str, typer.Option(metavar="NAME", help="Network interface that the ranks use.")
+]
 OutFolder = Annotated[
     Path | None, folder_option(help="Run directory.  [default: a temporary folder]")
 ]

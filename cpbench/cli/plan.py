@@ -10,13 +10,16 @@ from typing import Annotated
 import typer
 
 from cpbench.cli import case_options
+from cpbench.cli.jobs import launch_place
 from cpbench.cli.options import (
     AsJson,
-    Launcher,
-    LauncherName,
+    Hosts,
+    Interface,
+    LinksLauncherName,
     OnDevice,
     device_name,
     file_option,
+    folder_option,
     list_option,
     user_input,
 )
@@ -144,9 +147,7 @@ def predict(
 
 @commands.command()
 def links(
-    world_size: Annotated[
-        int, typer.Option(metavar="RANKS", help="Number of ranks, on this machine.")
-    ] = 2,
+    world_size: Annotated[int, typer.Option(metavar="RANKS", help="Number of ranks.")] = 2,
     ranks_per_node: Annotated[
         int, typer.Option(metavar="RANKS", help="Ranks per node; 0: found from host names.")
     ] = 0,
@@ -155,19 +156,42 @@ def links(
         float, typer.Option(metavar="SECONDS", help="Sampling time per operation and size.")
     ] = 0.3,
     device: OnDevice = None,
-    launcher: Launcher = LauncherName.local,
+    launcher: Annotated[
+        LinksLauncherName,
+        typer.Option(help="How to launch the ranks; srun: inside an allocation of Slurm."),
+    ] = LinksLauncherName.local,
+    nodes: Annotated[
+        int, typer.Option(metavar="N", min=1, help="torchrun, mpi, srun: number of nodes.")
+    ] = 1,
+    hosts: Hosts = "",
+    interface: Interface = "",
+    out: Annotated[
+        Path | None,
+        folder_option(help="For the files of the ranks; on several nodes, one that all share."),
+    ] = None,
     as_json: AsJson = False,
 ) -> int:
     """Measure latency and bandwidth between ranks.
 
     Times point-to-point messages and collectives, inside and across nodes, and checks the received
-    data. Exits with 1 if a rank dies, hangs or receives wrong data.
+    data. With --launcher torchrun --nodes N, run cpbench join OUT on the other nodes. Exits with 1
+    if a rank dies, hangs or receives wrong data.
     """
     from cpbench.tools import links
 
     with user_input():
         nbytes = links.parse_sizes(sizes)
         links.check_arguments(world_size, ranks_per_node, seconds)
+        place = launch_place(launcher.value, nodes, hosts, interface, [world_size])(world_size)
+        links.check_folder(out, place)
     return links.run(
-        world_size, device_name(device), launcher.value, nbytes, ranks_per_node, as_json, seconds
+        world_size,
+        device_name(device),
+        launcher.value,
+        nbytes,
+        ranks_per_node,
+        as_json,
+        seconds,
+        place,
+        out,
     )

@@ -16,9 +16,12 @@ from cpbench.cli.options import (
     AnyLauncher,
     AnyLauncherName,
     AsJson,
+    Hosts,
+    Interface,
     Launcher,
     LauncherName,
     Launches,
+    Nodes,
     OnDevice,
     OutFolder,
     ProfilerName,
@@ -69,13 +72,9 @@ def run_(
             metavar="N", min=0, help="slurm, with --wait: resubmit unfinished cases up to N times."
         ),
     ] = 0,
-    nodes: Annotated[
-        int, typer.Option(metavar="N", min=1, help="torchrun, mpi: number of nodes.")
-    ] = 1,
-    hosts: Annotated[str, list_option(help="mpi: host names, one per node.")] = "",
-    interface: Annotated[
-        str, typer.Option(metavar="NAME", help="Network interface that the ranks use.")
-    ] = "",
+    nodes: Nodes = 1,
+    hosts: Hosts = "",
+    interface: Interface = "",
     transport: Annotated[
         Transport | None, typer.Option(help="Communication library.  [default: set by the sweep]")
     ] = None,
@@ -181,7 +180,9 @@ def run_(
             capacity=parse_bytes(site.gpu_memory, "gpu_memory")
             if site and site.gpu_memory
             else None,
-            place=jobs.launch_place(launcher.value, nodes, hosts, interface, cases),
+            place=jobs.launch_place(
+                launcher.value, nodes, hosts, interface, {case.world_size for case in cases}
+            ),
             command=sys.argv[1:],
         )
     if site:

@@ -11,6 +11,7 @@ percentile of the samples of the median group, relative to its median.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import statistics
@@ -22,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from cpbench.core.spec import format_size, parse_size
-from cpbench.launchers import failure_cause
+from cpbench.launchers import failure_cause, join
 from cpbench.launchers.gang import Gang
-from cpbench.launchers.protocol import Command, GangSpec
+from cpbench.launchers.protocol import THIS_MACHINE, GangSpec, Place
 from cpbench.launchers.registry import LAUNCHERS
 from cpbench.launchers.supervisor import GRACE_S, STARTUP_S
+from cpbench.results import active
 from cpbench.results.store import Tail
 from cpbench.tools.links_worker import LinkJob, journal_path, results_path
 
@@ -77,6 +79,12 @@ def check_arguments(world_size: int, ranks_per_node: int, seconds: float) -> Non
         )
 
 
+def check_folder(out: Path | None, place: Place) -> None:
+    """Raise ``ValueError`` if ranks on several nodes have no folder that all nodes share."""
+    if out is None and place.nodes > 1:
+        raise ValueError(f"{place.nodes} nodes need --out, a folder on a file system they share")
+
+
 def run(
     world_size: int,
     device: str,
@@ -85,6 +93,8 @@ def run(
     ranks_per_node: int = 0,
     as_json: bool = False,
     seconds: float = DEFAULT_SECONDS,
+    place: Place = THIS_MACHINE,
+    out: Path | None = None,
 ) -> int:
     """Measure the links between ranks and print the results.
 
@@ -93,28 +103,40 @@ def run(
         device: ``"cpu"`` or ``"cuda"``.
         launcher: a name in ``LAUNCHERS``.
         sizes: bytes.
-        ranks_per_node: 0 to find it from host names.
+        ranks_per_node: 0 to find it from host names, or from the nodes of ``place``.
         as_json: print JSON instead of tables.
         seconds: sampling time, see :class:`LinkJob`.
+        place: the nodes; those of torchrun join as in a run (``cpbench join``).
+        out: where the files of the ranks are kept; None for a temporary folder.
 
     Returns:
         The exit code: 1, with a line on stderr, if a rank died, hung or received wrong data.
 
     Raises:
-        ValueError: see :func:`check_arguments`.
+        ValueError: see :func:`check_arguments` and :func:`check_folder`.
+        StoreError: when ``out`` cannot be written.
     """
     check_arguments(world_size, ranks_per_node, seconds)
-    folder = Path(tempfile.mkdtemp(prefix="cpbench-links-"))
-    job = LinkJob(device, tuple(sizes), ranks_per_node, seconds).save(folder)
-    try:
-        launch = LAUNCHERS[launcher]
-        commands = launch.commands(GangSpec(job, world_size, module="cpbench.tools.links_worker"))
-        failure = _GangMonitor(job, world_size, launch.parse_exit_codes).run(commands)
-    except OSError as error:
-        failure = f"cannot start ranks: {error}"
-    except KeyboardInterrupt:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    check_folder(out, place)
+    if ranks_per_node == 0 and place.nodes > 1:
+        ranks_per_node = place.ranks_per_node(world_size)
+    with contextlib.ExitStack() as stack:
+        if out is None:
+            folder = Path(tempfile.mkdtemp(prefix="cpbench-links-"))
+        else:
+            stack.enter_context(active.registered_as_active(out, ["links"]))
+            folder = out.resolve() / "jobs" / f"links-{time.strftime('%Y%m%dT%H%M%S')}"
+            folder.mkdir(parents=True)
+        job = LinkJob(device, tuple(sizes), ranks_per_node, seconds).save(folder)
+        spec = GangSpec(job, world_size, place, module="cpbench.tools.links_worker")
+        try:
+            failure = _GangMonitor(spec, launcher).run()
+        except OSError as error:
+            failure = f"cannot start ranks: {error}"
+        except KeyboardInterrupt:
+            if out is None:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
     world, times = _read_results(job)
     if as_json:
         tables = {"rows": times, "links": summarise_links(times)}
@@ -124,26 +146,34 @@ def run(
     if failure is not None:
         print(f"cpbench: {' '.join(failure.split())}", file=sys.stderr)
         return 1
-    shutil.rmtree(folder, ignore_errors=True)
+    if out is None:
+        shutil.rmtree(folder, ignore_errors=True)
     return 0
 
 
 class _GangMonitor:
     """Supervisor of the gang of ranks of one ``cpbench links``."""
 
-    def __init__(self, job: Path, size: int, parse_exit_codes: Any) -> None:
-        self._folder, self._parse_exit_codes = job.parent, parse_exit_codes
+    def __init__(self, spec: GangSpec, launcher: str) -> None:
+        self._folder, self._spec, self._launcher = spec.job.parent, spec, LAUNCHERS[launcher]
         self._ranks = [
-            failure_cause.RankState(rank, journal_path(job, rank)) for rank in range(size)
+            failure_cause.RankState(rank, journal_path(spec.job, rank))
+            for rank in range(spec.world_size)
         ]
+        joined = launcher == "torchrun" and spec.place.nodes > 1
+        self._peers = join.Peers(self._folder) if joined else None
 
-    def run(self, commands: Sequence[Command]) -> str | None:
+    def run(self) -> str | None:
         """Start the ranks and wait until all have ended; the reason of a failure, or None."""
         oom_kills = failure_cause.oom_kill_count()
+        if self._peers is not None:
+            join.announce_gang(self._spec)
         last_progress, limit = time.monotonic(), STARTUP_S
-        gang = Gang(commands)
+        gang = Gang(self._launcher.commands(self._spec))
         try:
             while True:
+                if self._peers is not None and (lost := self._peers.lost_machine()):
+                    return self._with_case(f"machine {lost} sends no heartbeat")
                 if sum(len(rank.read_journal()) for rank in self._ranks):
                     last_progress, limit = time.monotonic(), HANG_TIMEOUT_S
                 codes = gang.exit_codes()
@@ -164,19 +194,21 @@ class _GangMonitor:
                     return self._with_case(reason)
                 time.sleep(POLL_S)
         finally:
+            if self._peers is not None:
+                (self._folder / join.GANG_ENDED_FILE).touch()
             gang.kill()
 
     def _failure_reason(self, codes: Sequence[int | None], oom_killed: bool) -> str:
         """The reason of a failure, from journals and exit codes, with the log to read."""
         for rank in self._ranks:
             rank.read_journal()
-        log = self._folder / "rank0.log"
-        failure_cause.assign_exit_codes(self._ranks, codes, self._parse_exit_codes, log)
+        log, parse_exit_codes = self._spec.log, self._launcher.parse_exit_codes
+        failure_cause.assign_exit_codes(self._ranks, codes, parse_exit_codes, log)
         cause = failure_cause.root_cause(self._ranks, oom_killed)
         if cause is None:
             return f"the launcher {failure_cause.describe_exit(codes[0])}; see {log}"
         rank, _, reason = cause
-        if self._parse_exit_codes is None:
+        if parse_exit_codes is None:
             log = log.with_name(f"rank{rank.rank}.log")
         return self._with_case(f"{reason}; see {log}")
 

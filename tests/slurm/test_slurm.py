@@ -175,6 +175,18 @@ def test_every_launcher_of_slurm_runs_the_same_cases(
     assert len(submission.submitted_jobs(out)) == 2  # one allocation for all, and the report
 
 
+def test_links_between_nodes_of_an_allocation(slurm: slurm_cluster.Cluster, tmp_path: Path) -> None:
+    measure = (
+        sys.executable, "-m", "cpbench", "links", "--launcher", "srun", "--nodes", "2",
+        "--world-size", "4", "--sizes", "8,1k", "--seconds", "0.02", "--device", "cpu", "--json",
+        "--out", str(tmp_path),
+    )  # fmt: skip
+    reply = slurm.run("salloc", "--quiet", "--nodes", "2", "--ntasks-per-node", "2", *measure)
+    table = json.loads(reply)
+    assert (table["complete"], table["ranks"], table["ranks_per_node"]) == (True, 4, 2)
+    assert {row["link"] for row in table["rows"]} == {"node", "across", "all"}
+
+
 FAULTS = {
     "kill": ("crash", "rank 1 was killed by SIGKILL"),
     "raise": ("crash", "rank 1: RuntimeError: this is the root cause"),

@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from limits import LIMIT_S
+from run_cpbench import leftover_processes, start_cpbench
 
 from cpbench.cli import main as cli
 from cpbench.launchers import local
 from cpbench.launchers.protocol import Command, GangSpec, Launcher
+from cpbench.simulator.calibration.links import read_measured
 from cpbench.tools import links
 from cpbench.tools.links_operations import OPERATIONS, actual_bytes, element_count, format_ranks
 from cpbench.tools.links_worker import ACROSS, ALL, COLLECTIVES, NODE, plan_measurements
@@ -268,3 +271,36 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.invoke(["links", *options]) == 0
     output = json.loads(capsys.readouterr().out)
     assert {r["operation"] for r in output["rows"]} == set(OPERATIONS) - {"cross"}  # one node
+
+
+def test_nodes_that_join(tmp_path: Path) -> None:
+    """Two agents of torchrun on this machine stand for two nodes."""
+    out = tmp_path / "links"
+    options = ("--world-size", "4", "--sizes", "8,100k", "--seconds", "0.02", "--device", "cpu")
+    join = start_cpbench("join", out, "--interface", "lo", "--patience", "60")
+    try:
+        first = start_cpbench(
+            "links", *options, "--launcher", "torchrun", "--nodes", "2", "--interface", "lo",
+            "--out", out, "--json",
+        )  # fmt: skip
+        stdout, stderr = first.communicate(timeout=LIMIT_S)
+        assert first.returncode == 0, stderr
+        _, stderr = join.communicate(timeout=LIMIT_S)
+        assert join.returncode == 0, stderr
+    finally:
+        join.kill()
+        join.wait()
+    (tmp_path / "links.json").write_text(stdout)
+    measured = read_measured(tmp_path / "links.json")
+    assert (measured.ranks, measured.ranks_per_node) == (4, 2)
+    assert {row["link"] for row in measured.rows} == {NODE, ACROSS, ALL}
+    assert leftover_processes(out) == []
+
+
+def test_several_nodes_need_a_folder_that_they_share(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.invoke(["links", "--launcher", "torchrun", "--nodes", "2"]) == 2
+    assert capsys.readouterr().err == (
+        "cpbench: 2 nodes need --out, a folder on a file system they share\n"
+    )
+    assert cli.invoke(["links", "--launcher", "srun"]) == 2
+    assert "inside an allocation of Slurm" in capsys.readouterr().err
