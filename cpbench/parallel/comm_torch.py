@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from cpbench.parallel.comm import Messages
 
+COLLECTIVE_TAG = 1  # of messages that make up a collective; those of exchanges have 0
+
 
 class TorchHandle:
     """A handle on works of torch.distributed, with an optional callback after the last one."""
@@ -115,29 +117,56 @@ class TorchComm(GroupedComm):
             order = sorted(members)
             group, members = self._own_group(), tuple(order.index(member) for member in members)
         self._copy_self_messages(sends, recvs)  # Gloo cannot send to itself
-        # Receives first: over Gloo, the notice of a posted receive queues behind data being sent.
-        ops = []
-        for tensor, peer in recvs:
-            if peer != self.rank:
-                ops.append(dist.P2POp(dist.irecv, tensor, group=group, group_peer=members[peer]))
         for tensor, peer in sends:
             if peer != self.rank:
                 self.traffic.add(self._members[peer], _nbytes(tensor))
-                ops.append(dist.P2POp(dist.isend, tensor, group=group, group_peer=members[peer]))
-        return TorchHandle(self, dist.batch_isend_irecv(ops) if ops else [])
+        to, from_ = (
+            [(tensor, members[peer]) for tensor, peer in messages if peer != self.rank]
+            for messages in (sends, recvs)
+        )
+        return TorchHandle(self, self._post(to, from_, group))
+
+    def _post(self, sends: Messages, recvs: Messages, group: Any, tag: int = 0) -> list[Any]:
+        """Post messages to and from ranks of a group.
+
+        Receives first: over Gloo, the notice of a posted receive queues behind data being sent, and
+        the peer sends nothing before it.
+        """
+        dist = self._dist
+        ops = [
+            dist.P2POp(operation, tensor, group=group, tag=tag, group_peer=peer)
+            for operation, messages in ((dist.irecv, recvs), (dist.isend, sends))
+            for tensor, peer in messages
+        ]
+        return dist.batch_isend_irecv(ops) if ops else []
+
+    def _swap_chunks(self, out: torch.Tensor, x: torch.Tensor, group: Any) -> list[Any]:
+        """Start to send ``x[i]`` to member i, and to receive ``out[i]`` from it.
+
+        Gloo's all-to-all posts its sends first, so that a pair of ranks often sends one after the
+        other: half the rate of a link.
+        """
+        if self._serial:
+            return [self._dist.all_to_all_single(out, x, group=group, async_op=True)]
+        out[self.rank].copy_(x[self.rank])
+        ahead = [(self.rank + i) % self.size for i in range(1, self.size)]
+        sends = [(x[peer], peer) for peer in ahead]
+        recvs = [(out[peer], peer) for peer in reversed(ahead)]
+        return self._post(sends, recvs, group, COLLECTIVE_TAG)
 
     def all_to_all(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
         assert len(x) == len(out) == self.size
         if self.size == 1:
             return TorchHandle(self, [], lambda: out.copy_(x))
-        group = self._collective(_nbytes(x[0]))
-        return TorchHandle(self, [self._dist.all_to_all_single(out, x, group=group, async_op=True)])
+        return TorchHandle(self, self._swap_chunks(out, x, self._collective(_nbytes(x[0]))))
 
     def all_gather(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
         assert len(out) == self.size
         if self.size == 1:
             return TorchHandle(self, [], lambda: out[0].copy_(x))
         group = self._collective(_nbytes(x))
+        if self.size == 2 and not self._serial:
+            return TorchHandle(self, self._swap_chunks(out, x.expand(2, *x.shape), group))
         gather = getattr(self._dist, "all_gather_single", self._dist.all_gather_into_tensor)
         return TorchHandle(self, [gather(out.flatten(0, 1), x, group=group, async_op=True)])
 
@@ -151,8 +180,8 @@ class TorchComm(GroupedComm):
         if x.device.type == "cpu":
             # Gloo's reduce-scatter is an all-reduce: twice the bytes, another order of summation.
             received = torch.empty_like(x)
-            work = self._dist.all_to_all_single(received, x, group=group, async_op=True)
-            return TorchHandle(self, [work], lambda: torch.sum(received, 0, out=out))
+            works = self._swap_chunks(received, x, group)
+            return TorchHandle(self, works, lambda: torch.sum(received, 0, out=out))
         scatter = getattr(self._dist, "reduce_scatter_single", self._dist.reduce_scatter_tensor)
         return TorchHandle(self, [scatter(out, x.flatten(0, 1), group=group, async_op=True)])
 

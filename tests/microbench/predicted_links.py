@@ -1,10 +1,11 @@
 """Predictions held against strategies that ran over slow links, on one machine.
 
-    python tests/microbench/shaped_links.py --rate 250mbit --paced 7.5 --seconds 1.5 --folder FOLDER
-    python tests/microbench/predicted_links.py FOLDER --rate 250mbit --paced 7.5
+    python tests/microbench/shaped_links.py --rate 250mbit --paced 7.5 --seconds 1.5 --links \
+        --folder FOLDER
+    python tests/microbench/predicted_links.py FOLDER --paced 7.5
 
-Constants are not fitted to the run: attention sleeps for a known time, the link has a known rate
-(of which Ethernet, IP and TCP headers take 4.4 %), and the rates of copies inside the machine are
+Constants are not fitted to the run: attention sleeps for a known time, ``cpbench links`` has
+measured the links before, as for any cluster, and the rates of copies inside the machine are
 measured here, by as many processes at once as there are ranks, which share its cores.  Prints
 predicted and measured times of each case, the errors, and how many pairs of strategies are in the
 right order.
@@ -18,15 +19,18 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from cpbench.reports.frame import load
+from cpbench.reports import frame
 from cpbench.reports.predicted.rows import ordered_pairs
+from cpbench.simulator.calibration.cluster_file import to_toml
+from cpbench.simulator.calibration.links import fit_links, read_measured
+from cpbench.simulator.cluster import load
 
 HEAD_DIM = 64
-PAYLOAD = 1448 / 1514  # bytes of a TCP segment over those of its Ethernet frame
 CLUSTER = """
 name = "shaped"
 gpus_per_node = 2
@@ -56,23 +60,6 @@ grid = "mask"
 fwd = {{ tile = [16, 16], tflops = {tflops}, tile_us = 0, empty_us = 0, tail = 0, call_us = 150 }}
 bwd = {{ tile = [16, 16], tflops = {tflops}, tile_us = 0, empty_us = 0, tail = 0, call_us = 150 }}
 
-[links.node]
-source = "loopback: as fast as two copies"
-alpha_us = 150
-gb_per_s = {loopback}
-
-[links.across]
-source = "the rate that was set, without headers"
-alpha_us = 300
-gb_per_s = {across}
-per_node = 1
-
-[collectives]
-source = "rings over the slow link"
-alpha_us = 500
-all_gather = [{loopback}, {across}]
-reduce_scatter = [{loopback}, {across}]
-all_reduce = [{loopback}, {across}]
 """
 
 
@@ -99,17 +86,9 @@ def copy_rates() -> dict[str, float]:
     }
 
 
-def bytes_per_second(rate: str) -> float:
-    for unit, factor in (("mbit", 1e6), ("gbit", 1e9)):
-        if rate.endswith(unit):
-            return float(rate.removesuffix(unit)) * factor / 8
-    raise SystemExit(f"--rate {rate}: give mbit or gbit")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="that of shaped_links.py")
-    parser.add_argument("--rate", required=True)
     parser.add_argument("--paced", type=float, required=True, metavar="NS")
     options = parser.parse_args()
     command = [sys.executable, __file__, "rates"]
@@ -117,13 +96,12 @@ def main() -> None:
     replies = [json.loads(rank.communicate()[0]) for rank in ranks]
     rates = {kind: statistics.median(reply[kind] for reply in replies) for kind in replies[0]}
     print("GB/s of each of 4 processes:", {kind: round(rate, 2) for kind, rate in rates.items()})
-    text = CLUSTER.format(
-        **rates,
-        tflops=4 * HEAD_DIM / options.paced / 1e3,
-        across=bytes_per_second(options.rate) * PAYLOAD / 1e9,
-        loopback=rates["stream"] / 4,
-    )
-    (options.folder / "shaped.toml").write_text(text, encoding="utf-8")
+    file = options.folder / "shaped.toml"
+    tflops = 4 * HEAD_DIM / options.paced / 1e3
+    file.write_text(CLUSTER.format(**rates, tflops=tflops), encoding="utf-8")
+    fit = fit_links(read_measured(options.folder / "links.json"), "cpbench links")
+    cluster = replace(load(str(file)), links=fit.links, collectives=fit.collectives)
+    file.write_text(to_toml(cluster, {}), encoding="utf-8")
     run = ("run", "sweep.toml", "--out", "run", "--predict", "shaped.toml", "--json")
     subprocess.run(
         [sys.executable, "-m", "cpbench", *run], cwd=options.folder, check=True,
@@ -135,7 +113,7 @@ def main() -> None:
 def compare(run: Path) -> None:
     """Print predicted and measured times (sleeping results cannot be checked, so that reports do
     not compare them), by mask, the fastest first."""
-    table = load(run)
+    table = frame.load(run)
     both = table[table["predicted_ms"].notna() & table["time_ms"].notna()].copy()
     both["error"] = both["predicted_ms"] / both["time_ms"] - 1
     both["method"] = both["strategy"] + "/" + both["layout"] + " " + both["placement"].fillna("")

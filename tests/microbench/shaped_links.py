@@ -100,22 +100,37 @@ COLUMNS = {
 def measure(folder: Path, rate: str, sweep: str, where: list[str], trace: bool) -> None:
     """Run the sweep on two nodes, into ``folder / run``."""
     (folder / "sweep.toml").write_text(sweep)
+    conditions = [argument for condition in where for argument in ("--where", condition)]
+    run = ("run", "sweep.toml", "--out", "run", *conditions, *["--trace"] * trace)
+    on_two_nodes(folder, rate, run, "run")
+
+
+def measure_links(folder: Path, rate: str) -> None:
+    """Measure the links of two nodes of two ranks, into ``folder / links.json``."""
+    sizes = ("--sizes", "8,32k,512k,2m,8m", "--seconds", "1", "--device", "cpu")
+    reply = on_two_nodes(
+        folder, rate, ("links", "--world-size", "4", *sizes, "--out", "links"), "links"
+    )
+    (folder / "links.json").write_text(reply)
+
+
+def on_two_nodes(folder: Path, rate: str, command: tuple[str, ...], out: str) -> str:
+    """Run a command of cpbench on two nodes, which join in ``out``; its output in JSON."""
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     cpbench = (sys.executable, "-m", "cpbench")
     with namespaces.namespaces(2, rate) as holders:
         first, second = (namespaces.enter_command(holder) for holder in holders)
         on = ("--interface", "eth0")
-        conditions = [argument for condition in where for argument in ("--where", condition)]
         joined = subprocess.Popen(
-            [*second, *cpbench, "join", "run", *on, "--patience", "60"], cwd=folder, env=env,
+            [*second, *cpbench, "join", out, *on, "--patience", "60"], cwd=folder, env=env,
             stdout=subprocess.DEVNULL,
         )  # fmt: skip
         try:
-            subprocess.run(
-                [*first, *cpbench, "run", "sweep.toml", "--out", "run", "--launcher", "torchrun",
-                 "--nodes", "2", *on, *conditions, *["--trace"] * trace, "--json"],
-                cwd=folder, env=env, check=True, stdout=subprocess.DEVNULL,
-            )  # fmt: skip
+            return subprocess.run(
+                [*first, *cpbench, *command, "--launcher", "torchrun", "--nodes", "2", *on,
+                 "--json"],
+                cwd=folder, env=env, check=True, stdout=subprocess.PIPE, text=True,
+            ).stdout  # fmt: skip
         finally:
             joined.terminate()
             joined.wait()
@@ -144,6 +159,7 @@ def main() -> None:
     parser.add_argument("--paced", type=float, metavar="NS", help="instead of computing, sleep NS "
                         "nanoseconds per visible pair and head: no core is busy")  # fmt: skip
     parser.add_argument("--times-only", action="store_true", help="neither exposure nor a trace")
+    parser.add_argument("--links", action="store_true", help="measure the links first")
     parser.add_argument(
         "--where", nargs="+", default=[], help="only matching cases, e.g. strategy=ring"
     )
@@ -164,6 +180,8 @@ def main() -> None:
             tokens=options.tokens, heads_q=options.heads_q, heads_kv=options.heads_kv,
             seconds=options.seconds, exposure="false" if options.times_only else "true",
         )  # fmt: skip
+        if options.links:
+            measure_links(folder, options.rate)
         measure(folder, options.rate, sweep, options.where, not options.times_only)
     table = load(folder / "run")
     table["method"] = [
