@@ -112,7 +112,7 @@ class TorchComm(GroupedComm):
         return self._own_group()
 
     def exchange(self, sends: Messages, recvs: Messages, what: str = "") -> Handle:
-        dist, group, members = self._dist, self._root_group, self._members
+        group, members = self._root_group, self._members
         if self._serial and self._lane:
             order = sorted(members)
             group, members = self._own_group(), tuple(order.index(member) for member in members)
