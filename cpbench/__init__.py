@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from cpbench import layout, masks
     from cpbench.api import attention, distributed_attention, distributed_mix, mix
     from cpbench.core.operator import Unsupported
+    from cpbench.inputs.rotary import rope
     from cpbench.masks.attn_mask import AttnMask
     from cpbench.reports.frame import load
 
@@ -27,6 +28,7 @@ __all__ = [
     "load",
     "masks",
     "mix",
+    "rope",
 ]
 
 _HOME = {
@@ -37,6 +39,7 @@ _HOME = {
     "distributed_mix": "cpbench.api",
     "load": "cpbench.reports.frame",
     "mix": "cpbench.api",
+    "rope": "cpbench.inputs.rotary",
 }
 
 

@@ -28,6 +28,7 @@ COLUMNS = {
     "placement": "mesh axis of the strategy placed inside a node; empty for its default",
     "seed": "seed of the inputs (the mask seed is draw)",
     "inputs": "distribution of the inputs, with its parameters",
+    "rope": "rotation of queries and keys by their positions, with its parameters",
     "content": "hashes of input files, such as document lengths",
     "code": "hashes of the files that define operator and strategy, where they are files",
     "machine": "host and device",
@@ -64,6 +65,7 @@ COLUMNS = {
     "imbalance": "load imbalance: max/mean visible pairs per rank",
     "mask_ms": "time to build the mask, slowest rank",
     "plan_ms": "time to plan, slowest rank",
+    "rope_ms": "time to rotate queries and keys, in no other time, slowest rank",
     "first_call_ms": "time of the first call, compilation included, slowest rank",
     "peak_mb": "peak memory excluding the inputs (plan and peak), max per rank, 10^6 bytes",
     "predicted_peak_mb": "predicted memory of the strategy's own code, without temporaries of the "
@@ -123,9 +125,9 @@ COLUMNS = {
 }
 TEXT_COLUMNS = (
     "run", "id", "status", "reason", "operator", "strategy", "layout", "computes", "mask",
-    "mask_family", "draw", "dtype", "direction", "placement", "inputs", "content", "code",
-    "machine", "clock", "held_down_by", "evidence", "predicted_for", "disqualified", "flags",
-    "notes", "environment", "writer", "log",
+    "mask_family", "draw", "dtype", "direction", "placement", "inputs", "rope", "content",
+    "code", "machine", "clock", "held_down_by", "evidence", "predicted_for", "disqualified",
+    "flags", "notes", "environment", "writer", "log",
 )  # fmt: skip
 BOOLEAN_COLUMNS = ("competes",)
 INTEGER_COLUMNS = ("iterations", "launches")  # nullable

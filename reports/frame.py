@@ -136,6 +136,7 @@ def _record_row(record: Record, launches: Sequence[Record], machine: _Machine) -
     row |= _selection_columns(record, launches)
     row["mask_ms"], row["plan_ms"] = _us_to_ms(record.mask_us), _us_to_ms(record.plan_us)
     row["first_call_ms"] = _us_to_ms(record.first_call_us)
+    row["rope_ms"] = _us_to_ms(record.rope_us)
     if record.area is not None:
         row["density"] = record.area / (case.queries or case.seq_len) / case.seq_len
     if record.flops:

@@ -49,6 +49,7 @@ FACTS: dict[str, tuple[Callable[[Any], object], str]] = {
     ),
     "input seed": (itemgetter("seed"), "input seed {}"),
     "inputs": (itemgetter("inputs"), "inputs {}"),
+    "rope": (itemgetter("rope"), "rope {}"),
     "files": (itemgetter("content"), "files {}"),
     "machine": (itemgetter("machine"), "on {}"),
 }

@@ -10,7 +10,7 @@ def complete(kind: str) -> Callable[[str], list[str]]:
 
     Args:
         kind: ``"operators"``, ``"strategies"``, ``"layouts"``, ``"masks"``, ``"inputs"``,
-            ``"dtypes"``, ``"directions"`` or ``"sweeps"``.
+            ``"ropes"``, ``"dtypes"``, ``"directions"`` or ``"sweeps"``.
     """
 
     def complete_names(incomplete: str) -> list[str]:
@@ -29,6 +29,7 @@ def _names(kind: str) -> list[str]:
     from cpbench import inputs, masks
     from cpbench.core import registry
     from cpbench.core.problem import DIRECTIONS, DTYPES
+    from cpbench.inputs import rope
     from cpbench.parallel import layout
     from cpbench.sweep import sweep_file
 
@@ -38,6 +39,7 @@ def _names(kind: str) -> list[str]:
         "layouts": layout.names,
         "masks": masks.names,
         "inputs": lambda: inputs.KINDS,
+        "ropes": lambda: rope.PARAMS,
         "dtypes": lambda: DTYPES,
         "directions": lambda: DIRECTIONS,
         "sweeps": sweep_file.packaged_sweeps,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import typer
@@ -21,6 +22,14 @@ def execute(request: Request, as_json: bool) -> int:
     code = run_request(request, quiet=as_json)
     print_report(request, as_json)
     return code
+
+
+def print_warnings(cases: Sequence[Case], as_json: bool) -> None:
+    """Print on stderr, unless only JSON is wanted, what speaks against the values of cases."""
+    from cpbench.inputs.rope import warnings_of
+
+    for text in () if as_json else warnings_of(cases):
+        print(f"cpbench: warning: {text}", file=sys.stderr)
 
 
 def predict_cases(cases: Sequence[Case], cluster: str, out: Path, as_json: bool) -> int:

@@ -11,7 +11,13 @@ import typer
 
 from cpbench.cli import jobs
 from cpbench.cli.completion import complete
-from cpbench.cli.execution import execute, predict_cases, print_report, run_request
+from cpbench.cli.execution import (
+    execute,
+    predict_cases,
+    print_report,
+    print_warnings,
+    run_request,
+)
 from cpbench.cli.options import (
     AnyLauncher,
     AnyLauncherName,
@@ -37,6 +43,7 @@ from cpbench.cli.options import (
     list_option,
     mask_list,
     operator_list,
+    rope_list,
     run_directory,
     strategy_list,
     user_input,
@@ -142,6 +149,7 @@ def run_(
         cases = select_cases(definition.cases, where or [])
         if definition.left_out and not as_json:
             print(f"cpbench: {refusals.describe(definition.left_out)}", file=sys.stderr)
+        print_warnings(cases, as_json)
         if predict:
             if dry_run or launcher.value != "local" or profiler or trace:
                 raise ValueError(
@@ -239,6 +247,7 @@ def bench(
     inputs: Annotated[
         str, inputs_list(help="Inputs, e.g. normal,needles,file:qkv.safetensors.")
     ] = "normal",
+    rope: Annotated[str, rope_list(help="RoPE of q and k, e.g. none,unscaled:base=5e5.")] = "none",
     precision: Annotated[
         float,
         typer.Option(
@@ -269,6 +278,7 @@ def bench(
         "queries": queries, "batch": batch, "num_heads_q": num_heads_q,
         "num_heads_kv": num_heads_kv, "head_dim": head_dim, "head_dim_v": head_dim_v,
         "dtype": dtype, "direction": direction, "seed": seed, "inputs": inputs,
+        "rope": rope,
     }  # fmt: skip
     with user_input():
         table = {
@@ -279,6 +289,7 @@ def bench(
         ]
         measure = {"precision": precision, "max_seconds": max_seconds, "timeout_s": timeout}
         definition = sweep_file.expand({"sweep": table, "measure": measure}, "bench")
+        print_warnings(definition.cases, as_json)
         request = Request(
             name="bench", cases=list(definition.cases),
             out=run_directory(out) if out else Path(tempfile.mkdtemp(prefix="cpbench-")),
@@ -322,6 +333,9 @@ def verify(
     dtype: Annotated[
         str | None, dtype_list(help="Data types.  [default: float32,bfloat16]")
     ] = None,
+    rope: Annotated[
+        str, rope_list(help="RoPE of q and k, e.g. yarn:factor=8,original_length=128.")
+    ] = "none",
     quick: Annotated[
         bool,
         typer.Option("--quick", help="Each operator, dtype and strategy once or twice: minutes."),
@@ -345,8 +359,9 @@ def verify(
         request = verification.build_request(
             operators=operator, strategies=strategy, masks=mask, world_sizes=world_size,
             dtypes=dtype, device=name, launcher=launcher.value, out=out and run_directory(out),
-            timeout_s=timeout, quick=quick,
+            timeout_s=timeout, quick=quick, rope=rope,
         )  # fmt: skip
+        print_warnings(request.cases, as_json)
     code = run_request(request, quiet=as_json)
     run = runs.results(request)
     rows = verification.summary_rows(run.records.values())

@@ -135,6 +135,7 @@ class Case:
         placement: axis of the strategy's mesh to put inside a node; "" for the strategy's default.
         seed: of the inputs.
         inputs: a kind of ``cpbench.inputs`` with parameters.
+        rope: the rotation of queries and keys, see ``cpbench.inputs.rope``.
         content: hash of every file that a parameter refers to, by its path, so that the id depends
             on the content of the file.
     """
@@ -157,6 +158,7 @@ class Case:
     placement: str = ""
     seed: int = 0
     inputs: Spec = Spec("normal")
+    rope: Spec = Spec("none")
     content: tuple[tuple[str, str], ...] = field(default=())
 
     @functools.cached_property
@@ -210,7 +212,8 @@ class Case:
         dims = format_head_dims(self.head_dim, self.head_dim_v)
         size = f"S={queries}{format_size(self.seq_len)} H={heads} D={dims} {self.dtype}"
         inputs = "" if self.inputs == _DEFAULTS["inputs"] else f" on {self.inputs}"
-        return f"{self.operator}{strategy} {self.mask} {size} {self.direction}{inputs}"
+        rope = "" if self.rope == _DEFAULTS["rope"] else f" rope {self.rope}"
+        return f"{self.operator}{strategy} {self.mask} {size} {self.direction}{inputs}{rope}"
 
     def to_json(self) -> dict[str, Any]:
         """A table of plain values, which :meth:`from_json` reads back."""
@@ -234,7 +237,7 @@ class Case:
         if not isinstance(table, Mapping):
             raise ValueError(f"{table!r} is no case")
         values = {key: value for key, value in table.items() if key in _NAMES}
-        for key in ("operator", "strategy", "layout", "mask", "inputs"):
+        for key in ("operator", "strategy", "layout", "mask", "inputs", "rope"):
             if key in values:
                 values[key] = _parse_spec(values[key])
         try:

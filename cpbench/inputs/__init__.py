@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from cpbench.core.problem import Case, Problem
+    from cpbench.inputs.rope import Rotation
 
 TENSORS = ("q", "k", "v", "dout")
 CHUNK_ELEMENTS = 1 << 26  # made at a time, since making them may take float32 in between
@@ -119,10 +120,11 @@ class InputRequest:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to generate inputs: a seed and a kind with its parameters."""
+    """How to generate inputs: a seed, a kind with its parameters, and the rotation of q and k."""
 
     seed: int = 0
     spec: Spec = NORMAL
+    rotation: Rotation | None = None
 
     def make(
         self,
@@ -156,6 +158,8 @@ class Recipe:
                     device=device,
                 )
             )
+            if self.rotation is not None:
+                rows = self.rotation.apply(name, rows, problem, part)
             return rows.to(home)
 
         lanes = max(problem.head_dim, problem.value_dim)

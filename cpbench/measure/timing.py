@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -288,12 +288,15 @@ def record_traffic(workload: Workload, comm: Comm, control: Control) -> dict[str
     return traffic
 
 
-def measure_selection_steps(
-    workload: Workload, device: Device, comm: Comm, control: Control, settings: MeasureSettings
+def measure_steps(
+    steps: Mapping[str, Callable[[], object]],
+    workload: Workload,
+    device: Device,
+    control: Control,
+    settings: MeasureSettings,
 ) -> dict[str, list[float]]:
-    """Microseconds per iteration of a selector's steps on this rank: selection, planning and
-    kernel.  Runs ``settings.min_iterations``, fewer where they take over ``max_seconds``."""
-    steps = workload.selection_steps()
+    """Microseconds per iteration of steps beside the workload on this rank, such as those of a
+    selector.  Runs ``settings.min_iterations``, fewer where they take over ``max_seconds``."""
     times_us: dict[str, list[float]] = {name: [] for name in steps}
     started = time.monotonic()
     for number in range(settings.warmup + settings.min_iterations):

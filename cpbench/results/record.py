@@ -101,6 +101,8 @@ class Record:
             turn by the same writer, in a random order each time.
         mask_us, plan_us, first_call_us: building the mask, planning (with the assignment of tokens
             to ranks), and the first call at full size (with compilation), slowest rank.
+        rope_us: rotating the queries and keys of a rank by their positions, which no other time
+            includes: median over calls, slowest rank; None without a rotation.
         computes: ``"attention"``, or the recurrence of a sequence mixer.
         flops: by phase, all ranks together: of attention from ``area``, where the selection is not
             counted; of mixers those of the recurrence.
@@ -158,6 +160,7 @@ class Record:
     mask_us: float | None = None
     plan_us: float | None = None
     first_call_us: float | None = None
+    rope_us: float | None = None
     computes: str = ATTENTION
     flops: dict[str, int] = field(default_factory=dict)
     area: float | None = None

@@ -1,4 +1,4 @@
-"""Hashes of the files that cases refer to: document lengths, code, captured tensors."""
+"""Hashes of the files that cases refer to: document lengths, code, tensors, frequencies."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def with_content_hashes(cases: Sequence[Case]) -> list[Case]:
     hashes: dict[tuple[str, ...], dict[str, str]] = {}
     hashed_cases = []
     for case in cases:
-        key = tuple(map(str, (case.operator, case.strategy, case.mask, case.inputs)))
+        key = tuple(map(str, (case.operator, case.strategy, case.mask, case.inputs, case.rope)))
         if key not in hashes:
             hashes[key] = _content_hashes(case)
         hashed_cases.append(case.with_content(hashes[key]))
@@ -30,9 +30,10 @@ def with_content_hashes(cases: Sequence[Case]) -> list[Case]:
 def _content_hashes(case: Case) -> dict[str, str]:
     """Hashes of the files that a case refers to, by the text that names them in the case."""
     content = dict(masks.content_files(case.mask))
-    captured = case.inputs.kwargs.get("file")
-    if captured is not None:
-        content[str(captured)] = hashlib.sha256(locate(str(captured)).read_bytes()).hexdigest()
+    for spec in (case.inputs, case.rope):
+        file = spec.kwargs.get("file")
+        if file is not None:
+            content[str(file)] = hashlib.sha256(locate(str(file)).read_bytes()).hexdigest()
     for name in (*case.code, case.mask.name):
         path, colon, attribute = name.rpartition(":")
         if colon:  # a file may define several attributes

@@ -48,11 +48,12 @@ from cpbench.core.registry import (
 from cpbench.core.settings import MeasureSettings
 from cpbench.core.spec import Spec, Value, format_size, parse_size
 from cpbench.core.user_files import count_from
+from cpbench.inputs import rope
 from cpbench.parallel import layout
 from cpbench.sweep.content_hash import with_content_hashes
 from cpbench.sweep.refusals import leave_out_refused
 
-SPEC_KEYS = ("operator", "strategy", "layout", "mask", "inputs")
+SPEC_KEYS = ("operator", "strategy", "layout", "mask", "inputs", "rope")
 INT_KEYS = (
     "batch",
     "seq_len",
@@ -265,8 +266,9 @@ def _parse_scalar(key: str, item: Any) -> Any:
 def _parse_specs(key: str, item: Any) -> list[Spec]:
     """The specs of one item; a parameter with a list of values (such as mask seeds) is another axis
     of the product, except where the parameter is itself a list."""
+    parse_spec: Callable[[Any], Spec] = _PARSERS.get(key, Spec.parse)
     try:
-        spec = inputs.parse(item) if key == "inputs" else Spec.parse(item)
+        spec = parse_spec(item)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from None
     _CHECKS[key](spec)
@@ -276,7 +278,7 @@ def _parse_specs(key: str, item: Any) -> list[Spec]:
         if not values:
             raise ValueError(f"{key} {spec.name}: {name} = [] is an empty list; give a value")
         columns.append([(name, value) for value in values])
-    return [Spec(spec.name, params) for params in itertools.product(*columns)]
+    return [parse_spec(Spec(spec.name, params)) for params in itertools.product(*columns)]
 
 
 def _check_operator(spec: Spec) -> None:
@@ -299,7 +301,9 @@ _CHECKS: dict[str, Callable[[Spec], object]] = {
     "layout": lambda spec: layout.build(spec, 1, 1, masks.build("causal", 1)),
     "mask": masks.pattern_info,
     "inputs": inputs.input_kind,
+    "rope": rope.check_names,
 }
+_PARSERS: dict[str, Callable[[Any], Spec]] = {"inputs": inputs.parse, "rope": rope.parse}
 
 
 def _build_case(values: dict[str, Any]) -> Case:
@@ -324,6 +328,7 @@ def _build_case(values: dict[str, Any]) -> Case:
     if operator_info(case.operator.name).selects:
         _check_selector(case.operator)
     inputs.check_case(case)
+    rope.rotation_of(case)
     axes = _checked_strategy(case.strategy).axes
     if case.placement and case.placement not in axes:
         takes = f"takes {', '.join(axes)}" if axes else "has no mesh"

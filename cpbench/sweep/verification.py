@@ -111,6 +111,7 @@ def build_request(
     out: Path | None,
     timeout_s: float,
     quick: bool = False,
+    rope: str = "none",
 ) -> Request:
     """The run that verifies the given operators and strategies; those not given default to all.
 
@@ -119,6 +120,7 @@ def build_request(
         masks: comma-separated lists; none for ``MASKS`` and the masks of single operators.
         out: run directory; None for a temporary one.
         quick: :func:`quick_tables` instead, which takes no lists.
+        rope: comma-separated list of rotations of queries and keys.
 
     Raises:
         ValueError: for a name that is not registered, or a value that is not allowed.
@@ -135,6 +137,7 @@ def build_request(
         else list(MASKS),
         "dtype": sweep_file.split_list(dtypes) if dtypes else ["float32", "bfloat16"],
         "seq_len": SEQ_LEN,
+        "rope": sweep_file.split_list(rope),
     }
     sizes = sweep_file.split_list(world_sizes) if world_sizes else [str(n) for n in WORLD_SIZES]
     tables: list[dict[str, Any]] = []
@@ -172,7 +175,7 @@ def build_request(
             on_ranks = ["1"] if spec.name == "single" else sizes
             tables += _strategy_tables(spec, base, on_ranks, few_masks=not masks)
     if quick:
-        if operators or strategies or masks or world_sizes or dtypes:
+        if operators or strategies or masks or world_sizes or dtypes or rope != "none":
             raise ValueError("--quick chooses the cases: leave out the lists")
         tables = quick_tables(device, usable_devices(device))
     cases: dict[str, Case] = {}

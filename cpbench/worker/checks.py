@@ -10,6 +10,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +18,7 @@ import numpy as np
 from cpbench.core import tolerance
 from cpbench.core.registry import OperatorInfo
 from cpbench.inputs import Recipe
+from cpbench.inputs.rope import rotation_of
 from cpbench.results.record import APPROXIMATE, UNCHECKED
 from cpbench.verify import at_size, check, fingerprint, mixing, quality, tiles
 from cpbench.verify import selection as check_selection
@@ -313,12 +315,12 @@ def _may_not_fit(
 
 def recipe_of(case: Case) -> Recipe:
     """The recipe of a case's inputs."""
-    return Recipe(case.seed, case.inputs)
+    return Recipe(case.seed, case.inputs, rotation_of(case))
 
 
 def second_recipe_of(case: Case) -> Recipe:
     """The recipe of the second set of inputs, for every other timed call."""
-    return Recipe(case.seed + SECOND_SEED, case.inputs)
+    return replace(recipe_of(case), seed=case.seed + SECOND_SEED)
 
 
 def _share_of_memory(tensors: check.Tensors) -> float:

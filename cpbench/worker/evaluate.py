@@ -16,6 +16,7 @@ from cpbench import masks
 from cpbench.api import Attention, require_agreement
 from cpbench.core.problem import Case
 from cpbench.core.settings import MeasureSettings
+from cpbench.inputs.rope import warning_of
 from cpbench.measure import exposure, timeline, timing
 from cpbench.measure.memory import HeldMemory, memory_gap
 from cpbench.measure.peaks import NO_PRODUCTS, measure_peaks
@@ -26,6 +27,7 @@ from cpbench.results.record import UNCHECKED, Record
 from cpbench.verify import check
 from cpbench.verify.fingerprint import Fingerprinter, describe_difference
 from cpbench.worker.checks import Checks, recipe_of
+from cpbench.worker.steps import record_steps
 from cpbench.worker.traffic_record import store_traffic
 
 if TYPE_CHECKING:
@@ -155,13 +157,10 @@ class Evaluator:
         if record.status == "ok" and self._settings.time:
             self._measure(workload, record, variants, self._settings.of_turn(turns, 0))
             record.turns = [record.iterations] if turns > 1 and record.times_us else []
-            if work.op.info.selects and case.direction != "bwd":
-                self._report_phase("selection steps")
-                steps_us = timing.measure_selection_steps(
-                    workload, self._device, self._comm, self.control, self._settings
-                )
-                ranks = self.control.all_gather(steps_us)
-                record.parts_us = {name: [rank[name] for rank in ranks] for name in ranks[0]}
+            record_steps(
+                work, inputs, workload, record, self._device, self.control, self._settings,
+                self._report_phase,
+            )  # fmt: skip
             if record.status == "ok" and work.info.traced:
                 self._measure_communication(work, inputs, workload, record)
             record.memory_bytes["inputs"] = self._gather(sum(x.nbytes for x in inputs.values()))
@@ -272,6 +271,7 @@ class Evaluator:
             area=work.mask.area,
             ranks_per_node=work.world.ranks_per_node,
             flops={phase: flops[phase] for phase in case.direction.split("_")},
+            notes=[text] if (text := warning_of(case)) else [],
         )
         return work, record
 

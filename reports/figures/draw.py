@@ -31,7 +31,7 @@ DPI = 200
 # how it was measured.
 CONSTANT_KEYS = (
     "direction", "dtype", "queries", "batch", "num_heads_q", "num_heads_kv", "head_dim",
-    "head_dim_v", "ranks_per_node", "seed", "inputs", "machine", "clock",
+    "head_dim_v", "ranks_per_node", "seed", "inputs", "rope", "machine", "clock",
 )  # fmt: skip
 _METADATA: dict[str, dict[str, Any]] = {
     "svg": {"Date": None}, "png": {}, "pdf": {"CreationDate": None}

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 TEXTS = (
     "run", "id", "status", "reason", "method", "operator", "strategy", "layout", "computes", "mask",
-    "mask_family", "dtype", "direction", "placement", "inputs", "shape", "machine", "clock",
+    "mask_family", "dtype", "direction", "placement", "inputs", "rope", "shape", "machine", "clock",
     "flags", "disqualified", "notes", "environment", "writer", "log",
 )  # fmt: skip
 NUMBERS = (
@@ -27,13 +27,14 @@ NUMBERS = (
     "fwd_high_ms",
     "bwd_ms", "bwd_low_ms", "bwd_high_ms", "noise", "iterations", "launches", "tflops_per_rank",
     "fwd_tflops_per_rank", "bwd_tflops_per_rank", "gemm_tflops", "copy_gb_s", "intensity",
-    "density", "imbalance", "plan_ms", "first_call_ms", "peak_mb", "limit_mb", "inputs_mb",
-    "sent_mb", "inside_mb", "across_mb", "compute_ms", "transfer_ms",
+    "density", "imbalance", "plan_ms", "rope_ms", "first_call_ms", "peak_mb", "limit_mb",
+    "inputs_mb", "sent_mb", "inside_mb", "across_mb", "compute_ms", "transfer_ms",
     "exposed_ms", "exposed", "hidden", "worst_error", "started", "kept", "recovered",
     "best_recovered", "out_error", "select_ms", "arrange_ms", "kernel_ms",
 )  # fmt: skip
 _SHAPE_FACTS = (
-    "queries", "ranks/node", "batch", "heads", "head_dim", "input seed", "inputs", "files"
+    "queries", "ranks/node", "batch", "heads", "head_dim", "input seed", "inputs", "rope",
+    "files"
 )  # fmt: skip
 _MAX_PICTURE_TOKENS = 16384  # unless all lengths are longer
 _DIGITS = 6

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from cpbench.reports.labels import pluralize
+from cpbench.reports.labels import pluralize, three_digits
 from cpbench.reports.tables.mask_seeds import MIN_SEEDS_P95, MIN_SEEDS_SIGN_TEST, SeedGroup
 from cpbench.reports.tables.summary import MethodRanking, is_checked
 from cpbench.results.contest import MIN_LAUNCHES, turns_needed
@@ -97,7 +97,20 @@ def check_notes(ok_rows: pd.DataFrame, cases: bool = True) -> list[str]:
     if ok_rows["time_ms"].notna().any() and ok_rows["world_size"].max() > 1:
         more = "ms, peak MB and sent MB are max per rank" if cases else "ms is of the slowest rank"
         lines.append(f"FLOP/s are per rank; {more}.")
-    return lines
+    return lines + _rope_notes(ok_rows)
+
+
+def _rope_notes(ok_rows: pd.DataFrame) -> list[str]:
+    """Time of the rotation of the inputs, and what speaks against its frequencies."""
+    ms = ok_rows["rope_ms"].dropna()
+    lines = []
+    if len(ms):
+        ends = [f"{three_digits(x)}" for x in (ms.min(), ms.max())]
+        text = " to ".join(dict.fromkeys(ends))
+        lines.append(f"Rotating queries and keys (RoPE) takes {text} ms, in no other time.")
+    notes = [note for notes in ok_rows["notes"].dropna() for note in notes.split("; ")]
+    warnings = dict.fromkeys(note for note in notes if note.startswith("rope "))
+    return lines + [f"Warning: {warning}." for warning in warnings]
 
 
 def caveat_notes(ok_rows: pd.DataFrame, marks: dict[str, str]) -> list[str]:

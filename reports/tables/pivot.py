@@ -26,7 +26,7 @@ FACTS = {
     "world_size": "world_size", "ranks_per_node": "ranks_per_node", "direction": "direction",
     "dtype": "dtype", "batch": "batch", "num_heads_q": "num_heads_q",
     "num_heads_kv": "num_heads_kv", "head_dim": "head_dim", "head_dim_v": "head_dim_v",
-    "inputs": "inputs", "seed": "seed", "machine": "machine",
+    "inputs": "inputs", "rope": "rope", "seed": "seed", "machine": "machine",
 }  # fmt: skip
 
 

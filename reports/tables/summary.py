@@ -29,6 +29,7 @@ PROBLEM_KEYS = (
     "head_dim_v",
     "seed",
     "inputs",
+    "rope",
     "content",
     "machine",
 )

@@ -179,7 +179,8 @@ def test_version_and_completion() -> None:
 
 NAMED = {
     "operator": "operators", "strategy": "strategies", "layout": "layouts", "mask": "masks",
-    "inputs": "inputs", "dtype": "dtypes", "direction": "directions", "sweep": "sweeps",
+    "inputs": "inputs", "rope": "ropes", "dtype": "dtypes", "direction": "directions",
+    "sweep": "sweeps",
 }  # fmt: skip
 
 

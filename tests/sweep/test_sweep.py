@@ -166,6 +166,7 @@ def test_every_key_is_in_the_id() -> None:
         "layout": "zigzag",
         "mask": "full",
         "inputs": "sinks",
+        "rope": "unscaled",
         "batch": 2,
         "seq_len": 64,
         "queries": 1,
