@@ -182,6 +182,7 @@ def test_few_import_a_kernel() -> None:
     }
     assert users <= {
         ("verify.check", "kernels.reference"),
+        ("verify.joined", "kernels.reference"),
         ("verify.selection", "kernels.reference"),
         ("api.distributed_mixing", "kernels.mixers.bound"),
         ("api.distributed_mixing", "kernels.mixers.chunks"),

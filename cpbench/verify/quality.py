@@ -50,7 +50,7 @@ def measure_quality(
     """The figures above, and ``rows``, the number of sampled queries."""
     mask, q, k, v = work.mask, inputs["q"], inputs["k"], inputs["v"]
     assert isinstance(mask, AttnMask)
-    branches = [one for one in selection.branches if one.pool_q == one.pool_k == NO_POOL]
+    branches = [one for one in selection.branches if _is_of_tokens(one)]
     names = ("visible", "selected", "mass", "oracle_mass", "rows", "error", "norm")
     sums = dict.fromkeys(names, 0.0)
     has_oracle = len(branches) == 1 and _has_oracle(branches[0])
@@ -105,6 +105,11 @@ def sampled_spans(mask: AttnMask, branches: list[Branch]) -> list[tuple[int, int
     sample = min(count, max(SAMPLED_QUERIES // size, 4))
     numbers = np.linspace(0, count - 1, sample).round().astype(int)
     return [(i * size, min((i + 1) * size, mask.seq_q)) for i in np.unique(numbers).tolist()]
+
+
+def _is_of_tokens(branch: Branch) -> bool:
+    """Whether a branch attends to the keys themselves."""
+    return branch.pool_q == branch.pool_k == NO_POOL and branch.derived is None
 
 
 def _has_oracle(branch: Branch) -> bool:

@@ -16,14 +16,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cpbench.core.operator import QKV, BackwardInputs
-from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.slices import IntArray
 from cpbench.selectors.common.base import Branch, SelectionResult, Selector
-from cpbench.selectors.common.pooling import Pool
-from cpbench.verify.at_size import sample_lines, visible_keys
+from cpbench.verify import joined
+from cpbench.verify.at_size import sample_lines
+from cpbench.verify.branch_lines import (
+    rows_in_chunks,
+    visible_columns,
+    window_at,
+    window_means,
+    window_sums,
+    windows_with,
+)
 from cpbench.verify.check import RankContext, Tensors, run_pass
 from cpbench.verify.errors import Errors, ErrorSums, TensorErrorSums, combined_errors
-from cpbench.verify.fit import chunks
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +52,8 @@ def check_small(work: Attention, inputs: Tensors, context: RankContext) -> Error
     results, selection = run_pass_with_selection(work, inputs)
 
     def compare() -> ErrorSums:
-        expected = reference_results(selection.branches, inputs, work.problem.softmax_scale)
+        reference = joined.reference_results if selection.joined else reference_results
+        expected = reference(selection.branches, inputs, work.problem.softmax_scale)
         sums = {}
         for name, value in results.items():
             heads_first = value if name == "lse" else value.transpose(1, 2)
@@ -107,7 +114,11 @@ def _compare_lines(
     import torch
 
     problem, mask = work.problem, work.mask
-    reference = _ReferenceLines(work, inputs, selection)
+    reference = (
+        joined.JoinedLines(work, inputs, results, selection)
+        if selection.joined
+        else _ReferenceLines(work, inputs, selection)
+    )
     heads = [(b, h) for b in range(problem.batch) for h in range(problem.heads_q)]
     actual: dict[str, list[torch.Tensor]] = {}
     expected: dict[str, list[torch.Tensor]] = {}
@@ -166,10 +177,10 @@ class _ReferenceLines:
         scale = self._problem.softmax_scale
         total: Tensors = {}
         for branch in self._selection.branches:
-            window = _window_at(branch.pool_q, line, x["q"].shape[1])
-            visible = _visible_columns(branch, b, h, line // branch.pool_q.stride, x["q"].device)
+            window = window_at(branch.pool_q, line, x["q"].shape[1])
+            visible = visible_columns(branch, b, h, line // branch.pool_q.stride, x["q"].device)
             q_D = x["q"][b, window, h].double().mean(0)
-            k_nD, v_nD = (_window_means(x[name][b, :, g], branch.pool_k, visible) for name in "kv")
+            k_nD, v_nD = (window_means(x[name][b, :, g], branch.pool_k, visible) for name in "kv")
             scores = (k_nD @ q_D) * scale
             lse = torch.logsumexp(scores, 0)
             probs = torch.exp(scores - lse)
@@ -195,91 +206,26 @@ class _ReferenceLines:
         selected = zip(self._selection.prepared, self._selection.results, strict=True)
         for prepared, result in selected:
             branch = prepared.branch
-            for number in _windows_with(branch.pool_k, line, tokens):
+            for number in windows_with(branch.pool_k, line, tokens):
                 index = torch.tensor([number], device=x["k"].device)
                 k_D, v_D = (
-                    _window_means(x[name][b, :, g], branch.pool_k, index)[0] for name in "kv"
+                    window_means(x[name][b, :, g], branch.pool_k, index)[0] for name in "kv"
                 )
-                window = _window_at(branch.pool_k, number * branch.pool_k.stride, tokens)
+                window = window_at(branch.pool_k, number * branch.pool_k.stride, tokens)
                 share = 1 / (window.stop - window.start)
-                for h, rows in self._rows_in_chunks(branch, b, g, number):
+                heads = range(g * self._problem.group, (g + 1) * self._problem.group)
+                for h, rows in rows_in_chunks(
+                    branch, self._problem, b, heads, number, index.device
+                ):
                     # The operator's own out and lse, which the rows check.
                     batch, head = (0, b * self._problem.heads_q + h) if prepared.folded else (b, h)
                     assert result.lse is not None
                     lse_n = result.lse[batch, head][rows].double()
                     out_nD = result.out[batch, rows, head].double()
-                    q_nD = _window_means(x["q"][b, :, h], branch.pool_q, rows)
-                    dout_nD = _window_sums(x["dout"][b, :, h], branch.pool_q, rows) * branch.gate
+                    q_nD = window_means(x["q"][b, :, h], branch.pool_q, rows)
+                    dout_nD = window_sums(x["dout"][b, :, h], branch.pool_q, rows) * branch.gate
                     probs = torch.exp((q_nD @ k_D) * scale - lse_n)
                     delta = (dout_nD * out_nD).sum(-1)
                     dv_D += share * (probs @ dout_nD)
                     dk_D += share * ((probs * (dout_nD @ v_D - delta) * scale) @ q_nD)
         return {"dk": dk_D, "dv": dv_D}
-
-    def _rows_in_chunks(
-        self, branch: Branch, b: int, g: int, column: int
-    ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Query heads of a group, each with the rows of a branch that see one of its columns."""
-        group, elements = self._problem.group, branch.pool_q.size * self._problem.head_dim
-        for h in range(g * group, (g + 1) * group):
-            rows = _visible_rows(branch, b, h, column, self._inputs["q"].device)
-            for part in chunks(len(rows), elements):
-                yield h, rows[part]
-
-
-def _window_at(pool: Pool, token: int, tokens: int) -> slice:
-    """The tokens of the window that starts in the stride of ``token``."""
-    begin = token // pool.stride * pool.stride
-    return slice(begin, min(begin + pool.size, tokens))
-
-
-def _windows_with(pool: Pool, token: int, tokens: int) -> range:
-    """The windows that contain ``token``."""
-    last = token // pool.stride
-    first = max(last - pool.size // pool.stride + 1, 0)
-    return range(first, min(last + 1, pool.num_windows(tokens)))
-
-
-def _window_sums(x_TD: torch.Tensor, pool: Pool, windows: torch.Tensor) -> torch.Tensor:
-    """``[n, D]`` float64 sums over windows."""
-    import torch
-
-    tokens = len(x_TD)
-    if pool.size == 1:
-        return x_TD[windows].double()
-    sums = []
-    for part in chunks(len(windows), pool.size * x_TD.shape[1]):
-        starts = windows[part, None] * pool.stride
-        indices = starts + torch.arange(pool.size, device=windows.device)
-        valid = indices < tokens
-        rows = x_TD[indices.clamp(max=tokens - 1)].double() * valid[..., None]
-        sums.append(rows.sum(1))
-    return torch.cat(sums)
-
-
-def _window_means(x_TD: torch.Tensor, pool: Pool, windows: torch.Tensor) -> torch.Tensor:
-    """``[n, D]`` float64 means over windows."""
-    lengths = (len(x_TD) - windows * pool.stride).clamp(max=pool.size)
-    return _window_sums(x_TD, pool, windows) / lengths[:, None]
-
-
-def _visible_columns(
-    branch: Branch, b: int, h: int, row: int, device: torch.device
-) -> torch.Tensor:
-    """The columns (keys, or windows of keys) of a branch that one of its rows sees."""
-    import torch
-
-    if isinstance(branch.mask, AttnMask):
-        return torch.as_tensor(visible_keys(branch.mask, row), device=device)
-    return branch.mask.visible_keys(b, h, row)
-
-
-def _visible_rows(
-    branch: Branch, b: int, h: int, column: int, device: torch.device
-) -> torch.Tensor:
-    """The rows of a branch that see one of its columns."""
-    import torch
-
-    if isinstance(branch.mask, AttnMask):
-        return torch.as_tensor(visible_keys(branch.mask.transpose(), column), device=device)
-    return branch.mask.visible_queries(b, h, column)

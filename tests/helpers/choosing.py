@@ -40,6 +40,10 @@ CASES = [
     ("dsa:top_k=20,index_dim=8", DOCUMENTS),
     ("vsa:block_size=16,keep=0.2", "full"),
     ("vsa:block_size=16,keep=0.2,gate=0.0", "full"),
+    ("landmark:block_size=16,top_k=4", "causal"),
+    ("landmark:block_size=16,keep=1.0", "causal"),
+    ("cca:group_size=8,window=20", "causal"),
+    ("pyramid:window=12,ratio=4,scales=3", "causal"),
     # Entire blocks of queries that see nothing.
     ("oracle:block_size=16,keep=0.3", "causal:offset=-40"),
     ("moba:block_size=16,top_k=4", "causal:offset=-40"),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
+import math
 from pathlib import Path
 
 import choosing
 import naive
 import pytest
 import torch
-from choosing import BATCH, CASES, DIM, DOCUMENTS, HEADS_KV, HEADS_Q, IDS, TOKENS
+from choosing import BATCH, CASES, DIM, DOCUMENTS, HEADS_Q, IDS, TOKENS
 
 import cpbench
 from cpbench import masks
@@ -35,18 +36,23 @@ def _mean_matrix(tokens: int, pool: Pool) -> torch.Tensor:
     return matrix
 
 
-def _expected(branches: tuple[Branch, ...], inputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """float64 autograd of the definition: a sum over branches of softmaxes within their masks."""
+def _expected(
+    branches: tuple[Branch, ...], inputs: list[torch.Tensor], joined: bool = False
+) -> dict[str, torch.Tensor]:
+    """float64 autograd of the definition: a sum over branches of softmaxes within their masks, with
+    constant factors or by their lse."""
     q, k, v, dout = inputs
     leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    total = torch.zeros(q.shape, dtype=torch.float64)
+    outs, lses = [], []
     for branch in branches:
         mean_q, mean_k = _mean_matrix(TOKENS, branch.pool_q), _mean_matrix(TOKENS, branch.pool_k)
         q_, k_, v_ = (
             torch.einsum("nt,bthd->bnhd", mean, x)
             for mean, x in zip((mean_q, mean_k, mean_k), leaves, strict=True)
         )
-        k_, v_ = (x.repeat_interleave(HEADS_Q // HEADS_KV, 2) for x in (k_, v_))
+        if branch.derived is not None:
+            k_, v_ = branch.derived.derive(QKV(*leaves))
+        k_, v_ = (x.repeat_interleave(HEADS_Q // x.shape[2], 2) for x in (k_, v_))
         scores = torch.einsum("bshd,bthd->bhst", q_, k_) * DIM**-0.5
         if isinstance(branch.mask, AttnMask):
             visible = torch.as_tensor(branch.mask.to_dense())
@@ -57,12 +63,28 @@ def _expected(branches: tuple[Branch, ...], inputs: list[torch.Tensor]) -> dict[
         out = torch.einsum("bhst,bthd->bshd", probs, v_)
         if branch.pool_q != NO_POOL:
             out = out.repeat_interleave(branch.pool_q.size, 1)[:, :TOKENS]
-        total = total + branch.gate * out
+        outs.append(branch.gate * out)
+        lses.append(lse[..., 0] + math.log(branch.key_weight))
+        if branch.scores is not None:
+            index = branch.scores.index.long()
+            every = torch.einsum("bshd,bthd->bhst", *(_repeated(x) for x in leaves[:2]))
+            given = every.gather(3, index.clamp(min=0)[..., None])[..., 0] * DIM**-0.5
+            lses[-1] = given.masked_fill(index < 0, -torch.inf)
+    lse = torch.stack(lses).logsumexp(0)
+    weights = [(x - lse).exp() if joined else torch.ones_like(x) for x in lses]
+    total = torch.stack(
+        [w.transpose(1, 2)[..., None] * out for w, out in zip(weights, outs, strict=True)]
+    ).sum(0)
     grads = torch.autograd.grad(total, leaves, dout.double())
     results = {"out": total.detach(), **dict(zip(("dq", "dk", "dv"), grads, strict=True))}
-    if len(branches) == 1:
-        results["lse"] = lse[..., 0].detach()
+    if joined or len(branches) == 1:
+        results["lse"] = lse.detach()
     return results
+
+
+def _repeated(x: torch.Tensor) -> torch.Tensor:
+    """With as many heads as queries have."""
+    return x.repeat_interleave(HEADS_Q // x.shape[2], 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -73,7 +95,7 @@ def test_results_match_the_selection(spec: str, mask: str, dtype: torch.dtype) -
     out, lse = selector.forward(QKV(*inputs[:3]), plan)
     grads = selector.backward(BackwardInputs(inputs[3], *inputs[:3], out, lse), plan)
     results = {"out": out, "lse": lse, **dict(zip(("dq", "dk", "dv"), grads, strict=True))}
-    expected = _expected(selector.selection_of(out).branches, inputs)
+    expected = _expected(selector.selection_of(out).branches, inputs, selector.joined)
     limit = 2e-6 if dtype == torch.float32 else 1.5e-2
     assert (lse is not None) == ("lse" in expected)
     empty_rows = ~torch.as_tensor(masks.build(mask, TOKENS).to_dense()).any(1)

@@ -1,9 +1,10 @@
 """Selectors: operators that select what to attend to from q and k, and compute it with a kernel.
 
 A selector returns one or more :class:`Branch` es: softmaxes over a selection of the keys, or over
-means of adjacent keys, whose outputs are summed.  It never imports a kernel: the kernel is given by
-name, so a selector runs on any kernel that takes its kinds of selections.  The selection is made in
-the forward pass; the backward pass reuses it, and no gradient flows through it.
+means of adjacent keys, whose outputs are summed, or joined by their lse into one softmax.  It never
+imports a kernel: the kernel is given by name, so a selector runs on any kernel that takes its kinds
+of selections.  The selection is made in the forward pass; the backward pass reuses it, and no
+gradient flows through it.
 
 Legend: B batch, S queries, T keys, H query heads, G key/value heads, D head dim; X blocks of
 queries, Y blocks of keys.
@@ -19,6 +20,8 @@ from cpbench.core.operator import QKV, BackwardInputs, declared_refusal, is_dete
 from cpbench.core.output_state import OutputStates
 from cpbench.core.registry import OperatorInfo, implementation, operator_info
 from cpbench.masks.attn_mask import AttnMask
+from cpbench.selectors.common.folding import fold_batch, unfold_batch, unfold_lse
+from cpbench.selectors.common.joining import KeyPool, KeyScores, join, join_backward
 from cpbench.selectors.common.pooling import NO_POOL, Pool
 from cpbench.selectors.common.selection import SELECTIONS, Blocks, Grid, Selection, block_grid
 
@@ -55,12 +58,19 @@ class Branch:
         mask: static mask or selection, in queries and keys of the branch (pooled ones, if any).
         gate: factor of its output in the sum over branches.
         pool_q, pool_k: mean pooling of its queries, and of its keys and values.
+        derived: what derives its keys and values from the inputs, in place of ``pool_k``; of
+            branches that are joined by their lse, as the next two.
+        key_weight: tokens that each of its keys counts for.
+        scores: the lse by which it is joined, in place of its own.
     """
 
     mask: AttnMask | Selection
     gate: float = 1.0
     pool_q: Pool = NO_POOL
     pool_k: Pool = NO_POOL
+    derived: KeyPool | None = None
+    key_weight: int = 1
+    scores: KeyScores | None = None
 
     @property
     def kind(self) -> str:
@@ -114,10 +124,12 @@ class BranchResult(NamedTuple):
 
 
 class SelectionResult(NamedTuple):
-    """The selection of one forward pass, and the results of its branches."""
+    """The selection of one forward pass, and the results of its branches; ``joined`` as of the
+    selector."""
 
     prepared: tuple[PreparedBranch, ...]
     results: tuple[BranchResult, ...]
+    joined: bool = False
 
     @property
     def branches(self) -> tuple[Branch, ...]:
@@ -134,11 +146,13 @@ class Selector(ABC):
         kernel: name of the operator that computes the branches; a default by kind if empty.
 
     Attributes:
+        joined: whether its branches are joined by their lse into one softmax, not summed.
         keep_selection: keep selections for :meth:`selection_of` even without a backward pass.
     """
 
     name: str
     branch_kinds: tuple[str, ...] = ("blocks",)
+    joined = False
 
     def __init__(self, kernel: str = "") -> None:
         self._kernel_name = str(kernel)
@@ -159,6 +173,8 @@ class Selector(ABC):
             if reason is None and kind in SELECTIONS and not _supports_kind(info, kind):
                 supported = ", ".join(info.masks)
                 reason = f"{info.name} takes {supported} masks; {self.name} selects {kind}"
+            if reason is None and self.joined:
+                reason = _joining_refusal(info, device.partition(":")[0])
             reason = reason or kernel.unsupported(problem, mask, device)
             if reason is not None:
                 return f"{self.name} computes with {info.name}, and {reason}"
@@ -199,6 +215,9 @@ class Selector(ABC):
             seq_k=mask.seq_k,
             scale=plan.problem.softmax_scale,
         )
+        if branch.derived is not None:
+            heads = branch.derived.num_heads(problem.heads_q, problem.heads_kv)
+            problem = replace(problem, heads_kv=heads)
         folded = isinstance(mask, Blocks) and branch.kind not in info.masks
         if folded:
             mask = mask.to_heads()
@@ -217,15 +236,17 @@ class Selector(ABC):
         branch."""
         q = qkv.q
         results = tuple(_run_branch(qkv, branch) for branch in prepared)
+        if self.joined:
+            return *join(qkv, prepared, results), results
         if len(results) == 1 and _is_plain(prepared[0].branch):
             out, lse = results[0].out, results[0].lse
             if prepared[0].folded and len(q) > 1:
-                lse = None if lse is None else _unfold_lse(lse, len(q))
-                return _unfold_batch(out, len(q)), lse, results
+                lse = None if lse is None else unfold_lse(lse, len(q))
+                return unfold_batch(out, len(q)), lse, results
             return out, lse, results
         total = None
         for (branch, _, _, folded), result in zip(prepared, results, strict=True):
-            out = _unfold_batch(result.out, len(q)) if folded else result.out
+            out = unfold_batch(result.out, len(q)) if folded else result.out
             out = branch.pool_q.unpool(out.float(), q.shape[1]).mul(branch.gate)
             total = out if total is None else total.add_(out)
         assert total is not None
@@ -241,7 +262,7 @@ class Selector(ABC):
         # A new tensor: as a key of the weak table it must not be one that the results refer to.
         out = computed.view_as(computed)
         if self.keep_selection or plan.problem.backward:
-            self.states.put(out, SelectionResult(prepared, results))
+            self.states.put(out, SelectionResult(prepared, results, self.joined))
         return out, lse
 
     def selection_of(self, out: torch.Tensor) -> SelectionResult:
@@ -255,7 +276,9 @@ class Selector(ABC):
 
     def backward(self, x: BackwardInputs, plan: Plan) -> Gradients:
         dout, q, k, v, out, _ = x
-        prepared, results = self.selection_of(out)
+        prepared, results, _ = self.selection_of(out)
+        if self.joined:
+            return _in_dtypes_of(x.qkv, join_backward(x, prepared, results))
         total: list[torch.Tensor] = []
         for (branch, kernel, kernel_plan, folded), result in zip(prepared, results, strict=True):
             branch_dout = dout
@@ -263,11 +286,11 @@ class Selector(ABC):
                 branch_dout = branch_dout * branch.gate
             branch_dout = branch.pool_q.unpool_backward(branch_dout)
             if folded:
-                branch_dout = _fold_batch(branch_dout)
+                branch_dout = fold_batch(branch_dout)
             inputs = BackwardInputs(branch_dout, *result)  # type: ignore[arg-type]
             grads = list(kernel.backward(inputs, kernel_plan))
             if folded:
-                grads = [_unfold_batch(grad, len(q)) for grad in grads]
+                grads = [unfold_batch(grad, len(q)) for grad in grads]
             if len(prepared) == 1 and _is_plain(branch):
                 return grads[0], grads[1], grads[2]
             pools = (branch.pool_q, branch.pool_k, branch.pool_k)
@@ -276,12 +299,26 @@ class Selector(ABC):
                 for pool, grad, tensor in zip(pools, grads, (q, k, v), strict=True)
             ]
             total = grads if not total else [a + b for a, b in zip(total, grads, strict=True)]
-        dq, dk, dv = (grad.to(tensor.dtype) for grad, tensor in zip(total, (q, k, v), strict=True))
-        return dq, dk, dv
+        return _in_dtypes_of(x.qkv, total)
 
 
 def _supports_kind(info: OperatorInfo, kind: str) -> bool:
     return kind in info.masks or (kind in ("blocks", "lines") and "heads" in info.masks)
+
+
+def _joining_refusal(info: OperatorInfo, device: str) -> str | None:
+    """Return why a kernel cannot compute branches that are joined by their lse."""
+    if device not in info.lse_on or not info.mergeable:
+        return f"{info.name} returns no lse by which branches are joined"
+    if not info.external_lse:
+        return f"the backward pass of {info.name} takes no lse of several branches"
+    return None
+
+
+def _in_dtypes_of(qkv: QKV, grads: list[torch.Tensor]) -> Gradients:
+    """dq, dk and dv in the dtypes of the inputs."""
+    dq, dk, dv = (grad.to(tensor.dtype) for grad, tensor in zip(grads, qkv, strict=True))
+    return dq, dk, dv
 
 
 def _is_plain(branch: Branch) -> bool:
@@ -291,26 +328,11 @@ def _is_plain(branch: Branch) -> bool:
 
 def _run_branch(qkv: QKV, prepared: PreparedBranch) -> BranchResult:
     branch = prepared.branch
-    pools = (branch.pool_q, branch.pool_k, branch.pool_k)
-    inputs = QKV(*(pool.mean(x) for pool, x in zip(pools, qkv, strict=True)))
+    if branch.derived is not None:
+        inputs = QKV(qkv.q, *branch.derived.derive(qkv))
+    else:
+        pools = (branch.pool_q, branch.pool_k, branch.pool_k)
+        inputs = QKV(*(pool.mean(x) for pool, x in zip(pools, qkv, strict=True)))
     if prepared.folded:
-        inputs = QKV(*map(_fold_batch, inputs))
+        inputs = QKV(*map(fold_batch, inputs))
     return BranchResult(*inputs, *prepared.kernel.forward(inputs, prepared.plan))
-
-
-def _fold_batch(x_BSHD: torch.Tensor) -> torch.Tensor:
-    """Fold batches into heads: ``[1, S, B * H, D]``."""
-    if len(x_BSHD) == 1:
-        return x_BSHD
-    return x_BSHD.transpose(0, 1).flatten(1, 2)[None]
-
-
-def _unfold_batch(x: torch.Tensor, batch: int) -> torch.Tensor:
-    """The inverse of :func:`_fold_batch`: ``[B, S, H, D]``."""
-    return x if len(x) == batch else x[0].unflatten(1, (batch, -1)).transpose(0, 1)
-
-
-def _unfold_lse(lse: torch.Tensor, batch: int) -> torch.Tensor:
-    """``[B, H, S]`` from ``[1, B * H, S]``."""
-    unfolded: torch.Tensor = lse[0].unflatten(0, (batch, -1))
-    return unfolded

@@ -1,0 +1,1 @@
+"""Selectors whose branches are joined by their lse."""

@@ -1,0 +1,125 @@
+"""Selector `landmark`: top-k past blocks by their landmarks, which weight their outputs.
+
+Source: Landmark Attention, arXiv 2305.16300 (its grouped softmax): the last token of a block is its
+landmark.  A query takes one softmax over the tokens of its own block and the landmarks of past
+blocks; the probability of a landmark goes to its block, within which another softmax divides it
+among the tokens.  Landmarks carry no value, and no query sees the landmark of its own block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cpbench.core.registry import OperatorInfo
+from cpbench.masks.attn_mask import AttnMask
+from cpbench.masks.patterns import WIDE
+from cpbench.selectors.common.base import Branch, Plan
+from cpbench.selectors.common.block_budget import BlockBudgetSelector
+from cpbench.selectors.common.joining import KeyScores
+from cpbench.selectors.common.ranking import check_minimum, qk_scores, row_chunks, upcast
+from cpbench.selectors.common.selection import Blocks
+
+if TYPE_CHECKING:
+    import torch
+
+    from cpbench.core.problem import Problem
+
+OPERATORS = (
+    OperatorInfo(
+        name="landmark",
+        summary="top-k past blocks by their landmark, whose probability goes to their tokens",
+        source="Landmark Attention, arXiv 2305.16300",
+        load="cpbench.selectors.joined.landmark:Landmark",
+        masks=("causal",),
+        params=("block_size", "top_k", "keep", "kernel"),
+        external_lse=False,
+        variants=("block_size=16,top_k=4",),
+        selects=True,
+    ),
+)
+
+
+class Landmark(BlockBudgetSelector):
+    """The query's own block, and the past blocks whose landmarks score highest, per query and head;
+    with ``keep=1.0`` it is the original as it is trained.
+
+    The original inserts landmarks and trains them; here every ``block_size``-th token is one, and
+    the output error says little.
+
+    Args:
+        block_size: tokens per block, including its landmark.
+        top_k: blocks per query, including its own.
+        keep: share of the blocks up to its own instead, unless 0.
+        kernel: see :class:`Selector`.
+    """
+
+    name = "landmark"
+    branch_kinds = ("mask", "rows")
+    joined = True
+
+    def __init__(
+        self, block_size: int = 64, top_k: int = 8, keep: float = 0.0, kernel: str = ""
+    ) -> None:
+        super().__init__(block_size, top_k, keep, kernel)
+        check_minimum(self.name, 2, block_size=block_size)
+
+    def is_deterministic(self, problem: Problem, device: str) -> bool:
+        """See ``cpbench.core.operator.is_deterministic``: gradients of landmarks are summed in any
+        order on cuda."""
+        in_order = not (problem.backward and device.startswith("cuda"))
+        return in_order and super().is_deterministic(problem, device)
+
+    def prepare(self, mask: AttnMask, problem: Problem, device: str) -> Plan:
+        plan = super().prepare(mask, problem, device)
+        return replace(plan, mask=past_blocks_mask(mask.seq_k, self.block_size))
+
+    def select(self, q: torch.Tensor, k: torch.Tensor, plan: Plan) -> tuple[Branch, ...]:
+        import torch
+
+        block, scale = self.block_size, plan.problem.softmax_scale
+        grid = plan.grid(1, block)
+        (b, s, h, _), tokens, device = q.shape, k.shape[1], q.device
+        branches = [Branch(mask=own_block_mask(tokens, block))]
+        past = torch.arange(s, device=device) // block  # past blocks of each query
+        counts = (self._budget_of(past + 1) - 1).minimum(past)
+        most = int(counts.max())
+        landmarks = upcast(k[:, block - 1 :: block])
+        chosen = torch.empty((b, h, s, most), dtype=torch.int64, device=device)
+        for begin, end in row_chunks(s, b * h * max(landmarks.shape[1], 1), device):
+            scores = qk_scores(upcast(q[:, begin:end]), landmarks)
+            hidden = torch.arange(landmarks.shape[1], device=device) >= past[begin:end, None]
+            ranked = scores.masked_fill_(hidden, -torch.inf).topk(most, dim=-1).indices
+            chosen[:, :, begin:end] = ranked
+        for rank in range(most):
+            block_of = chosen[..., rank].masked_fill(rank >= counts, -1)
+            kept = torch.zeros((b, h, *grid.areas.shape), dtype=torch.bool, device=device)
+            kept.scatter_(3, block_of.clamp(min=0)[..., None], (block_of >= 0)[..., None])
+            landmark = (block_of * block + block - 1).masked_fill_(block_of < 0, -1)
+            scores_of = KeyScores(landmark.to(torch.int32), scale)
+            branches.append(Branch(mask=Blocks(grid, kept), scores=scores_of))
+        return tuple(branches)
+
+    def _budget_of(self, visible: torch.Tensor) -> torch.Tensor:
+        """Blocks of queries that see so many, including their own."""
+        if not self.keep:
+            return visible.clamp(max=self.top_k)
+        return (visible * self.keep + 0.5).long().clamp(min=1)
+
+
+def own_block_mask(tokens: int, block: int) -> AttnMask:
+    """Each query sees its own block up to itself, but not the landmark."""
+    begin = np.arange(0, tokens, block)
+    zero = np.zeros_like(begin)
+    rows = [begin, begin + block, begin, begin + block - 1, zero - WIDE, zero]
+    return AttnMask.from_slices(tokens, tokens, np.column_stack(rows))
+
+
+def past_blocks_mask(tokens: int, block: int) -> AttnMask:
+    """Each query sees the past blocks, but for their landmarks."""
+    begin = np.arange(0, tokens - block + 1, block)
+    wide = np.full(len(begin), WIDE)
+    rows = [begin + block, wide, begin, begin + block - 1, -wide, wide]
+    return AttnMask.from_slices(tokens, tokens, np.column_stack(rows))

@@ -1,0 +1,219 @@
+"""Branches that are joined by their lse: results and gradients by definition, and their checks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import naive
+import naive_joined
+import pytest
+import torch
+from choosing import HEADS_KV, HEADS_Q, kept_blocks
+from naive_selectors import Head, assert_top_k
+
+from cpbench import masks
+from cpbench.api import Attention
+from cpbench.core import registry, tolerance
+from cpbench.core.operator import QKV, BackwardInputs
+from cpbench.core.problem import Problem
+from cpbench.core.spec import Spec
+from cpbench.inputs import Recipe
+from cpbench.parallel.layout import build
+from cpbench.parallel.world import World
+from cpbench.selectors.common.base import SelectionResult, Selector
+from cpbench.selectors.joined.pyramid import Pyramid
+from cpbench.verify import check, joined, selection
+from cpbench.verify.check import Tensors
+
+TOKENS = 83  # definitions in loops are slow
+
+
+def _loaded(spec: str) -> tuple[Selector, Any]:
+    """A selector and its plan."""
+    parsed = Spec.parse(spec)
+    selector = registry.implementation(registry.operator_info(parsed.name), parsed.kwargs)
+    problem = Problem(
+        batch=1, seq_q=TOKENS, seq_k=TOKENS, heads_q=HEADS_Q, heads_kv=HEADS_KV, head_dim=16,
+        dtype="float32",
+    )  # fmt: skip
+    return selector, selector.prepare(masks.build("causal", TOKENS), problem, "cpu")
+
+
+def _inputs() -> list[torch.Tensor]:
+    return naive.random_inputs(1, TOKENS, HEADS_Q, HEADS_KV, 16, torch.float32)
+
+
+def _results(spec: str, inputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    selector, plan = _loaded(spec)
+    out, lse = selector.forward(QKV(*inputs[:3]), plan)
+    assert lse is not None
+    dq, dk, dv = selector.backward(BackwardInputs(inputs[3], *inputs[:3], out, lse), plan)
+    return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+
+
+def _chosen_blocks(spec: str) -> list[list[set[int]]]:
+    """The past blocks of each query, by head."""
+    chosen: list[list[set[int]]] = [[set() for _ in range(TOKENS)] for _ in range(HEADS_Q)]
+    selector, plan = _loaded(spec)
+    for branch in selector.select(*_inputs()[:2], plan)[1:]:
+        for _, h, t, block in torch.nonzero(kept_blocks(branch)).tolist():
+            assert block not in chosen[h][t]
+            chosen[h][t].add(block)
+    return chosen
+
+
+@pytest.mark.parametrize("budget", ["top_k=4", "keep=1.0"])
+def test_landmark_follows_its_grouped_softmax(budget: str) -> None:
+    spec = f"landmark:block_size=16,{budget}"
+    chosen, inputs = _chosen_blocks(spec), _inputs()
+    for h in range(HEADS_Q):
+        head = Head(inputs[0], inputs[1], 0, h)
+        for t in range(TOKENS):
+            past = t // 16
+            count = min(past, 3) if budget == "top_k=4" else past
+            kept = torch.zeros(5, dtype=torch.bool)
+            kept[list(chosen[h][t])] = True
+            scores = [float(head.q[t] @ head.k[y * 16 + 15]) for y in range(past)]
+            scores += [0.0] * (5 - past)
+            assert_top_k(kept, scores, torch.arange(5) < past, set(), count)
+    expected = naive_joined.results(inputs, lambda b, h: naive_joined.landmark(chosen[h], 16))
+    for name, value in _results(spec, inputs).items():
+        assert naive.error(value, expected[name]) < 2e-6, name
+
+
+@pytest.mark.parametrize(
+    ("spec", "attend"),
+    [
+        ("cca:group_size=8,window=20", naive_joined.cca(8, 20)),
+        ("cca:group_size=7,window=1", naive_joined.cca(7, 1)),
+        ("pyramid:window=12,ratio=4,scales=3", naive_joined.pyramid(12, 4, 3)),
+        ("pyramid:window=5,ratio=3,scales=2", naive_joined.pyramid(5, 3, 2)),
+    ],
+)
+def test_pooled_keys_and_their_gradients(spec: str, attend: Any) -> None:
+    inputs = _inputs()
+    expected = naive_joined.results(inputs, lambda b, h: attend)
+    for name, value in _results(spec, inputs).items():
+        assert naive.error(value, expected[name]) < 2e-6, name
+
+
+def test_a_pyramid_has_every_past_key_once() -> None:
+    for window, ratio, scales in ((12, 4, 3), (5, 3, 2), (1, 2, 6)):
+        selector = Pyramid(window, ratio, scales)
+        begins = [selector.scale_begins(TOKENS, scale).tolist() for scale in range(scales + 1)]
+        for t in range(TOKENS):
+            runs = naive_joined.pyramid_runs(t, window, ratio, scales)
+            assert sorted(j for run in runs for j in run) == list(range(t + 1))
+            for scale in range(scales + 1):
+                of_scale = [run for run in runs if len(run) == ratio**scale]
+                if of_scale:
+                    assert begins[scale][t] == of_scale[-1].start
+
+
+def test_a_pyramid_of_equal_keys_is_full_attention() -> None:
+    """A mean stands for its tokens: with the same keys within every run nothing is lost."""
+    q, k, v, dout = _inputs()
+    k = k[:, ::16].repeat_interleave(16, 1)[:, :TOKENS]
+    full = naive.attention(q, k, v, dout, masks.build("causal", TOKENS))
+    found = _results("pyramid:window=12,ratio=4,scales=2", [q, k, v, dout])
+    for name in ("out", "lse"):
+        assert naive.error(found[name], full[name]) < 2e-6, name
+
+
+@pytest.mark.parametrize("kernel", ["reference", "gathered"])
+def test_kernels_that_take_an_external_lse_compute_joined_branches(kernel: str) -> None:
+    inputs = _inputs()
+    expected = _results("landmark:block_size=16,top_k=4", inputs)
+    found = _results(f"landmark:block_size=16,top_k=4,kernel={kernel}", inputs)
+    for name, value in found.items():
+        assert naive.error(value, expected[name]) < 2e-6, name
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("landmark:block_size=1", "block_size = 1 must be at least 2"),
+        ("cca:window=0", "window = 0 must be at least 1"),
+        ("cca:kernel=sdpa.math", "sdpa.math returns no lse by which branches are joined"),
+        ("pyramid:ratio=1", "ratio = 1 must be at least 2"),
+    ],
+)
+def test_bad_parameters_are_refused_in_one_line(spec: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words) as caught:
+        _work(spec, 256)
+    assert "\n" not in str(caught.value)
+
+
+# --- checks -------------------------------------------------------------------------------------
+
+
+def _work(spec: str, tokens: int, dtype: str = "float32") -> Attention:
+    problem = Problem(batch=2, seq_q=tokens, seq_k=tokens, heads_q=4, heads_kv=2, head_dim=16,
+                      dtype=dtype)  # fmt: skip
+    world = World.of(problem, masks.build("causal", tokens), build("contiguous", tokens, 1))
+    return Attention(spec, "single", world, 0, "cpu")
+
+
+CHECKED = [
+    "landmark:block_size=16,top_k=4",
+    "cca:group_size=8,window=20",
+    "pyramid:window=12,ratio=4,scales=2",
+]
+
+
+CONTEXT = check.RankContext("cpu")
+
+
+def _pass(work: Attention) -> tuple[Tensors, Tensors, SelectionResult]:
+    """Inputs, results and selection of a pass."""
+    x = check.rank_inputs(work, Recipe(), "cpu")
+    return x, *selection.run_pass_with_selection(work, x)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("spec", CHECKED)
+def test_both_checks_pass_right_results(spec: str, dtype: str) -> None:
+    work = _work(spec, 300, dtype)
+    x, results, selected = _pass(work)
+    small = selection.check_small(work, x, CONTEXT)
+    for errors in (small, selection.check_sampled(work, x, results, selected, 0, CONTEXT)):
+        assert set(errors) == {"out", "lse", "dq", "dk", "dv"}
+        assert tolerance.violation(errors, dtype, work.op.info) is None
+
+
+@pytest.mark.parametrize("spec", CHECKED)
+def test_the_sampled_check_finds_wrong_results(spec: str) -> None:
+    work = _work(spec, 100)
+    x, results, selected = _pass(work)
+    for name in ("out", "lse", "dq", "dk", "dv"):
+        wrong = results[name] + 0.01 if name == "lse" else results[name] * 1.01
+        changed = {**results, name: wrong}
+        errors = selection.check_sampled(work, x, changed, selected, 0, CONTEXT)
+        assert tolerance.violation(errors, "float32", work.op.info) is not None, name
+
+
+@pytest.mark.parametrize(
+    ("spec", "wrong"),
+    [
+        ("landmark:block_size=16,top_k=4", {"scores": None}),
+        ("cca:group_size=8,window=20", {"key_weight": 8}),
+        ("pyramid:window=12,ratio=4,scales=2", {"key_weight": 1}),
+    ],
+)
+def test_both_checks_follow_how_a_branch_is_joined(spec: str, wrong: dict[str, Any]) -> None:
+    """Results are wrong for branches that claim to be joined in another way."""
+
+    work = _work(spec, 200)
+    x, results, selected = _pass(work)
+    claimed = selected._replace(
+        prepared=tuple(
+            one if i == 0 else one._replace(branch=replace(one.branch, **wrong))
+            for i, one in enumerate(selected.prepared)
+        )
+    )
+    errors = selection.check_sampled(work, x, results, claimed, 0, CONTEXT)
+    assert tolerance.violation(errors, "float32", work.op.info) is not None
+    scale = work.problem.softmax_scale
+    expected = joined.reference_results(claimed.branches, x, scale)
+    assert naive.error(results["out"].transpose(1, 2), expected["out"]) > 1e-3
