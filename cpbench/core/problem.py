@@ -269,9 +269,10 @@ class Case:
 
     @property
     def code(self) -> tuple[str, ...]:
-        """Names of the code under test: operator, strategy, a selector's kernel; may be files."""
-        kernel = self.operator.kwargs.get("kernel")
-        return (self.operator.name, self.strategy.name, *([str(kernel)] if kernel else []))
+        """Names of the code under test: operator, strategy, a selector's kernel and gates; may be
+        files."""
+        parts = (self.operator.kwargs.get(key) for key in ("kernel", "gates"))
+        return (self.operator.name, self.strategy.name, *(str(part) for part in parts if part))
 
     def with_content(self, content: Mapping[str, str]) -> Case:
         """This case with hashes of files by path, see ``content``."""

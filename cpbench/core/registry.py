@@ -32,6 +32,22 @@ ANY_MASK = ("empty", "full", "causal", "bands")
 ANY_LAYOUT = ("contiguous", "zigzag", "zigzag_document", "dispatch", "striped")
 
 
+_DEEP = "its memory is {what}, whose update is not affine in the state: no scan over tokens exists"
+NOT_AFFINE = {
+    "atlas": _DEEP.format(what="an MLP trained with Muon"),
+    "titans": _DEEP.format(what="an MLP trained by gradient steps"),
+    "mela": _DEEP.format(what="an MLP"),
+    "lact": _DEEP.format(what="a SwiGLU MLP with normalised weights"),
+}
+_MODEL = "it {does}, which one layer of attention cannot show"
+# Methods that are no operators, with the reason.
+REFUSED = NOT_AFFINE | {
+    "lazyllm": _MODEL.format(does="drops tokens between layers"),
+    "specpc": _MODEL.format(does="drops tokens of the prompt before the first layer"),
+    "hmt": _MODEL.format(does="replaces segments by embeddings that a whole model makes"),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class OperatorInfo:
     """Declaration of an operator and its capabilities, as plain data: of attention, or of a
@@ -171,6 +187,10 @@ class LoadError(Exception):
     """An implementation that cannot be loaded, or lacks methods; the message is one line."""
 
 
+class Refused(ValueError):
+    """A known method that is not an operator; the message says why, in one line."""
+
+
 class RegistrationError(ValueError):
     """A name that is registered twice, or an entry point that is not a declaration."""
 
@@ -244,8 +264,11 @@ def operator_info(name: str) -> OperatorInfo:
     """The declaration of an operator, registered or in a file (``./mine.py:my_op``).
 
     Raises:
+        Refused: for a method that cannot be one.
         ValueError: when there is none of that name; the message lists the names.
     """
+    if reason := REFUSED.get(name.lower()):
+        raise Refused(f"{name} is not an operator: {reason}")
     return _lookup(name, operators(), OperatorInfo, "operator")
 
 

@@ -94,6 +94,22 @@ def _searched(name: str) -> str:
     return f" in {_folder} or here"
 
 
+def tensor_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors in a safetensors file, by name.
+
+    Raises:
+        ValueError: for any other file.
+    """
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # the library raises many types for broken files
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is not a safetensors file: {reason}") from None
+
+
 def load_toml(path: Path, parse: Callable[[dict[str, Any]], T]) -> T:
     """What ``parse`` makes of the table in a TOML file.
 

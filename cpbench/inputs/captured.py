@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cpbench.core.problem import DTYPE_BYTES
 from cpbench.core.registry import operator_info
-from cpbench.core.user_files import locate
+from cpbench.core.user_files import locate, tensor_shapes
 from cpbench.inputs.normal import Normal
 
 if TYPE_CHECKING:
@@ -94,11 +94,9 @@ class Captured:
 def _shapes(path: str, modified_ns: int) -> dict[str, tuple[int, ...]]:
     """The shapes of all tensors in a file, checked."""
     try:
-        with _open_safetensors(path, "numpy") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:  # the library raises many types for broken files
-        reason = " ".join(str(error).split())
-        raise ValueError(f"inputs: {path} is not a safetensors file: {reason}") from None
+        shapes = tensor_shapes(path)
+    except ValueError as error:
+        raise ValueError(f"inputs: {error}") from None
     for name in ("q", "k", "v"):
         if name not in shapes:
             names = ", ".join(sorted(shapes)) or "none"
@@ -113,7 +111,9 @@ def _shapes(path: str, modified_ns: int) -> dict[str, tuple[int, ...]]:
 @functools.lru_cache(maxsize=3)
 def _tensor(path: str, modified_ns: int, name: str) -> torch.Tensor:
     """A tensor of a file, checked."""
-    with _open_safetensors(path, "pt") as file:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
         tensor: torch.Tensor = file.get_tensor(name)
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in DTYPE_BYTES:
@@ -121,9 +121,3 @@ def _tensor(path: str, modified_ns: int, name: str) -> torch.Tensor:
     if not bool(tensor.isfinite().all()):
         raise ValueError(f"inputs: {name} of {path} has values that are not finite")
     return tensor
-
-
-def _open_safetensors(path: str, framework: str) -> Any:
-    from safetensors import safe_open
-
-    return safe_open(path, framework=framework)

@@ -30,9 +30,9 @@ def with_content_hashes(cases: Sequence[Case]) -> list[Case]:
 def _content_hashes(case: Case) -> dict[str, str]:
     """Hashes of the files that a case refers to, by the text that names them in the case."""
     content = dict(masks.content_files(case.mask))
-    for spec in (case.inputs, case.rope):
-        file = spec.kwargs.get("file")
-        if file is not None:
+    named = (case.inputs.kwargs.get("file"), case.rope.kwargs.get("file"))
+    for file in (*named, case.operator.kwargs.get("gates")):
+        if file:
             content[str(file)] = hashlib.sha256(locate(str(file)).read_bytes()).hexdigest()
     for name in (*case.code, case.mask.name):
         path, colon, attribute = name.rpartition(":")

@@ -9,7 +9,9 @@ and o' the output of the operator:
   batch;
 * ``best_mass``: the oracle's attention recall, the highest of any selection of equally many blocks
   of the same size (or keys) per row; absent where the selection is not one of blocks or keys;
-* ``out_error``: L2 norm of o' - o over that of o.
+* ``out_error``: L2 norm of o' - o over that of o;
+* ``index_recall``: of selectors that search an index: share of the keys that an exact search finds
+  which the index finds; ``index_build_us`` and ``index_bytes``: time to build it, and its size.
 
 For one softmax over a subset of the keys o - o' = (1 - mass) (o_missed - o'), so the error of a row
 is at most 2 (1 - mass) max |v|.
@@ -27,7 +29,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cpbench.masks.attn_mask import AttnMask
-from cpbench.selectors.common.base import Branch, SelectionResult
+from cpbench.selectors.common.base import Branch, SelectionResult, Selector
 from cpbench.selectors.common.pooling import NO_POOL
 from cpbench.selectors.common.ranking import block_sums, probabilities, upcast
 from cpbench.selectors.common.selection import Blocks, Selection, Tokens, dense_mask_rows
@@ -53,10 +55,12 @@ def measure_quality(
     branches = [one for one in selection.branches if _is_of_tokens(one)]
     names = ("visible", "selected", "mass", "oracle_mass", "rows", "error", "norm")
     sums = dict.fromkeys(names, 0.0)
-    has_oracle = len(branches) == 1 and _has_oracle(branches[0])
-    shared = has_oracle and _shares_selection(branches[0].mask)
-    sampled = 0
-    for begin, end in sampled_spans(mask, branches):
+    # Branches that are joined are one selection of keys.
+    of_keys = selection.joined and len(branches) == len(selection.branches)
+    has_oracle = of_keys or (len(branches) == 1 and _has_oracle(branches[0]))
+    shared = not of_keys and has_oracle and _shares_selection(branches[0].mask)
+    sampled, spans = 0, sampled_spans(mask, branches)
+    for begin, end in spans:
         sampled += end - begin
         visible_pairs = dense_mask_rows(mask, begin, end, q.device)
         for b in range(len(q)):
@@ -72,7 +76,11 @@ def measure_quality(
                 sums["rows"] += float(visible_pairs.any(-1).sum()) * num_heads
                 sums["mass"] += float((probs * selected).double().sum())
                 if has_oracle:
-                    of_blocks, count = _mass_of_blocks(own[0], begin, probs)
+                    of_blocks, count = (
+                        (probs[0], selected[0].sum(-1, True))
+                        if of_keys
+                        else _mass_of_blocks(own[0], begin, probs)
+                    )
                     mass = of_blocks + mass
                     if not shared or heads.stop == work.problem.heads_q:
                         sums["oracle_mass"] += _highest_mass(mass, count)
@@ -93,7 +101,9 @@ def measure_quality(
     }
     if has_oracle:
         figures["best_mass"] = sums["oracle_mass"] / sums["rows"]
-    return figures
+    selector = work.op.impl
+    assert isinstance(selector, Selector)
+    return figures | selector.index_figures(q, k, spans)
 
 
 def sampled_spans(mask: AttnMask, branches: list[Branch]) -> list[tuple[int, int]]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from cpbench.core.registry import check_params
+from cpbench.core.registry import NOT_AFFINE, check_params
 from cpbench.core.spec import Spec
 
 if TYPE_CHECKING:
@@ -106,15 +106,6 @@ FORMS = {
         ),
     )
 }
-
-_DEEP = "its memory is {what}, whose update is not affine in the state: no scan over tokens exists"
-NOT_AFFINE = {
-    "atlas": _DEEP.format(what="an MLP trained with Muon"),
-    "titans": _DEEP.format(what="an MLP trained by gradient steps"),
-    "mela": _DEEP.format(what="an MLP"),
-    "lact": _DEEP.format(what="a SwiGLU MLP with normalised weights"),
-}
-
 
 def parse(mixer: Spec | str) -> tuple[Form, int, str]:
     """The form of a mixer, its tokens per chunk, and what computes it: ``"torch"`` or ``"triton"``;

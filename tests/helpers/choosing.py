@@ -44,6 +44,13 @@ CASES = [
     ("landmark:block_size=16,keep=1.0", "causal"),
     ("cca:group_size=8,window=20", "causal"),
     ("pyramid:window=12,ratio=4,scales=3", "causal"),
+    ("retrieval:top_k=16,num_sinks=4,window=24,step=8", "causal"),
+    ("retrieval:top_k=16,num_sinks=40,window=1,step=1", "causal"),
+    ("hax:buckets=4,latest=12,top_k=8", "causal"),
+    ("hax:buckets=8,latest=12,top_k=8,hash=sign,center=true", "causal"),
+    ("hax:buckets=4,latest=300,top_k=0", "causal"),
+    ("seer:block_size=16,keep=0.3", "causal"),
+    ("seer:block_size=16,keep=0.3", DOCUMENTS),
     # Entire blocks of queries that see nothing.
     ("oracle:block_size=16,keep=0.3", "causal:offset=-40"),
     ("moba:block_size=16,top_k=4", "causal:offset=-40"),

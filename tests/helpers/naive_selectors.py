@@ -128,6 +128,66 @@ def dsa(q: torch.Tensor, k: torch.Tensor, b: int, t: int) -> torch.Tensor:
     return total
 
 
+def retrieval(head: Head, t: int, sinks: int, window: int, step: int) -> dict[int, float]:
+    """Products of a query with the keys outside its sinks and window, which begins at the last
+    multiple of ``step`` that leaves it ``window`` keys."""
+    begin = 0
+    while begin + step <= t + 1 - window:
+        begin += step
+    return {j: float(head.q[t] @ head.k[j]) for j in range(sinks, begin)}
+
+
+def hax_buckets(x: torch.Tensor, buckets: int, hash: str) -> list[int]:
+    """The bucket of each vector ``[T, D]``."""
+    bits = int(math.log2(buckets))
+    generator = torch.Generator().manual_seed(0)
+    shape = (x.shape[1], bits if hash == "sign" else buckets // 2)
+    directions = torch.randn(shape, generator=generator, dtype=torch.float64)
+    found = []
+    for row in (x.double() @ directions).tolist():
+        if hash == "sign":
+            found.append(sum(2**i for i, value in enumerate(row) if value > 0))
+        else:
+            both = row + [-value for value in row]
+            found.append(both.index(max(both)))
+    return found
+
+
+def hax(
+    head: Head, buckets: int, latest: int, top_k: int, hash: str, center: bool
+) -> list[set[int]]:
+    """The keys of each query: the latest of its bucket, and those with the largest norms so far."""
+    keys = head.k
+    if center:
+        keys = torch.stack([keys[t] - keys[: t + 1].mean(0) for t in range(len(keys))])
+    bucket_q, bucket_k = (hax_buckets(x, buckets, hash) for x in (head.q, keys))
+    norms, rows = head.k.norm(dim=1).tolist(), []
+    for t in range(len(head.q)):
+        in_bucket = [j for j in range(t + 1) if bucket_k[j] == bucket_q[t]][-latest:]
+        largest = sorted(range(t + 1), key=lambda j: -norms[j])[:top_k]
+        rows.append({*in_bucket, *largest})
+    return rows
+
+
+def seer(
+    head: Head, block: int, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None
+) -> Rows:
+    """Gates of blocks: products of mapped pooled queries and keys."""
+    rows = []
+    for x in ranges(len(head.q), block):
+        row = []
+        for y in ranges(len(head.k), block):
+            keys = head.k[y]
+            high, low = keys.max(0).values, keys.min(0).values
+            if q_weight is None or k_weight is None:
+                row.append(float(mean(head.q, x) @ (high + low + keys.mean(0)) / 3))
+            else:
+                pooled = torch.cat([high, low, keys.mean(0)])
+                row.append(float((mean(head.q, x) @ q_weight) @ (pooled @ k_weight)))
+        rows.append(row)
+    return rows
+
+
 def assert_top_k(
     kept: torch.Tensor, scores: list[float], allowed: torch.Tensor, forced: set[int], count: int
 ) -> None:

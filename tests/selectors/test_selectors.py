@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import choosing
 import naive_selectors
@@ -21,12 +22,15 @@ from choosing import (
     select,
 )
 from naive_selectors import Head, assert_top_k, assert_top_p, ranges
+from safetensors.torch import save_file
 
+import cpbench
 from cpbench import masks
 from cpbench.core import registry
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.selectors.common.pooling import Pool
 from cpbench.selectors.common.selection import Blocks, Tokens
+from cpbench.sweep import sweep_file
 
 
 def test_every_selector_has_a_case() -> None:
@@ -250,3 +254,125 @@ def test_vsa_selects_blocks_by_means() -> None:
             assert_top_k(kept[b, h, x], row, everything, set(), choosing.budget(13, 0.2))
     assert coarse.mask == masks.build("full", 13)
     assert coarse.pool_q == coarse.pool_k == Pool(16, 16, partial=True)
+
+
+@pytest.mark.parametrize(
+    ("sinks", "window", "step", "top_k"), [(4, 24, 8, 16), (40, 1, 1, 16), (0, 20, 16, 300)]
+)
+def test_retrieval_selects_the_keys_with_the_highest_products(
+    sinks: int, window: int, step: int, top_k: int
+) -> None:
+    q, k, _, _ = choosing.inputs()
+    spec = f"retrieval:top_k={top_k},num_sinks={sinks},window={window},step={step}"
+    near, retrieved = select(spec, "causal")
+    assert isinstance(near.mask, AttnMask)
+    assert isinstance(retrieved.mask, Tokens)
+    near_rows, rows = torch.as_tensor(near.mask.to_dense()), retrieved.mask.dense_rows(0, TOKENS)
+    for b, h, t in itertools.product(range(BATCH), range(HEADS_Q), range(TOKENS)):
+        products = naive_selectors.retrieval(Head(q, k, b, h), t, sinks, window, step)
+        outside = torch.zeros(TOKENS, dtype=torch.bool)
+        outside[list(products)] = True
+        assert torch.equal(near_rows[t], CAUSAL[t] & ~outside)
+        scores = [products.get(j, 0.0) for j in range(TOKENS)]
+        assert_top_k(rows[b, h, t], scores, outside, set(), top_k)
+
+
+def test_a_graph_of_keys_finds_most_of_what_an_exact_search_finds() -> None:
+    pytest.importorskip("hnswlib")
+    q, k, _, _ = choosing.inputs()
+    spec = "retrieval:top_k=16,num_sinks=4,window=24,step=8"
+    exact = select(spec, "causal")[1].mask
+    for effort, least in ((200, 0.98), (16, 0.5)):
+        selector, plan = choosing.load_selector(f"{spec},index=hnsw,effort={effort}", "causal")
+        found = selector.select(q, k, plan)[1].mask
+        assert isinstance(exact, Tokens)
+        assert isinstance(found, Tokens)
+        rows, exact_rows = (x.dense_rows(0, TOKENS) for x in (found, exact))
+        assert torch.equal((found.index >= 0).sum(-1), rows.sum(-1)), "each key once"
+        recall = float((rows & exact_rows).sum() / exact_rows.sum())
+        assert least < recall <= 1.0
+        figures = selector.index_figures(q, k, [(0, TOKENS)])
+        assert figures["index_recall"] == pytest.approx(recall)
+        assert figures["index_build_us"] > 0
+        # At least the keys themselves, for each batch and key/value head.
+        assert figures["index_bytes"] >= BATCH * HEADS_KV * (TOKENS - 4 - 24 - 8) * DIM * 4
+    assert choosing.load_selector(spec, "causal")[0].index_figures(q, k, [(0, TOKENS)]) == {}
+
+
+@pytest.mark.parametrize(
+    ("params", "definition"),
+    [
+        ("buckets=4,latest=12,top_k=8", (4, 12, 8, "argmax", False)),
+        ("buckets=8,latest=12,top_k=8,hash=sign,center=true", (8, 12, 8, "sign", True)),
+        ("buckets=4,latest=300,top_k=0", (4, 300, 0, "argmax", False)),
+        ("buckets=2,latest=1,top_k=300", (2, 1, 300, "argmax", False)),
+    ],
+)
+def test_hax_selects_by_bucket_and_by_norm(params: str, definition: tuple) -> None:
+    q, k, _, _ = choosing.inputs()
+    (branch,) = select(f"hax:{params}", "causal")
+    assert isinstance(branch.mask, Tokens)
+    rows = branch.mask.dense_rows(0, TOKENS)
+    assert torch.equal((branch.mask.index >= 0).sum(-1), rows.sum(-1)), "each key once"
+    for b, h in itertools.product(range(BATCH), range(HEADS_Q)):
+        for t, keys in enumerate(naive_selectors.hax(Head(q, k, b, h), *definition)):
+            assert {*torch.nonzero(rows[b, h, t])[:, 0].tolist()} == keys, (b, h, t)
+
+
+def _seer_file(path: Path, **tensors: torch.Tensor) -> str:
+    save_file(tensors, path)
+    return f"seer:block_size=16,keep=0.3,gates={path}"
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_seer_selects_blocks_by_the_gate(tmp_path: Path, weights: bool) -> None:
+    q, k, _, _ = choosing.inputs()
+    generator = torch.Generator().manual_seed(1)
+    q_weight = torch.randn(HEADS_Q, DIM, 5, generator=generator)
+    k_weight = torch.randn(HEADS_KV, 3 * DIM, 5, generator=generator)
+    spec = "seer:block_size=16,keep=0.3"
+    if weights:
+        spec = _seer_file(tmp_path / "g.safetensors", q_weight=q_weight, k_weight=k_weight)
+    kept = kept_blocks(select(spec, "causal")[0])
+    for b, h in itertools.product(range(BATCH), range(HEADS_Q)):
+        own = (q_weight[h].double(), k_weight[h // 2].double()) if weights else (None, None)
+        for x, row in enumerate(naive_selectors.seer(Head(q, k, b, h), 16, *own)):
+            allowed = torch.arange(13) <= x
+            assert_top_k(kept[b, h, x], row, allowed, {x}, choosing.budget(x + 1, 0.3))
+
+
+def test_seer_takes_gates_of_at_least_as_many_blocks(tmp_path: Path) -> None:
+    gates = torch.randn(HEADS_Q, 15, 14, generator=torch.Generator().manual_seed(1))
+    kept = kept_blocks(select(_seer_file(tmp_path / "g.safetensors", gates=gates), "causal")[0])
+    for b, h, x in itertools.product(range(BATCH), range(HEADS_Q), range(13)):
+        allowed, count = torch.arange(13) <= x, choosing.budget(x + 1, 0.3)
+        assert_top_k(kept[b, h, x], gates[h, x].tolist(), allowed, {x}, count)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({"gates": (4, 12, 13)}, r"gates of .* is \[4, 12, 13\]; the case needs \[4, at least 13"),
+        ({"q_weight": (4, 16, 5), "k_weight": (2, 16, 5)}, r"needs \[4, 16, E\] and \[2, 48, E\]"),
+        ({"weights": (4, 16, 5)}, "has no tensor 'gates', .* it has weights"),
+        ({}, "is not a safetensors file"),
+    ],
+)
+def test_gates_that_do_not_fit_are_refused(tmp_path: Path, tensors: dict, words: str) -> None:
+    file = tmp_path / "g.safetensors"
+    file.write_text("no tensors")
+    if tensors:
+        save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, file)
+    q, k, v, _ = choosing.inputs()
+    mask = masks.build("causal", TOKENS)
+    with pytest.raises(ValueError, match=words) as caught:
+        cpbench.attention(q, k, v, mask, operator=f"seer:block_size=16,gates={file}")
+    assert "\n" not in str(caught.value)
+
+
+def test_gates_enter_the_id_of_a_case_by_their_content(tmp_path: Path) -> None:
+    file, ids = tmp_path / "g.safetensors", []
+    for value in (0.0, 1.0):
+        spec = _seer_file(file, gates=torch.full((1, 1, 1), value))
+        ids.append(sweep_file.expand({"sweep": {"operator": spec}}, "s").cases[0].id)
+    assert ids[0] != ids[1]

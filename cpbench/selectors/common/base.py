@@ -26,6 +26,8 @@ from cpbench.selectors.common.pooling import NO_POOL, Pool
 from cpbench.selectors.common.selection import SELECTIONS, Blocks, Grid, Selection, block_grid
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
     from cpbench.core.operator import Gradients, Operator, OutLse
@@ -162,6 +164,16 @@ class Selector(ABC):
     @abstractmethod
     def select(self, q: torch.Tensor, k: torch.Tensor, plan: Plan) -> tuple[Branch, ...]:
         """Select the branches to attend to, on the device of q and k, without gradients."""
+
+    def index_figures(
+        self, q: torch.Tensor, k: torch.Tensor, spans: Sequence[tuple[int, int]]
+    ) -> dict[str, float]:
+        """Figures of the index that it searches, if it has one, see ``cpbench.verify.quality``.
+
+        Args:
+            spans: ranges of queries of which to measure the recall.
+        """
+        return {}
 
     def unsupported(self, problem: Problem, mask: AttnMask, device: str) -> str | None:
         for kind in self.branch_kinds:

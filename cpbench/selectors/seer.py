@@ -1,0 +1,170 @@
+"""Selector `seer`: top-k blocks by a learned gate, which the user gives as a file.
+
+Source: SeerAttention, arXiv 2410.13276: the gate of a pair of blocks is the product of the linear
+maps of its pooled queries (their mean) and of its pooled keys (maximum, minimum and mean, side by
+side).  The file, in safetensors, holds the weights of these maps, or the gates themselves, such as
+those of another estimator.  The original also rotates the pooled queries and keys by their
+positions (RoPE); maps of that kind come as gates.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cpbench.core.registry import OperatorInfo
+from cpbench.core.user_files import locate, tensor_shapes
+from cpbench.selectors.common.base import Branch, Plan
+from cpbench.selectors.common.block_budget import BlockBudgetSelector
+from cpbench.selectors.common.ranking import block_means, qk_scores, top_blocks, upcast
+from cpbench.selectors.common.selection import Blocks
+
+if TYPE_CHECKING:
+    import torch
+
+    from cpbench.core.problem import Problem
+    from cpbench.masks.attn_mask import AttnMask
+
+OPERATORS = (
+    OperatorInfo(
+        name="seer",
+        summary="top-k blocks by a learned gate from a file, or by pooled queries and keys",
+        source="SeerAttention, arXiv 2410.13276",
+        load="cpbench.selectors.seer:Seer",
+        params=("gates", "block_size", "top_k", "keep", "kernel"),
+        external_lse=False,
+        variants=("block_size=16,keep=0.3",),
+        selects=True,
+        looks_ahead="block",
+    ),
+)
+
+
+class Seer(BlockBudgetSelector):
+    """For each block of queries, the blocks of keys with the largest gates; the queries' own block
+    is forced, and counted.
+
+    Args:
+        gates: safetensors file, with either ``gates`` ``[H, X, Y]``, for as many blocks as the
+            sequence has or more, or ``q_weight`` ``[H, D, E]`` and ``k_weight`` ``[G, 3 * D, E]``
+            (maximum, minimum, mean).  Without a file the maps are the identity and the mean of the
+            three, so that it says little of a learned gate.
+        block_size: tokens per block, of queries and keys.
+        top_k: blocks per row, if ``keep`` is 0.
+        keep: share of the visible blocks of each row to keep; 0 uses ``top_k``.
+        kernel: see :class:`Selector`.
+    """
+
+    name = "seer"
+
+    def __init__(
+        self,
+        gates: str = "",
+        block_size: int = 64,
+        top_k: int = 16,
+        keep: float = 0.1,
+        kernel: str = "",
+    ) -> None:
+        super().__init__(block_size, top_k, keep, kernel)
+        self._file = str(gates)
+        self._shapes = _shapes(self._file) if self._file else {}
+
+    def unsupported(self, problem: Problem, mask: AttnMask, device: str) -> str | None:
+        return self._misfit(problem, mask) or super().unsupported(problem, mask, device)
+
+    def _misfit(self, problem: Problem, mask: AttnMask) -> str | None:
+        """Why the tensors in the file do not fit a problem."""
+        if not self._file:
+            return None
+        heads, dim = problem.heads_q, problem.head_dim
+        if "gates" in self._shapes:
+            rows, columns = (-(-n // self.block_size) for n in (mask.seq_q, mask.seq_k))
+            shape = self._shapes["gates"]
+            if len(shape) != 3 or shape[0] != heads or shape[1] < rows or shape[2] < columns:
+                needed = f"[{heads}, at least {rows}, at least {columns}]"
+                return f"seer: gates of {self._file} is {list(shape)}; the case needs {needed}"
+        else:
+            q, k = self._shapes["q_weight"], self._shapes["k_weight"]
+            if len(q) != 3 or q[:2] != (heads, dim) or k != (problem.heads_kv, 3 * dim, q[2]):
+                return (
+                    f"seer: q_weight and k_weight of {self._file} are {list(q)} and {list(k)}; "
+                    f"the case needs [{heads}, {dim}, E] and [{problem.heads_kv}, {3 * dim}, E]"
+                )
+        for name, tensor in self._tensors().items():
+            if bool(tensor.isnan().any()):
+                return f"seer: {name} of {self._file} has values that are not numbers"
+        return None
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors in the file; none without a file."""
+        return _load(self._file, _modified(self._file)) if self._file else {}
+
+    def select(self, q: torch.Tensor, k: torch.Tensor, plan: Plan) -> tuple[Branch, ...]:
+        grid = plan.grid(self.block_size, self.block_size)
+        kept = top_blocks(self._gates(q, k, plan), self.budget(grid), grid, forced=grid.diagonal)
+        return (Branch(mask=Blocks(grid, kept)),)
+
+    def _gates(self, q: torch.Tensor, k: torch.Tensor, plan: Plan) -> torch.Tensor:
+        """``[B, H, X, Y]`` float32."""
+        import torch
+
+        tensors = self._tensors()
+        if "gates" in tensors:
+            rows, columns = plan.grid(self.block_size, self.block_size).areas.shape
+            given = tensors["gates"][:, :rows, :columns].to(q.device, torch.float32)
+            gates: torch.Tensor = given.expand(len(q), -1, -1, -1).clone()
+            return gates
+        pooled_q = block_means(q, self.block_size)
+        pooled_k = torch.stack([*self._extremes(k), block_means(k, self.block_size)], 3)
+        if not tensors:
+            return qk_scores(pooled_q, pooled_k.mean(3))
+        q_weight, k_weight = (tensors[name].to(pooled_q) for name in ("q_weight", "k_weight"))
+        gate_q = torch.einsum("bxhd,hde->bxhe", pooled_q, q_weight)
+        gate_k = torch.einsum("bygd,gde->byge", pooled_k.flatten(3), k_weight)
+        return qk_scores(gate_q, gate_k)
+
+    def _extremes(self, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Maximum and minimum of the keys of each block, by channel, ``[B, Y, G, D]``."""
+        import torch
+
+        k = upcast(k)
+        missing = -k.shape[1] % self.block_size
+        if missing:  # repeat the last key, which changes neither maximum nor minimum
+            k = torch.cat([k, k[:, -1:].expand(-1, missing, -1, -1)], 1)
+        blocks = k.unflatten(1, (-1, self.block_size))
+        return blocks.amax(2), blocks.amin(2)
+
+
+def _shapes(file: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors in a file of gates.
+
+    Raises:
+        ValueError: if there is no such file, or it does not hold the tensors.
+    """
+    if not locate(file).is_file():
+        raise ValueError(f"seer: there is no file {file!r}; write gates=gates.safetensors")
+    try:
+        shapes = tensor_shapes(locate(file))
+    except ValueError as error:
+        raise ValueError(f"seer: {error}") from None
+    if "gates" not in shapes and not {"q_weight", "k_weight"} <= shapes.keys():
+        names = ", ".join(sorted(shapes)) or "none"
+        raise ValueError(
+            f"seer: {file} has no tensor 'gates', and not both of 'q_weight' and 'k_weight'; it "
+            f"has {names}"
+        )
+    return shapes
+
+
+def _modified(file: str) -> int:
+    """The time of the last change of a file, ns."""
+    return Path(locate(file)).stat().st_mtime_ns
+
+
+@functools.lru_cache(maxsize=4)
+def _load(file: str, modified_ns: int) -> dict[str, torch.Tensor]:
+    """The tensors in a file of gates; a file that has changed is read again."""
+    from safetensors.torch import load_file
+
+    return dict(load_file(locate(file)))
