@@ -15,7 +15,7 @@ from cpbench.parallel.bound_operator import BoundOperator
 from cpbench.parallel.comm import GroupedComm
 from cpbench.parallel.host_memory.allocation import home_of
 from cpbench.parallel.strategy import declared_refusal as strategy_refusal
-from cpbench.parallel.strategy import kind_refusal, merge_refusal
+from cpbench.parallel.strategy import kind_refusal, merge_refusal, selector_refusal
 from cpbench.parallel.tracing.trace import MODULUS, RankTrace, describe_mismatch, trace_rank
 from cpbench.parallel.world import World
 
@@ -89,11 +89,9 @@ class Attention:
         self.offloaded = self.info.is_offloaded(strategy_spec.kwargs)
         reason = declared_refusal(op_info, world.problem, device_type)
         reason = reason or kind_refusal(self.info, op_info) or strategy_refusal(self.info, world)
-        if reason is None and op_info.selects and (self.info.name != "single" or self.offloaded):
-            reason = (
-                f"{op_info.name} selects from whole sequences: it runs on 1 rank, under the "
-                "strategy single" + " without offload" * self.offloaded
-            )
+        reason = reason or selector_refusal(self.info, op_info)
+        if reason is None and op_info.selects and self.offloaded:
+            reason = f"{op_info.name} is a selector, which takes no offload"
         if reason is None and op_info.mixer and self.offloaded:
             reason = f"{op_info.name} is a sequence mixer, which takes no offload"
         if reason is None and (self.offloaded or (self.info.merges and world.size > 1)):

@@ -50,12 +50,12 @@ class PublicOperator(BoundOperator):
             raise Unsupported(f"{name} is a sequence mixer, which cpbench.mix computes")
         return super().load(spec, device)
 
-    def _forward(self, qkv: QKV, plan: Planned) -> OutLse:
+    def call(self, qkv: QKV, plan: Planned) -> OutLse:
         if torch.is_grad_enabled() and autograd_records(self, qkv, plan):
             result: OutLse = self.impl.differentiable_forward(qkv, plan.plan)  # type: ignore[attr-defined]
             return result
         if self.device != "cpu" or are_finite(qkv):
-            return super()._forward(qkv, plan)
+            return super().call(qkv, plan)
         if self.info.selects:
             return self._attend_to_selection(qkv, plan)
         reference = _reference()
@@ -63,9 +63,9 @@ class PublicOperator(BoundOperator):
         has_lse = self.info.mergeable and "cpu" in self.info.lse_on
         return out, lse if has_lse else None
 
-    def _backward(self, x: BackwardInputs, plan: Planned) -> Gradients:
+    def call_backward(self, x: BackwardInputs, plan: Planned) -> Gradients:
         if self.device != "cpu" or are_finite((*x.qkv, x.dout)):
-            return super()._backward(x, plan)
+            return super().call_backward(x, plan)
         if self.info.selects:
             out, _ = self._attend_to_selection(x.qkv, plan)
             return self.impl.backward(x._replace(out=out), plan.plan)

@@ -84,6 +84,11 @@ class OperatorInfo:
             that it selects from queries and keys (see ``cpbench.selectors.common.base``).
         looks_ahead: of a selector under a causal mask: which later tokens may change its selection,
             none (``""``), those of the query's ``"block"`` or of the whole ``"sequence"``.
+        selects_from: of a selector: what its selection for a block of queries depends on besides
+            those queries: all ``"keys"``; ``"pooled_keys"``, a few vectors for each block of keys;
+            or the whole ``"sequence"``, other queries too, so that it cannot run on some of them.
+        selects_for: of a selector: the heads that it selects for together: each ``"head"`` alone,
+            the ``"group"`` of query heads of a key/value head, or ``"all"``.
         mixer: of a sequence mixer: the recurrence that it computes (a name in
             ``cpbench.kernels.mixers.forms``), against which it is checked; "" for attention.
         gates: of a mixer: its inputs beside q, k and v, each with what has a number of its own: a
@@ -118,6 +123,8 @@ class OperatorInfo:
     variants: tuple[str, ...] = ()
     selects: bool = False
     looks_ahead: str = ""
+    selects_from: Literal["keys", "pooled_keys", "sequence"] = "sequence"
+    selects_for: Literal["head", "group", "all"] = "all"
     mixer: str = ""
     gates: tuple[tuple[str, Literal["head", "key"]], ...] = ()
     install: str = ""
@@ -142,6 +149,9 @@ class StrategyInfo:
         name, summary, source, load, params: as for :class:`OperatorInfo`.
         layouts: names of the supported layouts.
         kinds: kinds of operators that it takes: ``"attention"``, ``"mixer"``.
+        selectors: the selectors that it takes: ``"none"``; ``"any"``, if every call of the operator
+            is given all keys; ``"pooled"``, those that select from pooled keys, and no operators of
+            another kind.
         value_dims: as for :class:`OperatorInfo`.
         merges: whether it merges partial results (and so needs a mergeable operator whose backward
             takes an external out and lse).
@@ -161,6 +171,7 @@ class StrategyInfo:
     load: str | Callable[..., Any]
     layouts: tuple[str, ...] = ANY_LAYOUT
     kinds: tuple[str, ...] = ("attention",)
+    selectors: Literal["none", "any", "pooled"] = "none"
     value_dims: bool = False
     merges: bool = False
     params: tuple[str, ...] = ()

@@ -19,6 +19,7 @@ from cpbench.core.registry import OperatorInfo, implementation, operator_info
 from cpbench.core.spec import Spec
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.head_masks import Mask, per_head
+from cpbench.parallel import bound_selector
 from cpbench.parallel.partial_results.accumulators import (
     BackwardAccumulator,
     ForwardAccumulator,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from cpbench.core.operator import Gradients, OutLse
     from cpbench.core.output_state import OutputStates
     from cpbench.core.problem import Problem
+    from cpbench.masks.slices import IntArray
     from cpbench.parallel.world import Chunk, KeySubset, Subproblem
 
 
@@ -62,6 +64,8 @@ class BoundOperator:
 
     Attributes:
         pairs: visible pairs computed so far, counted once per query head.
+        selected: of a selector: a list to which every call appends its queries and its selection;
+            None to record none.
     """
 
     forward_accumulator_type: type[ForwardAccumulator] = ForwardAccumulator
@@ -70,6 +74,7 @@ class BoundOperator:
     def __init__(self, info: OperatorInfo, impl: Operator, device: str) -> None:
         self.info, self.impl, self.device = info, impl, device
         self.pairs = 0
+        self.selected: list[tuple[IntArray, Any]] | None = None
 
     def is_deterministic(self, problem: Problem) -> bool:
         """Whether two runs are bitwise equal."""
@@ -100,9 +105,10 @@ class BoundOperator:
         Raises:
             Unsupported: if the operator does not take this mask or problem.
         """
-        mask: Any = subproblem.mask  # of the kinds that the operator declares
+        selects = self.info.selects  # from the whole sequence
+        mask: Any = subproblem.world.mask if selects else subproblem.mask
         problem, crop = subproblem.problem, None
-        if mask.kind == "bands" and not (self.info.selects or self.info.mixer):
+        if mask.kind == "bands" and not (selects or self.info.mixer):
             crop, rectangle = native_rectangle(mask)
             if crop is not None and self._knows_outputs and crop[:2] != (0, mask.seq_q):
                 crop, rectangle = None, mask  # its backward pass takes the output it returned
@@ -112,6 +118,8 @@ class BoundOperator:
             takes = ", ".join(self.info.masks)
             kind = "differs from head to head" if per_head(mask) else f"is {mask.kind}"
             raise Unsupported(f"{self.info.name} takes {takes} masks; this one {kind}")
+        if selects:
+            return bound_selector.prepare(self, subproblem)
         reason = self.impl.unsupported(problem, mask, self.device)
         if reason is not None:
             raise Unsupported(reason)
@@ -151,9 +159,11 @@ class BoundOperator:
             q0, q1, k0, k1 = plan.crop
             q, k, v = q[:, q0:q1], k[:, k0:k1], v[:, k0:k1]
         k, v = (repeat_heads(x, plan.kv_heads) for x in (k, v))
-        return self._forward(QKV(q, k, v), plan)
+        if plan.order is not None:
+            return bound_selector.forward(self, QKV(q, k, v), plan)
+        return self.call(QKV(q, k, v), plan)
 
-    def _forward(self, qkv: QKV, plan: Planned) -> OutLse:
+    def call(self, qkv: QKV, plan: Planned) -> OutLse:
         return self.impl.forward(qkv, plan.plan)
 
     def backward(self, x: BackwardInputs | MixerBackwardInputs, plan: Any) -> Gradients:
@@ -185,6 +195,11 @@ class BoundOperator:
         return dq, dk, dv
 
     def _backward(self, x: BackwardInputs, plan: Planned) -> Gradients:
+        if plan.order is not None:
+            return bound_selector.backward(self, x, plan)
+        return self.call_backward(x, plan)
+
+    def call_backward(self, x: BackwardInputs, plan: Planned) -> Gradients:
         return self.impl.backward(x, plan.plan)
 
     @property

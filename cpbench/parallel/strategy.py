@@ -18,7 +18,7 @@ from cpbench.core.operator import (
     MixerInputs,
     value_dims_refusal,
 )
-from cpbench.core.registry import missing_package
+from cpbench.core.registry import missing_package, operators, strategies
 from cpbench.masks.head_masks import per_head
 
 if TYPE_CHECKING:
@@ -128,6 +128,37 @@ def kind_refusal(strategy: StrategyInfo, operator: OperatorInfo) -> str | None:
     if operator.mixer:
         return f"{strategy.name} distributes attention; {operator.name} is a sequence mixer"
     return f"{strategy.name} distributes sequence mixers; {operator.name} computes attention"
+
+
+def selector_refusal(strategy: StrategyInfo, operator: OperatorInfo) -> str | None:
+    """The reason why a strategy does not take an operator because of what that selects, or None."""
+    if strategy.selectors == "pooled" and operator.selects_from != "pooled_keys":
+        takes = (name for name, info in sorted(operators().items()) if _selects_by_pooled(info))
+        return (
+            f"{strategy.name} sends the keys that are selected by pooled keys: it takes "
+            f"{', '.join(takes)}, not {operator.name}"
+        )
+    if operator.selects and strategy.selectors == "none":
+        takes = (name for name, info in sorted(strategies().items()) if info.selectors != "none")
+        return (
+            f"{operator.name} selects from all keys of a sequence, which {strategy.name} does not "
+            f"give it at once; use {', '.join(takes)}"
+        )
+    return None
+
+
+def _selects_by_pooled(info: OperatorInfo) -> bool:
+    return info.selects and info.selects_from == "pooled_keys"
+
+
+def untraced_reason(info: StrategyInfo) -> str:
+    """Why the communication of a strategy that is not traced cannot be predicted."""
+    if info.selectors == "pooled":
+        return (
+            f"{info.name} sends what is selected by the data: its bytes are only counted in a run "
+            "(at most about those of ring_allgather)"
+        )
+    return f"{info.name} sends through a library: its bytes are only counted in a run"
 
 
 def merge_refusal(

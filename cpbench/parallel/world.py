@@ -37,6 +37,7 @@ class World:
         placement: the mesh axis to place inside nodes; "" for the default of the strategy.
         kv_heads: which key/value head each of the problem's is, where some are repeated so that
             each has equally many query heads; () for all in order.
+        whole: the problem with all heads, where this one has some of them; None otherwise.
     """
 
     problem: Problem
@@ -46,6 +47,7 @@ class World:
     ranks_per_node: int = 0
     placement: str = ""
     kv_heads: tuple[int, ...] = ()
+    whole: Problem | None = None
 
     @classmethod
     def of(
@@ -133,7 +135,8 @@ class World:
         problem = replace(
             self.problem, heads_q=heads_q, heads_kv=heads_kv, scale=self.problem.softmax_scale
         )
-        world = replace(self, problem=problem, kv_heads=kv_heads)
+        whole = self.whole or self.problem
+        world = replace(self, problem=problem, kv_heads=kv_heads, whole=whole)
         world.__dict__["areas"] = self.areas
         return world
 

@@ -28,6 +28,8 @@ OPERATORS = (
         external_lse=False,
         variants=("top_k=20", "top_k=20,index_dim=8"),
         selects=True,
+        selects_from="keys",
+        selects_for="all",
     ),
 )
 

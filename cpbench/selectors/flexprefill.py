@@ -36,6 +36,7 @@ OPERATORS = (
         external_lse=False,
         variants=("block_size=16,min_budget=32", "block_size=16,min_budget=32,tau=1.0,gamma=0.4"),
         selects=True,
+        selects_for="head",
         looks_ahead="sequence",
     ),
 )

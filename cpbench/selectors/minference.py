@@ -35,6 +35,7 @@ def _info(name: str, summary: str, load: str, **declared: Any) -> OperatorInfo:
         load=f"cpbench.selectors.minference:{load}",
         external_lse=False,
         selects=True,
+        selects_for="head",
         **declared,
     )
 
@@ -46,6 +47,7 @@ OPERATORS = (
         "AShape",
         masks=("causal",),
         params=("num_sinks", "window", "kernel"),
+        selects_from="keys",
         variants=("num_sinks=4,window=40",),
     ),
     _info(
@@ -66,6 +68,7 @@ OPERATORS = (
         "BlockSparse",
         params=("block_size", "top_k", "keep", "kernel"),
         variants=("block_size=16,top_k=4",),
+        selects_from="pooled_keys",
         looks_ahead="block",
     ),
 )
@@ -91,7 +94,7 @@ class AShape(Selector):
     def select(self, q: torch.Tensor, k: torch.Tensor, plan: Plan) -> tuple[Branch, ...]:
         n = plan.mask.seq_k
         shape = {"num_sinks": min(self.num_sinks, n), "window": min(self.window, n - 1)}
-        return (Branch(mask=streaming(n, **shape)),)
+        return (Branch(mask=plan.of_queries(streaming(n, **shape))),)
 
 
 LAST_QUERIES = 64  # queries whose attention is estimated
@@ -200,6 +203,7 @@ class BlockSparse(BlockBudgetSelector):
         self, block_size: int = 64, top_k: int = 100, keep: float = 0.0, kernel: str = ""
     ) -> None:
         super().__init__(block_size, top_k, keep, kernel)
+        self.query_block = block_size
 
     def select(self, q: torch.Tensor, k: torch.Tensor, plan: Plan) -> tuple[Branch, ...]:
         grid = plan.grid(self.block_size, self.block_size)

@@ -33,6 +33,8 @@ OPERATORS = (
         external_lse=False,
         variants=("block_size=16,top_k=4",),
         selects=True,
+        selects_from="pooled_keys",
+        selects_for="head",
     ),
 )
 

@@ -55,6 +55,8 @@ OPERATORS = (
         lse_on=(),
         variants=("block_size=16,top_k=4,compress=8,stride=4,window=24",),
         selects=True,
+        selects_from="keys",
+        selects_for="group",
     ),
 )
 DEFAULT_GATE = 1 / 3
@@ -109,10 +111,10 @@ class Nsa(Selector):
         window = sliding_window_causal(n, window=self.window - 1) if self.window < n else causal(n)
         branches = [
             Branch(mask=Blocks(grid, self._select_blocks(q, k, plan)), gate=gate_blocks),
-            Branch(mask=window, gate=gate_window),
+            Branch(mask=plan.of_queries(window), gate=gate_window),
         ]
         if pool.num_windows(n):
-            mask = past_window_mask(n, pool)
+            mask = plan.of_queries(past_window_mask(n, pool))
             branches.append(Branch(mask=mask, gate=gate_compressed, pool_k=pool))
         return tuple(branches)
 
@@ -128,6 +130,7 @@ class Nsa(Selector):
             window_block_overlap(k.shape[1], self.pool, self.block_size), device=q.device
         ).to(means.dtype)
         window_ends = torch.arange(n, device=q.device) * self.pool.stride + self.pool.size - 1
+        positions = torch.as_tensor(plan.positions, device=q.device)[:, None]
 
         def score_rows(begin: int, end: int) -> torch.Tensor:
             if not n:  # the sequence is shorter than a window
@@ -136,8 +139,8 @@ class Nsa(Selector):
             for a, b in row_chunks(end - begin, len(q) * q.shape[2] * n, q.device):
                 rows = slice(begin + a, begin + b)
                 scores = qk_scores(upcast(q[:, rows]), means).mul_(plan.problem.softmax_scale)
-                row = torch.arange(rows.start, rows.stop, device=q.device)[:, None]
-                probs = torch.softmax(scores.masked_fill_(window_ends > row, -torch.inf), -1)
+                future = window_ends > positions[rows]
+                probs = torch.softmax(scores.masked_fill_(future, -torch.inf), -1)
                 group_probs = probs.nan_to_num_(0.0).unflatten(1, (groups, group_size)).sum(2)
                 chunks.append(group_probs @ overlap)
             return torch.cat(chunks, 2)

@@ -32,6 +32,8 @@ OPERATORS = (
         external_lse=False,
         variants=("block_size=16,keep=0.3",),
         selects=True,
+        selects_from="keys",
+        selects_for="head",
         looks_ahead="block",
     ),
 )
@@ -53,6 +55,7 @@ class Oracle(BlockBudgetSelector):
         self, block_size: int = 64, top_k: int = 16, keep: float = 0.1, kernel: str = ""
     ) -> None:
         super().__init__(block_size, top_k, keep, kernel)
+        self.query_block = block_size
 
     def select(self, q: torch.Tensor, k: torch.Tensor, plan: Plan) -> tuple[Branch, ...]:
         grid = plan.grid(self.block_size, self.block_size)

@@ -34,6 +34,8 @@ OPERATORS = (
         external_lse=False,
         variants=("block_size=16,block_q=32,keep=0.3", "block_size=16,block_q=1,keep=0.3"),
         selects=True,
+        selects_from="pooled_keys",
+        selects_for="head",
         looks_ahead="block",
     ),
 )
@@ -64,7 +66,7 @@ class Quest(BlockBudgetSelector):
     ) -> None:
         super().__init__(block_size, top_k, keep, kernel)
         check_minimum(self.name, 1, block_q=block_q)
-        self.block_q = block_q
+        self.block_q = self.query_block = block_q
         self.branch_kinds = ("rows" if block_q == 1 else "blocks",)
 
     def select(self, q: torch.Tensor, k: torch.Tensor, plan: Plan) -> tuple[Branch, ...]:

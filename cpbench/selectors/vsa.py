@@ -38,6 +38,8 @@ OPERATORS = (
         lse_on=(),
         variants=("block_size=16,keep=0.2", "block_size=16,keep=0.2,gate=0.0"),
         selects=True,
+        selects_from="pooled_keys",
+        selects_for="head",
         looks_ahead="sequence",
     ),
 )
@@ -66,7 +68,7 @@ class Vsa(BlockBudgetSelector):
         kernel: str = "",
     ) -> None:
         super().__init__(block_size, top_k, keep, kernel)
-        self.gate = float(gate)
+        self.gate, self.query_block = float(gate), block_size
 
     def select(self, q: torch.Tensor, k: torch.Tensor, plan: Plan) -> tuple[Branch, ...]:
         block = self.block_size

@@ -36,6 +36,8 @@ OPERATORS = (
         external_lse=False,
         variants=("block_size=16,stride=4,threshold=0.6",),
         selects=True,
+        selects_from="keys",
+        selects_for="head",
         looks_ahead="block",
     ),
 )
@@ -64,6 +66,7 @@ class XAttention(Selector):
         if not 0 <= threshold <= 1:
             raise ValueError(f"xattention: threshold = {threshold} is a share, from 0 to 1")
         self.block_size, self.stride, self.threshold = block_size, stride, threshold
+        self.query_block = block_size
 
     def select(self, q: torch.Tensor, k: torch.Tensor, plan: Plan) -> tuple[Branch, ...]:
         import torch

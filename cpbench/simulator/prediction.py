@@ -18,7 +18,7 @@ from cpbench.core.operator import value_dims_refusal
 from cpbench.core.problem import Case
 from cpbench.core.registry import LoadError, implementation, operator_info, strategy_info
 from cpbench.masks.head_masks import per_head
-from cpbench.parallel.strategy import declared_refusal
+from cpbench.parallel.strategy import declared_refusal, untraced_reason
 from cpbench.parallel.world import World
 from cpbench.simulator import memory
 from cpbench.simulator.cluster import Cluster, load
@@ -97,7 +97,7 @@ def load_method(case: Case, world: World) -> tuple[Strategy, OperatorInfo]:
     """
     info, operator = strategy_info(case.strategy.name), operator_info(case.operator.name)
     if not info.traced:
-        raise ValueError(f"{info.name} sends through a library, whose time is not predicted")
+        raise ValueError(f"{untraced_reason(info)}; so its time is not predicted")
     if operator.mixer:
         raise ValueError(f"{operator.name} is a sequence mixer, whose time is not predicted")
     if operator.selects:

@@ -43,6 +43,7 @@ STRATEGY = StrategyInfo(
     summary="all-gather of keys, one attention, reduce-scatter of gradients; stages bound memory",
     source="Llama 3, arXiv 2407.21783",
     load="cpbench.strategies.ring_allgather:RingAllGather",
+    selectors="any",
     value_dims=True,
     params=("stages", "keep", "offload", "chunk"),
     variants=("stages=2", "keep=true", "offload=host,chunk=16", "stages=8"),

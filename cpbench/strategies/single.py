@@ -24,6 +24,7 @@ STRATEGY = StrategyInfo(
     load="cpbench.strategies.single:Single",
     layouts=("contiguous",),
     kinds=("attention", "mixer"),
+    selectors="any",
     value_dims=True,
     params=("offload", "chunk"),
     variants=("offload=host,chunk=16",),

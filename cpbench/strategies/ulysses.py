@@ -33,6 +33,7 @@ STRATEGY = StrategyInfo(
     summary="all-to-all to head shards and back; chunks of heads overlap with compute",
     source="DeepSpeed-Ulysses, arXiv 2309.14509",
     load="cpbench.strategies.ulysses:Ulysses",
+    selectors="any",
     value_dims=True,
     params=("chunks", "pad", "offload", "chunk"),
     variants=("chunks=2", "pad=true", "offload=host,chunk=16", "chunks=3,pad=true"),

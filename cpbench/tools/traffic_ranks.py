@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpbench.core.problem import Case
 from cpbench.core.registry import LoadError, implementation, operator_info, strategy_info
-from cpbench.parallel.strategy import declared_refusal
+from cpbench.parallel.strategy import declared_refusal, untraced_reason
 from cpbench.parallel.world import World
 
 if TYPE_CHECKING:
@@ -33,9 +33,7 @@ def trace_case(case: Case, ranks: Sequence[int], memory_ranks: Sequence[int]) ->
     world = World.of_case(case, case.world_size)
     info, operator = strategy_info(case.strategy.name), operator_info(case.operator.name)
     if not info.traced:
-        raise ValueError(
-            f"{info.name} sends through a library: its bytes are only counted in a run"
-        )
+        raise ValueError(untraced_reason(info))
     strategy = implementation(info, case.strategy.kwargs)
     reason = declared_refusal(info, world) or strategy.unsupported(world)
     if reason is not None:

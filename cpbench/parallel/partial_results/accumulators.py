@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from cpbench.core.problem import Problem
     from cpbench.parallel.bound_operator import BoundOperator
+    from cpbench.parallel.bound_selector import TokenOrder
 
 
 def row_delta(dout_BSHD: torch.Tensor, out_BSHD: torch.Tensor) -> torch.Tensor:
@@ -146,6 +147,7 @@ class Planned:
         crop: ``(q0, q1, k0, k1)`` if the plan covers only these queries and keys, as no others
             see or are seen; None if it covers all.
         kv_heads: as for ``World``: the operator gets these key/value heads.
+        order: of a selector: where its tokens are in the sequence; None for other operators.
     """
 
     plan: Any
@@ -154,6 +156,7 @@ class Planned:
     area: int
     crop: tuple[int, int, int, int] | None = None
     kv_heads: tuple[int, ...] = ()
+    order: TokenOrder | None = None
 
 
 def padded(part_BSHD: torch.Tensor, tokens: int, start: int, end: int) -> torch.Tensor:

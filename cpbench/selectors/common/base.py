@@ -16,10 +16,13 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from cpbench.core.operator import QKV, BackwardInputs, declared_refusal, is_deterministic
 from cpbench.core.output_state import OutputStates
 from cpbench.core.registry import OperatorInfo, implementation, operator_info
 from cpbench.masks.attn_mask import AttnMask
+from cpbench.masks.slices import IntArray
 from cpbench.selectors.common.folding import fold_batch, unfold_batch, unfold_lse
 from cpbench.selectors.common.joining import KeyPool, KeyScores, join, join_backward
 from cpbench.selectors.common.pooling import NO_POOL, Pool
@@ -85,7 +88,8 @@ class Plan:
     """The plan of a selector, independent of the inputs.
 
     Attributes:
-        mask: the mask that selections are subsets of.
+        mask: the mask that selections are subsets of: of these queries, and all keys.
+        positions: ``[S]``: position of each query among the keys, ascending.
         problem: the problem.
         device: such as ``"cuda:0"``.
         kernels: declaration and implementation of the kernel for each kind of branch.
@@ -93,6 +97,7 @@ class Plan:
     """
 
     mask: AttnMask
+    positions: IntArray
     problem: Problem
     device: str
     kernels: dict[str, tuple[OperatorInfo, Operator]] = field(repr=False)
@@ -101,8 +106,23 @@ class Plan:
     def grid(self, block_q: int, block_k: int) -> Grid:
         """The mask divided into blocks; computed once per plan."""
         if (block_q, block_k) not in self.grids:
-            self.grids[block_q, block_k] = block_grid(self.mask, block_q, block_k, self.device)
+            self.grids[block_q, block_k] = block_grid(
+                self.mask, block_q, block_k, self.device, self.positions[::block_q]
+            )
         return self.grids[block_q, block_k]
+
+    def of_queries(self, mask: AttnMask) -> AttnMask:
+        """Of a mask of all tokens (or of pooled ones), the rows of these queries."""
+        return rows_of(mask, self.positions)
+
+
+def rows_of(mask: AttnMask, rows: IntArray) -> AttnMask:
+    """The mask of some of its queries, in ascending order."""
+    if len(rows) == mask.seq_q:
+        return mask
+    first = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
+    runs = np.column_stack([rows[first], np.diff(np.append(first, len(rows)))])
+    return mask.restrict(runs, np.array([[0, mask.seq_k]])).simplify()
 
 
 class PreparedBranch(NamedTuple):
@@ -149,10 +169,12 @@ class Selector(ABC):
 
     Attributes:
         joined: whether its branches are joined by their lse into one softmax, not summed.
+        query_block: adjacent queries of the sequence that have one selection.
         keep_selection: keep selections for :meth:`selection_of` even without a backward pass.
     """
 
     name: str
+    query_block: int = 1
     branch_kinds: tuple[str, ...] = ("blocks",)
     joined = False
 
@@ -207,8 +229,14 @@ class Selector(ABC):
         return info, implementation(info, {})
 
     def prepare(self, mask: AttnMask, problem: Problem, device: str) -> Plan:
+        return self.prepare_rows(mask, np.arange(mask.seq_q), problem, device)
+
+    def prepare_rows(self, mask: AttnMask, rows: IntArray, problem: Problem, device: str) -> Plan:
+        """As :meth:`prepare`, for some of the queries of a mask, ascending and in whole blocks of
+        ``query_block``; ``problem`` is that of these queries."""
         kernels = {kind: self._kernel_for(kind, device) for kind in self.branch_kinds}
-        return Plan(mask, problem, device, kernels)
+        positions = rows + (mask.seq_k - mask.seq_q)
+        return Plan(rows_of(mask, rows), positions, problem, device, kernels)
 
     # --- the steps of a forward pass: select, prepare_branches, compute -----------------------
 

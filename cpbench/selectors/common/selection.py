@@ -34,6 +34,7 @@ class Grid:
         mask: the mask that selections are subsets of.
         block_q, block_k: tokens per block.
         areas: ``[X, Y]`` int32, visible pairs per block.
+        starts: ``[X]``: position among the keys of the first query of each block.
         cache: tensors that kernels derive from the grid, by key; freed with the grid.
     """
 
@@ -41,6 +42,7 @@ class Grid:
     block_q: int
     block_k: int
     areas: torch.Tensor
+    starts: torch.Tensor
     cache: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @functools.cached_property
@@ -67,12 +69,10 @@ class Grid:
 
     @functools.cached_property
     def diagonal(self) -> torch.Tensor:
-        """``[X, Y]`` booleans: allowed blocks that hold the queries' own positions (the queries are
-        the last ``seq_q`` tokens)."""
+        """``[X, Y]`` booleans: allowed blocks that hold the queries' own positions."""
         import torch
 
-        shift = self.mask.seq_k - self.mask.seq_q
-        first_key = torch.arange(len(self.areas), device=self.areas.device) * self.block_q + shift
+        first_key = self.starts
         last_key = first_key + self.block_lengths[0] - 1
         column = torch.arange(self.areas.shape[1], device=self.areas.device)
         first, last = (key.clamp(min=0)[:, None] // self.block_k for key in (first_key, last_key))
@@ -84,8 +84,13 @@ class Grid:
         return self.allowed.sum(1)
 
 
-def block_grid(mask: AttnMask, block_q: int, block_k: int, device: str) -> Grid:
+def block_grid(
+    mask: AttnMask, block_q: int, block_k: int, device: str, starts: IntArray | None = None
+) -> Grid:
     """Divide a mask into blocks.
+
+    Args:
+        starts: as for :class:`Grid`; unless given, the queries are the last ``seq_q`` tokens.
 
     Raises:
         ValueError: for block sizes below 1.
@@ -93,7 +98,10 @@ def block_grid(mask: AttnMask, block_q: int, block_k: int, device: str) -> Grid:
     import torch
 
     areas = tiles(mask, block_q, block_k).to_dense().astype(np.int32)
-    return Grid(mask, block_q, block_k, torch.as_tensor(areas, device=device))
+    if starts is None:
+        starts = np.arange(0, mask.seq_q, block_q) + (mask.seq_k - mask.seq_q)
+    areas_XY, starts_X = (torch.as_tensor(x, device=device) for x in (areas, starts))
+    return Grid(mask, block_q, block_k, areas_XY, starts_X)
 
 
 @dataclass(frozen=True, eq=False)
