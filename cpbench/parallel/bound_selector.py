@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cpbench.core.operator import QKV, BackwardInputs, Unsupported, nothing_visible
+from cpbench.core.operator import (
+    QKV,
+    BackwardInputs,
+    Unsupported,
+    nothing_visible,
+    zero_gradients,
+)
 from cpbench.masks.slices import IntArray
 from cpbench.parallel.partial_results.accumulators import Planned
 from cpbench.parallel.world import Subproblem
@@ -73,8 +79,8 @@ def prepare(op: BoundOperator, subproblem: Subproblem | KeySubset | Chunk) -> Pl
     mask = world.shared_mask
     order = TokenOrder(
         rows,
-        _index(q_index, world.queries.local_len * len(subproblem.q_ranks), op.device),
-        _index(k_index, world.keys.padded_len, op.device),
+        token_index(q_index, world.queries.local_len * len(subproblem.q_ranks), op),
+        token_index(k_index, world.keys.padded_len, op),
     )
     problem = replace(subproblem.problem, seq_q=max(len(rows), 1), seq_k=mask.seq_k)
     reason = impl.unsupported(problem, mask, op.device)
@@ -133,13 +139,13 @@ def cut_refusal(name: str, what: str, block: int, layout: Layout, tokens: IntArr
     )
 
 
-def _index(index: IntArray, tokens: int, device: str) -> torch.Tensor | None:
-    """An index of tokens on a device; None for all of them in order."""
+def token_index(index: IntArray, tokens: int, op: BoundOperator) -> torch.Tensor | None:
+    """An index of tokens on the device of an operator; None for all of them in order."""
     import torch
 
     if np.array_equal(index, np.arange(tokens)):
         return None
-    return torch.as_tensor(index, device=device)
+    return torch.as_tensor(index, device=op.device)
 
 
 def forward(op: BoundOperator, qkv: QKV, plan: Planned) -> OutLse:
@@ -154,13 +160,23 @@ def forward(op: BoundOperator, qkv: QKV, plan: Planned) -> OutLse:
 
 
 def given_back(
-    op: BoundOperator, q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None, plan: Planned
+    op: BoundOperator,
+    q: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    plan: Planned,
+    branches: Any = None,
 ) -> OutLse:
     """out and lse of queries in the order of the sequence, for those given; the state that the
-    selector keeps for its backward pass goes with out."""
+    selector keeps for its backward pass goes with out.
+
+    Args:
+        branches: what was selected, unless that is what was computed.
+    """
     assert plan.order is not None
     if op.selected is not None:
-        op.selected.append((plan.order.rows, op.impl.selection_of(out).branches))  # type: ignore[attr-defined]
+        branches = branches or op.impl.selection_of(out).branches  # type: ignore[attr-defined]
+        op.selected.append((plan.order.rows, branches))
     index = plan.order.queries
     if index is None:
         return out, lse
@@ -176,12 +192,10 @@ def given_back(
 
 def backward(op: BoundOperator, x: BackwardInputs, plan: Planned) -> Gradients:
     """The backward pass of :meth:`BoundOperator.backward` for a selector."""
-    import torch
-
     assert plan.order is not None
     order = plan.order
     if plan.plan is None:
-        return torch.zeros_like(x.q), torch.zeros_like(x.k), torch.zeros_like(x.v)
+        return zero_gradients(x.qkv)
     dq, dk, dv = op.call_backward(taken(op, x, plan, order.keys), plan)
     return (
         _put(dq, order.queries, x.q.shape[1]),
@@ -214,3 +228,75 @@ def _put(x: torch.Tensor, index: torch.Tensor | None, tokens: int) -> torch.Tens
         return x
     given = x.new_zeros((x.shape[0], tokens, *x.shape[2:]))
     return given.index_copy_(1, index, x)
+
+
+class BoundPooledSelector:
+    """A selector that selects by pooled keys, in the steps of a strategy that exchanges these.
+
+    Args:
+        plan: for the queries of one rank and all keys.
+
+    Attributes:
+        key_block: keys of a block.
+    """
+
+    def __init__(self, op: BoundOperator, plan: Planned) -> None:
+        self._op, self._impl, self._plan = op, _pooled(op.impl), plan
+        self.key_block: int = self._impl.key_block
+
+    @property
+    def refusal(self) -> str | None:
+        """Why it needs more keys than the selected blocks, or None."""
+        reason = self._impl.needs_all_keys()
+        return None if reason is None else f"{self._op.info.name} needs all keys: {reason}"
+
+    def pool(self, k: torch.Tensor) -> torch.Tensor:
+        """The pooled keys ``[B, n, G, E]`` of whole blocks of keys."""
+        import torch
+
+        return torch.cat(self._impl.pool_keys(k), 3)
+
+    def select(self, q: torch.Tensor, pooled: torch.Tensor) -> Any:
+        """The selection of the local queries, from the pooled keys of the sequence; None without
+        queries."""
+        assert self._plan.order is not None
+        if self._plan.plan is None:
+            return None
+        parts = pooled.split(q.shape[3], 3)
+        return self._impl.select_by(_take(q, self._plan.order.queries), parts, self._plan.plan)
+
+    def wanted(self, branches: Any, pooled: torch.Tensor) -> torch.Tensor:
+        """The blocks of keys of a selection, ``[B, G, Y]`` booleans."""
+        B, Y, G, _ = pooled.shape
+        if branches is None:
+            return pooled.new_zeros((B, G, Y)).bool()
+        wanted: torch.Tensor = self._impl.wanted_blocks(branches, G)
+        return wanted
+
+    def attend(self, qkv: QKV, branches: Any, columns: IntArray) -> OutLse:
+        """out and lse of a selection, of which ``qkv`` has the keys of the blocks ``columns``."""
+        op, plan, q = self._op, self._plan, qkv.q
+        assert plan.order is not None
+        if not len(columns):
+            if op.selected is not None and branches is not None:
+                op.selected.append((plan.order.rows, branches))
+            out, lse = nothing_visible(q, qkv.v.shape[3])
+            return out, lse if op.returns_lse else None
+        narrow = self._impl.narrowed(branches, columns)
+        given = qkv._replace(q=_take(q, plan.order.queries))
+        out, lse = self._impl.attend_to(given, narrow, plan.plan)
+        return given_back(op, q, out, lse, plan, branches)
+
+    def backward(self, x: BackwardInputs) -> Gradients:
+        """The backward pass of :meth:`attend`."""
+        if not x.k.shape[1]:
+            return zero_gradients(x.qkv)
+        dq, dk, dv = self._op.impl.backward(taken(self._op, x, self._plan, None), self._plan.plan)
+        assert self._plan.order is not None
+        return _put(dq, self._plan.order.queries, x.q.shape[1]), dk, dv
+
+
+def _pooled(impl: Any) -> Any:
+    """The implementation of a selector that declares to select by pooled keys."""
+    assert hasattr(impl, "select_by"), f"{type(impl).__name__} has no pooled keys"
+    return impl

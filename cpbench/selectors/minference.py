@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cpbench.core.registry import OperatorInfo
 from cpbench.masks.patterns import streaming
 from cpbench.selectors.common.base import Branch, Plan, Selector
-from cpbench.selectors.common.block_budget import BlockBudgetSelector
+from cpbench.selectors.common.pooled_keys import PooledKeySelector
 from cpbench.selectors.common.ranking import (
     block_means,
     check_minimum,
@@ -187,7 +187,7 @@ def diagonal_blocks(distances: torch.Tensor, block: int, rows: int) -> torch.Ten
     return kept & (block_distance >= 0)
 
 
-class BlockSparse(BlockBudgetSelector):
+class BlockSparse(PooledKeySelector):
     """Blocks by mean query times mean key; no block is forced, not even the diagonal one.
 
     Args:
@@ -205,8 +205,13 @@ class BlockSparse(BlockBudgetSelector):
         super().__init__(block_size, top_k, keep, kernel)
         self.query_block = block_size
 
-    def select(self, q: torch.Tensor, k: torch.Tensor, plan: Plan) -> tuple[Branch, ...]:
+    def pool_keys(self, k: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (block_means(k, self.block_size),)
+
+    def select_by(
+        self, q: torch.Tensor, pooled: tuple[torch.Tensor, ...], plan: Plan
+    ) -> tuple[Branch, ...]:
         grid = plan.grid(self.block_size, self.block_size)
-        scores = qk_scores(block_means(q, self.block_size), block_means(k, self.block_size))
+        scores = qk_scores(block_means(q, self.block_size), *pooled)
         kept = top_blocks(scores, self.budget(grid), grid)
         return (Branch(mask=Blocks(grid, kept)),)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from cpbench.core.registry import OperatorInfo
 from cpbench.selectors.common.base import Branch, Plan
-from cpbench.selectors.common.block_budget import BlockBudgetSelector
+from cpbench.selectors.common.pooled_keys import PooledKeySelector
 from cpbench.selectors.common.ranking import (
     block_means,
     qk_scores,
@@ -39,7 +39,7 @@ OPERATORS = (
 )
 
 
-class Moba(BlockBudgetSelector):
+class Moba(PooledKeySelector):
     """Top-k blocks per query; under masks that are not causal, candidates are the blocks that are
     entirely visible.
 
@@ -58,11 +58,16 @@ class Moba(BlockBudgetSelector):
     ) -> None:
         super().__init__(block_size, top_k, keep, kernel)
 
-    def select(self, q: torch.Tensor, k: torch.Tensor, plan: Plan) -> tuple[Branch, ...]:
+    def pool_keys(self, k: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (block_means(k, self.block_size),)
+
+    def select_by(
+        self, q: torch.Tensor, pooled: tuple[torch.Tensor, ...], plan: Plan
+    ) -> tuple[Branch, ...]:
         import torch
 
-        grid = plan.grid(1, self.block_size)
-        means, candidates = block_means(k, self.block_size), grid.full | grid.diagonal
+        grid, (means,) = plan.grid(1, self.block_size), pooled
+        candidates = grid.full | grid.diagonal
 
         def gates(begin: int, end: int) -> torch.Tensor:
             scores = qk_scores(upcast(q[:, begin:end]), means)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from cpbench.core.registry import OperatorInfo
 from cpbench.selectors.common.base import Branch, Plan
-from cpbench.selectors.common.block_budget import BlockBudgetSelector
+from cpbench.selectors.common.pooled_keys import PooledKeySelector
 from cpbench.selectors.common.ranking import (
     check_minimum,
     qk_scores,
@@ -41,7 +41,7 @@ OPERATORS = (
 )
 
 
-class Quest(BlockBudgetSelector):
+class Quest(PooledKeySelector):
     """Top-k pages per block of queries; the bound of a block is the maximum over its queries.
 
     Quest is a method for decoding: ``block_q=1`` is the original method, for every query.
@@ -69,16 +69,22 @@ class Quest(BlockBudgetSelector):
         self.block_q = self.query_block = block_q
         self.branch_kinds = ("rows" if block_q == 1 else "blocks",)
 
-    def select(self, q: torch.Tensor, k: torch.Tensor, plan: Plan) -> tuple[Branch, ...]:
+    def pool_keys(self, k: torch.Tensor) -> tuple[torch.Tensor, ...]:
         import torch
 
-        grid = plan.grid(self.block_q, self.block_size)
         pages = upcast(k)
         missing = -k.shape[1] % self.block_size
         if missing:  # repeat the last key, which changes neither maximum nor minimum
             pages = torch.cat([pages, pages[:, -1:].expand(-1, missing, -1, -1)], 1)
         pages = pages.unflatten(1, (-1, self.block_size))
-        page_max, page_min = pages.amax(2), pages.amin(2)
+        return pages.amax(2), pages.amin(2)
+
+    def select_by(
+        self, q: torch.Tensor, pooled: tuple[torch.Tensor, ...], plan: Plan
+    ) -> tuple[Branch, ...]:
+        import torch
+
+        grid, (page_max, page_min) = plan.grid(self.block_q, self.block_size), pooled
         counts = self.budget(grid)
 
         def bounds(begin: int, end: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from cpbench.core.registry import OperatorInfo
 from cpbench.masks.patterns import full
 from cpbench.selectors.common.base import Branch, Plan
-from cpbench.selectors.common.block_budget import BlockBudgetSelector
+from cpbench.selectors.common.pooled_keys import PooledKeySelector
 from cpbench.selectors.common.pooling import Pool
 from cpbench.selectors.common.ranking import (
     block_means,
@@ -45,7 +45,7 @@ OPERATORS = (
 )
 
 
-class Vsa(BlockBudgetSelector):
+class Vsa(PooledKeySelector):
     """For full masks only: the mean of a block includes later tokens than its first.
 
     Args:
@@ -70,10 +70,20 @@ class Vsa(BlockBudgetSelector):
         super().__init__(block_size, top_k, keep, kernel)
         self.gate, self.query_block = float(gate), block_size
 
-    def select(self, q: torch.Tensor, k: torch.Tensor, plan: Plan) -> tuple[Branch, ...]:
+    def pool_keys(self, k: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (block_means(k, self.block_size),)
+
+    def needs_all_keys(self) -> str | None:
+        if not self.gate:
+            return None
+        return f"its coarse branch (gate = {self.gate:g}) attends to the means of all values"
+
+    def select_by(
+        self, q: torch.Tensor, pooled: tuple[torch.Tensor, ...], plan: Plan
+    ) -> tuple[Branch, ...]:
         block = self.block_size
         grid = plan.grid(block, block)
-        scores = qk_scores(block_means(q, block), block_means(k, block))
+        scores = qk_scores(block_means(q, block), *pooled)
         kept = top_blocks(scores, self.budget(grid), grid)
         branches = [Branch(mask=Blocks(grid, kept))]
         if self.gate:
