@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,17 +15,14 @@ from cpbench.api.inputs import make_problem, require_scale, under_autocast
 from cpbench.api.mixing import (
     MaskLike,
     find_mask,
-    make_plan,
-    read_documents,
     require_inputs,
-    with_default_gate,
+    require_mask,
 )
 from cpbench.api.prepared_mixer import PreparedMixer, find_strategy
+from cpbench.core.operator import MixerInputs
 from cpbench.core.spec import Spec
 from cpbench.core.untraced import untraced
 from cpbench.kernels.mixers import forms
-from cpbench.kernels.mixers.bound import BoundMixer
-from cpbench.kernels.mixers.chunks import Inputs
 from cpbench.parallel import layout as layouts
 from cpbench.parallel.world import World
 
@@ -92,14 +89,15 @@ def distributed_mix(
         method = (Spec.parse(mixer), Spec.parse(strategy), Spec.parse(layout))
         find_strategy(method[1].name)
         qkv = under_autocast(q, k, v)
-        gate = with_default_gate(form, q, g)
-        tensors = {"q": qkv[0], "k": qkv[1], "v": qkv[2]}
-        tensors |= {n: x for n, x in (("g", gate), ("beta", beta)) if x is not None}
+        given = MixerInputs(*qkv, g, beta, initial_state)
+        tensors = {n: x for n, x in given.by_token._asdict().items() if x is not None}
         found = find_mask(mask, q.shape[1] * member.control.size)
-        read_documents(form, found)
-        given = (q, k, v, g, beta, initial_state)
-        backward = any(x is not None and x.requires_grad for x in given)
+        require_mask(form, found)
+        backward = any(x.requires_grad for x in (q, k, v, *given.given[3:]))
         problem = make_problem(*qkv, found, scale, backward and torch.is_grad_enabled())
+        gates = ((n, x) for n, x in (("g", g), ("beta", beta)) if x is not None)
+        lanes = tuple((n, x.shape[3] if x.ndim == 4 else 0) for n, x in gates)
+        problem = replace(problem, gates=lanes)
         dtypes = {n: str(x.dtype).removeprefix("torch.") for n, x in tensors.items()}
         if initial_state is not None:
             dtypes["initial_state"] = ""
@@ -107,8 +105,8 @@ def distributed_mix(
         return call, tensors
 
     work, tensors = member.agree(read)
-    x = (tensors.get(name) for name in Inputs._fields)
-    return DistributedMixerFunction.apply(work, member, *x, initial_state)  # type: ignore[no-any-return, no-untyped-call]
+    x = MixerInputs.of(tensors)._replace(initial_state=initial_state)
+    return DistributedMixerFunction.apply(work, member, *x)  # type: ignore[no-any-return, no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -140,17 +138,11 @@ class MixerCall(Call[PreparedMixer]):
         return World.of(self.problem, self.mask, keys, member.ranks_per_node)
 
     def prepare(self, world: World, member: GroupMember, tensors: Tensors) -> PreparedMixer:
-        form, chunk, kernel = forms.parse(self.mixer)
-        mixer = BoundMixer(make_plan(form, chunk, kernel, tensors["q"], self.problem.scale), kernel)
-        local = Inputs(*(_shape_of(tensors.get(name)) for name in Inputs._fields))  # type: ignore[arg-type]
+        local = {name: x.new_empty(x.shape, device="meta") for name, x in tensors.items()}
+        rank = member.control.rank
         return PreparedMixer(
-            str(self.mixer), mixer, self.strategy, world, member.control.rank, local
+            self.mixer, self.strategy, world, rank, self.device, MixerInputs.of(local)
         )
-
-
-def _shape_of(x: torch.Tensor | None) -> torch.Tensor | None:
-    """A tensor of this shape and dtype, without data."""
-    return None if x is None else x.new_empty(x.shape, device="meta")
 
 
 class DistributedMixerFunction(torch.autograd.Function):
@@ -169,12 +161,12 @@ class DistributedMixerFunction(torch.autograd.Function):
         state: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.set_materialize_grads(False)
-        x = Inputs(q, k, v, g, beta)
+        x = MixerInputs(q, k, v, g, beta, state)
         with no_autocast(q.device):
-            out, last, saved = work.forward(x, state, member.comm)
+            out, last, saved = work.forward(x, member.comm)
         assert last is not None
         if any(ctx.needs_input_grad):
-            leaves, ctx.structure = pytree.tree_flatten((x, state, saved))
+            leaves, ctx.structure = pytree.tree_flatten((x, saved))
             ctx.save_for_backward(*leaves)
         ctx.work, ctx.member = work, member
         return out, last
@@ -184,7 +176,7 @@ class DistributedMixerFunction(torch.autograd.Function):
     def backward(
         ctx: Any, dout: torch.Tensor | None, dstate: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
-        x, state, saved = pytree.tree_unflatten(list(ctx.saved_tensors), ctx.structure)
+        x, saved = pytree.tree_unflatten(list(ctx.saved_tensors), ctx.structure)
         work, member = ctx.work, ctx.member
         if dout is None:
             dout = torch.zeros_like(x.v)
@@ -193,7 +185,8 @@ class DistributedMixerFunction(torch.autograd.Function):
             dtype = torch.float64 if x.q.dtype == torch.float64 else torch.float32
             dstate = x.q.new_zeros((B, H, K, x.v.shape[3]), dtype=dtype)
         with no_autocast(dout.device):
-            gradients, initial = work.backward(dout, dstate, saved, member.comm)
-        grads = (*gradients, None if state is None else initial.to(state.dtype))
+            grads = x.named(work.backward(dout, dstate, saved, member.comm))
+        if x.initial_state is not None and grads.initial_state is not None:
+            grads = grads._replace(initial_state=grads.initial_state.to(x.initial_state.dtype))
         needed = ctx.needs_input_grad[2:]
         return None, None, *(y if want else None for y, want in zip(grads, needed, strict=True))

@@ -17,10 +17,10 @@ from cpbench.core.problem import DTYPE_BYTES
 from cpbench.core.spec import Spec
 from cpbench.core.untraced import untraced
 from cpbench.kernels.mixers import forms
-from cpbench.kernels.mixers.bound import BoundMixer
 from cpbench.kernels.mixers.chunks import Inputs, Plan
 from cpbench.kernels.mixers.forms import Form
 from cpbench.kernels.mixers.mixer import Mixer, retention_decays
+from cpbench.kernels.mixers.operator import make_mixer
 from cpbench.kernels.mixers.triton import launch
 from cpbench.masks import build
 from cpbench.masks.attn_mask import AttnMask
@@ -82,17 +82,11 @@ def mix(
         raise ValueError(
             f"a mask of {found.seq_q} queries and {found.seq_k} keys does not fit {tokens} tokens"
         )
-    documents = read_documents(form, found)
-    work = BoundMixer(make_plan(form, chunk, kernel, q, scale), kernel).over(documents)
-    g = with_default_gate(form, q, g)
-    return MixerFunction.apply(work, q, k, v, g, beta, initial_state)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def with_default_gate(form: Form, q: torch.Tensor, g: torch.Tensor | None) -> torch.Tensor | None:
-    """The log decays of a mixer that has some of its own where none are given."""
+    require_mask(form, found)
+    work = make_mixer(make_plan(form, chunk, kernel, q, scale), found, kernel)
     if g is None and form.default_gate:
-        return retention_decays(q.shape[2], q.device).expand(q.shape[:3])
-    return g
+        g = retention_decays(q.shape[2], q.device).expand(q.shape[:3])
+    return MixerFunction.apply(work, q, k, v, g, beta, initial_state)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class MixerFunction(torch.autograd.Function):
@@ -153,7 +147,7 @@ def _differentiate_recurrence(
     dstate: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, ...]:
     """The gradients of the inputs and of the state, token by token."""
-    leaves = [None if y is None else y.detach().requires_grad_() for y in (*x, state)]
+    leaves = [None if y is None else y.detach().requires_grad_() for y in (*x[:5], state)]
     with torch.enable_grad():
         out, last = work.recur(Inputs(*leaves[:5]), leaves[5])  # type: ignore[arg-type]
     given = [y for y in leaves if y is not None]
@@ -236,16 +230,9 @@ def make_plan(form: Form, chunk: int, kernel: str, q: torch.Tensor, scale: float
     return plan
 
 
-def read_documents(form: Form, mask: AttnMask) -> tuple[int, ...] | None:
-    """The first tokens of the documents of a mask; None if every token sees all.
-
-    Raises:
-        ValueError: for a mask that the mixer does not take.
-    """
-    documents = mask.causal_documents
-    if documents is not None:
-        return documents
-    if mask.kind == "full" and form.name == "linear":
-        return None
-    allowed = "causal, causal_document" + (" and full" if form.name == "linear" else "")
-    raise ValueError(f"{form.name} takes the masks {allowed}, not {mask!r}")
+def require_mask(form: Form, mask: AttnMask) -> None:
+    """Raise a ValueError for a mask that the mixer does not take."""
+    full = form.name == "linear"
+    if mask.causal_documents is None and not (mask.kind == "full" and full):
+        allowed = "causal, causal_document" + (" and full" if full else "")
+        raise ValueError(f"{form.name} takes the masks {allowed}, not {mask!r}")

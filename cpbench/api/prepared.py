@@ -16,7 +16,8 @@ from cpbench.parallel.comm import GroupedComm
 from cpbench.parallel.host_memory.allocation import home_of
 from cpbench.parallel.strategy import declared_refusal as strategy_refusal
 from cpbench.parallel.strategy import kind_refusal, merge_refusal, selector_refusal
-from cpbench.parallel.tracing.trace import MODULUS, RankTrace, describe_mismatch, trace_rank
+from cpbench.parallel.tracing.mismatch import describe_mismatch
+from cpbench.parallel.tracing.trace import MODULUS, RankTrace, trace_rank
 from cpbench.parallel.world import World
 
 if TYPE_CHECKING:
@@ -87,20 +88,20 @@ class Attention:
         self.info, op_info = strategy_info(strategy_spec.name), operator_info(operator_spec.name)
         device_type = device.partition(":")[0]
         self.offloaded = self.info.is_offloaded(strategy_spec.kwargs)
+        params = strategy_spec.kwargs
         reason = declared_refusal(op_info, world.problem, device_type)
-        reason = reason or kind_refusal(self.info, op_info) or strategy_refusal(self.info, world)
+        reason = reason or kind_refusal(self.info, op_info, params)
+        reason = reason or strategy_refusal(self.info, world)
         reason = reason or selector_refusal(self.info, op_info)
         if reason is None and op_info.selects and self.offloaded:
             reason = f"{op_info.name} is a selector, which takes no offload"
-        if reason is None and op_info.mixer and self.offloaded:
-            reason = f"{op_info.name} is a sequence mixer, which takes no offload"
         if reason is None and (self.offloaded or (self.info.merges and world.size > 1)):
             name = str(strategy_spec) if self.offloaded else self.info.name
             reason = merge_refusal(op_info, name, world.problem, device_type)
         if reason is not None:
             raise Unsupported(reason)
         self.op = operator_class.load(operator_spec, device)
-        self.strategy: Strategy = implementation(self.info, strategy_spec.kwargs)
+        self.strategy: Strategy = implementation(self.info, params, op_info.kind)
         self.home = home_of(device) if self.offloaded else device
         world = world.with_gates(op_info.gate_lanes(world.problem.head_dim))
         self.world, self.rank = world, rank
@@ -129,7 +130,7 @@ class Attention:
 
     def trace_messages(self, log: bool = False) -> RankTrace:
         """See :class:`Prepared`."""
-        return trace_rank(self.strategy, self.op.info, self.world, self.rank, log)
+        return trace_rank(self.strategy, self.op, self.world, self.rank, log)
 
     def connect(self, comm: Transport) -> None:
         """See :class:`Prepared`.  Libraries make their own groups when they are first called."""

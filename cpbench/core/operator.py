@@ -10,7 +10,7 @@ exp(scores - lse) and delta = sum(dout * out), the gradients of the parts add up
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from cpbench.core.environment import interpreting
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from cpbench.masks.attn_mask import AttnMask
 
     OutLse = tuple[torch.Tensor, torch.Tensor | None]
-    Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # dq, dk, dv
+    Gradients = tuple[torch.Tensor, ...]  # dq, dk, dv; of mixers also those of their other inputs
 
 
 class Unsupported(ValueError):
@@ -50,6 +50,7 @@ class MixerInputs(NamedTuple):
         q, k: ``[B, S, H, K]``; v: ``[B, S, H, V]``.
         g: log decay, ``[B, S, H]`` or ``[B, S, H, K]``; None for a mixer that takes none.
         beta: ``[B, S, H]``; None for a mixer that takes none.
+        initial_state: ``[B, H, K, V]``, the same on all ranks; None for 0.
     """
 
     q: torch.Tensor
@@ -57,31 +58,63 @@ class MixerInputs(NamedTuple):
     v: torch.Tensor
     g: torch.Tensor | None
     beta: torch.Tensor | None
+    initial_state: torch.Tensor | None = None
 
     @classmethod
     def of(cls, tensors: Mapping[str, torch.Tensor]) -> MixerInputs:
-        """The tensors of these names, of which gates may be missing."""
-        return cls(tensors["q"], tensors["k"], tensors["v"], tensors.get("g"), tensors.get("beta"))
+        """The tensors of these names, of which all but q, k and v may be missing."""
+        return cls(*(tensors.get(name) for name in cls._fields))  # type: ignore[arg-type]
 
     @property
     def given(self) -> tuple[torch.Tensor, ...]:
         """Those that are there, in order."""
         return tuple(x for x in self if x is not None)
 
+    @property
+    def by_token(self) -> MixerInputs:
+        """Those that have a row for each token: without the initial state."""
+        return self._replace(initial_state=None)
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> MixerInputs:
+        """The results of a function of each that is there."""
+        return MixerInputs(*(None if x is None else function(x) for x in self))  # type: ignore[arg-type]
+
+    def tokens(self, start: int, stop: int) -> MixerInputs:
+        """Those of consecutive tokens, without the initial state."""
+        return self.by_token.map(lambda x: x[:, start:stop])
+
+    def with_decays(self, decays: torch.Tensor | None) -> MixerInputs:
+        """These with the log decays ``[H]`` of a mixer that has its own, where no g is given."""
+        if decays is None or self.g is not None:
+            return self
+        return self._replace(g=decays.expand(self.q.shape[:3]))
+
+    def gradients(self, grads: MixerInputs) -> tuple[torch.Tensor, ...]:
+        """Of the gradients of all inputs, those of the given ones, in order."""
+        pairs = zip(self, grads, strict=True)
+        return tuple(grad for x, grad in pairs if x is not None and grad is not None)
+
+    def named(self, grads: Sequence[torch.Tensor]) -> MixerInputs:
+        """The inverse of :meth:`gradients`: None for inputs that are not given."""
+        remaining = iter(grads)
+        return MixerInputs(*(None if x is None else next(remaining) for x in self))  # type: ignore[arg-type]
+
 
 class MixerBackwardInputs(NamedTuple):
     """The inputs of a mixer's backward pass.
 
     Attributes:
-        dout: ``[B, S, H, V]``, the gradient of ``out``; that of the state is 0.
+        dout: ``[B, S, H, V]``, the gradient of ``out``.
         inputs: of the forward pass.
         out, state: what it returned.
+        dstate: ``[B, H, K, V]``, the gradient of the state; None for 0, as in every timed pass.
     """
 
     dout: torch.Tensor
     inputs: MixerInputs
     out: torch.Tensor
     state: torch.Tensor | None
+    dstate: torch.Tensor | None = None
 
 
 class BackwardInputs(NamedTuple):
@@ -139,7 +172,9 @@ class Operator(Protocol):
     A sequence mixer has the same methods, and ``flops(problem)``: ``forward`` takes a
     :class:`MixerInputs` and returns out ``[B, S, H, V]`` and the last state ``[B, H, K, V]``;
     ``backward`` takes a :class:`MixerBackwardInputs` and returns a gradient for each input that
-    the mixer declares.  Gates and states are in ``problem.gate_dtype``.
+    is given.  Gates and states are in ``problem.gate_dtype``.  A method ``bind(problem, device)``
+    returns its functions of runs of tokens, a ``cpbench.parallel.mixing.BoundMixer``, if it has
+    them; ``decays(problem, device)``, the log decays ``[H]`` of one that has its own.
 
     An operator whose backward pass needs more of the forward pass than out and lse has an attribute
     ``states``, a :class:`~cpbench.core.output_state.OutputStates`.

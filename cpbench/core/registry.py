@@ -152,12 +152,15 @@ class StrategyInfo:
         selectors: the selectors that it takes: ``"none"``; ``"any"``, if every call of the operator
             is given all keys; ``"pooled"``, those that select from pooled keys, and no operators of
             another kind.
+        mixers: as ``load``: the implementation for sequence mixers, if it is another one, which may
+            take fewer parameters; "" if not.
         value_dims: as for :class:`OperatorInfo`.
         merges: whether it merges partial results (and so needs a mergeable operator whose backward
             takes an external out and lse).
         axes: names of the axes of its mesh, outermost first; ``placement`` may put one of them
             inside a node.
-        variants: parameters to verify beside the defaults, as ``"key=value,…"``.
+        variants: parameters to verify beside the defaults, as ``"key=value,…"``; mixer_variants:
+            those of sequence mixers.
         traced: whether all its communication goes through ``Comm``, so that it can be predicted.
         requires: modules that it imports.
         offloaded: as ``load``, for the parameter ``offload=host``: an implementation whose tensors
@@ -172,11 +175,13 @@ class StrategyInfo:
     layouts: tuple[str, ...] = ANY_LAYOUT
     kinds: tuple[str, ...] = ("attention",)
     selectors: Literal["none", "any", "pooled"] = "none"
+    mixers: str | Callable[..., Any] = ""
     value_dims: bool = False
     merges: bool = False
     params: tuple[str, ...] = ()
     axes: tuple[str, ...] = ()
     variants: tuple[str, ...] = ()
+    mixer_variants: tuple[str, ...] = ()
     traced: bool = True
     requires: tuple[str, ...] = ()
     offloaded: str | Callable[..., Any] = ""
@@ -271,6 +276,11 @@ def strategies() -> dict[str, StrategyInfo]:
     return _collect(StrategyInfo, builtin, "cpbench.strategies")
 
 
+def strategies_for(kind: str) -> dict[str, StrategyInfo]:
+    """The registered strategies, sorted by name, that take operators of a kind."""
+    return {name: info for name, info in sorted(strategies().items()) if kind in info.kinds}
+
+
 def operator_info(name: str) -> OperatorInfo:
     """The declaration of an operator, registered or in a file (``./mine.py:my_op``).
 
@@ -306,8 +316,13 @@ def check_params(what: str, name: str, params: Iterable[str], allowed: Iterable[
             raise ValueError(f"{what} {name!r} has no parameter {param!r}; it takes {takes}")
 
 
-def implementation(info: OperatorInfo | StrategyInfo, params: dict[str, Any]) -> Any:
+def implementation(
+    info: OperatorInfo | StrategyInfo, params: dict[str, Any], kind: str = "attention"
+) -> Any:
     """Load the implementation that ``info`` declares, with its parameters.
+
+    Args:
+        kind: of the operators that a strategy is for.
 
     Raises:
         ValueError: for a parameter that it does not take, or a value that it refuses.
@@ -319,6 +334,8 @@ def implementation(info: OperatorInfo | StrategyInfo, params: dict[str, Any]) ->
     place = info.load
     if isinstance(info, StrategyInfo) and info.is_offloaded(params):
         place, params = info.offloaded, {k: x for k, x in params.items() if k != "offload"}
+    elif isinstance(info, StrategyInfo) and kind == "mixer" and info.mixers:
+        place = info.mixers
     target = place
     if isinstance(target, str):
         module, _, attribute = target.partition(":")
@@ -328,11 +345,12 @@ def implementation(info: OperatorInfo | StrategyInfo, params: dict[str, Any]) ->
             reason = " ".join(str(error).split())
             raise LoadError(f"{info.name}: cannot load {place}: {reason}") from error
     signature = inspect.signature(target).parameters
-    if isinstance(info, StrategyInfo) and info.offloaded:
+    if isinstance(info, StrategyInfo) and (info.offloaded or info.mixers):
         for name in params:
             if name not in signature:
-                which = "without" if place is info.load else "with"
-                raise ValueError(f"{info.name} takes no {name} {which} offload=host")
+                when = "with" if place is info.offloaded else "without"
+                where = "for sequence mixers" if place is info.mixers else f"{when} offload=host"
+                raise ValueError(f"{info.name} takes no {name} {where}")
     for name, value in params.items():
         annotation = signature[name].annotation if name in signature else None
         if annotation in ("int", int) and type(value) is not int:

@@ -93,7 +93,7 @@ def measure_exposure(
     """Times of the variants ``whole``, ``compute`` and ``transfer`` on this rank; collective."""
     null_comm = NullComm(comm.rank, comm.size)
     transfer_only = copy.copy(work)
-    transfer_only.op = TracedOperator(work.op.info, work.op.device)
+    transfer_only.op = TracedOperator(work.op, work.op.device)
     transfer_only.plan = work.strategy.prepare(transfer_only.op, work.world, work.rank)
     variants: dict[str, tuple[Workload, Comm]] = {
         "whole": (Workload(work, inputs, comm), comm),

@@ -21,8 +21,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from cpbench.measure import clocks
+from cpbench.measure.timeline_operator import RecordingOperator
 from cpbench.measure.timeline_slices import (
-    COMPUTE,
     NVTX_RANGE,
     PHASE,
     TRANSFER,
@@ -31,7 +31,6 @@ from cpbench.measure.timeline_slices import (
     TimelineSlice,
 )
 from cpbench.measure.timing import Workload
-from cpbench.parallel.bound_operator import BoundOperator
 from cpbench.parallel.comm import Comm, CompletedHandle, Handle
 from cpbench.parallel.comm_torch import TorchComm, TorchHandle
 from cpbench.parallel.host_memory.link import Copy
@@ -40,17 +39,8 @@ if TYPE_CHECKING:
     import torch
 
     from cpbench.api import Attention
-    from cpbench.core.operator import (
-        QKV,
-        BackwardInputs,
-        Gradients,
-        MixerBackwardInputs,
-        MixerInputs,
-        OutLse,
-    )
     from cpbench.measure.device.protocol import Device
     from cpbench.parallel.comm import Control, Messages
-    from cpbench.parallel.partial_results.accumulators import Planned
 
 PASSES = 3  # traced; the one with the median time is kept
 
@@ -296,30 +286,6 @@ class RecordingComm:
             rank = str(self._members[peer])
             nbytes[rank] = nbytes.get(rank, 0) + tensor.nbytes
         return nbytes
-
-
-class RecordingOperator(BoundOperator):
-    """An operator that records its calls."""
-
-    def __init__(self, op: BoundOperator, recorder: Recorder) -> None:
-        super().__init__(op.info, op.impl, op.device)
-        self._recorder = recorder
-
-    def forward_cropped(self, qkv: QKV, plan: Planned) -> OutLse:
-        with self._recorder.slice(COMPUTE, "attention", pairs=plan.area * qkv.q.shape[2]):
-            return super().forward_cropped(qkv, plan)
-
-    def backward_cropped(self, x: BackwardInputs, plan: Planned) -> Gradients:
-        with self._recorder.slice(COMPUTE, "attention backward", pairs=plan.area * x.q.shape[2]):
-            return super().backward_cropped(x, plan)
-
-    def mix(self, x: MixerInputs, plan: Planned) -> OutLse:
-        with self._recorder.slice(COMPUTE, "mixer", pairs=0):
-            return super().mix(x, plan)
-
-    def mix_backward(self, x: MixerBackwardInputs, plan: Planned) -> Gradients:
-        with self._recorder.slice(COMPUTE, "mixer backward", pairs=0):
-            return super().mix_backward(x, plan)
 
 
 def record_timelines(

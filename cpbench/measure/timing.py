@@ -158,7 +158,7 @@ class Workload:
         work = self._work
         if work.trace is None:
             return {}
-        peak = peak_bytes(work.strategy, work.op.info, work.world, work.rank)
+        peak = peak_bytes(work.strategy, work.op, work.world, work.rank)
         host = {"predicted_host": peak.host} if work.offloaded else {}
         return {"predicted": peak.device, **host}
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from cpbench.core.output_state import OutputStates
     from cpbench.core.problem import Problem
     from cpbench.masks.slices import IntArray
+    from cpbench.parallel.mixing import BoundMixer
     from cpbench.parallel.world import Chunk, KeySubset, Subproblem
 
 
@@ -142,6 +143,24 @@ class BoundOperator:
             lse = torch.full((b, h, q.shape[1]), -torch.inf, dtype=lse.dtype, device=lse.device)
             lse[:, :, q0:q1] = cropped_lse
         return padded(out, q.shape[1], q0, q1), lse
+
+    def bind(self, problem: Problem) -> BoundMixer:
+        """The functions of runs of tokens of a sequence mixer.
+
+        Raises:
+            Unsupported: if it has none.
+        """
+        bind = getattr(self.impl, "bind", None)
+        if bind is None:
+            raise Unsupported(f"{self.info.name} computes no summaries of runs of tokens")
+        mixer: BoundMixer = bind(problem, self.device)
+        return mixer
+
+    def decays(self, problem: Problem) -> torch.Tensor | None:
+        """``[H]`` log decays of a mixer that has its own where no g is given, else None."""
+        decays = getattr(self.impl, "decays", None)
+        found: torch.Tensor | None = None if decays is None else decays(problem, self.device)
+        return found
 
     def mix(self, x: MixerInputs, plan: Planned) -> OutLse:
         """The forward pass of a sequence mixer: out and the last state."""

@@ -1,8 +1,8 @@
-"""Sequence mixers as strategies of several ranks receive them, and their traces.
+"""Sequence mixers on runs of consecutive tokens, as a scan receives them.
 
-Strategies work on runs of consecutive tokens.  A run changes the state by an affine map,
-``S -> transition S + state``, its summary; the outputs of a run are ``out(0) + R S``, and the
-gradient of the state that it starts from is ``transition^T dS + C``, where C needs no states.
+A run changes the state by an affine map, ``S -> transition S + state``, its summary; its outputs
+are ``out(0) + R S``, and the gradient of the state that it starts from is ``transition^T dS + C``,
+where C needs no states.
 
 Legend: B batch, L local tokens, S tokens of a run, H heads, K and V dimensions of keys and values.
 """
@@ -11,19 +11,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-from cpbench.parallel.tracing.trace import RankTrace, TraceComm, take_phase
-
 if TYPE_CHECKING:
     import torch
 
-    from cpbench.parallel.comm import Comm
-    from cpbench.parallel.world import World
+    from cpbench.core.operator import MixerInputs
 
-    # Of a mixer's q, k, v, g and beta, each ``[B, S, H, …]`` or None: a named tuple.
-    Inputs = Any
     Mixed = tuple[torch.Tensor, torch.Tensor, Any]  # out, state at the end, saved for backward
     # Gradients of the inputs, like them, and of the state at the start
-    MixerGradients = tuple[Inputs, torch.Tensor]
+    MixerGradients = tuple[MixerInputs, torch.Tensor]
 
 
 class Summary(Protocol):
@@ -53,7 +48,6 @@ class BoundMixer(Protocol):
             document, in a mixer where that is part of the definition, so that no run may begin
             inside; 0 for others.
         from_initial: whether every document starts from the initial state, and not only the first.
-        runs_refusal: why it does not compute the functions of runs, or None.
     """
 
     @property
@@ -65,14 +59,11 @@ class BoundMixer(Protocol):
     @property
     def from_initial(self) -> bool: ...
 
-    @property
-    def runs_refusal(self) -> str | None: ...
-
-    def summarise(self, x: Inputs, resets: tuple[int, ...]) -> tuple[Summary, Any]:
+    def summarise(self, x: MixerInputs, resets: tuple[int, ...]) -> tuple[Summary, Any]:
         """The summary of a run, and what :meth:`output` need not compute again."""
         ...
 
-    def empty_summary(self, x: Inputs) -> Summary:
+    def empty_summary(self, x: MixerInputs) -> Summary:
         """A summary whose values are not set, for inputs like these."""
         ...
 
@@ -94,7 +85,7 @@ class BoundMixer(Protocol):
 
     def output(
         self,
-        x: Inputs,
+        x: MixerInputs,
         resets: tuple[int, ...],
         state: torch.Tensor | None,
         known: Any,
@@ -110,7 +101,7 @@ class BoundMixer(Protocol):
 
     def respond(
         self,
-        x: Inputs,
+        x: MixerInputs,
         resets: tuple[int, ...],
         state: torch.Tensor,
         saved: Any,
@@ -121,14 +112,14 @@ class BoundMixer(Protocol):
         ...
 
     def summarise_back(
-        self, x: Inputs, resets: tuple[int, ...], dout: torch.Tensor, saved: Any
+        self, x: MixerInputs, resets: tuple[int, ...], dout: torch.Tensor, saved: Any
     ) -> torch.Tensor:
         """C, ``[B, H, K, V]``."""
         ...
 
     def backward(
         self,
-        x: Inputs,
+        x: MixerInputs,
         resets: tuple[int, ...],
         saved: Any,
         dout: torch.Tensor,
@@ -137,109 +128,23 @@ class BoundMixer(Protocol):
         """All gradients of a run; ``dstate`` is that of the state at the end, None for 0."""
         ...
 
-    def mix(
-        self,
-        x: Inputs,
-        documents: tuple[int, ...] | None,
-        state: torch.Tensor | None,
-        keep: bool,
-    ) -> Mixed:
-        """Compute whole sequences.
-
-        Args:
-            documents: first tokens of all documents; None if every token sees all.
-            state: of the first document, or of all if ``from_initial``.
-        """
-        ...
-
-    def mix_backward(
-        self,
-        x: Inputs,
-        documents: tuple[int, ...] | None,
-        saved: Any,
-        dout: torch.Tensor,
-        dstate: torch.Tensor | None,
-    ) -> MixerGradients:
-        """The gradients of :meth:`mix`."""
-        ...
-
-
-class MixerStrategy(Protocol):
-    """The methods of a strategy that distributes mixers."""
-
-    def unsupported(self, world: World) -> str | None:
-        """See :meth:`cpbench.parallel.strategy.Strategy.unsupported`."""
-        ...
-
-    def prepare(self, mixer: BoundMixer, world: World, rank: int) -> Any:
-        """Make the immutable plan of one rank, without communication.
-
-        Raises:
-            Unsupported: for a mixer that cannot be cut as the layout cuts it.
-        """
-        ...
-
-    def forward(
-        self,
-        x: Inputs,
-        plan: Any,
-        mixer: BoundMixer,
-        comm: Comm,
-        need_state: bool,
-        state: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
-        """Mix local shards.
-
-        Args:
-            x: ``[B, L, H, …]`` each.
-            need_state: whether to return the state even if that costs communication.
-            state: ``[B, H, K, V]`` before the first token, the same on all ranks; None for 0.
-
-        Returns:
-            out ``[B, L, H, V]``, the state after the last token ``[B, H, K, V]`` on every rank or
-            None, and what is saved for :meth:`backward`.
-        """
-        ...
-
-    def backward(
-        self,
-        dout: torch.Tensor,
-        saved: Any,
-        plan: Any,
-        mixer: BoundMixer,
-        comm: Comm,
-        dstate: torch.Tensor | None = None,
-    ) -> MixerGradients:
-        """The gradients of the local shards, and what the local tokens contribute to that of the
-        initial state: its sum over ranks is the gradient.
-
-        Args:
-            dstate: of the state as this rank has it, whose sum over ranks is the gradient; None on
-                all ranks if nothing depends on it.
-        """
-        ...
-
 
 class TracedMixer:
     """A mixer that computes nothing: its results have shapes and dtypes.
 
-    Attributes:
-        pairs: 0: of mixers, none are counted.
+    Args:
+        mixer: whose shapes, chunks and documents these are.
     """
 
-    pairs = 0
-
     def __init__(self, mixer: BoundMixer) -> None:
-        self._mixer = mixer
         self.name, self.fixed_chunk, self.from_initial = (
             mixer.name,
             mixer.fixed_chunk,
             mixer.from_initial,
         )
-        self.runs_refusal = mixer.runs_refusal
         self.empty_summary, self.summary = mixer.empty_summary, mixer.summary
 
-    def summarise(self, x: Inputs, resets: tuple[int, ...]) -> tuple[Summary, Any]:
+    def summarise(self, x: MixerInputs, *run: Any) -> tuple[Summary, Any]:
         return self.empty_summary(x), None
 
     def combine(self, later: Summary, earlier: Summary) -> Summary:
@@ -251,77 +156,16 @@ class TracedMixer:
     def transpose(self, transition: torch.Tensor) -> torch.Tensor:
         return transition
 
-    def output(
-        self,
-        x: Inputs,
-        resets: tuple[int, ...],
-        state: torch.Tensor | None,
-        known: Any,
-        keep: bool,
-    ) -> Mixed:
-        return x.v, self.empty_summary(x).state, None
+    def output(self, x: MixerInputs, *run: Any) -> Mixed:
+        return x.v.new_empty(x.v.shape), self.empty_summary(x).state, None
 
     def respond(
-        self, x: Inputs, resets: tuple[int, ...], state: torch.Tensor, saved: Any, out: torch.Tensor
+        self, x: MixerInputs, resets: tuple[int, ...], state: torch.Tensor, *run: Any
     ) -> torch.Tensor:
         return state
 
-    def summarise_back(
-        self, x: Inputs, resets: tuple[int, ...], dout: torch.Tensor, saved: Any
-    ) -> torch.Tensor:
+    def summarise_back(self, x: MixerInputs, *run: Any) -> torch.Tensor:
         return self.empty_summary(x).state
 
-    def backward(
-        self,
-        x: Inputs,
-        resets: tuple[int, ...],
-        saved: Any,
-        dout: torch.Tensor,
-        dstate: torch.Tensor | None,
-    ) -> MixerGradients:
-        return x, self.empty_summary(x).state
-
-    def mix(
-        self,
-        x: Inputs,
-        documents: tuple[int, ...] | None,
-        state: torch.Tensor | None,
-        keep: bool,
-    ) -> Mixed:
-        return x.v, self.empty_summary(x).state, None
-
-    def mix_backward(
-        self,
-        x: Inputs,
-        documents: tuple[int, ...] | None,
-        saved: Any,
-        dout: torch.Tensor,
-        dstate: torch.Tensor | None,
-    ) -> MixerGradients:
-        return x, self.empty_summary(x).state
-
-
-def trace_mixer(
-    strategy: MixerStrategy,
-    mixer: BoundMixer,
-    world: World,
-    rank: int,
-    x: Inputs,
-    need_state: bool,
-    log: bool = False,
-) -> RankTrace:
-    """Trace one rank in the phases of the problem's direction, without gradients of the state.
-
-    Args:
-        x: inputs of the local tokens, on the device ``"meta"``.
-        need_state: whether the forward pass returns the state.
-        log: whether to log every message.
-    """
-    traced, comm = TracedMixer(mixer), TraceComm(rank, world.size, log)
-    plan = strategy.prepare(traced, world, rank)
-    out, _, saved = strategy.forward(x, plan, traced, comm, need_state)
-    phases = {"fwd": take_phase(traced, comm)}
-    if world.problem.backward:
-        strategy.backward(out, saved, plan, traced, comm)
-        phases["bwd"] = take_phase(traced, comm)
-    return RankTrace(phases, comm.checksum, comm.parts, comm.log or [])
+    def backward(self, x: MixerInputs, *run: Any) -> MixerGradients:
+        return x.map(lambda y: y.new_empty(y.shape)), self.empty_summary(x).state

@@ -18,10 +18,12 @@ from cpbench.core.operator import (
     MixerInputs,
     value_dims_refusal,
 )
-from cpbench.core.registry import missing_package, operators, strategies
+from cpbench.core.registry import implementation, missing_package, operators, strategies
 from cpbench.masks.head_masks import per_head
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
 
     from cpbench.core.operator import Gradients
@@ -55,15 +57,34 @@ class Saved(NamedTuple):
 
 
 class SavedMixer(NamedTuple):
-    """What the backward pass of a mixer on one rank needs of the forward pass."""
+    """What the backward pass of a mixer over whole sequences needs of the forward pass.
+
+    Attributes:
+        inputs, out, state: of the operator.
+        kept: what it keeps for its backward pass.
+    """
 
     inputs: MixerInputs
     out: torch.Tensor
     state: torch.Tensor | None
+    kept: Any
 
-    def backward_inputs(self, dout: torch.Tensor) -> MixerBackwardInputs:
-        """The inputs of a mixer's backward pass."""
-        return MixerBackwardInputs(dout, *self)
+    @classmethod
+    def mix(cls, x: MixerInputs, plan: Any, op: BoundOperator) -> SavedMixer:
+        """Compute out and the last state."""
+        out, state = op.forward(x, plan)
+        return cls(x, out, state, op.take_state(out))
+
+    def differentiate(
+        self, dout: torch.Tensor, plan: Any, op: BoundOperator, dstate: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """The gradients of the given inputs."""
+        if self.kept is not None:
+            op.restore_state(self.out, self.kept)
+        x = MixerBackwardInputs(dout, self.inputs, self.out, self.state, dstate)
+        gradients = op.backward(x, plan)
+        op.take_state(self.out)
+        return gradients
 
 
 class Strategy(Protocol):
@@ -84,11 +105,12 @@ class Strategy(Protocol):
     def forward(
         self, qkv: Any, plan: Any, op: BoundOperator, comm: Comm, need_lse: bool
     ) -> Forward:
-        """Compute attention on local shards.  Of a mixer, ``qkv`` is a ``MixerInputs`` and lse
-        is the last state.
+        """Compute attention on local shards, or mix their tokens.
 
         Args:
             qkv: a ``QKV``: q ``[B, L, H, D]``; k ``[B, L, G, D]``; v ``[B, L, G, Dv]``; contiguous.
+                Of a mixer, a ``MixerInputs``, whose initial state is the same on all ranks; then
+                lse is the state after the last token, ``[B, H, K, V]``, on every rank.
             need_lse: whether to return the local lse even if that costs communication.
 
         Returns:
@@ -100,7 +122,13 @@ class Strategy(Protocol):
     def backward(
         self, dout: torch.Tensor, saved: Any, plan: Any, op: BoundOperator, comm: Comm
     ) -> Gradients:
-        """Compute the gradients of the local shards, in their shapes and dtypes."""
+        """Compute the gradients of the local shards, in their shapes and dtypes.
+
+        Strategies of mixers return one for each input that is given; that of the initial state is
+        what the local tokens contribute, whose sum over ranks is the gradient.  They also take
+        ``dstate``, the gradient of the last state as this rank has it, whose sum over ranks is the
+        gradient; None on all ranks if nothing depends on it.
+        """
         ...
 
 
@@ -121,9 +149,20 @@ def declared_refusal(info: StrategyInfo, world: World) -> str | None:
     return None
 
 
-def kind_refusal(strategy: StrategyInfo, operator: OperatorInfo) -> str | None:
-    """The reason why a strategy does not take operators of this kind, or None."""
+def kind_refusal(
+    strategy: StrategyInfo, operator: OperatorInfo, params: Mapping[str, Any]
+) -> str | None:
+    """The reason why a strategy, with these parameters, does not take operators of this kind, or
+    None."""
     if operator.kind in strategy.kinds:
+        if not operator.mixer:
+            return None
+        if strategy.is_offloaded(params):
+            return f"{operator.name} is a sequence mixer, which takes no offload"
+        try:
+            implementation(strategy, dict(params), operator.kind)
+        except ValueError as refusal:
+            return str(refusal)
         return None
     if operator.mixer:
         return f"{strategy.name} distributes attention; {operator.name} is a sequence mixer"

@@ -46,11 +46,15 @@ class Single:
     def forward(
         self, qkv: QKV | MixerInputs, plan: Any, op: BoundOperator, comm: Comm, need_lse: bool
     ) -> Forward:
+        if not isinstance(qkv, QKV):
+            mixed = SavedMixer.mix(qkv, plan, op)
+            return mixed.out, mixed.state, mixed
         out, lse = op.forward(qkv, plan)
-        saved = Saved(*qkv, out, lse) if isinstance(qkv, QKV) else SavedMixer(qkv, out, lse)
-        return out, lse, saved
+        return out, lse, Saved(*qkv, out, lse)
 
     def backward(
         self, dout: torch.Tensor, saved: Any, plan: Any, op: BoundOperator, comm: Comm
     ) -> Gradients:
+        if isinstance(saved, SavedMixer):
+            return saved.differentiate(dout, plan, op)
         return op.backward(saved.backward_inputs(dout), plan)

@@ -34,9 +34,12 @@ STRATEGY = StrategyInfo(
     source="DeepSpeed-Ulysses, arXiv 2309.14509",
     load="cpbench.strategies.ulysses:Ulysses",
     selectors="any",
+    mixers="cpbench.strategies.ulysses_mixers:UlyssesMixers",
+    kinds=("attention", "mixer"),
     value_dims=True,
     params=("chunks", "pad", "offload", "chunk"),
     variants=("chunks=2", "pad=true", "offload=host,chunk=16", "chunks=3,pad=true"),
+    mixer_variants=("pad=true",),
     offloaded="cpbench.strategies.offload.ulysses:OffloadedUlysses",
 )
 

@@ -9,29 +9,23 @@ Source: DeepSpeed-Ulysses (arXiv 2309.14509); for Mamba-2 in Megatron-LM's and N
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cpbench.core.registry import StrategyInfo
+from cpbench.core.operator import MixerInputs, state_dtype
+from cpbench.parallel import layout as layouts
+from cpbench.parallel.strategy import SavedMixer
+from cpbench.parallel.world import World
 from cpbench.strategies.common import head_exchange, head_shares
 from cpbench.strategies.common.head_shares import HeadShares
 
 if TYPE_CHECKING:
     import torch
 
+    from cpbench.core.operator import Gradients
+    from cpbench.parallel.bound_operator import BoundOperator
     from cpbench.parallel.comm import Comm
-    from cpbench.parallel.mixing import BoundMixer, Inputs, MixerGradients
-    from cpbench.parallel.world import World
-
-INFO = StrategyInfo(
-    name="ulysses",
-    summary="all-to-all to head shards and back",
-    source="DeepSpeed-Ulysses, arXiv 2309.14509",
-    load="cpbench.strategies.ulysses_mixers:UlyssesMixers",
-    value_dims=True,
-    params=("pad",),
-    variants=("pad=true",),
-)
+    from cpbench.parallel.strategy import Forward
 
 
 @dataclass(frozen=True)
@@ -43,22 +37,23 @@ class Plan:
         tokens: of all ranks, with padding.
         order: where each token of the sequence is among those of all ranks, one rank after another;
             a slice if they are in order.
-        documents: first tokens of all documents; None if every token sees all.
-        keeps: whether a backward pass follows.
+        local: the operator's, of the sequence and the heads of this rank; None without heads.
+        decays: ``[h]``, of those heads, where the mixer has its own.
     """
 
     shares: HeadShares
     tokens: int
     order: Any
-    documents: tuple[int, ...] | None
-    keeps: bool
+    local: Any
+    decays: torch.Tensor | None
 
 
 class Saved(NamedTuple):
-    """What the backward pass needs: the inputs of the local heads, and what the mixer saved."""
+    """What the backward pass needs: the inputs of the local heads, and what was computed of them;
+    None without heads."""
 
-    inputs: Inputs
-    mixed: Any
+    inputs: MixerInputs
+    mixed: SavedMixer | None
 
 
 class UlyssesMixers:
@@ -74,39 +69,43 @@ class UlyssesMixers:
     def unsupported(self, world: World) -> str | None:
         return head_shares.refusal("ulysses", world.problem, world.size, self.pad)
 
-    def prepare(self, mixer: BoundMixer, world: World, rank: int) -> Plan:
+    def prepare(self, op: BoundOperator, world: World, rank: int) -> Plan:
         import numpy as np
 
-        layout, mask = world.keys, world.shared_mask
+        layout, problem = world.keys, world.problem
         positions = np.concatenate([layout.positions(r) for r in range(world.size)])
         order: Any = np.argsort(positions)[: layout.seq_len]
         if (np.diff(order) == 1).all():
             order = slice(layout.seq_len)
-        shares, keeps = HeadShares.of(world.problem, world.size), world.problem.backward
-        return Plan(shares, layout.padded_len, order, mask.causal_documents, keeps)
+        shares = HeadShares.of(problem, world.size)
+        heads, decays, local = slice(*shares.q[rank]), op.decays(problem), None
+        count = heads.stop - heads.start
+        if count:
+            scale = problem.softmax_scale
+            of_heads = replace(problem, heads_q=count, heads_kv=count, scale=scale)
+            in_order = layouts.build("contiguous", layout.seq_len, 1)
+            local = op.prepare(World.of(of_heads, world.mask, in_order).subproblem([0], [0]))
+        own = None if decays is None else decays[heads]
+        return Plan(shares, layout.padded_len, order, local, own)
 
     def forward(
-        self,
-        x: Inputs,
-        plan: Plan,
-        mixer: BoundMixer,
-        comm: Comm,
-        need_state: bool,
-        state: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, Saved]:
-        local = x._make(_map(lambda parts: _to_heads(parts, plan, comm), x))
-        heads = slice(*plan.shares.q[comm.rank])
+        self, qkv: MixerInputs, plan: Plan, op: BoundOperator, comm: Comm, need_lse: bool
+    ) -> Forward:
+        heads, state = slice(*plan.shares.q[comm.rank]), qkv.initial_state
         start = None if state is None else state[:, heads]
-        if heads.start == heads.stop:
-            out, end, mixed = local.v, mixer.empty_summary(local).state, None
-        else:
-            out, end, mixed = mixer.mix(local, plan.documents, start, plan.keeps)
+        local = _exchanged(qkv.by_token, lambda parts: _to_heads(parts, plan, comm))
+        local = local.with_decays(plan.decays)._replace(initial_state=start)
+        mixed, out, end = None, local.v, None
+        if plan.local is not None:
+            mixed = SavedMixer.mix(local, plan.local, op)
+            out, end = mixed.out, mixed.state
         (out,) = _to_tokens([out], plan, comm)
         last = None
-        if need_state:
-            B, _, H, _ = x.q.shape
-            last = end.new_zeros((B, H, *end.shape[2:]))
-            last[:, heads] = end
+        if need_lse:
+            B, _, H, K = qkv.q.shape
+            last = out.new_zeros((B, H, K, out.shape[3]), dtype=state_dtype(out))
+            if end is not None:
+                last[:, heads] = end
             comm.all_reduce(last).wait()
         return out, last, Saved(local, mixed)
 
@@ -115,39 +114,44 @@ class UlyssesMixers:
         dout: torch.Tensor,
         saved: Saved,
         plan: Plan,
-        mixer: BoundMixer,
+        op: BoundOperator,
         comm: Comm,
         dstate: torch.Tensor | None = None,
-    ) -> MixerGradients:
+    ) -> Gradients:
         (dout,) = _to_heads([dout], plan, comm)
         heads = slice(*plan.shares.q[comm.rank])
         if dstate is not None:
             dstate = dstate.contiguous().clone()
             comm.all_reduce(dstate).wait()
             dstate = dstate[:, heads]
-        local = saved.inputs
-        if heads.start == heads.stop:
-            gradients, dstart = local, mixer.empty_summary(local).state
-        else:
-            gradients, dstart = mixer.mix_backward(local, plan.documents, saved.mixed, dout, dstate)
-        initial = dstart.new_zeros((dstart.shape[0], plan.shares.heads_q, *dstart.shape[2:]))
-        initial[:, heads] = dstart
-        joined = _map(lambda parts: _to_tokens(parts, plan, comm), gradients)
-        return local._make(joined), initial
+        x, gradients = saved.inputs, saved.inputs
+        if saved.mixed is not None:
+            gradients = x.named(saved.mixed.differentiate(dout, plan.local, op, dstate))
+        if plan.decays is not None:
+            gradients = gradients._replace(g=None)
+        joined = _exchanged(gradients.by_token, lambda parts: _to_tokens(parts, plan, comm))
+        if x.initial_state is not None:
+            assert gradients.initial_state is not None
+            shape = list(x.initial_state.shape)
+            shape[1] = plan.shares.heads_q
+            initial = dout.new_zeros(shape, dtype=state_dtype(dout))
+            initial[:, heads] = gradients.initial_state
+            joined = joined._replace(initial_state=initial)
+        return joined.given
 
 
-def _map(
-    exchange: Callable[[list[torch.Tensor]], list[torch.Tensor]], x: Inputs
-) -> list[torch.Tensor | None]:
+def _exchanged(
+    x: MixerInputs, exchange: Callable[[list[torch.Tensor]], list[torch.Tensor]]
+) -> MixerInputs:
     """Exchange all tensors, those of one dtype together; ``[B, S, H]`` as ``[B, S, H, 1]``."""
-    found: list[torch.Tensor | None] = [None] * len(x)
-    dtypes = dict.fromkeys(y.dtype for y in x if y is not None)
-    for dtype in dtypes:
-        numbers = [i for i, y in enumerate(x) if y is not None and y.dtype == dtype]
-        given = [x[i] if x[i].ndim == 4 else x[i].unsqueeze(-1) for i in numbers]
-        for i, y in zip(numbers, exchange(given), strict=True):
-            found[i] = y if x[i].ndim == 4 else y.squeeze(-1)
-    return found
+    given = {name: y for name, y in x._asdict().items() if y is not None}
+    found = {}
+    for dtype in dict.fromkeys(y.dtype for y in given.values()):
+        names = [name for name, y in given.items() if y.dtype == dtype]
+        sent = [y if y.ndim == 4 else y.unsqueeze(-1) for y in map(given.__getitem__, names)]
+        for name, y in zip(names, exchange(sent), strict=True):
+            found[name] = y if given[name].ndim == 4 else y.squeeze(-1)
+    return MixerInputs.of(found)
 
 
 def _to_heads(x: Sequence[torch.Tensor], plan: Plan, comm: Comm) -> list[torch.Tensor]:

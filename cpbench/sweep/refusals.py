@@ -34,7 +34,8 @@ def certain_refusal(case: Case) -> str | None:
     if name == "single" and case.world_size > 1:
         return "single runs on one rank"
     info = strategy_info(name)
-    if reason := kind_refusal(info, operator_info(case.operator.name)):
+    operator = operator_info(case.operator.name)
+    if reason := kind_refusal(info, operator, case.strategy.kwargs):
         return reason
     layouts = info.layouts
     if case.layout.name not in layouts:

@@ -341,7 +341,7 @@ def _checked_strategy(spec: Spec) -> StrategyInfo:
     """The declaration of a strategy, after its implementation has checked the parameters."""
     info = strategy_info(spec.name)
     try:
-        implementation(info, spec.kwargs)
+        implementation(info, spec.kwargs, info.kinds[0])
     except LoadError as error:
         raise ValueError(f"strategy {spec.name!r}: {error}") from None
     return info

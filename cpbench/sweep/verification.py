@@ -80,7 +80,7 @@ def quick_tables(device: str, devices: int) -> list[dict[str, Any]]:
     names, mixers = _split_mixers(sorted(registry.operators()))
     by_head = [name for name in names if "heads" in registry.operators()[name].masks]
     forward_only = [name for name in names if device not in registry.operators()[name].backward_on]
-    strategies = [name for name, info in sorted(registry.strategies().items()) if name != "single"]
+    strategies = [name for name in registry.strategies_for("attention") if name != "single"]
     unequal = {**shapes, **VALUE_DIMS, "dtype": "bfloat16"}
     both = {"dtype": ["bfloat16", "float32"], "mask": ["causal", documents]}
     return [
@@ -96,6 +96,8 @@ def quick_tables(device: str, devices: int) -> list[dict[str, Any]]:
              "world_size": min(devices, 2), "dtype": "bfloat16", "mask": ["causal", documents]}
             for name in strategies
         ),
+        {**shapes, **MIXER_HEADS, "operator": "gated_deltanet", "dtype": "bfloat16",
+         "strategy": _distributing_mixers(), "mask": documents, "world_size": min(devices, 2)},
     ]  # fmt: skip
 
 
@@ -128,7 +130,8 @@ def build_request(
     settings = MeasureSettings(time=False, memory=False, quality=False, timeout_s=timeout_s)
     named = sweep_file.split_list(operators) if operators else _all_operators()
     operator_specs, mixers = _split_mixers(named)
-    traced = sorted(name for name, info in registry.strategies().items() if info.traced)
+    known = registry.strategies_for("attention").items()
+    traced = [name for name, info in known if info.traced]
     # Strategies that wrap a library are verified only when named.
     strategy_specs = sweep_file.split_list(strategies) if strategies else traced
     shapes: dict[str, Any] = {
@@ -232,6 +235,11 @@ def _mixer_tables(
         {**base, "head_dim": 32, "seq_len": LONG_SEQ_LEN},
         *([{**base, "operator": full, "mask": "full"}] if full else []),
     ]
+
+
+def _distributing_mixers() -> list[str]:
+    """Names of the strategies of sequence mixers on several ranks."""
+    return [name for name in registry.strategies_for("mixer") if name != "single"]
 
 
 def _taking_value_dims(operators: Iterable[str]) -> list[str]:

@@ -65,12 +65,13 @@ def _float64_mixer(work: Attention) -> Mixer:
     return make_mixer(plan, work.world.shared_mask)
 
 
-def _with_decays(x: MixerInputs, form: Form, heads: range, total: int) -> MixerInputs:
-    """The inputs of some of ``total`` heads, with the decays of a mixer that has its own."""
-    if not form.default_gate or x.g is not None:
-        return x
-    decays = retention_decays(total, x.q.device)[heads.start : heads.stop]
-    return x._replace(g=decays.expand(x.q.shape[:3]))
+def _own_decays(
+    form: Form, heads: range, problem: Problem, device: torch.device
+) -> torch.Tensor | None:
+    """The log decays of some heads of a mixer that has its own."""
+    if not form.default_gate:
+        return None
+    return retention_decays(problem.heads_q, device)[heads.start : heads.stop]
 
 
 # --- small --------------------------------------------------------------------------------------
@@ -126,7 +127,8 @@ def _recur(mixer: Mixer, x: Tensors, heads: range, problem: Problem) -> Tensors:
     import torch
 
     leaves = {name: x[name].requires_grad_(problem.backward) for name in problem.inputs}
-    inputs = _with_decays(MixerInputs.of(leaves), mixer.plan.form, heads, problem.heads_q)
+    decays = _own_decays(mixer.plan.form, heads, problem, x["q"].device)
+    inputs = MixerInputs.of(leaves).with_decays(decays)
     with torch.set_grad_enabled(problem.backward):
         out, state = _see_all(inputs, mixer) if mixer.whole else mixer.recur(inputs, None)
     results = {"out": out.detach()}
@@ -197,7 +199,7 @@ def _compare_head(
         return rows.double()
 
     x = MixerInputs.of({name: make(name) for name in problem.inputs})
-    x = _with_decays(x, mixer.plan.form, range(h, h + 1), problem.heads_q)
+    x = x.with_decays(_own_decays(mixer.plan.form, range(h, h + 1), problem, x.q.device))
     out, state, saved = mixer.forward(x, None, True)
     reason = "" if mixer.whole else _differs_from_recurrence(mixer, x, out, saved, seed)
     expected = {"out": out[0], "state": state[0]}
@@ -233,7 +235,7 @@ def _differs_from_recurrence(
         chunk = int(rng.integers(len(kept.states)))
         start, stop = chunk * size, min((chunk + 1) * size, tokens)
         inside = tuple(token - start for token in plan.resets if start <= token < stop)
-        part = MixerInputs(*(None if y is None else y[:, start:stop] for y in run))  # type: ignore[arg-type]
+        part = run.tokens(start, stop)
         state = kept.states[chunk].unsqueeze(0)
         expected, end = recur(part, replace(plan, resets=inside), state)
         first = int(starts[number]) + start

@@ -1,15 +1,14 @@
-"""A mixer as strategies of several ranks receive it (see ``cpbench.parallel.mixing``)."""
+"""A mixer on runs of tokens, as a scan receives it (see ``cpbench.parallel.mixing``)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cpbench.kernels.mixers import backward as backwards
 from cpbench.kernels.mixers import forward as forwards
 from cpbench.kernels.mixers.chunks import Inputs, Plan, state_dtype
 from cpbench.kernels.mixers.forward import Saved, Summary
-from cpbench.kernels.mixers.mixer import Mixer
 
 if TYPE_CHECKING:
     import torch
@@ -19,15 +18,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BoundMixer:
-    """A mixer on runs of tokens, and on whole sequences.
+    """A mixer on runs of tokens.
 
     Args:
         plan: of a run in which no document begins.
-        kernel: as for :class:`Mixer`; on runs, ``"torch"`` alone.
     """
 
     plan: Plan
-    kernel: str = "torch"
 
     summary = staticmethod(Summary)
     combine = staticmethod(forwards.combine)
@@ -44,12 +41,6 @@ class BoundMixer:
     @property
     def from_initial(self) -> bool:
         return self.plan.form.lagging
-
-    @property
-    def runs_refusal(self) -> str | None:
-        if self.kernel == "torch":
-            return None
-        return f"kernel={self.kernel} computes no summaries of runs: use kernel=torch"
 
     def empty_summary(self, x: Inputs) -> Summary:
         B, _, H, K = x.q.shape
@@ -101,33 +92,8 @@ class BoundMixer:
     ) -> tuple[Inputs, torch.Tensor]:
         return _split(backwards.backward(x, self._of_run(resets), saved, dout, dstate))
 
-    def mix(
-        self,
-        x: Inputs,
-        documents: tuple[int, ...] | None,
-        state: torch.Tensor | None,
-        keep: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        return self.over(documents).forward(x, state, keep)
-
-    def mix_backward(
-        self,
-        x: Inputs,
-        documents: tuple[int, ...] | None,
-        saved: Any,
-        dout: torch.Tensor,
-        dstate: torch.Tensor | None,
-    ) -> tuple[Inputs, torch.Tensor]:
-        return _split(self.over(documents).backward(x, saved, dout, dstate))
-
     def _of_run(self, resets: tuple[int, ...]) -> Plan:
         return replace(self.plan, resets=resets)
-
-    def over(self, documents: tuple[int, ...] | None) -> Mixer:
-        """The mixer over whole sequences; see :meth:`mix`."""
-        if documents is None:
-            return Mixer(self.plan, whole=True)
-        return Mixer(self.plan, documents[1:], kernel=self.kernel)
 
 
 def _split(found: Gradients) -> tuple[Inputs, torch.Tensor]:

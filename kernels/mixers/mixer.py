@@ -100,10 +100,7 @@ class Mixer:
         if not (self.plan.form.lagging and self.documents):
             return [(x, replace(self.plan, resets=self.documents))]
         edges = [0, *self.documents, x.q.shape[1]]
-        return [
-            (Inputs(*(None if y is None else y[:, a:b] for y in x)), self.plan)  # type: ignore[arg-type]
-            for a, b in itertools.pairwise(edges)
-        ]
+        return [(x.tokens(a, b), self.plan) for a, b in itertools.pairwise(edges)]
 
 
 def retention_decays(heads: int, device: torch.device | str) -> torch.Tensor:

@@ -6,11 +6,12 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from cpbench.core.operator import MixerBackwardInputs, MixerInputs
+from cpbench.core.operator import MixerBackwardInputs, MixerInputs, Unsupported
 from cpbench.core.output_state import OutputStates
 from cpbench.core.registry import OperatorInfo
 from cpbench.core.spec import Spec
 from cpbench.kernels.mixers import forms
+from cpbench.kernels.mixers.bound import BoundMixer
 from cpbench.kernels.mixers.chunks import Plan
 from cpbench.kernels.mixers.mixer import Mixer, retention_decays
 from cpbench.kernels.mixers.triton import launch
@@ -80,20 +81,39 @@ class MixerOperator:
         return Prepared(
             make_mixer(self._plan(problem), mask, self._kernel),
             problem.backward,
-            retention_decays(problem.heads_q, device) if self.form.default_gate else None,
+            self.decays(problem, device),
         )
 
+    def bind(self, problem: Problem, device: str) -> BoundMixer:
+        """Its functions of runs of tokens.
+
+        Raises:
+            Unsupported: for a kernel that has none.
+        """
+        if self._kernel != "torch":
+            raise Unsupported(
+                f"{self.form.name}: kernel={self._kernel} computes no summaries of runs: use "
+                "kernel=torch"
+            )
+        return BoundMixer(self._plan(problem))
+
+    def decays(self, problem: Problem, device: str) -> torch.Tensor | None:
+        """``[H]`` log decays of a mixer that has its own where no g is given, else None."""
+        given = "g" in dict(problem.gates)
+        own = self.form.default_gate and not given
+        return retention_decays(problem.heads_q, device) if own else None
+
     def forward(self, x: MixerInputs, plan: Prepared) -> tuple[torch.Tensor, torch.Tensor]:
-        out, state, saved = plan.mixer.forward(_gated(x, plan), None, plan.backward)
+        inputs = x.by_token.with_decays(plan.decays)
+        out, state, saved = plan.mixer.forward(inputs, x.initial_state, plan.backward)
         if plan.backward:
             self.states.put(out, saved)
         return out, state
 
     def backward(self, x: MixerBackwardInputs, plan: Prepared) -> tuple[torch.Tensor, ...]:
-        saved = self.states.get(x.out)
-        grads = plan.mixer.backward(_gated(x.inputs, plan), saved, x.dout, None)
-        pairs = zip(x.inputs, grads[:5], strict=True)
-        return tuple(grad for given, grad in pairs if given is not None and grad is not None)
+        saved, inputs = self.states.get(x.out), x.inputs.by_token.with_decays(plan.decays)
+        grads = plan.mixer.backward(inputs, saved, x.dout, x.dstate)
+        return x.inputs.gradients(MixerInputs(*grads))
 
     def _plan(self, problem: Problem) -> Plan:
         return Plan(self.form, problem.softmax_scale, self._chunk)
@@ -106,11 +126,6 @@ def make_mixer(plan: Plan, mask: AttnMask, kernel: str = "torch") -> Mixer:
         assert mask.kind == "full", "other masks are refused before"
         return Mixer(plan, whole=True)
     return Mixer(plan, documents[1:], kernel=kernel)
-
-
-def _gated(x: MixerInputs, plan: Prepared) -> MixerInputs:
-    """The inputs with the decays of the mixer where it has its own."""
-    return x if plan.decays is None else x._replace(g=plan.decays.expand(x.q.shape[:3]))
 
 
 def _declare(form: forms.Form) -> OperatorInfo:

@@ -25,7 +25,7 @@ WITH_LSE = ("bands", "reference", "sdpa.cpu_flash")
 SELECTORS = sorted(info.name for info in registry.operators().values() if info.selects)
 STRATEGIES = sorted(
     info.name
-    for info in registry.strategies().values()
+    for info in registry.strategies_for("attention").values()
     if info.traced and info.name not in ("single",)
 )
 TOKENS = 128

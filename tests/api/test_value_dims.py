@@ -121,7 +121,12 @@ def _distributed(rank: int, size: int, strategy: str) -> dict[str, float] | str:
 
 
 @pytest.mark.parametrize(
-    "strategy", [i.name for i in registry.strategies().values() if i.traced and i.name != "single"]
+    "strategy",
+    [
+        i.name
+        for i in registry.strategies_for("attention").values()
+        if i.traced and i.name != "single"
+    ],
 )
 def test_distributed(strategy: str) -> None:
     for errors in run_ranks(2, _distributed, strategy):
@@ -141,7 +146,7 @@ def test_refusals_are_one_line() -> None:
 
 
 def test_library_strategies_and_adapters_refuse() -> None:
-    for info in registry.strategies().values():
+    for info in registry.strategies_for("attention").values():
         assert info.value_dims == info.traced, info.name
     unproven = [info for info in registry.operators().values() if info.unproven]
     assert unproven

@@ -90,7 +90,7 @@ def names() -> list[tuple[str, str, str]]:
     """(strategy with parameters, layout, placement) of all traced strategies of several ranks:
     defaults on every layout; variants and placements on two."""
     methods = []
-    for name, info in sorted(registry.strategies().items()):
+    for name, info in registry.strategies_for("attention").items():
         if not info.traced or name == "single":
             continue
         methods += [(name, layout, "") for layout in info.layouts]

@@ -33,7 +33,9 @@ from cpbench.parallel.layout import build as build_layout
 from cpbench.parallel.world import World
 
 SIZES = (2, 3, 4)
-STRATEGIES = [i.name for i in registry.strategies().values() if i.traced and i.name != "single"]
+STRATEGIES = [
+    i.name for i in registry.strategies_for("attention").values() if i.traced and i.name != "single"
+]
 OPERATIONS = ("exchange", "all_to_all", "all_gather", "reduce_scatter", "all_reduce")
 LIMIT = 0.01  # relative to the bytes sent and received: 2 % of those sent if both are equal
 FIXED = 16 << 10  # bytes: to connect a group

@@ -10,7 +10,7 @@ import torch
 
 from cpbench import masks
 from cpbench.core.problem import Case, Problem
-from cpbench.core.registry import implementation, operator_info, strategies
+from cpbench.core.registry import implementation, operator_info, strategies, strategies_for
 from cpbench.core.spec import Spec
 from cpbench.parallel.bound_operator import BoundOperator
 from cpbench.parallel.layout import build as build_layout
@@ -34,7 +34,7 @@ SIZE = 4
 PAIRS = Tiling(fwd=(1, 1), bwd=(1, 1), grid="mask")  # blocks are visible pairs
 SPECS = [
     f"{name}:{variant}" if variant else name
-    for name, info in sorted(strategies().items())
+    for name, info in strategies_for("attention").items()
     if info.traced and name != "single"
     for variant in ("", *info.variants)
 ]

@@ -8,7 +8,7 @@ import pytest
 
 from cpbench import masks
 from cpbench.core.problem import Problem
-from cpbench.core.registry import implementation, operator_info, strategies
+from cpbench.core.registry import implementation, operator_info, strategies, strategies_for
 from cpbench.parallel.layout import build as build_layout
 from cpbench.parallel.world import World
 from cpbench.simulator.cluster import load
@@ -17,7 +17,9 @@ from cpbench.simulator.recording import record_rank
 from cpbench.simulator.replay import replay
 
 SIZE, NODES, TOKENS = 8, 4, 8 * 2048
-NAMES = [name for name, info in sorted(strategies().items()) if info.traced and name != "single"]
+NAMES = [
+    name for name, info in strategies_for("attention").items() if info.traced and name != "single"
+]
 
 
 @pytest.mark.parametrize("name", NAMES)

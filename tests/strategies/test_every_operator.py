@@ -15,7 +15,7 @@ from cpbench.results.store import read_run
 
 STRATEGIES = [
     spec
-    for name, info in sorted(registry.strategies().items())
+    for name, info in registry.strategies_for("attention").items()
     if info.traced and name != "single"
     for spec in (name, *(f"{name}:{variant}" for variant in info.variants))
 ]

@@ -21,7 +21,8 @@ from cpbench.core.operator import Unsupported
 from cpbench.core.problem import Problem
 from cpbench.parallel.comm_torch import TorchComm
 from cpbench.parallel.layout import build as build_layout
-from cpbench.parallel.tracing.trace import MODULUS, TraceComm, describe_mismatch
+from cpbench.parallel.tracing.mismatch import describe_mismatch
+from cpbench.parallel.tracing.trace import MODULUS, TraceComm
 from cpbench.parallel.world import World
 
 LIMIT = {"float32": 2e-6, "bfloat16": 1.2e-2}
@@ -83,7 +84,7 @@ def test_the_matrix_covers_every_mask_shape_and_layout(names: frozenset[str]) ->
     assert {case.mask for case in computed} == set(matrix.MASKS)
     shapes = {(case.heads_q, case.heads_kv, case.dtype, case.head_dim_v) for case in computed}
     assert shapes == set(matrix.SHAPES)
-    for name, info in registry.strategies().items():
+    for name, info in registry.strategies_for("attention").items():
         if name in names:
             of_name = [case for case in computed if _name(case) == name]
             assert {case.layout for case in of_name} == set(info.layouts)

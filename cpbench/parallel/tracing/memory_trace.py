@@ -14,13 +14,18 @@ from cpbench.parallel.bound_operator import BoundOperator
 from cpbench.parallel.host_memory.account import MemoryAccount, PeakBytes
 from cpbench.parallel.partial_results.accumulators import BackwardAccumulator, ForwardAccumulator
 from cpbench.parallel.partial_results.repeated_heads import repeat_heads, sum_repeated_heads
-from cpbench.parallel.tracing.trace import CountingComm, TracedOperator, TracedPlan, empty_inputs
+from cpbench.parallel.tracing.trace import (
+    CountingComm,
+    Traceable,
+    TracedOperator,
+    TracedPlan,
+    empty_inputs,
+)
 
 if TYPE_CHECKING:
     import torch
 
     from cpbench.core.operator import QKV, BackwardInputs, Gradients, MixerInputs, OutLse
-    from cpbench.core.registry import OperatorInfo
     from cpbench.parallel.strategy import Strategy
     from cpbench.parallel.world import World
 
@@ -62,12 +67,12 @@ class _AccumulatingOperator(TracedOperator):
         return dq, dk, dv
 
 
-def peak_bytes(strategy: Strategy, operator: OperatorInfo, world: World, rank: int) -> PeakBytes:
+def peak_bytes(strategy: Strategy, operator: Traceable, world: World, rank: int) -> PeakBytes:
     """The peak bytes of the phases of the problem on one rank, in addition to its inputs (and, for
     ``bwd`` alone, to what the forward pass saved)."""
     op, comm = _AccumulatingOperator(operator), CountingComm(rank, world.size)
     plan = strategy.prepare(op, world, rank)
-    qkv, dout = empty_inputs(world, operator.kind)
+    qkv, dout = empty_inputs(world, op.info.kind)
     account = MemoryAccount((qkv, dout))
     if world.problem.direction == "bwd":
         _, _, saved = strategy.forward(qkv, plan, op, comm, need_lse=False)

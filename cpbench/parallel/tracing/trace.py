@@ -15,11 +15,13 @@ import functools
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from cpbench.core.operator import QKV, MixerBackwardInputs, MixerInputs, state_dtype
+from cpbench.core.registry import OperatorInfo
 from cpbench.parallel.bound_operator import BoundOperator
 from cpbench.parallel.comm import CompletedHandle, GroupedComm, Handle, Part
+from cpbench.parallel.mixing import TracedMixer
 from cpbench.parallel.partial_results.accumulators import BackwardAccumulator, ForwardAccumulator
 from cpbench.parallel.tracing.shape_tensor import shape_tensor, without_data
 
@@ -27,8 +29,9 @@ if TYPE_CHECKING:
     import torch
 
     from cpbench.core.operator import BackwardInputs, Gradients, OutLse
-    from cpbench.core.registry import OperatorInfo
+    from cpbench.core.problem import Problem
     from cpbench.parallel.comm import Messages
+    from cpbench.parallel.mixing import BoundMixer
     from cpbench.parallel.strategy import Strategy
     from cpbench.parallel.world import Chunk, KeySubset, Subproblem, World
 
@@ -214,6 +217,11 @@ class _BackwardAccumulator(BackwardAccumulator):
         return self._op.empty(self._q.shape, dtype or self._q.dtype)
 
 
+# What is traced: a declaration, or an operator with its parameters, which decide what is sent of a
+# sequence mixer.
+Traceable = OperatorInfo | BoundOperator
+
+
 class TracedOperator(BoundOperator):
     """An operator that counts the visible pairs of its calls and computes nothing.
 
@@ -223,8 +231,11 @@ class TracedOperator(BoundOperator):
     forward_accumulator_type: type[ForwardAccumulator] = _ForwardAccumulator
     backward_accumulator_type: type[BackwardAccumulator] = _BackwardAccumulator
 
-    def __init__(self, info: OperatorInfo, device: str = "meta") -> None:
-        super().__init__(info, None, device)  # type: ignore[arg-type]
+    def __init__(self, operator: Traceable, device: str = "meta") -> None:
+        if isinstance(operator, BoundOperator):
+            super().__init__(operator.info, operator.impl, device)
+        else:
+            super().__init__(operator, None, device)  # type: ignore[arg-type]
         self._empty: dict[tuple[tuple[int, ...], torch.dtype], torch.Tensor] = {}
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -233,6 +244,9 @@ class TracedOperator(BoundOperator):
         if key not in self._empty:
             self._empty[key] = super().empty(shape, dtype)
         return self._empty[key]
+
+    def bind(self, problem: Problem) -> BoundMixer:
+        return TracedMixer(super().bind(problem))
 
     def prepare(self, subproblem: Subproblem | KeySubset | Chunk) -> TracedPlan:
         return TracedPlan(subproblem.area, subproblem.world.kv_heads)
@@ -252,7 +266,7 @@ class TracedOperator(BoundOperator):
 
     def backward(self, x: BackwardInputs | MixerBackwardInputs, plan: Any) -> Gradients:
         if isinstance(x, MixerBackwardInputs):
-            return tuple(self.empty(y.shape, y.dtype) for y in x.inputs.given)  # type: ignore[return-value]
+            return tuple(self.empty(y.shape, y.dtype) for y in x.inputs.given)
         self.pairs += plan.area * x.q.shape[2]
         dq, dk, dv = (self.empty(tensor.shape, tensor.dtype) for tensor in x.qkv)
         return dq, dk, dv
@@ -269,35 +283,44 @@ class _ShapeOperator(TracedOperator):
         return cast("torch.Tensor", shape_tensor(tuple(shape), dtype))
 
 
-class Counted(Protocol):
-    """What counts ``pairs``, visible ones that it has computed."""
-
-    pairs: int
-
-
 def trace_rank(
-    strategy: Strategy, operator: OperatorInfo, world: World, rank: int, log: bool = False
+    strategy: Strategy,
+    operator: Traceable,
+    world: World,
+    rank: int,
+    log: bool = False,
+    inputs: tuple[Any, torch.Tensor] | None = None,
+    need_lse: bool = False,
 ) -> RankTrace:
     """Trace one rank in the phases of the problem's direction.
 
-    The log-sum-exp is not requested, as in timed runs.
+    Args:
+        log: whether to log every message.
+        inputs: as for :func:`trace_phases`, where they are not those of the problem.
+        need_lse: whether the log-sum-exp is requested, or the last state of a mixer; it is not in
+            timed runs.
     """
     comm = TraceComm(rank, world.size, log)
-    phases = _trace_shapes(strategy, operator, world, comm)
+    if inputs is None:
+        phases = _trace_shapes(strategy, operator, world, comm)
+    else:
+        op = TracedOperator(operator)
+        phases = trace_phases(strategy, op, world, comm, inputs, need_lse)
     return RankTrace(phases, comm.checksum, comm.parts, comm.log or [])
 
 
 def count_rank(
-    strategy: Strategy, operator: OperatorInfo, world: World, rank: int
+    strategy: Strategy, operator: Traceable, world: World, rank: int
 ) -> dict[str, PhaseTrace]:
     """The phases of :func:`trace_rank`, without the checksum."""
     return _trace_shapes(strategy, operator, world, CountingComm(rank, world.size))
 
 
 def _trace_shapes(
-    strategy: Strategy, operator: OperatorInfo, world: World, comm: CountingComm
+    strategy: Strategy, operator: Traceable, world: World, comm: CountingComm
 ) -> dict[str, PhaseTrace]:
-    inputs, dout = empty_inputs(world, operator.kind)
+    info = operator.info if isinstance(operator, BoundOperator) else operator
+    inputs, dout = empty_inputs(world, info.kind)
     if not isinstance(inputs, QKV):
         return trace_phases(strategy, TracedOperator(operator), world, comm, (inputs, dout))
     q, k, v, dout = (cast("torch.Tensor", without_data(x)) for x in (*inputs, dout))
@@ -310,6 +333,7 @@ def trace_phases(
     world: World,
     comm: CountingComm,
     inputs: tuple[Any, torch.Tensor],
+    need_lse: bool = False,
 ) -> dict[str, PhaseTrace]:
     """Run the strategy's code for the rank of a communicator; what it counts by phase.
 
@@ -318,7 +342,7 @@ def trace_phases(
     """
     qkv, dout = inputs
     plan = strategy.prepare(op, world, comm.rank)
-    _, _, saved = strategy.forward(qkv, plan, op, comm, need_lse=False)
+    _, _, saved = strategy.forward(qkv, plan, op, comm, need_lse)
     phases = {"fwd": take_phase(op, comm)}
     if world.problem.backward:
         strategy.backward(dout, saved, plan, op, comm)
@@ -356,7 +380,7 @@ def _content_hash(what: str) -> int:
     return zlib.crc32(what.encode())
 
 
-def take_phase(op: Counted, comm: CountingComm) -> PhaseTrace:
+def take_phase(op: BoundOperator, comm: CountingComm) -> PhaseTrace:
     """The counts since the last call; resets the counters."""
     traffic = comm.traffic
     phase = PhaseTrace(
@@ -366,26 +390,3 @@ def take_phase(op: Counted, comm: CountingComm) -> PhaseTrace:
     traffic.clear()
     op.pairs = 0
     return phase
-
-
-def describe_mismatch(logs: Sequence[Sequence[tuple[object, ...]]]) -> str:
-    """Describe the first message that is sent but not expected, or expected but not sent; else a
-    collective that its members enter differently."""
-    sides: dict[tuple[object, ...], set[object]] = {}
-    for log in logs:
-        for kind, sender, receiver, number, *rest in log:
-            if kind == "message":
-                *content, side = rest
-                sides.setdefault((sender, receiver, number, *content), set()).add(side)
-    for (sender, receiver, number, nbytes, what), message_sides in sides.items():
-        if len(message_sides) == 1:
-            if "sent" in message_sides:
-                problem = f"rank {receiver} does not expect this message"
-            else:
-                problem = f"rank {sender} does not send this message"
-            content_text = f" of {what}" if what else ""
-            return (
-                f"message {number} from rank {sender} to rank {receiver}, {nbytes} bytes"
-                f"{content_text}: {problem}"
-            )
-    return "a collective that its ranks enter in different order or with different sizes"

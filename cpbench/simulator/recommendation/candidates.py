@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from cpbench.core.problem import Case
-from cpbench.core.registry import StrategyInfo, strategies, strategy_info
+from cpbench.core.registry import StrategyInfo, strategies_for, strategy_info
 from cpbench.core.spec import Spec
 from cpbench.masks.attn_mask import AttnMask
 
@@ -42,8 +42,9 @@ class Ranks:
 
 
 def own_strategies() -> list[str]:
-    """Names of the strategies of several ranks whose communication is traced."""
-    return [name for name, info in sorted(strategies().items()) if info.traced and name != "single"]
+    """Names of the strategies of attention on several ranks whose communication is traced."""
+    known = strategies_for("attention").items()
+    return [name for name, info in known if info.traced and name != "single"]
 
 
 def candidates(case: Case, names: list[str], mask: AttnMask) -> list[Case]:

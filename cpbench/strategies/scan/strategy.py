@@ -17,7 +17,7 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cpbench.core.operator import Unsupported
+from cpbench.core.operator import MixerInputs, Unsupported
 from cpbench.core.registry import StrategyInfo
 from cpbench.strategies.scan import doubling, gather, ring
 from cpbench.strategies.scan.slots import Order, Slot, find_orders, find_slots
@@ -25,21 +25,26 @@ from cpbench.strategies.scan.slots import Order, Slot, find_orders, find_slots
 if TYPE_CHECKING:
     import torch
 
+    from cpbench.core.operator import Gradients
+    from cpbench.core.problem import Problem
+    from cpbench.parallel.bound_operator import BoundOperator
     from cpbench.parallel.comm import Comm
-    from cpbench.parallel.mixing import BoundMixer, Inputs, MixerGradients, Summary
+    from cpbench.parallel.mixing import BoundMixer, MixerGradients, Summary
+    from cpbench.parallel.strategy import Forward
     from cpbench.parallel.world import World
 
     BySlot = dict[int, torch.Tensor]
 
-INFO = StrategyInfo(
+STRATEGY = StrategyInfo(
     name="scan",
     summary="sequence mixers: runs are summarised, and their states exchanged",
     source="LASP-2, arXiv 2502.07563; ZeCO, arXiv 2507.01004",
     load="cpbench.strategies.scan.strategy:Scan",
     layouts=("contiguous", "zigzag", "zigzag_document", "dispatch"),
+    kinds=("mixer",),
     value_dims=True,
     params=("by", "blocks"),
-    variants=("by=ring", "by=ring,blocks=2", "by=doubling"),
+    mixer_variants=("by=ring", "by=ring,blocks=2", "by=doubling"),
 )
 WAYS = ("allgather", "ring", "doubling")
 
@@ -49,29 +54,36 @@ class Plan:
     """The scan as one rank sees it.
 
     Attributes:
+        problem: the global problem.
+        decays: ``[H]``, of a mixer that has its own; None if g is an input, or there is none.
         own: the slots of this rank by their numbers, in the order of their tokens.
         last: the number of the last slot of all.
         forward, backward: orders of all slots.
-        keeps: whether a backward pass follows.
     """
 
+    problem: Problem
+    decays: torch.Tensor | None
     own: dict[int, Slot]
     last: int
     forward: Order
     backward: Order
-    keeps: bool
+
+    @property
+    def keeps(self) -> bool:
+        """Whether a backward pass follows."""
+        return self.problem.backward
 
 
 class Saved(NamedTuple):
     """What the backward pass needs of the forward pass.
 
     Attributes:
-        inputs: of all local tokens.
+        inputs: of all local tokens, with g where the mixer has its own decays.
         slots: of each own slot, what the mixer saved.
         transitions: of slots, own and received, as the forward pass applies them.
     """
 
-    inputs: Inputs
+    inputs: MixerInputs
     slots: dict[int, Any]
     transitions: BySlot
 
@@ -104,9 +116,11 @@ class Scan:
             return f"scan: blocks = {self.blocks} are more than the {columns} columns of a state"
         return None
 
-    def prepare(self, mixer: BoundMixer, world: World, rank: int) -> Plan:
-        if mixer.runs_refusal is not None:
-            raise Unsupported(f"scan: {mixer.name}: {mixer.runs_refusal}")
+    def prepare(self, op: BoundOperator, world: World, rank: int) -> Plan:
+        try:
+            mixer = op.bind(world.problem)
+        except Unsupported as refusal:
+            raise Unsupported(f"scan: {refusal}") from None
         documents = world.shared_mask.causal_documents
         assert documents is not None
         slots = find_slots(world.keys, documents, mixer.from_initial)
@@ -114,19 +128,18 @@ class Scan:
             _require_whole_chunks(slots, mixer, world.keys.name)
         forward, backward = find_orders(slots)
         own = {slot: slots[slot] for slot in forward.own(rank)}
-        return Plan(own, len(slots) - 1, forward, backward, world.problem.backward)
+        decays = op.decays(world.problem)
+        return Plan(world.problem, decays, own, len(slots) - 1, forward, backward)
 
     def forward(
-        self,
-        x: Inputs,
-        plan: Plan,
-        mixer: BoundMixer,
-        comm: Comm,
-        need_state: bool,
-        state: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, Saved]:
+        self, qkv: MixerInputs, plan: Plan, op: BoundOperator, comm: Comm, need_lse: bool
+    ) -> Forward:
+        mixer, state = op.bind(plan.problem), qkv.initial_state
+        x = qkv.by_token.with_decays(plan.decays)
         order, own = plan.forward, plan.own
-        runs = {number: _tokens(x, slot) for number, slot in own.items()}
+        runs = {
+            number: x.tokens(slot.tokens.start, slot.tokens.stop) for number, slot in own.items()
+        }
         starts = {}
         if state is not None:
             starts = {n: state for n, slot in own.items() if _starts(slot, mixer)}
@@ -159,23 +172,27 @@ class Scan:
             results[number] = out, end, saved
         out = _join({n: found[0] for n, found in results.items()}, own, x.v)
         last = None
-        if need_state:
+        if need_lse:
             found = results.get(plan.last)
             last = like.state.zero_() if found is None else found[1].contiguous()
             comm.all_reduce(last).wait()
-        return out, last, Saved(x, {n: found[2] for n, found in results.items()}, transitions)
+        saved = {n: found[2] for n, found in results.items()}
+        return out, last, Saved(x._replace(initial_state=state), saved, transitions)
 
     def backward(
         self,
         dout: torch.Tensor,
         saved: Saved,
         plan: Plan,
-        mixer: BoundMixer,
+        op: BoundOperator,
         comm: Comm,
         dstate: torch.Tensor | None = None,
-    ) -> MixerGradients:
-        x, order, own = saved.inputs, plan.backward, plan.own
-        runs = {number: _tokens(x, slot) for number, slot in own.items()}
+    ) -> Gradients:
+        mixer, x = op.bind(plan.problem), saved.inputs.by_token
+        order, own = plan.backward, plan.own
+        runs = {
+            number: x.tokens(slot.tokens.start, slot.tokens.stop) for number, slot in own.items()
+        }
         douts = {number: dout[:, slot.tokens] for number, slot in own.items()}
         if dstate is not None:
             dstate = dstate.contiguous().clone()
@@ -212,16 +229,20 @@ class Scan:
         )
         for number, dend in _beside(exchange, compute()).items():
             differentiate(number, dend)
-        initial = mixer.empty_summary(x).state.zero_()
-        for number, slot in own.items():
-            if _starts(slot, mixer):
-                initial += gradients[number][1]
-        found = [gradients[number][0] for number in own]
-        joined = x._make(
-            None if whole is None else _join(dict(zip(own, parts, strict=True)), own, whole)
-            for whole, *parts in zip(x, *found, strict=True)
-        )
-        return joined, initial
+        found = {number: gradients[number][0] for number in own}
+        joined = MixerInputs.of({
+            name: _join({n: getattr(found[n], name) for n in own}, own, whole)
+            for name, whole in x._asdict().items() if whole is not None
+        })  # fmt: skip
+        if plan.decays is not None:
+            joined = joined._replace(g=None)
+        if saved.inputs.initial_state is not None:
+            initial = mixer.empty_summary(x).state.zero_()
+            for number, slot in own.items():
+                if _starts(slot, mixer):
+                    initial += gradients[number][1]
+            joined = joined._replace(initial_state=initial)
+        return joined.given
 
     def _exchange(
         self,
@@ -277,11 +298,6 @@ def _beside(exchange: Generator[None, None, BySlot], work: Iterator[None]) -> By
     for _ in work:
         pass
     return taken
-
-
-def _tokens(x: Inputs, slot: Slot) -> Inputs:
-    """The inputs of a slot."""
-    return x._make(None if y is None else y[:, slot.tokens] for y in x)
 
 
 def _join(parts: BySlot, own: dict[int, Slot], whole: torch.Tensor) -> torch.Tensor:

@@ -57,18 +57,18 @@ def output(
 
     device = torch.cuda.device(x.q.device) if x.q.is_cuda else nullcontext()
     with device:
-        return _output(Inputs(*map(_readable, x)), plan, state)  # type: ignore[arg-type]
+        return _output(x.map(_readable), plan, state)
 
 
-def _readable(x: torch.Tensor | None) -> torch.Tensor | None:
+def _readable(x: torch.Tensor) -> torch.Tensor:
     """A copy if the last axis of a matrix is strided."""
-    return x if x is None or x.ndim < 4 or x.stride(3) == 1 else x.contiguous()
+    return x if x.ndim < 4 or x.stride(3) == 1 else x.contiguous()
 
 
 def _output(
     x: Inputs, plan: Plan, state: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, Saved]:
-    q, k, v, g, beta = x
+    q, k, v, g, beta, _ = x
     (B, S, H, K), V, C = q.shape, v.shape[3], plan.tokens_per_chunk(q.shape[1])
     chunks, h = -(-S // C), B * H
     first = initial_state(x, state).contiguous()
@@ -107,14 +107,14 @@ def backward(
 
     device = torch.cuda.device(x.q.device) if x.q.is_cuda else nullcontext()
     with device:
-        inputs = Inputs(*map(_readable, x))  # type: ignore[arg-type]
+        inputs = x.map(_readable)
         return _backward(inputs, plan, saved, dout.contiguous(), dstate)
 
 
 def _backward(
     x: Inputs, plan: Plan, saved: Saved, dout: torch.Tensor, dstate: torch.Tensor | None
 ) -> Gradients:
-    q, k, v, g, beta = x
+    q, k, v, g, beta, _ = x
     (B, S, H, K), V, C = q.shape, v.shape[3], plan.tokens_per_chunk(q.shape[1])
     chunks, h = -(-S // C), B * H
     last = initial_state(x, dstate).contiguous()
