@@ -44,7 +44,7 @@
     gb_per_s = 350.0                   # of one rank, in each direction
     per_node = 8                       # of links across nodes: how many a node has
 
-    [collectives]                      # GB/s of received bytes, inside a node and across
+    [collectives]                      # GB/s of received bytes, inside a node and across, all ranks
     source = "cpbench links"
     alpha_us = 15.0
     all_gather = [330.0, 300.0]
@@ -202,6 +202,11 @@ class Cluster:
             f"cluster {self.name} has no kernel of {operator} in {dtype} with head_dim {head_dim}; "
             f"there are: {known}"
         )
+
+    def shares_links(self, ranks_per_node: int) -> bool:
+        """Whether ranks of a node share its links to others."""
+        links = self.links["across"].per_node if "across" in self.links else 0
+        return 0 < links < ranks_per_node
 
 
 def load(name: str) -> Cluster:

@@ -18,6 +18,22 @@ At = Callable[[float, Callable[[float], None]], None]
 Done = Callable[[float], None]
 
 
+def collective_rate(cluster: Cluster, rank: int, post: Post, nodes: int) -> float:
+    """The received bytes per second of a rank in an all-gather, reduce-scatter or all-reduce.
+
+    Rates across nodes are those of all ranks of a node: of fewer, which have as many of its
+    links, they are that share.
+
+    Args:
+        nodes: ranks per node.
+    """
+    inside, across = getattr(cluster.collectives, post.operation)
+    beside = sum(member // nodes == rank // nodes for member in post.members)
+    if beside == len(post.members):
+        return float(inside) * 1e9
+    return float(across) * 1e9 * beside / nodes
+
+
 class _Flow:
     """A message in transfer: bytes that remain, its rate, and when both were set."""
 
@@ -81,12 +97,10 @@ class Network:
                 for direction in ("out", "in"):
                     self._start(name, nbytes, (self._link(name, direction, rank),), now, done)
             return
-        costs = self._cluster.collectives
-        assert costs is not None  # a cluster with links has them
-        inside, across = getattr(costs, post.operation)
-        rate = across if "across" in by_class else inside
-        length = costs.alpha_us * 1e-6 + sum(by_class.values()) / (rate * 1e9)
-        self._at(now + length, done)
+        assert self._cluster.collectives is not None  # a cluster with links has them
+        rate = collective_rate(self._cluster, rank, post, self._nodes)
+        latency = self._cluster.collectives.alpha_us * 1e-6
+        self._at(now + latency + sum(by_class.values()) / rate, done)
 
     def _by_class(self, rank: int, post: Post) -> dict[str, int]:
         """Bytes that a collective receives on a rank, by the class of link."""

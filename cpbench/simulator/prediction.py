@@ -1,13 +1,15 @@
 """Predicted times of cases: ``python -m cpbench.simulator.prediction``, a subprocess.
 
 All ranks of a small world are recorded, or their recordings read, and replayed together on the
-links of the cluster; of a large one, representatives are, each alone.  Reads a request from stdin,
-the case and the name of the cluster, and prints the reply.
+links of the cluster; of a large one, representatives are, each alone, or, where the ranks of a node
+share its links, with the others of its node.  Reads a request from stdin, the case and the name of
+the cluster, and prints the reply.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import sys
 from collections.abc import Iterable, Mapping
@@ -26,7 +28,7 @@ from cpbench.simulator.costs import event_seconds
 from cpbench.simulator.events import Program
 from cpbench.simulator.recordings import cached, cached_value, content_key
 from cpbench.simulator.replay import RankTimes, replay
-from cpbench.simulator.representatives import representatives
+from cpbench.simulator.representatives import representative_nodes, representatives
 from cpbench.simulator.tiles import Tiling
 from cpbench.simulator.timeline import timeline
 
@@ -54,8 +56,12 @@ def predict(
     world = world or World.of_case(case, cluster.gpus_per_node)
     strategy, operator = load_method(case, world)
     counts = chosen = representatives(world)
+    groups = [[rank] for rank in counts]
     if world.size <= TOGETHER:
-        counts = dict.fromkeys(range(world.size), 1)
+        counts, groups = dict.fromkeys(range(world.size), 1), []
+    elif cluster.shares_links(world.ranks_per_node):
+        counts = chosen = representative_nodes(world)
+        groups = _by_node(counts, world.ranks_per_node)
     programs = record(case, world, strategy, operator, kernel.tiling, counts)
     cost = functools.partial(event_seconds, costs=kernel, cluster=cluster)
     phases, times_by_phase = {}, {}
@@ -63,7 +69,7 @@ def predict(
         if phase not in case.direction.split("_"):
             continue
         of_phase = {rank: programs[rank][phase] for rank in counts}
-        times = replay(of_phase, cluster, world.ranks_per_node, cost, len(counts) < world.size)
+        times = replay(of_phase, cluster, world.ranks_per_node, cost, groups)
         times_by_phase[phase] = times
         phases[phase] = _phase(times, counts, flops / world.size, cluster)
     facts = {"case": case.label, "cluster": f"{cluster.name} ({cluster.digest})", "simulated": True}
@@ -150,6 +156,11 @@ def needs(
         )
         for rank in programs
     }  # fmt: skip
+
+
+def _by_node(ranks: Iterable[int], per_node: int) -> list[list[int]]:
+    """The ranks of each node."""
+    return [list(group) for _, group in itertools.groupby(sorted(ranks), lambda r: r // per_node)]
 
 
 def _phase(

@@ -5,8 +5,8 @@ communicator or lane run one after another on every rank.  A message starts when
 reached it, takes the latency of its link, and then shares the bandwidth of the links that it uses
 with the other messages on them; a collective starts when all its members have reached it.
 
-A rank may also be replayed alone: its peers are then taken to be where it is, which is how a few
-representatives stand for many ranks.
+A few ranks may stand for many: those of a group are replayed together, and their peers outside of
+it are taken to be where they are.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import functools
 import heapq
 import itertools
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,25 +56,25 @@ class RankTimes:
 
 def replay(
     programs: Mapping[int, Program], cluster: Cluster, nodes: int, seconds: Seconds,
-    alone: bool = False,
+    groups: Collection[Collection[int]] = (),
 ) -> dict[int, RankTimes]:  # fmt: skip
     """Replay the programs of ranks.
 
     Args:
-        programs: by rank; all ranks of every communicator, unless each is replayed alone.
+        programs: by rank.
         nodes: ranks per node.
         seconds: the time of a kernel or of side work.
-        alone: whether peers are taken to be where each rank is.
+        groups: of ranks that are replayed together; () for one group of all.  A peer outside of
+            its group is taken to be where a rank is.
 
     Raises:
         ValueError: if ranks wait for each other for ever, or the cluster lacks a class of links.
     """
-    if alone:
-        return {
-            rank: _Replay({rank: program}, cluster, nodes, seconds, True).run()[rank]
-            for rank, program in programs.items()
-        }
-    return _Replay(programs, cluster, nodes, seconds, False).run()
+    times: dict[int, RankTimes] = {}
+    for group in groups or [programs]:
+        of_group = {rank: programs[rank] for rank in group}
+        times |= _Replay(of_group, cluster, nodes, seconds).run()
+    return times
 
 
 @dataclass(eq=False)
@@ -105,10 +105,9 @@ class _Operation:
 
 class _Replay:
     def __init__(
-        self, programs: Mapping[int, Program], cluster: Cluster, nodes: int, seconds: Seconds,
-        alone: bool,
-    ) -> None:  # fmt: skip
-        self._programs, self._seconds, self._alone = programs, seconds, alone
+        self, programs: Mapping[int, Program], cluster: Cluster, nodes: int, seconds: Seconds
+    ) -> None:
+        self._programs, self._seconds = programs, seconds
         self._heap: list[tuple[float, int, Callable[[float], None]]] = []
         self._order = itertools.count()
         self._network = Network(cluster, nodes, self._at)
@@ -180,7 +179,7 @@ class _Replay:
         for side, rows in enumerate((post.sends, post.receives)):
             for peer, nbytes in rows:
                 name = self._network.link_class(rank, peer)
-                if self._alone:
+                if peer not in self._programs:
                     sender, receiver = (rank, None) if side == 0 else (None, rank)
                     finish = self._finisher(operation)
                     self._network.send(name, sender, receiver, nbytes, now, finish)
@@ -203,7 +202,7 @@ class _Replay:
         turn = self._entered[key] = self._entered.get(key, 0) + 1
         group = self._gathering.setdefault((post.members, post.lane, turn), [])
         group.append(operation)
-        if not self._alone and len(group) < len(post.members):
+        if len(group) < sum(member in self._programs for member in post.members):
             return
         del self._gathering[post.members, post.lane, turn]
         finishers = [self._finisher(one) for one in group]

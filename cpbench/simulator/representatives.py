@@ -48,6 +48,23 @@ def representatives(world: World, most: int = MOST) -> dict[int, int]:
     return dict(sorted((int(group[-1]), len(group)) for group in groups))
 
 
+def representative_nodes(world: World, most: int = MOST) -> dict[int, int]:
+    """All ranks of a few nodes, for links that the ranks of a node share; each with the number of
+    ranks that it stands for.
+
+    Nodes are divided into groups by their visible pairs; of each the one with the most is chosen.
+    """
+    per_node = world.ranks_per_node
+    work = world.areas.sum(1).reshape(-1, per_node).sum(1)
+    by_work = np.lexsort((np.arange(len(work)), work))
+    groups = np.array_split(by_work, max(1, min(most // per_node, len(work))))
+    return {
+        int(group[-1]) * per_node + place: len(group)
+        for group in groups
+        for place in range(per_node)
+    }
+
+
 def _hulls(world: World) -> list[IntArray]:
     """Bounds of the visible pairs of every pair of ranks in local tokens, ``(P, P)`` each: first
     and last query, first and last key; none for striped layouts, whose bounds follow from areas."""

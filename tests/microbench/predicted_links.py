@@ -33,7 +33,7 @@ from cpbench.simulator.cluster import load
 HEAD_DIM = 64
 CLUSTER = """
 name = "shaped"
-gpus_per_node = 2
+gpus_per_node = {per_node}
 
 [calibrated]
 source = "not fitted: known rates"
@@ -98,8 +98,11 @@ def main() -> None:
     print("GB/s of each of 4 processes:", {kind: round(rate, 2) for kind, rate in rates.items()})
     file = options.folder / "shaped.toml"
     tflops = 4 * HEAD_DIM / options.paced / 1e3
-    file.write_text(CLUSTER.format(**rates, tflops=tflops), encoding="utf-8")
-    fit = fit_links(read_measured(options.folder / "links.json"), "cpbench links")
+    links = read_measured(options.folder / "links.json")
+    file.write_text(
+        CLUSTER.format(**rates, tflops=tflops, per_node=links.ranks_per_node), encoding="utf-8"
+    )
+    fit = fit_links(links, "cpbench links")
     cluster = replace(load(str(file)), links=fit.links, collectives=fit.collectives)
     file.write_text(to_toml(cluster, {}), encoding="utf-8")
     run = ("run", "sweep.toml", "--out", "run", "--predict", "shaped.toml", "--json")

@@ -1,6 +1,6 @@
-"""Strategies on two nodes of two ranks with a slow link between them, on one machine.
+"""Strategies on two nodes of two ranks, or four of one, with slow links between them, on one machine.
 
-    python tests/microbench/shaped_links.py [--rate 1gbit] [--tokens 8192] [--folder FOLDER]
+    python tests/microbench/shaped_links.py [--rate 1gbit] [--nodes 2] [--every] [--folder FOLDER]
 
 The nodes are network namespaces joined by a link of limited rate; ranks of one node use its
 loopback.  A sweep runs on them as on real nodes (torchrun, one agent per node).  Reported per
@@ -40,7 +40,19 @@ num_heads_q = {heads_q}
 num_heads_kv = {heads_kv}
 head_dim = 64
 world_size = 4
-ranks_per_node = 2
+ranks_per_node = {per_node}
+
+{strategies}
+[measure]
+min_iterations = 3
+max_iterations = 5
+max_seconds = {seconds}
+check_small = {checked}
+check_sampled = false
+memory = false
+exposure = {exposure}
+"""
+CHOSEN = """
 strategy = ["ring", "ring_reverse", "hierarchical:local=2", "dispatch", "dispatch:by=node"]
 
 [[include]]
@@ -55,15 +67,17 @@ strategy = [
 [[include]]
 strategy = ["dispatch", "dispatch:by=node"]
 layout = "dispatch"
+"""
+EVERY = """
+strategy = [
+    "ring", "ring:window=2", "ring_reverse", "ring_allgather", "ring_allgather:stages=2", "ulysses",
+    "ulysses:chunks=2", "usp:ulysses=2", "usp:inner=allgather,ulysses=2", "loongtrain:ulysses=2",
+    "hierarchical:local=2", "burst", "tile:rows=2", "tree", "dispatch", "dispatch:by=node"
+]
 
-[measure]
-min_iterations = 3
-max_iterations = 5
-max_seconds = {seconds}
-check_small = {checked}
-check_sampled = false
-memory = false
-exposure = {exposure}
+[[include]]
+strategy = "distflash"
+layout = "contiguous"
 """
 PACED = '''
 """An operator that sleeps instead of computing: no core is busy, as with a GPU."""
@@ -97,43 +111,45 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def measure(folder: Path, rate: str, sweep: str, where: list[str], trace: bool) -> None:
-    """Run the sweep on two nodes, into ``folder / run``."""
+def measure(folder: Path, rate: str, nodes: int, sweep: str, where: list[str], trace: bool) -> None:
+    """Run the sweep on several nodes, into ``folder / run``."""
     (folder / "sweep.toml").write_text(sweep)
     conditions = [argument for condition in where for argument in ("--where", condition)]
     run = ("run", "sweep.toml", "--out", "run", *conditions, *["--trace"] * trace)
-    on_two_nodes(folder, rate, run, "run")
+    on_nodes(folder, rate, nodes, run, "run")
 
 
-def measure_links(folder: Path, rate: str) -> None:
-    """Measure the links of two nodes of two ranks, into ``folder / links.json``."""
+def measure_links(folder: Path, rate: str, nodes: int) -> None:
+    """Measure the links between four ranks, into ``folder / links.json``."""
     sizes = ("--sizes", "8,32k,512k,2m,8m", "--seconds", "1", "--device", "cpu")
-    reply = on_two_nodes(
-        folder, rate, ("links", "--world-size", "4", *sizes, "--out", "links"), "links"
-    )
-    (folder / "links.json").write_text(reply)
+    command = ("links", "--world-size", "4", *sizes, "--out", "links")
+    (folder / "links.json").write_text(on_nodes(folder, rate, nodes, command, "links"))
 
 
-def on_two_nodes(folder: Path, rate: str, command: tuple[str, ...], out: str) -> str:
-    """Run a command of cpbench on two nodes, which join in ``out``; its output in JSON."""
+def on_nodes(folder: Path, rate: str, nodes: int, command: tuple[str, ...], out: str) -> str:
+    """Run a command of cpbench on several nodes, which join in ``out``; its output in JSON."""
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     cpbench = (sys.executable, "-m", "cpbench")
-    with namespaces.namespaces(2, rate) as holders:
-        first, second = (namespaces.enter_command(holder) for holder in holders)
-        on = ("--interface", "eth0")
-        joined = subprocess.Popen(
-            [*second, *cpbench, "join", out, *on, "--patience", "60"], cwd=folder, env=env,
-            stdout=subprocess.DEVNULL,
-        )  # fmt: skip
+    on = ("--interface", "eth0")
+    with namespaces.namespaces(nodes, rate) as holders:
+        first, *others = (namespaces.enter_command(holder) for holder in holders)
+        joined = [
+            subprocess.Popen(
+                [*other, *cpbench, "join", out, *on, "--patience", "60"], cwd=folder, env=env,
+                stdout=subprocess.DEVNULL,
+            )
+            for other in others
+        ]  # fmt: skip
         try:
             return subprocess.run(
-                [*first, *cpbench, *command, "--launcher", "torchrun", "--nodes", "2", *on,
+                [*first, *cpbench, *command, "--launcher", "torchrun", "--nodes", str(nodes), *on,
                  "--json"],
                 cwd=folder, env=env, check=True, stdout=subprocess.PIPE, text=True,
             ).stdout  # fmt: skip
         finally:
-            joined.terminate()
-            joined.wait()
+            for process in joined:
+                process.terminate()
+                process.wait()
 
 
 def max_wait_ms(folder: Path, case: str) -> float:
@@ -159,6 +175,10 @@ def main() -> None:
     parser.add_argument("--paced", type=float, metavar="NS", help="instead of computing, sleep NS "
                         "nanoseconds per visible pair and head: no core is busy")  # fmt: skip
     parser.add_argument("--times-only", action="store_true", help="neither exposure nor a trace")
+    parser.add_argument("--nodes", type=int, choices=(2, 4), default=2, help="of four ranks in all")
+    parser.add_argument(
+        "--every", action="store_true", help="every strategy whose time is predicted"
+    )
     parser.add_argument("--links", action="store_true", help="measure the links first")
     parser.add_argument(
         "--where", nargs="+", default=[], help="only matching cases, e.g. strategy=ring"
@@ -176,13 +196,14 @@ def main() -> None:
         (folder / "paced.py").write_text(PACED.format(ns=options.paced))
         operator = "./paced.py:OP" if options.paced else "bands"
         sweep = SWEEP.format(
+            strategies=EVERY if options.every else CHOSEN, per_node=4 // options.nodes,
             operator=operator, checked="false" if options.paced else "true", masks=masks,
             tokens=options.tokens, heads_q=options.heads_q, heads_kv=options.heads_kv,
             seconds=options.seconds, exposure="false" if options.times_only else "true",
         )  # fmt: skip
         if options.links:
-            measure_links(folder, options.rate)
-        measure(folder, options.rate, sweep, options.where, not options.times_only)
+            measure_links(folder, options.rate, options.nodes)
+        measure(folder, options.rate, options.nodes, sweep, options.where, not options.times_only)
     table = load(folder / "run")
     table["method"] = [
         " ".join(filter(None, (f"{row.strategy}/{row.layout}", row.placement)))
@@ -190,7 +211,9 @@ def main() -> None:
     ]
     table["max_wait_ms"] = [max_wait_ms(folder / "run", case) for case in table["id"]]
     for mask, rows in table.groupby("mask"):
-        print(f"\n{mask}, {options.tokens} tokens, 2 nodes x 2 ranks, {options.rate} between nodes")
+        print(
+            f"\n{mask}, {options.tokens} tokens, {options.nodes} nodes, {options.rate} between them"
+        )
         print(f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}")
         for _, row in rows.sort_values("time_ms").iterrows():
             cells = [f"{row[c]:{form}}" if row[c] == row[c] else "–" for c, form in COLUMNS.items()]

@@ -47,7 +47,8 @@ def run(
         assert isinstance(event, SideWork)
         return event.stream / 1e6
 
-    return replay(programs, cluster, nodes, seconds, alone)
+    groups = [[rank] for rank in programs] if alone else []
+    return replay(programs, cluster, nodes, seconds, groups)
 
 
 def ring(rank: int, size: int, nbytes: int, step: float) -> Program:
@@ -100,6 +101,34 @@ def test_an_all_gather_starts_when_all_have_entered(nodes: int, rate: int) -> No
     times = run({rank: program(rank) for rank in range(4)}, nodes=nodes)
     assert [one.end for one in times.values()] == pytest.approx([1.51 + 0.3 + 3 / rate] * 4)
     assert times[0].exposed == pytest.approx(1.8 + 3 / rate)
+
+
+@pytest.mark.parametrize(
+    ("members", "rate"), [((0, 1), 4), ((0, 2), 1), ((0, 1, 2, 3), 2), ((0, 1, 2), 1)]
+)
+def test_an_all_gather_has_the_links_of_its_ranks(members: tuple[int, ...], rate: int) -> None:
+    """Of two ranks a node, which together receive 2 GB/s each from the other; rank 2 of three is
+    alone on its node."""
+
+    def program(rank: int) -> Program:
+        rows = [(peer, GB) for peer in members if peer != rank]
+        return post(0, rows, rows, "all_gather", members=members), Wait(0)
+
+    times = run({rank: program(rank) for rank in members}, nodes=2)
+    longest = max(one.end for one in times.values())
+    assert longest == pytest.approx(0.3 + (len(members) - 1) / rate)
+
+
+def test_ranks_of_a_node_share_its_link_where_few_ranks_stand_for_many() -> None:
+    """Of eight ranks, two on each node, the replayed node sends to one that is not replayed."""
+
+    def program(rank: int) -> Program:
+        away = [((rank + 2) % 8, GB)], [((rank - 2) % 8, GB)]
+        return post(0, *away, members=tuple(range(8))), Wait(0)
+
+    programs = {rank: program(rank) for rank in (4, 5)}
+    assert run(programs, nodes=2)[4].end == pytest.approx(0.2 + 2)
+    assert run(programs, nodes=2, alone=True)[4].end == pytest.approx(0.2 + 1)
 
 
 def test_an_all_to_all_in_chunks_overlaps() -> None:

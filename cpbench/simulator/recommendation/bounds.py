@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cpbench.simulator.events import Event, Post
+from cpbench.simulator.network import collective_rate
 
 if TYPE_CHECKING:
     from cpbench.core.registry import OperatorInfo
@@ -97,8 +98,7 @@ def link_seconds(events: Iterable[Event], rank: int, nodes: int, cluster: Cluste
                     rate = cluster.links[name].gb_per_s * 1e9
                     busy[name, way] = busy.get((name, way), 0.0) + nbytes / rate
             continue
-        crosses = any(peer // nodes != rank // nodes for peer, _ in post.receives)
-        rate = getattr(cluster.collectives, post.operation)[crosses] * 1e9
+        rate = collective_rate(cluster, rank, post, nodes)
         key = post.members, post.lane
         busy[key] = busy.get(key, 0.0) + sum(nbytes for _, nbytes in post.receives) / rate
     return max(busy.values(), default=0.0)

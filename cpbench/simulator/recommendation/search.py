@@ -75,7 +75,7 @@ def _one_rank(case: Case, world: World, cluster: Cluster) -> dict[str, float]:
     programs = record(case, world, *load_method(case, world), kernel.tiling, [rank])[rank]
     cost = functools.partial(event_seconds, costs=kernel, cluster=cluster)
     times = [
-        replay({rank: programs[phase]}, cluster, world.ranks_per_node, cost, alone=True)[rank]
+        replay({rank: programs[phase]}, cluster, world.ranks_per_node, cost)[rank]
         for phase in case.direction.split("_")
     ]
     return {part: sum(getattr(one, part) for one in times) for part in PARTS}
