@@ -1,4 +1,4 @@
-"""Strategies on two nodes of two ranks, or four of one, with slow links between them, on one machine.
+"""Strategies on two nodes of two ranks, or four of one, with slow links, on one machine.
 
     python tests/microbench/shaped_links.py [--rate 1gbit] [--nodes 2] [--every] [--folder FOLDER]
 
@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--paced", type=float, metavar="NS", help="instead of computing, sleep NS "
                         "nanoseconds per visible pair and head: no core is busy")  # fmt: skip
     parser.add_argument("--times-only", action="store_true", help="neither exposure nor a trace")
-    parser.add_argument("--nodes", type=int, choices=(2, 4), default=2, help="of four ranks in all")
+    parser.add_argument("--nodes", type=int, choices=(2, 4), default=2, help="of 4 ranks in all")
     parser.add_argument(
         "--every", action="store_true", help="every strategy whose time is predicted"
     )
