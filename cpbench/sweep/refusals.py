@@ -16,7 +16,14 @@ def leave_out_refused(cases: Iterable[Case]) -> tuple[list[Case], Counter[str]]:
 
     A strategy keeps its cases where all of them are certain to be refused, so that a report says
     why; but for ``single``, which is the default and not always meant.
+
+    Raises:
+        ValueError: if no strategy takes the kind of the operators beside it, in any case.
     """
+    cases = list(cases)
+    unlike = [_kind_refusal(case) for case in cases]
+    if cases and None not in unlike:
+        raise ValueError("; ".join(dict.fromkeys(text for text in unlike if text)))
     reasons = [(case, certain_refusal(case)) for case in cases]
     possible = {case.strategy for case, reason in reasons if reason is None}
     kept, left_out = list[Case](), Counter[str]()
@@ -34,13 +41,18 @@ def certain_refusal(case: Case) -> str | None:
     if name == "single" and case.world_size > 1:
         return "single runs on one rank"
     info = strategy_info(name)
-    operator = operator_info(case.operator.name)
-    if reason := kind_refusal(info, operator, case.strategy.kwargs):
+    if reason := _kind_refusal(case):
         return reason
     layouts = info.layouts
     if case.layout.name not in layouts:
         return f"{name} takes layouts {', '.join(layouts)}"
     return None
+
+
+def _kind_refusal(case: Case) -> str | None:
+    """Why the strategy of a case does not take operators of this kind, or None."""
+    info, operator = strategy_info(case.strategy.name), operator_info(case.operator.name)
+    return kind_refusal(info, operator, case.strategy.kwargs)
 
 
 def describe(left_out: Counter[str]) -> str:

@@ -22,6 +22,14 @@ HEADINGS = {
 }
 
 
+# Notes on what operators a strategy takes, where that is not all of attention.
+_OPERATORS = {
+    "merging": "needs an operator that merges",
+    "mixer": "takes no attention",
+    "any": "also sequence mixers",
+}
+
+
 def rows(kind: str, device: str) -> list[dict[str, Any]]:
     """The rows of a listing, one for each registered entry.
 
@@ -55,8 +63,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 cells["summary"] = f"{row['summary']}; not available: {reason}"
         if cells.pop("kind", "") == "mixer":
             cells["summary"] = f"sequence mixer: {cells['summary']}"
-        if cells.pop("operators", "any") == "merging":
-            cells["summary"] = f"{cells['summary']}; needs an operator that merges"
+        if note := _OPERATORS.get(cells.pop("operators", "")):
+            cells["summary"] = f"{cells['summary']}; {note}"
         if cells.pop("stable", "yes") == "no":
             cells["summary"] = f"{cells['summary']}; not deterministic"
         shown.append({HEADINGS.get(key, key): value for key, value in cells.items()})
@@ -143,13 +151,20 @@ def _strategies(device: str) -> list[dict[str, Any]]:
             "layouts": ["any"] if info.layouts == registry.ANY_LAYOUT else list(info.layouts),
             "parameters": list(info.params),
             "placements": list(info.axes),
-            "operators": "merging" if info.merges else "any",
+            "operators": _operators_of(info),
             "here": _strategy_availability(info),
             "summary": info.summary,
             "source": info.source,
         }
         for _, info in sorted(registry.strategies().items())
     ]
+
+
+def _operators_of(info: registry.StrategyInfo) -> str:
+    """``attention``, ``mixer``, ``any`` of both, or ``merging`` operators of attention."""
+    if info.merges:
+        return "merging"
+    return "any" if len(info.kinds) > 1 else info.kinds[0]
 
 
 def _strategy_availability(info: registry.StrategyInfo) -> str:

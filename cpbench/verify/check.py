@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 SMALL_TOKENS = 320
 SELECTION_TOKENS = 1024  # for selectors, which need more blocks to select from
 WINDOW_TOKENS = 32
+MOST_CHUNKED_TOKENS = 1024  # on one rank, of mixers whose chunks are part of their definition
 
 Tensors = dict[str, "torch.Tensor"]
 T = TypeVar("T")
@@ -235,9 +236,18 @@ def reduced_world(work: Attention) -> World:
     """The world for :func:`check_small`: that of ``work`` with a reduced mask, same layout."""
     world = work.world
     tokens = SELECTION_TOKENS if work.op.info.selects else SMALL_TOKENS
-    tokens = max(tokens, getattr(work.op.impl, "small_tokens", 0))
+    chunk = getattr(work.op.impl, "fixed_chunk", 0)
+    tokens = max(tokens, min(2 * chunk, MOST_CHUNKED_TOKENS))
     # A multiple that layouts split evenly, since some strategies do not pad.
-    mask = reduced_mask(work.mask, tokens - tokens % (2 * world.size))
+    unit = 2 * world.size
+    mask = reduced_mask(work.mask, tokens - tokens % unit)
+    if chunk and world.size > 1:
+        # Chunks are counted from the starts of documents, and a layout may cut none.
+        tokens = max(tokens - tokens % (unit * chunk), unit * chunk)
+        mask = work.mask
+        if mask.seq_q > tokens:
+            assert isinstance(mask, AttnMask)
+            mask = mask.crop(0, tokens, 0, tokens).simplify()
     problem = replace(world.problem, seq_q=mask.seq_q, seq_k=mask.seq_k)
     shared_mask = mask if isinstance(mask, AttnMask) else None
     layout = layouts.build(world.keys.name, mask.seq_k, world.size, shared_mask)

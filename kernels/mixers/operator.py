@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from cpbench.core.problem import Problem
     from cpbench.masks.attn_mask import AttnMask
 
-MOST_SMALL_TOKENS = 1024  # of the small check of a mixer whose chunks are part of its definition
-
 
 @dataclass(frozen=True)
 class Prepared:
@@ -63,9 +61,9 @@ class MixerOperator:
         return f"{self.form.name}:chunk={self._chunk}" if self.form.lagging else self.form.name
 
     @property
-    def small_tokens(self) -> int:
-        """Tokens of a small problem in which its chunks show; 0 for any."""
-        return min(2 * self._chunk, MOST_SMALL_TOKENS) if self.form.lagging else 0
+    def fixed_chunk(self) -> int:
+        """Tokens of a chunk where that is part of the definition, else 0."""
+        return self._chunk if self.form.lagging else 0
 
     def flops(self, problem: Problem) -> dict[str, int]:
         """FLOPs of the forward and the backward pass."""
