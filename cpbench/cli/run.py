@@ -317,7 +317,7 @@ def init(
 def verify(
     operator: Annotated[
         str | None,
-        operator_list(help="Operators to check.  [default: all]"),
+        operator_list(help="Operators to check; mixers: all of these.  [default: all]"),
     ] = None,
     strategy: Annotated[
         str | None,

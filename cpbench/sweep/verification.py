@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ from cpbench.core.settings import MeasureSettings
 from cpbench.core.spec import Spec
 from cpbench.results.record import FAILURES, Record
 from cpbench.results.store import Run
-from cpbench.sweep import sweep_file
+from cpbench.sweep import sweep_file, verification_mixers
 from cpbench.sweep.request import Request
+from cpbench.sweep.verification_mixers import DOCUMENTS, LONG_SEQ_LEN, VALUE_DIMS
 
 SEQ_LEN = 293  # prime: no block size divides it
-DOCUMENTS = "doc_lens=[1,60,100,7,125]"
 MASKS = (
     "full",
     "causal",
@@ -44,7 +44,6 @@ DILATED_MASKS = (
     "dilated:segment=32,branches=3,ratio=2",
     "dilated:segment=50,branches=2,ratio=3,causal=false",
 )
-LONG_SEQ_LEN = 1111
 LONG_MASKS = (
     "causal",
     "sliding_window_causal:window=200",
@@ -55,12 +54,6 @@ FEW_MASKS = ("full", "causal", f"causal_document:{DOCUMENTS}", f"share_question:
 WORLD_SIZES = (2, 3, 4)
 # 2, 3 and 6 ranks divide 6 key/value heads; 2 are replicated on 4, 6 and 8.
 STRATEGY_HEADS = ((24, 6), (24, 2))
-
-# Values of another head_dim than queries and keys, as in multi-head latent attention.
-VALUE_DIMS = {"head_dim": 24, "head_dim_v": 16}
-
-MIXER_MASKS = ("causal", f"causal_document:{DOCUMENTS}")
-MIXER_HEADS = {"num_heads_q": 4, "num_heads_kv": 4}
 
 TENSORS = ("out", "lse", "state", "dq", "dk", "dv", "dg", "dbeta")
 
@@ -77,11 +70,12 @@ def quick_tables(device: str, devices: int) -> list[dict[str, Any]]:
         "seq_len": SEQ_LEN, "num_heads_q": 4, "num_heads_kv": 2, "head_dim": 64,
         "direction": "fwd_bwd",
     }  # fmt: skip
-    names, mixers = _split_mixers(sorted(registry.operators()))
+    names, mixers = verification_mixers.split(sorted(registry.operators()))
     by_head = [name for name in names if "heads" in registry.operators()[name].masks]
     forward_only = [name for name in names if device not in registry.operators()[name].backward_on]
     strategies = [name for name in registry.strategies_for("attention") if name != "single"]
     unequal = {**shapes, **VALUE_DIMS, "dtype": "bfloat16"}
+    on_mixers = {**shapes, **verification_mixers.HEADS, "dtype": "bfloat16", "mask": documents}
     both = {"dtype": ["bfloat16", "float32"], "mask": ["causal", documents]}
     return [
         {**shapes, **both, "operator": names},
@@ -89,15 +83,15 @@ def quick_tables(device: str, devices: int) -> list[dict[str, Any]]:
         {**shapes, "operator": by_head, "dtype": "bfloat16", "mask": blocks},
         {**shapes, "operator": "dilated", "dtype": "bfloat16", "mask": DILATED_MASKS[0]},
         {**unequal, "operator": _taking_value_dims(names)},
-        {**shapes, **MIXER_HEADS, "operator": mixers, "dtype": "bfloat16", "mask": MIXER_MASKS[1]},
+        {**on_mixers, "operator": mixers},
         {**unequal, "strategy": ["ring", "ulysses"], "world_size": min(devices, 2)},
         *(
             {**shapes, "strategy": name, "layout": registry.strategies()[name].layouts[0],
              "world_size": min(devices, 2), "dtype": "bfloat16", "mask": ["causal", documents]}
             for name in strategies
         ),
-        {**shapes, **MIXER_HEADS, "operator": "gated_deltanet", "dtype": "bfloat16",
-         "strategy": _distributing_mixers(), "mask": documents, "world_size": min(devices, 2)},
+        {**on_mixers, "operator": list(verification_mixers.FEW), "world_size": min(devices, 2),
+         "strategy": verification_mixers.distributing()},
     ]  # fmt: skip
 
 
@@ -129,7 +123,7 @@ def build_request(
     """
     settings = MeasureSettings(time=False, memory=False, quality=False, timeout_s=timeout_s)
     named = sweep_file.split_list(operators) if operators else _all_operators()
-    operator_specs, mixers = _split_mixers(named)
+    operator_specs, mixers = verification_mixers.split(named)
     known = registry.strategies_for("attention").items()
     traced = [name for name, info in known if info.traced]
     # Strategies that wrap a library are verified only when named.
@@ -146,7 +140,7 @@ def build_request(
     tables: list[dict[str, Any]] = []
     alone = not strategies or "single" in strategy_specs
     if alone and mixers:
-        tables += _mixer_tables(mixers, shapes, bool(masks))
+        tables += verification_mixers.tables_alone(mixers, shapes, bool(masks))
     if alone and operator_specs:
         for num_heads_q, num_heads_kv, head_dim in ((4, 2, 64), (3, 1, 128)):
             tables.append(
@@ -170,7 +164,18 @@ def build_request(
             tables.append({**shapes, **heads, **VALUE_DIMS, **few_masks})
     if not operators and (not strategies or "single" in strategy_specs):
         strategy_specs = [*strategy_specs, *_variants("single")]
-    parallel = [spec for spec in map(Spec.parse, strategy_specs) if spec != Spec("single")]
+    parallel = [
+        spec
+        for spec in map(Spec.parse, strategy_specs)
+        if spec != Spec("single") and "attention" in registry.strategy_info(spec.name).kinds
+    ]
+    for spec in _of_mixers(strategy_specs if strategies else verification_mixers.distributing()):
+        if not operators or (mixers and strategies):
+            few = not operators and not world_sizes
+            on_sizes = verification_mixers.FEW_SIZES if few else sizes
+            tables += verification_mixers.tables_on_ranks(
+                spec, mixers if operators else (), shapes, on_sizes, bool(masks)
+            )
     if parallel and (strategies or not operators) and (operator_specs or not mixers):
         base = {**shapes, "operator": operator_specs if operators else "bands", "head_dim": 16}
         sizes = sizes if world_sizes else ["1", *sizes]
@@ -186,10 +191,9 @@ def build_request(
         for case in sweep_file.expand_table(table):
             cases.setdefault(case.id, case)
     if not cases:
+        names = ", ".join(["single", *verification_mixers.distributing()])
         raise ValueError(
-            "nothing to verify: --strategy names no strategy"
-            if not mixers
-            else "nothing to verify: mixers run under the strategy single"
+            f"nothing to verify: mixers run under {names}, attention under other strategies"
         )
     return Request(
         name="verify",
@@ -208,38 +212,11 @@ def usable_devices(device: str) -> int:
     return max(1, len(list(Path("/dev").glob("nvidia[0-9]*"))))
 
 
-def _split_mixers(operators: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Operators of attention, and sequence mixers, each with its parameters."""
-    kinds: dict[str, list[str]] = {"attention": [], "mixer": []}
-    for text in operators:
-        kinds[registry.operator_info(Spec.parse(text).name).kind].append(text)
-    return kinds["attention"], kinds["mixer"]
-
-
-def _mixer_tables(
-    mixers: list[str], shapes: Mapping[str, Any], given_masks: bool
-) -> list[dict[str, Any]]:
-    """Tables of mixers on one rank: small, longer than the small check, other head_dims of values,
-    gates of 20 nats a token, and the full mask of those that take it."""
-    masks = {} if given_masks else {"mask": list(MIXER_MASKS)}
-    base = {**shapes, **MIXER_HEADS, **masks, "operator": mixers}
-    if given_masks:
-        return [{**base, "head_dim": 64, "direction": ["fwd", "fwd_bwd"]}]
-    full = [
-        text for text in mixers if "full" in registry.operator_info(Spec.parse(text).name).masks
-    ]
-    return [
-        {**base, "head_dim": 64, "direction": ["fwd", "fwd_bwd"]},
-        {**base, **VALUE_DIMS},
-        {**base, "head_dim": 16, "inputs": "gates:shortest=0.03"},
-        {**base, "head_dim": 32, "seq_len": LONG_SEQ_LEN},
-        *([{**base, "operator": full, "mask": "full"}] if full else []),
-    ]
-
-
-def _distributing_mixers() -> list[str]:
-    """Names of the strategies of sequence mixers on several ranks."""
-    return [name for name in registry.strategies_for("mixer") if name != "single"]
+def _of_mixers(strategies: Iterable[str]) -> list[Spec]:
+    """Those of the strategies that take sequence mixers on several ranks."""
+    specs = map(Spec.parse, strategies)
+    known = {spec: registry.strategy_info(spec.name).kinds for spec in specs}
+    return [spec for spec, kinds in known.items() if "mixer" in kinds and spec.name != "single"]
 
 
 def _taking_value_dims(operators: Iterable[str]) -> list[str]:

@@ -251,8 +251,38 @@ def test_verify_has_cases_of_mixers(tmp_path: Path) -> None:
     assert {str(case.inputs) for case in mixed} == {"gates", "gates:shortest=0.03"}
     assert max(case.seq_len for case in mixed) > check.SMALL_TOKENS
     assert {case.operator.name for case in cases(None)} == set(registry.operators())
-    with pytest.raises(ValueError, match="nothing to verify: mixers run under the strategy single"):
+    with pytest.raises(
+        ValueError, match="nothing to verify: mixers run under single, scan, ulysses"
+    ):
         cases("gla", "ring")
+
+
+def test_verify_has_cases_of_mixers_on_ranks(tmp_path: Path) -> None:
+    def cases(operators: str | None, strategies: str | None, sizes: str | None) -> list[Case]:
+        request = verification.build_request(
+            operators=operators, strategies=strategies, masks=None, world_sizes=sizes, dtypes=None,
+            device="cpu", launcher="local", out=tmp_path, timeout_s=60.0,
+        )  # fmt: skip
+        return [c for c in request.cases if registry.operator_info(c.operator.name).mixer]
+
+    few = [case for case in cases(None, None, None) if case.world_size > 1]
+    assert {case.strategy.name for case in few} == {"scan", "ulysses"}
+    assert len(few) < 30
+    whole = cases("mixers", "scan,ulysses", "1,2,3,4,8")
+    assert {case.operator.name for case in whole} == set(MIXERS)
+    assert {case.world_size for case in whole} == {1, 2, 3, 4, 8}
+    for name in MIXERS:
+        ways = {str(case.strategy) for case in whole if case.operator.name == name}
+        assert ways == {
+            "scan", "scan:by=ring", "scan:blocks=2,by=ring", "scan:by=doubling", "ulysses",
+            "ulysses:pad=true",
+        }  # fmt: skip
+        of_name = [case for case in whole if case.operator.name == name]
+        assert {c.mask.name for c in of_name} == {"causal", "causal_document"}
+        assert {c.direction for c in of_name} == {"fwd", "fwd_bwd"}
+        assert {c.dtype for c in of_name} == {"float32", "bfloat16"}
+        assert {c.layout.name for c in of_name} >= {"contiguous", "zigzag"}
+    assert max(case.seq_len for case in whole) > check.SMALL_TOKENS
 
 
 def test_inputs_of_a_file(tmp_path: Path) -> None:
