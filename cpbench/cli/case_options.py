@@ -7,7 +7,14 @@ from typing import Annotated
 import typer
 
 from cpbench.cli.completion import complete
-from cpbench.cli.options import direction_list, dtype_list, layout_list, list_option, mask_list
+from cpbench.cli.options import (
+    direction_list,
+    dtype_list,
+    layout_list,
+    list_option,
+    mask_list,
+    operator_list,
+)
 from cpbench.core.problem import Case
 
 Strategies = Annotated[
@@ -35,6 +42,10 @@ Batches = Annotated[str, list_option(help="Batch sizes.")]
 Dtypes = Annotated[str, dtype_list(help="Data types.")]
 Cluster = Annotated[
     str, typer.Option(metavar="NAME|FILE", help="A packaged cluster, or a file of constants.")
+]
+Operators = Annotated[
+    str,
+    operator_list(help="What is computed: attention, or sequence mixers by name."),
 ]
 ClusterOperator = Annotated[
     str,

@@ -31,6 +31,7 @@ commands = typer.Typer()
 @commands.command()
 def traffic(
     strategy: case_options.Strategies,
+    operator: case_options.Operators = "bands",
     mask: case_options.Masks = None,
     seq_len: case_options.SeqLens = "128k",
     world_size: case_options.WorldSizes = "8",
@@ -66,7 +67,7 @@ def traffic(
             world_size, gpus_per_node, mask, placement,
             strategy=strategy, layout=layout, seq_len=seq_len, queries=queries, batch=batch,
             num_heads_q=num_heads_q, num_heads_kv=num_heads_kv, head_dim=head_dim,
-            head_dim_v=head_dim_v, dtype=dtype, direction=direction,
+            head_dim_v=head_dim_v, dtype=dtype, direction=direction, operator=operator,
         )  # fmt: skip
         rates = read_link_rates(links) if links else None
         if len(cases) > 1:

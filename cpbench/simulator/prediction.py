@@ -20,7 +20,7 @@ from cpbench.core.operator import value_dims_refusal
 from cpbench.core.problem import Case
 from cpbench.core.registry import LoadError, implementation, operator_info, strategy_info
 from cpbench.masks.head_masks import per_head
-from cpbench.parallel.strategy import declared_refusal, untraced_reason
+from cpbench.parallel.strategy import declared_refusal, kind_refusal, untraced_reason
 from cpbench.parallel.world import World
 from cpbench.simulator import memory
 from cpbench.simulator.cluster import Cluster, load
@@ -105,7 +105,12 @@ def load_method(case: Case, world: World) -> tuple[Strategy, OperatorInfo]:
     if not info.traced:
         raise ValueError(f"{untraced_reason(info)}; so its time is not predicted")
     if operator.mixer:
-        raise ValueError(f"{operator.name} is a sequence mixer, whose time is not predicted")
+        raise ValueError(
+            f"{operator.name} is a sequence mixer, whose time is not predicted; cpbench traffic "
+            "says what it sends"
+        )
+    if reason := kind_refusal(info, operator, case.strategy.kwargs):
+        raise ValueError(reason)
     if operator.selects:
         raise ValueError(f"{operator.name} selects by the data, so its work is not known before")
     if per_head(world.mask):

@@ -21,6 +21,7 @@ from cpbench.tools.link_rates import LinkRates
 # Sizes of a case, and its facts in a sentence.
 _SIZES = ("seq_len", "world_size", "ranks_per_node", "queries", "num_heads_q", "num_heads_kv",
           "head_dim", "head_dim_v", "batch", "dtype", "direction")  # fmt: skip
+_METHOD = ("operator", "strategy", "layout")
 _NAMED = {
     "mask": "{}", "seq_len": "{} tokens", "world_size": "world size {}",
     "ranks_per_node": "{} ranks per node", "queries": "last {} queries", "num_heads_q": "{} heads",
@@ -100,6 +101,7 @@ def _summarise(case: Case, replies: list[dict[str, Any]]) -> dict[str, Any]:
     )
     first = next(iter(phases.values()))["area_per_rank"]
     return {
+        "operator": str(case.operator),
         "strategy": str(case.strategy),
         "layout": str(case.layout),
         "mask": str(case.mask),
@@ -189,7 +191,7 @@ def comparison(cases: Sequence[Case], rates: LinkRates | None) -> list[dict[str,
     rows = []
     for case, prediction in zip(cases, predict_all(cases), strict=True):
         row: dict[str, Any] = {
-            "strategy": str(case.strategy), "layout": str(case.layout),
+            **{name: str(getattr(case, name)) for name in _METHOD},
             "placement": case.placement, "mask": str(case.mask),
             **{name: getattr(case, name) for name in _SIZES}, "refused": None,
         }  # fmt: skip
@@ -232,10 +234,12 @@ def comparison_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     common = _describe(rows[0], [name for name in _NAMED if name not in varying])
     possible = [row for row in rows if row["refused"] is None]
     layouts = len({row["layout"] for row in possible}) > 1
+    operators = len({row["operator"] for row in possible}) > 1
     copies = any(row["to_device_bytes"] + row["to_host_bytes"] for row in possible)
     cells = [
         {
             "strategy": row["strategy"] + (f" {row['placement']} inside" * bool(row["placement"])),
+            "operator": row["operator"] if operators else "",
             "layout": row["layout"] if layouts else "",
             "MB across": f"{row['across_bytes'] / 1e6:,.1f}",
             "MB sent": f"{row['sent_bytes'] / 1e6:,.1f}",
@@ -260,7 +264,7 @@ def comparison_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         lines += [f"{_describe(members[0], varying)}:"] if varying else []
         lines += itertools.chain.from_iterable(itertools.islice(remaining, len(members)))
     refusals = dict.fromkeys(
-        f"refused: {row['strategy']}, layout {row['layout']}: {row['refused']}"
+        f"refused: {row['strategy']} of {row['operator']}, layout {row['layout']}: {row['refused']}"
         for row in rows if row["refused"]
     )  # fmt: skip
     lines += ["", *table.legend_lines] if table.legend else []

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from cpbench.core.problem import Case
-from cpbench.core.registry import LoadError, implementation, operator_info, strategy_info
-from cpbench.parallel.strategy import declared_refusal, untraced_reason
+from cpbench.core.registry import LoadError
+from cpbench.parallel.tracing.method import load_method
 from cpbench.parallel.world import World
 
 if TYPE_CHECKING:
@@ -30,14 +30,7 @@ def trace_case(case: Case, ranks: Sequence[int], memory_ranks: Sequence[int]) ->
     from cpbench.parallel.tracing.memory_trace import peak_bytes
     from cpbench.parallel.tracing.trace import count_rank
 
-    world = World.of_case(case, case.world_size)
-    info, operator = strategy_info(case.strategy.name), operator_info(case.operator.name)
-    if not info.traced:
-        raise ValueError(untraced_reason(info))
-    strategy = implementation(info, case.strategy.kwargs)
-    reason = declared_refusal(info, world) or strategy.unsupported(world)
-    if reason is not None:
-        raise ValueError(reason)
+    strategy, operator, world = load_method(case, World.of_case(case, case.world_size))
     phases = case.direction.split("_")
     peaks = {rank: peak_bytes(strategy, operator, world, rank) for rank in memory_ranks}
     return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from limits import LIMIT_S
 
 from cpbench.core.problem import Case
 from cpbench.core.spec import Spec
+from cpbench.core.subprocess_call import RequestRefused
 from cpbench.tools.link_rates import LinkRates, read_link_rates
 from cpbench.tools.traffic import comparison, comparison_lines, link_ms, predict_traffic
 
@@ -21,6 +23,38 @@ def case(strategy: str, **fields: int | str) -> Case:
               "num_heads_kv": 8, **fields}  # fmt: skip
     layout = Spec.parse(str(values.pop("layout", "zigzag")))
     return Case(operator=Spec("bands"), strategy=Spec.parse(strategy), layout=layout, **values)
+
+
+def test_the_table_of_volumes_of_mixers() -> None:
+    """MiB of the busiest rank, forward (docs/mixers.md): Gated DeltaNet, 32 heads of 128 x 128."""
+    shapes = {"num_heads_q": 32, "num_heads_kv": 32, "head_dim": 128, "direction": "fwd"}
+    wanted = {("scan", 8): 28, ("scan", 64): 252, ("scan:by=ring", 8): 2, ("scan:by=ring", 64): 2,
+              ("scan:by=doubling", 8): 10, ("scan:by=doubling", 64): 22}  # fmt: skip
+    cases = [
+        replace(case(name, layout="contiguous", world_size=size, **shapes),
+                operator=Spec("gated_deltanet"))
+        for name, size in wanted
+    ]  # fmt: skip
+    rows = comparison(cases, None)
+    found = {(row["strategy"], row["world_size"]): row["sent_bytes"] / (1 << 20) for row in rows}
+    assert found == wanted
+    assert all(row["buffers_bytes"] > 0 for row in rows)
+
+
+def test_mixers_and_strategies_of_attention_refuse_each_other() -> None:
+    for operator, strategy, reason in (
+        ("bands", "scan", "scan distributes sequence mixers; bands computes attention"),
+        ("gla", "ring", "ring distributes attention; gla is a sequence mixer"),
+    ):
+        with pytest.raises(RequestRefused, match=reason):
+            predict_traffic(replace(case(strategy), operator=Spec(operator)))
+    few_heads = replace(case("scan", num_heads_kv=2), operator=Spec("gla"))
+    window = replace(
+        case("ulysses"), operator=Spec("gla"), mask=Spec.parse("sliding_window_causal:window=8")
+    )
+    for refused, reason in ((few_heads, "not 2 for 8"), (window, "gla takes causal")):
+        with pytest.raises(RequestRefused, match=reason):
+            predict_traffic(refused)
 
 
 def link_file(path: Path, **times_us: dict[int, float]) -> Path:
