@@ -241,7 +241,7 @@ def reduced_world(work: Attention) -> World:
     # A multiple that layouts split evenly, since some strategies do not pad.
     unit = 2 * world.size
     mask = reduced_mask(work.mask, tokens - tokens % unit)
-    if chunk and world.size > 1:
+    if chunk and (world.size > 1 or world.keys.name != "contiguous"):
         # Chunks are counted from the starts of documents, and a layout may cut none.
         tokens = max(tokens - tokens % (unit * chunk), unit * chunk)
         mask = work.mask

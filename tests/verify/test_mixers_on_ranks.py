@@ -8,7 +8,12 @@ import pytest
 from paths import HELPERS
 from whole_runs import run_cases
 
+from cpbench.api import Attention
+from cpbench.core.problem import Case
+from cpbench.core.spec import Spec
+from cpbench.parallel.world import World
 from cpbench.results.record import Record
+from cpbench.verify import check
 
 STRATEGIES = HELPERS / "wrong_mixer_strategies.py"
 DOCUMENTS = "causal_document:doc_lens=[100,7,193,800]"
@@ -73,3 +78,20 @@ def test_they_are_measured(tmp_path: Path) -> None:
     assert scan.computes == "gated_deltanet"
     state, transition = 4 * 2 * 16 * 16, 4 * 2 * 16 * 16
     assert scan.bytes_sent == {"fwd": [state + transition] * 2, "bwd": [state] * 2}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_the_small_problem_cuts_no_chunk_of_a_definition(layout: str, size: int) -> None:
+    documents = Spec.parse("causal_document:doc_lens=[16,272,64,416]")
+    for mask in (Spec("causal"), documents):
+        case = Case(
+            operator=Spec.parse("ttt:chunk=16"), strategy=Spec("scan"), layout=Spec(layout),
+            mask=mask, seq_len=1536 if mask.name == "causal" else 768, world_size=size,
+            inputs=Spec("gates"),
+        )  # fmt: skip
+        method = case.operator, case.strategy
+        work = Attention(*method, World.of_case(case, size), 0, "cpu")
+        small = check.reduced_world(work)
+        assert check.SMALL_TOKENS / 2 < small.mask.seq_q < case.seq_len
+        Attention(*method, small, 0, "cpu")
