@@ -77,6 +77,8 @@ COLUMNS = {
     "limit_mb": "device memory per rank",
     "sent_mb": "bytes sent, max per rank",
     "predicted_sent_mb": "bytes sent according to the trace of the plan, max per rank",
+    "allgather_mb": "bytes that an all-gather of all keys would send, where the data decide which "
+    "keys are sent; max per rank",
     "to_device_mb": "bytes copied from host memory to the device, max per rank",
     "to_host_mb": "bytes copied from the device to host memory, max per rank",
     "predicted_to_device_mb": "bytes copied to the device according to the trace, max per rank",

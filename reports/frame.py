@@ -254,6 +254,7 @@ def _traffic_columns(record: Record) -> dict[str, float | None]:
     row = {
         "sent_mb": _max_over_ranks(sent, 1e6),
         "across_mb": _max_over_ranks(across, 1e6),
+        "allgather_mb": _max_over_ranks(_per_rank(record.allgather_bytes), 1e6),
         "predicted_sent_mb": _max_over_ranks(_per_rank(record.predicted_bytes), 1e6),
         "to_device_mb": _max_over_ranks(_per_rank(record.bytes_to_device), 1e6),
         "to_host_mb": _max_over_ranks(_per_rank(record.bytes_to_host), 1e6),

@@ -67,6 +67,7 @@ class Attention:
         operator_class: how the operator is bound.
 
     Attributes:
+        operator: its spec.
         offloaded: whether inputs and results are in host memory, pinned beside a GPU.
         home: the device of inputs and results: ``device``, or that of host memory.
 
@@ -109,6 +110,7 @@ class Attention:
         reason = self.strategy.unsupported(world)
         if reason is not None:
             raise Unsupported(reason)
+        self.operator = operator_spec
         self._specs = f"{operator_spec} {strategy_spec}"
         start = time.perf_counter()
         self.plan = self.strategy.prepare(self.op, world, rank)

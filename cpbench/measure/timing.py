@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cpbench.core.operator import QKV
+from cpbench.core.registry import implementation, strategy_info
 from cpbench.core.settings import MeasureSettings
 from cpbench.measure.memory import HeldMemory, tensor_bytes
 from cpbench.measure.processor_use import ProcessorUse
@@ -23,6 +24,7 @@ from cpbench.parallel.comm import Traffic
 from cpbench.parallel.comm_torch import TorchComm
 from cpbench.parallel.host_memory.account import MemoryAccount
 from cpbench.parallel.tracing.memory_trace import peak_bytes
+from cpbench.parallel.tracing.trace import trace_rank
 from cpbench.results.record import relative_half_width
 from cpbench.selectors.common.base import Selector
 from cpbench.strategies.libraries.traffic import record_messages
@@ -140,6 +142,16 @@ class Workload:
     def offloaded(self) -> bool:
         """Whether inputs and results are in host memory."""
         return self._work.offloaded
+
+    def allgather_phases(self) -> dict[str, PhaseTrace]:
+        """What an all-gather of all keys would send, by phase, where the strategy sends those that
+        the data select; else empty."""
+        work = self._work
+        if work.info.selectors != "pooled":
+            return {}
+        strategy = implementation(strategy_info("ring_allgather"), {"keep": True})
+        trace = trace_rank(strategy, work.op.info, work.world, work.rank)
+        return {phase: trace.phases[phase] for phase in self.phases}
 
     def traced_phases(self) -> dict[str, PhaseTrace]:
         """The trace of this rank by phase; empty without one."""
@@ -267,25 +279,29 @@ def iterate(
     return total_us
 
 
-def record_traffic(workload: Workload, comm: Comm, control: Control) -> dict[str, Traffic]:
+def record_traffic(
+    workload: Workload, comm: Comm, control: Control
+) -> tuple[dict[str, Traffic], bool]:
     """What this rank sends by phase, in a pass of its own: what passes through ``comm``, and what
-    goes to torch.distributed behind it."""
+    goes to torch.distributed behind it; and whether ``comm`` counted all of it."""
     import torch.distributed as dist
 
-    traffic = {}
+    traffic, complete = {}, True
     workload.reset()
     for phase in workload.phases:
         comm.traffic.clear()
         control.barrier()
         run = functools.partial(workload.run_phase, phase)
         _, messages = record_messages(dist.group.WORLD, run)
+        counted = comm.traffic.bytes_to[:]
         if isinstance(comm, TorchComm):
             comm.traffic.clear_messages()  # they are among those recorded
         for message in messages:
             comm.traffic.add(*message)
         traffic[phase] = comm.traffic.snapshot()
+        complete &= traffic[phase].bytes_to == counted
     workload.reset()
-    return traffic
+    return traffic, complete
 
 
 def measure_steps(

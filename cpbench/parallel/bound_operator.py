@@ -65,8 +65,8 @@ class BoundOperator:
 
     Attributes:
         pairs: visible pairs computed so far, counted once per query head.
-        selected: of a selector: a list to which every call appends its queries and its selection;
-            None to record none.
+        selected: of a selector: a list to which every call appends its queries, number of heads and
+            selection; None to record none.
     """
 
     forward_accumulator_type: type[ForwardAccumulator] = ForwardAccumulator
@@ -75,7 +75,7 @@ class BoundOperator:
     def __init__(self, info: OperatorInfo, impl: Operator, device: str) -> None:
         self.info, self.impl, self.device = info, impl, device
         self.pairs = 0
-        self.selected: list[tuple[IntArray, Any]] | None = None
+        self.selected: list[tuple[IntArray, int, Any]] | None = None
 
     def is_deterministic(self, problem: Problem) -> bool:
         """Whether two runs are bitwise equal."""

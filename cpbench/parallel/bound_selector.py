@@ -176,7 +176,7 @@ def given_back(
     assert plan.order is not None
     if op.selected is not None:
         branches = branches or op.impl.selection_of(out).branches  # type: ignore[attr-defined]
-        op.selected.append((plan.order.rows, branches))
+        op.selected.append((plan.order.rows, q.shape[2], branches))
     index = plan.order.queries
     if index is None:
         return out, lse
@@ -279,7 +279,7 @@ class BoundPooledSelector:
         assert plan.order is not None
         if not len(columns):
             if op.selected is not None and branches is not None:
-                op.selected.append((plan.order.rows, branches))
+                op.selected.append((plan.order.rows, q.shape[2], branches))
             out, lse = nothing_visible(q, qkv.v.shape[3])
             return out, lse if op.returns_lse else None
         narrow = self._impl.narrowed(branches, columns)

@@ -108,7 +108,8 @@ class Record:
             counted; of mixers those of the recurrence.
         area: visible pairs of the mask per head (mean over heads); of selectors, those selected.
         balance: visible pairs that each rank computed in one pass over all phases, counted once per
-            query head; None for selectors and mixers.
+            query head; of selectors on several ranks, those that it selected; None for selectors on
+            one rank, and for mixers.
         memory_bytes: by kind, ``[rank]``: ``inputs``; ``plan`` and ``saved`` (held before a pass);
             ``held`` (what else the operator keeps); ``peak`` (on top of those, during one);
             ``process`` (as ``peak``, with what torch does not allocate); ``predicted`` (a peak
@@ -122,6 +123,9 @@ class Record:
         largest_message: by phase, bytes of the largest message of any rank.
         predicted_bytes: by phase, ``[rank]``: bytes sent according to the trace of the plan (see
             ``cpbench.parallel.tracing``); empty where a library does the sending.
+        allgather_bytes: by phase, ``[rank]``: what ``ring_allgather:keep=true`` would send: the
+            bound on the keys and gradients of a strategy that sends what the data select; empty for
+            others.
         bytes_to_device, bytes_to_host: by phase, ``[rank]``: copied between host memory and the
             device, by strategies whose tensors are in host memory; empty for others.
         predicted_to_device, predicted_to_host: the same according to the trace.
@@ -171,6 +175,7 @@ class Record:
     messages: dict[str, list[int]] = field(default_factory=dict)
     largest_message: dict[str, int] = field(default_factory=dict)
     predicted_bytes: dict[str, list[int]] = field(default_factory=dict)
+    allgather_bytes: dict[str, list[int]] = field(default_factory=dict)
     bytes_to_device: dict[str, list[int]] = field(default_factory=dict)
     bytes_to_host: dict[str, list[int]] = field(default_factory=dict)
     predicted_to_device: dict[str, list[int]] = field(default_factory=dict)

@@ -16,7 +16,7 @@ PHASES = frozenset(("fwd", "bwd"))
 VARIANTS = frozenset(("whole", "compute", "transfer"))  # of exposure_us
 PARTS = frozenset(("select", "plan", "kernel"))  # of parts_us
 PER_RANK = (
-    "memory_bytes", "bytes_sent", "bytes_across", "messages", "predicted_bytes",
+    "memory_bytes", "bytes_sent", "bytes_across", "messages", "predicted_bytes", "allgather_bytes",
     "bytes_to_device", "bytes_to_host", "predicted_to_device", "predicted_to_host",
 )  # fmt: skip
 LATEST_S = 253_402_300_799  # the end of the year 9999, in seconds since the epoch

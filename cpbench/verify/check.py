@@ -10,6 +10,7 @@ No time is reported without it and those at the measured size: lines in ``verify
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar, cast
@@ -239,8 +240,8 @@ def reduced_world(work: Attention) -> World:
     chunk = getattr(work.op.impl, "fixed_chunk", 0)
     tokens = max(tokens, min(2 * chunk, MOST_CHUNKED_TOKENS))
     # A multiple that layouts split evenly, since some strategies do not pad.
-    unit = 2 * world.size
-    mask = reduced_mask(work.mask, tokens - tokens % unit)
+    unit = 2 * world.size * _selected_together(work)
+    mask = reduced_mask(work.mask, max(tokens - tokens % unit, unit))
     if chunk and (world.size > 1 or world.keys.name != "contiguous"):
         # Chunks are counted from the starts of documents, and a layout may cut none.
         tokens = max(tokens - tokens % (unit * chunk), unit * chunk)
@@ -252,6 +253,15 @@ def reduced_world(work: Attention) -> World:
     shared_mask = mask if isinstance(mask, AttnMask) else None
     layout = layouts.build(world.keys.name, mask.seq_k, world.size, shared_mask)
     return World.of(problem, mask, layout, world.ranks_per_node, world.placement)
+
+
+def _selected_together(work: Attention) -> int:
+    """Adjacent tokens that no layout may cut: those that a selector selects, or selects for."""
+    impl = work.op.impl
+    if not work.op.info.selects or work.world.size == 1:
+        return 1
+    key_block = impl.key_block if work.info.selectors == "pooled" else 1  # type: ignore[attr-defined]
+    return math.lcm(impl.query_block, key_block)  # type: ignore[attr-defined]
 
 
 def check_small(

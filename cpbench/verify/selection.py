@@ -1,6 +1,7 @@
 """The small and sampled checks of selectors: are the results right, given the selection?
 
-Both checks take the selection from the operator itself.  Whether it is the right one is tested by
+Both checks take the selection from the operator itself; of several ranks they are made on rank 0,
+where everything is gathered.  Whether it is the right one is tested by
 the tests of selectors; how much attention it recalls is measured in ``cpbench.verify.quality``.
 Means of keys (or queries) are recomputed in float64.
 
@@ -9,7 +10,6 @@ Legend: B batch, S queries, T keys, H query heads, G key/value heads, D head dim
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,7 @@ from cpbench.verify.branch_lines import (
 )
 from cpbench.verify.check import RankContext, Tensors, run_pass
 from cpbench.verify.errors import Errors, ErrorSums, TensorErrorSums, combined_errors
+from cpbench.verify.gathered import OneRank, run_pass_as_one_rank
 
 if TYPE_CHECKING:
     import torch
@@ -49,13 +50,16 @@ def run_pass_with_selection(work: Attention, inputs: Tensors) -> tuple[Tensors, 
 
 def check_small(work: Attention, inputs: Tensors, context: RankContext) -> Errors:
     """Errors of every output and gradient of a small problem."""
-    results, selection = run_pass_with_selection(work, inputs)
+    _, one, _ = run_pass_as_one_rank(work, inputs, context)
 
     def compare() -> ErrorSums:
+        if one is None:
+            return {}
+        selection, scale = one.selection, work.problem.softmax_scale
         reference = joined.reference_results if selection.joined else reference_results
-        expected = reference(selection.branches, inputs, work.problem.softmax_scale)
+        expected = reference(selection.branches, one.inputs, scale)
         sums = {}
-        for name, value in results.items():
+        for name, value in one.results.items():
             heads_first = value if name == "lse" else value.transpose(1, 2)
             groups = heads_first.shape[0] * heads_first.shape[1]
             sums[name] = TensorErrorSums.between(heads_first, expected[name], groups)
@@ -103,7 +107,15 @@ def check_sampled(
 ) -> Errors:
     """Errors of sampled rows and columns at the measured size, of every batch and head; of rows
     only for a kernel that returns no lse."""
-    compare = functools.partial(_compare_lines, work, inputs, results, selection, seed)
+    return check_sampled_pass(OneRank(work, inputs, results, selection), seed, context)
+
+
+def check_sampled_pass(one: OneRank | None, seed: int, context: RankContext) -> Errors:
+    """As :func:`check_sampled`, of a pass that is gathered on rank 0, and None on others."""
+
+    def compare() -> ErrorSums:
+        return {} if one is None else _compare_lines(*one[:4], seed)
+
     return combined_errors(context.gather(context.compute(compare)))
 
 

@@ -328,11 +328,11 @@ class Evaluator:
             memory |= workload.predicted_peak()
         sent = own_timing.traffic
         if self._comm.size > 1 and not earlier_us:
-            sent = timing.record_traffic(workload, self._comm, control)
-            if any(sent[p].bytes_to != own_timing.traffic[p].bytes_to for p in workload.phases):
+            sent, complete = timing.record_traffic(workload, self._comm, control)
+            if not complete:
                 flags.add("untracked-traffic")
         workload.reset()
-        traced = workload.traced_phases()
+        traced = workload.traced_phases(), workload.allgather_phases()
         ranks = control.all_gather((own_timing, memory, sorted(flags), traced, sent))
         timings: list[timing.Timing] = [rank_timing for rank_timing, *_ in ranks]
         record.times_us = {p: [t.times_us[p] for t in timings] for p in workload.phases}

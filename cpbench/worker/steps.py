@@ -42,7 +42,8 @@ def record_steps(
         ranks = control.all_gather(measure_steps(steps, workload, device, control, settings))
         return {name: [rank[name] for rank in ranks] for name in steps}
 
-    if work.op.info.selects and record.case.direction != "bwd":
+    one_call = work.info.name == "single"
+    if work.op.info.selects and one_call and record.case.direction != "bwd":
         record.parts_us = times_us("selection steps", workload.selection_steps())
     if rotation := rotation_of(record.case):
         rotate = functools.partial(_rotate, rotation, work, inputs)

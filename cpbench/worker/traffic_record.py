@@ -14,17 +14,20 @@ if TYPE_CHECKING:
 def store_traffic(
     record: Record,
     counted: Sequence[Mapping[str, Traffic]],
-    traced: Sequence[Mapping[str, PhaseTrace]],
+    traced: Sequence[tuple[Mapping[str, PhaseTrace], Mapping[str, PhaseTrace]]],
     offloaded: bool,
 ) -> None:
     """Store the traffic of all ranks by phase, with a flag where the traces predicted another.
 
     Args:
-        traced: by rank; without phases where a library does the sending.
+        traced: by rank: what was predicted, without phases where the data decide or a library does
+            the sending; and what an all-gather of keys would send, where the data decide.
         offloaded: whether there are copies between host and device.
     """
     by_phase = {phase: [rank[phase] for rank in counted] for phase in counted[0]}
-    predicted = {phase: [rank[phase] for rank in traced] for phase in traced[0]}
+    predicted, allgather = (
+        {phase: [rank[i][phase] for rank in traced] for phase in traced[0][i]} for i in (0, 1)
+    )
 
     def per_rank(value: Callable[[int, Traffic], int]) -> dict[str, list[int]]:
         return {p: [value(*rank) for rank in enumerate(ranks)] for p, ranks in by_phase.items()}
@@ -35,6 +38,7 @@ def store_traffic(
     record.messages = per_rank(lambda _, traffic: traffic.messages)
     record.largest_message = {p: max(t.largest_message for t in by_phase[p]) for p in by_phase}
     record.predicted_bytes = {p: [sum(t.bytes_to) for t in predicted[p]] for p in predicted}
+    record.allgather_bytes = {p: [sum(t.bytes_to) for t in allgather[p]] for p in allgather}
     if offloaded:
         record.bytes_to_device = per_rank(lambda _, traffic: traffic.to_device)
         record.bytes_to_host = per_rank(lambda _, traffic: traffic.to_host)
