@@ -107,6 +107,7 @@ FORMS = {
     )
 }
 
+
 def parse(mixer: Spec | str) -> tuple[Form, int, str]:
     """The form of a mixer, its tokens per chunk, and what computes it: ``"torch"`` or ``"triton"``;
     from ``"gla"`` or ``"ssd:chunk=16,kernel=triton"``.
