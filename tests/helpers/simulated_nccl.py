@@ -137,7 +137,8 @@ class Recorder(TorchDispatchMode):
             self._fault(f"{operation} is never waited for")
         self.in_flight.clear()
 
-    def P2POp(self, kind: str, tensor: torch.Tensor, group: Part, group_peer: int) -> Any:
+    def P2POp(self, kind: str, tensor: torch.Tensor, group: Part, tag: int, group_peer: int) -> Any:
+        assert tag == 0, "NCCL has no tags"
         return kind, tensor, group, group[0][group_peer]
 
     def batch_isend_irecv(self, batch: Sequence[Any]) -> list[Work]:

@@ -7,8 +7,10 @@ loopback.  A sweep runs on them as on real nodes (torchrun, one agent per node).
 strategy: time, time without communication, communication alone, the maximum waiting time per rank,
 the fractions of communication that are exposed and hidden, and the bytes across nodes.  Four ranks
 share the cores of this machine: compute is slow, and the CPU work of a transfer (copies, network
-stack) cannot overlap with it; only waiting can.  With ``--paced`` an operator sleeps instead of
-computing, so that only the links count: this shows whether a strategy hides its transfers.
+stack) cannot overlap with it; only waiting can.  With ``--mixers`` a sequence mixer is scanned in
+every way, and exchanged by heads, beside attention's ring.  With ``--paced`` an operator sleeps
+instead of computing, so that only the links count: this shows whether a strategy hides its
+transfers.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -78,6 +81,17 @@ strategy = [
 [[include]]
 strategy = "distflash"
 layout = "contiguous"
+"""
+MIXERS = """
+strategy = ["scan", "scan:by=ring", "scan:by=ring,blocks=4", "scan:by=doubling", "ulysses"]
+inputs = "gates"
+
+[[include]]
+layout = "contiguous"
+
+[[include]]                        # attention on the same tokens
+operator = "bands"
+strategy = ["ring", "ulysses"]
 """
 PACED = '''
 """An operator that sleeps instead of computing: no core is busy, as with a GPU."""
@@ -164,6 +178,12 @@ def max_wait_ms(folder: Path, case: str) -> float:
     return max(waits)
 
 
+def shown_operators(table: Any) -> list[str]:
+    """The operator of each row, where there are several."""
+    operators = [str(name) for name in table["operator"]]
+    return operators if len(set(operators)) > 1 else [""] * len(operators)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rate", default="1gbit")
@@ -178,6 +198,9 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, choices=(2, 4), default=2, help="of 4 ranks in all")
     parser.add_argument(
         "--every", action="store_true", help="every strategy whose time is predicted"
+    )
+    parser.add_argument(
+        "--mixers", metavar="NAME", help="strategies of this sequence mixer, beside attention"
     )
     parser.add_argument("--links", action="store_true", help="measure the links first")
     parser.add_argument(
@@ -194,9 +217,10 @@ def main() -> None:
     if not (folder / "run").exists():
         masks = "[" + ", ".join(f'"{mask}"' for mask in options.masks) + "]"
         (folder / "paced.py").write_text(PACED.format(ns=options.paced))
-        operator = "./paced.py:OP" if options.paced else "bands"
+        operator = "./paced.py:OP" if options.paced else options.mixers or "bands"
+        strategies = MIXERS if options.mixers else EVERY if options.every else CHOSEN
         sweep = SWEEP.format(
-            strategies=EVERY if options.every else CHOSEN, per_node=4 // options.nodes,
+            strategies=strategies, per_node=4 // options.nodes,
             operator=operator, checked="false" if options.paced else "true", masks=masks,
             tokens=options.tokens, heads_q=options.heads_q, heads_kv=options.heads_kv,
             seconds=options.seconds, exposure="false" if options.times_only else "true",
@@ -206,8 +230,8 @@ def main() -> None:
         measure(folder, options.rate, options.nodes, sweep, options.where, not options.times_only)
     table = load(folder / "run")
     table["method"] = [
-        " ".join(filter(None, (f"{row.strategy}/{row.layout}", row.placement)))
-        for row in table.itertuples()
+        " ".join(filter(None, (f"{row.strategy}/{row.layout}", row.placement, operator)))
+        for row, operator in zip(table.itertuples(), shown_operators(table), strict=True)
     ]
     table["max_wait_ms"] = [max_wait_ms(folder / "run", case) for case in table["id"]]
     for mask, rows in table.groupby("mask"):
