@@ -220,6 +220,12 @@ LINES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "traffic text": (["traffic", "ulysses:chunks=x"], ["chunks = 'x'", "integer"]),
     "traffic strategy": (["traffic", "x"], ["'x'", "ring"]),
+    "traffic operator": (["traffic", "scan", "--operator", "x"], ["'x'", "gated_deltanet"]),
+    "traffic kinds": (["traffic", "scan"], ["scan distributes sequence mixers", "bands"]),
+    "bench kinds": (
+        ["bench", "--operator", "ssd", "--strategy", "ring", "--inputs", "gates"],
+        ["ring distributes attention", "ssd is a sequence mixer"],
+    ),
     "traffic heads": (["traffic", "ulysses", "--world-size", "48"], ["64 on 48", "divisible"]),
     "recommend strategy": (["recommend", "--strategy", "rng"], ["'rng'", "ring"]),
     "recommend problems": (["recommend", "--seq-len", "4k,8k"], ["one problem", "no lists"]),
