@@ -186,6 +186,11 @@ class StrategyInfo:
     requires: tuple[str, ...] = ()
     offloaded: str | Callable[..., Any] = ""
 
+    @property
+    def is_own(self) -> bool:
+        """Whether it does not send through a library."""
+        return self.traced or self.selectors == "pooled"
+
     def is_offloaded(self, params: Mapping[str, Any]) -> bool:
         """Whether these parameters name the implementation ``offloaded``.
 

@@ -73,7 +73,7 @@ def quick_tables(device: str, devices: int) -> list[dict[str, Any]]:
     names, mixers = verification_mixers.split(sorted(registry.operators()))
     by_head = [name for name in names if "heads" in registry.operators()[name].masks]
     forward_only = [name for name in names if device not in registry.operators()[name].backward_on]
-    strategies = [name for name in registry.strategies_for("attention") if name != "single"]
+    strategies = selector_tables.taking_others(registry.strategies_for("attention"))
     unequal = {**shapes, **VALUE_DIMS, "dtype": "bfloat16"}
     on_mixers = {**shapes, **verification_mixers.HEADS, "dtype": "bfloat16", "mask": documents}
     both = {"dtype": ["bfloat16", "float32"], "mask": ["causal", documents]}
@@ -92,6 +92,7 @@ def quick_tables(device: str, devices: int) -> list[dict[str, Any]]:
         ),
         {**on_mixers, "operator": list(verification_mixers.FEW), "world_size": min(devices, 2),
          "strategy": verification_mixers.distributing()},
+        *selector_tables.quick(str(min(devices, 2))),
     ]  # fmt: skip
 
 
@@ -124,10 +125,9 @@ def build_request(
     settings = MeasureSettings(time=False, memory=False, quality=False, timeout_s=timeout_s)
     named = sweep_file.split_list(operators) if operators else _all_operators()
     operator_specs, mixers = verification_mixers.split(named)
-    known = registry.strategies_for("attention").items()
-    traced = [name for name, info in known if info.traced]
     # Strategies that wrap a library are verified only when named.
-    strategy_specs = sweep_file.split_list(strategies) if strategies else traced
+    own = [name for name, info in registry.strategies_for("attention").items() if info.is_own]
+    strategy_specs = sweep_file.split_list(strategies) if strategies else own
     shapes: dict[str, Any] = {
         "mask": [mask for text in masks for mask in sweep_file.split_list(text)]
         if masks
@@ -177,8 +177,12 @@ def build_request(
                 spec, mixers if operators else (), shapes, on_sizes, bool(masks)
             )
     if parallel and (strategies or not operators) and (operator_specs or not mixers):
-        base = {**shapes, "operator": operator_specs if operators else "bands", "head_dim": 16}
+        selectors = selector_tables.named(operator_specs) if operators else None
+        tables += selector_tables.on_ranks(map(str, parallel), world_sizes and sizes, selectors)
+        others = [text for text in operator_specs if text not in (selectors or ())]
+        base = {**shapes, "operator": others if operators else "bands", "head_dim": 16}
         sizes = sizes if world_sizes else ["1", *sizes]
+        parallel = selector_tables.with_others(parallel, others if operators else ["bands"])
         for spec in parallel:
             on_ranks = ["1"] if spec.name == "single" else sizes
             tables += _strategy_tables(spec, base, on_ranks, few_masks=not masks)
