@@ -175,3 +175,8 @@ def wrap_name(text: str, width: int) -> list[str]:
             piece = piece[cut:]
         lines[-1] += piece
     return [line.rstrip() for line in lines]
+
+
+def if_multi_rank(row: Any, column: str) -> float:
+    """A value that is meaningful on several ranks only; nan on one."""
+    return float(row[column]) if row["world_size"] > 1 else math.nan

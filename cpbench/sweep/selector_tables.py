@@ -37,7 +37,7 @@ def on_ranks(
     sizes: Sequence[str] | None = None,
     selectors: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Tables of selectors under each strategy that takes them.
+    """Tables of selectors under each strategy that takes them, or all where selectors are named.
 
     Args:
         strategies: with parameters.
@@ -47,7 +47,8 @@ def on_ranks(
     tables = []
     for strategy in strategies:
         name = Spec.parse(strategy).name
-        if name == "single" or registry.strategy_info(name).selectors == "none":
+        takes_none = registry.strategy_info(name).selectors == "none"
+        if name == "single" or (takes_none and selectors is None):
             continue
         for operator in _taken(name) if selectors is None else selectors:
             tables.append(_table(operator, strategy, sizes or WORLD_SIZES))

@@ -14,7 +14,7 @@ from cpbench.core.settings import MeasureSettings
 from cpbench.core.spec import Spec
 from cpbench.results.record import FAILURES, Record
 from cpbench.results.store import Run
-from cpbench.sweep import sweep_file, verification_mixers
+from cpbench.sweep import selector_tables, sweep_file, verification_mixers
 from cpbench.sweep.request import Request
 from cpbench.sweep.verification_mixers import DOCUMENTS, LONG_SEQ_LEN, VALUE_DIMS
 

@@ -242,6 +242,9 @@ def reduced_world(work: Attention) -> World:
     # A multiple that layouts split evenly, since some strategies do not pad.
     unit = 2 * world.size * _selected_together(work)
     mask = reduced_mask(work.mask, max(tokens - tokens % unit, unit))
+    excess = mask.seq_k % unit  # windows that overlap have fewer tokens together
+    if work.op.info.selects and isinstance(mask, AttnMask) and mask is not work.mask and excess:
+        mask = mask.crop(0, mask.seq_q - excess, 0, mask.seq_k - excess).simplify()
     if chunk and (world.size > 1 or world.keys.name != "contiguous"):
         # Chunks are counted from the starts of documents, and a layout may cut none.
         tokens = max(tokens - tokens % (unit * chunk), unit * chunk)

@@ -28,7 +28,7 @@ NUMBERS = (
     "bwd_ms", "bwd_low_ms", "bwd_high_ms", "noise", "iterations", "launches", "tflops_per_rank",
     "fwd_tflops_per_rank", "bwd_tflops_per_rank", "gemm_tflops", "copy_gb_s", "intensity",
     "density", "imbalance", "plan_ms", "rope_ms", "first_call_ms", "peak_mb", "limit_mb",
-    "inputs_mb", "sent_mb", "inside_mb", "across_mb", "compute_ms", "transfer_ms",
+    "inputs_mb", "sent_mb", "allgather_mb", "inside_mb", "across_mb", "compute_ms", "transfer_ms",
     "exposed_ms", "exposed", "hidden", "worst_error", "started", "kept", "recovered",
     "best_recovered", "out_error", "select_ms", "arrange_ms", "kernel_ms",
 )  # fmt: skip

@@ -16,6 +16,7 @@ from cpbench.reports.labels import (
     fact_values,
     format_number,
     format_seeds,
+    if_multi_rank,
     pluralize,
     three_digits,
 )
@@ -166,9 +167,9 @@ def case_rows(
             "vs best": format_number(row["time_ms"] / best, ".2f", "x"),
             rate.unit: rate(row["tflops_per_rank"]),
             "peak MB": format_number(row["peak_mb"], ".1f"),
-            "predicted": format_number(_if_multi_rank(row, "predicted_peak_mb"), ".1f"),
-            "sent MB": format_number(_if_multi_rank(row, "sent_mb"), ".2f"),
-            "across": format_number(_if_multi_rank(row, "across_mb") or math.nan, ".2f"),
+            "predicted": format_number(if_multi_rank(row, "predicted_peak_mb"), ".1f"),
+            "sent MB": format_number(if_multi_rank(row, "sent_mb"), ".2f"),
+            "across": format_number(if_multi_rank(row, "across_mb") or math.nan, ".2f"),
             "exposed %": _percent_with_spread(row["exposed"], row["exposed_spread"]),
             "hidden %": format_number(row["hidden"] * 100, ".0f"),
         }
@@ -181,11 +182,6 @@ def _percent_with_spread(share: float, spread: float) -> str:
     if math.isnan(share):
         return ""
     return f"{share * 100:.0f}" if math.isnan(spread) else f"{share * 100:.0f}±{spread * 100:.0f}"
-
-
-def _if_multi_rank(row: Any, column: str) -> float:
-    """A value that is meaningful on several ranks only; nan on one."""
-    return float(row[column]) if row["world_size"] > 1 else math.nan
 
 
 def seed_blocks(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpbench.core.problem import DTYPE_BYTES
 from cpbench.core.spec import format_size
-from cpbench.reports.labels import fact_values, format_number, three_digits
+from cpbench.reports.labels import fact_values, format_number, if_multi_rank, three_digits
 from cpbench.reports.tables.contest import Contest, hold_contest
 from cpbench.reports.tables.summary import (
     PROBLEM_KEYS,
@@ -78,6 +78,8 @@ def recall_rows(table: pd.DataFrame, varying_facts: Sequence[str]) -> list[Row]:
             "out error": format_number(row["out_error"], ".3f"),
             "ms": three_digits(row["time_ms"]),
             "fwd ms": three_digits(row["fwd_ms"]) if row["direction"] == "fwd_bwd" else "",
+            "sent MB": format_number(if_multi_rank(row, "sent_mb"), ".2f"),
+            "all-gather MB": format_number(row["allgather_mb"], ".2f"),
             "select": three_digits(row["select_ms"]),
             "plan": three_digits(row["arrange_ms"]),
             "kernel": three_digits(row["kernel_ms"]),

@@ -254,18 +254,6 @@ def test_bad_parameters_are_refused_in_one_line(spec: str, words: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_strategies_of_several_ranks_refuse_selectors() -> None:
-    from cpbench.api import Attention
-    from cpbench.parallel.layout import build
-    from cpbench.parallel.world import World
-
-    problem = Problem(batch=1, seq_q=64, seq_k=64, heads_q=4, heads_kv=4, head_dim=16,
-                      dtype="float32")  # fmt: skip
-    world = World.of(problem, masks.build("causal", 64), build("contiguous", 64, 2))
-    with pytest.raises(Unsupported, match="selects from whole sequences"):
-        Attention("moba", "ulysses", world, 0, "cpu")
-
-
 def test_a_kernel_in_a_file_enters_the_id_by_its_content(tmp_path: Path) -> None:
     file = tmp_path / "kernel.py"
 

@@ -100,6 +100,7 @@ def test_far_from_what_was_calibrated() -> None:
         ({"dtype": "float16"}, "has no kernel of flash_attn.3 in float16"),
         ({"operator": "bands"}, "has no kernel of bands"),
         ({"strategy": "torch.context_parallel"}, "sends through a library"),
+        ({"strategy": "sparse_fetch"}, "sparse_fetch sends what is selected by the data"),
         ({"strategy": "ulysses", "num_heads_q": 6, "num_heads_kv": 2}, "6 on 4"),
         ({"strategy": "single", "layout": "contiguous"}, "1 rank"),
     ],

@@ -67,8 +67,10 @@ class PooledKeySelector(BlockBudgetSelector):
 
         blocks = _only_blocks(branches)
         grid, index = blocks.grid, torch.as_tensor(columns, device=blocks.kept.device)
-        starts = columns * grid.block_k
-        lengths = np.minimum(grid.mask.seq_k - starts, grid.block_k)
+        first = np.flatnonzero(np.diff(columns, prepend=-2) != 1)
+        starts = columns[first] * grid.block_k
+        blocks_of_run = np.diff(np.append(first, len(columns)))
+        lengths = np.minimum(grid.mask.seq_k - starts, blocks_of_run * grid.block_k)
         runs = np.column_stack([starts, lengths])
         mask = grid.mask.restrict(np.array([[0, grid.mask.seq_q]]), runs).simplify()
         narrow = Grid(mask, grid.block_q, grid.block_k, grid.areas[:, index], grid.starts)

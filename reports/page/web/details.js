@@ -2,7 +2,7 @@
 const VALUES = [
   ["time_ms", "time, ms"], ["low_ms", "interval, lower end, ms"], ["high_ms", "interval, upper end, ms"], ["fwd_ms", "forward, ms"], ["bwd_ms", "backward, ms"],
   ["launches", "launches"], ["iterations", "iterations"], ["density", "density"], ["imbalance", "imbalance"],
-  ["peak_mb", "peak memory, MB"], ["inputs_mb", "inputs, MB"], ["sent_mb", "sent, MB"], ["across_mb", "across nodes, MB"], ["compute_ms", "without communication, ms"], ["transfer_ms", "communication alone, ms"], ["exposed_ms", "exposed communication, ms"], ["plan_ms", "planning, ms"], ["rope_ms", "rotation (RoPE), ms"],
+  ["peak_mb", "peak memory, MB"], ["inputs_mb", "inputs, MB"], ["sent_mb", "sent, MB"], ["allgather_mb", "an all-gather of all keys would send, MB"], ["across_mb", "across nodes, MB"], ["compute_ms", "without communication, ms"], ["transfer_ms", "communication alone, ms"], ["exposed_ms", "exposed communication, ms"], ["plan_ms", "planning, ms"], ["rope_ms", "rotation (RoPE), ms"],
   ["first_call_ms", "first call, ms"], ["worst_error", "largest error"], ["flags", "caveats"], ["notes", "notes"], ["machine", "machine"], ["clock", "clock"], ["run", "run"], ["writer", "writer"], ["log", "log"],
 ];
 
