@@ -311,7 +311,8 @@ def _gathered(rank: int, size: int, strategy: str, faulty: bool) -> str | dict[s
     context = RankContext("cpu", TorchComm(), Control())
     problem = _problem(HEADS[size])
     spec = "moba:block_size=16,top_k=4"
-    work = _attention(spec, strategy, "zigzag", "causal", problem, rank, size)
+    layout = "zigzag" if size > 1 else "contiguous"
+    work = _attention(spec, strategy, layout, "causal", problem, rank, size)
     if faulty:
         select_by = Moba.select_by
 
