@@ -106,6 +106,10 @@ COLUMNS = {
     "best_recovered": "highest recall that any selection of as many blocks (or keys) per row can "
     "have",
     "out_error": "relative L2 error of the output against full attention",
+    "index_recall": "of selectors that search an index: share of the keys of an exact search which "
+    "the index finds",
+    "index_build_ms": "time to build that index, part of select_ms",
+    "index_mb": "size of that index, 10^6 bytes",
     "select_ms": "time to select, slowest rank",
     "arrange_ms": "time of the kernel's plan for the selection, slowest rank",
     "kernel_ms": "time of the kernel's forward pass, slowest rank",

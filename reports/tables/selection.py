@@ -66,8 +66,10 @@ def _beside_attention(cases: pd.DataFrame, table: pd.DataFrame, keys: list[str])
 
 
 def recall_rows(table: pd.DataFrame, varying_facts: Sequence[str]) -> list[Row]:
-    """Every case of a selector, by problem, highest recall first."""
+    """Every case of a selector, by problem, highest recall first; with figures of its index where
+    any selector searches one."""
     cases = selector_cases(table).sort_values(["recovered"], ascending=False, kind="stable")
+    index = _index_cells if cases["index_mb"].notna().any() else lambda _: {}
     return [
         {
             **fact_values(row, varying_facts),
@@ -83,12 +85,22 @@ def recall_rows(table: pd.DataFrame, varying_facts: Sequence[str]) -> list[Row]:
             "select": three_digits(row["select_ms"]),
             "plan": three_digits(row["arrange_ms"]),
             "kernel": three_digits(row["kernel_ms"]),
+            **index(row),
             "vs exact": format_number(row["exact_ms"] / row["time_ms"], ".2f", "x"),
             "exact": row["exact"],
         }
         for _, rows in cases.groupby(list(PROBLEM_KEYS), sort=True)
         for _, row in rows.iterrows()
     ]
+
+
+def _index_cells(row: Any) -> Row:
+    """Recall, build time and size of the index of a selector."""
+    return {
+        "index recall %": _percent(row["index_recall"]),
+        "index ms": three_digits(row["index_build_ms"]),
+        "index MB": three_digits(row["index_mb"]),
+    }
 
 
 def break_even_rows(table: pd.DataFrame, varying_facts: Sequence[str]) -> list[Row]:
