@@ -33,6 +33,8 @@ OPERATORS = (
             "buckets=8,latest=12,top_k=8,hash=sign,center=true",
         ),
         selects=True,
+        selects_from="keys",
+        selects_for="head",
     ),
 )
 HASHES = ("argmax", "sign")
@@ -84,11 +86,12 @@ class Hax(Selector):
             counts = torch.arange(1, k.shape[1] + 1, device=k.device)[:, None, None]
             hashed = keys - keys.cumsum(1) / counts
         bucket_q, bucket_k = self.bucket_of(upcast(q)), self.bucket_of(hashed)
-        in_bucket = latest_of_bucket(bucket_q, bucket_k, self.latest)
+        positions = torch.as_tensor(plan.positions, device=q.device)
+        in_bucket = latest_of_bucket(bucket_q, bucket_k, positions, self.latest)
         if not self.top_k:
             return (Branch(mask=Tokens(plan.mask, in_bucket, heads)),)
         best = running_top_k(keys.norm(dim=-1).transpose(1, 2), self.top_k)
-        best = best.repeat_interleave(group, 1)
+        best = best[:, :, positions].repeat_interleave(group, 1)
         twice = _are_members(best, in_bucket)
         index = torch.cat([in_bucket, best.masked_fill_(twice, -1)], 3)
         return (Branch(mask=Tokens(plan.mask, index, heads)),)
@@ -110,23 +113,25 @@ class Hax(Selector):
         return buckets
 
 
-def latest_of_bucket(bucket_q: torch.Tensor, bucket_k: torch.Tensor, latest: int) -> torch.Tensor:
-    """The latest keys up to a query that are in its bucket, ``[B, H, T, latest]``; -1 for none.
+def latest_of_bucket(
+    bucket_q: torch.Tensor, bucket_k: torch.Tensor, positions: torch.Tensor, latest: int
+) -> torch.Tensor:
+    """The latest keys up to a query that are in its bucket, ``[B, H, S, latest]``; -1 for none.
 
     Args:
-        bucket_q: ``[B, H, T]``; bucket_k: ``[B, G, T]``.
+        bucket_q: ``[B, H, S]``; bucket_k: ``[B, G, T]``.
+        positions: ``[S]``, of the queries among the keys.
     """
     import torch
 
-    T, group = bucket_q.shape[2], bucket_q.shape[1] // bucket_k.shape[1]
-    position = torch.arange(T, device=bucket_q.device)
+    T, group = bucket_k.shape[2], bucket_q.shape[1] // bucket_k.shape[1]
     # Keys in order of bucket and position; those of a bucket up to a query end where the query
     # itself would be inserted.
-    order = (bucket_k * T + position).sort(-1)
+    order = (bucket_k * T + torch.arange(T, device=bucket_k.device)).sort(-1)
     codes, keys = (x.repeat_interleave(group, 1) for x in (order.values, order.indices))
     own = bucket_q * T
     begin = torch.searchsorted(codes, own)
-    end = torch.searchsorted(codes, own + position, right=True)
+    end = torch.searchsorted(codes, own + positions, right=True)
     slots = end[..., None] - 1 - torch.arange(min(latest, T), device=bucket_q.device)
     found = keys.gather(2, slots.clamp(min=0).flatten(2)).view(slots.shape)
     index: torch.Tensor = found.masked_fill_(slots < begin[..., None], -1)

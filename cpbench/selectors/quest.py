@@ -12,6 +12,7 @@ from cpbench.core.registry import OperatorInfo
 from cpbench.selectors.common.base import Branch, Plan
 from cpbench.selectors.common.pooled_keys import PooledKeySelector
 from cpbench.selectors.common.ranking import (
+    block_extremes,
     check_minimum,
     qk_scores,
     row_chunks,
@@ -70,14 +71,7 @@ class Quest(PooledKeySelector):
         self.branch_kinds = ("rows" if block_q == 1 else "blocks",)
 
     def pool_keys(self, k: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        import torch
-
-        pages = upcast(k)
-        missing = -k.shape[1] % self.block_size
-        if missing:  # repeat the last key, which changes neither maximum nor minimum
-            pages = torch.cat([pages, pages[:, -1:].expand(-1, missing, -1, -1)], 1)
-        pages = pages.unflatten(1, (-1, self.block_size))
-        return pages.amax(2), pages.amin(2)
+        return block_extremes(k, self.block_size)
 
     def select_by(
         self, q: torch.Tensor, pooled: tuple[torch.Tensor, ...], plan: Plan

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 from cpbench.core.registry import OperatorInfo
 from cpbench.core.user_files import locate, tensor_shapes
 from cpbench.selectors.common.base import Branch, Plan
-from cpbench.selectors.common.block_budget import BlockBudgetSelector
-from cpbench.selectors.common.ranking import block_means, qk_scores, top_blocks, upcast
+from cpbench.selectors.common.pooled_keys import PooledKeySelector
+from cpbench.selectors.common.ranking import block_extremes, block_means, qk_scores, top_blocks
 from cpbench.selectors.common.selection import Blocks
 
 if TYPE_CHECKING:
@@ -36,12 +36,13 @@ OPERATORS = (
         external_lse=False,
         variants=("block_size=16,keep=0.3",),
         selects=True,
+        selects_from="pooled_keys",
         looks_ahead="block",
     ),
 )
 
 
-class Seer(BlockBudgetSelector):
+class Seer(PooledKeySelector):
     """For each block of queries, the blocks of keys with the largest gates; the queries' own block
     is forced, and counted.
 
@@ -67,6 +68,7 @@ class Seer(BlockBudgetSelector):
         kernel: str = "",
     ) -> None:
         super().__init__(block_size, top_k, keep, kernel)
+        self.query_block = block_size
         self._file = str(gates)
         self._shapes = _shapes(self._file) if self._file else {}
 
@@ -100,40 +102,36 @@ class Seer(BlockBudgetSelector):
         """The tensors in the file; none without a file."""
         return _load(self._file, _modified(self._file)) if self._file else {}
 
-    def select(self, q: torch.Tensor, k: torch.Tensor, plan: Plan) -> tuple[Branch, ...]:
+    def pool_keys(self, k: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return *block_extremes(k, self.block_size), block_means(k, self.block_size)
+
+    def select_by(
+        self, q: torch.Tensor, pooled: tuple[torch.Tensor, ...], plan: Plan
+    ) -> tuple[Branch, ...]:
         grid = plan.grid(self.block_size, self.block_size)
-        kept = top_blocks(self._gates(q, k, plan), self.budget(grid), grid, forced=grid.diagonal)
+        gates = self._gates(q, pooled, plan)
+        kept = top_blocks(gates, self.budget(grid), grid, forced=grid.diagonal)
         return (Branch(mask=Blocks(grid, kept)),)
 
-    def _gates(self, q: torch.Tensor, k: torch.Tensor, plan: Plan) -> torch.Tensor:
+    def _gates(self, q: torch.Tensor, pooled: tuple[torch.Tensor, ...], plan: Plan) -> torch.Tensor:
         """``[B, H, X, Y]`` float32."""
         import torch
 
         tensors = self._tensors()
         if "gates" in tensors:
-            rows, columns = plan.grid(self.block_size, self.block_size).areas.shape
-            given = tensors["gates"][:, :rows, :columns].to(q.device, torch.float32)
+            rows = torch.as_tensor(plan.positions[:: self.block_size] // self.block_size)
+            columns = plan.grid(self.block_size, self.block_size).areas.shape[1]
+            given = tensors["gates"][:, rows, :columns].to(q.device, torch.float32)
             gates: torch.Tensor = given.expand(len(q), -1, -1, -1).clone()
             return gates
         pooled_q = block_means(q, self.block_size)
-        pooled_k = torch.stack([*self._extremes(k), block_means(k, self.block_size)], 3)
+        pooled_k = torch.stack(pooled, 3)
         if not tensors:
             return qk_scores(pooled_q, pooled_k.mean(3))
         q_weight, k_weight = (tensors[name].to(pooled_q) for name in ("q_weight", "k_weight"))
         gate_q = torch.einsum("bxhd,hde->bxhe", pooled_q, q_weight)
         gate_k = torch.einsum("bygd,gde->byge", pooled_k.flatten(3), k_weight)
         return qk_scores(gate_q, gate_k)
-
-    def _extremes(self, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Maximum and minimum of the keys of each block, by channel, ``[B, Y, G, D]``."""
-        import torch
-
-        k = upcast(k)
-        missing = -k.shape[1] % self.block_size
-        if missing:  # repeat the last key, which changes neither maximum nor minimum
-            k = torch.cat([k, k[:, -1:].expand(-1, missing, -1, -1)], 1)
-        blocks = k.unflatten(1, (-1, self.block_size))
-        return blocks.amax(2), blocks.amin(2)
 
 
 def _shapes(file: str) -> dict[str, tuple[int, ...]]:

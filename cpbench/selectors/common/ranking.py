@@ -24,6 +24,18 @@ def block_means(x_BTHD: torch.Tensor, block: int) -> torch.Tensor:
     return Pool(block, block, partial=True).mean(upcast(x_BTHD))
 
 
+def block_extremes(x_BTHD: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Maximum and minimum of blocks of tokens, by channel, ``[B, n, H, D]`` float32 each."""
+    import torch
+
+    x = upcast(x_BTHD)
+    missing = -x.shape[1] % block
+    if missing:  # repeat the last token, which changes neither maximum nor minimum
+        x = torch.cat([x, x[:, -1:].expand(-1, missing, -1, -1)], 1)
+    blocks = x.unflatten(1, (-1, block))
+    return blocks.amax(2), blocks.amin(2)
+
+
 def upcast(x: torch.Tensor) -> torch.Tensor:
     """Convert to float32; float64 stays."""
     import torch

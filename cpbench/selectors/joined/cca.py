@@ -38,6 +38,7 @@ OPERATORS = (
         rounds_scores=True,  # pooled keys are in the dtype of k
         variants=("group_size=8,window=20",),
         selects=True,
+        selects_for="head",
     ),
 )
 

@@ -8,7 +8,6 @@ among the tokens.  Landmarks carry no value, and no query sees the landmark of i
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,11 +15,12 @@ import numpy as np
 from cpbench.core.registry import OperatorInfo
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.patterns import WIDE
+from cpbench.masks.slices import IntArray
 from cpbench.selectors.common.base import Branch, Plan
 from cpbench.selectors.common.block_budget import BlockBudgetSelector
 from cpbench.selectors.common.joining import KeyScores
 from cpbench.selectors.common.ranking import check_minimum, qk_scores, row_chunks, upcast
-from cpbench.selectors.common.selection import Blocks
+from cpbench.selectors.common.selection import Blocks, block_grid
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +38,8 @@ OPERATORS = (
         external_lse=False,
         variants=("block_size=16,top_k=4",),
         selects=True,
+        selects_from="keys",
+        selects_for="head",
     ),
 )
 
@@ -72,9 +74,11 @@ class Landmark(BlockBudgetSelector):
         in_order = not (problem.backward and device.startswith("cuda"))
         return in_order and super().is_deterministic(problem, device)
 
-    def prepare(self, mask: AttnMask, problem: Problem, device: str) -> Plan:
-        plan = super().prepare(mask, problem, device)
-        return replace(plan, mask=past_blocks_mask(mask.seq_k, self.block_size))
+    def prepare_rows(self, mask: AttnMask, rows: IntArray, problem: Problem, device: str) -> Plan:
+        plan, block = super().prepare_rows(mask, rows, problem, device), self.block_size
+        past = plan.of_queries(past_blocks_mask(mask.seq_k, block))
+        plan.grids[1, block] = block_grid(past, 1, block, device, plan.positions)
+        return plan
 
     def select(self, q: torch.Tensor, k: torch.Tensor, plan: Plan) -> tuple[Branch, ...]:
         import torch
@@ -82,8 +86,8 @@ class Landmark(BlockBudgetSelector):
         block, scale = self.block_size, plan.problem.softmax_scale
         grid = plan.grid(1, block)
         (b, s, h, _), tokens, device = q.shape, k.shape[1], q.device
-        branches = [Branch(mask=own_block_mask(tokens, block))]
-        past = torch.arange(s, device=device) // block  # past blocks of each query
+        branches = [Branch(mask=plan.of_queries(own_block_mask(tokens, block)))]
+        past = torch.as_tensor(plan.positions, device=device) // block  # blocks of each query
         counts = (self._budget_of(past + 1) - 1).minimum(past)
         most = int(counts.max())
         landmarks = upcast(k[:, block - 1 :: block])

@@ -34,6 +34,8 @@ OPERATORS = (
         rounds_scores=True,  # pooled keys are in the dtype of k
         variants=("window=12,ratio=4,scales=3", "window=12,ratio=4,scales=1"),
         selects=True,
+        selects_from="keys",
+        selects_for="head",
     ),
 )
 
@@ -64,13 +66,14 @@ class Pyramid(Selector):
     def select(self, q: torch.Tensor, k: torch.Tensor, plan: Plan) -> tuple[Branch, ...]:
         tokens = plan.mask.seq_k
         ends = self.scale_begins(tokens, 0)
-        branches = [Branch(mask=window_mask(ends))]
+        branches = [Branch(mask=plan.of_queries(window_mask(ends)))]
         for scale in range(1, self.scales + 1):
             if not ends[-1]:
                 break
             begins, size = self.scale_begins(tokens, scale), self.ratio**scale
             pool = Pool(size, size)
             mask = interval_mask(begins // size, ends // size, pool.num_windows(tokens))
+            mask = plan.of_queries(mask)
             branches.append(Branch(mask=mask, pool_k=pool, key_weight=size))
             ends = begins
         return tuple(branches)

@@ -41,6 +41,8 @@ OPERATORS = (
         external_lse=False,
         variants=("top_k=16,num_sinks=4,window=24,step=8",),
         selects=True,
+        selects_from="keys",
+        selects_for="head",
     ),
 )
 INDICES = ("exact", "hnsw")
@@ -94,7 +96,8 @@ class Retrieval(Selector):
 
     def select(self, q: torch.Tensor, k: torch.Tensor, plan: Plan) -> tuple[Branch, ...]:
         begins = window_begins(k.shape[1], self.window, self.step)
-        branches = [Branch(mask=window_mask(begins, self.num_sinks))]
+        near = plan.of_queries(window_mask(begins, self.num_sinks))
+        branches, begins = [Branch(mask=near)], begins[plan.positions]
         if begins[-1] > self.num_sinks:
             index = self._search(q, k, begins)[0]
             branches.append(Branch(mask=Tokens(plan.mask, index, q.shape[2])))
