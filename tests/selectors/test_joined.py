@@ -145,6 +145,39 @@ def test_bad_parameters_are_refused_in_one_line(spec: str, words: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "landmark:block_size=16,top_k=4",
+        "pyramid:window=12,ratio=4,scales=2",
+        "retrieval:top_k=8,num_sinks=4,window=12,step=4",
+        "hax:buckets=4,latest=12,top_k=8",
+        "seer:block_size=16,keep=0.3",
+    ],
+)
+def test_parts_of_the_queries_give_the_results_of_all(spec: str) -> None:
+    q, k, v, dout = _inputs()
+    expected = _results(spec, [q, k, v, dout])
+    selector, plan = _loaded(spec)
+    mask = masks.build("causal", TOKENS)
+    blocks = torch.arange(TOKENS) // 16 % 2
+    sums = [torch.zeros_like(x) for x in (k, v)]
+    for part in (0, 1):
+        rows = torch.nonzero(blocks == part)[:, 0]
+        problem = replace(plan.problem, seq_q=len(rows))
+        own = selector.prepare_rows(mask, rows.numpy(), problem, "cpu")
+        own_q, own_dout = q[:, rows], dout[:, rows]
+        out, lse = selector.forward(QKV(own_q, k, v), own)
+        assert lse is not None
+        dq, *grads = selector.backward(BackwardInputs(own_dout, own_q, k, v, out, lse), own)
+        for name, value in (("out", out), ("dq", dq)):
+            assert naive.error(value, expected[name][:, rows]) < 2e-6, name
+        assert naive.error(lse, expected["lse"][..., rows]) < 2e-6
+        sums = [total + grad for total, grad in zip(sums, grads, strict=True)]
+    for name, total in zip(("dk", "dv"), sums, strict=True):
+        assert naive.error(total, expected[name]) < 2e-6, name
+
+
 # --- checks -------------------------------------------------------------------------------------
 
 
