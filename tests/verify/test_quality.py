@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ import numpy as np
 import pytest
 import torch
 from limits import LIMIT_S
+from made_records import table_of
 
 from cpbench import masks
 from cpbench.api import Attention
 from cpbench.core import tolerance
-from cpbench.core.problem import Problem
+from cpbench.core.problem import Case, Problem
+from cpbench.core.spec import Spec
 from cpbench.inputs import Recipe, parse
 from cpbench.kernels.gathered.operator import Gathered
 from cpbench.parallel.layout import build
@@ -114,6 +117,29 @@ def test_no_attention_recall_exceeds_the_oracle(spec: str) -> None:
         assert figures["mass"] <= figures["best_mass"] + 1e-6
         if spec.startswith("oracle"):
             assert figures["mass"] == pytest.approx(figures["best_mass"], rel=1e-6)
+
+
+def test_figures_of_an_index_are_in_the_table_of_selectors() -> None:
+    pytest.importorskip("hnswlib")
+    spec = "retrieval:top_k=20,num_sinks=8,window=32,step=16,index=hnsw"
+    *_, figures = _measured(spec)
+    assert 0.8 < figures["index_recall"] <= 1
+    assert figures["index_bytes"] > 2 * 2 * (SMALL - 64) * DIM * 4
+    case = Case(operator=Spec.parse(spec), seq_len=SMALL)
+    records = [
+        Record(case=case, status="ok", quality=figures, flags=["approximate"]),
+        Record(case=replace(case, operator=Spec("moba")), status="ok", flags=["approximate"],
+               quality={"mass": 0.5, "density": 0.5}),
+    ]  # fmt: skip
+    retrieval, moba = selection.recall_rows(table_of(*records), ["tokens"])
+    if retrieval["method"].startswith("moba"):
+        retrieval, moba = moba, retrieval
+    assert retrieval["index recall %"] == f"{figures['index_recall'] * 100:.1f}"
+    assert float(retrieval["index MB"]) == pytest.approx(figures["index_bytes"] / 1e6, rel=0.01)
+    assert float(retrieval["index ms"]) == pytest.approx(figures["index_build_us"] / 1e3, rel=0.01)
+    assert moba["index recall %"] == moba["index MB"] == moba["index ms"] == ""
+    (row,) = selection.recall_rows(table_of(records[1]), ["tokens"])
+    assert not [name for name in row if "index" in name]
 
 
 def test_the_oracle_of_tokens_and_blocks_is_the_best_selection() -> None:
