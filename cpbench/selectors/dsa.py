@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from cpbench.core.registry import OperatorInfo
 from cpbench.selectors.common.base import Branch, Plan, Selector
 from cpbench.selectors.common.ranking import check_minimum, qk_scores, row_chunks, upcast
-from cpbench.selectors.common.selection import Tokens, dense_mask_rows
+from cpbench.selectors.common.selection import Tokens, dense_mask_rows, visible_end
 
 if TYPE_CHECKING:
     import torch
@@ -60,12 +60,14 @@ class Dsa(Selector):
         b, s, h, _ = q.shape
         t = k.shape[1]
         max_keys = min(self.top_k, t)
-        index = torch.empty((b, 1, s, max_keys), dtype=torch.int32, device=q.device)
+        index = torch.full((b, 1, s, max_keys), -1, dtype=torch.int32, device=q.device)
         for begin, end in row_chunks(s, b * h * t, q.device):
-            scores = qk_scores(index_q[:, begin:end], index_k).relu_().sum(1)
-            visible = dense_mask_rows(plan.mask, begin, end, q.device)
-            top = scores.masked_fill_(~visible, -torch.inf).topk(max_keys, dim=-1)
-            index[:, 0, begin:end] = top.indices.masked_fill_(top.values == -torch.inf, -1)
+            keys = visible_end(plan.mask, begin, end)
+            scores = qk_scores(index_q[:, begin:end], index_k[:, :keys]).relu_().sum(1)
+            visible = dense_mask_rows(plan.mask, begin, end, q.device)[:, :keys]
+            top = scores.masked_fill_(~visible, -torch.inf).topk(min(max_keys, keys), dim=-1)
+            indices = top.indices.masked_fill_(top.values == -torch.inf, -1)
+            index[:, 0, begin:end, : indices.shape[2]] = indices
         return (Branch(mask=Tokens(plan.mask, index, h)),)
 
     def _project(self, x: torch.Tensor) -> torch.Tensor:

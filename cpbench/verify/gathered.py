@@ -127,7 +127,8 @@ def _as_one_rank(
     calls = [selected for rank in ranks for selected in rank[0]]
     branches = _joined(expected, calls)
     prepared = selector.prepare_branches(branches, plan)
-    selection = SelectionResult(prepared, selector.compute(qkv, prepared)[2])
+    results_of_kernels = selector.compute(qkv, prepared)[2]
+    selection = SelectionResult(prepared, results_of_kernels, selector.joined)
     pairs = zip(expected, branches, strict=True)
     different = max((_share_of_others(a.mask, b.mask) for a, b in pairs), default=0.0)
     return OneRank(one, inputs, results, selection, different)

@@ -305,6 +305,15 @@ def dense_mask_rows(
     return visible
 
 
+def visible_end(mask: AttnMask, begin: int, end: int) -> int:
+    """The key after the last one that a query of rows ``[begin, end)`` sees; 0 if they see none."""
+    slices = mask.slices[(mask.slices[:, 0] < end) & (mask.slices[:, 1] > begin)]
+    if not len(slices):
+        return 0
+    last_row = np.minimum(slices[:, 1], end) - 1
+    return int(np.minimum(slices[:, 3], last_row + slices[:, 5] + 1).max())
+
+
 @functools.lru_cache(maxsize=2)
 def slices_by_block(mask: AttnMask, block_q: int, block_k: int) -> tuple[IntArray, IntArray]:
     """The slices of a mask cut along both axes of a grid, and the block ``x * Y + y`` of each;

@@ -89,7 +89,8 @@ class Landmark(BlockBudgetSelector):
         branches = [Branch(mask=plan.of_queries(own_block_mask(tokens, block)))]
         past = torch.as_tensor(plan.positions, device=device) // block  # blocks of each query
         counts = (self._budget_of(past + 1) - 1).minimum(past)
-        most = int(counts.max())
+        last = torch.tensor((tokens - 1) // block)  # of all queries: ranks have as many branches
+        most = min(int(self._budget_of(last + 1)) - 1, int(last))
         landmarks = upcast(k[:, block - 1 :: block])
         chosen = torch.empty((b, h, s, most), dtype=torch.int64, device=device)
         for begin, end in row_chunks(s, b * h * max(landmarks.shape[1], 1), device):

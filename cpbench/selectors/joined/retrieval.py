@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from cpbench.core.registry import OperatorInfo
+from cpbench.masks.slices import IntArray
 from cpbench.selectors.common.base import Branch, Plan, Selector
 from cpbench.selectors.common.ranking import check_minimum, qk_scores, row_chunks, upcast
 from cpbench.selectors.common.selection import Tokens
@@ -97,9 +98,9 @@ class Retrieval(Selector):
     def select(self, q: torch.Tensor, k: torch.Tensor, plan: Plan) -> tuple[Branch, ...]:
         begins = window_begins(k.shape[1], self.window, self.step)
         near = plan.of_queries(window_mask(begins, self.num_sinks))
-        branches, begins = [Branch(mask=near)], begins[plan.positions]
-        if begins[-1] > self.num_sinks:
-            index = self._search(q, k, begins)[0]
+        branches, count = [Branch(mask=near)], self._count(begins)
+        if count > 0:
+            index = self._search(q, k, begins[plan.positions], count)[0]
             branches.append(Branch(mask=Tokens(plan.mask, index, q.shape[2])))
         return tuple(branches)
 
@@ -108,9 +109,9 @@ class Retrieval(Selector):
     ) -> dict[str, float]:
         """Recall, build time and size of a graph; see ``Selector.index_figures``."""
         begins = window_begins(k.shape[1], self.window, self.step)
-        if self.index == "exact" or begins[-1] <= self.num_sinks:
+        if self.index == "exact" or self._count(begins) < 1:
             return {}
-        index, figures = self._search(q, k, begins)
+        index, figures = self._search(q, k, begins, self._count(begins))
         found = wanted = 0
         for begin, end in spans:
             exact = self._exact(q, k, begins, begin, end)
@@ -120,13 +121,21 @@ class Retrieval(Selector):
         recall = {"index_recall": found / wanted} if wanted else {}
         return {**recall, **figures}
 
+    def _count(self, begins: IntArray) -> int:
+        """The keys that the last query of the sequence retrieves, of which there may be none."""
+        return min(self.top_k, int(begins[-1]) - self.num_sinks)
+
     def _search(
-        self, q: torch.Tensor, k: torch.Tensor, begins: np.typing.NDArray[np.int64]
+        self, q: torch.Tensor, k: torch.Tensor, begins: IntArray, count: int
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """The retrieved keys ``[B, H, S, n]``, -1 for none, and figures of the graph."""
+        """At most ``count`` retrieved keys of each query ``[B, H, S, n]``, -1 for none, and figures
+        of the graph.
+
+        Args:
+            begins: ``[S]``, of the windows of the queries.
+        """
         import torch
 
-        count = min(self.top_k, int(begins[-1]) - self.num_sinks)
         shape = (len(q), q.shape[2], q.shape[1], count)
         if self.index == "hnsw":
             searched = self._search_graphs(upcast(q).cpu(), upcast(k).cpu(), begins, shape)
@@ -146,7 +155,7 @@ class Retrieval(Selector):
         self,
         q: torch.Tensor,
         k: torch.Tensor,
-        begins: np.typing.NDArray[np.int64],
+        begins: IntArray,
         begin: int,
         end: int,
     ) -> torch.Tensor:
@@ -166,7 +175,7 @@ class Retrieval(Selector):
         self,
         q: torch.Tensor,
         k: torch.Tensor,
-        begins: np.typing.NDArray[np.int64],
+        begins: IntArray,
         shape: tuple[int, ...],
     ) -> GraphSearch:
         """As :meth:`_search`, on the host, with a graph for each key/value head."""
