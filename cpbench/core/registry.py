@@ -93,6 +93,8 @@ class OperatorInfo:
             ``cpbench.kernels.mixers.forms``), against which it is checked; "" for attention.
         gates: of a mixer: its inputs beside q, k and v, each with what has a number of its own: a
             ``"head"`` ``[B, S, H]``, or a ``"key"`` dimension ``[B, S, H, K]``.
+        rounds_states: of a mixer: whether it rounds what it adds to a state to the dtype of its
+            inputs; the limit of the error of the state is then that of the other results.
         install: how to install what it requires, as a command if there is one.
         workspace: bytes of device memory that a call takes beside its inputs and results, for the
             problem of the call, whose direction is that of its phase; None: none.
@@ -127,6 +129,7 @@ class OperatorInfo:
     selects_for: Literal["head", "group", "all"] = "all"
     mixer: str = ""
     gates: tuple[tuple[str, Literal["head", "key"]], ...] = ()
+    rounds_states: bool = False
     install: str = ""
     workspace: Callable[[Problem], int] | None = None
     unproven: str = ""

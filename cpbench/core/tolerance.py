@@ -20,7 +20,8 @@ grow with it, by the precision in which the operator declares to hold its scores
 A sequence mixer multiplies its state by a rounded decay in every chunk, always by the same one
 where decays are fixed; so limits grow with the number of tokens.  Sums of log decays over a chunk
 are rounded in proportion to their size, ``nats``, which shows in the gradient of the log decay.
-States are held in float32 whatever the dtype of the inputs.
+States are held in float32 whatever the dtype of the inputs, unless a mixer declares to round what
+it adds to them (``rounds_states``).
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ def limits(
 
     Args:
         dtype: of the inputs.
-        info: declaration of the operator: ``rounds_scores`` and ``lse_error`` are looser limits.
+        info: declaration of the operator: ``rounds_scores``, ``rounds_states`` and ``lse_error``
+            are looser limits.
         largest_lse: largest magnitude of the reference's lse, in nats.
         tokens: of a mixer's sequence.
     """
@@ -71,7 +73,8 @@ def limits(
     rel_l2, max_rms, bias = LIMITS[dtype]
     lse = info.lse_error if dtype in ("bfloat16", "float16") else LSE_ERROR
     lse += 2 * (capped if info.rounds_scores else growth)
-    states = {"state": MIXER_STATE} if dtype in ("bfloat16", "float16") else {}
+    exact_states = dtype in ("bfloat16", "float16") and not info.rounds_states
+    states = {"state": MIXER_STATE} if exact_states else {}
     return {
         "lse": {"rel_l2": lse, "max_rms": lse},
         **states,

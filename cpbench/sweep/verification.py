@@ -60,7 +60,7 @@ TENSORS = ("out", "lse", "state", "dq", "dk", "dv", "dg", "dbeta")
 
 def quick_tables(device: str, devices: int) -> list[dict[str, Any]]:
     """Tables that touch each operator, dtype and family of strategies once or twice: some 150 cases
-    for the first minutes on a machine.
+    for the first minutes on a machine, besides those of libraries that are not installed.
 
     Args:
         devices: how many ranks can run at once.
@@ -72,11 +72,15 @@ def quick_tables(device: str, devices: int) -> list[dict[str, Any]]:
     }  # fmt: skip
     names, mixers = verification_mixers.split(sorted(registry.operators()))
     by_head = [name for name in names if "heads" in registry.operators()[name].masks]
-    forward_only = [name for name in names if device not in registry.operators()[name].backward_on]
+    forward_only, mixed_forward = (
+        [name for name in of_kind if device not in registry.operators()[name].backward_on]
+        for of_kind in (names, mixers)
+    )
     strategies = selector_tables.taking_others(registry.strategies_for("attention"))
     unequal = {**shapes, **VALUE_DIMS, "dtype": "bfloat16"}
     on_mixers = {**shapes, **verification_mixers.HEADS, "dtype": "bfloat16", "mask": documents}
     both = {"dtype": ["bfloat16", "float32"], "mask": ["causal", documents]}
+    single = [name for name in mixers if "bfloat16" not in registry.operators()[name].dtypes]
     return [
         {**shapes, **both, "operator": names},
         {**shapes, **both, "operator": forward_only, "direction": "fwd"},
@@ -84,6 +88,8 @@ def quick_tables(device: str, devices: int) -> list[dict[str, Any]]:
         {**shapes, "operator": "dilated", "dtype": "bfloat16", "mask": DILATED_MASKS[0]},
         {**unequal, "operator": _taking_value_dims(names)},
         {**on_mixers, "operator": mixers},
+        {**on_mixers, "operator": single, "dtype": "float32"},
+        {**on_mixers, "operator": mixed_forward, "direction": "fwd"},
         {**unequal, "strategy": ["ring", "ulysses"], "world_size": min(devices, 2)},
         *(
             {**shapes, "strategy": name, "layout": registry.strategies()[name].layouts[0],

@@ -134,6 +134,14 @@ def parse(mixer: Spec | str) -> tuple[Form, int, str]:
     return form, chunk, str(kernel)
 
 
+def gates(form: Form) -> tuple[tuple[str, Literal["head", "key"]], ...]:
+    """The gates that an operator of a form takes, as it declares them: none that the form has."""
+    found: tuple[tuple[str, Literal["head", "key"]], ...] = ()
+    if form.gate is not None and not form.default_gate:
+        found += (("g", "key" if form.gate == "diagonal" else "head"),)
+    return (*found, ("beta", "head")) if form.delta else found
+
+
 def flops(form: Form, tokens: int, key_dim: int, value_dim: int) -> dict[str, int]:
     """FLOPs of the forward and the backward pass of one head over ``tokens`` (of all sequences).
 

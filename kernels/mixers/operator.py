@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from cpbench.core.operator import MixerBackwardInputs, MixerInputs, Unsupported
 from cpbench.core.output_state import OutputStates
@@ -127,11 +127,6 @@ def make_mixer(plan: Plan, mask: AttnMask, kernel: str = "torch") -> Mixer:
 
 
 def _declare(form: forms.Form) -> OperatorInfo:
-    gates: tuple[tuple[str, Literal["head", "key"]], ...] = ()
-    if form.gate is not None and not form.default_gate:
-        gates += (("g", "key" if form.gate == "diagonal" else "head"),)
-    if form.delta:
-        gates += (("beta", "head"),)
     compiled = form.gate != "diagonal" and not form.lagging
     return OperatorInfo(
         name=form.name,
@@ -146,7 +141,7 @@ def _declare(form: forms.Form) -> OperatorInfo:
         params=("chunk", "kernel"),
         variants=("kernel=triton",) if compiled else ("chunk=16",),
         mixer=form.name,
-        gates=gates,
+        gates=forms.gates(form),
     )
 
 

@@ -17,4 +17,6 @@ HEAVY = (
     "transformer_engine",
     "yunchang",
     "deepspeed",
+    "fla",
+    "mamba_ssm",
 )

@@ -250,7 +250,8 @@ def test_calls_are_bound_as_by_the_libraries() -> None:
 
 
 def test_all_adapters_are_tested() -> None:
-    unproven = {name for name, info in registry.operators().items() if info.unproven}
+    declared = registry.operators().items()
+    unproven = {name for name, info in declared if info.unproven and info.kind == "attention"}
     assert unproven == {*SUPPORTED, *PER_HEAD}
     for name in unproven:
         info = registry.operator_info(name)

@@ -58,9 +58,8 @@ def test_every_mixer_is_an_operator_of_its_own_kind() -> None:
         assert ("beta" in taken) == form.delta
         assert ("g" in taken) == (form.gate is not None and name != "retention")
         assert (taken.get("g") == "key") == (form.gate == "diagonal")
-    assert {info.kind for name, info in registry.operators().items() if name not in MIXERS} == {
-        "attention"
-    }
+    for info in registry.operators().values():  # adapters to libraries are of the same kinds
+        assert (info.kind == "mixer") == (info.mixer in MIXERS)
 
 
 @pytest.mark.parametrize("mask", ["causal", "causal_document:doc_lens=[20,1,40,29]"])

@@ -1,0 +1,1 @@
+"""Adapters: the sequence mixers of other libraries as operators, one file each."""
