@@ -74,6 +74,9 @@ COLUMNS = {
     "peak_mb is that of the device",
     "predicted_host_peak_mb": "that peak of host memory according to the trace, max per rank",
     "inputs_mb": "memory of the inputs, max per rank",
+    "state_mb": "of sequence mixers: bytes of the states of all sequences and heads, 10^6 bytes; "
+    "every rank may hold one copy",
+    "kv_mb": "bytes of all keys and values, of all ranks together",
     "limit_mb": "device memory per rank",
     "sent_mb": "bytes sent, max per rank",
     "predicted_sent_mb": "bytes sent according to the trace of the plan, max per rank",
@@ -113,6 +116,8 @@ COLUMNS = {
     "select_ms": "time to select, slowest rank",
     "arrange_ms": "time of the kernel's plan for the selection, slowest rank",
     "kernel_ms": "time of the kernel's forward pass, slowest rank",
+    "summarise_ms": "of sequence mixers under a scan: time to summarise runs of tokens, over all "
+    "phases, slowest rank",
     "error_out": "largest relative L2 error of the output",
     "error_lse": "largest absolute error of the log-sum-exp, in nats",
     "error_dq": "largest relative L2 error of dq",

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpbench.core.problem import Case
+from cpbench.core.problem import DTYPE_BYTES, Case
 from cpbench.core.spec import Spec, format_value
 from cpbench.reports.columns import (
     BOOLEAN_COLUMNS,
@@ -134,6 +134,7 @@ def _record_row(record: Record, launches: Sequence[Record], machine: _Machine) -
     row |= _exposure_columns(launches)
     row |= _telemetry_columns(record.telemetry)
     row |= _selection_columns(record, launches)
+    row |= _mixer_columns(record, launches)
     row["mask_ms"], row["plan_ms"] = _us_to_ms(record.mask_us), _us_to_ms(record.plan_us)
     row["first_call_ms"] = _us_to_ms(record.first_call_us)
     row["rope_ms"] = _us_to_ms(record.rope_us)
@@ -306,8 +307,28 @@ def _selection_columns(record: Record, launches: Sequence[Record]) -> dict[str, 
         "index_build_ms": _us_to_ms(quality.get("index_build_us")),
         "index_mb": quality["index_bytes"] / 1e6 if "index_bytes" in quality else None,
     }  # fmt: skip
-    timed = [launch for launch in launches or (record,) if launch.parts_us]
-    for part, column in (("select", "select_ms"), ("plan", "arrange_ms"), ("kernel", "kernel_ms")):
+    parts = {"select": "select_ms", "plan": "arrange_ms", "kernel": "kernel_ms"}
+    return row | _part_columns(record, launches, parts)
+
+
+def _mixer_columns(record: Record, launches: Sequence[Record]) -> dict[str, float | None]:
+    """Bytes of keys and values, those of the state of a mixer beside them, and the time to
+    summarise runs: medians over launches."""
+    problem = record.case.problem
+    row: dict[str, float | None] = {"kv_mb": problem.kv_bytes(problem.seq_k) / 1e6}
+    if record.computes != ATTENTION:
+        elements = problem.batch * problem.heads_q * problem.head_dim * problem.value_dim
+        row["state_mb"] = elements * DTYPE_BYTES[problem.gate_dtype] / 1e6
+    return row | _part_columns(record, launches, {"summarise": "summarise_ms"})
+
+
+def _part_columns(
+    record: Record, launches: Sequence[Record], columns: Mapping[str, str]
+) -> dict[str, float | None]:
+    """The times of parts of a call, by the column of each: medians over launches."""
+    row: dict[str, float | None] = {}
+    for part, column in columns.items():
+        timed = [launch for launch in launches or (record,) if part in launch.parts_us]
         medians = [statistics.median(slowest_us(launch.parts_us, (part,))) for launch in timed]
         row[column] = _us_to_ms(statistics.median(medians)) if medians else None
     return row

@@ -25,6 +25,7 @@ from cpbench.cli.options import (
 
 if TYPE_CHECKING:
     from cpbench.reports.collection import Collection
+    from cpbench.reports.mixers.hybrid import Ratio
 
 commands = typer.Typer()
 
@@ -60,6 +61,13 @@ def report(
     baseline: Annotated[
         str, typer.Option(metavar="NAME", help="Of --pivot: divide by the figures of this one.")
     ] = "",
+    hybrid: Annotated[
+        str,
+        typer.Option(
+            metavar="A:N",
+            help="Stacks of A attention layers for every N mixer layers instead, e.g. 1:7.",
+        ),
+    ] = "",
     columns: Annotated[
         bool, typer.Option("--columns", help="Explain the columns of csv, parquet and json.")
     ] = False,
@@ -71,6 +79,7 @@ def report(
     Several run directories, from several machines, are merged into one report.
     """
     from cpbench.reports import collection, export, trackers
+    from cpbench.reports.mixers import hybrid as hybrids
     from cpbench.reports.tables import github, render
 
     if columns:
@@ -82,6 +91,9 @@ def report(
     with user_input():
         if baseline and not pivot:
             raise ValueError("--baseline goes with --pivot, e.g. --pivot seq_len,operator")
+        if hybrid and pivot:
+            raise ValueError("--hybrid and --pivot are two tables: give one of them")
+        ratio = _hybrid_ratio(hybrid, name) if hybrid else None
         if output is None and name in ("html", "parquet"):
             raise ValueError(f"--format {name} needs a file: -o report.{name}")
         if output is None and name in trackers.WRITERS:
@@ -89,10 +101,14 @@ def report(
         if output is not None and name not in trackers.WRITERS:
             check_output(output)
         results = collection.collect(folders, where or [])
-        if name in ("csv", "json", "parquet") or pivot:  # the others show them
+        if name in ("csv", "json", "parquet") or pivot or ratio:  # the others show them
             _print_warnings(results)
-        if pivot:
-            text = _pivot(results, name, pivot, metric, baseline)
+        if pivot or ratio:
+            if ratio is None:
+                text = _pivot(results, name, pivot, metric, baseline)
+            else:
+                facts = render.ReportContents.from_collection(results).varying_facts
+                text = hybrids.render(results, ratio, facts, name)
             print(text, end="") if output is None else write_text(output, text)
             return
         if name == "html":
@@ -148,11 +164,23 @@ def plot(
         draw.draw(results, kind.value, output, where or [], axes)
 
 
+def _require_table(option: str, form: str) -> None:
+    """Raise a ValueError for a form in which a table of an option is not written."""
+    if form not in ("short", "table", "md", "latex", "csv", "json"):
+        raise ValueError(f"{option} is not written as {form}; use table, md, latex, csv or json")
+
+
+def _hybrid_ratio(text: str, form: str) -> Ratio:
+    from cpbench.reports.mixers.hybrid import Ratio
+
+    _require_table("--hybrid", form)
+    return Ratio.parse(text)
+
+
 def _pivot(results: Collection, form: str, pivot: str, metric: str, baseline: str) -> str:
     from cpbench.reports.tables import pivot as pivots
 
-    if form not in ("short", "table", "md", "latex", "csv", "json"):
-        raise ValueError(f"--pivot is not written as {form}; use table, md, latex, csv or json")
+    _require_table("--pivot", form)
     made = pivots.make_pivot(results, pivot, metric, baseline)
     return pivots.render(made, results.title, form)
 

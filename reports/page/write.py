@@ -17,6 +17,7 @@ from cpbench import __version__
 from cpbench.reports.collection import Collection
 from cpbench.reports.figures.style import method_styles
 from cpbench.reports.labels import group_by_problem, three_digits
+from cpbench.reports.mixers import beside
 from cpbench.reports.page import assets
 from cpbench.reports.page.data import chart_data, samples_by_row
 from cpbench.reports.predicted.rows import predicted_rows, prediction_notes
@@ -31,7 +32,7 @@ from cpbench.reports.tables.notes import (
     seed_notes,
 )
 from cpbench.reports.tables.render import ReportContents
-from cpbench.reports.tables.selection import break_even_rows, mixer_rows, recall_rows
+from cpbench.reports.tables.selection import break_even_rows, recall_rows
 from cpbench.reports.tables.summary import method_names
 from cpbench.results.store import write_atomically
 
@@ -98,7 +99,7 @@ def _render(collection: Collection, samples: Any, folder: str) -> str:
     support = overview.support_table(table, names)
     recall = group_by_problem(recall_rows(table, facts))
     predicted = group_by_problem(predicted_rows(collection.predicted))
-    mixers = group_by_problem(mixer_rows(table, facts))
+    mixers = [(title, group_by_problem(rows)) for title, rows in beside.sections(table, facts)]
     tables_js, tables_css = assets.packed_data_tables()
     source = assets.read_web(*SCRIPTS) if len(table) else ""
     return render_template(

@@ -19,6 +19,7 @@ from cpbench.reports.labels import (
     group_by_problem,
     pluralize,
 )
+from cpbench.reports.mixers import beside
 from cpbench.reports.predicted.rows import predicted_rows, prediction_notes
 from cpbench.reports.tables import rows as tables
 from cpbench.reports.tables.markup import MARKS, MARKUPS, Markup
@@ -33,7 +34,7 @@ from cpbench.reports.tables.notes import (
     origin_notes,
     seed_notes,
 )
-from cpbench.reports.tables.selection import break_even_rows, mixer_rows, recall_rows
+from cpbench.reports.tables.selection import break_even_rows, recall_rows
 from cpbench.reports.tables.summary import (
     MethodRanking,
     is_approximate,
@@ -230,16 +231,17 @@ def _case_section(contents: ReportContents, markup: Markup, form: str) -> list[s
 
 
 def _selection_sections(contents: ReportContents, markup: Markup, form: str) -> list[str]:
-    """Attention recall and time of selectors; break-even lengths of selectors and of mixers."""
+    """Attention recall and time of selectors, and their break-even lengths; sequence mixers beside
+    attention."""
     table = contents.collection.table
     recall = recall_rows(table, contents.varying_facts)
     lines = _section_by_problem("Sparse selection, highest recall first", recall, markup, form)
     lengths = break_even_rows(table, contents.varying_facts)
     title = "Sparse selection: break-even length against exact attention"
     lines += _section_by_problem(title, lengths, markup, form)
-    mixers = mixer_rows(table, contents.varying_facts)
-    title = "Sequence mixers: length from which each is faster than exact attention"
-    return lines + _section_by_problem(title, mixers, markup, form)
+    for title, rows in beside.sections(table, contents.varying_facts):
+        lines += _section_by_problem(f"Sequence mixers: {title}", rows, markup, form)
+    return lines
 
 
 def _fitting_section(title: str, rows: list[tables.Row], markup: Markup, form: str) -> list[str]:

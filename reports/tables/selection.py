@@ -1,8 +1,7 @@
-"""What is not attention beside attention: attention recall of selectors, and break-even lengths of
-selectors and of sequence mixers.
+"""Selectors beside exact attention: attention recall, time, and break-even lengths.
 
-Selectors compute part of attention, and mixers something else, so they are not ranked with exact
-attention; each is compared with the fastest exact method for the same problem.
+Selectors compute part of attention, so they are not ranked with exact attention; each is compared
+with the fastest exact method for the same problem.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cpbench.core.problem import DTYPE_BYTES
 from cpbench.core.spec import format_size
 from cpbench.reports.labels import fact_values, format_number, if_multi_rank, three_digits
 from cpbench.reports.tables.contest import Contest, hold_contest
@@ -21,6 +19,7 @@ from cpbench.reports.tables.summary import (
     is_approximate,
     method_label,
     method_name,
+    method_names,
 )
 from cpbench.results.record import APPROXIMATE, ATTENTION
 
@@ -35,18 +34,10 @@ def selector_cases(table: pd.DataFrame) -> pd.DataFrame:
     # A backward pass alone does not include the selection, so it is not compared.
     compared = table[table["direction"] != "bwd"]
     cases = table[is_approximate(table) & (table["status"] == "ok")]
-    return _beside_attention(cases, compared, list(PROBLEM_KEYS))
+    return beside_attention(cases, compared, list(PROBLEM_KEYS))
 
 
-def mixer_cases(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows of sequence mixers that are ok, beside the fastest exact attention of as many tokens and
-    heads, whatever its inputs."""
-    cases = table[(table["computes"] != ATTENTION) & (table["status"] == "ok")]
-    keys = [key for key in PROBLEM_KEYS if key not in ("computes", "inputs", "content")]
-    return _beside_attention(cases, table, keys)
-
-
-def _beside_attention(cases: pd.DataFrame, table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+def beside_attention(cases: pd.DataFrame, table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     """Cases with more columns: ``exact``, the fastest exact attention in a table with the same
     values of ``keys``, ``exact_ms``, its time, and ``exact_evidence``; none where the time of the
     case does not count."""
@@ -108,32 +99,11 @@ def break_even_rows(table: pd.DataFrame, varying_facts: Sequence[str]) -> list[R
     fastest exact method."""
     return [
         {**length_row, "recall %": ", ".join(_percent(row["recovered"]) for row in rows)}
-        for length_row, rows in _lengths(selector_cases(table), varying_facts, "exact")
+        for length_row, rows in length_rows(selector_cases(table), varying_facts, "exact")
     ]
 
 
-def mixer_rows(table: pd.DataFrame, varying_facts: Sequence[str]) -> list[Row]:
-    """For each sequence mixer timed at several lengths, the length from which it is faster than the
-    fastest exact attention, and how much smaller its state is than keys and values."""
-    return [
-        {
-            **length_row,
-            "KV over state": ", ".join(
-                f"{format_size(int(row['seq_len']))}: {_kv_over_state(row):.3g}x" for row in rows
-            ),
-        }
-        for length_row, rows in _lengths(mixer_cases(table), varying_facts, "attention")
-    ]
-
-
-def _kv_over_state(row: Any) -> float:
-    """Bytes of the keys and values of a sequence over those of the state of a mixer."""
-    key_dim, value_dim = int(row["head_dim"]), int(row["head_dim_v"] or row["head_dim"])
-    kv_bytes = int(row["seq_len"]) * (key_dim + value_dim) * DTYPE_BYTES[row["dtype"]]
-    return kv_bytes / (key_dim * value_dim * DTYPE_BYTES["float32"])
-
-
-def _lengths(
+def length_rows(
     cases: pd.DataFrame, varying_facts: Sequence[str], beside: str
 ) -> Iterator[tuple[Row, list[Any]]]:
     """For each method timed at several lengths, a row with the length from which it is faster than
@@ -141,7 +111,8 @@ def _lengths(
     cases = cases[cases["time_ms"].notna() & cases["exact_ms"].notna()]
     other_keys = [key for key in PROBLEM_KEYS if key != "seq_len"]
     other_facts = [fact for fact in varying_facts if fact not in ("tokens", "computes")]
-    for _, group in cases.groupby([*other_keys, "operator"], sort=True):
+    cases = cases.assign(method=method_names(cases))
+    for _, group in cases.groupby([*other_keys, "method"], sort=True):
         by_length = group.sort_values("seq_len").to_dict("records")
         if len({row["seq_len"] for row in by_length}) < 2:
             continue

@@ -136,7 +136,7 @@ def test_refusals() -> None:
     assert refusal("fla.naive_deltanet", scale=1.0) == (
         "fla.naive_deltanet needs the scale 0.25, not 1"
     )
-    assert refusal("transformers.gated_deltanet", scale=1.0).endswith("needs the scale 0.25, not 1")
+    assert refusal("transformers.gated_delta", scale=1.0).endswith("needs the scale 0.25, not 1")
     assert refusal("fla.naive_retention", 2796) == (
         "fla.naive_retention overflows float32 from 2796 tokens of a document on, and one has 2796"
     )

@@ -1,4 +1,4 @@
-"""Operator `transformers.gated_deltanet`: the torch function that models of Hugging Face
+"""Operator `transformers.gated_delta`: the torch function that models of Hugging Face
 transformers with Gated DeltaNet layers compute where no kernels are installed.
 
 Called without the decorator that prefers the kernels of flash-linear-attention where these are
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from cpbench.core.problem import Problem
 
 MIXER = "gated_deltanet"
-NAME = f"transformers.{MIXER}"
+NAME = "transformers.gated_delta"
 MODULE = "transformers.models.qwen3_next.modeling_qwen3_next"
 
 OPERATORS = (
