@@ -116,8 +116,8 @@ COLUMNS = {
     "select_ms": "time to select, slowest rank",
     "arrange_ms": "time of the kernel's plan for the selection, slowest rank",
     "kernel_ms": "time of the kernel's forward pass, slowest rank",
-    "summarise_ms": "of sequence mixers under a scan: time to summarise runs of tokens, over all "
-    "phases, slowest rank",
+    "summarise_ms": "of sequence mixers under a scan: time of the forward phase to summarise the "
+    "runs of tokens that others take, slowest rank",
     "error_out": "largest relative L2 error of the output",
     "error_lse": "largest absolute error of the log-sum-exp, in nats",
     "error_dq": "largest relative L2 error of dq",

@@ -86,8 +86,8 @@ class Record:
         times_us: microseconds by phase (``fwd``, ``bwd``) as ``[rank][iteration]``.
         parts_us: of selectors: microseconds of the selection (``select``), of the kernel's plan for
             it (``plan``) and of the kernel (``kernel``), as ``times_us`` but in iterations of their
-            own; ``fwd`` of ``times_us`` is all three, in one call.  Of mixers whose runs of tokens
-            are summarised: that of all phases (``summarise``).
+            own; ``fwd`` of ``times_us`` is all three, in one call.  Of mixers under a scan: those
+            of the summaries of a forward phase (``summarise``).
         quality: of selectors: quality of the selection, see ``cpbench.verify.quality``.
         delay_us: as ``times_us``: microseconds that the rank's threads were ready and waited for a
             core, summed over threads; empty where the system does not tell.

@@ -45,6 +45,10 @@ def record_steps(
     one_call = work.info.name == "single"
     if work.op.info.selects and one_call and record.case.direction != "bwd":
         record.parts_us = times_us("selection steps", workload.selection_steps())
+    summarise = getattr(work.strategy, "summarise", None)
+    if work.op.info.mixer and summarise and record.case.direction != "bwd":
+        summaries = functools.partial(summarise, work.inputs_of(inputs), work.plan, work.op)
+        record.parts_us = times_us("summaries", {"summarise": summaries})
     if rotation := rotation_of(record.case):
         rotate = functools.partial(_rotate, rotation, work, inputs)
         rope_us = slowest_us(times_us("rope", {"rope": rotate}), ("rope",))

@@ -115,7 +115,8 @@ def _by_method(group: pd.DataFrame) -> list[tuple[str, list[Any]]]:
 
 def rank_rows(table: pd.DataFrame, varying_facts: Sequence[str]) -> list[Row]:
     """Every mixer on several ranks, fastest first: beside attention on as many, the share of its
-    time that it summarises runs of tokens, exposed and hidden communication, and what it sends."""
+    forward phase in which it summarises runs of tokens, exposed and hidden communication, and what
+    it sends."""
     cases = mixer_cases(table)
     cases = cases[(cases["world_size"] > 1) & cases["time_ms"].notna()]
     rows = []
@@ -127,7 +128,7 @@ def rank_rows(table: pd.DataFrame, varying_facts: Sequence[str]) -> list[Row]:
                     "method": method_label(row),
                     "ms": three_digits(row["time_ms"]),
                     "vs attention": format_number(row["exact_ms"] / row["time_ms"], ".2f", "x"),
-                    "summarise %": _percent(row["summarise_ms"] / row["time_ms"]),
+                    "summarise %": _percent(row["summarise_ms"] / row["fwd_ms"]),
                     "exposed %": _percent(row["exposed"]),
                     "hidden %": _percent(row["hidden"]),
                     "sent MB": three_digits(row["sent_mb"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from made_records import record, report_text, run_of, section_lines, table_of, w
 
 from cpbench.cli.main import invoke
 from cpbench.reports.collection import Collection, merge_runs
+from cpbench.reports.frame import load
 from cpbench.reports.mixers import beside, hybrid
 from cpbench.reports.tables.summary import method_name, rank_methods
 from cpbench.results.record import Record
@@ -211,3 +213,47 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert code == 2
         assert words in stderr
         assert len(stderr.splitlines()) == 1
+
+
+SWEEP = """
+[sweep]
+operator = ["ssd"]
+strategy = ["scan", "ulysses"]
+inputs = "gates"
+direction = "fwd"
+seq_len = 256
+num_heads_q = 2
+head_dim = 16
+world_size = 2
+[[include]]
+operator = "bands"
+strategy = "ring"
+layout = "zigzag"
+[measure]
+min_iterations = 2
+max_iterations = 2
+warmup = 1
+memory = false
+interleave = 1
+"""
+
+
+def test_a_run_on_two_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A scan is measured with its summaries, and hybrid stacks with the rate of its messages."""
+    (tmp_path / "sweep.toml").write_text(SWEEP)
+    run = tmp_path / "run"
+    assert invoke(["run", str(tmp_path / "sweep.toml"), "--out", str(run), "--device", "cpu"]) == 0
+    capsys.readouterr()
+    rows = {row["strategy"]: row for row in load(run).to_dict("records")}
+    assert set(rows) == {"scan", "ulysses", "ring"}
+    assert rows["scan"]["summarise_ms"] > 0
+    assert all(math.isnan(rows[name]["summarise_ms"]) for name in ("ulysses", "ring"))
+    assert invoke(["report", str(run), "--hybrid", "1:3", "--format", "json"]) == 0
+    stacks = {row["mixer_strategy"]: row for row in json.loads(capsys.readouterr().out)}
+    assert set(stacks) == {"scan", "ulysses"}
+    for stack in stacks.values():
+        assert stack["attention_strategy"] == "ring"
+        assert stack["exchange_mb"] == 2 * 64 * 2 * 16 * 4 / 1e6
+        total = stack["attention_ms"] + stack["mixer_ms"] + stack["exchange_ms"]
+        assert stack["time_ms"] == pytest.approx(total)
+        assert stack["exchange_ms"] > 0

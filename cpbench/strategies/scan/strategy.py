@@ -134,23 +134,10 @@ class Scan:
     def forward(
         self, qkv: MixerInputs, plan: Plan, op: BoundOperator, comm: Comm, need_lse: bool
     ) -> Forward:
-        mixer, state = op.bind(plan.problem), qkv.initial_state
-        x = qkv.by_token.with_decays(plan.decays)
+        mixer, x = op.bind(plan.problem), qkv.by_token.with_decays(plan.decays)
         order, own = plan.forward, plan.own
-        runs = {
-            number: x.tokens(slot.tokens.start, slot.tokens.stop) for number, slot in own.items()
-        }
-        starts = {}
-        if state is not None:
-            starts = {n: state for n, slot in own.items() if _starts(slot, mixer)}
-        summaries: dict[int, Summary] = {}
-        known = dict.fromkeys(own)
-        for number, slot in own.items():
-            if order.taker(number) is not None:
-                summary, known[number] = mixer.summarise(runs[number], slot.resets)
-                if number in starts and not slot.resets:
-                    summary = _started(summary, starts[number], mixer)
-                summaries[number] = summary
+        runs, starts = _runs(x, plan), _initial(qkv, plan, mixer)
+        summaries, known = self._summarise(runs, starts, plan, mixer)
         transitions = {n: y.transition for n, y in summaries.items() if y.transition is not None}
         results: dict[int, Any] = {}
 
@@ -177,7 +164,27 @@ class Scan:
             last = like.state.zero_() if found is None else found[1].contiguous()
             comm.all_reduce(last).wait()
         saved = {n: found[2] for n, found in results.items()}
-        return out, last, Saved(x._replace(initial_state=state), saved, transitions)
+        inputs = x._replace(initial_state=qkv.initial_state)
+        return out, last, Saved(inputs, saved, transitions)
+
+    def summarise(self, qkv: MixerInputs, plan: Plan, op: BoundOperator) -> None:
+        """The first step of a forward pass: the summaries of the runs that others take."""
+        mixer, x = op.bind(plan.problem), qkv.by_token.with_decays(plan.decays)
+        self._summarise(_runs(x, plan), _initial(qkv, plan, mixer), plan, mixer)
+
+    def _summarise(
+        self, runs: dict[int, MixerInputs], starts: BySlot, plan: Plan, mixer: BoundMixer
+    ) -> tuple[dict[int, Summary], dict[int, Any]]:
+        """Summaries of own slots that others take, and what ``output`` need not compute again."""
+        summaries: dict[int, Summary] = {}
+        known: dict[int, Any] = dict.fromkeys(plan.own)
+        for number, slot in plan.own.items():
+            if plan.forward.taker(number) is not None:
+                summary, known[number] = mixer.summarise(runs[number], slot.resets)
+                if number in starts and not slot.resets:
+                    summary = _started(summary, starts[number], mixer)
+                summaries[number] = summary
+        return summaries, known
 
     def backward(
         self,
@@ -190,9 +197,7 @@ class Scan:
     ) -> Gradients:
         mixer, x = op.bind(plan.problem), saved.inputs.by_token
         order, own = plan.backward, plan.own
-        runs = {
-            number: x.tokens(slot.tokens.start, slot.tokens.stop) for number, slot in own.items()
-        }
+        runs = _runs(x, plan)
         douts = {number: dout[:, slot.tokens] for number, slot in own.items()}
         if dstate is not None:
             dstate = dstate.contiguous().clone()
@@ -273,6 +278,18 @@ def _require_whole_chunks(slots: tuple[Slot, ...], mixer: BoundMixer, layout: st
                 f"{layout} cuts one after {inside} tokens, at token {slot.start}; use a layout, a "
                 "number of ranks or a chunk that cuts none"
             )
+
+
+def _runs(x: MixerInputs, plan: Plan) -> dict[int, MixerInputs]:
+    """The inputs of own slots."""
+    return {n: x.tokens(slot.tokens.start, slot.tokens.stop) for n, slot in plan.own.items()}
+
+
+def _initial(x: MixerInputs, plan: Plan, mixer: BoundMixer) -> BySlot:
+    """The initial state by the slots that start from it; none if it is 0."""
+    if x.initial_state is None:
+        return {}
+    return {n: x.initial_state for n, slot in plan.own.items() if _starts(slot, mixer)}
 
 
 def _starts(slot: Slot, mixer: BoundMixer) -> bool:
