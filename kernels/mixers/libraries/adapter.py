@@ -10,7 +10,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from cpbench.core.operator import MixerInputs
@@ -115,8 +114,7 @@ def by_document(
 
     outs, state, edges = [], None, itertools.accumulate(plan.lengths, initial=0)
     for start, stop in itertools.pairwise(edges):
-        tokens = x.map(itemgetter((slice(None), slice(start, stop))))
-        out, state = function(_padded(tokens, -(stop - start) % multiple))
+        out, state = function(_padded(x.tokens(start, stop), -(stop - start) % multiple))
         outs.append(out[:, : stop - start])
     return (outs[0] if len(outs) == 1 else torch.cat(outs, 1)), state
 
