@@ -23,6 +23,9 @@ COLUMNS = {
     "head_dim_v": "elements per head of values; 0 is head_dim",
     "dtype": "data type of inputs and outputs",
     "direction": "phases that the time covers: fwd, bwd or fwd_bwd",
+    "phase": "sequence, or decode: one query for each of batch sequences of seq_len keys",
+    "key_lens": "keys of each sequence that is decoded, where they differ",
+    "page_size": "tokens of each page of keys that are decoded over; 0 for sequences",
     "world_size": "number of ranks",
     "ranks_per_node": "ranks per node; 0 is as launched",
     "placement": "mesh axis of the strategy placed inside a node; empty for its default",
@@ -39,6 +42,9 @@ COLUMNS = {
     "low_ms": "lower end of the nominal 95 % confidence interval of the median; with few launches, "
     "the lowest",
     "high_ms": "upper end of that interval; with few launches, the highest",
+    "token_us": "decoding: time by tokens made, one for each sequence",
+    "kv_gb_s": "decoding: visible keys and values read, 10^9 bytes/s per rank",
+    "stream_share": "kv_gb_s over the bandwidth of a large copy, copy_gb_s",
     "fwd_ms": "time of the forward phase",
     "fwd_low_ms": "lower end of its interval",
     "fwd_high_ms": "upper end of its interval",
@@ -136,9 +142,9 @@ COLUMNS = {
 }
 TEXT_COLUMNS = (
     "run", "id", "status", "reason", "operator", "strategy", "layout", "computes", "mask",
-    "mask_family", "draw", "dtype", "direction", "placement", "inputs", "rope", "content",
-    "code", "machine", "clock", "held_down_by", "evidence", "predicted_for", "disqualified",
-    "flags", "notes", "environment", "writer", "log",
+    "mask_family", "draw", "dtype", "direction", "phase", "key_lens", "placement", "inputs",
+    "rope", "content", "code", "machine", "clock", "held_down_by", "evidence", "predicted_for",
+    "disqualified", "flags", "notes", "environment", "writer", "log",
 )  # fmt: skip
 BOOLEAN_COLUMNS = ("competes",)
 INTEGER_COLUMNS = ("iterations", "launches")  # nullable

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpbench.core.problem import DTYPE_BYTES, Case
-from cpbench.core.spec import Spec, format_value
+from cpbench.core.spec import Spec, format_size, format_value
 from cpbench.reports.columns import (
     BOOLEAN_COLUMNS,
     COLUMNS,
@@ -133,13 +133,14 @@ def _record_row(record: Record, launches: Sequence[Record], machine: _Machine) -
     row |= _traffic_columns(record)
     row |= _exposure_columns(launches)
     row |= _telemetry_columns(record.telemetry)
-    row |= _selection_columns(record, launches)
+    row |= _selection_columns(record, launches) | _decoding_columns(record, row)
     row |= _mixer_columns(record, launches)
     row["mask_ms"], row["plan_ms"] = _us_to_ms(record.mask_us), _us_to_ms(record.plan_us)
     row["first_call_ms"] = _us_to_ms(record.first_call_us)
     row["rope_ms"] = _us_to_ms(record.rope_us)
     if record.area is not None:
-        row["density"] = record.area / (case.queries or case.seq_len) / case.seq_len
+        pairs = (case.queries or case.seq_len) * case.seq_len
+        row["density"] = record.area / (sum(case.lengths) if case.page_size else pairs)
     if record.flops:
         row["intensity"] = sum(record.flops.values()) / _minimal_bytes(case, record.flops)
     if record.balance and sum(record.balance):
@@ -154,6 +155,7 @@ def _case_columns(case: Case) -> dict[str, Any]:
         row[key] = str(getattr(case, key))
     row["mask_family"], row["draw"] = _split_mask_seed(case.mask)
     row["placement"], row["computes"] = case.placement or None, ATTENTION
+    row["key_lens"] = "+".join(map(format_size, case.key_lens))
     data_files = case.data_content
     row["content"] = _short_hashes(data_files) or "none"
     row["code"] = _short_hashes(file for file in case.content if file not in data_files) or None
@@ -334,12 +336,25 @@ def _part_columns(
     return row
 
 
+def _decoding_columns(record: Record, row: Mapping[str, Any]) -> dict[str, float | None]:
+    """Of decoding: time by token, and how fast visible keys and values are read."""
+    case = record.case
+    if not case.page_size or not row.get("time_ms") or record.area is None:
+        return {}
+    us = row["time_ms"] * 1e3
+    rate = case.problem.kv_bytes(round(record.area)) / case.world_size / us / 1e3
+    copy = row["copy_gb_s"]
+    return {
+        "token_us": us / case.batch, "kv_gb_s": rate, "stream_share": rate / copy if copy else None
+    }  # fmt: skip
+
+
 def _minimal_bytes(case: Case, phases: Iterable[str]) -> int:
     """Memory traffic in bytes if each tensor is moved once: q, k, v and out forward; these and
     dout, dq, dk and dv backward.  The lse is left out."""
     problem = case.problem
     forward = problem.q_bytes(problem.seq_q) + problem.out_bytes(problem.seq_q)
-    forward += problem.kv_bytes(problem.seq_k)
+    forward += problem.kv_bytes(sum(case.lengths) if case.page_size else problem.seq_k)
     return sum({"fwd": forward, "bwd": 2 * forward}[phase] for phase in phases)
 
 

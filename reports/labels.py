@@ -34,8 +34,16 @@ FACTS: dict[str, tuple[Callable[[Any], object], str]] = {
     "mask": (itemgetter("mask"), "{}"),
     "tokens": (lambda row: format_size(int(row["seq_len"])), "{} tokens"),
     "queries": (
-        lambda row: f"last {row['queries']}" if row["queries"] else _ALL_QUERIES,
+        lambda row: (
+            f"last {row['queries']}" if row["queries"] and not row["page_size"] else _ALL_QUERIES
+        ),
         "{} queries",
+    ),
+    "decoding": (
+        lambda row: (
+            f"{row['key_lens']} in pages of {row['page_size']}".strip() if row["page_size"] else ""
+        ),
+        "decoding {}",
     ),
     "ranks": (itemgetter("world_size"), "world size {}"),
     "ranks/node": (lambda row: row["ranks_per_node"] or _AS_LAUNCHED, "{} ranks per node"),
@@ -56,6 +64,8 @@ FACTS: dict[str, tuple[Callable[[Any], object], str]] = {
 # The columns that a fact is read from, where the name of the column differs.
 FACT_COLUMNS = {
     "tokens": ("seq_len",),
+    "queries": ("queries", "page_size"),
+    "decoding": ("key_lens", "page_size"),
     "ranks": ("world_size",),
     "ranks/node": ("ranks_per_node",),
     "heads": ("num_heads_q", "num_heads_kv"),

@@ -31,6 +31,8 @@ METRICS = {
     "fwd": Metric("fwd_ms", "ms, forward", timed=True),
     "bwd": Metric("bwd_ms", "ms, backward", timed=True),
     "tflops": Metric("tflops_per_rank", "TFLOP/s per rank", timed=True, higher_is_better=True),
+    "token": Metric("token_us", "µs per token decoded", timed=True),
+    "stream": Metric("kv_gb_s", "GB/s of KV read per rank", timed=True, higher_is_better=True),
     "peak": Metric("peak_mb", "peak MB, max per rank"),
     "sent": Metric("sent_mb", "MB sent, max per rank"),
     "across": Metric("across_mb", "MB sent across nodes, max per rank"),

@@ -217,7 +217,9 @@ def bench(
         list[str] | None,
         mask_list(help="Masks; repeatable.  [default: causal]"),
     ] = None,
-    seq_len: Annotated[str, list_option(help="Sequence lengths, in tokens.")] = "1k,4k",
+    seq_len: Annotated[
+        str | None, list_option(help="Sequence lengths, in tokens.  [default: 1k,4k]")
+    ] = None,
     strategy: Annotated[
         str | None,
         strategy_list(help="Strategies, e.g. ring,ulysses.  [default: single]"),
@@ -234,7 +236,7 @@ def bench(
     queries: Annotated[
         str, list_option(help="Number of queries, the last tokens; 0: all tokens.")
     ] = "0",
-    batch: Annotated[str, list_option(help="Batch sizes.")] = "1",
+    batch: Annotated[str | None, list_option(help="Batch sizes.  [default: 1]")] = None,
     num_heads_q: Annotated[str, list_option(help="Query heads.")] = "4",
     num_heads_kv: Annotated[
         str | None, list_option(help="Key/value heads.  [default: as --num-heads-q]")
@@ -242,7 +244,19 @@ def bench(
     head_dim: Annotated[str, list_option(help="Head dimensions.")] = "64",
     head_dim_v: Annotated[str, list_option(help="Those of values; 0: as --head-dim.")] = "0",
     dtype: Annotated[str, dtype_list(help="Data types: float32, bfloat16, float16.")] = "float32",
-    direction: Annotated[str, direction_list(help="Passes: fwd, bwd, fwd_bwd.")] = "fwd_bwd",
+    direction: Annotated[
+        str | None,
+        direction_list(help="Passes: fwd, bwd, fwd_bwd.  [default: fwd_bwd; fwd if decoding]"),
+    ] = None,
+    phase: Annotated[
+        str | None, list_option(help="sequence, or decode: one query for each of a batch.")
+    ] = None,
+    key_lens: Annotated[
+        str | None, list_option(help="Keys of each sequence to decode, e.g. [8k,1k,70].")
+    ] = None,
+    page_size: Annotated[
+        str | None, list_option(help="Tokens of a page of keys.  [default: 64 if decoding]")
+    ] = None,
     seed: Annotated[str, list_option(help="Seeds of the inputs.")] = "0",
     inputs: Annotated[
         str, inputs_list(help="Inputs, e.g. normal,needles,file:qkv.safetensors.")
@@ -272,13 +286,15 @@ def bench(
     from cpbench.sweep import sweep_file
     from cpbench.sweep.request import Request
 
+    if seq_len is None and key_lens is None:
+        seq_len = "1k,4k"
     lists = {
         "operator": operator, "strategy": strategy, "layout": layout, "seq_len": seq_len,
         "world_size": world_size, "ranks_per_node": ranks_per_node, "placement": placement,
         "queries": queries, "batch": batch, "num_heads_q": num_heads_q,
         "num_heads_kv": num_heads_kv, "head_dim": head_dim, "head_dim_v": head_dim_v,
         "dtype": dtype, "direction": direction, "seed": seed, "inputs": inputs,
-        "rope": rope,
+        "rope": rope, "phase": phase, "key_lens": key_lens, "page_size": page_size,
     }  # fmt: skip
     with user_input():
         table = {

@@ -251,6 +251,8 @@ def declared_limits(info: OperatorInfo, problem: Problem, device: str) -> str | 
             f"{info.name} is a sequence mixer, with as many key/value heads as query heads, not "
             f"{problem.heads_kv} for {problem.heads_q}"
         )
+    if info.paged and not problem.page_size:
+        return f"{info.name} decodes over pages; use phase decode"
     if problem.backward and device not in info.backward_on:
         return f"{info.name} has no backward pass on {device}; use direction fwd"
     if problem.deterministic and not info.deterministic:

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from operator import attrgetter
 from typing import Any
@@ -22,6 +22,9 @@ DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 DTYPES = ("float32", "bfloat16", "float16")
 METHOD_FIELDS = ("operator", "strategy", "layout", "placement", "content")
 DIRECTIONS = ("fwd", "bwd", "fwd_bwd")
+DECODE = "decode"
+PHASES = ("sequence", DECODE)
+PAGES_STEP = 8  # a cache has a multiple of as many pages, which ranks divide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,8 @@ class Problem:
         scale: softmax scale; None for ``head_dim ** -0.5``.
         softcap: reserved; anything but 0 is refused.
         deterministic: whether two runs must be bitwise equal.
+        page_size: of a batch that is decoded: tokens of each page of keys (see
+            ``cpbench.masks.paged``), whose slots are the keys of the problem; 0 for others.
         gates: the inputs of a sequence mixer beside q, k and v: their names, each with its numbers
             per head and token, 0 for one without an axis (``[B, S, H]``).
     """
@@ -56,6 +61,7 @@ class Problem:
     scale: float | None = None
     softcap: float = 0.0
     deterministic: bool = False
+    page_size: int = 0
     gates: tuple[tuple[str, int], ...] = ()
 
     @property
@@ -130,6 +136,10 @@ class Case:
         seq_len: tokens.
         queries: number of queries, the last tokens of the sequence, which attend to all ``seq_len``
             keys (decoding, chunked prefill); 0 for all tokens.
+        phase: ``"sequence"``, or ``"decode"``: one query for each of ``batch`` sequences, whose
+            ``seq_len`` keys lie in pages of a cache.
+        key_lens: keys of each sequence that is decoded, where they differ; else ().
+        page_size: tokens of each page; 0 unless decoding.
         world_size: number of ranks.
         ranks_per_node: ranks that share a node; 0 for the launcher's placement.
         placement: axis of the strategy's mesh to put inside a node; "" for the strategy's default.
@@ -153,6 +163,9 @@ class Case:
     head_dim_v: int = 0
     dtype: str = "float32"
     direction: str = "fwd_bwd"
+    phase: str = "sequence"
+    key_lens: tuple[int, ...] = ()
+    page_size: int = 0
     world_size: int = 1
     ranks_per_node: int = 0
     placement: str = ""
@@ -175,17 +188,26 @@ class Case:
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property
+    def lengths(self) -> tuple[int, ...]:
+        """Keys of each sequence."""
+        return self.key_lens or (self.seq_len,) * self.batch
+
+    @property
     def problem(self) -> Problem:
+        batch, seq_q, seq_k = self.batch, self.queries or self.seq_len, self.seq_len
+        if self.phase == DECODE:
+            batch, seq_q, seq_k = 1, batch, cache_slots(self.lengths, self.page_size)
         return Problem(
-            batch=self.batch,
-            seq_q=self.queries or self.seq_len,
-            seq_k=self.seq_len,
+            batch=batch,
+            seq_q=seq_q,
+            seq_k=seq_k,
             heads_q=self.num_heads_q,
             heads_kv=self.num_heads_kv,
             head_dim=self.head_dim,
             head_dim_v=self.head_dim_v,
             dtype=self.dtype,
             direction=self.direction,
+            page_size=self.page_size,
         )
 
     @property
@@ -210,7 +232,12 @@ class Case:
         heads = f"{self.num_heads_q}:{self.num_heads_kv}"
         queries = f"{self.queries} of " if self.queries else ""
         dims = format_head_dims(self.head_dim, self.head_dim_v)
-        size = f"S={queries}{format_size(self.seq_len)} H={heads} D={dims} {self.dtype}"
+        tokens = f"S={queries}{format_size(self.seq_len)}"
+        if self.phase == DECODE:
+            lengths = "+".join(map(format_size, self.key_lens))
+            lengths = lengths or f"{self.batch}x{format_size(self.seq_len)}"
+            tokens = f"decode {lengths} pages of {self.page_size}"
+        size = f"{tokens} H={heads} D={dims} {self.dtype}"
         inputs = "" if self.inputs == _DEFAULTS["inputs"] else f" on {self.inputs}"
         rope = "" if self.rope == _DEFAULTS["rope"] else f" rope {self.rope}"
         return f"{self.operator}{strategy} {self.mask} {size} {self.direction}{inputs}{rope}"
@@ -221,6 +248,7 @@ class Case:
         for name in _DEFAULTS:
             value = getattr(self, name)
             table[name] = value.to_json() if isinstance(value, Spec) else value
+        table["key_lens"] = list(self.key_lens)
         table["content"] = [list(pair) for pair in self.content]
         return table
 
@@ -242,6 +270,7 @@ class Case:
                 values[key] = _parse_spec(values[key])
         try:
             values["content"] = tuple((str(a), str(b)) for a, b in values.get("content", ()))
+            values["key_lens"] = tuple(values.get("key_lens", ()))
         except (TypeError, ValueError):
             raise ValueError(f"content = {values['content']!r} is no list of pairs") from None
         case = object.__new__(cls)  # a frozen dataclass takes long to fill its fields
@@ -257,6 +286,10 @@ class Case:
         if {int} != {*map(type, counts), *map(type, others)} or min(counts) < 1 or min(others) < 0:
             sizes = dict(zip((*_COUNTS, *_MAY_BE_ZERO), (*counts, *others), strict=True))
             raise ValueError(f"no case has these sizes: {sizes}")
+        if self.phase not in PHASES or (self.phase == DECODE) != (self.page_size > 0):
+            raise ValueError(f"no case has phase {self.phase!r}, page_size {self.page_size}")
+        if {*map(type, self.key_lens)} - {int} or min(self.key_lens, default=1) < 1:
+            raise ValueError(f"no case has key_lens {self.key_lens}")
         if self.dtype not in (*DTYPE_BYTES,) or self.direction not in DIRECTIONS:
             raise ValueError(f"no case has dtype {self.dtype!r}, direction {self.direction!r}")
         if not isinstance(self.placement, str):
@@ -282,7 +315,7 @@ class Case:
 _NAMES = frozenset(item.name for item in fields(Case))
 _DEFAULTS = {item.name: item.default for item in fields(Case) if item.name != "content"}
 _COUNTS = ("batch", "seq_len", "num_heads_q", "num_heads_kv", "head_dim", "world_size")
-_MAY_BE_ZERO = ("queries", "head_dim_v", "ranks_per_node", "seed")
+_MAY_BE_ZERO = ("queries", "head_dim_v", "page_size", "ranks_per_node", "seed")
 _get_counts, _get_others = attrgetter(*_COUNTS), attrgetter(*_MAY_BE_ZERO)
 _parsed_specs: dict[str, Spec] = {}
 
@@ -301,6 +334,12 @@ def _replace_text(value: Any, old: str, new: str) -> Any:
     if isinstance(value, dict):
         return {key: _replace_text(item, old, new) for key, item in value.items()}
     return new if isinstance(value, str) and value == old else value
+
+
+def cache_slots(lengths: Sequence[int], page_size: int) -> int:
+    """Slots of a cache that holds sequences of these lengths in pages of their own."""
+    pages = sum(-(-tokens // page_size) for tokens in lengths)
+    return -(-pages // PAGES_STEP) * PAGES_STEP * page_size
 
 
 def different_or_zero(head_dim_v: int, head_dim: int) -> int:

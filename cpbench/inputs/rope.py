@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cpbench import masks
+from cpbench.core.problem import DECODE
 from cpbench.core.registry import check_params
 from cpbench.core.spec import Spec, Value, format_size
 from cpbench.core.user_files import locate
 from cpbench.inputs.rotary import BASE, Floats, frequencies, rotate
 from cpbench.masks.attn_mask import AttnMask
+from cpbench.masks.paged.batch import PagedBatch
 from cpbench.masks.slices import IntArray
 
 if TYPE_CHECKING:
@@ -82,10 +84,12 @@ class Rotation:
     Attributes:
         spec: see :func:`parse`; not ``none``.
         starts: int64 first tokens of the documents at which positions restart.
+        batch: of a case that decodes: its sequences, in which keys and queries have their places.
     """
 
     spec: Spec
     starts: bytes = np.zeros(1, np.int64).tobytes()
+    batch: PagedBatch | None = None
 
     def apply(
         self, name: str, rows: torch.Tensor, problem: Problem, tokens: IntArray
@@ -100,9 +104,14 @@ class Rotation:
         """
         if name not in "qk":
             return rows
-        shift = problem.seq_k - problem.seq_q if name == "q" else 0
         theta, magnitude = _frequencies(self.spec, problem.head_dim)
-        return rotate(rows, self.positions(tokens + shift), theta, magnitude)
+        if self.batch is not None:  # padding repeats the last one
+            known = np.array(self.batch.key_lens) - 1 if name == "q" else self.batch.positions
+            positions = known[np.minimum(tokens, len(known) - 1)]
+        else:
+            shift = problem.seq_k - problem.seq_q if name == "q" else 0
+            positions = self.positions(tokens + shift)
+        return rotate(rows, positions, theta, magnitude)
 
     def positions(self, tokens: IntArray) -> IntArray:
         """The position of each token of the sequence: within its document, where asked for."""
@@ -123,6 +132,10 @@ def rotation_of(case: Case) -> Rotation | None:
     positions = spec.kwargs.get("positions", POSITIONS[0])
     if positions not in POSITIONS:
         raise ValueError(f"rope: positions = {positions!r} is not one of {', '.join(POSITIONS)}")
+    if case.phase == DECODE:
+        if positions == POSITIONS[1]:
+            raise ValueError("rope: positions = 'document': sequences that are decoded have none")
+        return Rotation(spec, batch=PagedBatch.of_case(case))
     if positions == POSITIONS[0]:
         return Rotation(spec)
     mask = masks.build_heads(case.mask, case.seq_len, case.num_heads_q)

@@ -109,7 +109,7 @@ class BoundOperator:
         selects = self.info.selects  # from the whole sequence
         mask: Any = subproblem.world.mask if selects else subproblem.mask
         problem, crop = subproblem.problem, None
-        if mask.kind == "bands" and not (selects or self.info.mixer):
+        if mask.kind == "bands" and not (selects or self.info.mixer or self.info.paged):
             crop, rectangle = native_rectangle(mask)
             if crop is not None and self._knows_outputs and crop[:2] != (0, mask.seq_q):
                 crop, rectangle = None, mask  # its backward pass takes the output it returned

@@ -15,10 +15,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cpbench import masks
-from cpbench.core.problem import Case, Problem, local_problem
+from cpbench.core.problem import DECODE, Case, Problem, local_problem
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.dilated_mask import DilatedMask
 from cpbench.masks.head_masks import Mask, per_head
+from cpbench.masks.paged.batch import PagedBatch
 from cpbench.masks.slices import IntArray
 from cpbench.parallel import layout as layouts
 from cpbench.parallel.layout import Layout, area_matrix, local_mask
@@ -75,6 +76,11 @@ class World:
         Raises:
             ValueError: if the layout or the number of queries does not fit.
         """
+        nodes = case.ranks_per_node or ranks_per_node
+        if case.phase == DECODE:
+            batch = PagedBatch.of_case(case)
+            layout = layouts.build(case.layout, batch.slots, case.world_size)
+            return cls.of(case.problem, batch.mask(case.mask), layout, nodes, case.placement)
         mask = masks.build_heads(case.mask, case.seq_len, case.num_heads_q)
         shared = mask if isinstance(mask, AttnMask) else None
         layout = layouts.build(case.layout, case.seq_len, case.world_size, shared)
@@ -84,7 +90,6 @@ class World:
                     f"queries = {case.queries}: mask {case.mask.name} requires all queries"
                 )
             mask = mask.crop(case.seq_len - case.queries, case.seq_len, 0, case.seq_len)
-        nodes = case.ranks_per_node or ranks_per_node
         return cls.of(case.problem, mask, layout, nodes, case.placement)
 
     @property

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from cpbench import inputs, masks
-from cpbench.core.problem import DIRECTIONS, DTYPES, Case, different_or_zero
+from cpbench.core.problem import DIRECTIONS, DTYPES, PHASES, Case, different_or_zero
 from cpbench.core.registry import (
     LoadError,
     StrategyInfo,
@@ -50,6 +50,7 @@ from cpbench.core.spec import Spec, Value, format_size, parse_size
 from cpbench.core.user_files import count_from
 from cpbench.inputs import rope
 from cpbench.parallel import layout
+from cpbench.sweep import decoding
 from cpbench.sweep.content_hash import with_content_hashes
 from cpbench.sweep.refusals import leave_out_refused
 
@@ -62,13 +63,14 @@ INT_KEYS = (
     "num_heads_kv",
     "head_dim",
     "head_dim_v",
+    "page_size",
     "world_size",
     "ranks_per_node",
     "seed",
 )
-CHOICES = {"dtype": DTYPES, "direction": DIRECTIONS}
-KEYS = (*SPEC_KEYS, *INT_KEYS, *CHOICES, "placement")
-ZERO_ALLOWED = ("seed", "ranks_per_node", "queries", "head_dim_v")
+CHOICES = {"dtype": DTYPES, "direction": DIRECTIONS, "phase": PHASES}
+KEYS = (*SPEC_KEYS, *INT_KEYS, *CHOICES, "key_lens", "placement")
+ZERO_ALLOWED = ("seed", "ranks_per_node", "queries", "head_dim_v", "page_size")
 GATES = Spec("gates")  # the inputs of sequence mixers unless given
 PACKAGED = resources.files("cpbench.sweep") / "packaged"
 TABLES = ("sweep", "include", "exclude", "measure", "description")
@@ -83,6 +85,7 @@ MAX_VALUES = {
     "num_heads_kv": 1 << 12,
     "head_dim": 1 << 14,
     "head_dim_v": 1 << 14,
+    "page_size": 1 << 14,
     "world_size": 1 << 14,
     "ranks_per_node": 1 << 14,
     "seed": (1 << 63) - 1,
@@ -243,6 +246,8 @@ def split_list(text: str) -> list[str]:
 def parse_values(key: str, value: Any) -> list[Any]:
     """The list of values of one key, each converted and checked."""
     _check_key(key)
+    if key == "key_lens":
+        return list(decoding.parse_key_lens(value))
     items = value if isinstance(value, list) else [value]
     if not items:
         raise ValueError(f"{key} = [] is an empty list; give at least one value")
@@ -315,6 +320,7 @@ def _build_case(values: dict[str, Any]) -> Case:
         values["head_dim_v"] = different_or_zero(values["head_dim_v"], head_dim)
     if "inputs" not in values and operator_info(values.get("operator", Case.operator).name).mixer:
         values["inputs"] = GATES
+    decoding.complete(values)
     case = Case(**values)
     if case.num_heads_q % case.num_heads_kv:
         raise ValueError(
@@ -328,6 +334,7 @@ def _build_case(values: dict[str, Any]) -> Case:
     if operator_info(case.operator.name).selects:
         _check_selector(case.operator)
     inputs.check_case(case)
+    decoding.check(case)
     rope.rotation_of(case)
     axes = _checked_strategy(case.strategy).axes
     if case.placement and case.placement not in axes:

@@ -14,7 +14,7 @@ from cpbench.core.settings import MeasureSettings
 from cpbench.core.spec import Spec
 from cpbench.results.record import FAILURES, Record
 from cpbench.results.store import Run
-from cpbench.sweep import selector_tables, sweep_file, verification_mixers
+from cpbench.sweep import decoding, selector_tables, sweep_file, verification_mixers
 from cpbench.sweep.request import Request
 from cpbench.sweep.verification_mixers import DOCUMENTS, LONG_SEQ_LEN, VALUE_DIMS
 
@@ -71,6 +71,7 @@ def quick_tables(device: str, devices: int) -> list[dict[str, Any]]:
         "direction": "fwd_bwd",
     }  # fmt: skip
     names, mixers = verification_mixers.split(sorted(registry.operators()))
+    names, paged = decoding.split_paged(names)
     by_head = [name for name in names if "heads" in registry.operators()[name].masks]
     forward_only, mixed_forward = (
         [name for name in of_kind if device not in registry.operators()[name].backward_on]
@@ -87,6 +88,7 @@ def quick_tables(device: str, devices: int) -> list[dict[str, Any]]:
         {**shapes, "operator": by_head, "dtype": "bfloat16", "mask": blocks},
         {**shapes, "operator": "dilated", "dtype": "bfloat16", "mask": DILATED_MASKS[0]},
         {**unequal, "operator": _taking_value_dims(names)},
+        decoding.verified_tables(paged, both)[0],
         {**on_mixers, "operator": mixers},
         {**on_mixers, "operator": single, "dtype": "float32"},
         {**on_mixers, "operator": mixed_forward, "direction": "fwd"},
@@ -130,7 +132,8 @@ def build_request(
     """
     settings = MeasureSettings(time=False, memory=False, quality=False, timeout_s=timeout_s)
     named = sweep_file.split_list(operators) if operators else _all_operators()
-    operator_specs, mixers = verification_mixers.split(named)
+    attention, mixers = verification_mixers.split(named)
+    operator_specs, paged = decoding.split_paged(attention)
     # Strategies that wrap a library are verified only when named.
     own = [name for name, info in registry.strategies_for("attention").items() if info.is_own]
     strategy_specs = sweep_file.split_list(strategies) if strategies else own
@@ -147,6 +150,8 @@ def build_request(
     alone = not strategies or "single" in strategy_specs
     if alone and mixers:
         tables += verification_mixers.tables_alone(mixers, shapes, bool(masks))
+    if alone and paged:
+        tables += decoding.verified_tables(paged, shapes if masks else {**shapes, "mask": "causal"})
     if alone and operator_specs:
         for num_heads_q, num_heads_kv, head_dim in ((4, 2, 64), (3, 1, 128)):
             tables.append(

@@ -20,7 +20,7 @@ from cpbench.core.registry import OperatorInfo
 from cpbench.inputs import Recipe
 from cpbench.inputs.rope import rotation_of
 from cpbench.results.record import APPROXIMATE, UNCHECKED
-from cpbench.verify import at_size, check, fingerprint, mixing, quality, tiles
+from cpbench.verify import at_size, check, decoding, fingerprint, mixing, quality, tiles
 from cpbench.verify import selection as check_selection
 from cpbench.verify.fit import DoesNotFit
 from cpbench.verify.gathered import OneRank, run_pass_as_one_rank
@@ -95,7 +95,9 @@ class Checks:
         results = check.run_checked_pass(work, inputs, context)
         seconds = max(context.gather(time.monotonic() - start))
         record.balance = None if work.op.info.mixer else context.gather(work.op.pairs)
-        if self._settings.check_sampled and case.seq_len > check.SMALL_TOKENS:
+        if case.page_size:
+            self._check_decoding(work, inputs, results, recipe_of(case), record)
+        elif self._settings.check_sampled and case.seq_len > check.SMALL_TOKENS:
             self._report_phase("check at size")
             limit = max(TILE_PASSES * seconds, MIN_TILE_SECONDS)
             if self._settings.thorough:
@@ -146,8 +148,10 @@ class Checks:
             self._check_selected_lines(work, one, record)
         else:
             results = check.run_checked_pass(work, variants.inputs, self._context)
-            if self._settings.check_sampled and record.case.seq_len > check.SMALL_TOKENS:
-                recipe = second_recipe_of(record.case)
+            recipe = second_recipe_of(record.case)
+            if record.case.page_size:
+                self._check_decoding(work, variants.inputs, results, recipe, record)
+            elif self._settings.check_sampled and record.case.seq_len > check.SMALL_TOKENS:
                 if work.op.info.mixer:
                     self._check_mixer(work, results, recipe, record, 0.0)
                 else:
@@ -234,6 +238,24 @@ class Checks:
             self._store("full", checked.errors, work.op.info, record)
             record.checked["seed"] = self._seed
             record.checked["heads"] = max(checked.covered, record.checked.get("heads", 0.0))
+
+    def _check_decoding(
+        self,
+        work: Attention,
+        inputs: check.Tensors,
+        results: check.Tensors,
+        recipe: Recipe,
+        record: Record,
+    ) -> None:
+        """Compare every output of decoding with float64."""
+        if not (self._settings.check_small or self._settings.check_sampled):
+            return
+        self._report_phase("check")
+        with _may_not_fit("the check at size", record):
+            errors = decoding.check_in_full(
+                work, record.case, inputs, results, recipe, self._context
+            )
+            self._store("full", errors, work.op.info, record)
 
     def _check_selection(
         self, work: Attention, inputs: check.Tensors, record: Record

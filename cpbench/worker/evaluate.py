@@ -143,7 +143,7 @@ class Evaluator:
         """
         workload = timing.Workload(work, inputs, self._comm)
         untouched = Fingerprinter(work).take(inputs)
-        if self._settings.check_small:
+        if self._settings.check_small and not case.page_size:
             self._checks.check_small(self._plan_reduced(case, work), record)
         if self._settings.time:
             self._report_phase("first call")
@@ -245,7 +245,8 @@ class Evaluator:
             layout_us = (time.perf_counter() - start) * 1e6
             work = self._plan(case, world)
             # The reduced problem is planned too, so that it is refused before any communication.
-            self._plan_reduced(case, work)
+            if not case.page_size:
+                self._plan_reduced(case, work)
         except ValueError as error:  # Unsupported, or a layout that does not fit
             refusal = str(error)
         ranks = self.control.all_gather(

@@ -30,7 +30,8 @@ DPI = 200
 # What is the same throughout a chart: facts of the problem other than mask, tokens and ranks, and
 # how it was measured.
 CONSTANT_KEYS = (
-    "direction", "dtype", "queries", "batch", "num_heads_q", "num_heads_kv", "head_dim",
+    "direction", "dtype", "queries", "phase", "key_lens", "page_size", "batch",
+    "num_heads_q", "num_heads_kv", "head_dim",
     "head_dim_v", "ranks_per_node", "seed", "inputs", "rope", "machine", "clock",
 )  # fmt: skip
 _METADATA: dict[str, dict[str, Any]] = {

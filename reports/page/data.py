@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 
 TEXTS = (
     "run", "id", "status", "reason", "method", "operator", "strategy", "layout", "computes", "mask",
-    "mask_family", "dtype", "direction", "placement", "inputs", "rope", "shape", "machine", "clock",
+    "mask_family", "dtype", "direction", "phase", "key_lens", "placement", "inputs", "rope",
+    "shape", "machine", "clock",
     "flags", "disqualified", "notes", "environment", "writer", "log",
 )  # fmt: skip
 NUMBERS = (
-    "seq_len", "world_size", "ranks_per_node", "batch", "queries", "num_heads_q", "num_heads_kv",
+    "seq_len", "world_size", "ranks_per_node", "batch", "queries", "page_size", "num_heads_q",
+    "num_heads_kv",
     "head_dim", "head_dim_v", "seed", "time_ms", "low_ms", "high_ms", "fwd_ms", "fwd_low_ms",
     "fwd_high_ms",
     "bwd_ms", "bwd_low_ms", "bwd_high_ms", "noise", "iterations", "launches", "tflops_per_rank",
@@ -30,11 +32,12 @@ NUMBERS = (
     "density", "imbalance", "plan_ms", "rope_ms", "first_call_ms", "peak_mb", "limit_mb",
     "inputs_mb", "sent_mb", "allgather_mb", "inside_mb", "across_mb", "compute_ms", "transfer_ms",
     "exposed_ms", "exposed", "hidden", "worst_error", "started", "kept", "recovered",
-    "best_recovered", "out_error", "select_ms", "arrange_ms", "kernel_ms",
+    "best_recovered", "out_error", "token_us", "kv_gb_s", "stream_share",
+    "select_ms", "arrange_ms", "kernel_ms",
 )  # fmt: skip
 _SHAPE_FACTS = (
-    "queries", "ranks/node", "batch", "heads", "head_dim", "input seed", "inputs", "rope",
-    "files"
+    "queries", "decoding", "ranks/node", "batch", "heads", "head_dim", "input seed", "inputs",
+    "rope", "files"
 )  # fmt: skip
 _MAX_PICTURE_TOKENS = 16384  # unless all lengths are longer
 _DIGITS = 6

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 FACTS = {
     "mask": "mask_family", "method": "method", "operator": "operator", "strategy": "strategy",
     "layout": "layout", "placement": "placement", "seq_len": "seq_len", "queries": "queries",
+    "phase": "phase",
+    "key_lens": "key_lens", "page_size": "page_size",
     "world_size": "world_size", "ranks_per_node": "ranks_per_node", "direction": "direction",
     "dtype": "dtype", "batch": "batch", "num_heads_q": "num_heads_q",
     "num_heads_kv": "num_heads_kv", "head_dim": "head_dim", "head_dim_v": "head_dim_v",

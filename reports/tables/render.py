@@ -162,6 +162,8 @@ def render(collection: Collection, form: str) -> str:
     fastest = tables.fastest_rows(contents.rankings, facts, rate, marks)
     fastest += tables.fastest_rows_across_seeds(contents.seed_groups, facts, rate, marks)
     lines += _fitting_section("Fastest method per problem", fastest, markup, form)
+    decoding = tables.decoding_rows(table, facts)
+    lines += _section_by_problem("Decoding: keys and values read", decoding, markup, form)
     lines += _selection_sections(contents, markup, form)
     predicted = predicted_rows(collection.predicted)
     lines += _section_by_problem("Predicted, fastest first", predicted, markup, form)

@@ -21,7 +21,7 @@ from cpbench.reports.labels import (
     three_digits,
 )
 from cpbench.reports.tables.mask_seeds import MIN_SEEDS_P95, SeedGroup, SeedSpread
-from cpbench.reports.tables.summary import MethodRanking, method_name
+from cpbench.reports.tables.summary import PROBLEM_KEYS, MethodRanking, method_label, method_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -174,6 +174,23 @@ def case_rows(
             "hidden %": format_number(row["hidden"] * 100, ".0f"),
         }
         for row, best in [*ranked, *((row, math.nan) for _, row in unranked.iterrows())]
+    ]
+
+
+def decoding_rows(table: pd.DataFrame, varying_facts: Sequence[str]) -> list[Row]:
+    """Cases of decoding, by problem, fastest first: time by token, and how fast keys and values are
+    read, beside what a large copy reaches."""
+    rows = table[table["token_us"].notna()].sort_values("time_ms", kind="stable")
+    return [
+        {
+            **fact_values(row, varying_facts),
+            "method": method_label(row),
+            "µs a token": three_digits(row["token_us"]),
+            "GB/s of KV": three_digits(row["kv_gb_s"]),
+            "% of copy": format_number(row["stream_share"] * 100, ".0f"),
+        }
+        for _, group in rows.groupby(list(PROBLEM_KEYS), sort=True)
+        for _, row in group.iterrows()
     ]
 
 

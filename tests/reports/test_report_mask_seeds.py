@@ -77,6 +77,7 @@ def test_problem_keys() -> None:
     [{"seq_len": 2048}, {"dtype": "bfloat16"}, {"direction": "fwd"}, {"world_size": 2},
      {"ranks_per_node": 1}, {"batch": 2}, {"num_heads_q": 8}, {"num_heads_kv": 2},
      {"head_dim": 128}, {"seed": 1}, {"rope": "pi:factor=2"},
+     {"phase": "decode", "page_size": 16}, {"phase": "decode", "page_size": 32, "key_lens": (8, 9)},
      {"environment": "e"}, {"content": (("lengths.json", "abc"),)}],
 )  # fmt: skip
 def test_cases_of_a_group_differ_in_the_mask_seed_only(difference: dict[str, Any]) -> None:

@@ -179,10 +179,14 @@ def test_every_key_is_in_the_id() -> None:
         "world_size": 2,
         "ranks_per_node": 1,
         "seed": 1,
+        "phase": "decode",
     }
-    assert {*changes, "placement"} == set(sweep_file.KEYS)
+    paged = {"page_size": 16, "key_lens": [7, 9]}
+    assert {*changes, *paged, "placement"} == set(sweep_file.KEYS)
     ids = {cases(**{key: value})[0].id for key, value in changes.items()}
     assert len(ids | {Case().id}) == len(changes) + 1
+    decoding = [{}, *({key: value} for key, value in paged.items())]
+    assert len({cases(phase="decode", **keys)[0].id for keys in decoding}) == 3
     usp = {"strategy": "usp", "world_size": 2}
     assert cases(**usp)[0].id != cases(**usp, placement="ring")[0].id
 

@@ -1,0 +1,1 @@
+"""Operators that decode: one query for each sequence of a batch, whose keys lie in pages."""

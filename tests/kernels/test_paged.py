@@ -1,0 +1,201 @@
+"""Decoding over pages: operators against plain loops, tables of pages, and whole runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from naive_decoding import into_pages, naive_decode
+from whole_runs import run_cases
+
+from cpbench import masks
+from cpbench.core import registry
+from cpbench.core.operator import QKV, declared_refusal
+from cpbench.core.problem import Case, Problem
+from cpbench.core.registry import implementation, operator_info
+from cpbench.core.spec import Spec
+from cpbench.inputs.rope import rotation_of
+from cpbench.masks.paged.batch import PagedBatch
+from cpbench.masks.paged.table import PageTable
+from cpbench.sweep import sweep_file
+
+LENS = (70, 1, 48, 129)  # partial pages, a single token, whole pages
+OPERATORS = ["paged.gathered", "paged.gathered:chunk=5", "paged.sdpa", "bands"]
+
+
+def _sequences(heads: int, dim: int, seed: int) -> list[torch.Tensor]:
+    generator = torch.manual_seed(seed)
+    return [torch.randn(tokens, heads, dim, generator=generator) for tokens in LENS]
+
+
+def _problem(slots: int, page_size: int, heads: tuple[int, int, int, int]) -> Problem:
+    heads_q, heads_kv, dim, dim_v = heads
+    return Problem(
+        batch=1, seq_q=len(LENS), seq_k=slots, heads_q=heads_q, heads_kv=heads_kv, head_dim=dim,
+        head_dim_v=0 if dim == dim_v else dim_v, dtype="float32", direction="fwd",
+        page_size=page_size,
+    )  # fmt: skip
+
+
+def _decode(
+    operator: str, page_size: int, order: np.ndarray, heads: tuple[int, int, int, int]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    heads_q, heads_kv, dim, dim_v = heads
+    q = torch.randn(1, len(LENS), heads_q, dim, generator=torch.manual_seed(1))
+    k, mask = into_pages(_sequences(heads_kv, dim, 2), page_size, order)
+    v, _ = into_pages(_sequences(heads_kv, dim_v, 3), page_size, order)
+    problem, spec = _problem(k.shape[1], page_size, heads), Spec.parse(operator)
+    impl = implementation(operator_info(spec.name), spec.kwargs)
+    assert impl.unsupported(problem, mask, "cpu") is None
+    out, lse = impl.forward(QKV(q, k, v), impl.prepare(mask, problem, "cpu"))
+    return out, lse
+
+
+def _pages(page_size: int) -> int:
+    return sum(-(-tokens // page_size) for tokens in LENS)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize(
+    ("page_size", "heads"), [(16, (4, 2, 32, 32)), (48, (3, 3, 16, 8)), (256, (4, 1, 64, 64))]
+)
+def test_operators_against_plain_loops(
+    operator: str, page_size: int, heads: tuple[int, int, int, int]
+) -> None:
+    if heads[2] != heads[3] and not operator_info(operator.partition(":")[0]).value_dims:
+        pytest.skip("takes no values of another head_dim")
+    order = np.random.default_rng(0).permutation(_pages(page_size))
+    out, lse = _decode(operator, page_size, order, heads)
+    q = torch.randn(1, len(LENS), heads[0], heads[2], generator=torch.manual_seed(1))
+    keys, values = _sequences(heads[1], heads[2], 2), _sequences(heads[1], heads[3], 3)
+    expected, expected_lse = naive_decode(q[0], keys, values)
+    assert float((out[0] - expected).abs().max()) < 2e-6
+    if lse is not None:
+        assert float((lse[0].T - expected_lse).abs().max()) < 2e-6
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_results_do_not_depend_on_where_pages_lie(operator: str) -> None:
+    first, _ = _decode(operator, 16, np.arange(_pages(16)), (4, 2, 32, 32))
+    for seed in range(2):
+        order = np.random.default_rng(seed).permutation(_pages(16))
+        out, _ = _decode(operator, 16, order, (4, 2, 32, 32))
+        assert float((out - first).abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("pattern", ["causal", "sliding_window_causal:window=20"])
+def test_tables_hold_the_slots_that_a_batch_shows(pattern: str) -> None:
+    batch = PagedBatch(LENS, 16)
+    mask = batch.mask(Spec.parse(pattern))
+    table = PageTable.of(mask, 16)
+    for b, tokens in enumerate(LENS):
+        row = masks.build(pattern, tokens).to_dense()[-1]
+        shown = np.sort(batch.slots_of(b)[row])
+        assert np.array_equal(np.sort(table.slots(b)), shown)
+        assert np.array_equal(np.flatnonzero(mask.to_dense()[b]), shown)
+        assert np.array_equal(batch.positions[batch.slots_of(b)], np.arange(tokens))
+    assert batch.slots % (8 * 16) == 0
+    pages, lens, reason = table.block_table()
+    if pattern == "causal":
+        assert reason is None
+        assert lens.tolist() == list(LENS)
+        assert len({*batch.table.tolist()}) == len(batch.table)
+        for b, tokens in enumerate(LENS):
+            slots = pages[b][:, None] * 16 + np.arange(16)
+            assert np.array_equal(np.sort(slots.reshape(-1)[:tokens]), np.sort(batch.slots_of(b)))
+    else:
+        assert "cuts some" in str(reason)
+
+
+def test_paged_operators_compute_decoding_only() -> None:
+    problem = _problem(64, 0, (4, 2, 32, 32))
+    for name, info in registry.operators().items():
+        if info.paged and not info.requires[1:]:
+            assert declared_refusal(info, problem, "cpu") == (
+                f"{name} decodes over pages; use phase decode"
+            )
+
+
+def test_positions_of_rope_are_those_in_the_sequences() -> None:
+    (case,) = sweep_file.expand_table(
+        {"phase": "decode", "key_lens": [40, 70], "page_size": 16, "rope": "unscaled"}
+    )
+    rotation, problem, batch = rotation_of(case), case.problem, PagedBatch.of_case(case)
+    assert rotation is not None
+    x = torch.randn(1, 2, 4, 64)
+    import cpbench
+
+    assert torch.equal(rotation.apply("q", x, problem, np.arange(2)), cpbench.rope(x, [39, 69]))
+    rows = torch.randn(1, 70, 4, 64)
+    turned = rotation.apply("k", rows, problem, batch.slots_of(1))
+    assert torch.equal(turned, cpbench.rope(rows))
+
+
+def test_one_batch_is_one_case() -> None:
+    def case(**keys: object) -> Case:
+        (one,) = sweep_file.expand_table({"phase": "decode", **keys})
+        return one
+
+    assert case(batch=2, seq_len=64).id == case(key_lens=[64, 64], page_size=64).id
+    unequal = case(key_lens=["1k", 70])
+    assert (unequal.batch, unequal.seq_len, unequal.key_lens) == (2, 1024, (1024, 70))
+    assert Case.from_json(unequal.to_json()) == unequal
+    assert case(key_lens="[1k, 70]").id == unequal.id
+    several = sweep_file.expand_table({"phase": "decode", "key_lens": [[5, 6], [7]]})
+    assert [one.key_lens for one in several] == [(5, 6), ()]
+
+
+# --- whole runs -----------------------------------------------------------------------------------
+
+READS_WHOLE_PAGES = """
+from dataclasses import replace
+from cpbench.core.registry import operator_info
+from cpbench.kernels.paged.gathered import PagedGathered
+
+
+class Wrong(PagedGathered):
+    def prepare(self, mask, problem, device):  # a partial page as if it were full
+        plan = super().prepare(mask, problem, device)
+        slots = list(plan.slots)
+        slots[-1] = slots[-1].new_tensor(sorted({*slots[-1].tolist(), int(slots[-1].max()) + 1}))
+        return replace(plan, slots=tuple(slots))
+
+
+OP = replace(operator_info("paged.gathered"), name="wrong", load=Wrong)
+"""
+
+
+def test_runs_check_every_output_and_say_how_fast_keys_are_read(tmp_path: Path) -> None:
+    (tmp_path / "wrong.py").write_text(READS_WHOLE_PAGES)
+    records = run_cases(
+        tmp_path / "run", phase="decode", key_lens=[900, 17, 64], page_size=16, seq_len=900,
+        num_heads_q=4, num_heads_kv=2,
+        operator=["paged.gathered", "bands", f"{tmp_path}/wrong.py:OP"],
+    )  # fmt: skip
+    good, bands, wrong = records
+    assert [record.status for record in (good, bands)] == ["ok", "ok"]
+    assert set(good.errors) == {"full"}
+    assert set(good.errors["full"]) == {"out", "lse"}
+    assert good.area == 981
+    assert wrong.status == "wrong"
+    from cpbench.reports.frame import load
+
+    table = load(tmp_path / "run").set_index("operator")
+    row = table.loc["paged.gathered"]
+    read = 981 * 2 * 2 * 16 * 4  # keys, K and V, heads, head_dim, bytes
+    assert row["kv_gb_s"] == pytest.approx(read / row["time_ms"] / 1e6)
+    assert row["token_us"] == pytest.approx(row["time_ms"] * 1e3 / 3)
+    assert row["stream_share"] == pytest.approx(row["kv_gb_s"] / row["copy_gb_s"])
+    assert row["density"] == 1
+
+
+def test_tree_decodes_over_pages_of_several_ranks(tmp_path: Path) -> None:
+    records = run_cases(
+        tmp_path / "run", {"time": False}, phase="decode", key_lens=[300, 41, 700], page_size=32,
+        seq_len=700, strategy="tree", world_size=3, rope="unscaled",
+        operator=["paged.gathered", "bands", "paged.sdpa"],
+    )  # fmt: skip
+    assert [record.status for record in records] == ["ok", "ok", "unsupported"]
+    assert "log-sum-exp" in str(records[2].reason) or "lse" in str(records[2].reason)
