@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,17 @@ from cpbench.core.problem import Case, Problem
 from cpbench.core.registry import implementation, operator_info
 from cpbench.core.spec import Spec
 from cpbench.inputs.rope import rotation_of
+from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.paged.batch import PagedBatch
 from cpbench.masks.paged.table import PageTable
 from cpbench.sweep import sweep_file
+from cpbench.tools.compiler import compilation
 
 LENS = (70, 1, 48, 129)  # partial pages, a single token, whole pages
-OPERATORS = ["paged.gathered", "paged.gathered:chunk=5", "paged.sdpa", "bands"]
+OPERATORS = [
+    "paged.gathered", "paged.gathered:chunk=5", "paged.sdpa", "paged.triton",
+    "paged.triton:splits=3", "bands",
+]  # fmt: skip
 
 
 def _sequences(heads: int, dim: int, seed: int) -> list[torch.Tensor]:
@@ -66,6 +72,11 @@ def test_operators_against_plain_loops(
 ) -> None:
     if heads[2] != heads[3] and not operator_info(operator.partition(":")[0]).value_dims:
         pytest.skip("takes no values of another head_dim")
+    if page_size == 48 and operator.startswith("paged.triton"):
+        problem = _problem(96, page_size, heads)
+        reason = implementation(operator_info("paged.triton"), {}).unsupported(problem, None, "cpu")
+        assert reason == "paged.triton takes pages of a power of two, not 48"
+        return
     order = np.random.default_rng(0).permutation(_pages(page_size))
     out, lse = _decode(operator, page_size, order, heads)
     q = torch.randn(1, len(LENS), heads[0], heads[2], generator=torch.manual_seed(1))
@@ -107,6 +118,30 @@ def test_tables_hold_the_slots_that_a_batch_shows(pattern: str) -> None:
             assert np.array_equal(np.sort(slots.reshape(-1)[:tokens]), np.sort(batch.slots_of(b)))
     else:
         assert "cuts some" in str(reason)
+
+
+def test_queries_that_see_nothing() -> None:
+    """As on a rank that holds no page of a sequence."""
+    mask = AttnMask.from_slices(2, 64, [(0, 1, 0, 64, 0, 63)])
+    problem = replace(_problem(64, 16, (4, 2, 16, 16)), seq_q=2)
+    q, k, v = torch.randn(1, 2, 4, 16), torch.randn(1, 64, 2, 16), torch.randn(1, 64, 2, 16)
+    for name in ("paged.gathered", "paged.sdpa", "paged.triton"):
+        impl = implementation(operator_info(name), {})
+        out, lse = impl.forward(QKV(q, k, v), impl.prepare(mask, problem, "cpu"))
+        assert not out[0, 1].any()
+        assert out[0, 0].any()
+        if lse is not None:
+            assert torch.isneginf(lse[0, :, 1]).all()
+            assert lse[0, :, 0].isfinite().all()
+
+
+def test_launches_compile_ahead_of_time() -> None:
+    targets = ["cuda:80", "cuda:90", "cuda:100"]
+    requests = compilation.compile_requests(["paged.triton"], targets, ["bfloat16"], [128], {})
+    rows = compilation.compile_kernels(requests)
+    assert {row["kernel"] for row in rows} == {"attend", "merge_splits"}
+    assert len(rows) == 6
+    assert all(map(compilation.compiles_well, rows))
 
 
 def test_paged_operators_compute_decoding_only() -> None:
