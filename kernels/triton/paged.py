@@ -1,7 +1,7 @@
 """Operator `paged.triton`: decoding over pages with split keys, in Triton.
 
 The pages of a sequence are divided among programs, so that few sequences fill a GPU, and their
-results merged (``paged.split_device``).  Keys and values are read where they lie.
+results merged (``triton.paged_device``).  Keys and values are read where they lie.
 
 Legend: B sequences, one query each; T slots of the cache; H query heads, G key/value heads, D head
 dim of queries and keys, Dv of values.
@@ -30,7 +30,7 @@ OPERATORS = (
         name="paged.triton",
         summary="decoding: pages are divided among programs, and their results merged",
         source="Flash-Decoding (Dao et al. 2023); PagedAttention, arXiv 2309.06180",
-        load="cpbench.kernels.paged.split:PagedTriton",
+        load="cpbench.kernels.triton.paged:PagedTriton",
         requires=("torch", "triton"),
         value_dims=True,
         interpreted_on=("cpu",),
@@ -38,7 +38,7 @@ OPERATORS = (
         paged=True,
         params=("splits",),
         variants=("splits=3",),
-        compiles="cpbench.kernels.paged.split:launches",
+        compiles="cpbench.kernels.triton.paged:launches",
     ),
 )
 MAX_BLOCK = 64  # slots that are read at a time
@@ -47,7 +47,7 @@ MIN_ROWS = 16  # of a matrix instruction
 MAX_SPLITS = 64
 WARPS, STAGES = 4, 2
 _TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-_DEVICE = "cpbench.kernels.paged.split_device"
+_DEVICE = "cpbench.kernels.triton.paged_device"
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +102,7 @@ class PagedTriton:
         from cpbench.kernels.triton.launch import device_modules, precision
 
         device_modules()  # in the interpreter, with bfloat16 as on hardware
-        from cpbench.kernels.paged import split_device
+        from cpbench.kernels.triton import paged_device
 
         q, k, v = (x[0] if x.stride(3) == 1 else x[0].contiguous() for x in qkv)
         (B, H, D), (G, Dv) = q.shape, v.shape[1:]
@@ -114,12 +114,12 @@ class PagedTriton:
         constants["PRECISION"] = precision(q.dtype == torch.float32, not torch.version.hip)
         current = torch.cuda.device(q.device) if q.is_cuda else nullcontext()
         with current:
-            split_device.attend[(B, G, plan.splits)](
+            paged_device.attend[(B, G, plan.splits)](
                 q, k, v, partial, partial_lse, *plan.table,
                 *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], H, plan.splits, plan.scale,
                 **constants, num_warps=WARPS, num_stages=STAGES,
             )  # fmt: skip
-            split_device.merge_splits[(B, H)](
+            paged_device.merge_splits[(B, H)](
                 partial, partial_lse, out, lse, B, H, plan.splits,
                 DV=constants["DV"], HEAD_DIM_V=Dv,
             )  # fmt: skip
