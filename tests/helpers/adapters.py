@@ -44,6 +44,7 @@ SUPPORTED = {
     "magi.ffa": ALL,
     "flashmask": ALL,
 }
+PAGED = ("paged.flash_attn", "paged.flashinfer")
 PER_HEAD = ("flashinfer.variable", "vsa.kernel")
 PARAMS: dict[str, dict[str, Any]] = {
     "flashinfer.block_sparse": {"block_q": 16, "block_k": 32},

@@ -6,8 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import paged_stand_ins
 import pytest
 import torch
+from adapters import PAGED, set_capability
+from library_stand_ins import install
 from naive_decoding import into_pages, naive_decode
 from whole_runs import run_cases
 
@@ -180,6 +183,46 @@ def test_one_batch_is_one_case() -> None:
     assert case(key_lens="[1k, 70]").id == unequal.id
     several = sweep_file.expand_table({"phase": "decode", "key_lens": [[5, 6], [7]]})
     assert [one.key_lens for one in several] == [(5, 6), ()]
+
+
+# --- libraries -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PAGED)
+def test_adapters_on_stand_ins(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, paged_stand_ins.MODULES)
+    set_capability(monkeypatch, (9, 0))
+    page_size, heads = (256, (4, 2, 64, 64))
+    q = torch.randn(1, 5, 4, 64, generator=torch.manual_seed(1)).bfloat16()
+    sequences = [_sequences(2, 64, seed) for seed in (2, 3)]
+    order = np.random.default_rng(0).permutation(_pages(page_size))
+    (k, mask), (v, _) = (
+        into_pages([x.bfloat16() for x in one], page_size, order) for one in sequences
+    )
+    mask = AttnMask.from_slices(5, mask.seq_k, mask.slices)  # the last one sees nothing
+    problem = replace(_problem(k.shape[1], page_size, heads), seq_q=5, dtype="bfloat16")
+    impl = implementation(operator_info(name), {})
+    assert impl.unsupported(problem, mask, "cuda") is None
+    out, lse = impl.forward(QKV(q, k, v), impl.prepare(mask, problem, "cpu"))
+    rounded = [[x.bfloat16() for x in one] for one in sequences]
+    expected, expected_lse = naive_decode(q[0, :4], *rounded)
+    assert float((out[0, :4] - expected).abs().max()) < 1e-2
+    assert float((lse[0, :, :4].T - expected_lse).abs().max()) < 1e-4
+    assert not out[0, 4].any()
+    assert torch.isneginf(lse[0, :, 4]).all()
+
+
+def test_adapters_refuse_what_libraries_do_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_capability(monkeypatch, (9, 0))
+    batch = PagedBatch(LENS, 16)
+    problem = _problem(batch.slots, 16, (4, 2, 64, 64))
+    causal, window = (
+        batch.mask(Spec.parse(x)) for x in ("causal", "sliding_window_causal:window=20")
+    )
+    flash, infer = (implementation(operator_info(name), {}) for name in PAGED)
+    assert "pages of a multiple of 256, not 16" in flash.unsupported(problem, causal, "cuda")
+    assert infer.unsupported(problem, causal, "cuda") is None
+    assert "whole pages before the last" in infer.unsupported(problem, window, "cuda")
 
 
 # --- whole runs -----------------------------------------------------------------------------------
