@@ -206,7 +206,7 @@ LINES: dict[str, tuple[list[str], list[str]]] = {
     "run binary": (["run", "binary.py.toml"], ["binary.py.toml", "UTF-8"]),
     "run packaged": (
         ["run", "quik"],
-        ["'quik'", "context_parallel, context_parallel_quick, kernels, longca"],
+        ["'quik'", "context_parallel, context_parallel_quick, decode, kernels, longca"],
     ),
     "run launcher": (
         ["run", "quick", "--launcher", "ssh"],
