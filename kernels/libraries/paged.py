@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 from cpbench.core.registry import OperatorInfo
 from cpbench.kernels.libraries.adapter import LN2, Adapter, Limits, Plan, plan_fields
-from cpbench.kernels.libraries.flashinfer import WORKSPACE_BYTES
 from cpbench.masks.paged.table import PageTable
 
 if TYPE_CHECKING:
@@ -56,6 +55,7 @@ OPERATORS = (
     ),
 )
 FLASH_ATTN_PAGE = 256
+WORKSPACE_BYTES = 128 << 20  # recommended by FlashInfer
 TENSOR_CORES_FROM = 4  # query heads of a key/value head
 
 
