@@ -20,11 +20,12 @@ from cpbench.core.registry import OperatorInfo
 from cpbench.inputs import Recipe
 from cpbench.inputs.rope import rotation_of
 from cpbench.results.record import APPROXIMATE, UNCHECKED
-from cpbench.verify import at_size, check, decoding, fingerprint, mixing, quality, tiles
+from cpbench.verify import at_size, check, fingerprint, mixing, quality, tiles
 from cpbench.verify import selection as check_selection
 from cpbench.verify.fit import DoesNotFit
 from cpbench.verify.gathered import OneRank, run_pass_as_one_rank
 from cpbench.verify.variants import InputVariants
+from cpbench.worker import decoding
 
 if TYPE_CHECKING:
     from cpbench.api import Attention
