@@ -64,7 +64,6 @@ FACTS: dict[str, tuple[Callable[[Any], object], str]] = {
 # The columns that a fact is read from, where the name of the column differs.
 FACT_COLUMNS = {
     "tokens": ("seq_len",),
-    "queries": ("queries", "page_size"),
     "decoding": ("key_lens", "page_size"),
     "ranks": ("world_size",),
     "ranks/node": ("ranks_per_node",),
