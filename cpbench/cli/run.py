@@ -367,7 +367,8 @@ def verify(
     Compares outputs, log-sum-exp and gradients, on masks that cover every pattern. A LIST holds
     one or more values, separated by commas.
     """
-    from cpbench.sweep import runs, verification
+    from cpbench.sweep import runs
+    from cpbench.sweep.verification import cases as verification
     from cpbench.tools.verification_table import summary_lines
 
     with user_input():

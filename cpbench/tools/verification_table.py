@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cpbench.reports.tables.terminal import fit_table, wrap
-from cpbench.sweep.verification import TENSORS
+from cpbench.sweep.verification.cases import TENSORS
 
 
 def summary_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:

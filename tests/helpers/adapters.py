@@ -20,7 +20,7 @@ from cpbench.core.problem import Problem
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.head_masks import HeadMasks
 from cpbench.selectors.common.selection import Blocks
-from cpbench.sweep.verification import MASKS
+from cpbench.sweep.verification.cases import MASKS
 
 LIMIT = {"bfloat16": 1.2e-2, "float16": 2e-3}
 LSE_LIMIT = 1e-5

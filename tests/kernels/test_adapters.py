@@ -42,7 +42,7 @@ from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.head_masks import HeadMasks
 from cpbench.parallel.partial_results.merge import merge
 from cpbench.selectors.common.selection import Blocks, block_grid
-from cpbench.sweep.verification import HEAD_MASKS, MASKS, SEQ_LEN
+from cpbench.sweep.verification.cases import HEAD_MASKS, MASKS, SEQ_LEN
 
 
 @pytest.fixture(autouse=True)

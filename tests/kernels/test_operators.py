@@ -21,7 +21,7 @@ from cpbench.parallel.bound_operator import BoundOperator
 from cpbench.parallel.layout import build as build_layout
 from cpbench.parallel.partial_results.merge import merge
 from cpbench.parallel.world import Subproblem, World
-from cpbench.sweep.verification import MASKS, SEQ_LEN
+from cpbench.sweep.verification.cases import MASKS, SEQ_LEN
 
 LIMIT = {"float32": 2e-6, "bfloat16": 1.2e-2}
 COMPILED = {"flex"}  # takes seconds of compilation per case, so it has its own test

@@ -25,7 +25,7 @@ from cpbench.kernels.triton import launch as triton_launch
 from cpbench.kernels.triton.launch import ConfigOverrides
 from cpbench.kernels.triton.plan import MIN_SPLIT_TILES, TilePlan, grouped_order, plan_tiles
 from cpbench.masks.attn_mask import AttnMask
-from cpbench.sweep.verification import MASKS, SEQ_LEN
+from cpbench.sweep.verification.cases import MASKS, SEQ_LEN
 
 FAR = 10**6
 LIMIT = {torch.float32: 2e-6, torch.bfloat16: 1.2e-2, torch.float16: 2e-3}

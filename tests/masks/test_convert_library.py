@@ -23,7 +23,7 @@ from cpbench.masks.convert_library import (
     to_flashmask,
     to_varlen,
 )
-from cpbench.sweep.verification import DOCUMENTS, MASKS, SEQ_LEN
+from cpbench.sweep.verification.cases import DOCUMENTS, MASKS, SEQ_LEN
 
 CASES = [*mask_cases.CASES, *((case, SEQ_LEN) for case in MASKS)]
 

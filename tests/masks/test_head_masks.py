@@ -17,7 +17,7 @@ from cpbench.kernels.triton.plan import plan_tiles
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.dilated_mask import DilatedMask
 from cpbench.masks.head_masks import HeadMasks
-from cpbench.sweep.verification import DILATED_MASKS, HEAD_MASKS
+from cpbench.sweep.verification.cases import DILATED_MASKS, HEAD_MASKS
 
 OPERATORS = [
     name

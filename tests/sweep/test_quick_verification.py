@@ -9,7 +9,8 @@ from run_cpbench import cpbench
 
 from cpbench.core import registry
 from cpbench.results.store import read_run
-from cpbench.sweep import sweep_file, verification
+from cpbench.sweep import sweep_file
+from cpbench.sweep.verification import cases as verification
 from cpbench.tools.verification_table import summary_lines
 
 

@@ -23,7 +23,8 @@ from cpbench.kernels.mixers import forms
 from cpbench.parallel import layout as layouts
 from cpbench.parallel.world import World
 from cpbench.results.record import Record
-from cpbench.sweep import sweep_file, verification
+from cpbench.sweep import sweep_file
+from cpbench.sweep.verification import cases as verification
 from cpbench.verify import check, mixing
 from cpbench.verify.fingerprint import Fingerprinter
 from cpbench.verify.variants import InputVariants

@@ -14,9 +14,11 @@ from cpbench.core.settings import MeasureSettings
 from cpbench.core.spec import Spec
 from cpbench.results.record import FAILURES, Record
 from cpbench.results.store import Run
-from cpbench.sweep import decoding, selector_tables, sweep_file, verification_mixers
+from cpbench.sweep import decoding, sweep_file
 from cpbench.sweep.request import Request
-from cpbench.sweep.verification_mixers import DOCUMENTS, LONG_SEQ_LEN, VALUE_DIMS
+from cpbench.sweep.verification import mixers as mixer_tables
+from cpbench.sweep.verification import selectors as selector_tables
+from cpbench.sweep.verification.mixers import DOCUMENTS, LONG_SEQ_LEN, VALUE_DIMS
 
 SEQ_LEN = 293  # prime: no block size divides it
 MASKS = (
@@ -70,7 +72,7 @@ def quick_tables(device: str, devices: int) -> list[dict[str, Any]]:
         "seq_len": SEQ_LEN, "num_heads_q": 4, "num_heads_kv": 2, "head_dim": 64,
         "direction": "fwd_bwd",
     }  # fmt: skip
-    names, mixers = verification_mixers.split(sorted(registry.operators()))
+    names, mixers = mixer_tables.split(sorted(registry.operators()))
     names, paged = decoding.split_paged(names)
     by_head = [name for name in names if "heads" in registry.operators()[name].masks]
     forward_only, mixed_forward = (
@@ -79,7 +81,7 @@ def quick_tables(device: str, devices: int) -> list[dict[str, Any]]:
     )
     strategies = selector_tables.taking_others(registry.strategies_for("attention"))
     unequal = {**shapes, **VALUE_DIMS, "dtype": "bfloat16"}
-    on_mixers = {**shapes, **verification_mixers.HEADS, "dtype": "bfloat16", "mask": documents}
+    on_mixers = {**shapes, **mixer_tables.HEADS, "dtype": "bfloat16", "mask": documents}
     both = {"dtype": ["bfloat16", "float32"], "mask": ["causal", documents]}
     single = [name for name in mixers if "bfloat16" not in registry.operators()[name].dtypes]
     return [
@@ -98,8 +100,8 @@ def quick_tables(device: str, devices: int) -> list[dict[str, Any]]:
              "world_size": min(devices, 2), "dtype": "bfloat16", "mask": ["causal", documents]}
             for name in strategies
         ),
-        {**on_mixers, "operator": list(verification_mixers.FEW), "world_size": min(devices, 2),
-         "strategy": verification_mixers.distributing()},
+        {**on_mixers, "operator": list(mixer_tables.FEW), "world_size": min(devices, 2),
+         "strategy": mixer_tables.distributing()},
         *selector_tables.quick(str(min(devices, 2))),
     ]  # fmt: skip
 
@@ -132,7 +134,7 @@ def build_request(
     """
     settings = MeasureSettings(time=False, memory=False, quality=False, timeout_s=timeout_s)
     named = sweep_file.split_list(operators) if operators else _all_operators()
-    attention, mixers = verification_mixers.split(named)
+    attention, mixers = mixer_tables.split(named)
     operator_specs, paged = decoding.split_paged(attention)
     # Strategies that wrap a library are verified only when named.
     own = [name for name, info in registry.strategies_for("attention").items() if info.is_own]
@@ -149,7 +151,7 @@ def build_request(
     tables: list[dict[str, Any]] = []
     alone = not strategies or "single" in strategy_specs
     if alone and mixers:
-        tables += verification_mixers.tables_alone(mixers, shapes, bool(masks))
+        tables += mixer_tables.tables_alone(mixers, shapes, bool(masks))
     if alone and paged:
         tables += decoding.verified_tables(paged, shapes if masks else {**shapes, "mask": "causal"})
     if alone and operator_specs:
@@ -180,11 +182,11 @@ def build_request(
         for spec in map(Spec.parse, strategy_specs)
         if spec != Spec("single") and "attention" in registry.strategy_info(spec.name).kinds
     ]
-    for spec in _of_mixers(strategy_specs if strategies else verification_mixers.distributing()):
+    for spec in _of_mixers(strategy_specs if strategies else mixer_tables.distributing()):
         if not operators or (mixers and strategies):
             few = not operators and not world_sizes
-            on_sizes = verification_mixers.FEW_SIZES if few else sizes
-            tables += verification_mixers.tables_on_ranks(
+            on_sizes = mixer_tables.FEW_SIZES if few else sizes
+            tables += mixer_tables.tables_on_ranks(
                 spec, mixers if operators else (), shapes, on_sizes, bool(masks)
             )
     if parallel and (strategies or not operators) and (operator_specs or not mixers):
@@ -206,7 +208,7 @@ def build_request(
         for case in sweep_file.expand_table(table):
             cases.setdefault(case.id, case)
     if not cases:
-        names = ", ".join(["single", *verification_mixers.distributing()])
+        names = ", ".join(["single", *mixer_tables.distributing()])
         raise ValueError(
             f"nothing to verify: mixers run under {names}, attention under other strategies"
         )

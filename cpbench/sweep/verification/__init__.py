@@ -1,0 +1,1 @@
+"""What ``cpbench verify`` runs: cases, and their tables for mixers and for selectors."""
