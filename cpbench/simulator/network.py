@@ -53,6 +53,7 @@ class Network:
     def __init__(self, cluster: Cluster, nodes: int, at: At) -> None:
         self._cluster, self._nodes, self._at = cluster, nodes, at
         self._on: dict[Any, dict[_Flow, None]] = {}  # flows on a link, in the order of their start
+        self._changed: dict[Any, None] = {}  # links on which flows began or ended at this time
 
     def link_class(self, rank: int, peer: int) -> str:
         """The class of the link between two ranks.
@@ -121,19 +122,29 @@ class Network:
         flow.since = now
         for link in flow.links:
             self._on.setdefault(link, {})[flow] = None
-        self._share(flow.links, now)
+        self._change(flow.links, now)
 
-    def _share(self, links: tuple[Any, ...], now: float) -> None:
-        """Set the rates of all flows on these links anew."""
-        for flow in dict.fromkeys(flow for link in links for flow in self._on[link]):
-            flow.remaining -= flow.rate * (now - flow.since)
-            flow.since = now
-            flow.rate = min(
+    def _change(self, links: tuple[Any, ...], now: float) -> None:
+        """Note that flows on these links began or ended; once all have that do so at this time,
+        the rates of the others are set anew."""
+        if not self._changed:
+            self._at(now, self._share)
+        self._changed.update(dict.fromkeys(links))
+
+    def _share(self, now: float) -> None:
+        """Set the rates of all flows on changed links."""
+        changed, self._changed = self._changed, {}
+        for flow in dict.fromkeys(flow for link in changed for flow in self._on[link]):
+            rate = min(
                 self._cluster.links[link[0]].gb_per_s * 1e9 / len(self._on[link])
                 for link in flow.links
             )
+            if rate == flow.rate:
+                continue
+            flow.remaining -= flow.rate * (now - flow.since)
+            flow.since, flow.rate = now, rate
             flow.version += 1
-            end = now + max(flow.remaining, 0.0) / flow.rate
+            end = now + max(flow.remaining, 0.0) / rate
             self._at(end, functools.partial(self._end, flow, flow.version))
 
     def _end(self, flow: _Flow, version: int, now: float) -> None:
@@ -142,5 +153,5 @@ class Network:
         flow.version += 1
         for link in flow.links:
             del self._on[link][flow]
-        self._share(flow.links, now)
+        self._change(flow.links, now)
         flow.done(now)
