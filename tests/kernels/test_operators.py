@@ -28,7 +28,10 @@ COMPILED = {"flex"}  # takes seconds of compilation per case, so it has its own 
 OPERATORS = [
     name
     for name, info in registry.operators().items()
-    if "cpu" in info.devices and "bands" in info.masks and name not in COMPILED and not info.selects
+    if "cpu" in info.devices
+    and "bands" in info.masks
+    and name not in COMPILED
+    and not (info.selects or info.paged)
 ]
 
 
