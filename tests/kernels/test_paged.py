@@ -230,15 +230,15 @@ def test_adapters_refuse_what_libraries_do_not_take(monkeypatch: pytest.MonkeyPa
 READS_WHOLE_PAGES = """
 from dataclasses import replace
 from cpbench.core.registry import operator_info
-from cpbench.kernels.paged.gathered import PagedGathered
+from cpbench.kernels.paged.gathered import Chunk, PagedGathered
 
 
 class Wrong(PagedGathered):
     def prepare(self, mask, problem, device):  # a partial page as if it were full
         plan = super().prepare(mask, problem, device)
-        slots = list(plan.slots)
-        slots[-1] = slots[-1].new_tensor(sorted({*slots[-1].tolist(), int(slots[-1].max()) + 1}))
-        return replace(plan, slots=tuple(slots))
+        *others, (*whole, last) = plan.chunks
+        more = Chunk(last.index.new_tensor([*last.index.tolist(), int(last.index.max()) + 1]), 1)
+        return replace(plan, chunks=(*others, (*whole, more)))
 
 
 OP = replace(operator_info("paged.gathered"), name="wrong", load=Wrong)
@@ -248,7 +248,7 @@ OP = replace(operator_info("paged.gathered"), name="wrong", load=Wrong)
 def test_runs_check_every_output_and_say_how_fast_keys_are_read(tmp_path: Path) -> None:
     (tmp_path / "wrong.py").write_text(READS_WHOLE_PAGES)
     records = run_cases(
-        tmp_path / "run", phase="decode", key_lens=[900, 17, 64], page_size=16, seq_len=900,
+        tmp_path / "run", phase="decode", key_lens=[900, 64, 17], page_size=16, seq_len=900,
         num_heads_q=4, num_heads_kv=2,
         operator=["paged.gathered", "bands", f"{tmp_path}/wrong.py:OP"],
     )  # fmt: skip

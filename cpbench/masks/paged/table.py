@@ -57,6 +57,10 @@ class PageTable:
         start = self.pages[own] * self.page_size + self.first[own]
         return np.repeat(start - np.cumsum(count) + count, count) + np.arange(count.sum())
 
+    def whole(self, b: int) -> int:
+        """How many pages a query sees whole."""
+        return int((self.count[self.of_query(b)] == self.page_size).sum())
+
     @property
     def largest(self) -> int:
         """Pages of the query with the most."""
