@@ -42,8 +42,9 @@ class InputKind:
         gates: whether it makes the gates of sequence mixers, too.
         load: ``"module:class"`` of the generator, whose constructor takes the parameters and
             raises ``ValueError`` for invalid ones.  Its ``make(request)`` returns the tensor of an
-            :class:`InputRequest`; its ``check(case)`` raises ``ValueError`` for a case that it
-            cannot serve, without torch.
+            :class:`InputRequest`, before the rotation; ``plant(rows, request)``, if it has one, the
+            tensor after it; its ``check(case)`` raises ``ValueError`` for a case that it cannot
+            serve, without torch.
     """
 
     summary: str
@@ -96,6 +97,7 @@ class InputRequest:
         positions: global indices of queries (for q and dout) or of keys (for k and v).
         batches, heads: global indices.
         device: torch device of the result.
+        deviation: standard deviation of normal rows of q and k after the rotation.
     """
 
     name: str
@@ -105,6 +107,7 @@ class InputRequest:
     batches: Sequence[int]
     heads: Sequence[int]
     device: str
+    deviation: float = 1.0
 
     @property
     def head_dim(self) -> int:
@@ -146,20 +149,25 @@ class Recipe:
         if name in dict(problem.gates) and not input_kind(self.spec).gates:
             raise ValueError(f"inputs = {self.spec} have no {name}: use gates, or a file")
 
+        rotation = self.rotation
+        deviation = 1.0 if rotation is None else rotation.magnitude(problem.head_dim)
+
         def make(part: np.typing.NDArray[np.int64]) -> torch.Tensor:
-            rows: torch.Tensor = generator.make(
-                InputRequest(
-                    name=name,
-                    seed=self.seed,
-                    problem=problem,
-                    positions=part,
-                    batches=batches,
-                    heads=heads,
-                    device=device,
-                )
+            request = InputRequest(
+                name=name,
+                seed=self.seed,
+                problem=problem,
+                positions=part,
+                batches=batches,
+                heads=heads,
+                device=device,
+                deviation=deviation,
             )
-            if self.rotation is not None:
-                rows = self.rotation.apply(name, rows, problem, part)
+            rows: torch.Tensor = generator.make(request)
+            if rotation is not None:
+                rows = rotation.apply(name, rows, problem, part)
+            if hasattr(generator, "plant"):
+                rows = generator.plant(rows, request)
             return rows.to(home)
 
         lanes = max(problem.head_dim, problem.value_dim)

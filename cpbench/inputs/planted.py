@@ -5,7 +5,8 @@ amplitude a is added to some keys and to the queries that look for them, so that
 a^2 / sqrt(D) and all others are as before.  N keys of independent normals add up to about N sqrt(e)
 in the softmax, so a needle of m keys gets a share of about p of the attention if
 a^2 / sqrt(D) = ln N + 1/2 + ln(p / (1 - p)) - ln m.  In a span of many keys, whose own normals
-vary, the 1/2 cancels.
+vary, the 1/2 cancels.  Rows that are rotated (RoPE) are rotated before, or queries would not find
+their keys; a rotation that also multiplies them by f makes the 1/2 of independent normals f^4 / 2.
 
 Shapes: T is the number of requested tokens, D the head dimension.
 """
@@ -86,20 +87,29 @@ class Needles:
             )
 
     def make(self, request: InputRequest) -> torch.Tensor:
-        """The requested rows, in the dtype of the problem."""
+        """Normals; of q and k in float32 at least, as :meth:`plant` takes them."""
+        problem = request.problem
+        precise = "float64" if problem.dtype == "float64" else "float32"
+        return normal_rows(request, precise if request.name in "qk" else problem.dtype)
+
+    def plant(self, x: torch.Tensor, request: InputRequest) -> torch.Tensor:
+        """The requested rows, in the dtype of the problem.
+
+        Args:
+            x: what :meth:`make` returned, rotated; overwritten.
+        """
         import torch
 
         name, problem, device = request.name, request.problem, request.device
         if name not in "qk":
-            return normal_rows(request, problem.dtype)
-        x = normal_rows(request, "float64" if problem.dtype == "float64" else "float32")
+            return x
         tokens = request.positions + (problem.seq_k - problem.seq_q if name == "q" else 0)
+        needle, sink = self._amplitudes(problem.seq_k, problem.head_dim, request.deviation)
         for i, b in enumerate(request.batches):
             for j, h in enumerate(request.heads):
                 g = h if name == "k" else h // problem.group
                 basis, starts = self._planted(request.seed, b, g, problem.head_dim, problem.seq_k)
                 amplitudes = np.zeros((len(tokens), len(basis)))
-                needle, sink = self._amplitudes(problem.seq_k, problem.head_dim)
                 if name == "k":
                     amplitudes[tokens < self.sinks, 0] = sink
                     number = np.searchsorted(starts, tokens, side="right") - 1
@@ -119,14 +129,14 @@ class Needles:
         """Tokens of each of the equal parts that hold one needle."""
         return (3 * tokens // 4 - self.sinks) // max(self.count, 1)
 
-    def _amplitudes(self, tokens: int, head_dim: int) -> tuple[float, float]:
+    def _amplitudes(self, tokens: int, head_dim: int, deviation: float) -> tuple[float, float]:
         """The amplitudes a of needles and of sinks."""
         rest = 1 - self.mass - self.sink_mass
 
         def amplitude(share: float, keys: int) -> float:
             if not share or not keys:
                 return 0.0
-            single_key = 0.5 if keys == 1 else 0.0
+            single_key = deviation**4 / 2 if keys == 1 else 0.0
             logit = math.log(tokens) + single_key + math.log(share / rest) - math.log(keys)
             return math.sqrt(max(logit, 0.0) * math.sqrt(head_dim))
 

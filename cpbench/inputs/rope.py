@@ -113,6 +113,10 @@ class Rotation:
             positions = self.positions(tokens + shift)
         return rotate(rows, positions, theta, magnitude)
 
+    def magnitude(self, head_dim: int) -> float:
+        """The factor by which it multiplies rows."""
+        return _frequencies(self.spec, head_dim)[1]
+
     def positions(self, tokens: IntArray) -> IntArray:
         """The position of each token of the sequence: within its document, where asked for."""
         starts = np.frombuffer(self.starts, np.int64)

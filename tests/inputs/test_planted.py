@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 from cpbench import inputs
 from cpbench.core.problem import Problem
 from cpbench.inputs import Recipe
+from cpbench.inputs import rope as rope_of_inputs
+from cpbench.inputs.rope import Rotation
 from cpbench.sweep import sweep_file
 
 TOKENS, HEADS_Q, HEADS_KV, DIM = 2048, 4, 2, 64
@@ -25,28 +27,36 @@ def _problem(**changes: object) -> Problem:
     return Problem(**{**values, **changes})
 
 
-def _make(spec: str, name: str, problem: Problem | None = None, seed: int = 0) -> torch.Tensor:
+def _make(
+    spec: str, name: str, problem: Problem | None = None, seed: int = 0, rope: str = ""
+) -> torch.Tensor:
     problem = problem or _problem()
     tokens, heads = (
         (problem.seq_q, problem.heads_q) if name == "q" else (problem.seq_k, problem.heads_kv)
     )
-    recipe = Recipe(seed, inputs.parse(spec))
+    rotation = Rotation(rope_of_inputs.parse(rope)) if rope else None
+    recipe = Recipe(seed, inputs.parse(spec), rotation)
     return recipe.make(
         name, problem, np.arange(tokens), batches=range(problem.batch), heads=range(heads),
         device="cpu",
     )  # fmt: skip
 
 
-def _attention(spec: str, b: int, h: int) -> torch.Tensor:
+def _attention(spec: str, b: int, h: int, rope: str = "") -> torch.Tensor:
     """``[S, T]`` attention probabilities of a head, with all keys visible."""
-    q, k = _make(spec, "q"), _make(spec, "k")
+    q, k = _make(spec, "q", rope=rope), _make(spec, "k", rope=rope)
     scores = q[b, :, h].double() @ k[b, :, h // 2].double().T * DIM**-0.5
     return scores.softmax(-1)
 
 
+ROPES = ["", "unscaled:base=500000", "yarn:factor=8,original_length=256"]
+
+
+@pytest.mark.parametrize("rope", ROPES)
 @pytest.mark.parametrize("length", [1, 16])
-def test_looking_queries_give_a_needle_its_share(length: int) -> None:
-    probs = _attention(f"needles:count=4,length={length},mass=0.8,looking=1.0", 1, 2)
+def test_looking_queries_give_a_needle_its_share(length: int, rope: str) -> None:
+    """Also if queries and keys are rotated."""
+    probs = _attention(f"needles:count=4,length={length},mass=0.8,looking=1.0", 1, 2, rope)
     # Only a needle, a key or a span of them, gets that much of the attention.
     spans = probs.unfold(1, length, 1).sum(-1)
     largest = spans.max(1).values
@@ -80,8 +90,9 @@ def test_queries_look_in_runs_and_some_runs_do_not_look() -> None:
     assert 0.2 < float((by_run > 0.9).double().mean()) < 0.8
 
 
-def test_sinks_get_their_share_of_every_query() -> None:
-    probs = _attention("sinks:count=4,mass=0.5", 0, 3)
+@pytest.mark.parametrize("rope", ROPES)
+def test_sinks_get_their_share_of_every_query(rope: str) -> None:
+    probs = _attention("sinks:count=4,mass=0.5", 0, 3, rope)
     share = probs[:, :4].sum(1)
     assert 0.35 < float(share.mean()) < 0.65
     assert float((share > 0.1).double().mean()) > 0.98
