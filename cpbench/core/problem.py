@@ -302,9 +302,9 @@ class Case:
 
     @property
     def code(self) -> tuple[str, ...]:
-        """Names of the code under test: operator, strategy, a selector's kernel and gates; may be
-        files."""
-        parts = (self.operator.kwargs.get(key) for key in ("kernel", "gates"))
+        """Names of the code under test: operator, strategy, a selector's kernel, gates and scores;
+        may be files."""
+        parts = (self.operator.kwargs.get(key) for key in ("kernel", "gates", "scores"))
         return (self.operator.name, self.strategy.name, *(str(part) for part in parts if part))
 
     def with_content(self, content: Mapping[str, str]) -> Case:

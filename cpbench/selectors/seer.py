@@ -9,16 +9,14 @@ positions (RoPE); maps of that kind come as gates.
 
 from __future__ import annotations
 
-import functools
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpbench.core.registry import OperatorInfo
-from cpbench.core.user_files import locate, tensor_shapes
 from cpbench.selectors.common.base import Branch, Plan
 from cpbench.selectors.common.pooled_keys import PooledKeySelector
 from cpbench.selectors.common.ranking import block_extremes, block_means, qk_scores, top_blocks
 from cpbench.selectors.common.selection import Blocks
+from cpbench.selectors.common.tensor_file import TensorFile
 
 if TYPE_CHECKING:
     import torch
@@ -69,38 +67,37 @@ class Seer(PooledKeySelector):
     ) -> None:
         super().__init__(block_size, top_k, keep, kernel)
         self.query_block = block_size
-        self._file = str(gates)
-        self._shapes = _shapes(self._file) if self._file else {}
+        self._gates_file = str(gates)
+        wanted = ("gates",), ("q_weight", "k_weight")
+        self._file = TensorFile(self.name, "gates", str(gates), wanted) if gates else None
 
     def unsupported(self, problem: Problem, mask: AttnMask, device: str) -> str | None:
         return self._misfit(problem, mask) or super().unsupported(problem, mask, device)
 
     def _misfit(self, problem: Problem, mask: AttnMask) -> str | None:
         """Why the tensors in the file do not fit a problem."""
-        if not self._file:
+        if self._file is None:
             return None
+        shapes, file = self._file.shapes, self._gates_file
         heads, dim = problem.heads_q, problem.head_dim
-        if "gates" in self._shapes:
+        if "gates" in shapes:
             rows, columns = (-(-n // self.block_size) for n in (mask.seq_q, mask.seq_k))
-            shape = self._shapes["gates"]
+            shape = shapes["gates"]
             if len(shape) != 3 or shape[0] != heads or shape[1] < rows or shape[2] < columns:
                 needed = f"[{heads}, at least {rows}, at least {columns}]"
-                return f"seer: gates of {self._file} is {list(shape)}; the case needs {needed}"
+                return f"seer: gates of {file} is {list(shape)}; the case needs {needed}"
         else:
-            q, k = self._shapes["q_weight"], self._shapes["k_weight"]
+            q, k = shapes["q_weight"], shapes["k_weight"]
             if len(q) != 3 or q[:2] != (heads, dim) or k != (problem.heads_kv, 3 * dim, q[2]):
                 return (
-                    f"seer: q_weight and k_weight of {self._file} are {list(q)} and {list(k)}; "
+                    f"seer: q_weight and k_weight of {file} are {list(q)} and {list(k)}; "
                     f"the case needs [{heads}, {dim}, E] and [{problem.heads_kv}, {3 * dim}, E]"
                 )
-        for name, tensor in self._tensors().items():
-            if bool(tensor.isnan().any()):
-                return f"seer: {name} of {self._file} has values that are not numbers"
-        return None
+        return self._file.not_numbers()
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """The tensors in the file; none without a file."""
-        return _load(self._file, _modified(self._file)) if self._file else {}
+        return {} if self._file is None else self._file.tensors()
 
     def pool_keys(self, k: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return *block_extremes(k, self.block_size), block_means(k, self.block_size)
@@ -132,37 +129,3 @@ class Seer(PooledKeySelector):
         gate_q = torch.einsum("bxhd,hde->bxhe", pooled_q, q_weight)
         gate_k = torch.einsum("bygd,gde->byge", pooled_k.flatten(3), k_weight)
         return qk_scores(gate_q, gate_k)
-
-
-def _shapes(file: str) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors in a file of gates.
-
-    Raises:
-        ValueError: if there is no such file, or it does not hold the tensors.
-    """
-    if not locate(file).is_file():
-        raise ValueError(f"seer: there is no file {file!r}; write gates=gates.safetensors")
-    try:
-        shapes = tensor_shapes(locate(file))
-    except ValueError as error:
-        raise ValueError(f"seer: {error}") from None
-    if "gates" not in shapes and not {"q_weight", "k_weight"} <= shapes.keys():
-        names = ", ".join(sorted(shapes)) or "none"
-        raise ValueError(
-            f"seer: {file} has no tensor 'gates', and not both of 'q_weight' and 'k_weight'; it "
-            f"has {names}"
-        )
-    return shapes
-
-
-def _modified(file: str) -> int:
-    """The time of the last change of a file, ns."""
-    return Path(locate(file)).stat().st_mtime_ns
-
-
-@functools.lru_cache(maxsize=4)
-def _load(file: str, modified_ns: int) -> dict[str, torch.Tensor]:
-    """The tensors in a file of gates; a file that has changed is read again."""
-    from safetensors.torch import load_file
-
-    return dict(load_file(locate(file)))

@@ -31,7 +31,7 @@ def _content_hashes(case: Case) -> dict[str, str]:
     """Hashes of the files that a case refers to, by the text that names them in the case."""
     content = dict(masks.content_files(case.mask))
     named = (case.inputs.kwargs.get("file"), case.rope.kwargs.get("file"))
-    for file in (*named, case.operator.kwargs.get("gates")):
+    for file in (*named, *(case.operator.kwargs.get(key) for key in ("gates", "scores"))):
         if file:
             content[str(file)] = hashlib.sha256(locate(str(file)).read_bytes()).hexdigest()
     for name in (*case.code, case.mask.name):

@@ -51,6 +51,7 @@ CASES = [
     ("hax:buckets=4,latest=300,top_k=0", "causal"),
     ("seer:block_size=16,keep=0.3", "causal"),
     ("seer:block_size=16,keep=0.3", DOCUMENTS),
+    ("scored:top_k=20", DOCUMENTS),
     # Entire blocks of queries that see nothing.
     ("oracle:block_size=16,keep=0.3", "causal:offset=-40"),
     ("moba:block_size=16,top_k=4", "causal:offset=-40"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 
 import choosing
@@ -244,6 +245,62 @@ def test_dsa_selects_the_keys_with_the_highest_index_scores(mask: str) -> None:
         assert_top_k(rows[b, 0, t], scores, visible[t], set(), 20)
 
 
+def _scores_file(path: Path, scores: torch.Tensor) -> str:
+    save_file({"scores": scores}, path)
+    return f"scored:top_k=20,scores={path}"
+
+
+@pytest.mark.parametrize("mask", ["causal", DOCUMENTS])
+@pytest.mark.parametrize("shape", [None, (4, 210), (2, 2, 203), (1, 203)])
+def test_scored_selects_the_keys_with_the_highest_scores(
+    tmp_path: Path, shape: tuple[int, ...] | None, mask: str
+) -> None:
+    _, k, _, _ = choosing.inputs()
+    scores, spec = -k.double().norm(dim=-1).transpose(1, 2), "scored:top_k=20"
+    if shape:
+        given = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        given[..., 3] = -torch.inf  # a key that no query selects
+        scores, spec = given.double(), _scores_file(tmp_path / "s.safetensors", given)
+    (branch,) = select(spec, mask)
+    assert isinstance(branch.mask, Tokens)
+    rows = branch.mask.dense_rows(0, TOKENS)
+    visible = torch.as_tensor(masks.build(mask, TOKENS).to_dense())
+    for b, h, t in itertools.product(range(BATCH), range(HEADS_Q), range(0, TOKENS, 3)):
+        of_batch = scores[b] if scores.ndim == 3 else scores
+        own = of_batch[h * len(of_batch) // HEADS_Q][:TOKENS]
+        assert_top_k(rows[b, h, t], own.tolist(), visible[t] & own.isfinite(), set(), 20)
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ((4, 202), r"is \[4, 202\]; the case needs \[4 or 2 or 1, at least 203\] or \[2, 4 or"),
+        ((3, 203), r"is \[3, 203\]"),
+        ((3, 4, 203), r"is \[3, 4, 203\]"),
+        ((203,), r"is \[203\]"),
+    ],
+)
+def test_scores_that_do_not_fit_are_refused(tmp_path: Path, shape: tuple, words: str) -> None:
+    q, k, v, _ = choosing.inputs()
+    spec = _scores_file(tmp_path / "s.safetensors", torch.zeros(shape))
+    with pytest.raises(ValueError, match=words) as caught:
+        cpbench.attention(q, k, v, masks.build("causal", TOKENS), operator=spec)
+    assert "\n" not in str(caught.value)
+
+
+def test_scores_without_a_file_or_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
+    q, k, v, _ = choosing.inputs()
+    mask, file = masks.build("causal", TOKENS), tmp_path / "s.safetensors"
+    save_file({"weights": torch.zeros(1)}, file)
+    for spec, words in (
+        ("scored:scores=none.safetensors", "there is no file 'none.safetensors'; write scores="),
+        (f"scored:scores={file}", "has no tensor 'scores'; it has weights"),
+        (_scores_file(tmp_path / "nan.safetensors", torch.full((1, 203), math.nan)), "not numbers"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            cpbench.attention(q, k, v, mask, operator=spec)
+
+
 def test_vsa_selects_blocks_by_means() -> None:
     q, k, _, _ = choosing.inputs()
     fine, coarse = select("vsa:block_size=16,keep=0.2", "full")
@@ -370,9 +427,11 @@ def test_gates_that_do_not_fit_are_refused(tmp_path: Path, tensors: dict, words:
     assert "\n" not in str(caught.value)
 
 
-def test_gates_enter_the_id_of_a_case_by_their_content(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["gates", "scores"])
+def test_files_enter_the_id_of_a_case_by_their_content(tmp_path: Path, name: str) -> None:
     file, ids = tmp_path / "g.safetensors", []
     for value in (0.0, 1.0):
-        spec = _seer_file(file, gates=torch.full((1, 1, 1), value))
+        tensor = torch.full((1, 1, 1), value)
+        spec = _seer_file(file, gates=tensor) if name == "gates" else _scores_file(file, tensor)
         ids.append(sweep_file.expand({"sweep": {"operator": spec}}, "s").cases[0].id)
     assert ids[0] != ids[1]

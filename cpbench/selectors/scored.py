@@ -1,0 +1,107 @@
+"""Selector `scored`: top-k keys by scores of the keys, which the user gives as a file.
+
+Methods that rank the cached keys of a head once, whatever the query, differ in where the scores
+come from: a draft model's attention (SpecKV, in Draft-based Approximate Inference, arXiv
+2506.08373), or the keys alone.  Without a file, a key with a small norm has a high score (arXiv
+2406.11430).
+
+Legend: B batch, S queries, T keys, H query heads, G key/value heads.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cpbench.core.registry import OperatorInfo
+from cpbench.selectors.common.base import Branch, Plan, Selector
+from cpbench.selectors.common.ranking import check_minimum, row_chunks, upcast
+from cpbench.selectors.common.selection import Tokens, dense_mask_rows, visible_end
+from cpbench.selectors.common.tensor_file import TensorFile
+
+if TYPE_CHECKING:
+    import torch
+
+    from cpbench.core.problem import Problem
+    from cpbench.masks.attn_mask import AttnMask
+
+OPERATORS = (
+    OperatorInfo(
+        name="scored",
+        summary="top-k keys by scores of the keys from a file, or by their norms",
+        source="SpecKV, arXiv 2506.08373",
+        load="cpbench.selectors.scored:Scored",
+        params=("scores", "top_k", "kernel"),
+        external_lse=False,
+        variants=("top_k=20",),
+        selects=True,
+        selects_from="keys",
+        selects_for="all",
+    ),
+)
+
+
+class Scored(Selector):
+    """For each query and head, the visible keys with the highest scores; no key is forced, and none
+    is selected whose score is -inf.
+
+    Args:
+        scores: safetensors file with ``scores`` ``[heads, T]`` or ``[B, heads, T]`` of the keys of
+            a layer, for at least as many keys as the sequence has; heads are H, G or 1.
+        top_k: keys per query.
+        kernel: see :class:`Selector`.
+    """
+
+    name = "scored"
+    branch_kinds = ("tokens",)
+
+    def __init__(self, scores: str = "", top_k: int = 2048, kernel: str = "") -> None:
+        super().__init__(kernel)
+        check_minimum(self.name, 1, top_k=top_k)
+        self.top_k, self._scores_file = top_k, str(scores)
+        wanted = (("scores",),)
+        self._file = TensorFile(self.name, "scores", str(scores), wanted) if scores else None
+
+    def unsupported(self, problem: Problem, mask: AttnMask, device: str) -> str | None:
+        return self._misfit(problem, mask) or super().unsupported(problem, mask, device)
+
+    def _misfit(self, problem: Problem, mask: AttnMask) -> str | None:
+        """Why the scores in the file do not fit a problem."""
+        if self._file is None:
+            return None
+        shape = self._file.shapes["scores"]
+        heads = dict.fromkeys((problem.heads_q, problem.heads_kv, 1))
+        batches = shape[:-2] in ((), (problem.batch,))
+        if not batches or len(shape) < 2 or shape[-2] not in heads or shape[-1] < mask.seq_k:
+            needed = f"{' or '.join(map(str, heads))}, at least {mask.seq_k}"
+            return (
+                f"scored: scores of {self._scores_file} is {list(shape)}; the case needs "
+                f"[{needed}] or [{problem.batch}, {needed}]"
+            )
+        return self._file.not_numbers()
+
+    def select(self, q: torch.Tensor, k: torch.Tensor, plan: Plan) -> tuple[Branch, ...]:
+        import torch
+
+        scores = self._scores(k)  # [B, heads, T]
+        if scores.shape[1] > 1:
+            scores = scores.repeat_interleave(q.shape[2] // scores.shape[1], 1)
+        (b, heads, t), s = scores.shape, q.shape[1]
+        max_keys = min(self.top_k, t)
+        index = torch.full((b, heads, s, max_keys), -1, dtype=torch.int32, device=q.device)
+        for begin, end in row_chunks(s, b * heads * t, q.device):
+            keys = visible_end(plan.mask, begin, end)
+            visible = dense_mask_rows(plan.mask, begin, end, q.device)[:, :keys]
+            of_rows = scores[:, :, None, :keys].masked_fill(~visible, -torch.inf)
+            top = of_rows.topk(min(max_keys, keys), dim=-1)
+            chosen = top.indices.masked_fill_(top.values == -torch.inf, -1)
+            index[:, :, begin:end, : chosen.shape[3]] = chosen
+        return (Branch(mask=Tokens(plan.mask, index, q.shape[2])),)
+
+    def _scores(self, k: torch.Tensor) -> torch.Tensor:
+        """``[B, heads, T]`` in float32 at least."""
+        if self._file is None:
+            norms: torch.Tensor = upcast(k).norm(dim=-1)
+            return -norms.transpose(1, 2)
+        given = upcast(self._file.tensors()["scores"][..., : k.shape[1]].to(k.device))
+        scores: torch.Tensor = given.expand(len(k), *given.shape[-2:])
+        return scores
