@@ -52,6 +52,8 @@ CASES = [
     ("seer:block_size=16,keep=0.3", "causal"),
     ("seer:block_size=16,keep=0.3", DOCUMENTS),
     ("scored:top_k=20", DOCUMENTS),
+    ("recycled:stride=8,top_k=16", "causal"),
+    ("recycled:stride=7,top_k=16", DOCUMENTS),
     # Entire blocks of queries that see nothing.
     ("oracle:block_size=16,keep=0.3", "causal:offset=-40"),
     ("moba:block_size=16,top_k=4", "causal:offset=-40"),

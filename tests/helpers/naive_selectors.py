@@ -137,6 +137,25 @@ def retrieval(head: Head, t: int, sinks: int, window: int, step: int) -> dict[in
     return {j: float(head.q[t] @ head.k[j]) for j in range(sinks, begin)}
 
 
+def recycled(
+    head: Head, visible: torch.Tensor, i: int, full: int, first: int
+) -> tuple[set[int], dict[int, float]]:
+    """The keys that a query sees in any case, and the products of those that its last full step
+    ranks.
+
+    Args:
+        visible: ``[S, T]``.
+        i, full: a query and its last full step.
+        first: the position of query 0.
+    """
+    keys = [j for j in range(len(head.k)) if visible[i, j]]
+    if i == full:
+        return set(keys), {}
+    ranked = [j for j in range(first + full + 1) if visible[full, j]]
+    since = {j for j in keys if j > first + full}
+    return since, {j: float(head.q[full] @ head.k[j]) for j in ranked}
+
+
 def hax_buckets(x: torch.Tensor, buckets: int, hash: str) -> list[int]:
     """The bucket of each vector ``[T, D]``."""
     bits = int(math.log2(buckets))

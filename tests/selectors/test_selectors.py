@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import choosing
@@ -332,6 +333,51 @@ def test_retrieval_selects_the_keys_with_the_highest_products(
         assert torch.equal(near_rows[t], CAUSAL[t] & ~outside)
         scores = [products.get(j, 0.0) for j in range(TOKENS)]
         assert_top_k(rows[b, h, t], scores, outside, set(), top_k)
+
+
+@pytest.mark.parametrize(
+    ("stride", "queries", "mask"),
+    [
+        (8, TOKENS, "causal"), (150, 21, "causal"), (8, 21, "causal"), (8, 1, "causal"),
+        (8, TOKENS, "sliding_window_causal:window=30"), (7, TOKENS, DOCUMENTS),
+        (50, TOKENS, "full"),
+    ],
+)  # fmt: skip
+def test_recycled_selects_the_top_keys_of_the_last_full_step(
+    stride: int, queries: int, mask: str
+) -> None:
+    q, k, _, _ = choosing.inputs()
+    first = TOKENS - queries
+    selector, whole = choosing.load_selector(f"recycled:stride={stride},top_k=16", "causal")
+    built = masks.build(mask, TOKENS).crop(first, TOKENS, 0, TOKENS)
+    plan = selector.prepare(built, replace(whole.problem, seq_q=queries), "cpu")
+    near, recycled = selector.select(q[:, first:], k, plan)
+    assert isinstance(near.mask, AttnMask)
+    assert isinstance(recycled.mask, Tokens)
+    near_rows, rows = torch.as_tensor(near.mask.to_dense()), recycled.mask.dense_rows(0, queries)
+    visible = torch.as_tensor(built.to_dense())
+    for b, h, i in itertools.product(range(BATCH), range(HEADS_Q), range(queries)):
+        full = i - i % stride
+        head = Head(q[:, first:], k, b, h)
+        seen, products = naive_selectors.recycled(head, visible, i, full, first)
+        assert set(near_rows[i].nonzero()[:, 0].tolist()) == seen
+        ranked, kept = torch.zeros(TOKENS, dtype=torch.bool), rows[b, h, i]
+        ranked[list(products)] = True
+        scores = [products.get(j, 0.0) for j in range(TOKENS)]
+        if visible[i][ranked].all():
+            assert_top_k(kept, scores, ranked, set(), 16)
+        else:  # those that this query does not see are not replaced
+            best = sorted(products, key=products.get, reverse=True)[:16]  # type: ignore[arg-type]
+            assert set(kept.nonzero()[:, 0].tolist()) == {j for j in best if visible[i, j]}
+
+
+def test_recycling_all_keys_is_full_attention() -> None:
+    q, k, v, _ = choosing.inputs()
+    q, mask = q[:, -21:], masks.build("causal", TOKENS, seq_q=21)
+    whole, whole_lse = cpbench.attention(q, k, v, mask)
+    out, lse = cpbench.attention(q, k, v, mask, operator=f"recycled:stride=5,top_k={TOKENS}")
+    assert float((out - whole).abs().max()) < 2e-6
+    assert float((lse - whole_lse).abs().max()) < 2e-6
 
 
 def test_a_graph_of_keys_finds_most_of_what_an_exact_search_finds() -> None:

@@ -37,6 +37,18 @@ def interval_mask(begins: IntArray, ends: IntArray, num_keys: int) -> AttnMask:
     return AttnMask.from_slices(len(begins), num_keys, rows)
 
 
+def keys_from(mask: AttnMask, begins: IntArray) -> AttnMask:
+    """A mask without the keys before ``begins`` ``[S]`` of each query."""
+    q0, q1 = _runs(begins)
+    slices = mask.slices
+    source, run = np.nonzero((slices[:, :1] < q1) & (slices[:, 1:2] > q0))
+    rows = slices[source].copy()
+    rows[:, 0] = np.maximum(rows[:, 0], q0[run])
+    rows[:, 1] = np.minimum(rows[:, 1], q1[run])
+    rows[:, 2] = np.maximum(rows[:, 2], begins[q0[run]])
+    return AttnMask.from_slices(mask.seq_q, mask.seq_k, rows[rows[:, 2] < rows[:, 3]])
+
+
 def _runs(*values: IntArray) -> tuple[IntArray, IntArray]:
     """The first query of each run of equal values, and the one after its last."""
     changes = np.any([np.diff(array) != 0 for array in values], axis=0)
