@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from cpbench.core.registry import OperatorInfo
 from cpbench.selectors.common.base import Branch, Plan, Selector
-from cpbench.selectors.common.ranking import check_minimum, qk_scores, row_chunks, upcast
+from cpbench.selectors.common.ranking import check_minimum, largest, qk_scores, row_chunks, upcast
 from cpbench.selectors.common.selection import Tokens, dense_mask_rows, visible_end
 
 if TYPE_CHECKING:
@@ -65,8 +65,9 @@ class Dsa(Selector):
             keys = visible_end(plan.mask, begin, end)
             scores = qk_scores(index_q[:, begin:end], index_k[:, :keys]).relu_().sum(1)
             visible = dense_mask_rows(plan.mask, begin, end, q.device)[:, :keys]
-            top = scores.masked_fill_(~visible, -torch.inf).topk(min(max_keys, keys), dim=-1)
-            indices = top.indices.masked_fill_(top.values == -torch.inf, -1)
+            hidden = visible.logical_not_()
+            values, indices = largest(scores.masked_fill_(hidden, -torch.inf), min(max_keys, keys))
+            indices.masked_fill_(values == -torch.inf, -1)
             index[:, 0, begin:end, : indices.shape[2]] = indices
         return (Branch(mask=Tokens(plan.mask, index, h)),)
 

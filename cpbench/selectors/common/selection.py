@@ -295,13 +295,22 @@ def dense_mask_rows(
     if len(slices) > MAX_DEVICE_SLICES:
         dense = mask.crop(begin, end, 0, mask.seq_k).to_dense()
         return torch.as_tensor(dense, device=device)
-    row = torch.arange(begin, end, device=device)[:, None]
-    key = torch.arange(mask.seq_k, device=device)
     visible = torch.zeros((end - begin, mask.seq_k), dtype=torch.bool, device=device)
     for q0, q1, k0, k1, lo, hi in slices.tolist():
-        rows, keys = (row >= q0) & (row < q1), (key >= k0) & (key < k1)
-        offset = key - row
-        visible |= rows & keys & (offset >= lo) & (offset <= hi)
+        q0, q1 = max(q0, begin), min(q1, end)
+        k0, k1 = max(k0, q0 + lo), min(k1, q1 + hi)  # what is left of them is seen by some query
+        row = torch.arange(q0, q1, device=device)[:, None]
+        rows = visible[q0 - begin : q1 - begin]
+        # Keys that all queries see need no comparison; in most masks they are nearly all.
+        seen_by_all = max(k0, min(q1 - 1 + lo, k1)), min(k1, max(q0 + hi + 1, k0))
+        edges = (k0, seen_by_all[0]), (seen_by_all[1], k1)
+        if seen_by_all[0] > seen_by_all[1]:
+            edges = ((k0, k1),)
+        else:
+            rows[:, slice(*seen_by_all)] = True
+        for first, last in edges:
+            offset = torch.arange(first, max(first, last), device=device) - row
+            rows[:, first : max(first, last)] |= (offset >= lo) & (offset <= hi)
     return visible
 
 
