@@ -21,7 +21,7 @@ from cpbench.selectors.common.ranking import (
     top_p_blocks,
     upcast,
 )
-from cpbench.selectors.common.selection import Blocks
+from cpbench.selectors.common.selection import Blocks, visible_end
 
 if TYPE_CHECKING:
     import torch
@@ -78,13 +78,21 @@ class XAttention(Selector):
         groups_k = self._group_tokens(k, reverse=False)
         scale = plan.problem.softmax_scale / self.stride
         groups_per_block = self.block_size // self.stride
-        chunks = []
-        width = len(q) * q.shape[2] * groups_k.shape[1]
+        shape = (len(q), q.shape[2], *grid.areas.shape)
+        mass = torch.zeros(shape, dtype=groups_q.dtype, device=q.device)
+        # Quarters of what fits, since few rows at once see fewer of the keys.
+        width = 4 * len(q) * q.shape[2] * groups_k.shape[1]
         for begin, end in row_chunks(groups_q.shape[1], width, q.device, groups_per_block):
-            probs = probabilities(groups_q[:, begin:end], groups_k, group_allowed[begin:end], scale)
-            chunks.append(block_sums(probs, groups_per_block, groups_per_block))
+            last = min(end * self.stride, plan.mask.seq_q)
+            blocks = -(-visible_end(plan.mask, begin * self.stride, last) // self.block_size)
+            keys = slice(0, blocks * groups_per_block)
+            allowed = group_allowed[begin:end, keys]
+            probs = probabilities(groups_q[:, begin:end], groups_k[:, keys], allowed, scale)
+            x0 = begin // groups_per_block
+            sums = block_sums(probs, groups_per_block, groups_per_block)
+            mass[:, :, x0 : x0 + sums.shape[2], :blocks] = sums
         forced = None if plan.mask.kind == "full" else first_blocks(grid) | grid.diagonal
-        kept = top_p_blocks(torch.cat(chunks, 2), self.threshold, grid, forced)
+        kept = top_p_blocks(mass, self.threshold, grid, forced)
         return (Branch(mask=Blocks(grid, kept)),)
 
     def _group_tokens(self, x_BTHD: torch.Tensor, reverse: bool) -> torch.Tensor:

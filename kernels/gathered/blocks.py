@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cpbench.kernels.gathered.running_softmax import LOG2E, RunningSoftmax
 from cpbench.selectors.common.selection import Blocks, Grid, slices_by_block
 
 if TYPE_CHECKING:
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
     from cpbench.core.operator import QKV, BackwardInputs, Gradients, OutLse
 
-LOG2E = math.log2(math.e)
-MIN_ROW_MAX = -1e30  # lower bound of row maxima: finite, so that -inf - MIN_ROW_MAX is -inf
 MAX_KEYS = 2048  # keys per head in a work item
 MAX_SCORES = 1 << 19  # scores of all heads in a work item, to stay in a cache
 
@@ -57,12 +56,12 @@ def plan(selection: Blocks, scale: float) -> Plan:
     return Plan(scale, selection.grid, index, counts, max_counts)
 
 
-def _partial_blocks(grid: Grid) -> torch.Tensor:
+def partial_blocks(grid: Grid) -> torch.Tensor:
     """``[X, Y]``: allowed blocks with hidden pairs; padding of a short last block is hidden too."""
     return grid.allowed & (grid.areas < grid.block_lengths[0][:, None] * grid.block_k)
 
 
-def _hidden_table(grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+def hidden_table(grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
     """The hidden pairs of each block, computed once per grid.
 
     Returns:
@@ -81,7 +80,7 @@ def _build_hidden_table(grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
 
     slices, block = slices_by_block(grid.mask, grid.block_q, grid.block_k)
     columns = grid.areas.shape[1]
-    partial = np.flatnonzero(_partial_blocks(grid).cpu().numpy().reshape(-1))
+    partial = np.flatnonzero(partial_blocks(grid).cpu().numpy().reshape(-1))
     hidden = np.ones((len(partial) + 2, grid.block_q, grid.block_k), dtype=np.bool_)
     hidden[-2] = False
     position = np.searchsorted(partial, block)
@@ -125,7 +124,7 @@ def _work_items(plan: Plan, b: int, heads: int, group: int) -> Iterator[_WorkIte
     import torch
 
     grid = plan.grid
-    hidden_index, hidden_pairs = _hidden_table(grid)
+    hidden_index, hidden_pairs = hidden_table(grid)
     hides_nothing, hides_all = len(hidden_pairs) - 2, len(hidden_pairs) - 1
     columns, max_blocks = grid.areas.shape[1], max(1, MAX_KEYS // grid.block_k)
     for x, max_count in enumerate(plan.max_counts):
@@ -170,7 +169,7 @@ def _apply_mask(s_hmn: torch.Tensor, item: _WorkItem, width: int) -> None:
     by_block[head, slot] = by_block[head, slot].masked_fill_(hidden, -math.inf)
 
 
-def _to_blocks(x_BTGD: torch.Tensor, b: int, block: int, dtype: torch.dtype) -> torch.Tensor:
+def to_blocks(x_BTGD: torch.Tensor, b: int, block: int, dtype: torch.dtype) -> torch.Tensor:
     """Split keys of one batch into blocks, ``[G * Y, w, D]``; the last is padded with zeros."""
     import torch
 
@@ -194,29 +193,19 @@ def forward(qkv: QKV, plan: Plan) -> OutLse:
         out[:, rows], lse[:, :, rows] = 0.0, -math.inf
     for b in range(B):
         q_HSD = q[b].to(dtype).transpose(0, 1)
-        k_, v_ = _to_blocks(k, b, width, dtype), _to_blocks(v, b, width, dtype)
-        o_hmD = sum_hm1 = max_hm1 = torch.empty(0)
+        k_, v_ = to_blocks(k, b, width, dtype), to_blocks(v, b, width, dtype)
+        softmax = RunningSoftmax()
         for item in _work_items(plan, b, H, group):
             q_hmD = q_HSD[item.heads, item.rows]
             k_hnD, v_hnD = (_gather_blocks(x, item.kv_blocks) for x in (k_, v_))
             s_hmn = torch.bmm(q_hmD, k_hnD.mT).mul_(plan.scale * LOG2E)
             _apply_mask(s_hmn, item, width)
-            new_hm1 = s_hmn.amax(-1, True).clamp_(min=MIN_ROW_MAX)
             if item.first:
-                max_hm1 = new_hm1
-                s_hmn.sub_(max_hm1).exp2_()
-                o_hmD, sum_hm1 = torch.bmm(s_hmn, v_hnD), s_hmn.sum(-1, True)
-            else:
-                new_hm1 = torch.maximum(new_hm1, max_hm1)
-                rescale = (max_hm1 - new_hm1).exp2_()
-                s_hmn.sub_(new_hm1).exp2_()
-                o_hmD = o_hmD.mul_(rescale).baddbmm_(s_hmn, v_hnD)
-                sum_hm1 = sum_hm1.mul_(rescale).add_(s_hmn.sum(-1, True))
-                max_hm1 = new_hm1
+                softmax = RunningSoftmax()
+            softmax.add(s_hmn, v_hnD)
             if item.last:
-                lse_hm1 = (sum_hm1.log2() + max_hm1).mul_(1 / LOG2E)
-                lse[b, item.heads, item.rows] = lse_hm1.squeeze(-1).float()
-                o_hmD = o_hmD.div_(sum_hm1.masked_fill(sum_hm1 == 0, 1.0))
+                o_hmD, lse_hm = softmax.result()
+                lse[b, item.heads, item.rows] = lse_hm.float()
                 out[b, item.rows, item.heads] = o_hmD.transpose(0, 1).to(q.dtype)
     return out, lse
 
@@ -233,7 +222,7 @@ def backward(x: BackwardInputs, plan: Plan) -> Gradients:
         dq[:, rows] = 0.0
     for b in range(len(q)):
         q_HSD, do_HSD, out_HSD = (x[b].to(dtype).transpose(0, 1) for x in (q, dout, out))
-        k_, v_ = _to_blocks(k, b, width, dtype), _to_blocks(v, b, width, dtype)
+        k_, v_ = to_blocks(k, b, width, dtype), to_blocks(v, b, width, dtype)
         dk_, dv_ = torch.zeros_like(k_), torch.zeros_like(v_)
         delta_HS1 = (do_HSD * out_HSD).sum(-1, True)
         lse_HS1 = lse[b].to(dtype).mul(LOG2E).masked_fill_(lse[b] == -math.inf, math.inf)[..., None]

@@ -4,7 +4,8 @@ For selections of kind ``"rows"`` (blocks of keys per query) it goes from one bl
 next and gathers the queries that selected it, as an online softmax of two matrix products (as in
 MoBA, arXiv 2502.13189, without its sorting into variable-length calls).  For kind ``"tokens"``
 (single keys per query) it gathers the keys of a chunk of queries.  Kind ``"blocks"`` is in
-``cpbench.kernels.gathered.blocks``.
+``cpbench.kernels.gathered.blocks``; kind ``"lines"`` (blocks and columns), and blocks that are
+nearly all selected, in ``cpbench.kernels.gathered.strips``.
 
 Legend: B batch, S queries, T keys, H query heads, G key/value heads, R query heads of each, D head
 dim; N = R * S rows of a key/value head; Y blocks of w keys; n rows of a chunk, or keys of a query.
@@ -21,8 +22,9 @@ import numpy as np
 
 from cpbench.core.registry import OperatorInfo
 from cpbench.kernels.gathered import blocks as gathered_blocks
+from cpbench.kernels.gathered import strips
 from cpbench.kernels.gathered import tokens as gathered_tokens
-from cpbench.kernels.gathered.blocks import LOG2E, MIN_ROW_MAX
+from cpbench.kernels.gathered.running_softmax import LOG2E, MIN_ROW_MAX
 from cpbench.selectors.common.selection import Blocks, Grid, Selection, Tokens
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ OPERATORS = (
         source="MoBA, arXiv 2502.13189, as gathered rows; top-k gather as in DeepSeek sparse "
         "attention",
         load="cpbench.kernels.gathered.operator:Gathered",
-        masks=("blocks", "rows", "tokens"),
+        masks=("blocks", "lines", "rows", "tokens"),
         dtypes=("float64", "float32", "bfloat16", "float16"),
     ),
 )
@@ -78,18 +80,24 @@ class Gathered:
 
     def prepare(
         self, mask: Selection, problem: Problem, device: str
-    ) -> Plan | gathered_blocks.Plan:
-        if isinstance(mask, Blocks) and mask.kind == "blocks":
-            return gathered_blocks.plan(mask, problem.softmax_scale)
+    ) -> Plan | gathered_blocks.Plan | strips.Plan:
+        if isinstance(mask, Blocks) and mask.kind != "rows":
+            required = mask.kind == "lines"
+            in_strips = None
+            if required or device == "cpu":
+                in_strips = strips.plan(mask, problem.softmax_scale, required)
+            return in_strips or gathered_blocks.plan(mask, problem.softmax_scale)
         if isinstance(mask, Tokens):
             return Plan(problem.softmax_scale, tokens=mask)
         return Plan(problem.softmax_scale, _rows_by_block(mask, problem.heads_kv), mask.grid)
 
-    def forward(self, qkv: QKV, plan: Plan | gathered_blocks.Plan) -> OutLse:
+    def forward(self, qkv: QKV, plan: Plan | gathered_blocks.Plan | strips.Plan) -> OutLse:
         import torch
 
         if isinstance(plan, gathered_blocks.Plan):
             return gathered_blocks.forward(qkv, plan)
+        if isinstance(plan, strips.Plan):
+            return strips.forward(qkv, plan)
         q, k, v = qkv
         work = torch.promote_types(q.dtype, torch.float32)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -110,11 +118,15 @@ class Gathered:
             lse[b, heads] = lse_N.view(-1, q.shape[1]).float()
         return out, lse
 
-    def backward(self, x: BackwardInputs, plan: Plan | gathered_blocks.Plan) -> Gradients:
+    def backward(
+        self, x: BackwardInputs, plan: Plan | gathered_blocks.Plan | strips.Plan
+    ) -> Gradients:
         import torch
 
         if isinstance(plan, gathered_blocks.Plan):
             return gathered_blocks.backward(x, plan)
+        if isinstance(plan, strips.Plan):
+            return strips.backward(x, plan)
         dout, q, k, v, out, lse = x
         work = torch.promote_types(q.dtype, torch.float32)
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -38,7 +40,7 @@ def test_rows_of_a_mask_as_booleans() -> None:
         seq_q, seq_k = random.integers(1, 40, 2)
         cuts = np.unique([0, *random.integers(0, seq_q, 3), seq_q])
         slices = []
-        for q0, q1 in zip(cuts[:-1], cuts[1:], strict=True):
+        for q0, q1 in itertools.pairwise(cuts):
             k0 = random.integers(0, seq_k)
             lo = random.integers(-45, 45)
             k1, hi = random.integers(k0 + 1, seq_k + 1), lo + random.integers(0, 60)

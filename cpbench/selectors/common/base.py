@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 DEFAULT_KERNELS = {
     "cpu": {
         "blocks": "gathered",
-        "lines": "bands",
+        "lines": "gathered",
         "rows": "gathered",
         "tokens": "gathered",
         "mask": "bands",

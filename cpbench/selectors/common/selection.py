@@ -303,11 +303,10 @@ def dense_mask_rows(
         rows = visible[q0 - begin : q1 - begin]
         # Keys that all queries see need no comparison; in most masks they are nearly all.
         seen_by_all = max(k0, min(q1 - 1 + lo, k1)), min(k1, max(q0 + hi + 1, k0))
-        edges = (k0, seen_by_all[0]), (seen_by_all[1], k1)
-        if seen_by_all[0] > seen_by_all[1]:
-            edges = ((k0, k1),)
-        else:
+        edges = [(k0, k1)]
+        if seen_by_all[0] < seen_by_all[1]:
             rows[:, slice(*seen_by_all)] = True
+            edges = [(k0, seen_by_all[0]), (seen_by_all[1], k1)]
         for first, last in edges:
             offset = torch.arange(first, max(first, last), device=device) - row
             rows[:, first : max(first, last)] |= (offset >= lo) & (offset <= hi)
