@@ -70,11 +70,11 @@ def _expected(
             every = torch.einsum("bshd,bthd->bhst", *(_repeated(x) for x in leaves[:2]))
             given = every.gather(3, index.clamp(min=0)[..., None])[..., 0] * DIM**-0.5
             lses[-1] = given.masked_fill(index < 0, -torch.inf)
-    lse = torch.stack(lses).logsumexp(0)
-    weights = [(x - lse).exp() if joined else torch.ones_like(x) for x in lses]
-    total = torch.stack(
-        [w.transpose(1, 2)[..., None] * out for w, out in zip(weights, outs, strict=True)]
-    ).sum(0)
+    lse = torch.stack(lses).logsumexp(0) if joined else lses[0]
+    if joined:
+        weights = [(x - lse).exp().transpose(1, 2)[..., None] for x in lses]
+        outs = [weight * out for weight, out in zip(weights, outs, strict=True)]
+    total = torch.stack(outs).sum(0)
     grads = torch.autograd.grad(total, leaves, dout.double())
     results = {"out": total.detach(), **dict(zip(("dq", "dk", "dv"), grads, strict=True))}
     if joined or len(branches) == 1:
