@@ -259,8 +259,11 @@ def bench(
     ] = None,
     seed: Annotated[str, list_option(help="Seeds of the inputs.")] = "0",
     inputs: Annotated[
-        str, inputs_list(help="Inputs, e.g. normal,needles,file:qkv.safetensors.")
-    ] = "normal",
+        str | None,
+        inputs_list(
+            help="Inputs, e.g. needles,file:qkv.safetensors.  [default: normal; gates for mixers]"
+        ),
+    ] = None,
     rope: Annotated[str, rope_list(help="RoPE of q and k, e.g. none,unscaled:base=5e5.")] = "none",
     precision: Annotated[
         float,

@@ -15,6 +15,7 @@ from limits import LIMIT_S
 
 from cpbench.cli import main
 from cpbench.sweep import runs, sweep_file
+from cpbench.sweep.request import Request
 
 CPBENCH = Path(sys.executable).with_name("cpbench")
 COMMANDS = (
@@ -321,6 +322,35 @@ def test_the_timeout_of_a_case(
     monkeypatch.setattr(runs, "execute", lambda request, quiet: requests.append(request) or 0)
     assert main.invoke([*arguments, "--out", str(tmp_path), "--json"]) == 0
     assert [request.settings.timeout_s for request in requests] == [limit]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["bench", "--operator", "bands,ssd"], {"bands": {"normal"}, "ssd": {"gates"}}),
+        (["bench", "--operator", "ssd", "--inputs", "gates:shortest=2"],
+         {"ssd": {"gates:shortest=2"}}),
+        (["verify", "--operator", "ssd", "--world-size", "1"],
+         {"ssd": {"gates", "gates:shortest=0.03"}}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_mixers_get_inputs_with_gates(
+    arguments: list[str],
+    expected: dict[str, set[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = dict[str, set[str]]()
+
+    def keep(request: Request, quiet: bool) -> int:
+        for case in request.cases:
+            found.setdefault(case.operator.name, set()).add(str(case.inputs))
+        return 0
+
+    monkeypatch.setattr(runs, "execute", keep)
+    assert main.invoke([*arguments, "--out", str(tmp_path), "--json"]) == 0
+    assert found == expected
 
 
 def test_doctor_json(tmp_path: Path) -> None:

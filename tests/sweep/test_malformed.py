@@ -248,8 +248,12 @@ LINES: dict[str, tuple[list[str], list[str]]] = {
     "traffic operator": (["traffic", "scan", "--operator", "x"], ["'x'", "gated_deltanet"]),
     "traffic kinds": (["traffic", "scan"], ["scan distributes sequence mixers", "bands"]),
     "bench kinds": (
-        ["bench", "--operator", "ssd", "--strategy", "ring", "--inputs", "gates"],
+        ["bench", "--operator", "ssd", "--strategy", "ring"],
         ["ring distributes attention", "ssd is a sequence mixer"],
+    ),
+    "bench inputs": (
+        ["bench", "--operator", "bands,ssd", "--inputs", "normal"],
+        ["inputs = normal", "ssd is a sequence mixer", "gates"],
     ),
     "traffic heads": (["traffic", "ulysses", "--world-size", "48"], ["64 on 48", "divisible"]),
     "recommend strategy": (["recommend", "--strategy", "rng"], ["'rng'", "ring"]),
