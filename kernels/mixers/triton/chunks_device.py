@@ -45,11 +45,12 @@ def store_rows(
 
 
 @triton.jit
-def load_matrix(X, first, ROWS: tl.constexpr, COLS: tl.constexpr, HEIGHT: tl.constexpr,
-                WIDTH: tl.constexpr):  # fmt: skip
-    """Load COLS columns from ``first`` of a contiguous matrix ``[HEIGHT, WIDTH]``; 0 beyond."""
+def load_matrix(
+    X, first, ROWS: tl.constexpr, COLS: tl.constexpr, height, WIDTH: tl.constexpr
+):  # fmt: skip
+    """Load COLS columns from ``first`` of a contiguous matrix ``[height, WIDTH]``; 0 beyond."""
     row, col = tl.arange(0, ROWS), first + tl.arange(0, COLS)
-    inside = (row < HEIGHT)[:, None] & (col < WIDTH)[None, :]
+    inside = (row < height)[:, None] & (col < WIDTH)[None, :]
     return tl.load(X + row[:, None] * WIDTH + col[None, :], mask=inside, other=0.0)
 
 
@@ -123,3 +124,17 @@ def decays(
     from_start = tl.exp(tl.where(first, sums, hidden))
     to_end = tl.exp(tl.where(last, total - sums, hidden))
     return between, from_start, to_end, through * tl.exp(total)
+
+
+@triton.jit
+def written_values(
+    k, v, state, Inverse, index, from_start, C: tl.constexpr, PRECISION: tl.constexpr
+):
+    """The values ``[C, E]`` that a chunk writes under the delta rule, from the state before it.
+
+    Args:
+        index: of the chunk among the inverses ``[C, C]``.
+    """
+    v -= tl.dot(k * from_start[:, None], state, input_precision=PRECISION)
+    inverse = load_matrix(Inverse + index * C * C, 0, C, C, C, C)
+    return tl.dot(inverse, v, input_precision=PRECISION)

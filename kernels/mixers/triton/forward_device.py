@@ -20,6 +20,7 @@ from cpbench.kernels.mixers.triton.chunks_device import (
     store_matrix,
     store_rows,
     to_int64,
+    written_values,
 )
 
 
@@ -84,9 +85,7 @@ def pass_states(
         )
         if DELTA:
             beta = load_tokens(beta_head, beta_s, start, tokens, C)
-            x -= tl.dot(k * from_start[:, None], state, input_precision=PRECISION)
-            inverse = load_matrix(Inverse + index * C * C, 0, C, C, C, C)
-            x = tl.dot(inverse, x, input_precision=PRECISION)
+            x = written_values(k, x, state, Inverse, index, from_start, C, PRECISION)
             store_matrix(X + index * C * VALUE_DIM, first, x, C, E, C, VALUE_DIM)
             to_end *= beta
         writers = tl.trans(k * to_end[:, None])

@@ -21,13 +21,17 @@ if TYPE_CHECKING:
     import torch
 
 MOST_COLUMNS = 16  # of the values of a program; more spill registers
+MOST_KEY_COLUMNS = 16  # of the gradients of a program; more spill registers
 WARPS = 8
 LARGEST_KEY = 128
 CHUNKS = (16, 32, 64)
 DTYPES = ("bfloat16", "float16", "float32")
 FLOAT32 = ("Inverse", "State", "States", "X", "G", "Beta", "DState", "DStates", "DV", "DG", "DBeta")
 ALIGNED = ("q", "k", "v", "o", "do", "dq", "dk")  # prefixes of strides, of heads of 16 elements
-KERNELS = ("invert", "pass_states", "outputs", "pass_gradients", "chunk_gradients")
+OF_DELTA = ("invert", "recompute_values")  # under the delta rule alone
+KERNELS = (
+    "invert", "pass_states", "outputs", "pass_gradients", "recompute_values", "chunk_gradients"
+)  # fmt: skip
 
 
 def refusal(plan: Plan, key_dim: int, dtype: str, device: str) -> str | None:
@@ -121,23 +125,37 @@ def _backward(
     dstates = last.new_empty((chunks + 1, h, K, V))
     dvalues = last.new_empty((chunks, h, C, V))
     dq, dk, dv = (y.new_empty(y.shape) for y in (q, k, v))
-    dg, dbeta = (None if y is None else y.new_empty(y.shape) for y in (g, beta))
+    constants = _constants(plan, C, K, V, q.element_size() == 2, cuda=q.is_cuda)
+    columns, parts = -(-V // constants["E"]), -(-K // constants["P"])
+    of_parts = [None if y is None else last.new_empty((parts, *y.shape)) for y in (g, beta)]
     number = _document_numbers(plan, chunks * C, q)
     inverse = last if saved.inverse is None else saved.inverse  # never read if there is none
-    gates, betas, dgates, dbetas = (q if y is None else y for y in (g, beta, dg, dbeta))
-    constants = _constants(plan, C, K, V, q.element_size() == 2, cuda=q.is_cuda)
+    gates, betas = (q if y is None else y for y in (g, beta))
+    dgates, dbetas = (q if y is None else y[0] for y in of_parts)
     kernels = device_modules()[1]
-    kernels.pass_gradients[(h, -(-V // constants["E"]))](
+    kernels.pass_gradients[(h, columns)](
         q, k, gates, betas, number, inverse, dout, last, dstates, dvalues,
         *_strides(q, k, gates, betas, dout), h, H, S, chunks, plan.scale,
         **_of(kernels.pass_gradients, constants),
     )  # fmt: skip
-    kernels.chunk_gradients[(chunks, h)](
-        q, k, v, gates, betas, number, inverse, saved.states, dstates, dvalues, dout,
+    values = last
+    if plan.form.delta:
+        values = last.new_empty((chunks, h, C, V))
+        kernels.recompute_values[(chunks, h, columns)](
+            k, v, gates, number, inverse, saved.states, values, *_strides(k, v, gates), h, H, S,
+            **_of(kernels.recompute_values, constants),
+        )  # fmt: skip
+    kernels.chunk_gradients[(chunks, h, parts)](
+        q, k, v, gates, betas, number, values, saved.states, dstates, dvalues, dout,
         dq, dk, dgates, dbetas,
-        *_strides(q, k, v, gates, betas, dout, dq, dk, dgates, dbetas), h, H, S, chunks, plan.scale,
+        *_strides(q, k, v, gates, betas, dout, dq, dk, dgates, dbetas), h, H, S, columns,
+        plan.scale,
         **_of(kernels.chunk_gradients, constants),
     )  # fmt: skip
+    dg, dbeta = (
+        None if y is None or like is None else y.sum(0).to(like.dtype)
+        for y, like in zip(of_parts, (g, beta), strict=True)
+    )
     write(dvalues, Slab(0, chunks, 0, S), dv)
     return Gradients(dq, dk, dv, dg, dbeta, dstates[0].unflatten(0, (B, H)))
 
@@ -170,7 +188,8 @@ def _constants(plan: Plan, C: int, K: int, V: int, exact: bool, *, cuda: bool) -
     """
     folds = "tf32x3" if cuda else "ieee"
     return {
-        "C": C, "D": _padded(K), "E": min(_padded(V), MOST_COLUMNS), "KEY_DIM": K, "VALUE_DIM": V,
+        "C": C, "D": _padded(K), "E": min(_padded(V), MOST_COLUMNS),
+        "P": min(_padded(K), MOST_KEY_COLUMNS), "KEY_DIM": K, "VALUE_DIM": V,
         "GATED": plan.form.gate is not None, "DELTA": plan.form.delta,
         "DOCUMENTS": bool(plan.resets), "EXACT": "tf32" if exact and cuda else folds,
         "PRECISION": folds,
@@ -213,7 +232,9 @@ def launches(
             plan, TRITON_CHUNK, head_dim, head_dim_v or head_dim, dtype != "float32",
             cuda=target.startswith("cuda"),
         )  # fmt: skip
-        for name in KERNELS if plan.form.delta else KERNELS[1:]:
+        for name in KERNELS:
+            if name in OF_DELTA and not plan.form.delta:
+                continue
             module = next(one for one in device_modules() if hasattr(one, name))
             arguments = getattr(module, name).arg_names
             own = {key: value for key, value in constants.items() if key in arguments}
