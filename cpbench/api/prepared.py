@@ -104,7 +104,7 @@ class Attention:
         self.op = operator_class.load(operator_spec, device)
         self.strategy: Strategy = implementation(self.info, params, op_info.kind)
         self.home = home_of(device) if self.offloaded else device
-        world = world.with_gates(op_info.gate_lanes(world.problem.head_dim))
+        world = world.with_inputs_of(op_info)
         self.world, self.rank = world, rank
         self.mask, self.layout, self.problem = world.mask, world.keys, world.problem
         reason = self.strategy.unsupported(world)

@@ -251,6 +251,8 @@ def declared_limits(info: OperatorInfo, problem: Problem, device: str) -> str | 
             f"{info.name} is a sequence mixer, with as many key/value heads as query heads, not "
             f"{problem.heads_kv} for {problem.heads_q}"
         )
+    if info.mixer and problem.initial_state and not info.initial_states:
+        return f"{info.name} starts from a state of 0; use inputs without initial=true"
     if info.paged and not problem.page_size:
         return f"{info.name} decodes over pages; use phase decode"
     if problem.backward and device not in info.backward_on:

@@ -24,6 +24,7 @@ METHOD_FIELDS = ("operator", "strategy", "layout", "placement", "content")
 DIRECTIONS = ("fwd", "bwd", "fwd_bwd")
 DECODE = "decode"
 PHASES = ("sequence", DECODE)
+INITIAL_STATE = "initial_state"
 PAGES_STEP = 8  # a cache has a multiple of as many pages, which ranks divide
 
 
@@ -47,6 +48,7 @@ class Problem:
             ``cpbench.masks.paged``), whose slots are the keys of the problem; 0 for others.
         gates: the inputs of a sequence mixer beside q, k and v: their names, each with its numbers
             per head and token, 0 for one without an axis (``[B, S, H]``).
+        initial_state: whether a sequence mixer is given a state ``[B, H, K, V]`` to start from.
     """
 
     batch: int
@@ -63,11 +65,13 @@ class Problem:
     deterministic: bool = False
     page_size: int = 0
     gates: tuple[tuple[str, int], ...] = ()
+    initial_state: bool = False
 
     @property
     def inputs(self) -> tuple[str, ...]:
         """Names of the inputs; their gradients have a ``d`` before."""
-        return ("q", "k", "v", *(name for name, _ in self.gates))
+        states = (INITIAL_STATE,) if self.initial_state else ()
+        return ("q", "k", "v", *(name for name, _ in self.gates), *states)
 
     @property
     def gate_dtype(self) -> str:
@@ -208,6 +212,7 @@ class Case:
             dtype=self.dtype,
             direction=self.direction,
             page_size=self.page_size,
+            initial_state=self.inputs.kwargs.get("initial") is True,
         )
 
     @property

@@ -94,6 +94,7 @@ class OperatorInfo:
             ``cpbench.kernels.mixers.forms``), against which it is checked; "" for attention.
         gates: of a mixer: its inputs beside q, k and v, each with what has a number of its own: a
             ``"head"`` ``[B, S, H]``, or a ``"key"`` dimension ``[B, S, H, K]``.
+        initial_states: of a mixer: whether it takes a state to start from.
         rounds_states: of a mixer: whether it rounds what it adds to a state to the dtype of its
             inputs; the limit of the error of the state is then that of the other results.
         install: how to install what it requires, as a command if there is one.
@@ -131,6 +132,7 @@ class OperatorInfo:
     paged: bool = False
     mixer: str = ""
     gates: tuple[tuple[str, Literal["head", "key"]], ...] = ()
+    initial_states: bool = False
     rounds_states: bool = False
     install: str = ""
     workspace: Callable[[Problem], int] | None = None

@@ -29,6 +29,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
+from cpbench.core.problem import INITIAL_STATE
 from cpbench.core.registry import OperatorInfo
 
 Errors = Mapping[str, Mapping[str, float]]
@@ -74,7 +75,7 @@ def limits(
     lse = info.lse_error if dtype in ("bfloat16", "float16") else LSE_ERROR
     lse += 2 * (capped if info.rounds_scores else growth)
     exact_states = dtype in ("bfloat16", "float16") and not info.rounds_states
-    states = {"state": MIXER_STATE} if exact_states else {}
+    states = dict.fromkeys(("state", f"d{INITIAL_STATE}"), MIXER_STATE) if exact_states else {}
     return {
         "lse": {"rel_l2": lse, "max_rms": lse},
         **states,

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cpbench.core.problem import INITIAL_STATE
 from cpbench.core.registry import check_params, operator_info
 from cpbench.core.spec import Spec
 
@@ -79,7 +80,7 @@ KINDS = {
     "gates": InputKind(
         summary="normals with unit keys, and gates that forget within tokens or in no sequence",
         load="cpbench.inputs.gates:Gates",
-        params={"shortest": 16.0, "longest": 4.0},
+        params={"shortest": 16.0, "longest": 4.0, "initial": False},
         gates=True,
     ),
 }  # fmt: skip
@@ -88,10 +89,11 @@ KINDS = {
 @dataclass(frozen=True, kw_only=True, eq=False)
 class InputRequest:
     """A request for rows of a tensor, ``[len(batches), len(positions), len(heads), head_dim]``;
-    without the last axis for gates that have none.
+    without the last axis for gates that have none.  Of an initial state positions are dimensions of
+    keys, and the last axis has those of values.
 
     Attributes:
-        name: one of ``TENSORS``, or of the gates of the problem.
+        name: one of ``TENSORS``, or of the other inputs of the problem.
         seed: any integer.
         problem: the problem that it is an input of; determines the dtype.
         positions: global indices of queries (for q and dout) or of keys (for k and v).
@@ -113,7 +115,8 @@ class InputRequest:
     def head_dim(self) -> int:
         """That of the tensor."""
         problem = self.problem
-        return problem.value_dim if self.name in ("v", "dout") else problem.head_dim
+        of_values = self.name in ("v", "dout", INITIAL_STATE)
+        return problem.value_dim if of_values else problem.head_dim
 
     @property
     def gate_lanes(self) -> int | None:
@@ -142,9 +145,13 @@ class Recipe:
     ) -> torch.Tensor:
         """Generate rows of a tensor; for arguments and shape see :class:`InputRequest`.
 
+        The initial state is ``[len(batches), len(heads), K, V]``, whatever the positions.
+
         Args:
             keep_on: device to which the rows are moved then, if another one.
         """
+        if name == INITIAL_STATE:
+            positions = np.arange(problem.head_dim)
         generator, home = build_generator(self.spec), keep_on or device
         if name in dict(problem.gates) and not input_kind(self.spec).gates:
             raise ValueError(f"inputs = {self.spec} have no {name}: use gates, or a file")
@@ -168,11 +175,13 @@ class Recipe:
                 rows = rotation.apply(name, rows, problem, part)
             if hasattr(generator, "plant"):
                 rows = generator.plant(rows, request)
+            if name == INITIAL_STATE:
+                rows = rows.transpose(1, 2).contiguous()
             return rows.to(home)
 
         lanes = max(problem.head_dim, problem.value_dim)
         step = max(1, CHUNK_ELEMENTS // (len(batches) * len(heads) * lanes))
-        if len(positions) <= step:
+        if len(positions) <= step or name == INITIAL_STATE:
             return make(positions)
         first = make(positions[:step])
         tensor = first.new_empty((len(batches), len(positions), *first.shape[2:]))

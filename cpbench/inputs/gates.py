@@ -7,8 +7,10 @@ boundary or a wrong gradient of a gate disappears in the rounding of bfloat16.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from cpbench.core.problem import INITIAL_STATE
 from cpbench.inputs.normal import (
     GOLDEN,
     TOKEN,
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from cpbench.inputs import InputRequest
 
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
-SALTS = {"g": 1 << 32, "beta": 2 << 32}
+SALTS = {"g": 1 << 32, "beta": 2 << 32, INITIAL_STATE: 3 << 32}
 
 
 class Gates:
@@ -41,12 +43,13 @@ class Gates:
     Args:
         shortest: tokens; 0.03 are gates of 20 nats.
         longest: sequences.
+        initial: whether there is an initial state, normal; it is 0 if not.
 
     Raises:
         ValueError: for values out of range.
     """
 
-    def __init__(self, shortest: float, longest: float) -> None:
+    def __init__(self, shortest: float, longest: float, initial: bool) -> None:
         for key, value in (("shortest", shortest), ("longest", longest)):
             if not 0 < value < math.inf:
                 raise ValueError(f"inputs: {key} = {value} must be above 0")
@@ -60,6 +63,9 @@ class Gates:
         import torch
 
         name, problem = request.name, request.problem
+        if name == INITIAL_STATE:
+            salted = replace(request, name="v", seed=request.seed + SALTS[name])
+            return normal_rows(salted, problem.gate_dtype)
         if request.gate_lanes is None:
             if name != "k":
                 return normal_rows(request, problem.dtype)

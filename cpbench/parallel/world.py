@@ -16,6 +16,7 @@ import numpy as np
 
 from cpbench import masks
 from cpbench.core.problem import DECODE, Case, Problem, local_problem
+from cpbench.core.registry import OperatorInfo
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.dilated_mask import DilatedMask
 from cpbench.masks.head_masks import Mask, per_head
@@ -145,11 +146,14 @@ class World:
         world.__dict__["areas"] = self.areas
         return world
 
-    def with_gates(self, gates: tuple[tuple[str, int], ...]) -> World:
-        """The same computation with other inputs beside q, k and v."""
-        if gates == self.problem.gates:
+    def with_inputs_of(self, info: OperatorInfo) -> World:
+        """The same computation with the inputs that an operator takes beside q, k and v."""
+        gates = info.gate_lanes(self.problem.head_dim)
+        initial_state = self.problem.initial_state and info.kind == "mixer"
+        if (gates, initial_state) == (self.problem.gates, self.problem.initial_state):
             return self
-        world = replace(self, problem=replace(self.problem, gates=gates))
+        problem = replace(self.problem, gates=gates, initial_state=initial_state)
+        world = replace(self, problem=problem)
         if "areas" in self.__dict__:
             world.__dict__["areas"] = self.areas
         return world

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 import numpy as np
 
 from cpbench.core.operator import QKV, BackwardInputs, state_dtype
-from cpbench.core.problem import Problem
+from cpbench.core.problem import INITIAL_STATE, Problem
 from cpbench.inputs import Recipe
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.dilated_mask import DilatedMask
@@ -80,6 +80,7 @@ class RankContext:
                 raise DoesNotFit(f"rank {rank}: {reason}")
 
 
+STATES = ("state", f"d{INITIAL_STATE}")  # results without tokens, which all ranks have
 MOST_KEPT_BYTES = 256 << 20  # of a set of inputs
 
 
@@ -158,6 +159,18 @@ def run_pass(work: Attention, inputs: Tensors, comm: Comm | None) -> Tensors:
     grads = work.backward(inputs["dout"], saved, comm) if work.problem.backward else ()
     results = dict(zip(work.result_names, (*forward, *grads), strict=bool(grads)))
     return {name: x for name, x in results.items() if x is not None}
+
+
+def sum_over_ranks(results: Tensors, context: RankContext) -> Tensors:
+    """These results with the gradient of the initial state, to which each rank contributes that
+    of its own tokens, added up; collective."""
+    import torch
+
+    own = results.get(f"d{INITIAL_STATE}")
+    if own is None:
+        return results
+    total = sum(context.gather(own.double().cpu().numpy()))
+    return {**results, f"d{INITIAL_STATE}": torch.as_tensor(total, device=own.device)}
 
 
 def run_checked_pass(work: Attention, inputs: Tensors, context: RankContext) -> Tensors:
@@ -285,6 +298,7 @@ def check_small(
     """
     results = run_checked_pass(work, rank_inputs(work, recipe, work.home), context)
     expected = reference or _attention_results
+    results = sum_over_ranks(results, context)
     compare = functools.partial(_sums_of_small, work, results, recipe, work.home, expected)
     return combined_errors(context.gather(context.compute(compare)))
 
@@ -300,7 +314,7 @@ def _sums_of_small(
     reference = expected_results(work, recipe, device)
     sums = {}
     for name, value in results.items():
-        if name == "state":
+        if name in STATES:
             sums[name] = TensorErrorSums.between(
                 value, reference[name].to(device), value[..., 0, 0].numel()
             )

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from cpbench.core.operator import MixerInputs
+from cpbench.core.problem import INITIAL_STATE
 from cpbench.core.tolerance import MIXER_CHUNK
 from cpbench.inputs import Recipe
 from cpbench.kernels.mixers.chunks import Plan
@@ -117,7 +118,10 @@ def _small_results(
     parts = []
     for head in range(0, problem.heads_q, step):
         heads = range(head, min(head + step, problem.heads_q))
-        own = {name: y[:, :, heads.start : heads.stop].double() for name, y in x.items()}
+        own = {
+            name: y.narrow(1 if name == INITIAL_STATE else 2, heads.start, len(heads)).double()
+            for name, y in x.items()
+        }
         parts.append(_recur(mixer, own, heads, problem))
     return {name: torch.cat([part[name] for part in parts], 1).cpu() for name in parts[0]}
 
@@ -130,12 +134,19 @@ def _recur(mixer: Mixer, x: Tensors, heads: range, problem: Problem) -> Tensors:
     decays = _own_decays(mixer.plan.form, heads, problem, x["q"].device)
     inputs = MixerInputs.of(leaves).with_decays(decays)
     with torch.set_grad_enabled(problem.backward):
-        out, state = _see_all(inputs, mixer) if mixer.whole else mixer.recur(inputs, None)
+        out, state = (
+            _see_all(inputs, mixer)
+            if mixer.whole
+            else mixer.recur(inputs.by_token, inputs.initial_state)
+        )
     results = {"out": out.detach()}
     if problem.backward:
         grads = torch.autograd.grad(out, tuple(leaves.values()), x["dout"], materialize_grads=True)
         results |= {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
-    by_head = {name: as_matrices(y).transpose(1, 2) for name, y in results.items()}
+    by_head = {
+        name: y if name in check.STATES else as_matrices(y).transpose(1, 2)
+        for name, y in results.items()
+    }
     return {**by_head, "state": state.detach()}
 
 
@@ -144,6 +155,8 @@ def _see_all(x: MixerInputs, mixer: Mixer) -> tuple[torch.Tensor, torch.Tensor]:
     import torch
 
     state = torch.einsum("bshk,bshv->bhkv", x.k, x.v)
+    if x.initial_state is not None:
+        state = state + x.initial_state
     return torch.einsum("bshk,bhkv->bshv", mixer.plan.scale * x.q, state), state
 
 
@@ -173,6 +186,7 @@ def check_in_full(
     heads = [(b, h) for b in range(problem.batch) for h in range(problem.heads_q)]
     order = [heads[i] for i in np.random.default_rng(seed).permutation(len(heads))]
     begun, found = time.monotonic(), list[Errors]()
+    results = check.sum_over_ranks(results, context)
     for number, (b, h) in enumerate(order):
         compare = functools.partial(_compare_head, work, results, recipe, b, h, seed + number)
         ranks = context.gather(context.compute(compare))
@@ -200,18 +214,18 @@ def _compare_head(
 
     x = MixerInputs.of({name: make(name) for name in problem.inputs})
     x = x.with_decays(_own_decays(mixer.plan.form, range(h, h + 1), problem, x.q.device))
-    out, state, saved = mixer.forward(x, None, True)
-    reason = "" if mixer.whole else _differs_from_recurrence(mixer, x, out, saved, seed)
+    out, state, saved = mixer.forward(x.by_token, x.initial_state, True)
+    reason = "" if mixer.whole else _differs_from_recurrence(mixer, x.by_token, out, saved, seed)
     expected = {"out": out[0], "state": state[0]}
     if problem.backward:
-        grads = mixer.backward(x, saved, make("dout"), None)
+        grads = MixerInputs(*mixer.backward(x.by_token, saved, make("dout"), None))
         expected |= {f"d{name}": getattr(grads, name)[0] for name in problem.inputs}
     positions = layout.positions(work.rank)
     real = np.flatnonzero(positions < layout.seq_len)
     local, own = as_index(real, device), as_index(positions[real], device)
     sums = {}
     for name, value in results.items():
-        if name == "state":
+        if name in check.STATES:
             sums[name] = TensorErrorSums.between(value[b, h], expected[name][0])
         else:
             rows = as_matrices(value[b : b + 1])[0, :, h]

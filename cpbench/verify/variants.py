@@ -2,10 +2,11 @@
 
 There are two sets of inputs, from different seeds; both are checked.  Besides, before every call,
 lanes of the head dimension are multiplied by new random signs: those of q and k by the same, and
-those of v and dout by the same.  All products of attention (and of mixers) stay what they are, so
-the results are those of the checked call up to the signs, to the last bit: out and dv have the
-signs of v, dq and dk those of k.  So a call that returns what it returned before, or computes from
-stale inputs, is found out; and no call repeats the inputs of another.
+those of v and dout by the same; rows of an initial state by the former, columns by the latter.  All
+products of attention (and of mixers) stay what they are, so the results are those of the checked
+call up to the signs, to the last bit: out and dv have the signs of v, dq and dk those of k.  So a
+call that returns what it returned before, or computes from stale inputs, is found out; and no call
+repeats the inputs of another.
 
 Inputs are changed in place: the addresses stay the same.
 """
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cpbench.core.problem import INITIAL_STATE
 from cpbench.verify.check import Tensors, contract_breach
 from cpbench.verify.fingerprint import Fingerprint, Fingerprinter, describe_difference
 from cpbench.verify.fit import try_to_fit
@@ -112,6 +114,8 @@ class InputVariants:
             if names is SIGNED_LIKE_V or self._signs_k:
                 tensor = torch.as_tensor(drawn, device=q.device, dtype=q.dtype)
                 signs |= dict.fromkeys(names, tensor)
+        if INITIAL_STATE in self.inputs:
+            signs[INITIAL_STATE] = signs["k"].unsqueeze(1) * signs["v"]
         self._apply_signs(signs)
 
     def after_call(self, results: Tensors) -> None:

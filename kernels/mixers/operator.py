@@ -142,6 +142,7 @@ def _declare(form: forms.Form) -> OperatorInfo:
         variants=("kernel=triton",) if compiled else ("chunk=16",),
         mixer=form.name,
         gates=forms.gates(form),
+        initial_states=True,
     )
 
 

@@ -331,7 +331,7 @@ def test_the_timeout_of_a_case(
         (["bench", "--operator", "ssd", "--inputs", "gates:shortest=2"],
          {"ssd": {"gates:shortest=2"}}),
         (["verify", "--operator", "ssd", "--world-size", "1"],
-         {"ssd": {"gates", "gates:shortest=0.03"}}),
+         {"ssd": {"gates", "gates:initial=true", "gates:shortest=0.03"}}),
     ],
     ids=str,
 )  # fmt: skip

@@ -123,6 +123,21 @@ class UnlikeGate(Right):
         return dq, dk, dv, dg.unsqueeze(-1), dbeta
 
 
+class NoInitialState(Right):
+    """Starts from 0, whatever it is given."""
+
+    def forward(self, x: Any, plan: Any) -> Any:
+        return super().forward(x.by_token, plan)
+
+
+class HalfInitialGradient(Right):
+    """The gradient of the initial state is half of what it is."""
+
+    def backward(self, x: Any, plan: Any) -> Any:
+        *grads, of_state = super().backward(x, plan)
+        return (*grads, of_state / 2)
+
+
 def _info(name: str, load: Any) -> Any:
     return replace(operators()[NAME], name=name, load=load, params=(), variants=())
 
@@ -136,3 +151,5 @@ no_state_in_the_gate = _info("no_state_in_the_gate", NoStateInTheGate)
 itself_unseen = _info("itself_unseen", ItselfUnseen)
 rounded_state = _info("rounded_state", RoundedState)
 unlike_gate = _info("unlike_gate", UnlikeGate)
+no_initial_state = _info("no_initial_state", NoInitialState)
+half_initial_gradient = _info("half_initial_gradient", HalfInitialGradient)

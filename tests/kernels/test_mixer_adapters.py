@@ -61,7 +61,7 @@ def problem_of(info: registry.OperatorInfo, **changes: Any) -> Problem:
 def inputs(info: registry.OperatorInfo, problem: Problem) -> check.Tensors:
     """Of keys of length 1, all half-lives, and weak betas."""
     mask, layout = masks.build("causal", TOKENS), layouts.build("contiguous", TOKENS, 1)
-    world = World.of(problem, mask, layout).with_gates(info.gate_lanes(problem.head_dim))
+    world = World.of(problem, mask, layout).with_inputs_of(info)
     positions = layout.positions(0)
     return check.make_inputs(world.problem, positions, positions, Recipe(0, Spec("gates")), "cpu")
 

@@ -15,7 +15,7 @@ import cpbench
 from cpbench import masks
 from cpbench.api import Attention
 from cpbench.core import registry
-from cpbench.core.operator import Unsupported
+from cpbench.core.operator import Unsupported, declared_limits
 from cpbench.core.problem import Case, Problem
 from cpbench.core.spec import Spec
 from cpbench.inputs import Recipe
@@ -36,11 +36,16 @@ ALONE = check.RankContext("cpu")
 
 
 def prepare(
-    operator: str, mask: str = "causal", tokens: int = 90, dtype: str = "float32", heads: int = 3
+    operator: str,
+    mask: str = "causal",
+    tokens: int = 90,
+    dtype: str = "float32",
+    heads: int = 3,
+    initial_state: bool = False,
 ) -> Attention:
     problem = Problem(
         batch=2, seq_q=tokens, seq_k=tokens, heads_q=heads, heads_kv=heads, head_dim=8,
-        head_dim_v=6, dtype=dtype,
+        head_dim_v=6, dtype=dtype, initial_state=initial_state,
     )  # fmt: skip
     built, layout = masks.build(mask, tokens), layouts.build("contiguous", tokens, 1)
     return Attention(operator, "single", World.of(problem, built, layout), 0, "cpu")
@@ -63,25 +68,31 @@ def test_every_mixer_is_an_operator_of_its_own_kind() -> None:
         assert (info.kind == "mixer") == (info.mixer in MIXERS)
 
 
-@pytest.mark.parametrize("mask", ["causal", "causal_document:doc_lens=[20,1,40,29]"])
+@pytest.mark.parametrize(
+    ("mask", "initial_state"),
+    [("causal", False), ("causal", True), ("causal_document:doc_lens=[20,1,40,29]", True)],
+)
 @pytest.mark.parametrize("name", MIXERS)
-def test_the_references_agree_with_another_recurrence(name: str, mask: str) -> None:
+def test_the_references_agree_with_another_recurrence(
+    name: str, mask: str, initial_state: bool
+) -> None:
     """The small reference, and the chunked one at size, against the recurrence of the tests."""
-    work = prepare(f"{name}:chunk=16", mask)
+    work = prepare(f"{name}:chunk=16", mask, initial_state=initial_state)
     inputs = check.rank_inputs(work, gates(), "cpu")
     small = mixing.small_results(work, gates(), "cpu")
     x = {key: y for key, y in inputs.items() if key != "dout"}
     if name == "retention":
         decays = torch.log1p(-(2.0 ** (-5.0 - torch.arange(3).double())))
         x["g"] = decays.expand(2, 90, 3)
-    x["initial_state"] = torch.zeros(2, 3, 8, 6)
+    x.setdefault("initial_state", torch.zeros(2, 3, 8, 6))
     starts = (0,) if mask == "causal" else (0, 20, 21, 61)
     found, out, state = naive_mixers.gradients(
         x, name, work.problem.softmax_scale, inputs["dout"], torch.zeros(2, 3, 8, 6), starts, 16
     )
     wanted = {"out": out, **{f"d{key}": found[key] for key in work.problem.inputs}}
     for key, value in wanted.items():
-        torch.testing.assert_close(small[key], check.as_matrices(value).transpose(1, 2))
+        by_head = value if key in check.STATES else check.as_matrices(value).transpose(1, 2)
+        torch.testing.assert_close(small[key], by_head)
     torch.testing.assert_close(small["state"], state)
     results = {"state": state, **wanted}
     whole = mixing.check_in_full(work, results, gates(), 0, 60.0, ALONE)
@@ -93,7 +104,8 @@ def test_the_references_agree_with_another_recurrence(name: str, mask: str) -> N
 @pytest.mark.parametrize("name", MIXERS)
 def test_signs_of_lanes_change_results_by_signs_alone(name: str) -> None:
     """To the last bit: so timed calls are compared with the checked one."""
-    work = prepare(f"{name}:chunk=16", "causal_document:doc_lens=[30,60]", dtype="bfloat16")
+    documents = "causal_document:doc_lens=[30,60]"
+    work = prepare(f"{name}:chunk=16", documents, dtype="bfloat16", initial_state=True)
     first, second = (check.rank_inputs(work, gates(seed), "cpu") for seed in (0, 1))
     before = {key: x.clone() for key, x in first.items()}
     expected = {False: Fingerprinter(work).take(check.run_pass(work, first, None))}
@@ -183,6 +195,25 @@ def refused(operator: str, **fields: object) -> str:
     return str(error.value)
 
 
+def test_initial_states_are_checked(tmp_path: Path) -> None:
+    measure = {"max_iterations": 3, "min_iterations": 3}
+    table = {"inputs": "gates:initial=true", "seq_len": 640}
+    right = run_cases(
+        tmp_path / "right", measure, operator=["gated_deltanet", "ttt:chunk=16"],
+        strategy=["scan", "ulysses"], world_size=2, **table,
+    )  # fmt: skip
+    for record in right:
+        assert record.status == "ok", record.reason
+        assert "dinitial_state" in record.errors["small"].keys() & record.errors["full"].keys()
+        assert record.predicted_bytes == record.bytes_sent
+    faults = {"no_initial_state": "out", "half_initial_gradient": "dinitial_state"}
+    names = [f"{OPERATORS}:{name}" for name in faults]
+    wrong = run_cases(tmp_path / "wrong", {"time": False}, operator=names, **table)
+    for record, tensor in zip(wrong, faults.values(), strict=True):
+        assert record.status == "wrong", record.errors
+        assert f"{tensor} differs from float64" in str(record.reason)
+
+
 def test_what_mixers_refuse() -> None:
     assert refused("gla", num_heads_q=4, num_heads_kv=2) == (
         "gla is a sequence mixer, with as many key/value heads as query heads, not 2 for 4"
@@ -202,6 +233,17 @@ def test_what_mixers_refuse() -> None:
     assert "computes at most one decay per head" in refused("gla:kernel=triton") or (
         "TRITON_INTERPRET" in refused("gla:kernel=triton")
     )
+
+
+def test_libraries_start_from_0() -> None:
+    case = Case(operator=Spec("ssd"), inputs=Spec.parse("gates:initial=true"), seq_len=64)
+    assert case.problem.inputs == ("q", "k", "v", "initial_state")
+    info = registry.operator_info("fla.naive_ssd")
+    assert declared_limits(info, case.problem, "cpu") == (
+        "fla.naive_ssd starts from a state of 0; use inputs without initial=true"
+    )
+    attention = World.of_case(case, 1).with_inputs_of(registry.operator_info("bands"))
+    assert attention.problem.inputs == ("q", "k", "v")
 
 
 def test_the_public_function_of_attention_refuses_mixers() -> None:
@@ -248,7 +290,9 @@ def test_verify_has_cases_of_mixers(tmp_path: Path) -> None:
         "causal", "causal_document"
     }  # fmt: skip
     assert "full" in {case.mask.name for case in mixed if case.operator.name == "linear"}
-    assert {str(case.inputs) for case in mixed} == {"gates", "gates:shortest=0.03"}
+    assert {str(case.inputs) for case in mixed} == {
+        "gates", "gates:shortest=0.03", "gates:initial=true"
+    }  # fmt: skip
     assert max(case.seq_len for case in mixed) > check.SMALL_TOKENS
     assert {case.operator.name for case in cases(None)} == set(registry.operators())
     with pytest.raises(

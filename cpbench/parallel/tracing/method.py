@@ -39,7 +39,7 @@ def load_method(case: Case, world: World) -> tuple[Strategy, Traceable, World]:
     strategy: Strategy = implementation(info, params, operator.kind)
     if reason := strategy.unsupported(world):
         raise ValueError(reason)
-    return strategy, traceable, world.with_gates(operator.gate_lanes(case.head_dim))
+    return strategy, traceable, world.with_inputs_of(operator)
 
 
 def _mixer_refusal(operator: OperatorInfo, world: World) -> str | None:

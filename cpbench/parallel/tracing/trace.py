@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from cpbench.core.operator import QKV, MixerBackwardInputs, MixerInputs, state_dtype
+from cpbench.core.problem import INITIAL_STATE
 from cpbench.core.registry import OperatorInfo
 from cpbench.parallel.bound_operator import BoundOperator
 from cpbench.parallel.comm import CompletedHandle, GroupedComm, Handle, Part
@@ -371,6 +372,9 @@ def empty_inputs(world: World, kind: str = "attention") -> tuple[Any, torch.Tens
         name: q.new_empty((*q.shape[:3], *([lanes] if lanes else [])), dtype=state_dtype(q))
         for name, lanes in problem.gates
     }
+    if problem.initial_state:
+        shape = (problem.batch, problem.heads_q, problem.head_dim, problem.value_dim)
+        gates[INITIAL_STATE] = q.new_empty(shape, dtype=state_dtype(q))
     return MixerInputs.of({"q": q, "k": k, "v": v, **gates}), dout
 
 

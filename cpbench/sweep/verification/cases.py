@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cpbench.core import registry, tolerance
-from cpbench.core.problem import Case
+from cpbench.core.problem import INITIAL_STATE, Case
 from cpbench.core.settings import MeasureSettings
 from cpbench.core.spec import Spec
 from cpbench.results.record import FAILURES, Record
@@ -57,7 +57,7 @@ WORLD_SIZES = (2, 3, 4)
 # 2, 3 and 6 ranks divide 6 key/value heads; 2 are replicated on 4, 6 and 8.
 STRATEGY_HEADS = ((24, 6), (24, 2))
 
-TENSORS = ("out", "lse", "state", "dq", "dk", "dv", "dg", "dbeta")
+TENSORS = ("out", "lse", "state", "dq", "dk", "dv", "dg", "dbeta", f"d{INITIAL_STATE}")
 
 
 def quick_tables(device: str, devices: int) -> list[dict[str, Any]]:

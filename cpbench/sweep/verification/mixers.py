@@ -13,6 +13,7 @@ DOCUMENTS = "doc_lens=[1,60,100,7,125]"
 MASKS = ("causal", f"causal_document:{DOCUMENTS}")
 HEADS = {"num_heads_q": 4, "num_heads_kv": 4}
 VALUE_DIMS = {"head_dim": 24, "head_dim_v": 16}
+INITIAL_STATE = "gates:initial=true"
 LONG_SEQ_LEN = 1111
 FEW = ("gated_deltanet",)  # on several ranks, where no operator is named
 FEW_SIZES = ("2", "3")
@@ -44,8 +45,8 @@ def distributing() -> list[str]:
 def tables_alone(
     mixers: list[str], shapes: Mapping[str, Any], given_masks: bool
 ) -> list[dict[str, Any]]:
-    """Tables of mixers on one rank: small, longer than the small check, other head_dims of values,
-    gates of 20 nats a token, and the full mask of those that take it."""
+    """Tables of mixers on one rank: small, longer than the small check, other head_dims of values
+    (with an initial state), gates of 20 nats a token, and the full mask of those that take it."""
     masks = {} if given_masks else {"mask": list(MASKS)}
     base = {**shapes, **HEADS, **masks, "operator": mixers}
     if given_masks:
@@ -55,7 +56,7 @@ def tables_alone(
     ]
     return [
         {**base, "head_dim": 64, "direction": ["fwd", "fwd_bwd"]},
-        {**base, **VALUE_DIMS},
+        *_with_initial_states({**base, **VALUE_DIMS}, mixers),
         {**base, "head_dim": 16, "inputs": "gates:shortest=0.03"},
         {**base, "head_dim": 32, "seq_len": LONG_SEQ_LEN},
         *([{**base, "operator": full, "mask": "full"}] if full else []),
@@ -70,7 +71,7 @@ def tables_on_ranks(
     given_masks: bool,
 ) -> list[dict[str, Any]]:
     """Tables of mixers under a strategy: on all its layouts, its variants on two of them; other
-    head_dims of values; and longer than the small check.
+    head_dims of values, with an initial state; and longer than the small check.
 
     Args:
         mixers: none for :data:`FEW`, in a few cases.
@@ -99,12 +100,23 @@ def tables_on_ranks(
         tables += [
             {**of_free, **both, "strategy": str(spec), "layout": list(info.layouts)},
             {**of_free, **both, "strategy": variants or str(spec), "layout": two_layouts},
-            {**of_ways, **VALUE_DIMS, "layout": two_layouts[0]},
+            *_with_initial_states({**of_ways, **VALUE_DIMS, "layout": two_layouts[0]}, free),
             {**of_ways, **longer, "layout": two_layouts[1]},
         ]
     if chunked := [CHUNKED[text] for text in mixers if text in CHUNKED]:
         shaped = {**base, **both, "seq_len": CHUNKED_SEQ_LEN}
         if not given_masks:
             shaped["mask"] = list(CHUNKED_MASKS)
-        tables.append({**shaped, "operator": chunked, "strategy": ways, "layout": two_layouts})
+        tables += _with_initial_states({**shaped, "strategy": ways, "layout": two_layouts}, chunked)
     return tables
+
+
+def _with_initial_states(table: Mapping[str, Any], mixers: Sequence[str]) -> list[dict[str, Any]]:
+    """A table of mixers, with an initial state for those that take one."""
+    infos = {text: registry.operator_info(Spec.parse(text).name) for text in mixers}
+    taking = [text for text, info in infos.items() if info.initial_states]
+    others = [text for text in mixers if text not in taking]
+    return [
+        *([{**table, "operator": taking, "inputs": INITIAL_STATE}] if taking else []),
+        *([{**table, "operator": others}] if others else []),
+    ]
