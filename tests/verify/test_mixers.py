@@ -14,7 +14,7 @@ from whole_runs import run_cases
 import cpbench
 from cpbench import masks
 from cpbench.api import Attention
-from cpbench.core import registry
+from cpbench.core import registry, tolerance
 from cpbench.core.operator import Unsupported, declared_limits
 from cpbench.core.problem import Case, Problem
 from cpbench.core.spec import Spec
@@ -230,9 +230,6 @@ def test_what_mixers_refuse() -> None:
     assert refused("ssd", strategy=Spec.parse("single:offload=host")) == (
         "ssd is a sequence mixer, which takes no offload"
     )
-    assert "computes at most one decay per head" in refused("gla:kernel=triton") or (
-        "TRITON_INTERPRET" in refused("gla:kernel=triton")
-    )
 
 
 def test_libraries_start_from_0() -> None:
@@ -244,6 +241,37 @@ def test_libraries_start_from_0() -> None:
     )
     attention = World.of_case(case, 1).with_inputs_of(registry.operator_info("bands"))
     assert attention.problem.inputs == ("q", "k", "v")
+
+
+@pytest.mark.parametrize(
+    ("operator", "dtype"), [("ssd", "bfloat16"), ("gated_deltanet", "float32")]
+)
+def test_triton_kernels_pass_the_checks(operator: str, dtype: str) -> None:
+    pytest.importorskip("triton")
+    documents = "causal_document:doc_lens=[20,21]"
+    work = prepare(
+        f"{operator}:kernel=triton,chunk=16", documents, 41, dtype, heads=1, initial_state=True
+    )
+    found = mixing.check_small(work, gates(), ALONE)
+    assert set(found) == set(work.result_names)
+    assert tolerance.violation(found, dtype, work.op.info, 41) is None
+
+
+def test_what_triton_kernels_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    assert refused("gla:kernel=triton") == (
+        "kernel=triton computes at most one decay per head and token, not gla"
+    )
+    assert refused("ssd:chunk=128,kernel=triton") == (
+        "kernel=triton takes a chunk of 16, 32, 64, not 128"
+    )
+    assert refused("ssd:kernel=triton", head_dim=256) == (
+        "kernel=triton takes keys of up to 128 dimensions, not 256"
+    )
+    on_ranks = refused("ssd:kernel=triton", strategy=Spec("scan"), world_size=2)
+    assert on_ranks == "scan: ssd: kernel=triton computes no summaries of runs: use kernel=torch"
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert "set TRITON_INTERPRET=1" in refused("ssd:kernel=triton")
 
 
 def test_the_public_function_of_attention_refuses_mixers() -> None:
