@@ -18,7 +18,7 @@ import numpy as np
 
 from cpbench import masks
 from cpbench.core.problem import DECODE
-from cpbench.core.registry import check_params
+from cpbench.core.registry import check_params, operator_info
 from cpbench.core.spec import Spec, Value, format_size
 from cpbench.core.user_files import locate
 from cpbench.inputs.rotary import BASE, Floats, frequencies, rotate
@@ -127,11 +127,17 @@ def rotation_of(case: Case) -> Rotation | None:
     """The rotation of the inputs of a case; None for none.
 
     Raises:
-        ValueError: for values that are not allowed, or do not fit the head_dim or the mask.
+        ValueError: for values that are not allowed, or do not fit the head_dim, the mask or the
+            operator.
     """
     spec = case.rope
     if spec == NONE:
         return None
+    if operator_info(case.operator.name).rotates:
+        raise ValueError(
+            f"rope = {spec}: {case.operator.name} applies RoPE itself, by its own parameters; its "
+            "inputs have none"
+        )
     _frequencies(spec, case.head_dim)
     positions = spec.kwargs.get("positions", POSITIONS[0])
     if positions not in POSITIONS:

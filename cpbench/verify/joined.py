@@ -18,6 +18,7 @@ from cpbench.core.operator import QKV, BackwardInputs
 from cpbench.selectors.common.base import Branch, SelectionResult
 from cpbench.selectors.common.folding import unfold_batch, unfold_lse
 from cpbench.selectors.common.joining import KeyPool, KeyScores, branch_lse
+from cpbench.selectors.common.rotating import Turn
 from cpbench.verify.branch_lines import (
     rows_in_chunks,
     visible_columns,
@@ -66,19 +67,20 @@ def reference_results(branches: tuple[Branch, ...], x: Tensors, scale: float) ->
             for grad, part in zip(grads, branch.scores.backward(dlse, *qkv[:2]), strict=False):
                 grad += part
         dq, dk, dv = backward64(of_keys, branch.mask, scale)
-        grads[0] += dq
         if branch.derived is not None:
             more_dq, dk, dv = branch.derived.derive_backward(dk, dv, qkv)
-            grads[0] += more_dq
+            dq = dq + more_dq
         else:
             dk, dv = (branch.pool_k.mean_backward(grad, x["k"].shape[1]) for grad in (dk, dv))
-        grads[1] += dk
+        grads[0] += dq if branch.turn_q is None else branch.turn_q.transposed(dq)
+        grads[1] += dk if branch.turn_k is None else branch.turn_k.transposed(dk)
         grads[2] += dv
     return results | {f"d{name}": grads[i].transpose(1, 2) for i, name in enumerate("qkv")}
 
 
 def _all_keys(branch: Branch, qkv: QKV) -> QKV:
     """The inputs of the kernel of a branch."""
+    qkv = branch.turned(qkv)
     if branch.derived is not None:
         return QKV(qkv.q, *branch.derived.derive(qkv))
     return QKV(qkv.q, branch.pool_k.mean(qkv.k), branch.pool_k.mean(qkv.v))
@@ -92,6 +94,18 @@ def _weights(part_lse: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
 def _per_row(x_BHS: torch.Tensor) -> torch.Tensor:
     """``[B, S, H, 1]``."""
     return x_BHS.transpose(1, 2)[..., None]
+
+
+def _turned(
+    turn: Turn | None, x_D: torch.Tensor, token: int, transposed: bool = False
+) -> torch.Tensor:
+    """A vector of one token with RoPE, or a gradient turned back."""
+    if turn is None:
+        return x_D
+    of_token = Turn(turn.positions[token : token + 1], turn.theta, turn.magnitude)
+    x = x_D[None, None, None]
+    turned = of_token.transposed(x) if transposed else of_token.apply(x)
+    return turned[0, 0, 0]
 
 
 class JoinedLines:
@@ -108,6 +122,7 @@ class JoinedLines:
         self._problem, self._inputs, self._results = work.problem, inputs, results
         self._selection = selection
         self._group_keys = functools.lru_cache(maxsize=4)(self._derive_group)
+        self._turned_keys = functools.lru_cache(maxsize=4)(self._turn_keys)
 
     def row(self, b: int, h: int, line: int) -> Tensors:
         """out, dq ``[D]`` and lse of one query of a head."""
@@ -119,7 +134,7 @@ class JoinedLines:
         for branch in self._selection.branches:
             visible = visible_columns(branch, b, h, line, q_D.device)
             k_nD, v_nD = self._keys(branch, b, h, visible)
-            scores = (k_nD @ q_D) * scale
+            scores = (k_nD @ _turned(branch.turn_q, q_D, line)) * scale
             lse = scores.logsumexp(0)
             probs = (scores - lse).exp() if len(visible) else scores
             joined_by, score_key = lse + math.log(branch.key_weight), None
@@ -142,7 +157,8 @@ class JoinedLines:
         dq_D = torch.zeros_like(q_D)
         for (branch, k_nD, v_nD, probs, out, _, score_key), w in zip(parts, weights, strict=True):
             mean = (total if branch.scores is None else out) @ dout_D
-            dq_D += w * ((probs * (v_nD @ dout_D - mean) * scale) @ k_nD)
+            own_dq_D = w * ((probs * (v_nD @ dout_D - mean) * scale) @ k_nD)
+            dq_D += _turned(branch.turn_q, own_dq_D, line, transposed=True)
             if branch.scores is not None and score_key is not None:
                 dq_D += w * ((out - total) @ dout_D) * branch.scores.scale * score_key
         return results | {"dq": dq_D + self._dq_of_derived(b, h, line)}
@@ -166,6 +182,7 @@ class JoinedLines:
                 window = window_at(branch.pool_k, column * branch.pool_k.stride, tokens)
                 for h in self._heads(g):
                     dk, dv = self._column_gradients(number, b, h, column)
+                    dk = _turned(branch.turn_k, dk, line, transposed=True)
                     dk_D += dk / (window.stop - window.start)
                     dv_D += dv / (window.stop - window.start)
             if branch.scores is not None:
@@ -184,9 +201,14 @@ class JoinedLines:
         if branch.derived is not None:
             k, v = self._group_keys(branch.derived, b, g)
             return k[columns, h % self._problem.group], v[columns, h % self._problem.group]
-        x = self._inputs
-        k, v = (window_means(x[name][b, :, g], branch.pool_k, columns) for name in "kv")
+        all_k, all_v = self._turned_keys(branch.turn_k, b, g), self._inputs["v"][b, :, g]
+        k, v = (window_means(x, branch.pool_k, columns) for x in (all_k, all_v))
         return k, v
+
+    def _turn_keys(self, turn: Turn | None, b: int, g: int) -> torch.Tensor:
+        """All keys ``[T, D]`` of a key/value head, in float64 if they are turned."""
+        k_TD = self._inputs["k"][b, :, g]
+        return k_TD if turn is None else turn.apply(k_TD[None, :, None].double())[0, :, 0]
 
     def _derive_group(self, pool: KeyPool, b: int, g: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The derived keys and values of the query heads of a group, ``[n, R, D]``."""
@@ -225,6 +247,8 @@ class JoinedLines:
             branch, self._problem, b, range(h, h + 1), column, index.device
         ):
             q_nD, dout_nD = (x[name][b, rows, h].double() for name in ("q", "dout"))
+            if branch.turn_q is not None:
+                q_nD = branch.turn_q.of_tokens(rows).apply(q_nD[None, :, None])[0, :, 0]
             out_nD, lse_n, weights_n = self._softmax_of(number, b, h, rows)
             probs = weights_n * ((q_nD @ k_D) * scale - lse_n).exp()
             dv_D += probs @ dout_nD

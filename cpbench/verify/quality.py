@@ -50,8 +50,10 @@ def measure_quality(
     work: Attention, inputs: Tensors, results: Tensors, selection: SelectionResult
 ) -> dict[str, float]:
     """The figures above, and ``rows``, the number of sampled queries."""
-    mask, q, k, v = work.mask, inputs["q"], inputs["k"], inputs["v"]
+    mask, v, selector = work.mask, inputs["v"], work.op.impl
     assert isinstance(mask, AttnMask)
+    assert isinstance(selector, Selector)
+    q, k = selector.as_full(inputs["q"], inputs["k"])
     branches = [one for one in selection.branches if _is_of_tokens(one)]
     names = ("visible", "selected", "mass", "oracle_mass", "rows", "error", "norm")
     sums = dict.fromkeys(names, 0.0)
@@ -101,9 +103,7 @@ def measure_quality(
     }
     if has_oracle:
         figures["best_mass"] = sums["oracle_mass"] / sums["rows"]
-    selector = work.op.impl
-    assert isinstance(selector, Selector)
-    return figures | selector.index_figures(q, k, spans)
+    return figures | selector.index_figures(inputs["q"], inputs["k"], spans)
 
 
 def sampled_spans(mask: AttnMask, branches: list[Branch]) -> list[tuple[int, int]]:

@@ -46,6 +46,7 @@ CASES = [
     ("pyramid:window=12,ratio=4,scales=3", "causal"),
     ("retrieval:top_k=16,num_sinks=4,window=24,step=8", "causal"),
     ("retrieval:top_k=16,num_sinks=40,window=1,step=1", "causal"),
+    ("lm_infinite:num_sinks=4,window=24", "causal"),
     ("hax:buckets=4,latest=12,top_k=8", "causal"),
     ("hax:buckets=8,latest=12,top_k=8,hash=sign,center=true", "causal"),
     ("hax:buckets=4,latest=300,top_k=0", "causal"),

@@ -47,6 +47,27 @@ def softmax_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, counts: torch.
     return scores.softmax(0) @ v, scores.logsumexp(0)
 
 
+def turned(x: torch.Tensor, positions: list[int], base: float = 10000.0) -> torch.Tensor:
+    """RoPE of vectors ``[n, D]``: the elements i and i + D / 2 of each, as a complex number, times
+    a phase of ``position * base ** (-2 i / D)``."""
+    half = x.shape[1] // 2
+    angles = [[position * base ** (-i / half) for i in range(half)] for position in positions]
+    phases = torch.exp(1j * torch.tensor(angles, dtype=torch.float64))
+    pairs = torch.complex(x[:, :half], x[:, half:]) * phases
+    return torch.cat([pairs.real, pairs.imag], 1)
+
+
+def lm_infinite(sinks: int, window: int, base: float) -> Attend:
+    """One softmax over sinks and window, each key turned by its distance up to ``window``."""
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, t: int) -> Rows:
+        keys = [j for j in range(t + 1) if j < sinks or t - j <= window]
+        at = turned(k[keys], [-min(t - j, window) for j in keys], base)
+        return softmax_of(q[t], at, v[keys], torch.ones(len(keys)).double())
+
+    return attend
+
+
 def landmark(chosen: set[int] | list[set[int]], block: int) -> Attend:
     """Grouped softmax: own tokens and landmarks of the chosen blocks of each query share one; the
     probability of a landmark is divided by the softmax within its block."""

@@ -12,6 +12,7 @@ import torch
 from choosing import HEADS_KV, HEADS_Q, kept_blocks
 from naive_selectors import Head, assert_top_k
 
+import cpbench
 from cpbench import masks
 from cpbench.api import Attention
 from cpbench.core import registry, tolerance
@@ -23,6 +24,7 @@ from cpbench.parallel.layout import build
 from cpbench.parallel.world import World
 from cpbench.selectors.common.base import SelectionResult, Selector
 from cpbench.selectors.joined.pyramid import Pyramid
+from cpbench.sweep import sweep_file
 from cpbench.verify import check, joined, selection
 from cpbench.verify.check import Tensors
 
@@ -89,9 +91,13 @@ def test_landmark_follows_its_grouped_softmax(budget: str) -> None:
         ("cca:group_size=7,window=1", naive_joined.cca(7, 1)),
         ("pyramid:window=12,ratio=4,scales=3", naive_joined.pyramid(12, 4, 3)),
         ("pyramid:window=5,ratio=3,scales=2", naive_joined.pyramid(5, 3, 2)),
+        ("lm_infinite:num_sinks=3,window=20", naive_joined.lm_infinite(3, 20, 10000.0)),
+        ("lm_infinite:num_sinks=0,window=1,base=50.0", naive_joined.lm_infinite(0, 1, 50.0)),
+        ("lm_infinite:num_sinks=30,window=9,base=50", naive_joined.lm_infinite(30, 9, 50.0)),
+        ("lm_infinite:window=200,base=50", naive_joined.lm_infinite(4, 200, 50.0)),
     ],
 )
-def test_pooled_keys_and_their_gradients(spec: str, attend: Any) -> None:
+def test_results_that_no_choice_decides_and_their_gradients(spec: str, attend: Any) -> None:
     inputs = _inputs()
     expected = naive_joined.results(inputs, lambda b, h: attend)
     for name, value in _results(spec, inputs).items():
@@ -121,6 +127,27 @@ def test_a_pyramid_of_equal_keys_is_full_attention() -> None:
         assert naive.error(found[name], full[name]) < 2e-6, name
 
 
+def test_a_window_of_all_keys_is_full_attention_with_rope() -> None:
+    q, k, v, dout = _inputs()
+    scaled = {"base": 500, "scaling": "yarn", "factor": 4, "original_length": 40}
+    params = ",".join(f"{key}={value}" for key, value in scaled.items())
+    found = _results(f"lm_infinite:window={TOKENS},{params}", [q, k, v, dout])
+    turned = [x.double().requires_grad_() for x in (q, k)]
+    at = [cpbench.rope(x, **scaled) for x in turned]  # type: ignore[arg-type]
+    full = naive.attention(*(x.detach() for x in at), v, dout, masks.build("causal", TOKENS))
+    grads = torch.autograd.grad(at, turned, [full["dq"], full["dk"]])
+    expected = {**full, "dq": grads[0], "dk": grads[1]}
+    for name, value in found.items():
+        assert naive.error(value, expected[name]) < 2e-6, name
+
+
+def test_a_case_whose_inputs_have_rope_is_refused_in_one_line() -> None:
+    data = {"sweep": {"operator": "lm_infinite", "rope": "unscaled", "seq_len": 256}}
+    with pytest.raises(ValueError, match="lm_infinite applies RoPE itself") as caught:
+        sweep_file.expand(data, "s")
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("kernel", ["reference", "gathered"])
 def test_kernels_that_take_an_external_lse_compute_joined_branches(kernel: str) -> None:
     inputs = _inputs()
@@ -137,6 +164,11 @@ def test_kernels_that_take_an_external_lse_compute_joined_branches(kernel: str) 
         ("cca:window=0", "window = 0 must be at least 1"),
         ("cca:kernel=sdpa.math", "sdpa.math returns no lse by which branches are joined"),
         ("pyramid:ratio=1", "ratio = 1 must be at least 2"),
+        ("lm_infinite:window=0", "window = 0 must be at least 1"),
+        ("lm_infinite:base=1", "base = 1 must be above 1"),
+        ("lm_infinite:base=true", "base = True is not a number"),
+        ("lm_infinite:scaling=new", "scaling = 'new' is not one of pi, ntk, yarn"),
+        ("lm_infinite:scaling=yarn,factor=4", "yarn needs that of the training"),
     ],
 )
 def test_bad_parameters_are_refused_in_one_line(spec: str, words: str) -> None:
@@ -153,6 +185,7 @@ def test_bad_parameters_are_refused_in_one_line(spec: str, words: str) -> None:
         "retrieval:top_k=8,num_sinks=4,window=12,step=4",
         "hax:buckets=4,latest=12,top_k=8",
         "seer:block_size=16,keep=0.3",
+        "lm_infinite:num_sinks=3,window=20",
     ],
 )
 def test_parts_of_the_queries_give_the_results_of_all(spec: str) -> None:
@@ -194,6 +227,7 @@ CHECKED = [
     "landmark:block_size=16,top_k=4",
     "cca:group_size=8,window=20",
     "pyramid:window=12,ratio=4,scales=2",
+    "lm_infinite:num_sinks=3,window=20,scaling=yarn,factor=4,original_length=64",
 ]
 
 
@@ -234,6 +268,8 @@ def test_the_sampled_check_finds_wrong_results(spec: str) -> None:
         ("landmark:block_size=16,top_k=4", {"scores": None}),
         ("cca:group_size=8,window=20", {"key_weight": 8}),
         ("pyramid:window=12,ratio=4,scales=2", {"key_weight": 1}),
+        ("lm_infinite:num_sinks=3,window=20", {"turn_q": None}),
+        ("lm_infinite:num_sinks=3,window=20", {"turn_k": None, "turn_q": None}),
     ],
 )
 def test_both_checks_follow_how_a_branch_is_joined(spec: str, wrong: dict[str, Any]) -> None:

@@ -48,7 +48,7 @@ def _expected(
         mean_q, mean_k = _mean_matrix(TOKENS, branch.pool_q), _mean_matrix(TOKENS, branch.pool_k)
         q_, k_, v_ = (
             torch.einsum("nt,bthd->bnhd", mean, x)
-            for mean, x in zip((mean_q, mean_k, mean_k), leaves, strict=True)
+            for mean, x in zip((mean_q, mean_k, mean_k), branch.turned(QKV(*leaves)), strict=True)
         )
         if branch.derived is not None:
             k_, v_ = branch.derived.derive(QKV(*leaves))

@@ -19,6 +19,7 @@ import torch
 from limits import LIMIT_S
 from made_records import table_of
 
+import cpbench
 from cpbench import masks
 from cpbench.api import Attention
 from cpbench.core import tolerance
@@ -74,8 +75,11 @@ CASES = [
     "hax:buckets=4,latest=20,top_k=20",
     "seer:block_size=32,keep=0.2",
     "cca:group_size=16,window=64",
+    "lm_infinite:num_sinks=8,window=60",
 ]
-ONLY_CAUSAL = ("minference.v", "minference.a", "nsa", "landmark", "retrieval", "hax", "cca")
+ONLY_CAUSAL = (
+    "minference.v", "minference.a", "nsa", "landmark", "retrieval", "hax", "cca", "lm_infinite",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("mask", ["causal", "causal_document:doc_lens=[1,100,49,300]"])
@@ -85,7 +89,10 @@ def test_quality_follows_its_definition(spec: str, mask: str) -> None:
         return
     work, x, results, selection, figures = _measured(spec, mask=mask)
     visible = torch.as_tensor(work.mask.to_dense())  # type: ignore[union-attr]
-    probs = want.probabilities(x["q"], x["k"], visible)
+    q, k = x["q"], x["k"]
+    if work.op.info.rotates:  # full attention has RoPE too
+        q, k = (cpbench.rope(tensor.double()) for tensor in (q, k))
+    probs = want.probabilities(q, k, visible)
     selected = torch.zeros_like(probs, dtype=torch.bool)
     for branch in selection.branches:  # type: ignore[attr-defined]
         if branch.pool_k.size == 1 and branch.derived is None:

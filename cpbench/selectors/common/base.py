@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from cpbench.core.operator import Gradients, Operator, OutLse
     from cpbench.core.problem import Problem
+    from cpbench.selectors.common.rotating import Turn
 
 # Default kernel of each kind of branch, by device type.
 DEFAULT_KERNELS = {
@@ -67,6 +68,8 @@ class Branch:
             branches that are joined by their lse, as the next two.
         key_weight: tokens that each of its keys counts for.
         scores: the lse by which it is joined, in place of its own.
+        turn_q, turn_k: RoPE of its queries and of its keys, before they are pooled (see
+            ``rotating``); of branches that are joined, without ``derived`` and ``scores``.
     """
 
     mask: AttnMask | Selection
@@ -76,6 +79,13 @@ class Branch:
     derived: KeyPool | None = None
     key_weight: int = 1
     scores: KeyScores | None = None
+    turn_q: Turn | None = None
+    turn_k: Turn | None = None
+
+    def turned(self, qkv: QKV) -> QKV:
+        """The inputs with RoPE."""
+        q = qkv.q if self.turn_q is None else self.turn_q.apply(qkv.q)
+        return QKV(q, qkv.k if self.turn_k is None else self.turn_k.apply(qkv.k), qkv.v)
 
     @property
     def kind(self) -> str:
@@ -196,6 +206,10 @@ class Selector(ABC):
             spans: ranges of queries of which to measure the recall.
         """
         return {}
+
+    def as_full(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """q and k as they are in the full attention that it approximates."""
+        return q, k
 
     def unsupported(self, problem: Problem, mask: AttnMask, device: str) -> str | None:
         for kind in self.branch_kinds:
@@ -368,6 +382,7 @@ def _is_plain(branch: Branch) -> bool:
 
 def _run_branch(qkv: QKV, prepared: PreparedBranch) -> BranchResult:
     branch = prepared.branch
+    qkv = branch.turned(qkv)
     if branch.derived is not None:
         inputs = QKV(qkv.q, *branch.derived.derive(qkv))
     else:

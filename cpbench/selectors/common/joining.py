@@ -187,7 +187,12 @@ def _to_inputs(branch: Branch, grads: Gradients, qkv: QKV) -> list[torch.Tensor]
         more_dq, dk, dv = branch.derived.derive_backward(dk, dv, qkv)
         return [dq + more_dq, dk, dv]
     pool, tokens = branch.pool_k, qkv.k.shape[1]
-    return [dq, pool.mean_backward(dk, tokens), pool.mean_backward(dv, tokens)]
+    dk, dv = pool.mean_backward(dk, tokens), pool.mean_backward(dv, tokens)
+    if branch.turn_q is not None:
+        dq = branch.turn_q.transposed(dq)
+    if branch.turn_k is not None:
+        dk = branch.turn_k.transposed(dk)
+    return [dq, dk, dv]
 
 
 def _weights(part_lse: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
