@@ -47,6 +47,7 @@ CASES = [
     ("retrieval:top_k=16,num_sinks=4,window=24,step=8", "causal"),
     ("retrieval:top_k=16,num_sinks=40,window=1,step=1", "causal"),
     ("lm_infinite:num_sinks=4,window=24", "causal"),
+    ("msa:doc_lens=[16,32],query_len=60,prefix=16,chunk=8,top_k=2", "causal"),
     ("hax:buckets=4,latest=12,top_k=8", "causal"),
     ("hax:buckets=8,latest=12,top_k=8,hash=sign,center=true", "causal"),
     ("hax:buckets=4,latest=300,top_k=0", "causal"),

@@ -68,6 +68,46 @@ def lm_infinite(sinks: int, window: int, base: float) -> Attend:
     return attend
 
 
+def msa_documents(tokens: int, lens: list[int], query_len: int, prefix: int, chunk: int) -> tuple:
+    """The tokens of each document, and of the query after them."""
+    end = prefix
+    while end + chunk + query_len <= tokens:
+        end += chunk
+    documents, begin = [], prefix
+    while begin < end:
+        length = lens[len(documents) % len(lens)]
+        documents.append(range(begin, min(begin + length, end)))
+        begin += length
+    return documents, range(end, tokens)
+
+
+def msa(
+    documents: list[range], query: range, chosen: list[int], prefix: int, chunk: int, at: int
+) -> Attend:
+    """One softmax: of the query over the prefix, means of chunks of the chosen documents and
+    itself; of others over their own document.  The query begins at position ``at``."""
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, t: int) -> Rows:
+        position = {j: j for j in range(prefix)}
+        for document in documents:
+            position |= {j: j - document.start for j in document}
+        position |= {j: j - query.start + at for j in query}
+        at_k = turned(k, [position[j] for j in range(len(k))])
+        (own,) = (part for part in (range(prefix), *documents, query) if t in part)
+        keys, values = list(at_k[own.start : t + 1]), list(v[own.start : t + 1])
+        if own is query:
+            keys += list(at_k[:prefix])
+            values += list(v[:prefix])
+            for number in chosen:
+                for begin in range(documents[number].start, documents[number].stop, chunk):
+                    keys.append(at_k[begin : begin + chunk].mean(0))
+                    values.append(v[begin : begin + chunk].mean(0))
+        (at_q,) = turned(q[t : t + 1], [position[t]])
+        return softmax_of(at_q, torch.stack(keys), torch.stack(values), torch.ones(len(keys)))
+
+    return attend
+
+
 def landmark(chosen: set[int] | list[set[int]], block: int) -> Attend:
     """Grouped softmax: own tokens and landmarks of the chosen blocks of each query share one; the
     probability of a landmark is divided by the softmax within its block."""

@@ -188,6 +188,34 @@ def hax(
     return rows
 
 
+def msa(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    b: int,
+    documents: list[range],
+    query: range,
+    chunk: int,
+    over: tuple[str, str],
+) -> list[float]:
+    """Scores of documents: the best of their chunks, by cosines of mean keys with a query."""
+    of_heads, of_tokens = over
+    scores, heads = [], [Head(q, k, b, h) for h in range(q.shape[2])]
+    for document in documents:
+        best = -math.inf
+        for begin in range(document.start, document.stop, chunk):
+            by_token = []
+            for t in query if of_tokens != "last" else query[-1:]:
+                cosines = []
+                for head in heads:
+                    key = mean(head.k, slice(begin, begin + chunk))
+                    cosines.append(float(head.q[t] @ key / head.q[t].norm() / key.norm()))
+                by_token.append(max(cosines) if of_heads == "max" else sum(cosines) / len(cosines))
+            score = max(by_token) if of_tokens == "max" else sum(by_token) / len(by_token)
+            best = max(best, score)
+        scores.append(best)
+    return scores
+
+
 def seer(
     head: Head, block: int, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None
 ) -> Rows:

@@ -7,6 +7,7 @@ from typing import Any
 
 import naive
 import naive_joined
+import naive_selectors
 import pytest
 import torch
 from choosing import HEADS_KV, HEADS_Q, kept_blocks
@@ -23,6 +24,7 @@ from cpbench.inputs import Recipe
 from cpbench.parallel.layout import build
 from cpbench.parallel.world import World
 from cpbench.selectors.common.base import SelectionResult, Selector
+from cpbench.selectors.common.selection import Tokens
 from cpbench.selectors.joined.pyramid import Pyramid
 from cpbench.sweep import sweep_file
 from cpbench.verify import check, joined, selection
@@ -82,6 +84,49 @@ def test_landmark_follows_its_grouped_softmax(budget: str) -> None:
     expected = naive_joined.results(inputs, lambda b, h: naive_joined.landmark(chosen[h], 16))
     for name, value in _results(spec, inputs).items():
         assert naive.error(value, expected[name]) < 2e-6, name
+
+
+@pytest.mark.parametrize(
+    ("over_heads", "over_tokens", "top_k"),
+    [("mean", "max", 2), ("max", "mean", 1), ("mean", "last", 3), ("max", "max", 16)],
+)
+def test_msa_pools_the_documents_with_the_best_chunks(
+    over_heads: str, over_tokens: str, top_k: int
+) -> None:
+    spec = (
+        f"msa:doc_lens=[8,16],query_len=20,prefix=8,chunk=4,top_k={top_k},"
+        f"over_heads={over_heads},over_tokens={over_tokens}"
+    )
+    inputs, over = _inputs(), (over_heads, over_tokens)
+    documents, query = naive_joined.msa_documents(TOKENS, [8, 16], 20, 8, 4)
+    assert [len(x) for x in documents] == [8, 16, 8, 16, 4], "the query cuts the last one"
+    selector, plan = _loaded(spec)
+    pooled = selector.select(*inputs[:2], plan)[1].mask
+    assert isinstance(pooled, Tokens)
+    chunks = pooled.visible_keys(0, 0, TOKENS - 1).tolist()
+    kept = torch.tensor([x.start // 4 in chunks for x in documents])
+    chosen = torch.nonzero(kept)[:, 0].tolist()
+    assert chunks == [c // 4 for i in chosen for c in documents[i][::4]]
+    scores = naive_selectors.msa(*inputs[:2], 0, documents, query, 4, over)
+    assert_top_k(kept, scores, torch.ones(5, dtype=torch.bool), set(), top_k)
+    attend = naive_joined.msa(documents, query, chosen, 8, 4, 8 + top_k)
+    expected = naive_joined.results(inputs, lambda b, h: attend)
+    for name, value in _results(spec, inputs).items():
+        assert naive.error(value, expected[name]) < 2e-6, name
+
+
+@pytest.mark.parametrize("spec", ["msa", "msa:prefix=128", "msa:query_len=1,chunk=64,doc_lens=64"])
+def test_msa_of_short_sequences(spec: str) -> None:
+    """Without documents a sequence is a query, or a prefix, in causal attention with RoPE."""
+    inputs = _inputs()
+    found = _results(spec, inputs)
+    if "chunk" not in spec:
+        expected = _results(f"lm_infinite:window={TOKENS}", inputs)
+        assert all(naive.error(x, expected[name].double()) < 2e-6 for name, x in found.items())
+    else:  # one document, which is chosen, and a query of 19 tokens
+        attend = naive_joined.msa([range(64)], range(64, TOKENS), [0], 0, 64, 16)
+        expected = naive_joined.results(inputs, lambda b, h: attend)
+        assert all(naive.error(x, expected[name]) < 2e-6 for name, x in found.items())
 
 
 @pytest.mark.parametrize(
@@ -165,6 +210,10 @@ def test_kernels_that_take_an_external_lse_compute_joined_branches(kernel: str) 
         ("cca:kernel=sdpa.math", "sdpa.math returns no lse by which branches are joined"),
         ("pyramid:ratio=1", "ratio = 1 must be at least 2"),
         ("lm_infinite:window=0", "window = 0 must be at least 1"),
+        ("msa:doc_lens=[64,100]", r"doc_lens = \(64, 100\): 100 is not a multiple of chunk = 64"),
+        ("msa:prefix=10", "prefix = 10 is not a multiple of chunk = 64"),
+        ("msa:over_heads=last", "over_heads = 'last' is not one of mean, max"),
+        ("msa:over_tokens=min", "over_tokens = 'min' is not one of max, mean, last"),
         ("lm_infinite:base=1", "base = 1 must be above 1"),
         ("lm_infinite:base=true", "base = True is not a number"),
         ("lm_infinite:scaling=new", "scaling = 'new' is not one of pi, ntk, yarn"),
@@ -228,6 +277,7 @@ CHECKED = [
     "cca:group_size=8,window=20",
     "pyramid:window=12,ratio=4,scales=2",
     "lm_infinite:num_sinks=3,window=20,scaling=yarn,factor=4,original_length=64",
+    "msa:doc_lens=[8,16],query_len=20,prefix=8,chunk=4,top_k=2",
 ]
 
 
@@ -270,6 +320,7 @@ def test_the_sampled_check_finds_wrong_results(spec: str) -> None:
         ("pyramid:window=12,ratio=4,scales=2", {"key_weight": 1}),
         ("lm_infinite:num_sinks=3,window=20", {"turn_q": None}),
         ("lm_infinite:num_sinks=3,window=20", {"turn_k": None, "turn_q": None}),
+        ("msa:doc_lens=[8,16],query_len=50,prefix=8,chunk=4,top_k=3", {"turn_k": None}),
     ],
 )
 def test_both_checks_follow_how_a_branch_is_joined(spec: str, wrong: dict[str, Any]) -> None:

@@ -76,9 +76,11 @@ CASES = [
     "seer:block_size=32,keep=0.2",
     "cca:group_size=16,window=64",
     "lm_infinite:num_sinks=8,window=60",
+    "msa:doc_lens=64,query_len=100,prefix=16,chunk=16,top_k=2",
 ]
 ONLY_CAUSAL = (
     "minference.v", "minference.a", "nsa", "landmark", "retrieval", "hax", "cca", "lm_infinite",
+    "msa",
 )  # fmt: skip
 
 
@@ -118,7 +120,7 @@ def test_quality_follows_its_definition(spec: str, mask: str) -> None:
 def test_no_attention_recall_exceeds_the_oracle(spec: str) -> None:
     for inputs in ("normal", "needles:count=4,length=1", "needles:count=4,length=16"):
         *_, figures = _measured(spec, inputs)
-        if spec.startswith(("nsa", "minference.a_shape", "cca")):
+        if spec.startswith(("nsa", "minference.a_shape", "cca", "msa")):
             assert "best_mass" not in figures
             continue
         assert figures["mass"] <= figures["best_mass"] + 1e-6
