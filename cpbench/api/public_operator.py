@@ -81,8 +81,8 @@ class PublicOperator(BoundOperator):
         """Select from inputs with 0 in place of what is not finite, and attend with the true
         ones."""
         selector: Any = self.impl
-        q, k = (x.nan_to_num(0.0, 0.0, 0.0) for x in (qkv.q, qkv.k))
-        branches = selector.select(q, k, plan.plan)
+        finite = QKV(*(x.nan_to_num(0.0, 0.0, 0.0) for x in qkv))
+        branches = selector.select_from(finite, plan.plan)
         kernels = dict.fromkeys(plan.plan.kernels, (operator_info("reference"), _reference()))
         result: OutLse = selector.attend_to(qkv, branches, replace(plan.plan, kernels=kernels))
         return result

@@ -113,7 +113,7 @@ class Workload:
 
         def select() -> None:
             intermediate.clear()
-            intermediate["branches"] = selector.select(qkv.q, qkv.k, plan)
+            intermediate["branches"] = selector.select_from(qkv, plan)
 
         def prepare() -> None:
             branches = intermediate["branches"]

@@ -123,7 +123,7 @@ def _as_one_rank(
     selector, plan = one.op.impl, one.plan.plan
     assert isinstance(selector, Selector)
     qkv = QKV.of(inputs)
-    expected = selector.select(qkv.q, qkv.k, plan)
+    expected = selector.select_from(qkv, plan)
     calls = [selected for rank in ranks for selected in rank[0]]
     branches = _joined(expected, calls)
     prepared = selector.prepare_branches(branches, plan)

@@ -9,6 +9,7 @@ import torch
 
 from cpbench import masks
 from cpbench.core import registry
+from cpbench.core.operator import QKV
 from cpbench.core.problem import Problem
 from cpbench.core.spec import Spec
 from cpbench.selectors.common.base import Branch, Selector
@@ -48,6 +49,7 @@ CASES = [
     ("retrieval:top_k=16,num_sinks=40,window=1,step=1", "causal"),
     ("lm_infinite:num_sinks=4,window=24", "causal"),
     ("msa:doc_lens=[16,32],query_len=60,prefix=16,chunk=8,top_k=2", "causal"),
+    ("longheads:chunk=16,top_k=4", "causal"),
     ("hax:buckets=4,latest=12,top_k=8", "causal"),
     ("hax:buckets=8,latest=12,top_k=8,hash=sign,center=true", "causal"),
     ("hax:buckets=4,latest=300,top_k=0", "causal"),
@@ -81,9 +83,8 @@ def load_selector(spec: str, mask: str) -> tuple[Selector, Any]:
 
 def select(spec: str, mask: str) -> tuple[Branch, ...]:
     """The branches that a selector returns for ``inputs()``."""
-    q, k, _, _ = inputs()
     selector, plan = load_selector(spec, mask)
-    return selector.select(q, k, plan)
+    return selector.select_from(QKV(*inputs()[:3]), plan)
 
 
 def kept_blocks(branch: Branch) -> torch.Tensor:

@@ -108,6 +108,18 @@ def msa(
     return attend
 
 
+def longheads(chosen: list[list[int]], size: int) -> Attend:
+    """One softmax over the chosen chunks of each query, at contiguous positions."""
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, t: int) -> Rows:
+        keys = [j for c in chosen[t] for j in range(c * size, (c + 1) * size) if j <= t]
+        (at_q,) = turned(q[t : t + 1], [len(keys) - 1])
+        at_k = turned(k[keys], list(range(len(keys))))
+        return softmax_of(at_q, at_k, v[keys], torch.ones(len(keys)).double())
+
+    return attend
+
+
 def landmark(chosen: set[int] | list[set[int]], block: int) -> Attend:
     """Grouped softmax: own tokens and landmarks of the chosen blocks of each query share one; the
     probability of a landmark is divided by the softmax within its block."""

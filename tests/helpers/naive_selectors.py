@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
+from naive_joined import turned
 
 TOLERANCE = 1e-5
 Rows = list[list[float]]
@@ -214,6 +215,23 @@ def msa(
             best = max(best, score)
         scores.append(best)
     return scores
+
+
+def longheads(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, b: int, h: int, size: int
+) -> list[torch.Tensor]:
+    """The representative of each whole chunk for one head: attention of the mean result of
+    attention within the chunk, to its keys, by RoPE from its first token on."""
+    head, values = Head(q, k, b, h), Head(q, v, b, h).k
+    found = []
+    for begin in range(0, len(head.k) - size + 1, size):
+        tokens = slice(begin, begin + size)
+        own_q, own_k = (turned(x[tokens], list(range(size))) for x in (head.q, head.k))
+        scale, total = q.shape[3] ** -0.5, torch.zeros(q.shape[3], dtype=torch.float64)
+        for query in own_q:
+            total += (own_k @ query * scale).softmax(0) @ values[tokens]
+        found.append((own_k @ (total / size) * scale).softmax(0) @ own_k)
+    return found
 
 
 def seer(

@@ -60,7 +60,7 @@ def _chosen_blocks(spec: str) -> list[list[set[int]]]:
     """The past blocks of each query, by head."""
     chosen: list[list[set[int]]] = [[set() for _ in range(TOKENS)] for _ in range(HEADS_Q)]
     selector, plan = _loaded(spec)
-    for branch in selector.select(*_inputs()[:2], plan)[1:]:
+    for branch in selector.select_from(QKV(*_inputs()[:3]), plan)[1:]:
         for _, h, t, block in torch.nonzero(kept_blocks(branch)).tolist():
             assert block not in chosen[h][t]
             chosen[h][t].add(block)
@@ -111,6 +111,26 @@ def test_msa_pools_the_documents_with_the_best_chunks(
     assert_top_k(kept, scores, torch.ones(5, dtype=torch.bool), set(), top_k)
     attend = naive_joined.msa(documents, query, chosen, 8, 4, 8 + top_k)
     expected = naive_joined.results(inputs, lambda b, h: attend)
+    for name, value in _results(spec, inputs).items():
+        assert naive.error(value, expected[name]) < 2e-6, name
+
+
+@pytest.mark.parametrize(("top_k", "nearest"), [(4, 2), (2, 1), (5, 3), (100, 2)])
+def test_longheads_takes_the_chunks_with_the_best_representatives(top_k: int, nearest: int) -> None:
+    spec, inputs = f"longheads:chunk=12,top_k={top_k},nearest={nearest}", _inputs()
+    past = _chosen_blocks(spec)
+    chosen = [[[*sorted(past[h][t]), t // 12] for t in range(TOKENS)] for h in range(HEADS_Q)]
+    for h in range(HEADS_Q):
+        head = Head(inputs[0], inputs[1], 0, h)
+        chunks = naive_selectors.longheads(*inputs[:3], 0, h, 12)  # type: ignore[call-arg]
+        for t in range(TOKENS):
+            own = t // 12
+            scores = [float(head.q[t] @ chunk) for chunk in chunks]
+            kept = torch.zeros(len(chunks), dtype=torch.bool)
+            kept[list(past[h][t])] = True
+            forced = {0, *range(max(own - nearest + 1, 0), own)}
+            assert_top_k(kept, scores, torch.arange(len(chunks)) < own, forced, top_k - 1)
+    expected = naive_joined.results(inputs, lambda b, h: naive_joined.longheads(chosen[h], 12))
     for name, value in _results(spec, inputs).items():
         assert naive.error(value, expected[name]) < 2e-6, name
 
@@ -211,6 +231,7 @@ def test_kernels_that_take_an_external_lse_compute_joined_branches(kernel: str) 
         ("pyramid:ratio=1", "ratio = 1 must be at least 2"),
         ("lm_infinite:window=0", "window = 0 must be at least 1"),
         ("msa:doc_lens=[64,100]", r"doc_lens = \(64, 100\): 100 is not a multiple of chunk = 64"),
+        ("longheads:top_k=2", "top_k = 2 must be at least 3"),
         ("msa:prefix=10", "prefix = 10 is not a multiple of chunk = 64"),
         ("msa:over_heads=last", "over_heads = 'last' is not one of mean, max"),
         ("msa:over_tokens=min", "over_tokens = 'min' is not one of max, mean, last"),
@@ -278,6 +299,7 @@ CHECKED = [
     "pyramid:window=12,ratio=4,scales=2",
     "lm_infinite:num_sinks=3,window=20,scaling=yarn,factor=4,original_length=64",
     "msa:doc_lens=[8,16],query_len=20,prefix=8,chunk=4,top_k=2",
+    "longheads:chunk=12,top_k=3",
 ]
 
 
@@ -320,6 +342,7 @@ def test_the_sampled_check_finds_wrong_results(spec: str) -> None:
         ("pyramid:window=12,ratio=4,scales=2", {"key_weight": 1}),
         ("lm_infinite:num_sinks=3,window=20", {"turn_q": None}),
         ("lm_infinite:num_sinks=3,window=20", {"turn_k": None, "turn_q": None}),
+        ("longheads:chunk=12,top_k=3", {"turn_q": None}),
         ("msa:doc_lens=[8,16],query_len=50,prefix=8,chunk=4,top_k=3", {"turn_k": None}),
     ],
 )

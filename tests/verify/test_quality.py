@@ -76,11 +76,12 @@ CASES = [
     "seer:block_size=32,keep=0.2",
     "cca:group_size=16,window=64",
     "lm_infinite:num_sinks=8,window=60",
+    "longheads:chunk=32,top_k=3",
     "msa:doc_lens=64,query_len=100,prefix=16,chunk=16,top_k=2",
 ]
 ONLY_CAUSAL = (
     "minference.v", "minference.a", "nsa", "landmark", "retrieval", "hax", "cca", "lm_infinite",
-    "msa",
+    "msa", "longheads",
 )  # fmt: skip
 
 

@@ -12,7 +12,6 @@ queries, Y blocks of keys.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -168,11 +167,11 @@ class SelectionResult(NamedTuple):
         return tuple(prepared.branch for prepared in self.prepared)
 
 
-class Selector(ABC):
+class Selector:
     """Base class of selectors; see ``cpbench.core.operator.Operator`` for its four methods.
 
-    Subclasses define ``name``, :meth:`select` and ``branch_kinds``, the kinds of the branches that
-    it returns.
+    Subclasses define ``name``, :meth:`select` (or :meth:`select_from`) and ``branch_kinds``, the
+    kinds of the branches that it returns.
 
     Args:
         kernel: name of the operator that computes the branches; a default by kind if empty.
@@ -193,9 +192,14 @@ class Selector(ABC):
         self.states = OutputStates(self.name)  # a SelectionResult each
         self.keep_selection = False
 
-    @abstractmethod
     def select(self, q: torch.Tensor, k: torch.Tensor, plan: Plan) -> tuple[Branch, ...]:
         """Select the branches to attend to, on the device of q and k, without gradients."""
+        raise NotImplementedError
+
+    def select_from(self, qkv: QKV, plan: Plan) -> tuple[Branch, ...]:
+        """As :meth:`select`, which a subclass defines unless its selection depends on the values;
+        then it defines this one."""
+        return self.select(qkv.q, qkv.k, plan)
 
     def index_figures(
         self, q: torch.Tensor, k: torch.Tensor, spans: Sequence[tuple[int, int]]
@@ -307,7 +311,7 @@ class Selector(ABC):
         return total.to(q.dtype), None, results
 
     def forward(self, qkv: QKV, plan: Plan) -> OutLse:
-        return self.attend_to(qkv, self.select(qkv.q, qkv.k, plan), plan)
+        return self.attend_to(qkv, self.select_from(qkv, plan), plan)
 
     def attend_to(self, qkv: QKV, branches: tuple[Branch, ...], plan: Plan) -> OutLse:
         """The forward pass after the selection."""

@@ -209,6 +209,17 @@ class Blocks:
         )
 
 
+def one_block_each(grid: Grid, block_BHS: torch.Tensor) -> Blocks:
+    """The selection of one block per query, of a grid with blocks of one query; -1 for none."""
+    import torch
+
+    shape = (*block_BHS.shape[:2], *grid.areas.shape)
+    kept = torch.zeros(shape, dtype=torch.bool, device=block_BHS.device)
+    return Blocks(
+        grid, kept.scatter_(3, block_BHS.clamp(min=0)[..., None], (block_BHS >= 0)[..., None])
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class Tokens:
     """A selection of single keys per query.

@@ -20,7 +20,7 @@ from cpbench.selectors.common.base import Branch, Plan
 from cpbench.selectors.common.block_budget import BlockBudgetSelector
 from cpbench.selectors.common.joining import KeyScores
 from cpbench.selectors.common.ranking import check_minimum, qk_scores, row_chunks, upcast
-from cpbench.selectors.common.selection import Blocks, block_grid
+from cpbench.selectors.common.selection import block_grid, one_block_each
 
 if TYPE_CHECKING:
     import torch
@@ -100,11 +100,9 @@ class Landmark(BlockBudgetSelector):
             chosen[:, :, begin:end] = ranked
         for rank in range(most):
             block_of = chosen[..., rank].masked_fill(rank >= counts, -1)
-            kept = torch.zeros((b, h, *grid.areas.shape), dtype=torch.bool, device=device)
-            kept.scatter_(3, block_of.clamp(min=0)[..., None], (block_of >= 0)[..., None])
             landmark = (block_of * block + block - 1).masked_fill_(block_of < 0, -1)
             scores_of = KeyScores(landmark.to(torch.int32), scale)
-            branches.append(Branch(mask=Blocks(grid, kept), scores=scores_of))
+            branches.append(Branch(mask=one_block_each(grid, block_of), scores=scores_of))
         return tuple(branches)
 
     def _budget_of(self, visible: torch.Tensor) -> torch.Tensor:
