@@ -42,7 +42,7 @@ CASES = [
     ("vsa:block_size=16,keep=0.2", "full"),
     ("vsa:block_size=16,keep=0.2,gate=0.0", "full"),
     ("landmark:block_size=16,top_k=4", "causal"),
-    ("landmark:block_size=16,keep=1.0", "causal"),
+    ("landmark:block_size=48,keep=1.0", "causal"),
     ("cca:group_size=8,window=20", "causal"),
     ("pyramid:window=12,ratio=4,scales=3", "causal"),
     ("retrieval:top_k=16,num_sinks=4,window=24,step=8", "causal"),
