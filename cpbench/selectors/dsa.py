@@ -64,6 +64,8 @@ class Dsa(Selector):
         for begin, end in row_chunks(s, b * h * t, q.device):
             keys = visible_end(plan.mask, begin, end)
             scores = qk_scores(index_q[:, begin:end], index_k[:, :keys]).relu_().sum(1)
+            # Many scores are 0, of which the first keys win, however many keys there are.
+            scores -= (scores == 0) * torch.arange(1, keys + 1, device=q.device)
             visible = dense_mask_rows(plan.mask, begin, end, q.device)[:, :keys]
             hidden = visible.logical_not_()
             values, indices = largest(scores.masked_fill_(hidden, -torch.inf), min(max_keys, keys))

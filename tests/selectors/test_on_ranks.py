@@ -261,7 +261,7 @@ def _bytes_of_gradients(rank: int, size: int) -> tuple[int, int, float]:
         ("vsa:block_size=16", "sparse_fetch", "contiguous", "full", (4, 2),
          "vsa needs all keys: its coarse branch (gate = 1) attends to the means of all values"),
         ("xattention", "sparse_fetch", "contiguous", "causal", (4, 2),
-         "moba, quest, vsa, not xattention"),
+         "moba, quest, seer, vsa, not xattention"),
         ("bands", "sparse_fetch", "contiguous", "causal", (4, 2), "not bands"),
         ("moba:block_size=16", "sparse_fetch:grad_dtype=bfloat16", "contiguous", "causal", (4, 2),
          "grad_dtype = bfloat16 is too coarse for gradients in float32"),
