@@ -89,6 +89,7 @@ class OperatorInfo:
             or the whole ``"sequence"``, other queries too, so that it cannot run on some of them.
         selects_for: of a selector: the heads that it selects for together: each ``"head"`` alone,
             the ``"group"`` of query heads of a key/value head, or ``"all"``.
+        selects_by_values: of a selector: whether its selection depends on the values too.
         rotates: of a selector: whether it applies RoPE itself, so that its inputs have none.
         paged: whether it decodes over a table of pages (``Problem.page_size``), and nothing else.
         mixer: of a sequence mixer: the recurrence that it computes (a name in
@@ -130,6 +131,7 @@ class OperatorInfo:
     looks_ahead: str = ""
     selects_from: Literal["keys", "pooled_keys", "sequence"] = "sequence"
     selects_for: Literal["head", "group", "all"] = "all"
+    selects_by_values: bool = False
     rotates: bool = False
     paged: bool = False
     mixer: str = ""

@@ -66,7 +66,9 @@ class InputVariants:
         self._fingerprinter = Fingerprinter(work)
         self._rng = np.random.default_rng([seed, 1])
         # Selectors compare sums of products: with other signs in another order, so ties differ.
-        self._signs_k = not work.op.info.selects
+        info = work.op.info
+        unchanged = (SIGNED_LIKE_K, info.selects), (SIGNED_LIKE_V, info.selects_by_values)
+        self._signed = [names for names, decides in unchanged if not decides]
         self._swapped = False
         self._signs: Tensors = {}
         self.expected = dict(expected)
@@ -107,13 +109,14 @@ class InputVariants:
         import torch
 
         self.swap()
-        q = self.inputs["q"]
         signs: Tensors = {}
-        for names, like in ((SIGNED_LIKE_K, q), (SIGNED_LIKE_V, self.inputs["v"])):
-            drawn = self._rng.choice([-1.0, 1.0], size=like.shape[-1])
-            if names is SIGNED_LIKE_V or self._signs_k:
-                tensor = torch.as_tensor(drawn, device=q.device, dtype=q.dtype)
-                signs |= dict.fromkeys(names, tensor)
+        for names, like in ((SIGNED_LIKE_K, "q"), (SIGNED_LIKE_V, "v")):
+            x = self.inputs[like]
+            drawn = self._rng.choice([-1.0, 1.0], size=x.shape[-1])
+            if names in self._signed:
+                signs |= dict.fromkeys(
+                    names, torch.as_tensor(drawn, device=x.device, dtype=x.dtype)
+                )
         if INITIAL_STATE in self.inputs:
             signs[INITIAL_STATE] = signs["k"].unsqueeze(1) * signs["v"]
         self._apply_signs(signs)

@@ -29,6 +29,7 @@ from cpbench.selectors.joined.pyramid import Pyramid
 from cpbench.sweep import sweep_file
 from cpbench.verify import check, joined, selection
 from cpbench.verify.check import Tensors
+from cpbench.verify.variants import InputVariants
 
 TOKENS = 83  # definitions in loops are slow
 
@@ -364,3 +365,16 @@ def test_both_checks_follow_how_a_branch_is_joined(spec: str, wrong: dict[str, A
     scale = work.problem.softmax_scale
     expected = joined.reference_results(claimed.branches, x, scale)
     assert naive.error(results["out"].transpose(1, 2), expected["out"]) > 1e-3
+
+
+@pytest.mark.parametrize("spec", [*CHECKED, "retrieval:top_k=16,num_sinks=4,window=24,step=8"])
+def test_timed_calls_of_changed_inputs_return_what_the_checked_one_did(spec: str) -> None:
+    work = _work(spec, 200)
+    x = check.rank_inputs(work, Recipe(), "cpu")
+    results, _ = selection.run_pass_with_selection(work, x)
+    inputs = InputVariants(work, x, {}, 0, 0.0, {})
+    inputs.expect(results)
+    for _ in range(2):
+        inputs.before_call()
+        inputs.after_call(selection.run_pass_with_selection(work, inputs.inputs)[0])
+    assert inputs.finish() == ""

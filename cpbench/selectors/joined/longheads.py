@@ -39,6 +39,7 @@ OPERATORS = (
         selects=True,
         selects_from="sequence",  # representatives are made from queries too
         selects_for="head",
+        selects_by_values=True,
         rotates=True,
     ),
 )
