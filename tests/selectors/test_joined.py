@@ -300,7 +300,7 @@ CHECKED = [
     "pyramid:window=12,ratio=4,scales=2",
     "lm_infinite:num_sinks=3,window=20,scaling=yarn,factor=4,original_length=64",
     "msa:doc_lens=[8,16],query_len=20,prefix=8,chunk=4,top_k=2",
-    "longheads:chunk=12,top_k=3",
+    "longheads:chunk=12,top_k=4",
 ]
 
 
@@ -345,7 +345,7 @@ def test_the_sampled_check_finds_wrong_results(spec: str) -> None:
         ("pyramid:window=12,ratio=4,scales=2", {"key_weight": 1}),
         ("lm_infinite:num_sinks=3,window=20", {"turn_q": None}),
         ("lm_infinite:num_sinks=3,window=20", {"turn_k": None, "turn_q": None}),
-        ("longheads:chunk=12,top_k=3", {"turn_q": None}),
+        ("longheads:chunk=12,top_k=4", {"turn_q": None}),
         ("msa:doc_lens=[8,16],query_len=50,prefix=8,chunk=4,top_k=3", {"turn_k": None}),
     ],
 )
