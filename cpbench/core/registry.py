@@ -31,7 +31,6 @@ T = TypeVar("T")
 ANY_MASK = ("empty", "full", "causal", "bands")
 ANY_LAYOUT = ("contiguous", "zigzag", "zigzag_document", "dispatch", "striped")
 
-
 _DEEP = "its memory is {what}, whose update is not affine in the state: no scan over tokens exists"
 NOT_AFFINE = {
     "atlas": _DEEP.format(what="an MLP trained with Muon"),
