@@ -333,7 +333,7 @@ def test_the_timeout_of_a_case(
         (["verify", "--operator", "ssd", "--world-size", "1"],
          {"ssd": {"gates", "gates:initial=true", "gates:shortest=0.03"}}),
     ],
-    ids=str,
+    ids=["bench", "bench, given", "verify"],
 )  # fmt: skip
 def test_mixers_get_inputs_with_gates(
     arguments: list[str],
