@@ -21,7 +21,7 @@ from importlib.metadata import entry_points
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from cpbench.core.user_files import load_from_file
+from cpbench.core.user_files import load_from_file, some_names
 
 if TYPE_CHECKING:
     from cpbench.core.problem import Problem
@@ -396,5 +396,5 @@ def _lookup(name: str, registered: dict[str, T], kind: Any, what: str) -> T:
         info: T = load_from_file(name, kind, what)
         return info
     if name not in registered:
-        raise ValueError(f"no {what} {name!r}; there are: {', '.join(sorted(registered))}")
+        raise ValueError(f"no {what} {name!r}; there are: {some_names(name, registered)}")
     return registered[name]

@@ -12,7 +12,7 @@ import hashlib
 import importlib.util
 import sys
 import tomllib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from contextlib import redirect_stdout
 from pathlib import Path
 from types import ModuleType
@@ -133,3 +133,18 @@ def require_known(key: str, known: Collection[str], prefix: str = "") -> None:
         close = difflib.get_close_matches(key, known, 1)
         hint = f"did you mean {prefix}{close[0]}?" if close else f"there are {', '.join(known)}"
         raise ValueError(f"no key {prefix}{key}; {hint}")
+
+
+def some_names(name: str, known: Iterable[str], most: int = 30) -> str:
+    """The names to choose from for one that does not exist: all, or of many the closest ones."""
+    names = sorted(known)
+    if len(names) <= most:
+        return ", ".join(names)
+    alike = difflib.SequenceMatcher(b=name)
+
+    def ratio(candidate: str) -> float:
+        alike.set_seq1(candidate)
+        return alike.ratio()
+
+    closest = sorted(names, key=ratio, reverse=True)[: most // 3]
+    return f"{', '.join(closest)}, and {len(names) - len(closest)} more"

@@ -66,7 +66,7 @@ def _row(info: OperatorInfo, device: str) -> dict[str, Any]:
         "of each head": _supported_names(BY_HEAD, supported["fwd"]),
         "of selectors": ", ".join(kind for kind in SELECTIONS if kind in info.masks) or "-",
         "backward": backward_cell,
-        "": "mixer" if info.mixer else "never run" if info.unproven else "",
+        "": ", ".join(["mixer"] * bool(info.mixer) + ["never run"] * bool(info.unproven)),
     }
 
 

@@ -147,7 +147,8 @@ def test_refusals_are_one_line() -> None:
 
 def test_library_strategies_and_adapters_refuse() -> None:
     for info in registry.strategies_for("attention").values():
-        assert info.value_dims == info.traced, info.name
-    unproven = [info for info in registry.operators().values() if info.unproven]
+        assert info.value_dims == info.is_own, info.name
+    adapters = registry.operators().values()
+    unproven = [info for info in adapters if info.unproven and info.kind == "attention"]
     assert unproven
     assert not any(info.value_dims for info in unproven)

@@ -90,7 +90,7 @@ def test_the_masks_of_adapters() -> None:
     assert rows["flashmask"]["of all heads alike"] == "any"
     assert rows["flashinfer.dense"]["backward"] == "no"
     assert rows["vsa.kernel"]["of selectors"] == "blocks"
-    never_run = {name for name, row in rows.items() if row[""] == "never run"}
+    never_run = {name for name, row in rows.items() if "never run" in row[""]}
     assert never_run == {name for name, info in registry.operators().items() if info.unproven}
     reason = support_matrix.refusal(
         registry.operator_info("flash_attn.2"), "streaming:num_sinks=4,window=37", "fwd", "cuda"
