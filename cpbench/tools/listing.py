@@ -17,6 +17,7 @@ HEADINGS = {
     "here": "available",
     "of all heads alike": "shared masks",
     "of each head": "per-head masks",
+    "backward": "bwd",
     "of selectors": "selections",
     "": "note",
 }

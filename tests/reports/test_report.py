@@ -247,7 +247,7 @@ def test_csv_round_trip() -> None:
     assert list(back.columns) == list(COLUMNS)
     for column in COLUMNS:
         written = table[column]
-        if column in ("flags", "writer"):
+        if column in ("flags", "writer", "key_lens"):
             written = written.replace("", None)
         assert written.isna().tolist() == back[column].isna().tolist(), column
         expected, read = written.dropna().tolist(), back[column].dropna().tolist()

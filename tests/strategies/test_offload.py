@@ -187,7 +187,7 @@ def test_device_memory_has_a_limit_whatever_the_length() -> None:
         ("ulysses:offload=host,chunks=2", "bands", "causal", "takes no chunks with offload=host"),
         ("single:offload=host,chunk=x", "bands", "causal", "chunk = 'x' is not an integer"),
         ("single:offload=host", "sdpa.math", "causal", "merges partial results"),
-        ("single:offload=host", "moba", "causal", "under the strategy single without offload"),
+        ("single:offload=host", "moba", "causal", "a selector, which takes no offload"),
         ("single:offload=host", "dilated", "dilated:segment=16,branches=1,ratio=2", "dilated"),
     ],
 )
