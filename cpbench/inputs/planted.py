@@ -120,9 +120,13 @@ class Needles:
                     amplitudes[:, 0] = sink
                     number = self._needle_of_queries(request.seed, b, h, tokens, starts)
                     amplitudes[number >= 0, 1 + number[number >= 0]] = needle
-                u = torch.as_tensor(basis, device=device, dtype=x.dtype)
-                rest = x[i, :, j] - (x[i, :, j] @ u.T) @ u
-                x[i, :, j] = rest + torch.as_tensor(amplitudes, device=device, dtype=x.dtype) @ u
+                # Not a product of matrices, whose rounding depends on how many rows it has: rows
+                # are the same whatever others are made with them.
+                rows, wanted = x[i, :, j], torch.as_tensor(amplitudes, device=device, dtype=x.dtype)
+                basis_u = torch.as_tensor(basis, device=device, dtype=x.dtype)
+                present = [(rows * u).sum(-1) for u in basis_u]
+                for n, u in enumerate(basis_u):
+                    rows += (wanted[:, n] - present[n])[:, None] * u
         return x.to(getattr(torch, problem.dtype))
 
     def _part_length(self, tokens: int) -> int:
