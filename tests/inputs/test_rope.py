@@ -51,7 +51,7 @@ def naive(x: np.ndarray, positions: list[int], scaling: str) -> np.ndarray:
 
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_it_is_the_rotation_of_its_formula(scaling: str) -> None:
-    x = torch.randn(2, 5, 3, 32, dtype=torch.float64, generator=torch.manual_seed(0))
+    x = torch.randn(2, 5, 3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     positions = [0, 1, 77, 4096, 1 << 20]
     name = None if scaling == "unscaled" else scaling
     turned = cpbench.rope(x, positions, base=BASE, scaling=name, **SCALINGS[scaling])
@@ -75,7 +75,7 @@ def test_scaled_frequencies_at_their_ends() -> None:
 
 def test_scores_depend_on_distances_alone_and_far_away_too() -> None:
     """Angles formed in float32 would be wrong by up to 0.4 at 16 million."""
-    g = torch.manual_seed(1)
+    g = torch.Generator().manual_seed(1)
     q, k = (torch.randn(1, 64, 1, 128, generator=g) for _ in range(2))
     near = [cpbench.rope(x, np.arange(64), base=BASE)[0, :, 0].double() for x in (q, k)]
     far = [cpbench.rope(x, np.arange(64) + (1 << 24), base=BASE)[0, :, 0].double() for x in (q, k)]

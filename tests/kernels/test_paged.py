@@ -35,7 +35,7 @@ OPERATORS = [
 
 
 def _sequences(heads: int, dim: int, seed: int) -> list[torch.Tensor]:
-    generator = torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     return [torch.randn(tokens, heads, dim, generator=generator) for tokens in LENS]
 
 
@@ -52,7 +52,7 @@ def _decode(
     operator: str, page_size: int, order: np.ndarray, heads: tuple[int, int, int, int]
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     heads_q, heads_kv, dim, dim_v = heads
-    q = torch.randn(1, len(LENS), heads_q, dim, generator=torch.manual_seed(1))
+    q = torch.randn(1, len(LENS), heads_q, dim, generator=torch.Generator().manual_seed(1))
     k, mask = into_pages(_sequences(heads_kv, dim, 2), page_size, order)
     v, _ = into_pages(_sequences(heads_kv, dim_v, 3), page_size, order)
     problem, spec = _problem(k.shape[1], page_size, heads), Spec.parse(operator)
@@ -82,7 +82,7 @@ def test_operators_against_plain_loops(
         return
     order = np.random.default_rng(0).permutation(_pages(page_size))
     out, lse = _decode(operator, page_size, order, heads)
-    q = torch.randn(1, len(LENS), heads[0], heads[2], generator=torch.manual_seed(1))
+    q = torch.randn(1, len(LENS), heads[0], heads[2], generator=torch.Generator().manual_seed(1))
     keys, values = _sequences(heads[1], heads[2], 2), _sequences(heads[1], heads[3], 3)
     expected, expected_lse = naive_decode(q[0], keys, values)
     assert float((out[0] - expected).abs().max()) < 2e-6
@@ -193,7 +193,7 @@ def test_adapters_on_stand_ins(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     install(monkeypatch, paged_stand_ins.MODULES)
     set_capability(monkeypatch, (9, 0))
     page_size, heads = (256, (4, 2, 64, 64))
-    q = torch.randn(1, 5, 4, 64, generator=torch.manual_seed(1)).bfloat16()
+    q = torch.randn(1, 5, 4, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
     sequences = [_sequences(2, 64, seed) for seed in (2, 3)]
     order = np.random.default_rng(0).permutation(_pages(page_size))
     (k, mask), (v, _) = (

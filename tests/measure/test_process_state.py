@@ -81,7 +81,7 @@ CHANGES: dict[str, tuple[Callable[[], Any], str]] = {
     "gc": (gc.disable, "gc True -> False"),
     "gc threshold": (lambda: gc.set_threshold(10**6), "gc threshold"),
     "switch interval": (lambda: sys.setswitchinterval(1.0), "switch interval"),
-    "seed": (lambda: torch.manual_seed(3), "torch seed"),
+    "seed": (lambda: torch.manual_seed(torch.initial_seed() + 1), "torch seed"),
     "replaced function": (
         lambda: setattr(F, "scaled_dot_product_attention", print),
         "replaced torch.nn.functional.scaled_dot_product_attention",
