@@ -30,7 +30,8 @@ def rows(**overrides: object) -> list[dict]:
 
 def test_shipped_configurations_spill_nothing_and_use_the_matrix_units() -> None:
     targets = ["cuda:80", "cuda:90", "cuda:100"]
-    compiled = rows(targets=targets, head_dims=[64, 128], operators=[])
+    tiled = ["triton_band", "triton_block_sparse"]
+    compiled = rows(targets=targets, head_dims=[64, 128], operators=tiled)
     compiled += rows(targets=targets, dtypes=["float16"], operators=["triton_band"])
     elementwise = 4  # kernels of triton_band that have no matrix product
     assert len(compiled) == len(targets) * (5 * len(KERNELS) + elementwise * 3)
