@@ -165,7 +165,8 @@ def test_the_command_prints_json_and_exits_with_1_on_broken_kernels(
         (["--target", "cuda:99"], "--target: 'cuda:99' is not one of cuda:80"),
         (
             ["--operator", "bands"],
-            "--operator: 'bands' is not one of mixers, paged.triton, triton_band, triton_block_sparse",
+            "--operator: 'bands' is not one of mixers, paged.triton, triton_band, "
+            "triton_block_sparse",
         ),
         (["--config", "rows"], "--config: 'rows' is not of the form rows=128"),
         (["--config", "tiles=3"], "--config: 'tiles' is not one of rows, cols"),
