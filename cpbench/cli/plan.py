@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,7 @@ from cpbench.cli.options import (
     file_option,
     folder_option,
     list_option,
+    run_directory,
     user_input,
 )
 from cpbench.reports.tables.terminal import print_rows
@@ -178,21 +180,29 @@ def links(
     data. With --launcher torchrun --nodes N, run cpbench join OUT on the other nodes. Exits with 1
     if a rank dies, hangs or receives wrong data.
     """
+    from cpbench.results.active import registered_as_active
+    from cpbench.results.store import StoreError
     from cpbench.tools import links
 
-    with user_input():
-        nbytes = links.parse_sizes(sizes)
-        links.check_arguments(world_size, ranks_per_node, seconds)
-        place = launch_place(launcher.value, nodes, hosts, interface, [world_size])(world_size)
-        links.check_folder(out, place)
-    return links.run(
-        world_size,
-        device_name(device),
-        launcher.value,
-        nbytes,
-        ranks_per_node,
-        as_json,
-        seconds,
-        place,
-        out,
-    )
+    with ExitStack() as stack:
+        with user_input():
+            nbytes = links.parse_sizes(sizes)
+            links.check_arguments(world_size, ranks_per_node, seconds)
+            place = launch_place(launcher.value, nodes, hosts, interface, [world_size])(world_size)
+            links.check_folder(out, place)
+            if out is not None:  # cpbench join leaves when nobody works on it
+                try:
+                    stack.enter_context(registered_as_active(run_directory(out), ["links"]))
+                except StoreError as error:
+                    raise ValueError(str(error)) from None
+        return links.run(
+            world_size,
+            device_name(device),
+            launcher.value,
+            nbytes,
+            ranks_per_node,
+            as_json,
+            seconds,
+            place,
+            out,
+        )

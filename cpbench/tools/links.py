@@ -11,7 +11,6 @@ percentile of the samples of the median group, relative to its median.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import statistics
@@ -28,7 +27,6 @@ from cpbench.launchers.gang import Gang
 from cpbench.launchers.protocol import THIS_MACHINE, GangSpec, Place
 from cpbench.launchers.registry import LAUNCHERS
 from cpbench.launchers.supervisor import GRACE_S, STARTUP_S
-from cpbench.results import active
 from cpbench.results.store import Tail
 from cpbench.tools.links_worker import LinkJob, journal_path, results_path
 
@@ -107,36 +105,36 @@ def run(
         as_json: print JSON instead of tables.
         seconds: sampling time, see :class:`LinkJob`.
         place: the nodes; those of torchrun join as in a run (``cpbench join``).
-        out: where the files of the ranks are kept; None for a temporary folder.
+        out: where the files of the ranks are kept, on which the caller is registered as active;
+            None for a temporary folder.
 
     Returns:
         The exit code: 1, with a line on stderr, if a rank died, hung or received wrong data.
 
     Raises:
         ValueError: see :func:`check_arguments` and :func:`check_folder`.
-        StoreError: when ``out`` cannot be written.
     """
     check_arguments(world_size, ranks_per_node, seconds)
     check_folder(out, place)
     if ranks_per_node == 0 and place.nodes > 1:
         ranks_per_node = place.ranks_per_node(world_size)
-    with contextlib.ExitStack() as stack:
+    if out is None:
+        folder = Path(tempfile.mkdtemp(prefix="cpbench-links-"))
+    else:
+        jobs = out.resolve() / "jobs"
+        jobs.mkdir(exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f"links-{time.strftime('%Y%m%dT%H%M%S')}-", dir=jobs))
+        folder.chmod(0o755)
+    job = LinkJob(device, tuple(sizes), ranks_per_node, seconds).save(folder)
+    spec = GangSpec(job, world_size, place, module="cpbench.tools.links_worker")
+    try:
+        failure = _GangMonitor(spec, launcher).run()
+    except OSError as error:
+        failure = f"cannot start ranks: {error}"
+    except KeyboardInterrupt:
         if out is None:
-            folder = Path(tempfile.mkdtemp(prefix="cpbench-links-"))
-        else:
-            stack.enter_context(active.registered_as_active(out, ["links"]))
-            folder = out.resolve() / "jobs" / f"links-{time.strftime('%Y%m%dT%H%M%S')}"
-            folder.mkdir(parents=True)
-        job = LinkJob(device, tuple(sizes), ranks_per_node, seconds).save(folder)
-        spec = GangSpec(job, world_size, place, module="cpbench.tools.links_worker")
-        try:
-            failure = _GangMonitor(spec, launcher).run()
-        except OSError as error:
-            failure = f"cannot start ranks: {error}"
-        except KeyboardInterrupt:
-            if out is None:
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     world, times = _read_results(job)
     if as_json:
         tables = {"rows": times, "links": summarise_links(times)}

@@ -18,6 +18,7 @@ from run_cpbench import leftover_processes, start_cpbench
 from cpbench.cli import main as cli
 from cpbench.launchers import local
 from cpbench.launchers.protocol import Command, GangSpec, Launcher
+from cpbench.results.active import registered_as_active
 from cpbench.simulator.calibration.links import read_measured
 from cpbench.tools import links
 from cpbench.tools.links_operations import OPERATIONS, actual_bytes, element_count, format_ranks
@@ -297,10 +298,21 @@ def test_nodes_that_join(tmp_path: Path) -> None:
     assert leftover_processes(out) == []
 
 
-def test_several_nodes_need_a_folder_that_they_share(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_is_missing_or_in_use_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.invoke(["links", "--launcher", "torchrun", "--nodes", "2"]) == 2
     assert capsys.readouterr().err == (
         "cpbench: 2 nodes need --out, a folder on a file system they share\n"
     )
+    (tmp_path / "file").touch()
+    for folder, reason in ((tmp_path / "file", "is a file"), ("/proc/nosuch", "cannot write")):
+        assert cli.invoke(["links", "--out", str(folder)]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1
+        assert reason in err
+    with registered_as_active(tmp_path, ["links"]):
+        assert cli.invoke(["links", "--out", str(tmp_path)]) == 2
+        assert capsys.readouterr().err.startswith("cpbench: process ")
     assert cli.invoke(["links", "--launcher", "srun"]) == 2
     assert "inside an allocation of Slurm" in capsys.readouterr().err
