@@ -34,7 +34,7 @@ SWEEPS: dict[str, tuple[str, list[str]]] = {
     "TOML key twice": ("[sweep]\nmask = 'full'\nmask = 'causal'\nseed = 1", ["not TOML", "line 3"]),
     "TOML nested": ("x = " + "[" * 5000, ["nested too deeply"]),
     "TOML huge number": ("[sweep]\nseq_len = " + "9" * 5000, ["s.toml", "4300 digits"]),
-    "operator": ("[sweep]\noperator = 'bnds'", ["operator 'bnds'", "bands, ", "reference"]),
+    "operator": ("[sweep]\noperator = 'bnds'", ["operator 'bnds'", "bands, ", " more"]),
     "refused operator": ("[sweep]\noperator = 'LazyLLM'", ["LazyLLM", "drops tokens between"]),
     "deep memory": ("[sweep]\noperator = 'titans'", ["titans", "not affine in the state"]),
     "file of gates": ("[sweep]\noperator = 'seer:gates=no.file'", ["'no.file'", "gates="]),
@@ -245,7 +245,7 @@ LINES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "traffic text": (["traffic", "ulysses:chunks=x"], ["chunks = 'x'", "integer"]),
     "traffic strategy": (["traffic", "x"], ["'x'", "ring"]),
-    "traffic operator": (["traffic", "scan", "--operator", "x"], ["'x'", "gated_deltanet"]),
+    "traffic operator": (["traffic", "scan", "--operator", "x"], ["'x'", " more"]),
     "traffic kinds": (["traffic", "scan"], ["scan distributes sequence mixers", "bands"]),
     "bench kinds": (
         ["bench", "--operator", "ssd", "--strategy", "ring"],

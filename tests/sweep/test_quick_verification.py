@@ -18,7 +18,8 @@ from cpbench.tools.verification_table import summary_lines
 def test_it_touches_every_operator_and_strategy(device: str) -> None:
     tables = verification.quick_tables(device, 2)
     cases = [case for table in tables for case in sweep_file.expand_table(table)]
-    assert 100 <= len(cases) <= 320
+    known = len(registry.operators()) + len(registry.strategies())
+    assert known <= len(cases) <= 4 * known
     assert {case.operator.name for case in cases} == set(registry.operators())
     assert {case.strategy.name for case in cases} == set(registry.strategies())
     assert {case.dtype for case in cases} == {"bfloat16", "float32"}
