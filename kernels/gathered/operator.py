@@ -18,13 +18,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
 from cpbench.core.registry import OperatorInfo
 from cpbench.kernels.gathered import blocks as gathered_blocks
 from cpbench.kernels.gathered import strips
 from cpbench.kernels.gathered import tokens as gathered_tokens
 from cpbench.kernels.gathered.running_softmax import LOG2E, MIN_ROW_MAX
+from cpbench.selectors.common.hidden_keys import hidden_key_table
 from cpbench.selectors.common.selection import Blocks, Grid, Selection, Tokens
 
 if TYPE_CHECKING:
@@ -190,7 +189,7 @@ def _rows_by_block(selection: Blocks, heads_kv: int) -> tuple[RowsByBlock, ...]:
     import torch
 
     grid, tokens = selection.grid, selection.seq_q
-    hidden_index, hidden_keys = _hidden_table(grid)
+    hidden_index, hidden_keys = hidden_key_table(grid)
     columns = grid.areas.shape[1]
     kept = selection.kept & grid.allowed
     by_block = kept.unflatten(1, (heads_kv, -1)).flatten(0, 1).permute(0, 3, 1, 2).flatten(2)
@@ -222,38 +221,6 @@ def _row_chunks(block: BlockRows) -> Iterator[BlockRows]:
     for begin in range(0, len(rows), MAX_ROWS):
         in_chunk = (partial >= begin) & (partial < begin + MAX_ROWS)
         yield BlockRows(rows[begin : begin + MAX_ROWS], partial[in_chunk] - begin, hidden[in_chunk])
-
-
-def _hidden_table(grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
-    """The hidden keys of partial blocks, cached in the grid: ``[S, Y]`` int32 indices (-1 for other
-    blocks) into ``[p, w]`` booleans."""
-    if "hidden_keys" not in grid.cache:
-        grid.cache["hidden_keys"] = _build_hidden_table(grid)
-    table: tuple[torch.Tensor, torch.Tensor] = grid.cache["hidden_keys"]
-    return table
-
-
-def _build_hidden_table(grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
-    import torch
-
-    partial = grid.allowed & ~grid.full
-    queries, blocks = torch.nonzero(partial).cpu().numpy().T
-    device = grid.areas.device
-    hidden_index = torch.full(grid.areas.shape, -1, dtype=torch.int32, device=device)
-    hidden_index[partial] = torch.arange(len(queries), dtype=torch.int32, device=device)
-    hidden = np.ones((len(queries), grid.block_k), dtype=np.bool_)
-    order = np.argsort(blocks, kind="stable")
-    ends = np.searchsorted(blocks[order], np.arange(grid.areas.shape[1] + 1))
-    transposed = grid.mask.transpose()
-    for y in range(grid.areas.shape[1]):
-        entries = order[ends[y] : ends[y + 1]]
-        if len(entries):
-            block_queries = queries[entries]
-            k0, k1 = y * grid.block_k, min((y + 1) * grid.block_k, grid.mask.seq_k)
-            first, last = int(block_queries[0]), int(block_queries[-1]) + 1
-            dense = transposed.crop(k0, k1, first, last).to_dense().T
-            hidden[entries, : k1 - k0] = ~dense[block_queries - first]
-    return hidden_index, torch.as_tensor(hidden, device=device)
 
 
 def _apply_mask(s_nw: torch.Tensor, chunk: BlockRows) -> None:

@@ -240,9 +240,9 @@ def _selected_pass(kept: torch.Tensor, static: _StaticTiles, config: Config, gro
     full, partial = kept & static.full, kept & (static.entry >= 0)
 
     columns = torch.arange(width, dtype=torch.int32, device=device).expand(kept.shape)
-    runs, run_starts = _compact(full, columns)
-    tiles, tile_starts = _compact(partial, columns)
-    entries, _ = _compact(partial, static.entry.expand(kept.shape))
+    runs, run_starts = compact(full, columns)
+    tiles, tile_starts = compact(partial, columns)
+    entries, _ = compact(partial, static.entry.expand(kept.shape))
     all_layers = static.tile_layers
     if len(all_layers):
         tile_layers = all_layers[entries]
@@ -264,7 +264,7 @@ def _selected_pass(kept: torch.Tensor, static: _StaticTiles, config: Config, gro
     return Pass(config, tensors, rows, no_splits, 0, per_head=True, listed=True)
 
 
-def _compact(selected: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def compact(selected: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Compact the selected values at the beginning of a buffer of full size.
 
     Returns:

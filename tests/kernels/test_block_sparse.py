@@ -5,34 +5,17 @@ Masks per head that are planned on the host are in ``test_head_masks``.
 
 from __future__ import annotations
 
-from typing import Any
-
 import naive
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from selected_pairs import NoSynchronisation, problem_of, reference
 
 from cpbench import masks
 from cpbench.core.operator import QKV, BackwardInputs
 from cpbench.core.problem import Problem
 from cpbench.kernels.triton.block_sparse import TritonBlockSparse, kept_of_indices, plan_blocks
 from cpbench.masks.attn_mask import AttnMask
-
-SYNCHRONISING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal")
-
-
-class NoSynchronisation(TorchDispatchMode):
-    """Fails on operations that bring values from the device to the host."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func.overloadpacket.__name__ not in SYNCHRONISING, f"{func} synchronises"
-        return func(*args, **(kwargs or {}))
-
-
-def problem_of(seq_q: int, seq_k: int, **changes: Any) -> Problem:
-    shape = {"batch": 2, "heads_q": 4, "heads_kv": 2, "head_dim": 32, "dtype": "float32"}
-    return Problem(seq_q=seq_q, seq_k=seq_k, **{**shape, **changes})
 
 
 def random_blocks(problem: Problem, block: int, share: float, seed: int = 0) -> torch.Tensor:
@@ -47,34 +30,6 @@ def dense(kept: torch.Tensor, problem: Problem, block: int, within: AttnMask | N
     pairs = kept.repeat_interleave(block, 2).repeat_interleave(block, 3)
     pairs = pairs[:, :, : problem.seq_q, : problem.seq_k].numpy()
     return pairs & within.to_dense() if within is not None else pairs
-
-
-def reference(tensors: list[torch.Tensor], visible: np.ndarray) -> dict[str, torch.Tensor]:
-    """The results of each batch and query head by itself, in float64."""
-    q, k, v, dout = tensors
-    group = q.shape[2] // k.shape[2]
-    results = {name: torch.zeros(x.shape, dtype=torch.float64)
-               for name, x in (("out", q), ("dq", q), ("dk", k), ("dv", v))}  # fmt: skip
-    results["lse"] = torch.zeros((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float64)
-    for b in range(q.shape[0]):
-        for h in range(q.shape[2]):
-            g = h // group
-            rows = [
-                (i, i + 1, int(j), int(j) + 1, -(10**6), 10**6)
-                for i, j in zip(*np.nonzero(visible[b, h]), strict=True)
-            ]
-            mask = AttnMask.from_slices(*visible.shape[2:], rows)
-            batch = slice(b, b + 1), slice(None)
-            head = naive.attention(
-                q[(*batch, slice(h, h + 1))], k[(*batch, slice(g, g + 1))],
-                v[(*batch, slice(g, g + 1))], dout[(*batch, slice(h, h + 1))], mask,
-            )  # fmt: skip
-            results["out"][b, :, h] = head["out"][0, :, 0]
-            results["dq"][b, :, h] = head["dq"][0, :, 0]
-            results["lse"][b, h] = head["lse"][0, 0]
-            results["dk"][b, :, g] += head["dk"][0, :, 0]
-            results["dv"][b, :, g] += head["dv"][0, :, 0]
-    return results
 
 
 @pytest.mark.parametrize("extents", [(100, 100), (70, 130)], ids=str)

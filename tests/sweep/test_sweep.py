@@ -367,7 +367,8 @@ NOT_DENSE = {
     "reference": "float64, to compare with", "dilated": "takes dilated masks alone",
     "gathered": "takes selections alone", "vsa.kernel": "takes selected blocks alone",
     "triton_block_sparse": "takes blocks", "flashinfer.block_sparse": "takes blocks",
-    "flashinfer.variable": "takes blocks", "sdpa.math": "holds all scores, up to 48K",
+    "triton_query_sparse": "takes selections alone", "flashinfer.variable": "takes blocks",
+    "sdpa.math": "holds all scores, up to 48K",
 }  # fmt: skip
 
 

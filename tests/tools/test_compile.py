@@ -166,7 +166,7 @@ def test_the_command_prints_json_and_exits_with_1_on_broken_kernels(
         (
             ["--operator", "bands"],
             "--operator: 'bands' is not one of mixers, paged.triton, triton_band, "
-            "triton_block_sparse",
+            "triton_block_sparse, triton_query_sparse",
         ),
         (["--config", "rows"], "--config: 'rows' is not of the form rows=128"),
         (["--config", "tiles=3"], "--config: 'tiles' is not one of rows, cols"),

@@ -28,7 +28,12 @@ AVAILABLE = sorted(
     for name, info in registry.operators().items()
     if "cpu" in info.devices and registry.missing_package(info) is None
 )
-SLOW = {"flex", "triton_band", "triton_block_sparse"}  # only checked for refusals, not run
+SLOW = {
+    "flex",
+    "triton_band",
+    "triton_block_sparse",
+    "triton_query_sparse",
+}  # only checked for refusals, not run
 
 
 def _try_attention(name: str, world: World) -> tuple[Attention | None, str | None]:

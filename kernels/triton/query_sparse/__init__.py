@@ -1,0 +1,1 @@
+"""Operator `triton_query_sparse`: selections of single queries in Triton."""
