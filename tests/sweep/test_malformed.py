@@ -245,6 +245,7 @@ LINES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "traffic text": (["traffic", "ulysses:chunks=x"], ["chunks = 'x'", "integer"]),
     "traffic strategy": (["traffic", "x"], ["'x'", "ring"]),
+    "tune operator": (["tune", "--operator", "paged.triton"], ["'paged.triton'", "triton_band, "]),
     "traffic operator": (["traffic", "scan", "--operator", "x"], ["'x'", " more"]),
     "traffic kinds": (["traffic", "scan"], ["scan distributes sequence mixers", "bands"]),
     "bench kinds": (

@@ -20,6 +20,7 @@ TARGETS = (
 )  # fmt: skip
 HEAD_DIMS = (64, 96, 128, 192, 256)
 INTERPRETER_VARIABLES = ("TRITON_INTERPRET",)  # unset in subprocesses
+TUNABLE = ("triton_band", "triton_block_sparse")  # operators with a table of configurations
 CONFIG_FIELDS = ("rows", "cols", "num_warps", "num_stages", "descriptors", "launches")
 
 MIXERS = "mixers"
@@ -115,6 +116,8 @@ def tune(
         ValueError: for a request that the tuner refuses, or without a GPU.
         RuntimeError: if the tuner dies.
     """
+    if operator not in TUNABLE:
+        raise ValueError(f"--operator: {operator!r} is not one of {', '.join(TUNABLE)}")
     for kernel in kernels:
         if kernel not in KERNELS:
             raise ValueError(f"--kernel: {kernel!r} is not one of {', '.join(KERNELS)}")
