@@ -14,6 +14,9 @@ MASKS = ("causal", f"causal_document:{DOCUMENTS}")
 HEADS = {"num_heads_q": 4, "num_heads_kv": 4}
 VALUE_DIMS = {"head_dim": 24, "head_dim_v": 16}
 INITIAL_STATE = "gates:initial=true"
+# Of which the first document, which alone starts from the initial state, is long enough for ranks
+# to cut it.
+INITIAL_MASKS = ("causal", "causal_document:doc_lens=[125,7,100,1,60]")
 LONG_SEQ_LEN = 1111
 FEW = ("gated_deltanet",)  # on several ranks, where no operator is named
 FEW_SIZES = ("2", "3")
@@ -70,8 +73,8 @@ def tables_on_ranks(
     sizes: Sequence[str],
     given_masks: bool,
 ) -> list[dict[str, Any]]:
-    """Tables of mixers under a strategy: on all its layouts, its variants on two of them; other
-    head_dims of values, with an initial state; and longer than the small check.
+    """Tables of mixers under a strategy: on all its layouts, its variants on two of them; on all
+    layouts also other head_dims of values, with an initial state; and longer than the small check.
 
     Args:
         mixers: none for :data:`FEW`, in a few cases.
@@ -97,10 +100,13 @@ def tables_on_ranks(
         if given_masks:
             longer.pop("mask")
         of_ways = {**of_free, **last_mask, "strategy": ways}
+        initial_masks = {} if given_masks else {"mask": list(INITIAL_MASKS)}
+        unequal = {**of_ways, **VALUE_DIMS, **initial_masks}
         tables += [
             {**of_free, **both, "strategy": str(spec), "layout": list(info.layouts)},
             {**of_free, **both, "strategy": variants or str(spec), "layout": two_layouts},
-            *_with_initial_states({**of_ways, **VALUE_DIMS, "layout": two_layouts[0]}, free),
+            *_with_initial_states({**unequal, "layout": list(info.layouts)}, free),
+            *_with_initial_states({**unequal, "layout": two_layouts[0], "direction": "fwd"}, free),
             {**of_ways, **longer, "layout": two_layouts[1]},
         ]
     if chunked := [CHUNKED[text] for text in mixers if text in CHUNKED]:
