@@ -38,11 +38,18 @@
     call_us = 5.0
     [kernels.bwd]                      # the same, for the backward pass
 
-    [links.node]                       # also: links.across, links.host; none: for one rank only
+    [links.node]                       # also: links.across; neither: for one rank only
     source = "cpbench links"
     alpha_us = 10.0
     gb_per_s = 350.0                   # of one rank, in each direction
     per_node = 8                       # of links across nodes: how many a node has
+
+    [links.host]                       # for offload=host: between a device and its host
+    source = "data sheet"
+    alpha_us = 10.0
+    gb_per_s = 55.0                    # of one rank, in each direction
+    per_node = 4                       # where ranks share them: how many a node has
+    overlaps = true                    # false where both are one memory, and a copy is work
 
     [collectives]                      # GB/s of received bytes, inside a node and across, all ranks
     source = "cpbench links"
@@ -136,6 +143,17 @@ class Link:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HostLink(Link):
+    """The links between devices and host memory.
+
+    Attributes:
+        overlaps: whether copies run beside kernels.
+    """
+
+    overlaps: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class Collectives:
     """Latency, and rates in received bytes for groups inside a node and across nodes."""
 
@@ -203,10 +221,18 @@ class Cluster:
             f"there are: {known}"
         )
 
-    def shares_links(self, ranks_per_node: int) -> bool:
-        """Whether ranks of a node share its links to others."""
-        links = self.links["across"].per_node if "across" in self.links else 0
-        return 0 < links < ranks_per_node
+    @property
+    def host(self) -> HostLink | None:
+        """The links between devices and host memory, if they are known."""
+        link = self.links.get("host")
+        return link if isinstance(link, HostLink) else None
+
+    def shares_links(self, ranks_per_node: int, offloaded: bool = False) -> bool:
+        """Whether ranks of a node share its links to others, or those to its host that copies of
+        ``offload=host`` take."""
+        names = ("across", "host") if offloaded else ("across",)
+        counts = (self.links[name].per_node for name in names if name in self.links)
+        return any(0 < count < ranks_per_node for count in counts)
 
 
 def load(name: str) -> Cluster:
@@ -240,7 +266,7 @@ def from_table(table: Mapping[str, Any]) -> Cluster:
     links = values.get("links", {})
     if not isinstance(links, dict):
         raise ValueError("links must be tables: [links.node], [links.across]")
-    if bool(links) != ("collectives" in values):
+    if any(name != "host" for name in links) != ("collectives" in values):
         raise ValueError(
             "[links] and [collectives] go together: give both, or neither for one rank"
         )
@@ -251,9 +277,12 @@ def from_table(table: Mapping[str, Any]) -> Cluster:
     values["kernels"] = tuple(
         _kernel(kernel, f"kernels[{index}]") for index, kernel in enumerate(kernels)
     )
-    values["links"] = {name: _from_table(Link, x, f"links.{name}") for name, x in links.items()}
+    values["links"] = {
+        name: _from_table(HostLink if name == "host" else Link, x, f"links.{name}")
+        for name, x in links.items()
+    }
     values["calibrated"] = _from_table(Calibrated, values.get("calibrated"), "calibrated")
-    if links:
+    if "collectives" in values:
         values["collectives"] = _from_table(Collectives, values["collectives"], "collectives")
     if "memory" in values:
         values["memory"] = _from_table(Memory, values["memory"], "memory")

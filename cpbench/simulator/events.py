@@ -1,4 +1,4 @@
-"""What one rank does in order: kernels, side work, communication and waits; and its totals.
+"""What one rank does in order: kernels, side work, communication, copies and waits.
 
 Ranks are those of all ranks (not of a sub-communicator), bytes are those of one rank.
 """
@@ -108,11 +108,29 @@ class Post:
 
 
 @dataclass(frozen=True)
+class Copy:
+    """The start of a copy between the memory of a rank's device and that of its host.
+
+    Attributes:
+        number: of the operation among those of its rank, messages and collectives too.
+        to_device: its direction; copies of one direction run one after another.
+        nbytes: bytes; pieces: contiguous parts, which are copied one by one.
+        after: numbers of copies that must have ended before it starts.
+    """
+
+    number: int
+    to_device: bool
+    nbytes: int
+    pieces: int
+    after: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Wait:
     """The host or device waits for the operation of that number."""
 
     number: int
 
 
-Event = Kernel | SideWork | Post | Wait
+Event = Kernel | SideWork | Post | Copy | Wait
 Program = tuple[Event, ...]

@@ -31,10 +31,11 @@ class Need:
 
     Attributes:
         rank: the rank.
-        inputs: q, k, v, and dout if there is a backward pass.
+        inputs: q, k, v, and dout if there is a backward pass; none if they are in host memory.
         buffers: peak of all that its strategy allocates beside them.
         workspace: of its largest kernel call.
         peers: distinct (peer in its node, communicator).
+        host: in host memory, with ``offload=host``; the verdict is not of these.
     """
 
     rank: int
@@ -42,6 +43,7 @@ class Need:
     buffers: int
     workspace: int
     peers: int
+    host: int = 0
 
     def total(self, cluster: Cluster) -> tuple[int, int]:
         """The least and the most memory that is in use at the peak."""
@@ -79,12 +81,13 @@ _COUNTS = ("rank", "peers")
 
 def need(
     strategy: Strategy, operator: OperatorInfo, world: World, rank: int,
-    programs: Mapping[str, Program],
+    programs: Mapping[str, Program], offloaded: bool = False,
 ) -> Need:  # fmt: skip
     """What one rank needs.
 
     Args:
         programs: its recordings by phase.
+        offloaded: whether its inputs are in host memory.
     """
     from cpbench.parallel.tracing.memory_trace import peak_bytes
 
@@ -93,11 +96,12 @@ def need(
         world = replace(world, problem=replace(problem, direction="fwd_bwd"))
     inputs = problem.q_bytes(world.queries.local_len) + problem.kv_bytes(world.keys.local_len)
     inputs += problem.out_bytes(world.queries.local_len) * problem.backward
+    peak = peak_bytes(strategy, operator, world, rank)
     events = [event for program in programs.values() for event in program]
     return Need(
         rank=rank,
-        inputs=inputs,
-        buffers=peak_bytes(strategy, operator, world, rank).device,
+        inputs=0 if offloaded else inputs,
+        buffers=peak.device,
         workspace=max((_workspace(x, operator, problem) for x in events if isinstance(x, Kernel)),
                       default=0),
         peers=len({
@@ -106,6 +110,7 @@ def need(
             for peer, _ in (*event.sends, *event.receives)
             if peer // world.ranks_per_node == rank // world.ranks_per_node
         }),
+        host=inputs + peak.host if offloaded else 0,
     )  # fmt: skip
 
 

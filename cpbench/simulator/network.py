@@ -1,8 +1,8 @@
 """Links of a cluster, and messages that share them.
 
 Each rank has a link in each direction for every class (inside the node, across nodes, to the
-host); links across nodes may be fewer than ranks.  A message gets, on every link that it uses, an
-equal share with the others on it, and runs at the smallest of its shares.
+host); links across nodes, and to the host, may be fewer than ranks.  A message gets, on every link
+that it uses, an equal share with the others on it, and runs at the smallest of its shares.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cpbench.simulator.cluster import Cluster
-from cpbench.simulator.events import Post
+from cpbench.simulator.events import Copy, Post
 
 At = Callable[[float, Callable[[float], None]], None]
 Done = Callable[[float], None]
@@ -83,6 +83,12 @@ class Network:
             return name, direction, node, place * per_node // self._nodes
         return name, direction, rank
 
+    def copy(self, rank: int, copy: Copy, now: float, done: Done) -> None:
+        """Start a copy between a device and its host."""
+        way = "to device" if copy.to_device else "to host"
+        link = self._link("host", way, rank)
+        self._start("host", copy.nbytes, (link,), now, done, copy.pieces)
+
     def collective_flows(self, rank: int, post: Post) -> int:
         """How many messages :meth:`collective` starts on a rank."""
         if post.operation != "all_to_all":
@@ -112,10 +118,11 @@ class Network:
         return totals
 
     def _start(
-        self, name: str, nbytes: int, links: tuple[Any, ...], now: float, done: Done
-    ) -> None:
+        self, name: str, nbytes: int, links: tuple[Any, ...], now: float, done: Done,
+        messages: int = 1,
+    ) -> None:  # fmt: skip
         flow = _Flow(nbytes, links, done)
-        latency = self._cluster.links[name].alpha_us * 1e-6
+        latency = messages * self._cluster.links[name].alpha_us * 1e-6
         self._at(now + latency, functools.partial(self._begin, flow))
 
     def _begin(self, flow: _Flow, now: float) -> None:

@@ -54,12 +54,13 @@ def predict(
     """
     kernel = cluster.kernel(case.operator.name, case.dtype, case.head_dim)
     world = world or World.of_case(case, cluster.gpus_per_node)
-    strategy, operator = load_method(case, world)
+    strategy, operator = load_method(case, world, cluster)
+    offloaded = strategy_info(case.strategy.name).is_offloaded(case.strategy.kwargs)
     counts = chosen = representatives(world)
     groups = [[rank] for rank in counts]
     if world.size <= TOGETHER:
         counts, groups = dict.fromkeys(range(world.size), 1), []
-    elif cluster.shares_links(world.ranks_per_node):
+    elif cluster.shares_links(world.ranks_per_node, offloaded):
         counts = chosen = representative_nodes(world)
         groups = _by_node(counts, world.ranks_per_node)
     programs = record(case, world, strategy, operator, kernel.tiling, counts)
@@ -95,11 +96,12 @@ def predict(
     }
 
 
-def load_method(case: Case, world: World) -> tuple[Strategy, OperatorInfo]:
+def load_method(case: Case, world: World, cluster: Cluster) -> tuple[Strategy, OperatorInfo]:
     """The strategy and operator of a case.
 
     Raises:
-        ValueError: if the case is not predicted, or one of them does not take it.
+        ValueError: if the case is not predicted, one of them does not take it, or it takes links
+            that the cluster lacks.
     """
     info, operator = strategy_info(case.strategy.name), operator_info(case.operator.name)
     if not info.traced:
@@ -115,6 +117,10 @@ def load_method(case: Case, world: World) -> tuple[Strategy, OperatorInfo]:
         raise ValueError(f"{operator.name} selects by the data, so its work is not known before")
     if per_head(world.mask):
         raise ValueError("a mask that differs from head to head is not predicted")
+    if info.is_offloaded(case.strategy.kwargs) and cluster.host is None:
+        raise ValueError(
+            f"cluster {cluster.name} has no [links.host], which the copies of {case.strategy} take"
+        )
     strategy = implementation(info, case.strategy.kwargs)
     reason = declared_refusal(info, world) or strategy.unsupported(world)
     if reason := reason or value_dims_refusal(operator, world.problem):
@@ -126,11 +132,7 @@ def record(
     case: Case, world: World, strategy: Strategy, operator: OperatorInfo, tiling: Tiling,
     ranks: Iterable[int],
 ) -> dict[int, dict[str, Program]]:  # fmt: skip
-    """The recordings of some ranks.
-
-    Raises:
-        ValueError: if the strategy copies between device and host.
-    """
+    """The recordings of some ranks."""
 
     def record_one(rank: int) -> dict[str, Program]:
         from cpbench.simulator.recording import record_rank
@@ -150,9 +152,10 @@ def needs(
     programs: Mapping[int, Mapping[str, Program]],
 ) -> dict[int, memory.Need]:  # fmt: skip
     """The memory that ranks need, from their recordings."""
+    offloaded = strategy_info(case.strategy.name).is_offloaded(case.strategy.kwargs)
 
     def of_rank(rank: int) -> memory.Need:
-        return memory.need(strategy, operator, world, rank, programs[rank])
+        return memory.need(strategy, operator, world, rank, programs[rank], offloaded)
 
     return {
         rank: cached_value(

@@ -16,8 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from cpbench.parallel.bound_operator import BoundOperator
 from cpbench.parallel.comm import CompletedHandle
+from cpbench.parallel.host_memory.link import contiguous_pairs
 from cpbench.parallel.tracing.trace import COLLECTIVES, CountingComm, empty_inputs
-from cpbench.simulator.events import Event, Kernel, Post, Program, SideWork, Wait
+from cpbench.simulator.events import Copy, Event, Kernel, Post, Program, SideWork, Wait
 from cpbench.simulator.tiles import Tiling
 
 if TYPE_CHECKING:
@@ -33,9 +34,6 @@ if TYPE_CHECKING:
 FREE = {"empty", "empty_like", "new_empty", "empty_strided", "detach", "alias", "lift_fresh"}
 GATHERS = {"index_select", "gather", "index", "take_along_dim", "embedding"}
 SCATTERS = {"index_copy_", "index_add_", "scatter_", "scatter_add_", "index_put_", "index_fill_"}
-
-
-NO_HOST = "copies between a device and its host are not predicted: leave out offload=host"
 
 
 class Recorder:
@@ -59,11 +57,13 @@ class Recorder:
 
 
 class RecordingComm(CountingComm):
-    """A :class:`~cpbench.parallel.tracing.trace.CountingComm` that keeps posts and waits, too."""
+    """A :class:`~cpbench.parallel.tracing.trace.CountingComm` that keeps posts, copies and waits,
+    too."""
 
     def __init__(self, rank: int, size: int, recorder: Recorder) -> None:
         self._recorder = recorder
         self._posts = 0
+        self._last_to_host: Handle = CompletedHandle()
         super().__init__(rank, size)
 
     def exchange(self, sends: Messages, recvs: Messages, what: str = "") -> Handle:
@@ -80,11 +80,25 @@ class RecordingComm(CountingComm):
         rows = tuple((peer, nbytes * messages) for peer in peers) if nbytes else ()
         return self._post(COLLECTIVES[kind], rows, rows)
 
-    def to_device(self, out: torch.Tensor, x: torch.Tensor, after: Sequence[Handle] = ()) -> Handle:
-        raise ValueError(NO_HOST)
+    def _copy(
+        self, out: torch.Tensor, x: torch.Tensor, to_device: bool, after: Sequence[Any] = ()
+    ) -> Handle:
+        if not x.nbytes:
+            return CompletedHandle()
+        root = self._root
+        root._posts += 1
+        pieces = sum(1 for _ in contiguous_pairs(out, x))
+        before = (one.number for one in after if isinstance(one, _RecordedHandle))
+        root._recorder.add(
+            Copy(root._posts, to_device, x.nbytes, pieces, tuple(filter(None, before)))
+        )
+        handle = _RecordedHandle(root._recorder, root._posts)
+        if not to_device:
+            root._last_to_host = handle
+        return handle
 
-    def to_host(self, out: torch.Tensor, x: torch.Tensor) -> Handle:
-        raise ValueError(NO_HOST)
+    def finish_copies(self) -> None:
+        self._root._last_to_host.wait()
 
     def _post(self, operation: str, sends: Any, receives: Any) -> Handle:
         if not sends and not receives:
@@ -96,15 +110,19 @@ class RecordingComm(CountingComm):
 
 
 class _RecordedHandle:
-    """Records that its operation is waited for, once."""
+    """Records that its operation is waited for, once.
+
+    Attributes:
+        number: of the operation; 0 once it has been waited for.
+    """
 
     def __init__(self, recorder: Recorder, number: int) -> None:
-        self._recorder, self._number = recorder, number
+        self._recorder, self.number = recorder, number
 
     def wait(self) -> None:
-        if self._number:
-            self._recorder.add(Wait(self._number))
-            self._number = 0
+        if self.number:
+            self._recorder.add(Wait(self.number))
+            self.number = 0
 
 
 class _Kernels:
@@ -192,9 +210,6 @@ def record_rank(
     """Record the phases of one rank, ``"fwd"`` and ``"bwd"``; the forward pass is always recorded.
 
     The log-sum-exp is not requested, as in timed runs.
-
-    Raises:
-        ValueError: if the strategy copies between device and host.
     """
     recorder = Recorder()
     op = RecordingOperator(operator, recorder, tiling)

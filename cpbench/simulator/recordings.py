@@ -15,7 +15,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from cpbench.simulator.events import Event, Kernel, Post, Program, SideWork, Wait
+from cpbench.simulator.events import Copy, Event, Kernel, Post, Program, SideWork, Wait
 from cpbench.simulator.tiles import TileCounts, Tiling
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 PACKAGE = Path(__file__).parents[1]
 CODE = ("core", "masks", "parallel", "simulator", "strategies")
-_KINDS: dict[str, type] = {kind.__name__: kind for kind in (Kernel, SideWork, Post, Wait)}
+_KINDS: dict[str, type] = {kind.__name__: kind for kind in (Kernel, SideWork, Post, Copy, Wait)}
 
 
 def cache_folder() -> Path:
@@ -117,5 +117,8 @@ def _event(kind: str, *values: Any) -> Event:
         number, operation, members, lane, sends, receives = values
         rows = [tuple((peer, nbytes) for peer, nbytes in side) for side in (sends, receives)]
         return Post(number, operation, tuple(members), lane, *rows)
+    if kind == "Copy":
+        *copy, after = values
+        return Copy(*copy, tuple(after))
     event: Event = _KINDS[kind](*values)
     return event

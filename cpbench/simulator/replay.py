@@ -1,7 +1,8 @@
 """Discrete-event replay of what ranks do: compute, side work, post, wait.
 
-A rank computes in order and posts communication in the background.  The operations of one
-communicator or lane run one after another on every rank.  A message starts when both its ranks have
+A rank computes in order and posts communication in the background, and copies between device and
+host, unless these are one memory.  The operations of one communicator or lane, and the copies of
+one direction, run one after another on every rank.  A message starts when both its ranks have
 reached it, takes the latency of its link, and then shares the bandwidth of the links that it uses
 with the other messages on them; a collective starts when all its members have reached it.
 
@@ -20,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cpbench.simulator.cluster import Cluster
-from cpbench.simulator.events import Kernel, Post, Program, SideWork, Wait
+from cpbench.simulator.events import Copy, Kernel, Post, Program, SideWork, Wait
 from cpbench.simulator.network import Network
 
 Seconds = Callable[[Kernel | SideWork], float]
@@ -82,7 +83,7 @@ class _Operation:
     """One operation on one rank: what it waits for, and how many of its messages are pending."""
 
     rank: int
-    post: Post
+    post: Post | Copy
     queue: tuple[Any, ...]
     pending: int = 0
     opened: float = 0.0
@@ -90,12 +91,16 @@ class _Operation:
 
     @property
     def name(self) -> str:
+        if isinstance(self.post, Copy):
+            return f"to {'device' if self.post.to_device else 'host'} {self.post.number}"
         lane = f", {self.post.lane}" if self.post.lane else ""
         return f"{self.post.operation} {self.post.number}{lane}"
 
     @property
     def details(self) -> dict[str, Any]:
-        """Bytes by peer, as in measured timelines."""
+        """Bytes, of messages by peer, as in measured timelines."""
+        if isinstance(self.post, Copy):
+            return {"bytes": self.post.nbytes}
         sends, receives = (
             {str(peer): nbytes for peer, nbytes in rows}
             for rows in (self.post.sends, self.post.receives)
@@ -119,6 +124,8 @@ class _Replay:
         self._channels: dict[tuple[int, int], tuple[deque[Any], deque[Any]]] = {}
         self._gathering: dict[tuple[Any, ...], list[_Operation]] = {}
         self._entered: dict[tuple[Any, ...], int] = {}
+        self._held: dict[tuple[int, int], list[_Operation]] = {}  # copies after an operation
+        self._overlaps = cluster.host is None or cluster.host.overlaps
 
     def run(self) -> dict[int, RankTimes]:
         for rank in self._programs:
@@ -143,8 +150,11 @@ class _Replay:
         while self._next[rank] < len(program):
             event = program[self._next[rank]]
             self._next[rank] += 1
-            if isinstance(event, Post):
+            if isinstance(event, Post | Copy):
                 self._post(rank, event, now)
+                if isinstance(event, Copy) and not self._overlaps:
+                    self._waiting[rank, event.number] = now
+                    return
             elif isinstance(event, Wait):
                 if not self._operations[rank, event.number].done:
                     self._waiting[rank, event.number] = now
@@ -160,8 +170,9 @@ class _Replay:
                 return
         times.end = now
 
-    def _post(self, rank: int, post: Post, now: float) -> None:
-        operation = _Operation(rank, post, (rank, post.members, post.lane))
+    def _post(self, rank: int, post: Post | Copy, now: float) -> None:
+        queue_of = ("host", post.to_device) if isinstance(post, Copy) else (post.members, post.lane)
+        operation = _Operation(rank, post, (rank, *queue_of))
         self._operations[rank, post.number] = operation
         queue = self._queues.setdefault(operation.queue, deque())
         queue.append(operation)
@@ -169,9 +180,12 @@ class _Replay:
             self._open(operation, now)
 
     def _open(self, operation: _Operation, now: float) -> None:
-        """The operation is the next one of its communicator on its rank."""
+        """The operation is the next one of its communicator, or of its direction of copies."""
         post, rank = operation.post, operation.rank
         operation.opened = now
+        if isinstance(post, Copy):
+            self._open_copy(operation, post, now)
+            return
         if post.operation != "exchange":
             self._enter_collective(operation, now)
             return
@@ -196,8 +210,18 @@ class _Replay:
         if not operation.pending:
             self._complete(operation, now)
 
+    def _open_copy(self, operation: _Operation, copy: Copy, now: float) -> None:
+        rank = operation.rank
+        for number in copy.after:
+            if not self._operations[rank, number].done:
+                self._held.setdefault((rank, number), []).append(operation)
+                return
+        operation.pending = 1
+        self._network.copy(rank, copy, now, self._finisher(operation))
+
     def _enter_collective(self, operation: _Operation, now: float) -> None:
         post = operation.post
+        assert isinstance(post, Post)
         key = (operation.rank, post.members, post.lane)
         turn = self._entered[key] = self._entered.get(key, 0) + 1
         group = self._gathering.setdefault((post.members, post.lane, turn), [])
@@ -207,8 +231,10 @@ class _Replay:
         del self._gathering[post.members, post.lane, turn]
         finishers = [self._finisher(one) for one in group]
         for one in group:
+            assert isinstance(one.post, Post)
             one.pending = self._network.collective_flows(one.rank, one.post)
         for one, finish in zip(group, finishers, strict=True):
+            assert isinstance(one.post, Post)
             self._network.collective(one.rank, one.post, now, finish)
 
     def _finisher(self, operation: _Operation) -> Callable[[float], None]:
@@ -228,7 +254,10 @@ class _Replay:
         queue.popleft()
         if queue:
             self._open(queue[0], now)
-        since = self._waiting.pop((operation.rank, operation.post.number), None)
+        key = operation.rank, operation.post.number
+        for copy in self._held.pop(key, ()):
+            self._open(copy, now)
+        since = self._waiting.pop(key, None)
         if since is not None:
             times.exposed += now - since
             if now > since:

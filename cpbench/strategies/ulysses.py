@@ -38,7 +38,13 @@ STRATEGY = StrategyInfo(
     kinds=("attention", "mixer"),
     value_dims=True,
     params=("chunks", "pad", "offload", "chunk"),
-    variants=("chunks=2", "pad=true", "offload=host,chunk=16", "chunks=3,pad=true"),
+    variants=(
+        "chunks=2",
+        "pad=true",
+        "offload=host,chunk=16",
+        "chunks=3,pad=true",
+        "offload=host,chunk=16,pad=true",
+    ),
     mixer_variants=("pad=true",),
     offloaded="cpbench.strategies.offload.ulysses:OffloadedUlysses",
 )

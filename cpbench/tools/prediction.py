@@ -136,7 +136,8 @@ def memory_text(need: dict[str, Any]) -> str:
     parts = ", ".join(
         f"{gib[f'{part}_bytes']:,.1f} {part}" for part in ("inputs", "buffers", "workspace")
     )
+    host = f", beside {gib['host_bytes']:,.1f} GiB of host memory" if need["host_bytes"] else ""
     return (
         f"{need['verdict']}: {gib['low_bytes']:,.1f} to {gib['high_bytes']:,.1f} of "
-        f"{gib['gpu_bytes']:,.1f} GiB ({parts})"
+        f"{gib['gpu_bytes']:,.1f} GiB ({parts}){host}"
     )

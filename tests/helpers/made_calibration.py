@@ -28,7 +28,8 @@ TABLE: dict[str, Any] = {
     "kernels": [{"source": "-", "operators": ["bands"], "dtype": "bfloat16", "head_dim": 64,
                  "grid": "slices", "fwd": PHASE,
                  "bwd": {**PHASE, "tile": [64, 128], "tflops": 15, "tile_us": 9}}],
-    "links": {"node": {"source": "-", "alpha_us": 12, "gb_per_s": 40},
+    "links": {"host": {"source": "-", "alpha_us": 9, "gb_per_s": 50},
+              "node": {"source": "-", "alpha_us": 12, "gb_per_s": 40},
               "across": {"source": "-", "alpha_us": 30, "gb_per_s": 8, "per_node": 1}},
     "collectives": {"source": "-", "alpha_us": 25, "all_gather": [30, 6],
                     "reduce_scatter": [28, 5], "all_reduce": [26, 4]},
@@ -38,7 +39,7 @@ ENVIRONMENT = {
     "host": "made", "processor": "a processor", "memory_bytes": 16 << 30,
     "device": {"type": "cuda", "name": "a GPU", "multiprocessors": 16, "memory_bytes": 8 << 30},
     "peaks": {"float32": 1.0, "copy_gb_s": 200.0, "gather_gb_s": 100.0, "scatter_gb_s": 25.0,
-              "launch_us": 3.0},
+              "launch_us": 3.0, "to_device_gb_s": 55.0, "to_host_gb_s": 50.0, "host_copy_us": 9.0},
 }  # fmt: skip
 HEADS = ((16, 4), (4, 1), (1, 1))
 DENSE = ("full", "causal")

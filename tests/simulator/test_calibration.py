@@ -127,7 +127,26 @@ def test_constants_that_these_records_do_not_tell(
     assert "bands bfloat16 64 bwd empty_us" in dense.unidentified
     (tmp_path / "dense.toml").write_text(dense.text, encoding="utf-8")
     assert load(str(tmp_path / "dense.toml")).kernels[0].fwd.empty_us == 0
-    assert load(str(tmp_path / "dense.toml")).links == {}
+    assert set(load(str(tmp_path / "dense.toml")).links) == {"host"}
+
+
+def test_links_to_the_host_are_those_that_were_measured(tmp_path: Path) -> None:
+    """Of an earlier version they were not; on a CPU both are one memory, whose copies are known."""
+    peaks = {key: value for key, value in ENVIRONMENT["peaks"].items() if "host" not in key}
+    run = write_records(
+        tmp_path / "run", single_rank_records(DENSE), {"made": {**ENVIRONMENT, "peaks": peaks}}
+    )
+    found = calibration.calibrate([run], None, tmp_path / "gpu.toml")
+    assert "links.host gb_per_s" in found.unidentified
+    assert found.cluster.host is None
+    assert "links.host: gb_per_s" in " ".join(tables.error_lines(found))
+    device = {"type": "cpu", "threads": 1}
+    run = write_records(
+        tmp_path / "cpu", single_rank_records(DENSE), {"made": {**ENVIRONMENT, "device": device}}
+    )
+    host = calibration.calibrate([run], None, tmp_path / "cpu.toml").cluster.host
+    assert host is not None
+    assert (host.gb_per_s, host.overlaps) == (100, False)
 
 
 def test_cases_of_several_ranks_are_judged_and_not_fitted(
@@ -250,7 +269,7 @@ def test_tables_and_json(
     fitted: calibration.Calibration, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = tables.constant_rows(fitted)
-    assert {"of": "bands bfloat16 64 fwd", "constant": "tflops"}.items() <= rows[4].items()
+    assert {"of": "bands bfloat16 64 fwd", "constant": "tflops"}.items() <= rows[6].items()
     assert json.loads(json.dumps(fitted.to_json()))["errors"]["single_rank"]["count"] == 84
 
 

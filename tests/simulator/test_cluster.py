@@ -58,6 +58,13 @@ def changed(path: str, value: Any = None) -> dict[str, Any]:
         ("links", 3, "links must be tables: [links.node], [links.across]"),
         ("links", {}, "[links] and [collectives] go together"),
         ("collectives", None, "[links] and [collectives] go together"),
+        ("links.node.overlaps", True, "no key links.node.overlaps"),
+        ("links.host", {"source": "-"}, "links.host.alpha_us is missing"),
+        (
+            "links.host",
+            {"source": "-", "alpha_us": 1, "gb_per_s": 1, "overlaps": 1},
+            "links.host.overlaps = 1 is not true or false",
+        ),
         ("kernels", [], "kernels must be a list of tables"),
         ("kernels.0.grid", "rows", "kernels[0].grid = 'rows' is none of mask, slices"),
         ("kernels.0.fwd.tile", [128], "kernels[0].fwd.tile = [128] is not a list of two positive"),
@@ -83,6 +90,19 @@ def test_files_are_named_in_errors(tmp_path: Path) -> None:
         load(str(file))
     with pytest.raises(ValueError, match="no cluster 'nosuch'; there are: "):
         load("nosuch")
+
+
+def test_links_to_the_host_need_no_others() -> None:
+    host = {"source": "made", "alpha_us": 1, "gb_per_s": 50, "per_node": 4}
+    alone = {key: value for key, value in TABLE.items() if key != "collectives"}
+    cluster = from_table({**alone, "links": {"host": host}})
+    assert cluster.host is not None
+    assert cluster.host.overlaps
+    assert [cluster.shares_links(8, offloaded) for offloaded in (False, True)] == [False, True]
+    assert from_table(TABLE).host is None
+    assert (
+        cluster.digest != from_table({**alone, "links": {"host": {**host, "per_node": 0}}}).digest
+    )
 
 
 def test_the_digest_is_of_the_content() -> None:

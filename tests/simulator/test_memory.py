@@ -73,10 +73,10 @@ def case(strategy: str, **fields: int | str) -> Case:
 
 def needs_of(one: Case, rank: int = 0) -> Need:
     world = World.of_case(one, 8)
-    strategy, operator = load_method(one, world)
+    strategy, operator = load_method(one, world, load("h100-ib"))
     tiling = load("h100-ib").kernels[0].tiling
     programs = record(one, world, strategy, operator, tiling, [rank])[rank]
-    return need(strategy, operator, world, rank, programs)
+    return need(strategy, operator, world, rank, programs, "offload" in one.strategy.kwargs)
 
 
 def test_the_parts_of_a_ring_and_of_ulysses() -> None:
@@ -93,6 +93,13 @@ def test_the_parts_of_a_ring_and_of_ulysses() -> None:
     assert forward.workspace == 0
     # The backward pass alone needs what the forward pass saved.
     assert needs_of(case("ring", direction="bwd")) == ring
+
+
+def test_what_is_in_host_memory_takes_none_of_the_device() -> None:
+    plain, offloaded = needs_of(case("ulysses")), needs_of(case("ulysses:offload=host,chunk=1k"))
+    assert (plain.host, offloaded.inputs) == (0, 0)
+    assert offloaded.host > plain.inputs
+    assert offloaded.buffers < plain.buffers / 2
 
 
 def test_verdicts_of_predictions() -> None:

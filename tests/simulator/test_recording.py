@@ -24,7 +24,7 @@ from cpbench.parallel.tracing.trace import (
     trace_rank,
 )
 from cpbench.parallel.world import World
-from cpbench.simulator.events import Kernel, Post, Program, SideWork, Wait
+from cpbench.simulator.events import Copy, Kernel, Post, Program, SideWork, Wait
 from cpbench.simulator.recording import Recorder, SideWorkMode, record_rank
 from cpbench.simulator.recordings import cached, content_key
 from cpbench.simulator.representatives import rank_classes, representatives
@@ -61,10 +61,6 @@ def test_recordings_agree_with_traces(spec_text: str) -> None:
         one = world(mask, layout)
         if strategy.unsupported(one):
             continue
-        if "offload" in spec.kwargs:
-            with pytest.raises(ValueError, match="leave out offload=host"):
-                record_rank(strategy, operator, one, 0, PAIRS)
-            continue
         sent, received = Counter[tuple[int, int, int]](), Counter[tuple[int, int, int]]()
         for rank in range(SIZE):
             trace = trace_rank(strategy, operator, one, rank)
@@ -74,6 +70,9 @@ def test_recordings_agree_with_traces(spec_text: str) -> None:
                 pairs = sum(k.tiles.blocks * k.heads_q // 2 for k in kernels)
                 assert pairs == expected.pairs
                 posts = [event for event in program if isinstance(event, Post)]
+                copies = [event for event in program if isinstance(event, Copy)]
+                for to_device, nbytes in ((True, expected.to_device), (False, expected.to_host)):
+                    assert sum(x.nbytes for x in copies if x.to_device == to_device) == nbytes
                 bytes_to = [0] * SIZE
                 for post in posts:
                     for peer, nbytes in post.sends:
@@ -82,13 +81,13 @@ def test_recordings_agree_with_traces(spec_text: str) -> None:
                     for peer, nbytes in post.receives:
                         received[peer, rank, nbytes] += 1
                 assert bytes_to == expected.bytes_to
-                assert_waited(program, [post.number for post in posts])
+                assert_waited(program, [event.number for event in (*posts, *copies)])
         assert sent == received
 
 
 def assert_waited(program: Program, posts: list[int]) -> None:
     """Every operation is waited for once, after it was posted."""
-    place = {event.number: i for i, event in enumerate(program) if isinstance(event, Post)}
+    place = {e.number: i for i, e in enumerate(program) if isinstance(e, Post | Copy)}
     waits = [event.number for event in program if isinstance(event, Wait)]
     assert sorted(waits) == sorted(posts)
     assert all(
@@ -173,6 +172,27 @@ def test_alike_ranks_have_equal_recordings() -> None:
             if isinstance(e, Post) else e for e in program
         ])  # fmt: skip
     assert shapes[0] == shapes[1]
+
+
+def test_copies_beyond_the_device_are_posted_ahead_and_kept_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys are read a chunk ahead; kept sums of gradients are read after they were written."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    strategy = implementation(strategies()["single"], {"offload": "host", "chunk": 8})
+    one = world("full", "contiguous", size=1)
+    programs = record_rank(strategy, operator_info("bands"), one, 0, PAIRS)
+    copies = [event for event in programs["bwd"] if isinstance(event, Copy)]
+    written = {copy.number for copy in copies if not copy.to_device}
+    ordered = [copy for copy in copies if copy.after]
+    assert ordered
+    assert all(copy.to_device and written.issuperset(copy.after) for copy in ordered)
+    assert {copy.pieces for copy in copies} == {1, 2}  # batch 2: chunks of tokens, and flat sums
+    first_kernel = next(i for i, e in enumerate(programs["fwd"]) if isinstance(e, Kernel))
+    ahead = [e for e in programs["fwd"][:first_kernel] if isinstance(e, Copy)]
+    waited = [e for e in programs["fwd"][:first_kernel] if isinstance(e, Wait)]
+    assert len(ahead) == len(waited) + 2  # k and v of the next chunk
+    assert cached("key", lambda: programs) == cached("key", lambda: pytest.fail("again"))
 
 
 def test_recordings_are_kept_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cpbench.simulator.cluster import Cluster, from_table
-from cpbench.simulator.events import Event, Kernel, Post, Program, SideWork, Wait
+from cpbench.simulator.events import Copy, Event, Kernel, Post, Program, SideWork, Wait
 from cpbench.simulator.replay import RankTimes, replay
 
 GB = 10**9
@@ -221,3 +221,45 @@ def test_links_that_are_not_in_the_cluster() -> None:
 def test_replays_are_deterministic() -> None:
     programs = {rank: ring(rank, 8, 7 * GB + rank, 0.7 + rank / 10) for rank in range(8)}
     assert run(programs) == run(programs)
+
+
+def with_host(**link: Any) -> Cluster:
+    host = {"source": "made", "alpha_us": 1e5, "gb_per_s": 10, **link}
+    return from_table({**TABLE, "links": {**TABLE["links"], "host": host}})
+
+
+@pytest.mark.parametrize("step", [0.25, 2.0])
+def test_copies_overlap_with_work_unless_both_are_one_memory(step: float) -> None:
+    """A chunk is copied while the one before is computed: 0.1 s for each of two parts, 1 s."""
+    copies = [Copy(n, True, 10 * GB, pieces=2) for n in range(3)]
+    program: list[Event] = [copies[0]]
+    for n in range(3):
+        program += [Wait(n), *copies[n + 1 : n + 2], compute(step)]
+    (times,) = run({0: tuple(program)}, cluster=with_host()).values()
+    assert times.end == pytest.approx(1.2 + 2 * max(1.2, step) + step)
+    assert times.exposed == pytest.approx(times.end - 3 * step)
+    assert {span.name for span in times.spans if span.kind == "transfer"} == {
+        "to device 0", "to device 1", "to device 2",
+    }  # fmt: skip
+    (times,) = run({0: tuple(program)}, cluster=with_host(overlaps=False)).values()
+    assert times.end == pytest.approx(3 * (1.2 + step))
+
+
+def test_copies_of_one_direction_and_after_others_wait_for_them() -> None:
+    """Two to the host take turns; one to the device runs beside the first of them, another only
+    after the second, whose memory it reads."""
+    out = [Copy(n, False, 10 * GB, pieces=1) for n in (1, 2)]
+    back = [Copy(3, True, 10 * GB, pieces=1), Copy(4, True, 10 * GB, pieces=1, after=(2,))]
+    together = (*out, *back, *map(Wait, (3, 1, 2, 4)))
+    (times,) = run({0: together}, cluster=with_host()).values()
+    ends = {s.name: s.end for s in times.spans if s.kind == "transfer"}
+    assert ends == pytest.approx(
+        {"to host 1": 1.1, "to host 2": 2.2, "to device 3": 1.1, "to device 4": 3.3}
+    )
+
+
+@pytest.mark.parametrize(("per_node", "end"), [(0, 1.1), (4, 1.1), (2, 2.1), (1, 4.1)])
+def test_ranks_of_a_node_share_the_links_to_its_host(per_node: int, end: float) -> None:
+    program = (Copy(1, True, 10 * GB, pieces=1), Wait(1))
+    times = run(dict.fromkeys(range(4), program), cluster=with_host(per_node=per_node))
+    assert [one.end for one in times.values()] == pytest.approx([end] * 4)

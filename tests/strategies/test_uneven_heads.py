@@ -24,8 +24,9 @@ HEADS = ((10, 5), (7, 7), (12, 6), (14, 2), (9, 3), (3, 3), (2, 1))
 STRATEGIES = {
     3: ("ulysses:pad=true", "ulysses:chunks=2,pad=true", "ulysses:chunks=5,pad=true",
         "usp:pad=true", "hierarchical:local=3,pad=true"),
-    4: ("ulysses:pad=true", "ulysses:chunks=3,pad=true", "usp:ulysses=2,pad=true",
-        "usp:inner=allgather,ulysses=2,pad=true,stages=3", "loongtrain:ulysses=2,window=2,pad=true",
+    4: ("ulysses:pad=true", "ulysses:offload=host,chunk=3,pad=true", "ulysses:chunks=3,pad=true",
+        "usp:ulysses=2,pad=true", "usp:inner=allgather,ulysses=2,pad=true,stages=3",
+        "loongtrain:ulysses=2,window=2,pad=true",
         "hierarchical:local=4,pad=true", "hierarchical:pad=true"),
     8: ("usp:ulysses=4,pad=true", "usp:inner=allgather,ulysses=4,pad=true,keep=true",
         "hierarchical:local=4,pad=true"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from cpbench.core.problem import Case
 from cpbench.core.spec import Spec
 from cpbench.simulator.cluster import PACKAGED, load
 from cpbench.simulator.prediction import predict
-from cpbench.tools.prediction import lines, table
+from cpbench.tools.prediction import lines, memory_text, table
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +111,23 @@ def test_refusals(changes: dict[str, int | str], line: str) -> None:
         predict(case(**changes), load("h100-ib"))  # type: ignore[arg-type]
     assert line in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_copies_to_host_memory_need_its_links() -> None:
+    cluster = load("h100-ib")
+    offloaded = case("ulysses:offload=host,chunk=4k", layout="contiguous")
+    one = predict(offloaded, cluster)
+    plain = predict(case("ulysses", layout="contiguous"), cluster)
+    slow = {**cluster.links, "host": dataclasses.replace(cluster.links["host"], gb_per_s=1)}
+    slower = predict(offloaded, dataclasses.replace(cluster, links=slow))
+    for phase, known in one["phases"].items():
+        assert plain["phases"][phase]["seconds"] < known["seconds"]
+        assert known["seconds"] < slower["phases"][phase]["seconds"]
+    assert one["memory"]["inputs_bytes"] == 0 < one["memory"]["host_bytes"]
+    assert "GiB of host memory" in memory_text(one["memory"])
+    without = {name: link for name, link in cluster.links.items() if name != "host"}
+    with pytest.raises(ValueError, match=r"has no \[links.host\], which the copies of ulysses:"):
+        predict(offloaded, dataclasses.replace(cluster, links=without))
 
 
 def test_selectors_are_refused(tmp_path: Path) -> None:

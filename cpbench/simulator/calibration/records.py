@@ -17,11 +17,11 @@ from cpbench import masks
 from cpbench.core.problem import Case
 from cpbench.core.registry import operator_info
 from cpbench.masks.attn_mask import AttnMask
-from cpbench.measure.peaks import COPY, GATHER, LAUNCH, SCATTER
+from cpbench.measure.peaks import COPY, GATHER, HOST_LATENCY, LAUNCH, SCATTER, TO_DEVICE, TO_HOST
 from cpbench.results.record import Record, slowest_us
 from cpbench.results.store import Run, read_run
 from cpbench.simulator.calibration.kernels import Point
-from cpbench.simulator.cluster import Gpu
+from cpbench.simulator.cluster import Gpu, HostLink
 
 PEAKS = {"stream_gb_per_s": COPY, "gather_gb_per_s": GATHER, "scatter_gb_per_s": SCATTER,
          "launch_us": LAUNCH}  # fmt: skip
@@ -189,10 +189,9 @@ def measured_gpu(
     Raises:
         ValueError: if these were not measured, in one line.
     """
-    peaks = [environment.get("peaks", {}) for environment in measurements.environments]
     values, ranges = {}, {}
     for name, peak in PEAKS.items():
-        found = [table[peak] for table in peaks if peak in table]
+        found = _peaks(measurements, peak)
         if not found:
             raise ValueError(
                 f"the records have no measured {peak}: an earlier version of cpbench wrote them; "
@@ -207,3 +206,31 @@ def measured_gpu(
         **values,
     )  # fmt: skip
     return gpu, ranges
+
+
+def measured_host(
+    measurements: Measurements, gpu: Gpu, source: str
+) -> tuple[HostLink | None, dict[str, tuple[float, float]]]:
+    """The links to host memory, with the range of what was measured: of a GPU the slower direction;
+    on a CPU, where both are main memory, copies of the CPU.  None if they were not measured.
+
+    Whether GPUs share them, single ranks cannot tell.
+    """
+    if measurements.machine.device == "cpu":
+        rate = gpu.stream_gb_per_s / 2
+        link = HostLink(source=source, alpha_us=gpu.launch_us, gb_per_s=rate, overlaps=False)
+        return link, {"alpha_us": (link.alpha_us,) * 2, "gb_per_s": (rate, rate)}
+    found = {peak: _peaks(measurements, peak) for peak in (TO_DEVICE, TO_HOST, HOST_LATENCY)}
+    if not all(found.values()):
+        return None, {}
+    slower = min(found[TO_DEVICE], found[TO_HOST], key=statistics.median)
+    of = {"alpha_us": found[HOST_LATENCY], "gb_per_s": slower}
+    values = {name: statistics.median(measured) for name, measured in of.items()}
+    ranges = {name: (min(measured), max(measured)) for name, measured in of.items()}
+    return HostLink(source=source, **values), ranges
+
+
+def _peaks(measurements: Measurements, name: str) -> list[float]:
+    """What was measured of a peak, on each machine state."""
+    peaks = (environment.get("peaks", {}) for environment in measurements.environments)
+    return [table[name] for table in peaks if name in table]

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cpbench.simulator.events import Event, Post
+from cpbench.simulator.events import Copy, Event, Post
 from cpbench.simulator.network import collective_rate
 
 if TYPE_CHECKING:
@@ -89,6 +89,10 @@ def link_seconds(events: Iterable[Event], rank: int, nodes: int, cluster: Cluste
     of their own."""
     busy: dict[tuple[object, ...], float] = {}
     for post in events:
+        if isinstance(post, Copy):
+            host = "host", post.to_device
+            seconds = post.nbytes / (cluster.links["host"].gb_per_s * 1e9)
+            busy[host] = busy.get(host, 0.0) + seconds
         if not isinstance(post, Post):
             continue
         if post.operation in ("exchange", "all_to_all"):

@@ -26,6 +26,7 @@ from cpbench.simulator.calibration.records import (
     Measurement,
     Measurements,
     measured_gpu,
+    measured_host,
     read_measurements,
 )
 from cpbench.simulator.cluster import Calibrated, Cluster
@@ -165,7 +166,9 @@ def _fit(
     """The fit, with the errors of single ranks."""
     machine, of_runs = measurements.machine, ", ".join(map(str, folders))
     per_node = measured.ranks_per_node if measured else 1
-    gpu, ranges = measured_gpu(measurements, per_node, f"peaks of {of_runs} ({machine})")
+    peaks = f"peaks of {of_runs} ({machine})"
+    gpu, ranges = measured_gpu(measurements, per_node, peaks)
+    host, host_ranges = measured_host(measurements, gpu, peaks)
     kernels: list[KernelFit] = []
     for (operator, _, _), points in measurements.points().items():
         source = f"{len(points)} times of single ranks in {of_runs} ({machine})"
@@ -181,15 +184,21 @@ def _fit(
             tokens=max(one.case.seq_len for one in measurements.single),
             median_error=statistics.median(errors), percentile_90_error=percentile(errors),
         ),
-        links=links.links if links else {}, collectives=links.collectives if links else None,
+        links={**(links.links if links else {}), **({"host": host} if host else {})},
+        collectives=links.collectives if links else None,
     )  # fmt: skip
     constants = [
         Constant("gpu", "side work", key, getattr(gpu, key), low_high)
         for key, low_high in ranges.items()
     ]
+    constants += [
+        Constant("links.host", "links.host", key, getattr(host, key), low_high)
+        for key, low_high in host_ranges.items()
+    ]
     constants += _kernel_constants(kernels)
     constants += _link_constants(links) if links else []
     unidentified = [f"{one.of} {one.name}" for one in constants if one.interval is None]
+    unidentified += ["links.host gb_per_s"] if host is None else []
     unidentified += [
         f"{_describe(kernel)} grid" for kernel in kernels if "grid" in kernel.unidentified
     ]
@@ -235,7 +244,9 @@ def judge(fitted: Calibration, several: Sequence[Measurement]) -> None:
     with tempfile.TemporaryDirectory(prefix="cpbench-calibrate-") as folder:
         file = Path(folder) / f"{fitted.cluster.name}.toml"
         file.write_text(fitted.text, encoding="utf-8")
-        for case, reply in predict_each(list(cases) if fitted.cluster.links else [], str(file)):
+        for case, reply in predict_each(
+            list(cases) if fitted.cluster.collectives else [], str(file)
+        ):
             if isinstance(reply, ValueError):
                 refused[str(reply)] += 1
                 continue
@@ -245,7 +256,7 @@ def judge(fitted: Calibration, several: Sequence[Measurement]) -> None:
                 for phase, seconds in cases[case].items()
             ]
     fitted.notes += [f"{pluralize(n, 'case')} not predicted: {why}" for why, n in refused.items()]
-    if several and not fitted.cluster.links:
+    if several and fitted.cluster.collectives is None:
         fitted.notes.append("records of several ranks are not predicted without --links")
     if not fitted.judged:
         return
