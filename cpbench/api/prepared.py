@@ -9,13 +9,18 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from cpbench import __version__
 from cpbench.core.operator import QKV, MixerInputs, Unsupported, declared_refusal
-from cpbench.core.registry import implementation, operator_info, strategy_info
+from cpbench.core.registry import operator_info, strategy_info
 from cpbench.core.spec import Spec
 from cpbench.parallel.bound_operator import BoundOperator
 from cpbench.parallel.comm import GroupedComm
 from cpbench.parallel.host_memory.allocation import home_of
 from cpbench.parallel.strategy import declared_refusal as strategy_refusal
-from cpbench.parallel.strategy import kind_refusal, merge_refusal, selector_refusal
+from cpbench.parallel.strategy import (
+    kind_refusal,
+    load_strategy,
+    merge_refusal,
+    selector_refusal,
+)
 from cpbench.parallel.tracing.mismatch import describe_mismatch
 from cpbench.parallel.tracing.trace import MODULUS, RankTrace, trace_rank
 from cpbench.parallel.world import World
@@ -102,7 +107,8 @@ class Attention:
         if reason is not None:
             raise Unsupported(reason)
         self.op = operator_class.load(operator_spec, device)
-        self.strategy: Strategy = implementation(self.info, params, op_info.kind)
+        self.strategy: Strategy
+        self.strategy, world = load_strategy(self.info, params, op_info.kind, world)
         self.home = home_of(device) if self.offloaded else device
         world = world.with_inputs_of(op_info)
         self.world, self.rank = world, rank

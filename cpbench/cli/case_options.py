@@ -57,18 +57,40 @@ ClusterOperator = Annotated[
 ]
 Directions = Annotated[str, direction_list(help="fwd, bwd or fwd_bwd.")]
 
+# Of batches that are decoded, from which others follow.
+SomeSeqLens = Annotated[str | None, list_option(help="Global sequence lengths.  [default: 128k]")]
+SomeBatches = Annotated[str | None, list_option(help="Batch sizes.  [default: 1]")]
+SomeDirections = Annotated[
+    str | None,
+    direction_list(help="fwd, bwd or fwd_bwd.  [default: fwd_bwd; fwd if decoding]"),
+]
+Phases = Annotated[
+    str | None, list_option(help="sequence, or decode: one query for each of a batch.")
+]
+KeyLens = Annotated[
+    str | None, list_option(help="Keys of each sequence to decode, e.g. [8k,1k,70].")
+]
+PageSizes = Annotated[
+    str | None, list_option(help="Tokens of a page of keys.  [default: 64 if decoding]")
+]
+
 
 def expand(
-    world_size: str, gpus_per_node: str, mask: list[str] | None, placement: str, **lists: str
+    world_size: str,
+    gpus_per_node: str,
+    mask: list[str] | None,
+    placement: str,
+    **lists: str | None,
 ) -> list[Case]:
-    """The cases of all combinations of the values of these lists.
+    """The cases of all combinations of the values of these lists; None is left out.
 
     Raises:
         ValueError: for a value that is not valid.
     """
     from cpbench.sweep import sweep_file
 
-    table = {key: sweep_file.split_list(text) for key, text in lists.items()}
+    given = {key: text for key, text in lists.items() if text is not None}
+    table = {key: sweep_file.split_list(text) for key, text in given.items()}
     table["mask"] = [m for text in mask or ["causal"] for m in sweep_file.split_list(text)]
     if placement:
         table["placement"] = sweep_file.split_list(placement)

@@ -35,7 +35,7 @@ def traffic(
     strategy: case_options.Strategies,
     operator: case_options.Operators = "bands",
     mask: case_options.Masks = None,
-    seq_len: case_options.SeqLens = "128k",
+    seq_len: case_options.SomeSeqLens = None,
     world_size: case_options.WorldSizes = "8",
     gpus_per_node: case_options.GpusPerNode = "8",
     layout: case_options.Layouts = "contiguous",
@@ -45,9 +45,12 @@ def traffic(
     num_heads_kv: case_options.HeadsKv = "8",
     head_dim: case_options.HeadDims = "128",
     head_dim_v: case_options.HeadDimsV = "0",
-    batch: case_options.Batches = "1",
+    batch: case_options.SomeBatches = None,
     dtype: case_options.Dtypes = "bfloat16",
-    direction: case_options.Directions = "fwd_bwd",
+    direction: case_options.SomeDirections = None,
+    phase: case_options.Phases = None,
+    key_lens: case_options.KeyLens = None,
+    page_size: case_options.PageSizes = None,
     links: Annotated[
         Path | None,
         file_option(help="File of cpbench links --json: add the time that these links need."),
@@ -67,9 +70,11 @@ def traffic(
     with user_input():
         cases = case_options.expand(
             world_size, gpus_per_node, mask, placement,
-            strategy=strategy, layout=layout, seq_len=seq_len, queries=queries, batch=batch,
+            strategy=strategy, layout=layout, queries=queries, batch=batch,
+            seq_len=seq_len or (None if key_lens else "128k"),
             num_heads_q=num_heads_q, num_heads_kv=num_heads_kv, head_dim=head_dim,
             head_dim_v=head_dim_v, dtype=dtype, direction=direction, operator=operator,
+            phase=phase, key_lens=key_lens, page_size=page_size,
         )  # fmt: skip
         rates = read_link_rates(links) if links else None
         if len(cases) > 1:

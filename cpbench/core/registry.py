@@ -164,6 +164,8 @@ class StrategyInfo:
             another kind.
         mixers: as ``load``: the implementation for sequence mixers, if it is another one, which may
             take fewer parameters; "" if not.
+        decodes: as ``load``: the implementation for batches that are decoded with a cache that is
+            divided by heads (``World.held_heads``); "" if by tokens.
         value_dims: as for :class:`OperatorInfo`.
         merges: whether it merges partial results (and so needs a mergeable operator whose backward
             takes an external out and lse).
@@ -186,6 +188,7 @@ class StrategyInfo:
     kinds: tuple[str, ...] = ("attention",)
     selectors: Literal["none", "any", "pooled"] = "none"
     mixers: str | Callable[..., Any] = ""
+    decodes: str | Callable[..., Any] = ""
     value_dims: bool = False
     merges: bool = False
     params: tuple[str, ...] = ()
@@ -275,9 +278,8 @@ def _collect(kind: type[T], builtin: Iterable[Any], group: str) -> dict[str, T]:
 def operators() -> dict[str, OperatorInfo]:
     """Every registered operator by name."""
     modules = [*_modules("cpbench.kernels"), *_modules("cpbench.selectors")]
-    declared = [module.OPERATORS for module in modules if hasattr(module, "OPERATORS")]
-    builtin = [info for infos in declared for info in infos]
-    return _collect(OperatorInfo, builtin, "cpbench.operators")
+    declared: list[Any] = [module.OPERATORS for module in modules if hasattr(module, "OPERATORS")]
+    return _collect(OperatorInfo, declared, "cpbench.operators")
 
 
 @functools.cache
@@ -285,10 +287,7 @@ def strategies() -> dict[str, StrategyInfo]:
     """Every registered strategy by name."""
     modules = _modules("cpbench.strategies")
     declared = [module.STRATEGY for module in modules if hasattr(module, "STRATEGY")]
-    builtin = [
-        info for infos in declared for info in (infos if isinstance(infos, tuple) else (infos,))
-    ]
-    return _collect(StrategyInfo, builtin, "cpbench.strategies")
+    return _collect(StrategyInfo, declared, "cpbench.strategies")
 
 
 def strategies_for(kind: str) -> dict[str, StrategyInfo]:
@@ -337,7 +336,7 @@ def implementation(
     """Load the implementation that ``info`` declares, with its parameters.
 
     Args:
-        kind: of the operators that a strategy is for.
+        kind: of the operators that a strategy is for, or ``"decode"``.
 
     Raises:
         ValueError: for a parameter that it does not take, or a value that it refuses.
@@ -346,11 +345,15 @@ def implementation(
     check_params(
         "operator" if isinstance(info, OperatorInfo) else "strategy", info.name, params, info.params
     )
-    place = info.load
-    if isinstance(info, StrategyInfo) and info.is_offloaded(params):
-        place, params = info.offloaded, {k: x for k, x in params.items() if k != "offload"}
-    elif isinstance(info, StrategyInfo) and kind == "mixer" and info.mixers:
-        place = info.mixers
+    place, where = info.load, "without offload=host"
+    if isinstance(info, StrategyInfo):
+        if info.is_offloaded(params):
+            place, where = info.offloaded, "with offload=host"
+            params = {k: x for k, x in params.items() if k != "offload"}
+        elif kind == "mixer" and info.mixers:
+            place, where = info.mixers, "for sequence mixers"
+        elif kind == "decode" and info.decodes:
+            place, where = info.decodes, "for decoding"
     target = place
     if isinstance(target, str):
         module, _, attribute = target.partition(":")
@@ -363,15 +366,12 @@ def implementation(
     if isinstance(info, StrategyInfo) and (info.offloaded or info.mixers):
         for name in params:
             if name not in signature:
-                when = "with" if place is info.offloaded else "without"
-                where = "for sequence mixers" if place is info.mixers else f"{when} offload=host"
                 raise ValueError(f"{info.name} takes no {name} {where}")
     for name, value in params.items():
         annotation = signature[name].annotation if name in signature else None
-        if annotation in ("int", int) and type(value) is not int:
-            raise ValueError(f"{info.name}: {name} = {value!r} is not an integer")
-        if annotation in ("bool", bool) and type(value) is not bool:
-            raise ValueError(f"{info.name}: {name} = {value!r} is not true or false")
+        for kind_of, what in ((int, "an integer"), (bool, "true or false")):
+            if annotation in (kind_of.__name__, kind_of) and type(value) is not kind_of:
+                raise ValueError(f"{info.name}: {name} = {value!r} is not {what}")
     try:
         made = target(**params)
     except (ValueError, TypeError):  # refused

@@ -66,8 +66,8 @@ def parse(source: Any) -> Spec:
 def check_names(spec: Spec) -> None:
     """Raise ``ValueError`` for an unknown scaling or parameter."""
     if spec.name not in PARAMS:
-        raise ValueError(f"no rope {spec.name!r}; there are: {', '.join(PARAMS)}")
-    check_params("rope", spec.name, spec.kwargs, PARAMS[spec.name])
+        raise ValueError(f"no scaling {spec.name!r}; there are: {', '.join(PARAMS)}")
+    check_params("scaling", spec.name, spec.kwargs, PARAMS[spec.name])
 
 
 def _canonical(value: Value) -> Value:

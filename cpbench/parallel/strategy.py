@@ -10,6 +10,7 @@ Dv head dim of values.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from cpbench.core.operator import (
@@ -18,6 +19,7 @@ from cpbench.core.operator import (
     MixerInputs,
     value_dims_refusal,
 )
+from cpbench.core.problem import DECODE
 from cpbench.core.registry import implementation, missing_package, operators, strategies
 from cpbench.masks.head_masks import per_head
 
@@ -130,6 +132,19 @@ class Strategy(Protocol):
         gradient; None on all ranks if nothing depends on it.
         """
         ...
+
+
+def load_strategy(
+    info: StrategyInfo, params: Mapping[str, Any], kind: str, world: World
+) -> tuple[Any, World]:
+    """The implementation of a strategy for operators of a kind, and the world as it holds keys.
+
+    Raises:
+        ValueError, LoadError: see :func:`cpbench.core.registry.implementation`.
+    """
+    by_heads = world.problem.page_size and info.decodes and not info.is_offloaded(params)
+    strategy = implementation(info, dict(params), DECODE if by_heads else kind)
+    return strategy, replace(world, held_heads=strategy.held_heads(world)) if by_heads else world
 
 
 def declared_refusal(info: StrategyInfo, world: World) -> str | None:

@@ -40,6 +40,8 @@ class World:
         kv_heads: which key/value head each of the problem's is, where some are repeated so that
             each has equally many query heads; () for all in order.
         whole: the problem with all heads, where this one has some of them; None otherwise.
+        held_heads: of decoding with a cache that is divided by heads: the key/value heads of which
+            each rank holds all keys; () where it holds the keys of its tokens, of all heads.
     """
 
     problem: Problem
@@ -50,6 +52,7 @@ class World:
     placement: str = ""
     kv_heads: tuple[int, ...] = ()
     whole: Problem | None = None
+    held_heads: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
     def of(
@@ -97,6 +100,12 @@ class World:
     def size(self) -> int:
         """The number of ranks, P."""
         return self.keys.world_size
+
+    def held_keys(self, rank: int) -> tuple[IntArray, Sequence[int]]:
+        """The global positions of the keys that a rank holds, and their heads."""
+        if self.held_heads:
+            return np.arange(self.keys.seq_len), self.held_heads[rank]
+        return self.keys.positions(rank), range(self.problem.heads_kv)
 
     @property
     def shared_mask(self) -> AttnMask:

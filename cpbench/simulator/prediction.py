@@ -106,6 +106,11 @@ def load_method(case: Case, world: World, cluster: Cluster) -> tuple[Strategy, O
     info, operator = strategy_info(case.strategy.name), operator_info(case.operator.name)
     if not info.traced:
         raise ValueError(f"{untraced_reason(info)}; so its time is not predicted")
+    if case.page_size:
+        raise ValueError(
+            "the time of decoding is not predicted: no cluster is calibrated for it; cpbench "
+            "traffic says what is sent"
+        )
     if operator.mixer:
         raise ValueError(
             f"{operator.name} is a sequence mixer, whose time is not predicted; cpbench traffic "

@@ -35,6 +35,7 @@ STRATEGY = StrategyInfo(
     load="cpbench.strategies.ulysses:Ulysses",
     selectors="any",
     mixers="cpbench.strategies.ulysses_mixers:UlyssesMixers",
+    decodes="cpbench.strategies.decoding.ulysses:UlyssesDecoding",
     kinds=("attention", "mixer"),
     value_dims=True,
     params=("chunks", "pad", "offload", "chunk"),

@@ -12,18 +12,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from cpbench.core.environment import usable_cores
-from cpbench.core.problem import Case
+from cpbench.core.problem import DECODE, Case
 from cpbench.core.spec import format_size
 from cpbench.core.subprocess_call import RequestRefused, read_reply, subprocesses
 from cpbench.reports.tables.terminal import fit_table, wrap
 from cpbench.tools.link_rates import LinkRates
 
 # Sizes of a case, and its facts in a sentence.
-_SIZES = ("seq_len", "world_size", "ranks_per_node", "queries", "num_heads_q", "num_heads_kv",
-          "head_dim", "head_dim_v", "batch", "dtype", "direction")  # fmt: skip
+_SIZES = ("phase", "seq_len", "key_lens", "page_size", "world_size", "ranks_per_node", "queries",
+          "num_heads_q", "num_heads_kv", "head_dim", "head_dim_v", "batch", "dtype",
+          "direction")  # fmt: skip
 _METHOD = ("operator", "strategy", "layout")
 _NAMED = {
-    "mask": "{}", "seq_len": "{} tokens", "world_size": "world size {}",
+    "mask": "{}", "phase": "{}", "seq_len": "{} tokens", "key_lens": "{} keys",
+    "page_size": "pages of {}", "world_size": "world size {}",
     "ranks_per_node": "{} ranks per node", "queries": "last {} queries", "num_heads_q": "{} heads",
     "num_heads_kv": "{} KV heads", "head_dim": "head_dim {}", "head_dim_v": "head_dim {} of values",
     "batch": "batch {}", "dtype": "{}", "direction": "{}",
@@ -140,15 +142,21 @@ def table(prediction: dict[str, Any]) -> list[dict[str, Any]]:
     return [
         {
             "phase": name,
-            "total MB": f"{sum(phase['bytes_sent_per_rank']) / 1e6:,.2f}",
-            "max MB per rank": f"{max(phase['bytes_sent_per_rank']) / 1e6:,.2f}",
-            "MB across nodes": f"{sum(phase['bytes_across_nodes_per_rank']) / 1e6:,.2f}",
+            "total MB": _mb(sum(phase["bytes_sent_per_rank"]), 2),
+            "max MB per rank": _mb(max(phase["bytes_sent_per_rank"]), 2),
+            "MB across nodes": _mb(sum(phase["bytes_across_nodes_per_rank"]), 2),
             "messages": f"{sum(phase['messages_per_rank']):,}",
-            "max message MB": f"{phase['largest_message_bytes'] / 1e6:,.2f}",
+            "max message MB": _mb(phase["largest_message_bytes"], 2),
             **(_copied(to_device[name], to_host[name]) if any(to_device.values()) else {}),
         }
         for name, phase in phases.items()
     ]
+
+
+def _mb(nbytes: float, digits: int = 1) -> str:
+    """MB with some digits after the point; two that count of what would be all zeros."""
+    mb = nbytes / 1e6
+    return f"{mb:,.{digits}f}" if mb >= 10.0**-digits or not mb else f"{mb:.2g}"
 
 
 def _copied(to_device: int, to_host: int) -> dict[str, str]:
@@ -241,10 +249,10 @@ def comparison_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             "strategy": row["strategy"] + (f" {row['placement']} inside" * bool(row["placement"])),
             "operator": row["operator"] if operators else "",
             "layout": row["layout"] if layouts else "",
-            "MB across": f"{row['across_bytes'] / 1e6:,.1f}",
-            "MB sent": f"{row['sent_bytes'] / 1e6:,.1f}",
+            "MB across": _mb(row["across_bytes"]),
+            "MB sent": _mb(row["sent_bytes"]),
             "messages": f"{row['messages']:,}",
-            "peak MB": f"{row['buffers_bytes'] / 1e6:,.1f}",
+            "peak MB": _mb(row["buffers_bytes"]),
             **(_copied(row["to_device_bytes"], row["to_host_bytes"]) if copies else {}),
             "imbalance": f"{row['imbalance']:.2f}" if row["imbalance"] else "",
             "ms links": f"{row['link_ms']:,.3g}" if "link_ms" in row else "",
@@ -276,9 +284,12 @@ def _describe(row: Mapping[str, Any], names: Iterable[str]) -> str:
     return ", ".join(
         _NAMED[name].format(_size_text(name, row[name]))
         for name in names
-        if row[name] not in ("", 0)
+        if row[name] not in ("", 0, (), "sequence")
+        and not (name == "queries" and row["phase"] == DECODE)  # one of each sequence
     )
 
 
 def _size_text(name: str, value: Any) -> str:
+    if name == "key_lens":
+        return "+".join(map(format_size, value))
     return format_size(value) if name in ("seq_len", "queries") else str(value)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar, cast
 
@@ -91,6 +91,7 @@ def make_inputs(
     recipe: Recipe,
     device: str,
     keep_on: str | None = None,
+    kv_heads: Sequence[int] | None = None,
 ) -> Tensors:
     """The inputs and (with a backward pass) dout of the given tokens, ``[B, tokens, heads, D]``.
 
@@ -99,7 +100,9 @@ def make_inputs(
         keys: global positions of the tokens of k and v.
         device: on which they are computed.
         keep_on: to which each is moved then, if another one.
+        kv_heads: heads of k and v, if not all.
     """
+    of_keys = range(problem.heads_kv) if kv_heads is None else kv_heads
 
     def make(name: str) -> torch.Tensor:
         return recipe.make(
@@ -107,7 +110,7 @@ def make_inputs(
             problem,
             keys if name in "kv" else queries,
             batches=range(problem.batch),
-            heads=range(problem.heads_kv if name in "kv" else problem.heads_q),
+            heads=of_keys if name in "kv" else range(problem.heads_q),
             device=device,
             keep_on=keep_on,
         )
@@ -129,23 +132,27 @@ def rank_inputs(
     have the same.
     """
     problem = replace(work.problem, direction="fwd_bwd")
-    queries, keys = (x.positions(work.rank) for x in (work.world.queries, work.world.keys))
+    queries = work.world.queries.positions(work.rank)
+    keys, kv_heads = work.world.held_keys(work.rank)
     nbytes = problem.q_bytes(len(queries)) + problem.out_bytes(len(queries))  # q and dout
     nbytes += problem.kv_bytes(len(keys)) + problem.gate_bytes(len(queries))
     if device != "cpu" or keep_on is not None or nbytes > MOST_KEPT_BYTES:
-        inputs = make_inputs(work.problem, queries, keys, recipe, device, keep_on)
+        inputs = make_inputs(work.problem, queries, keys, recipe, device, keep_on, kv_heads)
     else:
-        kept = _kept_inputs(problem, queries.tobytes(), keys.tobytes(), recipe)
+        of_rank = queries.tobytes(), keys.tobytes(), tuple(kv_heads)
+        kept = _kept_inputs(problem, *of_rank, recipe)
         inputs = {name: kept[name].clone() for name in _names(work.problem)}
     pinned = work.offloaded and keep_on is None and work.op.device.startswith("cuda")
     return {name: x.pin_memory() if pinned else x for name, x in inputs.items()}
 
 
 @functools.lru_cache(maxsize=2)
-def _kept_inputs(problem: Problem, queries: bytes, keys: bytes, recipe: Recipe) -> Tensors:
+def _kept_inputs(
+    problem: Problem, queries: bytes, keys: bytes, kv_heads: tuple[int, ...], recipe: Recipe
+) -> Tensors:
     """:func:`make_inputs` on a CPU; positions are bytes, so that they can be compared."""
     q_positions, k_positions = (np.frombuffer(x, np.int64).copy() for x in (queries, keys))
-    return make_inputs(problem, q_positions, k_positions, recipe, "cpu")
+    return make_inputs(problem, q_positions, k_positions, recipe, "cpu", kv_heads=kv_heads)
 
 
 class WrongResult(ValueError):

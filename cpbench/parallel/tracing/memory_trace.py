@@ -72,7 +72,7 @@ def peak_bytes(strategy: Strategy, operator: Traceable, world: World, rank: int)
     ``bwd`` alone, to what the forward pass saved)."""
     op, comm = _AccumulatingOperator(operator), CountingComm(rank, world.size)
     plan = strategy.prepare(op, world, rank)
-    qkv, dout = empty_inputs(world, op.info.kind)
+    qkv, dout = empty_inputs(world, op.info.kind, rank)
     account = MemoryAccount((qkv, dout))
     if world.problem.direction == "bwd":
         _, _, saved = strategy.forward(qkv, plan, op, comm, need_lse=False)

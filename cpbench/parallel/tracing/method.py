@@ -5,9 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cpbench.core.operator import declared_limits
-from cpbench.core.registry import implementation, operator_info, strategy_info
+from cpbench.core.registry import operator_info, strategy_info
 from cpbench.parallel.bound_operator import BoundOperator, declared_kind
-from cpbench.parallel.strategy import declared_refusal, kind_refusal, untraced_reason
+from cpbench.parallel.strategy import (
+    declared_refusal,
+    kind_refusal,
+    load_strategy,
+    untraced_reason,
+)
 from cpbench.parallel.world import World
 
 if TYPE_CHECKING:
@@ -36,7 +41,7 @@ def load_method(case: Case, world: World) -> tuple[Strategy, Traceable, World]:
         traceable = BoundOperator.load(case.operator, "meta")
     if reason is not None:
         raise ValueError(reason)
-    strategy: Strategy = implementation(info, params, operator.kind)
+    strategy, world = load_strategy(info, params, operator.kind, world)
     if reason := strategy.unsupported(world):
         raise ValueError(reason)
     return strategy, traceable, world.with_inputs_of(operator)

@@ -321,7 +321,7 @@ def _trace_shapes(
     strategy: Strategy, operator: Traceable, world: World, comm: CountingComm
 ) -> dict[str, PhaseTrace]:
     info = operator.info if isinstance(operator, BoundOperator) else operator
-    inputs, dout = empty_inputs(world, info.kind)
+    inputs, dout = empty_inputs(world, info.kind, comm.rank)
     if not isinstance(inputs, QKV):
         return trace_phases(strategy, TracedOperator(operator), world, comm, (inputs, dout))
     q, k, v, dout = (cast("torch.Tensor", without_data(x)) for x in (*inputs, dout))
@@ -351,14 +351,14 @@ def trace_phases(
     return phases
 
 
-def empty_inputs(world: World, kind: str = "attention") -> tuple[Any, torch.Tensor]:
+def empty_inputs(world: World, kind: str = "attention", rank: int = 0) -> tuple[Any, torch.Tensor]:
     """The inputs of an operator of this kind on one rank, and dout, without data."""
     import torch
 
     problem = world.problem
     dtype = getattr(torch, problem.dtype)
     of_queries = (world.queries.local_len, problem.heads_q)
-    of_keys = (world.keys.local_len, problem.heads_kv)
+    of_keys = tuple(map(len, world.held_keys(rank)))
     q, k, v, dout = (
         torch.empty((problem.batch, *shape, dim), dtype=dtype, device="meta")
         for shape, dim in (

@@ -48,14 +48,18 @@ class HeadShares:
         more of them attend to is repeated (``World.kv_heads``).
         """
         (first, last), (kv_first, kv_last) = self.q[rank], self.kv[rank]
-        group = self.heads_q // self.heads_kv
-        counts = [
-            min(last, (kv + 1) * group) - max(first, kv * group) for kv in range(kv_first, kv_last)
-        ]
-        step = math.gcd(*counts)
-        repeated = tuple(kv for kv, count in enumerate(counts) for _ in range(count // step))
-        uneven = len(repeated) != len(counts)
+        repeated = self.repeated(rank)
+        uneven = len(repeated) != kv_last - kv_first
         return world.with_heads(last - first, len(repeated), repeated if uneven else ())
+
+    def repeated(self, rank: int) -> tuple[int, ...]:
+        """The key/value heads of one rank, counted from its first, each as often as it must be for
+        all to have equally many query heads."""
+        (first, last), heads_kv = self.q[rank], range(*self.kv[rank])
+        group = self.heads_q // self.heads_kv
+        counts = [min(last, (kv + 1) * group) - max(first, kv * group) for kv in heads_kv]
+        step = math.gcd(*counts)
+        return tuple(kv for kv, count in enumerate(counts) for _ in range(count // step))
 
     def replicas(self, rank: int) -> list[Replicas]:
         """The key/value heads of one rank, by the ranks that hold them."""

@@ -1,0 +1,1 @@
+"""Strategies of batches that are decoded, whose ranks divide the cache by heads."""
