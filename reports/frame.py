@@ -305,6 +305,7 @@ def _selection_columns(record: Record, launches: Sequence[Record]) -> dict[str, 
     row: dict[str, float | None] = {
         "kept": quality.get("density"), "recovered": quality.get("mass"),
         "best_recovered": quality.get("best_mass"), "out_error": quality.get("out_error"),
+        "found": quality.get("found"), "solved": quality.get("solved"),
         "index_recall": quality.get("index_recall"),
         "index_build_ms": _us_to_ms(quality.get("index_build_us")),
         "index_mb": quality["index_bytes"] / 1e6 if "index_bytes" in quality else None,

@@ -39,6 +39,8 @@ METRICS = {
     "exposed": Metric("exposed", "exposed communication, %", 100.0, timed=True),
     "imbalance": Metric("imbalance", "load imbalance, max/mean"),
     "recall": Metric("recovered", "attention recall, %", 100.0, higher_is_better=True),
+    "found": Metric("found", "needles found, %", 100.0, higher_is_better=True),
+    "solved": Metric("solved", "queries that find all needles, %", 100.0, higher_is_better=True),
     "error": Metric("worst_error", "largest relative L2 error"),
 }
 

@@ -126,6 +126,8 @@ class PlotKind(str, Enum):
     heatmap = "heatmap"
     pareto = "pareto"
     quality = "quality"
+    needles = "needles"
+    needle_counts = "needle_counts"
     roofline = "roofline"
     predicted = "predicted"
     timeline = "timeline"

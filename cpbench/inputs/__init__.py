@@ -71,6 +71,14 @@ KINDS = {
             "sink_mass": 0.0,
         },
     ),
+    "haystack": InputKind(
+        summary="normals with needles at a depth, which the last queries ask for",
+        load="cpbench.inputs.haystack:Haystack",
+        params={
+            "depth": 0.5, "keys": 1, "values": 1, "hops": 1, "length": 1, "mass": 0.9,
+            "queries": 64,
+        },
+    ),
     "file": InputKind(
         summary="q, k, v [B, T, heads, D] (and g, beta) of a file: file:qkv.safetensors",
         load="cpbench.inputs.captured:Captured",
@@ -100,6 +108,7 @@ class InputRequest:
         batches, heads: global indices.
         device: torch device of the result.
         deviation: standard deviation of normal rows of q and k after the rotation.
+        turned_later: whether the operator rotates q and k by itself.
     """
 
     name: str
@@ -110,6 +119,7 @@ class InputRequest:
     heads: Sequence[int]
     device: str
     deviation: float = 1.0
+    turned_later: bool = False
 
     @property
     def head_dim(self) -> int:
@@ -126,11 +136,13 @@ class InputRequest:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to generate inputs: a seed, a kind with its parameters, and the rotation of q and k."""
+    """How to generate inputs: a seed, a kind with its parameters, and the rotation of q and k, or
+    whether the operator rotates them by itself."""
 
     seed: int = 0
     spec: Spec = NORMAL
     rotation: Rotation | None = None
+    turned_later: bool = False
 
     def make(
         self,
@@ -169,6 +181,7 @@ class Recipe:
                 heads=heads,
                 device=device,
                 deviation=deviation,
+                turned_later=self.turned_later,
             )
             rows: torch.Tensor = generator.make(request)
             if rotation is not None:

@@ -7,6 +7,8 @@ in the softmax, so a needle of m keys gets a share of about p of the attention i
 a^2 / sqrt(D) = ln N + 1/2 + ln(p / (1 - p)) - ln m.  In a span of many keys, whose own normals
 vary, the 1/2 cancels.  Rows that are rotated (RoPE) are rotated before, or queries would not find
 their keys; a rotation that also multiplies them by f makes the 1/2 of independent normals f^4 / 2.
+Where the operator rotates them by itself, later, U is in the pairs of dimensions that turn the
+slowest.
 
 Shapes: T is the number of requested tokens, D the head dimension.
 """
@@ -100,15 +102,18 @@ class Needles:
         """
         import torch
 
-        name, problem, device = request.name, request.problem, request.device
+        name, problem = request.name, request.problem
         if name not in "qk":
             return x
         tokens = request.positions + (problem.seq_k - problem.seq_q if name == "q" else 0)
         needle, sink = self._amplitudes(problem.seq_k, problem.head_dim, request.deviation)
+        slow = request.turned_later
         for i, b in enumerate(request.batches):
             for j, h in enumerate(request.heads):
                 g = h if name == "k" else h // problem.group
-                basis, starts = self._planted(request.seed, b, g, problem.head_dim, problem.seq_k)
+                basis, starts = self._planted(
+                    request.seed, b, g, problem.head_dim, problem.seq_k, slow
+                )
                 amplitudes = np.zeros((len(tokens), len(basis)))
                 if name == "k":
                     amplitudes[tokens < self.sinks, 0] = sink
@@ -120,13 +125,7 @@ class Needles:
                     amplitudes[:, 0] = sink
                     number = self._needle_of_queries(request.seed, b, h, tokens, starts)
                     amplitudes[number >= 0, 1 + number[number >= 0]] = needle
-                # Not a product of matrices, whose rounding depends on how many rows it has: rows
-                # are the same whatever others are made with them.
-                rows, wanted = x[i, :, j], torch.as_tensor(amplitudes, device=device, dtype=x.dtype)
-                basis_u = torch.as_tensor(basis, device=device, dtype=x.dtype)
-                present = [(rows * u).sum(-1) for u in basis_u]
-                for n, u in enumerate(basis_u):
-                    rows += (wanted[:, n] - present[n])[:, None] * u
+                replace_components(x[i, :, j], basis, amplitudes)
         return x.to(getattr(torch, problem.dtype))
 
     def _part_length(self, tokens: int) -> int:
@@ -135,24 +134,16 @@ class Needles:
 
     def _amplitudes(self, tokens: int, head_dim: int, deviation: float) -> tuple[float, float]:
         """The amplitudes a of needles and of sinks."""
-        rest = 1 - self.mass - self.sink_mass
-
-        def amplitude(share: float, keys: int) -> float:
-            if not share or not keys:
-                return 0.0
-            single_key = deviation**4 / 2 if keys == 1 else 0.0
-            logit = math.log(tokens) + single_key + math.log(share / rest) - math.log(keys)
-            return math.sqrt(max(logit, 0.0) * math.sqrt(head_dim))
-
-        return amplitude(self.mass, self.length), amplitude(self.sink_mass, self.sinks)
+        rest, shape = 1 - self.mass - self.sink_mass, (tokens, head_dim, deviation)
+        needle = amplitude(self.mass, rest, self.length, *shape)
+        return needle, amplitude(self.sink_mass, rest, self.sinks, *shape)
 
     def _planted(
-        self, seed: int, b: int, g: int, dim: int, tokens: int
+        self, seed: int, b: int, g: int, dim: int, tokens: int, slow: bool
     ) -> tuple[np.typing.NDArray[np.float64], IntArray]:
         """See :func:`_planted`."""
-        return _planted(
-            seed, b, g, dim, self.count, self.sinks, self.length, max(self._part_length(tokens), 1)
-        )
+        part = max(self._part_length(tokens), 1)
+        return _planted(seed, b, g, dim, self.count, self.sinks, self.length, part, slow)
 
     def _needle_of_queries(
         self, seed: int, b: int, h: int, tokens: IntArray, starts: IntArray
@@ -163,6 +154,52 @@ class Needles:
         uniform = _uniform_of_runs(seed, b, h, run)
         looks = (uniform[0] < self.looking) & (past > 0)
         return np.where(looks, (uniform[1] * past).astype(np.int64), -1)
+
+
+def amplitude(
+    share: float, rest: float, keys: int, tokens: int, head_dim: int, deviation: float
+) -> float:
+    """That of ``keys`` keys, and of the queries that look for them, for these to get a share of the
+    attention, of which others get ``rest``; 0 for none.
+
+    Args:
+        deviation: standard deviation of the others.
+    """
+    if not share or not keys:
+        return 0.0
+    single_key = deviation**4 / 2 if keys == 1 else 0.0
+    logit = math.log(tokens) + single_key + math.log(share / rest) - math.log(keys)
+    return math.sqrt(max(logit, 0.0) * math.sqrt(head_dim))
+
+
+def replace_components(
+    rows: torch.Tensor,
+    basis: np.typing.NDArray[np.float64],
+    wanted: np.typing.NDArray[np.float64],
+) -> None:
+    """Give rows ``[T, D]`` the components ``[T, n]`` along an orthonormal basis ``[n, D]``."""
+    import torch
+
+    # Not a product of matrices, whose rounding depends on how many rows it has: rows are the same
+    # whatever others are made with them.
+    components, directions = (
+        torch.as_tensor(x, device=rows.device, dtype=rows.dtype) for x in (wanted, basis)
+    )
+    present = [(rows * u).sum(-1) for u in directions]
+    for n, u in enumerate(directions):
+        rows += (components[:, n] - present[n])[:, None] * u
+
+
+def slow_directions(
+    rng: np.random.Generator, dim: int, count: int
+) -> np.typing.NDArray[np.float64]:
+    """``[count, D]`` orthonormal directions in the pairs of dimensions that RoPE turns the slowest,
+    as few as have room for them."""
+    pairs = -(-count // 2)
+    inner = np.linalg.qr(rng.standard_normal((2 * pairs, count)))[0].T
+    basis = np.zeros((count, dim))
+    basis[:, dim // 2 - pairs : dim // 2], basis[:, dim - pairs :] = np.split(inner, 2, axis=1)
+    return basis
 
 
 class Sinks(Needles):
@@ -176,11 +213,14 @@ class Sinks(Needles):
 
 @functools.lru_cache(maxsize=1024)
 def _planted(
-    seed: int, b: int, g: int, dim: int, count: int, sinks: int, length: int, part: int
+    seed: int, b: int, g: int, dim: int, count: int, sinks: int, length: int, part: int, slow: bool
 ) -> tuple[np.typing.NDArray[np.float64], IntArray]:
     """``[1 + count, D]`` directions, that of the sinks first, and ``[count]`` starts of needles."""
     rng = np.random.default_rng([seed, b, g, dim])
-    basis = np.linalg.qr(rng.standard_normal((dim, 1 + count)))[0].T
+    if slow:
+        basis = slow_directions(rng, dim, 1 + count)
+    else:
+        basis = np.linalg.qr(rng.standard_normal((dim, 1 + count)))[0].T
     offsets = rng.integers(0, max(part - length, 0) + 1, count)
     starts = sinks + part * np.arange(count) + offsets
     return basis, starts.astype(np.int64)

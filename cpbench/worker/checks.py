@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cpbench.core import tolerance
-from cpbench.core.registry import OperatorInfo
+from cpbench.core.registry import OperatorInfo, operator_info
 from cpbench.inputs import Recipe
 from cpbench.inputs.rope import rotation_of
 from cpbench.results.record import APPROXIMATE, UNCHECKED
@@ -24,6 +24,7 @@ from cpbench.verify import at_size, check, fingerprint, mixing, quality, tiles
 from cpbench.verify import selection as check_selection
 from cpbench.verify.fit import DoesNotFit
 from cpbench.verify.gathered import OneRank, run_pass_as_one_rank
+from cpbench.verify.needles import measure_found
 from cpbench.verify.variants import InputVariants
 from cpbench.worker import decoding
 
@@ -109,6 +110,10 @@ class Checks:
                 self._check_lines_and_tiles(work, inputs, results, record, limit)
         if self._errors_grow(record):
             record.flags.append("error-grows")
+        if self._settings.quality and work.world.size == 1 and not work.op.info.mixer:
+            tokens = work.world.queries.positions(0) + case.problem.seq_k - case.problem.seq_q
+            recipe = recipe_of(case)
+            record.quality = measure_found(results["out"], tokens, work.problem, recipe)
         return results
 
     def _check_lines_and_tiles(
@@ -278,7 +283,11 @@ class Checks:
             self._report_phase("quality")
 
             def measure() -> dict[str, float]:
-                return {} if one is None else quality.measure_quality(*one[:4])
+                if one is None:
+                    return {}
+                tokens = np.arange(work.problem.seq_q) + work.problem.seq_k - work.problem.seq_q
+                found = measure_found(one.results["out"], tokens, one.work.problem, recipe_of(case))
+                return quality.measure_quality(*one[:4]) | found
 
             with _may_not_fit("the quality of the selection", record, flags=()):
                 figures, *_ = self._context.gather(self._context.compute(measure))
@@ -343,7 +352,8 @@ def _may_not_fit(
 
 def recipe_of(case: Case) -> Recipe:
     """The recipe of a case's inputs."""
-    return Recipe(case.seed, case.inputs, rotation_of(case))
+    turned_later = operator_info(case.operator.name).rotates
+    return Recipe(case.seed, case.inputs, rotation_of(case), turned_later)
 
 
 def second_recipe_of(case: Case) -> Recipe:

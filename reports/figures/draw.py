@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpbench.reports.collection import Collection
 from cpbench.reports.columns import UNKNOWN_MACHINE
-from cpbench.reports.figures import kinds, pareto, predicted
+from cpbench.reports.figures import kinds, needles, pareto, predicted
 from cpbench.reports.figures.sheet import SETTINGS, Sheet
 from cpbench.reports.figures.style import method_styles, with_hollow_styles
 from cpbench.reports.labels import pluralize
@@ -51,6 +51,8 @@ class ChartKind:
             same number of ranks.
         labels: label of each row that its points are drawn under: results that may not be compared
             with those of other methods are hollow, and named so in the legend.
+        prepare: changes the table before a problem is selected.
+        varies: columns beside mask, tokens and ranks that tell cases apart.
     """
 
     usable: Callable[[pd.DataFrame], pd.Series[bool]]
@@ -59,6 +61,8 @@ class ChartKind:
     one_problem: bool = True
     one_world_size: bool = True
     labels: Callable[[pd.DataFrame], list[str]] = method_labels
+    prepare: Callable[[pd.DataFrame], pd.DataFrame] = lambda table: table
+    varies: tuple[str, ...] = ()
 
 
 def _timed(table: pd.DataFrame) -> pd.Series[bool]:
@@ -69,6 +73,7 @@ def _has_values(table: pd.DataFrame, *columns: str) -> pd.Series[bool]:
     return (table["status"] == "ok") & table[list(columns)].notna().all(axis=1)
 
 
+NO_NEEDLES = "no case has inputs = haystack, whose needles are found or not"
 CHARTS = {
     "throughput": ChartKind(
         _timed, "no case is ok and timed: there is no throughput", kinds.throughput
@@ -89,6 +94,14 @@ CHARTS = {
     ),
     "quality": ChartKind(
         pareto.has_recall, "no case is timed and checked", pareto.quality, labels=method_names,
+    ),
+    "needles": ChartKind(
+        needles.has_found, NO_NEEDLES, needles.depths, labels=method_names,
+        prepare=needles.with_facts, varies=tuple(needles.DEFAULTS),
+    ),
+    "needle_counts": ChartKind(
+        needles.has_found, NO_NEEDLES, needles.counts, labels=method_names,
+        prepare=needles.with_facts, varies=tuple(needles.DEFAULTS),
     ),
     "roofline": ChartKind(
         lambda table: _has_values(
@@ -159,6 +172,7 @@ def draw(
     styles = method_styles(table["method"])
     table = filter_rows(table, where)
     chart = CHARTS[kind] if kind in CHARTS else _pareto_chart(axes)
+    table = chart.prepare(table)
     if chart.one_problem:
         table = _select_problem(table, chart)
     else:
@@ -214,7 +228,7 @@ def _select_problem(table: pd.DataFrame, chart: ChartKind) -> pd.DataFrame:
     count = len(table)
     # A case may be present several times, with different files behind its names.
     table = table.sort_values("started", kind="stable").drop_duplicates(
-        ["method", "mask", "seq_len", "world_size"], keep="last"
+        ["method", "mask", "seq_len", "world_size", *chart.varies], keep="last"
     )
     if varying:
         values = ", ".join(f"{key}={problem[key]}" for key in varying)

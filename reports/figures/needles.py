@@ -1,0 +1,113 @@
+"""Figures of needles: what operators find by depth and length, and by how many there are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cpbench.core.spec import Spec, format_size
+from cpbench.reports.figures.sheet import (
+    SMALL_FONT,
+    PanelGroup,
+    Sheet,
+    plot_lines,
+    set_log2_axis,
+    set_ticks,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COUNTS = {"keys": "keys", "values": "values of a key", "hops": "hops of a chain"}
+KIND = "haystack"
+DEFAULTS = {"depth": 0.5, "keys": 1, "values": 1, "hops": 1}
+COLOURS = "RdYlBu"  # red: missed; for colour-blind readers, and its ends differ in every print
+CELL_HEIGHT, MIN_CELL_WIDTH = 0.21, 0.36  # inches
+PALE = 25, 80  # per cent between which a cell is pale and its text dark
+
+
+def has_found(table: pd.DataFrame) -> pd.Series[bool]:
+    """Which rows say how many needles were found."""
+    return (table["status"] == "ok") & table["found"].notna()
+
+
+def with_facts(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with ``depth``, ``keys``, ``values`` and ``hops`` of the inputs of each row, and
+    without them in ``inputs``, and with the RoPE of an operator's own in the place of that of its
+    inputs: what rows of one chart may differ in."""
+    specs = [Spec.parse(text) for text in table["inputs"]]
+    facts = {
+        name: [spec.kwargs.get(name, default) if spec.name == KIND else default for spec in specs]
+        for name, default in DEFAULTS.items()
+    }
+    rest = [
+        str(Spec.of(spec.name, **{k: v for k, v in spec.kwargs.items() if k not in DEFAULTS}))
+        if spec.name == KIND
+        else str(spec)
+        for spec in specs
+    ]
+    return table.assign(**facts, inputs=rest)
+
+
+def depths(table: pd.DataFrame, sheet: Sheet) -> None:
+    """Draw the share of needles found by length and depth, a panel for each method; means over
+    numbers of needles and mask seeds."""
+    methods = [name for name in sheet.styles if name in set(table["method"])]
+    lengths, rows = sorted(set(table["seq_len"])), sorted(set(table["depth"]))
+    columns = max(1, min(3, int(7.0 / (len(lengths) * MIN_CELL_WIDTH + 0.6))))
+    panels = sheet.panels(
+        PanelGroup(methods, "tokens", "depth, %"),
+        height=len(rows) * CELL_HEIGHT + 0.75, columns=columns,
+    )  # fmt: skip
+    found = table.groupby(["method", "seq_len", "depth"])["found"].mean() * 100
+    image = None
+    for axes, method in zip(panels, methods, strict=True):
+        cells = [[found.get((method, n, depth)) for n in lengths] for depth in rows]
+        numbers = [[float("nan") if x is None else float(x) for x in row] for row in cells]
+        image = axes.imshow(numbers, cmap=COLOURS, vmin=0, vmax=100, aspect="auto")
+        for y, row in enumerate(cells):
+            for x, value in enumerate(row):
+                text = "–" if value is None else f"{value:.0f}"
+                dark = value is None or PALE[0] <= value <= PALE[1]
+                axes.text(x, y, text, ha="center", va="center", fontsize=SMALL_FONT,
+                          color="black" if dark else "white")  # fmt: skip
+        axes.grid(False)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+    set_ticks(panels[0].xaxis, range(len(lengths)), [format_size(int(n)) for n in lengths])
+    set_ticks(panels[0].yaxis, range(len(rows)), [f"{depth * 100:.3g}" for depth in rows])
+    assert image is not None
+    bar = sheet.figure.colorbar(image, ax=panels, fraction=0.03, pad=0.02, aspect=30)
+    bar.set_label("needles found, %")
+    bar.outline.set_visible(False)  # type: ignore[operator]
+
+
+def counts(table: pd.DataFrame, sheet: Sheet) -> None:
+    """Draw the share of queries that find all they ask for, by the number of keys, of values and of
+    hops, a panel for each; means over depths, at the longest length that has several numbers.
+
+    Raises:
+        ValueError: when no number varies.
+    """
+    panels_rows = {}
+    for name, label in COUNTS.items():
+        others = [other for other in COUNTS if other != name]
+        alone = table[(table[others] == 1).all(axis=1)]
+        numbers = alone.groupby("seq_len")[name].nunique()
+        if (numbers > 1).any():
+            length = numbers[numbers == numbers.max()].index.max()
+            panels_rows[f"{label}\n{format_size(int(length))} tokens"] = (
+                name,
+                alone[alone["seq_len"] == length],
+            )
+    if not panels_rows:
+        raise ValueError("no keys, values or hops of needles were counted at one length")
+    panels = sheet.panels(
+        PanelGroup(list(panels_rows), "number of them", "all found, % of queries"), height=2.1
+    )
+    for axes, (name, rows) in zip(panels, panels_rows.values(), strict=True):
+        mean = rows.groupby(["method", name], as_index=False)["solved"].mean()
+        mean = mean.assign(solved=mean["solved"] * 100, status="ok", draw="")
+        plot_lines(sheet, axes, mean, name, "solved")
+    most = [n for name, rows in panels_rows.values() for n in rows[name]]
+    set_log2_axis(panels[0], most, sizes=False)
+    panels[0].set_ylim(0, 106)
