@@ -130,7 +130,7 @@ def test_half_precision_rounds_the_same_values() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("needle", "no inputs 'needle'; there are: normal, sinks, needles, file"),
+        ("needle", "no inputs 'needle'; there are: normal, sinks, needles, haystack, file"),
         ("needles:size=3", "no parameter 'size'; it takes count, length, mass"),
         ("needles:mass=1.5", "mass = 1.5 must be from 0 to below 1"),
         ("needles:mass=0.9,sink_mass=0.2,sinks=4", "mass + sink_mass = 1.1 must be below 1"),

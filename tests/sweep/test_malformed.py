@@ -54,7 +54,7 @@ SWEEPS: dict[str, tuple[str, list[str]]] = {
         ["rope: no scaling 'yan'", "none, unscaled, pi, ntk, yarn, table"],
     ),
     "rope parameter": ("[sweep]\nrope = 'yarn:x=1'", ["rope: scaling 'yarn' has no parameter 'x'"]),
-    "rope parameter": ("[sweep]\nrope = {factor = 2}", ["'factor'", "takes base, positions"]),
+    "rope table": ("[sweep]\nrope = {factor = 2}", ["'factor'", "takes base, positions"]),
     "rope base": ("[sweep]\nrope = 'unscaled:base=1'", ["base = 1", "above 1"]),
     "rope base as text": ("[sweep]\nrope = 'unscaled:base=x'", ["base = 'x'", "number"]),
     "rope factor": ("[sweep]\nrope = 'pi:factor=0.5'", ["factor = 0.5", "at least 1"]),
