@@ -115,8 +115,8 @@ COLUMNS = {
     "best_recovered": "highest recall that any selection of as many blocks (or keys) per row can "
     "have",
     "out_error": "relative L2 error of the output against full attention",
-    "found": "of inputs haystack: share of the values of needles that outputs show of those asked for",
-    "solved": "of inputs haystack: share of the queries that find all they ask for, along the chain",
+    "found": "of inputs haystack: share of the values of needles asked for that outputs show",
+    "solved": "of inputs haystack: share of queries that find all they ask for, along the chain",
     "index_recall": "of selectors that search an index: share of the keys of an exact search which "
     "the index finds",
     "index_build_ms": "time to build that index, part of select_ms",

@@ -3,8 +3,8 @@
 As the needle-in-a-haystack test and those of RULER (arXiv 2404.06654), for a single call of
 attention.  A needle is a span of keys with a direction of its own, added with the amplitude of
 ``planted``, and its values are one of the codes, which are orthogonal.  The last queries ask for a
-needle: the code with the largest product with their output should be its own.  Whatever computes the
-output can be asked, be it exact, sparse or pooled.
+needle: the code with the largest product with their output should be its own.  Whatever computes
+the output can be asked, be it exact, sparse or pooled.
 
 - ``keys``: of this many needles with keys of their own one is asked for (RULER's multi-key).
 - ``values``: the key that is asked for has this many needles, of all of which the codes should be
@@ -115,10 +115,11 @@ class Haystack:
     def check(self, case: Case) -> None:
         """Raise ``ValueError`` if the needles do not fit the sequence or the head dimensions."""
         directions = self.hops + self.keys - 1
-        if 2 * directions > case.head_dim or case.head_dim % 2:
+        room = case.head_dim // 2 if case.head_dim % 2 == 0 else 0
+        if directions > room:
             raise ValueError(
                 f"inputs: {directions} keys of needles need as many directions; head_dim = "
-                f"{case.head_dim} has room for {case.head_dim // 2 if case.head_dim % 2 == 0 else 0}"
+                f"{case.head_dim} has room for {room}"
             )
         codes = _num_codes(case.problem.value_dim)
         if self.needles >= codes:

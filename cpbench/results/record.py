@@ -88,8 +88,8 @@ class Record:
             it (``plan``) and of the kernel (``kernel``), as ``times_us`` but in iterations of their
             own; ``fwd`` of ``times_us`` is all three, in one call.  Of mixers under a scan: those
             of the summaries of a forward phase (``summarise``).
-        quality: of selectors: quality of the selection, see ``cpbench.verify.quality``; where inputs
-            have needles that are asked for, what is found (``cpbench.verify.needles``).
+        quality: of selectors: quality of the selection, see ``cpbench.verify.quality``; where
+            inputs have needles that are asked for, what is found (``cpbench.verify.needles``).
         delay_us: as ``times_us``: microseconds that the rank's threads were ready and waited for a
             core, summed over threads; empty where the system does not tell.
         host_us: as ``times_us``: microseconds that the host took to queue the phase on a GPU, of

@@ -1,10 +1,10 @@
-"""Whether outputs show the values of the needles that queries ask for (``cpbench.inputs.haystack``).
+"""Whether outputs show the values of needles that are asked for (``cpbench.inputs.haystack``).
 
 An output shows the codes with the largest products with it, as many as its query asks for:
 
 * ``found``: share of the codes that are shown, mean over queries, questions and heads;
-* ``solved``: share of the queries that show all their codes; of a chain the product of that over its
-  links, mean over heads.
+* ``solved``: share of the queries that show all their codes; of a chain the product of that over
+  its links, mean over heads.
 
 By chance one of 64 codes is found.
 """

@@ -1,4 +1,4 @@
-"""Needles that queries ask for: exact attention finds all of them, and what sees none finds none."""
+"""Needles that queries ask for: exact attention finds all, and what sees none finds none."""
 
 from __future__ import annotations
 
