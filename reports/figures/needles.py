@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import itertools
+from typing import TYPE_CHECKING, Any
 
 from cpbench.core.spec import Spec, format_size
+from cpbench.reports.figures.kinds import by_mask
 from cpbench.reports.figures.sheet import (
     SMALL_FONT,
     PanelGroup,
@@ -32,10 +34,9 @@ def has_found(table: pd.DataFrame) -> pd.Series[bool]:
 
 def with_facts(table: pd.DataFrame) -> pd.DataFrame:
     """The table with ``depth``, ``keys``, ``values`` and ``hops`` of the inputs of each row, and
-    without them in ``inputs``, and with the RoPE of an operator's own in the place of that of its
-    inputs: what rows of one chart may differ in."""
+    without them in ``inputs``: what rows of one chart may differ in."""
     specs = [Spec.parse(text) for text in table["inputs"]]
-    facts = {
+    facts: dict[str, Any] = {
         name: [spec.kwargs.get(name, default) if spec.name == KIND else default for spec in specs]
         for name, default in DEFAULTS.items()
     }
@@ -49,19 +50,29 @@ def with_facts(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def depths(table: pd.DataFrame, sheet: Sheet) -> None:
-    """Draw the share of needles found by length and depth, a panel for each method; means over
-    numbers of needles and mask seeds."""
-    methods = [name for name in sheet.styles if name in set(table["method"])]
+    """Draw the share of needles found by length and depth, a panel for each method and mask: of
+    single needles, if there are some; means over what else differs."""
+    single = (table[list(COUNTS)] == 1).all(axis=1)
+    table = table[single] if single.any() else table
+    several = table["mask_family"].nunique() > 1
+    present = set(zip(table["method"], table["mask_family"], strict=True))
+    pairs = [
+        (method, mask)
+        for mask in sorted(set(table["mask_family"]))
+        for method in sheet.styles
+        if (method, mask) in present
+    ]
+    titles = [f"{method}\n{mask}" if several else method for method, mask in pairs]
     lengths, rows = sorted(set(table["seq_len"])), sorted(set(table["depth"]))
     columns = max(1, min(3, int(7.0 / (len(lengths) * MIN_CELL_WIDTH + 0.6))))
     panels = sheet.panels(
-        PanelGroup(methods, "tokens", "depth, %"),
-        height=len(rows) * CELL_HEIGHT + 0.75, columns=columns,
+        PanelGroup(titles, "tokens", "depth, %"),
+        height=len(rows) * CELL_HEIGHT + 0.75 + 0.15 * several, columns=columns,
     )  # fmt: skip
-    found = table.groupby(["method", "seq_len", "depth"])["found"].mean() * 100
+    found = table.groupby(["method", "mask_family", "seq_len", "depth"])["found"].mean() * 100
     image = None
-    for axes, method in zip(panels, methods, strict=True):
-        cells = [[found.get((method, n, depth)) for n in lengths] for depth in rows]
+    for axes, pair in zip(panels, pairs, strict=True):
+        cells = [[found.get((*pair, n, depth)) for n in lengths] for depth in rows]
         numbers = [[float("nan") if x is None else float(x) for x in row] for row in cells]
         image = axes.imshow(numbers, cmap=COLOURS, vmin=0, vmax=100, aspect="auto")
         for y, row in enumerate(cells):
@@ -78,27 +89,29 @@ def depths(table: pd.DataFrame, sheet: Sheet) -> None:
     assert image is not None
     bar = sheet.figure.colorbar(image, ax=panels, fraction=0.03, pad=0.02, aspect=30)
     bar.set_label("needles found, %")
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
 
 
 def counts(table: pd.DataFrame, sheet: Sheet) -> None:
     """Draw the share of queries that find all they ask for, by the number of keys, of values and of
-    hops, a panel for each; means over depths, at the longest length that has several numbers.
+    hops: a panel for each and each mask, at the longest length that has the most numbers; means
+    over the depths that do.
 
     Raises:
         ValueError: when no number varies.
     """
     panels_rows = {}
-    for name, label in COUNTS.items():
+    for (mask, of_mask), (name, label) in itertools.product(by_mask(table).items(), COUNTS.items()):
         others = [other for other in COUNTS if other != name]
-        alone = table[(table[others] == 1).all(axis=1)]
+        alone = of_mask[(of_mask[others] == 1).all(axis=1)]
         numbers = alone.groupby("seq_len")[name].nunique()
         if (numbers > 1).any():
             length = numbers[numbers == numbers.max()].index.max()
-            panels_rows[f"{label}\n{format_size(int(length))} tokens"] = (
-                name,
-                alone[alone["seq_len"] == length],
-            )
+            rows = alone[alone["seq_len"] == length]
+            per_depth = rows.groupby("depth")[name].nunique()
+            common = per_depth.index[per_depth == per_depth.max()]
+            title = f"{mask}\n{label}, {format_size(int(length))} tokens"
+            panels_rows[title] = name, rows[rows["depth"].isin(common)]
     if not panels_rows:
         raise ValueError("no keys, values or hops of needles were counted at one length")
     panels = sheet.panels(

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
+from cpbench.core.spec import Spec
 from cpbench.reports.collection import Collection, merge_runs
 from cpbench.reports.figures import draw as figures
 from cpbench.results.prediction import Prediction
@@ -31,6 +32,8 @@ AXES = {
     "heatmap": ("tokens", "ranks"),
     "pareto": ("ms at 4k tokens", "peak MB, max per rank", "Pareto front"),
     "quality": ("ms at 4k tokens", "attention recall, %", "Pareto front"),
+    "needles": ("tokens", "depth, %", "needles found, %"),
+    "needle_counts": ("number of them", "all found, % of queries", "hops of a chain, 4k tokens"),
     "roofline": ("FLOPs per byte", "TFLOP/s per rank", "matrix product 2.00 TFLOP/s",
                  "copy 100 GB/s"),
     "predicted": ("ranks", "ms", "1k tokens"),
@@ -86,6 +89,12 @@ def varied(kind: str = "") -> Collection:
                      case("bands", ms, mask=mask, seq_len=n, strategy="ring", world_size=4,
                           layout="zigzag")]  # fmt: skip
         records.append(case("sdpa.math", mask=mask, seq_len=16384, status="oom", reason="no room"))
+        if kind.startswith("needle"):
+            records += [
+                needle_case(operator, inputs, seq_len=n, mask=mask)
+                for operator in ("bands", "moba") for n in (1024, 4096)
+                for inputs in ("depth=0.0", "depth=0.5", "hops=2", "hops=4")
+            ]  # fmt: skip
         if kind == "quality":
             records += [selector_case("moba", ms, 0.4, mask=mask, seq_len=n)
                      for n, ms in ((1024, 0.5), (4096, 2.0))]  # fmt: skip
@@ -125,4 +134,12 @@ def selector_case(operator: str, ms: float, recall: float, **fields: Any) -> Rec
     case_record = case(operator, ms, **fields)
     case_record.flags = ["approximate"]
     case_record.quality = {"mass": recall, "density": recall / 2}
+    return case_record
+
+
+def needle_case(operator: str, inputs: str, found: float = 0.5, **fields: Any) -> Record:
+    """A record of the needles that an operator found."""
+    spec = Spec.parse(f"haystack:{inputs}")
+    case_record = case(operator, 1.0, inputs=spec, **fields)
+    case_record.quality = {"found": found, "solved": found / 2}
     return case_record

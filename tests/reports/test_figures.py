@@ -19,6 +19,7 @@ from figure_cases import (
     error_bar,
     error_message,
     legend,
+    needle_case,
     points,
     selector_case,
     varied,
@@ -79,7 +80,8 @@ def test_texts_do_not_overlap_or_leave_the_figure(kind: str, drawn: Callable[...
     figure = drawn(kind, varied(kind))
     figure.draw_without_rendering()
     texts = [text for axes in figure.axes for text in drawn_texts(axes)]
-    boxes = [text.get_window_extent() for text in [*texts, *figure.legends[0].get_texts()]]
+    named = figure.legends[0].get_texts() if figure.legends else []  # else by titles
+    boxes = [text.get_window_extent() for text in [*texts, *named]]
     assert len(boxes) > 5
     whole = Bbox.union([figure.bbox, *boxes])
     assert whole.bounds == figure.bbox.bounds
@@ -100,6 +102,11 @@ def test_hostile_names_are_drawn_as_text(kind: str, tmp_path: Path) -> None:
     if kind == "quality":
         for hostile in records[:4]:
             hostile.flags, hostile.quality = ["approximate"], {"mass": 0.4}
+    if kind.startswith("needle"):
+        for number, hostile in enumerate(records):
+            inputs = Spec.of("haystack", hops=1 + number % 2)
+            hostile.case = replace(hostile.case, inputs=inputs, seq_len=1024, world_size=1)
+            hostile.quality = {"found": 0.4, "solved": 0.3}
     figures.draw(collection(*records), kind, tmp_path / "x.svg", [])
     figures.draw(collection(*records), kind, tmp_path / "x.png", [])
     texts = svg_texts(tmp_path / "x.svg")
@@ -222,6 +229,33 @@ def test_quality(drawn: Callable[..., Figure]) -> None:
     assert {(x, y) for ys in points(axes).values() for x, y in ys.items()} == {
         (8, 100), (9, 100), (2, 50), (20, 90), (1, 10)
     }  # fmt: skip
+
+
+def test_needles_by_depth_and_length(drawn: Callable[..., Figure]) -> None:
+    records = [
+        needle_case(operator, f"depth={depth}", found, seq_len=n)
+        for operator, lost in (("bands", 0.0), ("moba", 0.5))
+        for n, depth, found in ((1024, 0.0, 1.0 - lost), (1024, 1.0, 1.0), (4096, 1.0, 0.25))
+    ]
+    chain = needle_case("bands", "depth=1.0,hops=3", 0.0, seq_len=1024)  # not of single needles
+    bands, moba, bar = drawn("needles", collection(*records, chain)).axes
+    for axes, first in ((bands, 100.0), (moba, 50.0)):
+        cells = np.ma.filled(axes.images[0].get_array(), np.nan)
+        assert np.array_equal(cells, [[first, np.nan], [100.0, 25.0]], equal_nan=True)
+        assert [text.get_text() for text in axes.texts] == [f"{first:.0f}", "–", "100", "25"]
+    assert bar.get_ylabel() == "needles found, %"
+
+
+def test_needles_by_their_number(drawn: Callable[..., Figure]) -> None:
+    records = [needle_case("moba", f"depth={depth},hops={hops}", 1 / hops)
+               for depth in (0.0, 0.5) for hops in (1, 2, 4)]  # fmt: skip
+    other = needle_case("moba", "depth=1.0", 0.0)  # of a depth without chains
+    (axes,) = drawn("needle_counts", collection(*records, other)).axes
+    assert points(axes) == {"o": {1: 50, 2: 25, 4: 12.5}}
+    with pytest.raises(ValueError, match="no keys, values or hops"):
+        drawn("needle_counts", collection(other))
+    with pytest.raises(ValueError, match="no case has inputs = haystack"):
+        drawn("needles", collection(case("bands", 8.0)))
 
 
 def test_quality_needs_a_selector(drawn: Callable[..., Figure]) -> None:
