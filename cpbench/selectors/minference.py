@@ -137,6 +137,10 @@ class VerticalSlash(Selector):
 
         n = k.shape[1]
         grid = plan.grid(self.block_size, self.block_size)
+        if max(self.vertical, self.slash) >= n:  # all of them
+            kept = grid.allowed.expand(len(q), q.shape[2], -1, -1)
+            none = torch.zeros((len(q), q.shape[2], n), dtype=torch.bool, device=q.device)
+            return (Branch(mask=Blocks(grid, kept, None if self.whole_blocks else none)),)
         probs = last_query_probs(q, k, min(LAST_QUERIES, n), plan.problem.softmax_scale)
         column_mass = probs.sum(2)
         column_mass[..., :FORCED_COLUMNS] = torch.inf
@@ -167,10 +171,11 @@ def sum_by_distance(probs: torch.Tensor) -> torch.Tensor:
     import torch
 
     last, n = probs.shape[2:]
-    row = torch.arange(last, device=probs.device)[:, None]
-    key = n - last + row - torch.arange(n, device=probs.device)
-    by_distance = probs.gather(3, key.clamp(min=0).expand(probs.shape))
-    return by_distance.masked_fill_(key < 0, 0.0).sum(2)
+    # Rows that are longer by one element move to the right one by one, if read without it.
+    skewed = torch.nn.functional.pad(probs.flip(2), (0, last)).flatten(2)
+    skewed = skewed[..., : last * (n + last - 1)].unflatten(2, (last, -1))
+    by_distance: torch.Tensor = skewed.sum(2)[..., :n].flip(2)
+    return by_distance
 
 
 def diagonal_blocks(distances: torch.Tensor, block: int, rows: int) -> torch.Tensor:

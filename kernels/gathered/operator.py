@@ -4,8 +4,8 @@ For selections of kind ``"rows"`` (blocks of keys per query) it goes from one bl
 next and gathers the queries that selected it, as an online softmax of two matrix products (as in
 MoBA, arXiv 2502.13189, without its sorting into variable-length calls).  For kind ``"tokens"``
 (single keys per query) it gathers the keys of a chunk of queries.  Kind ``"blocks"`` is in
-``cpbench.kernels.gathered.blocks``; kind ``"lines"`` (blocks and columns), and blocks that are
-nearly all selected, in ``cpbench.kernels.gathered.strips``.
+``cpbench.kernels.gathered.blocks``; kind ``"lines"`` (blocks and columns), and on CPUs blocks for
+which that is faster, as calls of torch's fused kernel (``cpbench.kernels.gathered.tree``).
 
 Legend: B batch, S queries, T keys, H query heads, G key/value heads, R query heads of each, D head
 dim; N = R * S rows of a key/value head; Y blocks of w keys; n rows of a chunk, or keys of a query.
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from cpbench.core.registry import OperatorInfo
 from cpbench.kernels.gathered import blocks as gathered_blocks
-from cpbench.kernels.gathered import strips
+from cpbench.kernels.gathered import calls, tree
 from cpbench.kernels.gathered import tokens as gathered_tokens
 from cpbench.kernels.gathered.running_softmax import LOG2E, MIN_ROW_MAX
 from cpbench.selectors.common.hidden_keys import hidden_key_table
@@ -79,24 +79,24 @@ class Gathered:
 
     def prepare(
         self, mask: Selection, problem: Problem, device: str
-    ) -> Plan | gathered_blocks.Plan | strips.Plan:
+    ) -> Plan | gathered_blocks.Plan | calls.Plan:
         if isinstance(mask, Blocks) and mask.kind != "rows":
             required = mask.kind == "lines"
-            in_strips = None
+            in_calls = None
             if required or device == "cpu":
-                in_strips = strips.plan(mask, problem.softmax_scale, required)
-            return in_strips or gathered_blocks.plan(mask, problem.softmax_scale)
+                in_calls = tree.plan(mask, problem.softmax_scale, required)
+            return in_calls or gathered_blocks.plan(mask, problem.softmax_scale)
         if isinstance(mask, Tokens):
             return Plan(problem.softmax_scale, tokens=mask)
         return Plan(problem.softmax_scale, _rows_by_block(mask, problem.heads_kv), mask.grid)
 
-    def forward(self, qkv: QKV, plan: Plan | gathered_blocks.Plan | strips.Plan) -> OutLse:
+    def forward(self, qkv: QKV, plan: Plan | gathered_blocks.Plan | calls.Plan) -> OutLse:
         import torch
 
         if isinstance(plan, gathered_blocks.Plan):
             return gathered_blocks.forward(qkv, plan)
-        if isinstance(plan, strips.Plan):
-            return strips.forward(qkv, plan)
+        if isinstance(plan, calls.Plan):
+            return calls.forward(qkv, plan)
         q, k, v = qkv
         work = torch.promote_types(q.dtype, torch.float32)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -118,14 +118,14 @@ class Gathered:
         return out, lse
 
     def backward(
-        self, x: BackwardInputs, plan: Plan | gathered_blocks.Plan | strips.Plan
+        self, x: BackwardInputs, plan: Plan | gathered_blocks.Plan | calls.Plan
     ) -> Gradients:
         import torch
 
         if isinstance(plan, gathered_blocks.Plan):
             return gathered_blocks.backward(x, plan)
-        if isinstance(plan, strips.Plan):
-            return strips.backward(x, plan)
+        if isinstance(plan, calls.Plan):
+            return calls.backward(x, plan)
         dout, q, k, v, out, lse = x
         work = torch.promote_types(q.dtype, torch.float32)
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))

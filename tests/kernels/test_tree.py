@@ -1,0 +1,110 @@
+"""Selections computed as calls of a fused kernel, for nodes of a tree of blocks of queries."""
+
+from __future__ import annotations
+
+import naive
+import pytest
+import torch
+
+from cpbench.core.operator import QKV, BackwardInputs
+from cpbench.kernels.gathered import calls, tree
+from cpbench.masks import build
+from cpbench.selectors.common.selection import Blocks, block_grid
+
+TOKENS, DIM, BATCH, HEADS = 203, 8, 2, (4, 2)
+
+
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("share", [0.1, 0.9, 1.0])
+@pytest.mark.parametrize("call_cost", [0, tree.CALL_COST])
+@pytest.mark.parametrize("block_q", [16, 32])
+@pytest.mark.parametrize("mask", ["causal", "full", "causal_document:doc_lens=[70,3,130]"])
+def test_calls_compute_the_selection(
+    mask: str,
+    block_q: int,
+    call_cost: int,
+    share: float,
+    columns: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """out, lse and gradients equal float64 autograd, also of rows that see nothing; the same where
+    calls cost nothing, so that every node that shares keys is one."""
+    monkeypatch.setattr(tree, "CALL_COST", call_cost)
+    monkeypatch.setattr(tree, "ROW_COST", 20 if call_cost else 0)
+    random = torch.Generator().manual_seed(0)
+    grid = block_grid(build(mask, TOKENS), block_q, 32, "cpu")
+    kept = torch.rand((BATCH, HEADS[0], *grid.areas.shape), generator=random) < share
+    kept[:, 0, :3] = False
+    columns_BHT = torch.rand((BATCH, HEADS[0], TOKENS), generator=random) < 0.05
+    selection = Blocks(grid, kept & grid.allowed, columns_BHT if columns else None)
+    q, k, v, dout = (
+        torch.randn(BATCH, TOKENS, h, DIM, generator=random)
+        for h in (HEADS[0], HEADS[1], HEADS[1], HEADS[0])
+    )
+    plan = tree.plan(selection, DIM**-0.5)
+    assert plan is not None
+    out, lse = calls.forward(QKV(q, k, v), plan)
+    assert lse is not None
+    grads = calls.backward(BackwardInputs(dout, q, k, v, out, lse), plan)
+
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    wide = [x.repeat_interleave(HEADS[0] // x.shape[2], 2) for x in leaves]
+    visible = selection.dense_rows(0, TOKENS)
+    scores = torch.einsum("bshd,bthd->bhst", *wide[:2]) * DIM**-0.5
+    expected_lse = scores.masked_fill(~visible, -torch.inf).logsumexp(-1)
+    finite = expected_lse.masked_fill(~visible.any(-1), 0.0)[..., None]
+    probs = torch.where(visible, (scores - finite).exp(), 0.0)
+    expected = torch.einsum("bhst,bthd->bshd", probs, wide[2])
+    pairs = [(out, expected.detach()), (lse, expected_lse.detach())]
+    pairs += zip(grads, torch.autograd.grad(expected, leaves, dout.double()), strict=True)
+    for actual, value in pairs:
+        assert naive.error(actual, value) < 2e-6
+
+
+def test_a_dense_selection_is_one_causal_call() -> None:
+    """Also that of a document, and beside keys that all of its queries see."""
+    grid = block_grid(build("causal", 250), 32, 32, "cpu")
+    plan = tree.plan(Blocks(grid, grid.allowed.expand(1, 1, -1, -1)), 1.0)
+    assert plan is not None
+    ((call,),) = plan.calls
+    assert (call.x0, call.x1, call.keys, call.causal) == (0, 8, slice(0, 250), True)
+    documents = block_grid(build("causal_document:doc_lens=[128,128]", 256), 32, 32, "cpu")
+    plan = tree.plan(Blocks(documents, documents.allowed.expand(1, 1, -1, -1)), 1.0)
+    assert plan is not None
+    assert [call.keys for call in plan.calls[0]] == [slice(0, 128), slice(128, 256)]
+
+
+def test_one_block_less_is_not_a_causal_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tree, "CALL_COST", 0)
+    monkeypatch.setattr(tree, "ROW_COST", 0)
+    grid = block_grid(build("causal", 256), 32, 32, "cpu")
+    kept = grid.allowed.clone()
+    kept[5, 1] = False
+    plan = tree.plan(Blocks(grid, kept[None, None]), 1.0)
+    assert plan is not None
+    squares = [(call.x0, call.x1) for call in plan.calls[0] if call.causal]
+    assert squares == [(0, 4), (4, 5), (5, 6), (6, 8)]
+
+
+def test_keys_that_adjacent_queries_share_are_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, cost in (("CALL_COST", 0), ("ROW_COST", 0), ("KEY_COST", 1)):
+        monkeypatch.setattr(tree, name, cost)
+    grid = block_grid(build("full", 256), 32, 32, "cpu")
+    kept = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+    kept[..., [1, 4]] = True
+    kept[0, 0, 3, 6] = True
+    plan = tree.plan(Blocks(grid, kept), 1.0)
+    assert plan is not None
+    shared, *others = plan.calls[0]
+    assert isinstance(shared.keys, torch.Tensor)
+    assert (shared.x0, shared.x1, shared.keys.tolist(), shared.bias) == (0, 8, [1, 4], None)
+    assert [(call.x0, call.keys) for call in others] == [(3, slice(192, 224))]
+
+
+def test_small_blocks_are_gathered_and_large_ones_are_calls() -> None:
+    random = torch.Generator().manual_seed(0)
+    for block, in_calls in ((8, False), (64, True)):
+        grid = block_grid(build("causal", 2048), block, block, "cpu")
+        kept = torch.rand((1, 1, *grid.areas.shape), generator=random) < 0.2
+        plan = tree.plan(Blocks(grid, kept & grid.allowed), 1.0, required=False)
+        assert (plan is not None) == in_calls
