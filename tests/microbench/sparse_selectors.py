@@ -1,18 +1,17 @@
-"""Selectors on this CPU, compared with dense causal attention: the steps of their forward pass.
+"""Selectors on this CPU, compared with dense causal attention, forward and backward.
 
-    python tests/microbench/sparse_selectors.py [--tokens 8192,32768] [--rounds 3]
+    python tests/microbench/sparse_selectors.py [--tokens 8192,32768] [--rounds 9]
         [--inputs needles:length=1] [--only xattention]
 
 One torch thread, float32, 2 query heads and 1 key/value head of head_dim 64; medians of CPU time
 (``time.process_time``) of interleaved runs; compare ratios within one run only.  *dense* is torch's
-causal flash kernel.  The ratio is its time over that of selecting, planning and computing: above 1,
-the selector is faster.
+causal flash kernel.  A ratio is the median over rounds of its time over that of selecting, planning
+and computing, without and with the backward pass: above 1, the selector is faster.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 
 from cpbench import inputs
-from cpbench.core.operator import QKV
+from cpbench.core.operator import QKV, BackwardInputs
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -41,6 +40,8 @@ SPECS = (
     "dsa:top_k=512",
 )
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+STEPS = ("select", "plan", "kernel", "backward")
 
 
 def timed(samples: list[float], call: Callable[[], Any]) -> Any:
@@ -61,29 +62,40 @@ def compare(spec: Spec, qkv: QKV, problem: Problem, rounds: int) -> str:
         x.repeat_interleave(h, 2).transpose(1, 2).contiguous()
         for x, h in ((q, 1), (k, group), (v, group))
     ]
-    times: dict[str, list[float]] = {"dense": [], "select": [], "plan": [], "kernel": []}
+    dout = torch.randn(q.shape, generator=torch.Generator().manual_seed(0))
+    dense_dout = dout.transpose(1, 2).contiguous()
+    times: dict[str, list[float]] = {name: [] for name in ("dense", "dense backward", *STEPS)}
     for _ in range(rounds):
-        timed(times["dense"], lambda: FLASH(*dense, 0.0, True))
+        out, lse = timed(times["dense"], lambda: FLASH(*dense, 0.0, True))
+        x = dense_dout, *dense, out, lse.contiguous()
+        timed(times["dense backward"], lambda x=x: FLASH_BACKWARD(*x, 0.0, True))
         branches = timed(times["select"], lambda: selector.select(q, k, plan))
         prepared = timed(times["plan"], lambda b=branches: selector.prepare_branches(b, plan))
-        timed(times["kernel"], lambda p=prepared: selector.compute(qkv, p))
-    ms = {name: statistics.median(samples) for name, samples in times.items()}
+        _, _, (result,) = timed(times["kernel"], lambda p=prepared: selector.compute(qkv, p))
+        ((_, kernel, kernel_plan, _),) = prepared
+        x = BackwardInputs(dout, *result)
+        timed(times["backward"], lambda x=x, k=kernel, p=kernel_plan: k.backward(x, p))
     kept = branches[0].mask.area / (problem.seq_q * (problem.seq_q + 1) / 2)
-    ratio = ms["dense"] / (ms["select"] + ms["plan"] + ms["kernel"])
-    return f"{kept:6.1%}" + "".join(f"{x:9.0f}" for x in ms.values()) + f"{ratio:8.2f}"
+    samples = {name: np.array(values) for name, values in times.items()}
+    forward = samples["select"] + samples["plan"] + samples["kernel"]
+    both = (samples["dense"] + samples["dense backward"]) / (forward + samples["backward"])
+    ms = "".join(f"{np.median(values):9.0f}" for values in samples.values())
+    return f"{kept:6.1%}{ms}{np.median(samples['dense'] / forward):8.2f}{np.median(both):8.2f}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", default="8192")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--inputs", default="needles:length=1")
     parser.add_argument("--only", action="append", default=[], help="a selector; may be repeated")
     options = parser.parse_args()
     torch.set_num_threads(1)
     recipe = inputs.Recipe(0, inputs.parse(options.inputs))
-    print("milliseconds; in the last column above 1 the selector is faster than dense attention")
-    print(f"{'':<62}{'tokens':>7}  kept    dense   select     plan   kernel   ratio")
+    print("milliseconds; in the last columns above 1 the selector is faster than dense attention")
+    columns = ("dense", "backward", *STEPS)
+    head = "".join(f"{name:>9}" for name in columns)
+    print(f"{'':<62}{'tokens':>7}  kept{head}     fwd fwd+bwd")
     for n in map(int, options.tokens.split(",")):
         problem = Problem(
             batch=1, seq_q=n, seq_k=n, heads_q=2, heads_kv=1, head_dim=64, dtype="float32"
