@@ -5,7 +5,7 @@ With P = exp(scores - lse), attention is matrix products of tiles (Dao et al. 20
 keys of a tile; the backward pass needs neither, since lse is given.  Rows that see a single square
 go to torch's fused CPU kernel instead, unless values have a head_dim of their own.  Everything is
 computed in float32 (float64 for float64) without copying the inputs; only half-precision inputs are
-converted, a few heads at a time.
+converted, a few heads at a time, and bfloat16 not where every result is one fused call's.
 
 Legend: S queries, T keys, D head dim (values may have another); g key/value heads of a head group,
 R query heads of each, h = g * R; n queries of a tile, m = R * n rows of it (head-major), w keys of
@@ -100,7 +100,8 @@ def backward(x: BackwardInputs, layout: Layout, scale: float) -> Gradients:
     dk, dv = (_empty_with_zeros(x.shape, x, key_gaps) for x in (k, v))
     workspace = _Workspace(q, k, layout)
     # exp(scores - inf) is 0: rows that see nothing contribute nothing.
-    lse_BHS = lse.to(workspace.dtype).masked_fill(lse == -math.inf, math.inf)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    lse_BHS = lse.to(dtype).masked_fill(lse == -math.inf, math.inf)
     for b, heads_q, heads_kv in workspace.head_groups():
         q_hSD, do_hSD, out_hSD = workspace.read(b, heads_q, q, dout, out)
         k_gTD, v_gTD = workspace.read(b, heads_kv, k, v)
@@ -215,7 +216,12 @@ class _Workspace:
         import torch
 
         self.batch, self.heads_kv, self.group = q.shape[0], k.shape[2], q.shape[2] // k.shape[2]
-        self.dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        # CPUs have no float16 products; in bfloat16, sums of several calls would be rounded.
+        single_calls = layout.key_gaps is not None and all(
+            square.prefix == square.k0 for square in layout.squares
+        )
+        keep = q.dtype == torch.bfloat16 and single_calls
+        self.dtype = q.dtype if keep else torch.promote_types(q.dtype, torch.float32)
         rows = max((tile.q1 - tile.q0 for tile in layout.tiles), default=0)
         max_scores = 1  # of one head
         for tile in layout.tiles:

@@ -290,3 +290,15 @@ def test_declaration_needs_no_torch() -> None:
     code = "import sys, cpbench.kernels.bands.operator; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=LIMIT_S)
     assert [info.name for info in OPERATORS] == ["bands"]
+
+
+def test_squares_in_bfloat16_are_not_converted() -> None:
+    """One causal square is the result of the fused kernel for bfloat16, bit for bit."""
+    n = 64
+    square = AttnMask.from_slices(n, n, [(0, n, 0, n, 1 - n, 0)])
+    problem = problem_of(square, "bfloat16")
+    tensors = inputs(problem)
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    q, k, v = (x.transpose(1, 2).contiguous() for x in tensors[:3])
+    expected = flash(q, k, v, 0.0, True)[0].transpose(1, 2)
+    assert torch.equal(run(problem, square, tensors)[0], expected)
