@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from cpbench.core.registry import OperatorInfo
 from cpbench.selectors.common.base import Branch, Plan, Selector
 from cpbench.selectors.common.ranking import check_minimum, row_chunks, upcast
-from cpbench.selectors.common.selection import Tokens, dense_mask_rows, visible_end
+from cpbench.selectors.common.selection import Tokens, dense_mask_rows
 from cpbench.selectors.common.tensor_file import TensorFile
 
 if TYPE_CHECKING:
@@ -89,13 +89,34 @@ class Scored(Selector):
         max_keys = min(self.top_k, t)
         index = torch.full((b, heads, s, max_keys), -1, dtype=torch.int32, device=q.device)
         for begin, end in row_chunks(s, b * heads * t, q.device):
-            keys = visible_end(plan.mask, begin, end)
-            visible = dense_mask_rows(plan.mask, begin, end, q.device)[:, :keys]
-            of_rows = scores[:, :, None, :keys].masked_fill(~visible, -torch.inf)
-            top = of_rows.topk(min(max_keys, keys), dim=-1)
-            chosen = top.indices.masked_fill_(top.values == -torch.inf, -1)
+            top, chosen = self._top_of_rows(scores, plan, begin, end)
+            chosen = chosen.masked_fill_(top == -torch.inf, -1)
             index[:, :, begin:end, : chosen.shape[3]] = chosen
         return (Branch(mask=Tokens(plan.mask, index, q.shape[2])),)
+
+    def _top_of_rows(
+        self, scores: torch.Tensor, plan: Plan, begin: int, end: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores and numbers of the keys of queries ``[begin, end)``, ``[B, heads, S, n]`` both.
+
+        Most keys that one of them sees, all see: the best of these are found once, and each query
+        has them and the others to choose from.
+        """
+        import torch
+
+        visible = dense_mask_rows(plan.mask, begin, end, "cpu")
+        shared = visible.all(0)
+        others = torch.nonzero(visible.any(0) & ~shared)[:, 0]
+        seen = torch.ones((end - begin, min(self.top_k, int(shared.sum()))), dtype=torch.bool)
+        seen = torch.cat([seen, visible[:, others]], 1).to(scores.device)
+        shared, others = shared.to(scores.device), others.to(scores.device)
+        found = seen.shape[1] - len(others)
+        best = scores.masked_fill(~shared, -torch.inf).topk(found, dim=-1, sorted=False).indices
+        keys = torch.cat([best, others.expand(*scores.shape[:2], -1)], 2)
+        of_rows = scores.gather(2, keys)[:, :, None].masked_fill(~seen, -torch.inf)
+        top = of_rows.topk(min(self.top_k, keys.shape[2]), dim=-1)
+        chosen = keys[:, :, None].expand(-1, -1, end - begin, -1).gather(3, top.indices)
+        return top.values, chosen
 
     def _scores(self, k: torch.Tensor) -> torch.Tensor:
         """``[B, heads, T]`` in float32 at least."""
