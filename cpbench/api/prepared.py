@@ -14,13 +14,7 @@ from cpbench.core.spec import Spec
 from cpbench.parallel.bound_operator import BoundOperator
 from cpbench.parallel.comm import GroupedComm
 from cpbench.parallel.host_memory.allocation import home_of
-from cpbench.parallel.strategy import declared_refusal as strategy_refusal
-from cpbench.parallel.strategy import (
-    kind_refusal,
-    load_strategy,
-    merge_refusal,
-    selector_refusal,
-)
+from cpbench.parallel.strategy import load_strategy, method_refusal
 from cpbench.parallel.tracing.mismatch import describe_mismatch
 from cpbench.parallel.tracing.trace import MODULUS, RankTrace, trace_rank
 from cpbench.parallel.world import World
@@ -94,21 +88,14 @@ class Attention:
         self.info, op_info = strategy_info(strategy_spec.name), operator_info(operator_spec.name)
         device_type = device.partition(":")[0]
         self.offloaded = self.info.is_offloaded(strategy_spec.kwargs)
-        params = strategy_spec.kwargs
         reason = declared_refusal(op_info, world.problem, device_type)
-        reason = reason or kind_refusal(self.info, op_info, params)
-        reason = reason or strategy_refusal(self.info, world)
-        reason = reason or selector_refusal(self.info, op_info)
-        if reason is None and op_info.selects and self.offloaded:
-            reason = f"{op_info.name} is a selector, which takes no offload"
-        if reason is None and (self.offloaded or (self.info.merges and world.size > 1)):
-            name = str(strategy_spec) if self.offloaded else self.info.name
-            reason = merge_refusal(op_info, name, world.problem, device_type)
+        reason = reason or method_refusal(self.info, op_info, strategy_spec, world, device_type)
         if reason is not None:
             raise Unsupported(reason)
         self.op = operator_class.load(operator_spec, device)
         self.strategy: Strategy
-        self.strategy, world = load_strategy(self.info, params, op_info.kind, world)
+        kwargs, kind = strategy_spec.kwargs, op_info.kind
+        self.strategy, world = load_strategy(self.info, kwargs, kind, world)
         self.home = home_of(device) if self.offloaded else device
         world = world.with_inputs_of(op_info)
         self.world, self.rank = world, rank

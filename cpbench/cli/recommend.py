@@ -67,6 +67,7 @@ def recommend(
     Predicts every strategy with its usual parameters on each layout, names those within the
     interval of the fastest, says why the others lose, and on how many ranks the order changes.
     """
+    from cpbench.core.registry import operator_info
     from cpbench.core.spec import parse_size
     from cpbench.reports.recommendation import output as outputs
     from cpbench.reports.recommendation import text
@@ -92,7 +93,8 @@ def recommend(
         )  # fmt: skip
         if len(cases) > 1:
             raise ValueError(f"recommend takes one problem, not {len(cases)}: give no lists")
-        names = split_list(strategy) if strategy else own_strategies()
+        kind = operator_info(cases[0].operator.name).kind
+        names = split_list(strategy) if strategy else own_strategies(kind)
         result = search(cases[0], names, cluster, draws, memory or 0.0)
         if output is not None:
             outputs.write(result, output)

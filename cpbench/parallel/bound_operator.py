@@ -115,10 +115,7 @@ class BoundOperator:
                 crop, rectangle = None, mask  # its backward pass takes the output it returned
             mask = rectangle
             problem = replace(problem, seq_q=mask.seq_q, seq_k=mask.seq_k)
-        if declared_kind(self.info, mask) not in self.info.masks:
-            takes = ", ".join(self.info.masks)
-            kind = "differs from head to head" if per_head(mask) else f"is {mask.kind}"
-            raise Unsupported(f"{self.info.name} takes {takes} masks; this one {kind}")
+        self.require_kind(mask)
         if selects:
             return bound_selector.prepare(self, subproblem)
         reason = self.impl.unsupported(problem, mask, self.device)
@@ -126,6 +123,13 @@ class BoundOperator:
             raise Unsupported(reason)
         plan = self.impl.prepare(mask, problem, self.device)
         return Planned(plan, problem, mask, subproblem.area, crop, subproblem.world.kv_heads)
+
+    def require_kind(self, mask: Mask) -> None:
+        """Raise an Unsupported if the declaration rules out masks of this kind."""
+        if declared_kind(self.info, mask) not in self.info.masks:
+            takes = ", ".join(self.info.masks)
+            kind = "differs from head to head" if per_head(mask) else f"is {mask.kind}"
+            raise Unsupported(f"{self.info.name} takes {takes} masks; this one {kind}")
 
     def forward(self, qkv: QKV | MixerInputs, plan: Any) -> OutLse:
         """See :meth:`Operator.forward`."""

@@ -59,6 +59,10 @@ class BoundMixer(Protocol):
     @property
     def from_initial(self) -> bool: ...
 
+    def flops(self, step: str, x: MixerInputs) -> int:
+        """FLOPs of a step, named as its method, on a run of tokens."""
+        ...
+
     def summarise(self, x: MixerInputs, resets: tuple[int, ...]) -> tuple[Summary, Any]:
         """The summary of a run, and what :meth:`output` need not compute again."""
         ...
@@ -143,6 +147,7 @@ class TracedMixer:
             mixer.from_initial,
         )
         self.empty_summary, self.summary = mixer.empty_summary, mixer.summary
+        self.flops = mixer.flops
 
     def summarise(self, x: MixerInputs, *run: Any) -> tuple[Summary, Any]:
         return self.empty_summary(x), None

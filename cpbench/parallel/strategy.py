@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from cpbench.core.operator import Gradients
     from cpbench.core.problem import Problem
     from cpbench.core.registry import OperatorInfo, StrategyInfo
+    from cpbench.core.spec import Spec
     from cpbench.parallel.bound_operator import BoundOperator
     from cpbench.parallel.comm import Comm
     from cpbench.parallel.world import World
@@ -203,6 +204,31 @@ def selector_refusal(strategy: StrategyInfo, operator: OperatorInfo) -> str | No
 
 def _selects_by_pooled(info: OperatorInfo) -> bool:
     return info.selects and info.selects_from == "pooled_keys"
+
+
+def method_refusal(
+    strategy: StrategyInfo,
+    operator: OperatorInfo,
+    spec: Spec,
+    world: World,
+    device: str,
+) -> str | None:
+    """The reason why a strategy and an operator do not go together in a world, by declaration, or
+    None.
+
+    Args:
+        spec: of the strategy.
+        device: type of device, or ``"meta"`` in a trace.
+    """
+    offloaded = strategy.is_offloaded(spec.kwargs)
+    reason = kind_refusal(strategy, operator, spec.kwargs) or declared_refusal(strategy, world)
+    reason = reason or selector_refusal(strategy, operator)
+    if reason is None and operator.selects and offloaded:
+        reason = f"{operator.name} is a selector, which takes no offload"
+    if reason is None and (offloaded or (strategy.merges and world.size > 1)):
+        name = str(spec) if offloaded else strategy.name
+        reason = merge_refusal(operator, name, world.problem, device)
+    return reason
 
 
 def untraced_reason(info: StrategyInfo) -> str:

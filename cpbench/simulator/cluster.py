@@ -38,6 +38,14 @@
     call_us = 5.0
     [kernels.bwd]                      # the same, for the backward pass
 
+    [[mixers]]                         # sequence mixers, as kernels: either may be left out
+    source = "single-rank records"
+    operators = ["gated_deltanet"]
+    dtype = "bfloat16"
+    head_dim = 128
+    fwd = { tflops = 60.0, token_us = 0.01, call_us = 50.0 }   # token_us: whatever the heads
+    bwd = { tflops = 50.0, token_us = 0.02, call_us = 90.0 }
+
     [links.node]                       # also: links.across; neither: for one rank only
     source = "cpbench links"
     alpha_us = 10.0
@@ -69,18 +77,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from cpbench.core.user_files import load_toml, require_known
+from cpbench.core.user_files import load_toml
+from cpbench.simulator.tables import as_table, build, plain
 from cpbench.simulator.tiles import GRIDS, Tiling
 
 PACKAGED = Path(__file__).parent / "clusters"
 LINKS = ("node", "across", "host")
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +133,41 @@ class KernelCosts:
     def tiling(self) -> Tiling:
         """How it divides a mask."""
         return Tiling(self.fwd.tile, (self.bwd or self.fwd).tile, self.grid, self.packs_heads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixerPhase:
+    """The costs of a sequence mixer in one phase.
+
+    Attributes:
+        tflops: the rate of its FLOPs as ``cpbench.kernels.mixers.forms`` counts them.
+        token_us: of each token of a sequence, whatever the number of heads: passes over chunks.
+        call_us: of each step.
+    """
+
+    tflops: float
+    token_us: float = 0.0
+    call_us: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixerCosts:
+    """A sequence mixer, for one dtype and head_dim; ``bwd`` is None if it has none."""
+
+    source: str
+    operators: tuple[str, ...]
+    dtype: str
+    head_dim: int
+    fwd: MixerPhase
+    bwd: MixerPhase | None = None
+
+    @property
+    def tiling(self) -> Tiling:
+        """That of its recordings, which have no tiles."""
+        return Tiling((1, 1), (1, 1), "mask")
+
+
+Costs = KernelCosts | MixerCosts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,29 +238,37 @@ class Cluster:
     gpu: Gpu
     kernels: tuple[KernelCosts, ...]
     calibrated: Calibrated
+    mixers: tuple[MixerCosts, ...] = ()
     links: dict[str, Link] = field(default_factory=dict)
     collectives: Collectives | None = None
     memory: Memory = Memory(source="not given")
     digest: str = field(default="", compare=False)
 
-    def kernel(self, operator: str, dtype: str, head_dim: int) -> KernelCosts:
-        """The kernel of an operator.
+    @property
+    def first_operator(self) -> str:
+        """That of the first kernel, or mixer."""
+        known: tuple[Costs, ...] = (*self.kernels, *self.mixers)
+        return known[0].operators[0]
+
+    def kernel(self, operator: str, dtype: str, head_dim: int) -> Costs:
+        """The kernel of an operator, or the costs of a mixer.
 
         Raises:
             ValueError: if none was calibrated for this operator, dtype and head_dim.
         """
-        for kernel in self.kernels:
+        known: tuple[Costs, ...] = (*self.kernels, *self.mixers)
+        for kernel in known:
             if operator in kernel.operators and (kernel.dtype, kernel.head_dim) == (
                 dtype, head_dim,
             ):  # fmt: skip
                 return kernel
-        known = "; ".join(
+        there_are = "; ".join(
             f"{', '.join(kernel.operators)} in {kernel.dtype} with head_dim {kernel.head_dim}"
-            for kernel in self.kernels
+            for kernel in known
         )
         raise ValueError(
             f"cluster {self.name} has no kernel of {operator} in {dtype} with head_dim {head_dim}; "
-            f"there are: {known}"
+            f"there are: {there_are}"
         )
 
     @property
@@ -260,9 +310,11 @@ def from_table(table: Mapping[str, Any]) -> Cluster:
         ValueError: for a missing or unknown key, or a value of the wrong type or sign.
     """
     values = dict(table)
-    kernels = values.get("kernels", [])
-    if not isinstance(kernels, list) or not kernels:
+    kernels, mixers = (values.setdefault(name, []) for name in ("kernels", "mixers"))
+    if not isinstance(kernels, list) or not (kernels or mixers):
         raise ValueError("kernels must be a list of tables: [[kernels]]")
+    if not isinstance(mixers, list):
+        raise ValueError("mixers must be a list of tables: [[mixers]]")
     links = values.get("links", {})
     if not isinstance(links, dict):
         raise ValueError("links must be tables: [links.node], [links.across]")
@@ -273,105 +325,46 @@ def from_table(table: Mapping[str, Any]) -> Cluster:
     for name in links:
         if name not in LINKS:
             raise ValueError(f"no link {name!r}; there are: {', '.join(LINKS)}")
-    values["gpu"] = _from_table(Gpu, values.get("gpu"), "gpu")
+    values["gpu"] = build(Gpu, values.get("gpu"), "gpu")
     values["kernels"] = tuple(
         _kernel(kernel, f"kernels[{index}]") for index, kernel in enumerate(kernels)
     )
+    values["mixers"] = tuple(
+        _mixer(mixer, f"mixers[{index}]") for index, mixer in enumerate(mixers)
+    )
     values["links"] = {
-        name: _from_table(HostLink if name == "host" else Link, x, f"links.{name}")
+        name: build(HostLink if name == "host" else Link, x, f"links.{name}")
         for name, x in links.items()
     }
-    values["calibrated"] = _from_table(Calibrated, values.get("calibrated"), "calibrated")
+    values["calibrated"] = build(Calibrated, values.get("calibrated"), "calibrated")
     if "collectives" in values:
-        values["collectives"] = _from_table(Collectives, values["collectives"], "collectives")
+        values["collectives"] = build(Collectives, values["collectives"], "collectives")
     if "memory" in values:
-        values["memory"] = _from_table(Memory, values["memory"], "memory")
+        values["memory"] = build(Memory, values["memory"], "memory")
     if "digest" in values:
         raise ValueError("digest is computed, not given")
-    cluster = _from_table(Cluster, values, "")
+    cluster = build(Cluster, values, "")
     if cluster.gpus_per_node < 1:
         raise ValueError(f"gpus_per_node = {cluster.gpus_per_node} must be 1 or more")
-    text = json.dumps({key: _plain(value) for key, value in values.items()}, sort_keys=True)
+    text = json.dumps({key: plain(value) for key, value in values.items()}, sort_keys=True)
     cluster.__dict__["digest"] = hashlib.sha256(text.encode()).hexdigest()[:16]
     return cluster
 
 
 def _kernel(table: Any, where: str) -> KernelCosts:
-    values = dict(_as_table(table, where))
+    values = dict(as_table(table, where))
     for phase in ("fwd", "bwd"):
         if phase in values:
-            values[phase] = _from_table(Phase, values[phase], f"{where}.{phase}")
-    kernel = _from_table(KernelCosts, values, where)
+            values[phase] = build(Phase, values[phase], f"{where}.{phase}")
+    kernel = build(KernelCosts, values, where)
     if kernel.grid not in GRIDS:
         raise ValueError(f"{where}.grid = {kernel.grid!r} is none of {', '.join(GRIDS)}")
     return kernel
 
 
-def _as_table(value: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{where} must be a table: [{where}]")
-    return value
-
-
-def _from_table(kind: type[T], table: Any, where: str) -> T:
-    """A dataclass from a table with its fields, all of the right types, numbers not negative."""
-    prefix = f"{where}." if where else ""
-    known = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
-    values: dict[str, Any] = {}
-    for key, value in _as_table(table, where).items():
-        require_known(key, known, prefix)
-        values[key] = _checked(f"{prefix}{key}", str(known[key].type), value)
-    for name, item in known.items():
-        if name not in values and item.default is MISSING and item.default_factory is MISSING:
-            raise ValueError(f"{prefix}{name} is missing")
-    return kind(**values)
-
-
-def _checked(name: str, wanted: str, value: Any) -> Any:
-    if wanted == "str" and isinstance(value, str):
-        return value
-    if wanted == "bool" and type(value) is bool:
-        return value
-    if wanted == "int" and type(value) is int and value >= 0:
-        return value
-    if wanted == "float" and type(value) in (int, float) and 0 <= value < math.inf:
-        return float(value)
-    if wanted == "tuple[str, ...]" and _is_list(value, (str,)) and value:
-        return tuple(value)
-    if (
-        wanted == "tuple[int, int]"
-        and _is_list(value, (int,))
-        and len(value) == 2
-        and min(value) > 0
-    ):
-        return tuple(value)
-    if (
-        wanted == "tuple[float, float]"
-        and _is_list(value, (int, float))
-        and len(value) == 2
-        and all(0 < item < math.inf for item in value)
-    ):
-        return tuple(map(float, value))
-    if wanted not in _WORDS:  # tables, which were made before
-        return value
-    raise ValueError(f"{name} = {value!r} is not {_WORDS[wanted]}")
-
-
-_WORDS = {
-    "str": "a string", "bool": "true or false", "int": "an integer of 0 or more",
-    "float": "a number of 0 or more",
-    "tuple[str, ...]": "a list of strings", "tuple[int, int]": "a list of two positive integers",
-    "tuple[float, float]": "a list of two positive numbers",
-}  # fmt: skip
-
-
-def _is_list(value: Any, types: tuple[type, ...]) -> bool:
-    return isinstance(value, list) and all(type(item) in types for item in value)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return value if isinstance(value, str | int | float) else asdict(value)
+def _mixer(table: Any, where: str) -> MixerCosts:
+    values = dict(as_table(table, where))
+    for phase in ("fwd", "bwd"):
+        if phase in values:
+            values[phase] = build(MixerPhase, values[phase], f"{where}.{phase}")
+    return build(MixerCosts, values, where)

@@ -7,8 +7,8 @@ heads share them.
 
 from __future__ import annotations
 
-from cpbench.simulator.cluster import Cluster, Gpu, KernelCosts, Phase
-from cpbench.simulator.events import Kernel, SideWork
+from cpbench.simulator.cluster import Cluster, Costs, Gpu, KernelCosts, MixerCosts, Phase
+from cpbench.simulator.events import Kernel, Mix, SideWork
 
 
 def kernel_seconds(kernel: Kernel, costs: KernelCosts, gpu: Gpu) -> float:
@@ -63,8 +63,24 @@ def side_seconds(work: SideWork, gpu: Gpu) -> float:
     )
 
 
-def event_seconds(event: Kernel | SideWork, costs: KernelCosts, cluster: Cluster) -> float:
-    """The time of a kernel or of side work."""
+def mix_seconds(mix: Mix, costs: MixerCosts) -> float:
+    """The time of one step of a mixer.
+
+    Raises:
+        ValueError: for a backward pass of a mixer that has none.
+    """
+    phase = costs.fwd if mix.phase == "fwd" else costs.bwd
+    if phase is None:
+        raise ValueError(f"{', '.join(costs.operators)}: no backward pass was calibrated")
+    return mix.flops / (phase.tflops * 1e12) + (mix.tokens * phase.token_us + phase.call_us) * 1e-6
+
+
+def event_seconds(event: Kernel | Mix | SideWork, costs: Costs, cluster: Cluster) -> float:
+    """The time of a kernel, of a step of a mixer, or of side work."""
     if isinstance(event, Kernel):
+        assert isinstance(costs, KernelCosts)
         return kernel_seconds(event, costs, cluster.gpu)
+    if isinstance(event, Mix):
+        assert isinstance(costs, MixerCosts)
+        return mix_seconds(event, costs)
     return side_seconds(event, cluster.gpu)

@@ -65,6 +65,23 @@ class Kernel:
 
 
 @dataclass(frozen=True)
+class Mix:
+    """One step of a sequence mixer over consecutive tokens.
+
+    Attributes:
+        phase: ``"fwd"`` or ``"bwd"``, at whose rate it runs.
+        step: of a scan, see ``cpbench.parallel.mixing``; that of the phase for a whole pass.
+        tokens: of each sequence.
+        flops: of all heads and sequences.
+    """
+
+    phase: str
+    step: str
+    tokens: int
+    flops: int
+
+
+@dataclass(frozen=True)
 class SideWork:
     """Work of a strategy beside its kernels: merges, packing, float32 sums, padding.
 
@@ -132,5 +149,25 @@ class Wait:
     number: int
 
 
-Event = Kernel | SideWork | Post | Copy | Wait
+Event = Kernel | Mix | SideWork | Post | Copy | Wait
 Program = tuple[Event, ...]
+
+
+class Recorder:
+    """The events of one rank in order; consecutive side work is one event."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def add(self, event: Event) -> None:
+        if isinstance(event, SideWork) and self.events:
+            last = self.events[-1]
+            if isinstance(last, SideWork):
+                self.events[-1] = last + event
+                return
+        self.events.append(event)
+
+    def take(self) -> Program:
+        """The events since the last call."""
+        events, self.events = tuple(self.events), []
+        return events

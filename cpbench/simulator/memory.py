@@ -18,6 +18,7 @@ from cpbench.simulator.events import Kernel, Post, Program
 if TYPE_CHECKING:
     from cpbench.core.registry import OperatorInfo
     from cpbench.parallel.strategy import Strategy
+    from cpbench.parallel.tracing.trace import Traceable
     from cpbench.parallel.world import World
     from cpbench.simulator.cluster import Cluster
 
@@ -80,7 +81,7 @@ _COUNTS = ("rank", "peers")
 
 
 def need(
-    strategy: Strategy, operator: OperatorInfo, world: World, rank: int,
+    strategy: Strategy, operator: Traceable, world: World, rank: int,
     programs: Mapping[str, Program], offloaded: bool = False,
 ) -> Need:  # fmt: skip
     """What one rank needs.
@@ -89,20 +90,23 @@ def need(
         programs: its recordings by phase.
         offloaded: whether its inputs are in host memory.
     """
+    from cpbench.parallel.bound_operator import BoundOperator
     from cpbench.parallel.tracing.memory_trace import peak_bytes
+    from cpbench.parallel.tracing.trace import empty_inputs
 
     problem = world.problem
     if problem.backward:  # what the forward pass saves is there, whether it is timed or not
         world = replace(world, problem=replace(problem, direction="fwd_bwd"))
-    inputs = problem.q_bytes(world.queries.local_len) + problem.kv_bytes(world.keys.local_len)
-    inputs += problem.out_bytes(world.queries.local_len) * problem.backward
+    info = operator.info if isinstance(operator, BoundOperator) else operator
+    tensors, dout = empty_inputs(world, info.kind)
+    inputs = sum(x.nbytes for x in tensors if x is not None) + dout.nbytes * problem.backward
     peak = peak_bytes(strategy, operator, world, rank)
     events = [event for program in programs.values() for event in program]
     return Need(
         rank=rank,
         inputs=0 if offloaded else inputs,
         buffers=peak.device,
-        workspace=max((_workspace(x, operator, problem) for x in events if isinstance(x, Kernel)),
+        workspace=max((_workspace(x, info, problem) for x in events if isinstance(x, Kernel)),
                       default=0),
         peers=len({
             (peer, event.members, event.lane)

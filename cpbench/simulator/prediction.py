@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from cpbench.core.operator import value_dims_refusal
 from cpbench.core.problem import Case
-from cpbench.core.registry import LoadError, implementation, operator_info, strategy_info
+from cpbench.core.registry import LoadError, operator_info, strategy_info
 from cpbench.masks.head_masks import per_head
-from cpbench.parallel.strategy import declared_refusal, kind_refusal, untraced_reason
+from cpbench.parallel.bound_operator import BoundOperator
+from cpbench.parallel.strategy import untraced_reason
+from cpbench.parallel.tracing import method
 from cpbench.parallel.world import World
 from cpbench.simulator import memory
 from cpbench.simulator.cluster import Cluster, load
@@ -33,8 +35,8 @@ from cpbench.simulator.tiles import Tiling
 from cpbench.simulator.timeline import timeline
 
 if TYPE_CHECKING:
-    from cpbench.core.registry import OperatorInfo
     from cpbench.parallel.strategy import Strategy
+    from cpbench.parallel.tracing.trace import Traceable
 
 TOGETHER = 32  # ranks of which all are recorded and replayed together
 FAR = 4  # times what was calibrated, from where on a prediction is an extrapolation
@@ -54,11 +56,12 @@ def predict(
     """
     kernel = cluster.kernel(case.operator.name, case.dtype, case.head_dim)
     world = world or World.of_case(case, cluster.gpus_per_node)
-    strategy, operator = load_method(case, world, cluster)
+    strategy, operator, world = load_method(case, world, cluster)
     offloaded = strategy_info(case.strategy.name).is_offloaded(case.strategy.kwargs)
     counts = chosen = representatives(world)
     groups = [[rank] for rank in counts]
-    if world.size <= TOGETHER:
+    mixes = isinstance(operator, BoundOperator)  # each rank is recorded in milliseconds
+    if world.size <= TOGETHER or mixes:
         counts, groups = dict.fromkeys(range(world.size), 1), []
     elif cluster.shares_links(world.ranks_per_node, offloaded):
         counts = chosen = representative_nodes(world)
@@ -66,7 +69,7 @@ def predict(
     programs = record(case, world, strategy, operator, kernel.tiling, counts)
     cost = functools.partial(event_seconds, costs=kernel, cluster=cluster)
     phases, times_by_phase = {}, {}
-    for phase, flops in world.problem.flops(world.mask.area).items():
+    for phase, flops in problem_flops(operator, world).items():
         if phase not in case.direction.split("_"):
             continue
         of_phase = {rank: programs[rank][phase] for rank in counts}
@@ -96,8 +99,8 @@ def predict(
     }
 
 
-def load_method(case: Case, world: World, cluster: Cluster) -> tuple[Strategy, OperatorInfo]:
-    """The strategy and operator of a case.
+def load_method(case: Case, world: World, cluster: Cluster) -> tuple[Strategy, Traceable, World]:
+    """The strategy and the operator of a case, and its world with the inputs of that operator.
 
     Raises:
         ValueError: if the case is not predicted, one of them does not take it, or it takes links
@@ -111,13 +114,6 @@ def load_method(case: Case, world: World, cluster: Cluster) -> tuple[Strategy, O
             "the time of decoding is not predicted: no cluster is calibrated for it; cpbench "
             "traffic says what is sent"
         )
-    if operator.mixer:
-        raise ValueError(
-            f"{operator.name} is a sequence mixer, whose time is not predicted; cpbench traffic "
-            "says what it sends"
-        )
-    if reason := kind_refusal(info, operator, case.strategy.kwargs):
-        raise ValueError(reason)
     if operator.selects:
         raise ValueError(f"{operator.name} selects by the data, so its work is not known before")
     if per_head(world.mask):
@@ -126,15 +122,22 @@ def load_method(case: Case, world: World, cluster: Cluster) -> tuple[Strategy, O
         raise ValueError(
             f"cluster {cluster.name} has no [links.host], which the copies of {case.strategy} take"
         )
-    strategy = implementation(info, case.strategy.kwargs)
-    reason = declared_refusal(info, world) or strategy.unsupported(world)
-    if reason := reason or value_dims_refusal(operator, world.problem):
+    strategy, traceable, world = method.load_method(case, world)
+    if reason := value_dims_refusal(operator, world.problem):
         raise ValueError(reason)
-    return strategy, operator
+    return strategy, traceable, world
+
+
+def problem_flops(operator: Traceable, world: World) -> dict[str, int]:
+    """FLOPs by phase, all ranks together."""
+    if isinstance(operator, BoundOperator):
+        flops: dict[str, int] = operator.impl.flops(world.problem)  # type: ignore[attr-defined]
+        return flops
+    return world.problem.flops(world.mask.area)
 
 
 def record(
-    case: Case, world: World, strategy: Strategy, operator: OperatorInfo, tiling: Tiling,
+    case: Case, world: World, strategy: Strategy, operator: Traceable, tiling: Tiling,
     ranks: Iterable[int],
 ) -> dict[int, dict[str, Program]]:  # fmt: skip
     """The recordings of some ranks."""
@@ -153,7 +156,7 @@ def record(
 
 
 def needs(
-    case: Case, world: World, strategy: Strategy, operator: OperatorInfo, tiling: Tiling,
+    case: Case, world: World, strategy: Strategy, operator: Traceable, tiling: Tiling,
     programs: Mapping[int, Mapping[str, Program]],
 ) -> dict[int, memory.Need]:  # fmt: skip
     """The memory that ranks need, from their recordings."""

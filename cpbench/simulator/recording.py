@@ -14,46 +14,37 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from cpbench.core.operator import state_dtype
 from cpbench.parallel.bound_operator import BoundOperator
 from cpbench.parallel.comm import CompletedHandle
 from cpbench.parallel.host_memory.link import contiguous_pairs
+from cpbench.parallel.mixing import TracedMixer
 from cpbench.parallel.tracing.trace import COLLECTIVES, CountingComm, empty_inputs
-from cpbench.simulator.events import Copy, Event, Kernel, Post, Program, SideWork, Wait
+from cpbench.simulator.events import Copy, Kernel, Mix, Post, Program, Recorder, SideWork, Wait
 from cpbench.simulator.tiles import Tiling
 
 if TYPE_CHECKING:
-    from cpbench.core.operator import QKV, BackwardInputs, Gradients, OutLse
+    from cpbench.core.operator import (
+        QKV,
+        BackwardInputs,
+        Gradients,
+        MixerBackwardInputs,
+        MixerInputs,
+        OutLse,
+    )
     from cpbench.core.problem import Problem
     from cpbench.core.registry import OperatorInfo
     from cpbench.masks.attn_mask import AttnMask
     from cpbench.parallel.comm import Handle, Messages
+    from cpbench.parallel.mixing import BoundMixer, Mixed, MixerGradients, Summary
     from cpbench.parallel.strategy import Strategy
-    from cpbench.parallel.world import World
+    from cpbench.parallel.tracing.trace import Traceable
+    from cpbench.parallel.world import Chunk, KeySubset, Subproblem, World
 
 # Operators of torch that move no data, and those that read or write by an index.
 FREE = {"empty", "empty_like", "new_empty", "empty_strided", "detach", "alias", "lift_fresh"}
 GATHERS = {"index_select", "gather", "index", "take_along_dim", "embedding"}
 SCATTERS = {"index_copy_", "index_add_", "scatter_", "scatter_add_", "index_put_", "index_fill_"}
-
-
-class Recorder:
-    """The events of one rank in order; consecutive side work is one event."""
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-
-    def add(self, event: Event) -> None:
-        if isinstance(event, SideWork) and self.events:
-            last = self.events[-1]
-            if isinstance(last, SideWork):
-                self.events[-1] = last + event
-                return
-        self.events.append(event)
-
-    def take(self) -> Program:
-        """The events since the last call."""
-        events, self.events = tuple(self.events), []
-        return events
 
 
 class RecordingComm(CountingComm):
@@ -174,6 +165,80 @@ class RecordingOperator(BoundOperator):
         return merged, merged_lse
 
 
+class RecordingMixer(BoundOperator):
+    """A mixer that records its steps and computes nothing; what a scan does to states beside, as
+    combining two summaries, is side work."""
+
+    def __init__(self, operator: BoundOperator, recorder: Recorder) -> None:
+        super().__init__(operator.info, operator.impl, "meta")
+        self._recorder = recorder
+
+    def prepare(self, subproblem: Subproblem | KeySubset | Chunk) -> Problem:
+        return subproblem.problem
+
+    def bind(self, problem: Problem) -> BoundMixer:
+        return _RecordingSteps(super().bind(problem), self._recorder)
+
+    def mix(self, x: MixerInputs, plan: Any) -> OutLse:
+        self._record("fwd", plan)
+        (b, _, h, k), v = x.q.shape, x.v.shape[3]
+        return x.v.new_empty(x.v.shape), x.q.new_empty((b, h, k, v), dtype=state_dtype(x.q))
+
+    def mix_backward(self, x: MixerBackwardInputs, plan: Any) -> Gradients:
+        self._record("bwd", plan)
+        return tuple(y.new_empty(y.shape) for y in x.inputs.given)
+
+    def _record(self, phase: str, problem: Problem) -> None:
+        flops: int = self.impl.flops(problem)[phase]  # type: ignore[attr-defined]
+        self._recorder.add(Mix(phase, phase, problem.seq_q, flops))
+
+
+class _RecordingSteps(TracedMixer):
+    """The steps of a scan.
+
+    Args:
+        mixer: whose shapes and FLOPs these are.
+    """
+
+    def __init__(self, mixer: BoundMixer, recorder: Recorder) -> None:
+        super().__init__(mixer)
+        self._mixer, self._recorder = mixer, recorder
+
+    def combine(self, later: Summary, earlier: Summary) -> Summary:
+        return self._mixer.combine(later, earlier)
+
+    def apply(self, transition: torch.Tensor | None, state: torch.Tensor) -> torch.Tensor:
+        return self._mixer.apply(transition, state)
+
+    def transpose(self, transition: torch.Tensor) -> torch.Tensor:
+        return self._mixer.transpose(transition)
+
+    def summarise(self, x: MixerInputs, *run: Any) -> tuple[Summary, Any]:
+        self._record("fwd", "summarise", x)
+        return super().summarise(x, *run)
+
+    def output(self, x: MixerInputs, *run: Any) -> Mixed:
+        self._record("fwd", "output", x)
+        return super().output(x, *run)
+
+    def respond(
+        self, x: MixerInputs, resets: tuple[int, ...], state: torch.Tensor, *run: Any
+    ) -> torch.Tensor:
+        self._record("fwd", "respond", x)
+        return self.empty_summary(x).state
+
+    def summarise_back(self, x: MixerInputs, *run: Any) -> torch.Tensor:
+        self._record("bwd", "summarise_back", x)
+        return super().summarise_back(x, *run)
+
+    def backward(self, x: MixerInputs, *run: Any) -> MixerGradients:
+        self._record("bwd", "backward", x)
+        return super().backward(x, *run)
+
+    def _record(self, phase: str, step: str, x: MixerInputs) -> None:
+        self._recorder.add(Mix(phase, step, x.q.shape[1], self.flops(step, x)))
+
+
 class SideWorkMode(TorchDispatchMode):
     """Records what torch would launch: each operator that computes is one kernel that reads each of
     its inputs and writes each of its outputs once; views and uninitialised memory are none."""
@@ -181,6 +246,11 @@ class SideWorkMode(TorchDispatchMode):
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._recorder = recorder
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch imports its compiler, which takes seconds, only to disable it inside a mode."""
+        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -205,17 +275,21 @@ def side_work(name: str, args: Any, kwargs: Any, result: Any) -> SideWork:
 
 
 def record_rank(
-    strategy: Strategy, operator: OperatorInfo, world: World, rank: int, tiling: Tiling
+    strategy: Strategy, operator: Traceable, world: World, rank: int, tiling: Tiling
 ) -> dict[str, Program]:
     """Record the phases of one rank, ``"fwd"`` and ``"bwd"``; the forward pass is always recorded.
 
     The log-sum-exp is not requested, as in timed runs.
     """
     recorder = Recorder()
-    op = RecordingOperator(operator, recorder, tiling)
+    op: BoundOperator
+    if isinstance(operator, BoundOperator):
+        op = RecordingMixer(operator, recorder)
+    else:
+        op = RecordingOperator(operator, recorder, tiling)
     comm = RecordingComm(rank, world.size, recorder)
     plan = strategy.prepare(op, world, rank)
-    qkv, dout = empty_inputs(world)
+    qkv, dout = empty_inputs(world, op.info.kind)
     programs = {}
     with SideWorkMode(recorder):
         _, _, saved = strategy.forward(qkv, plan, op, comm, need_lse=False)

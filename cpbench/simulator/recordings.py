@@ -15,7 +15,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from cpbench.simulator.events import Copy, Event, Kernel, Post, Program, SideWork, Wait
+from cpbench.simulator.events import Copy, Event, Kernel, Mix, Post, Program, SideWork, Wait
 from cpbench.simulator.tiles import TileCounts, Tiling
 
 if TYPE_CHECKING:
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 PACKAGE = Path(__file__).parents[1]
-CODE = ("core", "masks", "parallel", "simulator", "strategies")
-_KINDS: dict[str, type] = {kind.__name__: kind for kind in (Kernel, SideWork, Post, Copy, Wait)}
+CODE = ("core", "kernels/mixers", "masks", "parallel", "simulator", "strategies")
+_KINDS: dict[str, type] = {
+    kind.__name__: kind for kind in (Kernel, Mix, SideWork, Post, Copy, Wait)
+}
 
 
 def cache_folder() -> Path:
@@ -118,7 +120,7 @@ def _event(kind: str, *values: Any) -> Event:
         rows = [tuple((peer, nbytes) for peer, nbytes in side) for side in (sends, receives)]
         return Post(number, operation, tuple(members), lane, *rows)
     if kind == "Copy":
-        *copy, after = values
-        return Copy(*copy, tuple(after))
+        number, to_device, nbytes, pieces, after = values
+        return Copy(number, to_device, nbytes, pieces, tuple(after))
     event: Event = _KINDS[kind](*values)
     return event

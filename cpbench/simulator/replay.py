@@ -21,10 +21,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cpbench.simulator.cluster import Cluster
-from cpbench.simulator.events import Copy, Kernel, Post, Program, SideWork, Wait
+from cpbench.simulator.events import Copy, Kernel, Mix, Post, Program, SideWork, Wait
 from cpbench.simulator.network import Network
 
-Seconds = Callable[[Kernel | SideWork], float]
+Seconds = Callable[[Kernel | Mix | SideWork], float]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class RankTimes:
     """The seconds of one rank in one phase.
 
     Attributes:
-        attention: in kernels; side: in other work; exposed: waiting for communication.
+        attention: in kernels, or steps of a mixer; side: in other work; exposed: waiting for
+            communication.
         end: when it has finished.
         spans: its kernels, waits and transfers, by the time of their end.
     """
@@ -64,7 +65,7 @@ def replay(
     Args:
         programs: by rank.
         nodes: ranks per node.
-        seconds: the time of a kernel or of side work.
+        seconds: the time of a kernel, of a step of a mixer, or of side work.
         groups: of ranks that are replayed together; () for one group of all.  A peer outside of
             its group is taken to be where a rank is.
 
@@ -164,6 +165,10 @@ class _Replay:
                     times.attention += length
                     details = {"blocks": event.tiles.blocks * event.heads_q}
                     times.spans.append(Span("kernel", event.phase, now, now + length, details))
+                elif isinstance(event, Mix):
+                    times.attention += length
+                    details = {"tokens": event.tokens}
+                    times.spans.append(Span("kernel", event.step, now, now + length, details))
                 else:
                     times.side += length
                 self._at(now + length, functools.partial(self._advance, rank))

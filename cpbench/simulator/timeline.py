@@ -15,13 +15,13 @@ from cpbench.measure.timeline_slices import (
     TimelineSlice,
     chrome_trace,
 )
-from cpbench.simulator.cluster import KernelCosts
+from cpbench.simulator.cluster import Costs, MixerCosts
 from cpbench.simulator.replay import RankTimes, Span
 
 
 def timeline(
     phases: Mapping[str, Mapping[int, RankTimes]],
-    kernel: KernelCosts,
+    kernel: Costs,
     cluster: str,
     facts: dict[str, Any],
 ) -> dict[str, Any]:
@@ -46,10 +46,12 @@ def timeline(
     return chrome_trace(list(ranks.values()), facts)
 
 
-def _slice(span: Span, start: float, kernel: KernelCosts) -> TimelineSlice:
+def _slice(span: Span, start: float, kernel: Costs) -> TimelineSlice:
     row = {"kernel": COMPUTE, "wait": WAITING, "transfer": TRANSFER}[span.kind]
     details = dict(span.details)
-    if span.kind == "kernel":
+    if span.kind == "kernel" and isinstance(kernel, MixerCosts):
+        details["pairs"] = 0
+    elif span.kind == "kernel":
         phase = kernel.fwd if span.name == "fwd" else kernel.bwd
         assert phase is not None
         details["pairs"] = details.pop("blocks") * math.prod(phase.tile)

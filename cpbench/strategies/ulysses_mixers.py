@@ -8,6 +8,7 @@ Source: DeepSpeed-Ulysses (arXiv 2309.14509); for Mamba-2 in Megatron-LM's and N
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from cpbench.core.operator import Gradients
     from cpbench.parallel.bound_operator import BoundOperator
     from cpbench.parallel.comm import Comm
+    from cpbench.parallel.layout import Layout
     from cpbench.parallel.strategy import Forward
 
 
@@ -70,13 +72,7 @@ class UlyssesMixers:
         return head_shares.refusal("ulysses", world.problem, world.size, self.pad)
 
     def prepare(self, op: BoundOperator, world: World, rank: int) -> Plan:
-        import numpy as np
-
         layout, problem = world.keys, world.problem
-        positions = np.concatenate([layout.positions(r) for r in range(world.size)])
-        order: Any = np.argsort(positions)[: layout.seq_len]
-        if (np.diff(order) == 1).all():
-            order = slice(layout.seq_len)
         shares = HeadShares.of(problem, world.size)
         heads, decays, local = slice(*shares.q[rank]), op.decays(problem), None
         count = heads.stop - heads.start
@@ -86,7 +82,7 @@ class UlyssesMixers:
             in_order = layouts.build("contiguous", layout.seq_len, 1)
             local = op.prepare(World.of(of_heads, world.mask, in_order).subproblem([0], [0]))
         own = None if decays is None else decays[heads]
-        return Plan(shares, layout.padded_len, order, local, own)
+        return Plan(shares, layout.padded_len, _order(layout), local, own)
 
     def forward(
         self, qkv: MixerInputs, plan: Plan, op: BoundOperator, comm: Comm, need_lse: bool
@@ -138,6 +134,16 @@ class UlyssesMixers:
             initial[:, heads] = gradients.initial_state
             joined = joined._replace(initial_state=initial)
         return joined.given
+
+
+@functools.lru_cache(maxsize=2)  # shared by all ranks of a trace
+def _order(layout: Layout) -> Any:
+    """See :class:`Plan`."""
+    import numpy as np
+
+    positions = np.concatenate([layout.positions(rank) for rank in range(layout.world_size)])
+    order = np.argsort(positions)[: layout.seq_len]
+    return slice(layout.seq_len) if (np.diff(order) == 1).all() else order
 
 
 def _exchanged(

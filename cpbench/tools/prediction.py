@@ -20,12 +20,12 @@ from cpbench.simulator.cluster import load
 
 
 def first_operator(cluster: str) -> str:
-    """The operator of the first kernel of a cluster.
+    """The operator of the first kernel, or mixer, of a cluster.
 
     Raises:
         ValueError, OSError: see :func:`cpbench.simulator.cluster.load`.
     """
-    return load(cluster).kernels[0].operators[0]
+    return load(cluster).first_operator
 
 
 def predict_all(

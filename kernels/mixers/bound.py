@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from cpbench.kernels.mixers import backward as backwards
 from cpbench.kernels.mixers import forward as forwards
 from cpbench.kernels.mixers.chunks import Inputs, Plan, state_dtype
+from cpbench.kernels.mixers.forms import step_flops
 from cpbench.kernels.mixers.forward import Saved, Summary
 
 if TYPE_CHECKING:
@@ -41,6 +42,10 @@ class BoundMixer:
     @property
     def from_initial(self) -> bool:
         return self.plan.form.lagging
+
+    def flops(self, step: str, x: Inputs) -> int:
+        B, S, H, K = x.q.shape
+        return B * H * step_flops(self.plan.form, step, S, K, x.v.shape[3])
 
     def empty_summary(self, x: Inputs) -> Summary:
         B, _, H, K = x.q.shape

@@ -157,6 +157,25 @@ def flops(form: Form, tokens: int, key_dim: int, value_dim: int) -> dict[str, in
     }
 
 
+def step_flops(form: Form, step: str, tokens: int, key_dim: int, value_dim: int) -> int:
+    """FLOPs of a step of a scan on one head over ``tokens``, counted as in :func:`flops`.
+
+    ``output`` and ``backward`` are the passes.  A summary only updates the state, and reads it
+    under the delta rule; that it also passes a transition there is left out against the inverses
+    that ``output`` then has.  A response only reads, under the delta rule twice; so does
+    ``summarise_back``.
+    """
+    whole = flops(form, tokens, key_dim, value_dim)
+    part = 2 * tokens * key_dim * value_dim * (2 if form.delta else 1)
+    return {
+        "output": whole["fwd"],
+        "backward": whole["bwd"],
+        "summarise": part,
+        "respond": part,
+        "summarise_back": part,
+    }[step]
+
+
 def problem_flops(form: Form, problem: Problem) -> dict[str, int]:
     """:func:`flops` of all heads and sequences of a problem."""
     tokens = problem.batch * problem.seq_q

@@ -24,8 +24,8 @@ from cpbench.parallel.tracing.trace import (
     trace_rank,
 )
 from cpbench.parallel.world import World
-from cpbench.simulator.events import Copy, Kernel, Post, Program, SideWork, Wait
-from cpbench.simulator.recording import Recorder, SideWorkMode, record_rank
+from cpbench.simulator.events import Copy, Kernel, Post, Program, Recorder, SideWork, Wait
+from cpbench.simulator.recording import SideWorkMode, record_rank
 from cpbench.simulator.recordings import cached, content_key
 from cpbench.simulator.representatives import rank_classes, representatives
 from cpbench.simulator.tiles import Tiling

@@ -43,6 +43,11 @@ class MemoryAccount(TorchDispatchMode):
     def peak(self) -> PeakBytes:
         return PeakBytes(*self._peaks)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch imports its compiler, which takes seconds, only to disable it inside a mode."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func.is_view or (args and result is args[0]):  # in place

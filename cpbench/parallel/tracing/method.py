@@ -7,12 +7,7 @@ from typing import TYPE_CHECKING
 from cpbench.core.operator import declared_limits
 from cpbench.core.registry import operator_info, strategy_info
 from cpbench.parallel.bound_operator import BoundOperator, declared_kind
-from cpbench.parallel.strategy import (
-    declared_refusal,
-    kind_refusal,
-    load_strategy,
-    untraced_reason,
-)
+from cpbench.parallel.strategy import load_strategy, method_refusal, untraced_reason
 from cpbench.parallel.world import World
 
 if TYPE_CHECKING:
@@ -31,26 +26,26 @@ def load_method(case: Case, world: World) -> tuple[Strategy, Traceable, World]:
         ValueError: in one line, if the strategy does not take the case, or is not traced.
     """
     info, operator = strategy_info(case.strategy.name), operator_info(case.operator.name)
-    params = case.strategy.kwargs
     if not info.traced:
         raise ValueError(untraced_reason(info))
-    reason = kind_refusal(info, operator, params) or declared_refusal(info, world)
+    reason = _operator_refusal(operator, world)
+    reason = reason or method_refusal(info, operator, case.strategy, world, "meta")
     traceable: Traceable = operator
     if operator.mixer and reason is None:
-        reason = _mixer_refusal(operator, world)
         traceable = BoundOperator.load(case.operator, "meta")
+        if declared_kind(operator, world.mask) not in operator.masks:
+            takes, kind = ", ".join(operator.masks), world.mask.kind
+            reason = f"{operator.name} takes {takes} masks; this one is {kind}"
     if reason is not None:
         raise ValueError(reason)
-    strategy, world = load_strategy(info, params, operator.kind, world)
+    strategy, world = load_strategy(info, case.strategy.kwargs, operator.kind, world)
+    world = world.with_inputs_of(operator)
     if reason := strategy.unsupported(world):
         raise ValueError(reason)
-    return strategy, traceable, world.with_inputs_of(operator)
+    return strategy, traceable, world
 
 
-def _mixer_refusal(operator: OperatorInfo, world: World) -> str | None:
-    """Why a mixer does not take a computation, or None."""
-    if reason := declared_limits(operator, world.problem, operator.devices[0]):
-        return reason
-    if declared_kind(operator, world.mask) in operator.masks:
-        return None
-    return f"{operator.name} takes {', '.join(operator.masks)} masks; this one is {world.mask.kind}"
+def _operator_refusal(operator: OperatorInfo, world: World) -> str | None:
+    """Why an operator takes a problem on no device, or None."""
+    reasons = [declared_limits(operator, world.problem, device) for device in operator.devices]
+    return reasons[0] if all(reasons) else None

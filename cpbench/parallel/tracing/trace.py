@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from cpbench.core.operator import QKV, MixerBackwardInputs, MixerInputs, state_dtype
 from cpbench.core.problem import INITIAL_STATE
-from cpbench.core.registry import OperatorInfo
-from cpbench.parallel.bound_operator import BoundOperator
+from cpbench.core.registry import ANY_MASK, OperatorInfo
+from cpbench.parallel.bound_operator import BoundOperator, native_rectangle
 from cpbench.parallel.comm import CompletedHandle, GroupedComm, Handle, Part
 from cpbench.parallel.mixing import TracedMixer
 from cpbench.parallel.partial_results.accumulators import BackwardAccumulator, ForwardAccumulator
@@ -237,6 +237,8 @@ class TracedOperator(BoundOperator):
             super().__init__(operator.info, operator.impl, device)
         else:
             super().__init__(operator, None, device)  # type: ignore[arg-type]
+        # A declaration alone has prepared no plans that have shown which masks it takes.
+        self._asks = not isinstance(operator, BoundOperator) and set(self.info.masks) < {*ANY_MASK}
         self._empty: dict[tuple[tuple[int, ...], torch.dtype], torch.Tensor] = {}
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -250,6 +252,11 @@ class TracedOperator(BoundOperator):
         return TracedMixer(super().bind(problem))
 
     def prepare(self, subproblem: Subproblem | KeySubset | Chunk) -> TracedPlan:
+        if self._asks:
+            mask: Any = subproblem.mask
+            if mask.kind == "bands" and not (self.info.selects or self.info.paged):
+                _, mask = native_rectangle(mask)
+            self.require_kind(mask)
         return TracedPlan(subproblem.area, subproblem.world.kv_heads)
 
     def sum_float32(

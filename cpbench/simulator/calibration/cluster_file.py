@@ -21,12 +21,13 @@ def to_toml(cluster: Cluster, notes: Mapping[str, str]) -> str:
     lines = [f"name = {_value(cluster.name)}", f"gpus_per_node = {cluster.gpus_per_node}"]
     for name in ("calibrated", "gpu"):
         lines += ["", f"[{name}]", *_rows(getattr(cluster, name), name, notes)]
-    for index, kernel in enumerate(cluster.kernels):
-        path = f"kernels.{index}"
-        lines += ["", "[[kernels]]", *_rows(kernel, path, notes)]
-        for phase in ("fwd", "bwd"):
-            if (costs := getattr(kernel, phase)) is not None:
-                lines += ["", f"[kernels.{phase}]", *_rows(costs, f"{path}.{phase}", notes)]
+    for name in ("kernels", "mixers"):
+        for index, kernel in enumerate(getattr(cluster, name)):
+            path = f"{name}.{index}"
+            lines += ["", f"[[{name}]]", *_rows(kernel, path, notes)]
+            for phase in ("fwd", "bwd"):
+                if (costs := getattr(kernel, phase)) is not None:
+                    lines += ["", f"[{name}.{phase}]", *_rows(costs, f"{path}.{phase}", notes)]
     for name, link in cluster.links.items():
         lines += ["", f"[links.{name}]", *_rows(link, f"links.{name}", notes)]
     for item in fields(cluster):

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from cpbench.simulator.costs import kernel_seconds
 from cpbench.simulator.events import Kernel
 from cpbench.simulator.tiles import GRIDS, Tiling
 
+P = TypeVar("P")
 LEAST = 4  # points of a phase
 FOLDS = 4
 EXTENTS = (32, 64, 128, 256)  # of tiles and blocks
@@ -91,7 +92,15 @@ def fit_kernel(points: Sequence[Point], operator: str, gpu: Gpu, source: str) ->
             )
     tiling, grid_known = choose_tiling(by_phase, gpu)
     fits = {name: fit_phase(rows, tiling, gpu) for name, rows in by_phase.items()}
-    errors = [e for rows in by_phase.values() for e in _errors_out_of_fold(rows, tiling, gpu)]
+    errors = [
+        error
+        for rows in by_phase.values()
+        for error in errors_out_of_fold(
+            rows,
+            lambda seen: fit_phase(seen, tiling, gpu).constants,
+            lambda held_out: _residuals(held_out, tiling, gpu),
+        )
+    ]
     phases = {name: _phase(name, fit.constants, tiling) for name, fit in fits.items()}
     costs = KernelCosts(
         source=source, operators=(operator,), dtype=problem.dtype, head_dim=problem.head_dim,
@@ -141,15 +150,18 @@ def fit_phase(rows: Sequence[Point], tiling: Tiling, gpu: Gpu) -> Fit:
     )
 
 
-def _errors_out_of_fold(rows: Sequence[Point], tiling: Tiling, gpu: Gpu) -> list[float]:
+def errors_out_of_fold(
+    rows: Sequence[P],
+    fit: Callable[[Sequence[P]], dict[str, float]],
+    residuals: Callable[[Sequence[P]], Residuals],
+) -> list[float]:
     """The error of each point, predicted by constants that were fitted to the other folds."""
     shuffled = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
     errors = []
     for fold in range(FOLDS):
         held_out = shuffled[fold::FOLDS]
         seen = [row for i, row in enumerate(shuffled) if i % FOLDS != fold]
-        constants = fit_phase(seen, tiling, gpu).constants
-        errors += [abs(math.exp(x) - 1) for x in _residuals(held_out, tiling, gpu)(constants)]
+        errors += [abs(math.exp(x) - 1) for x in residuals(held_out)(fit(seen))]
     return errors
 
 

@@ -15,16 +15,19 @@ from typing import Any
 
 from cpbench import masks
 from cpbench.core.problem import Case
-from cpbench.core.registry import operator_info
+from cpbench.core.registry import implementation, operator_info
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.measure.peaks import COPY, GATHER, HOST_LATENCY, LAUNCH, SCATTER, TO_DEVICE, TO_HOST
 from cpbench.results.record import Record, slowest_us
 from cpbench.results.store import Run, read_run
 from cpbench.simulator.calibration.kernels import Point
+from cpbench.simulator.calibration.mixers import MixerPoint
 from cpbench.simulator.cluster import Gpu, HostLink
 
 PEAKS = {"stream_gb_per_s": COPY, "gather_gb_per_s": GATHER, "scatter_gb_per_s": SCATTER,
          "launch_us": LAUNCH}  # fmt: skip
+
+Key = tuple[str, str, int]  # operator, dtype, head_dim
 
 # Flags of times that tell how busy the machine was, unless they are CPU time.
 BUSY = {
@@ -79,30 +82,54 @@ class Measurements:
     several: list[Measurement] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
 
-    def points(self) -> dict[tuple[str, str, int], list[Point]]:
-        """The timed phases of single ranks, by operator, dtype and head_dim.
+    def mixer_points(self) -> dict[Key, list[MixerPoint]]:
+        """As :meth:`points`, of sequence mixers."""
+        groups: dict[Key, list[MixerPoint]] = {}
+        for case, seconds in ((one.case, one.seconds) for one in self._of_kind("mixer")):
+            operator = implementation(operator_info(case.operator.name), case.operator.kwargs)
+            flops = operator.flops(case.problem)
+            groups.setdefault(_key(case), []).extend(
+                MixerPoint(phase, case.problem, flops[phase], s) for phase, s in seconds.items()
+            )
+        return groups
+
+    def _of_kind(self, kind: str) -> list[Measurement]:
+        """The single ranks of one kind of operators.
 
         Raises:
             ValueError: for an operator with different parameters, in one line.
         """
-        groups: dict[tuple[str, str, int], list[Point]] = {}
-        specs: dict[tuple[str, str, int], set[str]] = {}
-        for case, seconds in ((one.case, one.seconds) for one in self.single):
-            mask = masks.build_heads(case.mask, case.seq_len, case.num_heads_q)
-            if not isinstance(mask, AttnMask):
-                self.left_out["a mask that differs from head to head"] += 1
-                continue
-            key = (case.operator.name, case.dtype, case.head_dim)
-            specs.setdefault(key, set()).add(str(case.operator))
-            points = groups.setdefault(key, [])
-            points += [Point(phase, mask, case.problem, s) for phase, s in seconds.items()]
+        found = [x for x in self.single if operator_info(x.case.operator.name).kind == kind]
+        specs: dict[Key, set[str]] = {}
+        for one in found:
+            specs.setdefault(_key(one.case), set()).add(str(one.case.operator))
         for key, names in specs.items():
             if len(names) > 1:
                 raise ValueError(
                     f"{key[0]} was measured with different parameters: {', '.join(sorted(names))}; "
                     "calibrate one of them"
                 )
+        return found
+
+    def points(self) -> dict[Key, list[Point]]:
+        """The timed phases of single ranks of attention, by operator, dtype and head_dim.
+
+        Raises:
+            ValueError: for an operator with different parameters, in one line.
+        """
+        groups: dict[Key, list[Point]] = {}
+        for case, seconds in ((one.case, one.seconds) for one in self._of_kind("attention")):
+            mask = masks.build_heads(case.mask, case.seq_len, case.num_heads_q)
+            if not isinstance(mask, AttnMask):
+                self.left_out["a mask that differs from head to head"] += 1
+                continue
+            points = groups.setdefault(_key(case), [])
+            points += [Point(phase, mask, case.problem, s) for phase, s in seconds.items()]
         return groups
+
+
+def _key(case: Case) -> Key:
+    return case.operator.name, case.dtype, case.head_dim
 
 
 def read_measurements(folders: Sequence[Path]) -> Measurements:
@@ -224,10 +251,12 @@ def measured_host(
     if not all(found.values()):
         return None, {}
     slower = min(found[TO_DEVICE], found[TO_HOST], key=statistics.median)
-    of = {"alpha_us": found[HOST_LATENCY], "gb_per_s": slower}
-    values = {name: statistics.median(measured) for name, measured in of.items()}
-    ranges = {name: (min(measured), max(measured)) for name, measured in of.items()}
-    return HostLink(source=source, **values), ranges
+    latency = found[HOST_LATENCY]
+    link = HostLink(
+        source=source, alpha_us=statistics.median(latency), gb_per_s=statistics.median(slower)
+    )
+    of = {"alpha_us": latency, "gb_per_s": slower}
+    return link, {name: (min(measured), max(measured)) for name, measured in of.items()}
 
 
 def _peaks(measurements: Measurements, name: str) -> list[float]:

@@ -15,10 +15,10 @@ from cpbench.simulator.events import Copy, Event, Post
 from cpbench.simulator.network import collective_rate
 
 if TYPE_CHECKING:
-    from cpbench.core.registry import OperatorInfo
     from cpbench.parallel.strategy import Strategy
+    from cpbench.parallel.tracing.trace import Traceable
     from cpbench.parallel.world import World
-    from cpbench.simulator.cluster import Cluster, KernelCosts
+    from cpbench.simulator.cluster import Cluster, Costs
 
 
 @dataclass(frozen=True)
@@ -42,21 +42,23 @@ class Bound:
 
 
 def bound(
-    strategy: Strategy, operator: OperatorInfo, world: World, rank: int, cluster: Cluster,
-    kernel: KernelCosts,
+    strategy: Strategy, operator: Traceable, world: World, rank: int, cluster: Cluster,
+    kernel: Costs,
 ) -> Bound:  # fmt: skip
     """The bound of one rank.
 
     Raises:
         ValueError: if its strategy does not take the case.
     """
+    from cpbench.parallel.bound_operator import BoundOperator
     from cpbench.parallel.tracing.trace import TracedOperator, empty_inputs
-    from cpbench.simulator.recording import Recorder, RecordingComm
+    from cpbench.simulator.events import Recorder
+    from cpbench.simulator.recording import RecordingComm
 
     recorder, op = Recorder(), TracedOperator(operator)
     comm = RecordingComm(rank, world.size, recorder)
     plan = strategy.prepare(op, world, rank)
-    qkv, dout = empty_inputs(world)
+    qkv, dout = empty_inputs(world, op.info.kind)
     problem, phases = world.problem, world.problem.direction.split("_")
     *_, saved = strategy.forward(qkv, plan, op, comm, need_lse=False)
     pairs, events = {"fwd": op.pairs}, {"fwd": recorder.take()}
@@ -69,9 +71,13 @@ def bound(
         costs = kernel.fwd if phase == "fwd" else kernel.bwd
         if costs is None:
             raise ValueError(f"{', '.join(kernel.operators)}: no backward pass was calibrated")
-        rate = costs.tflops * 1e12 * max(1.0, costs.full_rate)
-        per_pair = problem.flops(1)[phase] / problem.heads_q
-        attention[phase] = per_pair * pairs[phase] / rate
+        rate = costs.tflops * 1e12 * getattr(costs, "full_rate", 1.0)
+        if isinstance(operator, BoundOperator):  # a mixer, whose tokens are the same on all ranks
+            flops = operator.impl.flops(problem)[phase] / world.size  # type: ignore[attr-defined]
+            pairs[phase] = round(world.mask.area * problem.heads_q / world.size)
+        else:
+            flops = problem.flops(1)[phase] / problem.heads_q * pairs[phase]
+        attention[phase] = flops / max(rate, costs.tflops * 1e12)
         links[phase] = link_seconds(events[phase], rank, world.ranks_per_node, cluster)
     inside, across = sent_bytes((x for p in phases for x in events[p]), rank, world.ranks_per_node)
     return Bound(

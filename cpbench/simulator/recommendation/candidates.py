@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from cpbench.core.problem import Case
-from cpbench.core.registry import StrategyInfo, strategies_for, strategy_info
+from cpbench.core.registry import StrategyInfo, operator_info, strategies_for, strategy_info
 from cpbench.core.spec import Spec
 from cpbench.masks.attn_mask import AttnMask
 
@@ -19,11 +19,12 @@ Method = tuple[str, str]  # a strategy with parameters, a placement
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks and heads that parameters depend on."""
+    """The ranks, heads and kind of operator that parameters depend on."""
 
     size: int
     per_node: int
     heads_q: int
+    kind: str = "attention"
 
     @property
     def several_nodes(self) -> bool:
@@ -41,9 +42,10 @@ class Ranks:
         ]  # fmt: skip
 
 
-def own_strategies() -> list[str]:
-    """Names of the strategies of attention on several ranks whose communication is traced."""
-    known = strategies_for("attention").items()
+def own_strategies(kind: str = "attention") -> list[str]:
+    """Names of the strategies of a kind of operators on several ranks whose communication is
+    traced."""
+    known = strategies_for(kind).items()
     return [name for name, info in known if info.traced and name != "single"]
 
 
@@ -58,7 +60,8 @@ def candidates(case: Case, names: list[str], mask: AttnMask) -> list[Case]:
     Raises:
         ValueError: for an unknown strategy.
     """
-    ranks = Ranks(case.world_size, case.ranks_per_node, case.num_heads_q)
+    kind = operator_info(case.operator.name).kind
+    ranks = Ranks(case.world_size, case.ranks_per_node, case.num_heads_q, kind)
     return [
         replace(case, strategy=Spec.parse(strategy), layout=Spec(layout), placement=placement)
         for name in names
@@ -96,6 +99,11 @@ def layouts(info: StrategyInfo, mask: AttnMask, size: int) -> list[str]:
     return [name for name in info.layouts if not left_out.get(name)]
 
 
+def _scan(ranks: Ranks) -> Iterator[Method]:
+    for parameters in ("", "by=ring", "by=ring,blocks=4", "by=doubling"):
+        yield parameters, ""
+
+
 def _windows(ranks: Ranks) -> Iterator[Method]:
     """A ring, and a double ring with windows of a node."""
     yield "", ""
@@ -109,7 +117,8 @@ def _stages(ranks: Ranks) -> Iterator[Method]:
 
 
 def _ulysses(ranks: Ranks) -> Iterator[Method]:
-    for parameters in ("", "chunks=2", *(("pad=true",) if ranks.heads_q % ranks.size else ())):
+    chunks = ("chunks=2",) if ranks.kind == "attention" else ()
+    for parameters in ("", *chunks, *(("pad=true",) if ranks.heads_q % ranks.size else ())):
         yield parameters, ""
 
 
@@ -144,4 +153,5 @@ _USUAL: dict[str, Callable[[Ranks], Iterator[Method]]] = {
     "loongtrain": functools.partial(_degrees, inside="inner"),
     "hierarchical": _padded,
     "dispatch": _by_node,
+    "scan": _scan,
 }

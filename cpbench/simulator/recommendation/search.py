@@ -72,7 +72,8 @@ def _one_rank(case: Case, world: World, cluster: Cluster) -> dict[str, float]:
     at least as late when all ranks run."""
     kernel = cluster.kernel(case.operator.name, case.dtype, case.head_dim)
     rank = _busiest(world)[0]
-    programs = record(case, world, *load_method(case, world, cluster), kernel.tiling, [rank])[rank]
+    strategy, operator, world = load_method(case, world, cluster)
+    programs = record(case, world, strategy, operator, kernel.tiling, [rank])[rank]
     cost = functools.partial(event_seconds, costs=kernel, cluster=cluster)
     times = [
         replay({rank: programs[phase]}, cluster, world.ranks_per_node, cost)[rank]
@@ -95,7 +96,7 @@ def _bounded(case: Case, cluster: Cluster) -> dict[str, Any]:
     """The bound of the rank with the most work, or why the case is refused."""
     try:
         world = _world(case, cluster.gpus_per_node)
-        strategy, operator = load_method(case, world, cluster)
+        strategy, operator, world = load_method(case, world, cluster)
         kernel = cluster.kernel(case.operator.name, case.dtype, case.head_dim)
         least = max(
             (bound(strategy, operator, world, rank, cluster, kernel) for rank in _busiest(world)),

@@ -22,6 +22,7 @@ from cpbench.results.store import write_atomically
 from cpbench.simulator.calibration.cluster_file import to_toml
 from cpbench.simulator.calibration.kernels import KernelFit, fit_kernel
 from cpbench.simulator.calibration.links import LinksFit, Measured, fit_links, read_measured
+from cpbench.simulator.calibration.mixers import MixerFit, fit_mixer
 from cpbench.simulator.calibration.records import (
     Measurement,
     Measurements,
@@ -33,6 +34,8 @@ from cpbench.simulator.cluster import Calibrated, Cluster
 from cpbench.tools.prediction import predict_each
 
 PERCENTILE = 0.9
+KERNEL_CONSTANTS = ("tflops", "tile_us", "empty_us", "tail", "call_us", "full_rate")
+MIXER_CONSTANTS = ("tflops", "token_us", "call_us")
 ERRORS = {  # of what was not fitted to
     "single_rank": "single ranks, each predicted by constants fitted to others",
     "all_to_all": "all-to-alls of cpbench links, predicted from the rings",
@@ -173,11 +176,17 @@ def _fit(
     for (operator, _, _), points in measurements.points().items():
         source = f"{len(points)} times of single ranks in {of_runs} ({machine})"
         kernels.append(fit_kernel(points, operator, gpu, source))
+    mixers = [
+        fit_mixer(points, operator, f"{len(points)} times of single ranks in {of_runs} ({machine})")
+        for (operator, _, _), points in measurements.mixer_points().items()
+    ]
     links = fit_links(measured, f"cpbench links: {measured.path}") if measured else None
-    errors = [error for kernel in kernels for error in kernel.errors]
+    fits: list[KernelFit | MixerFit] = [*kernels, *mixers]
+    errors = [error for fit in fits for error in fit.errors]
     cluster = Cluster(
         name=name, gpus_per_node=per_node, gpu=gpu,
         kernels=tuple(kernel.costs for kernel in kernels),
+        mixers=tuple(mixer.costs for mixer in mixers),
         calibrated=Calibrated(
             source=f"{len(errors)} times of {ERRORS['single_rank']}",
             ranks=measured.ranks if measured else 1,
@@ -195,7 +204,8 @@ def _fit(
         Constant("links.host", "links.host", key, getattr(host, key), low_high)
         for key, low_high in host_ranges.items()
     ]
-    constants += _kernel_constants(kernels)
+    constants += _kernel_constants("kernels", kernels, KERNEL_CONSTANTS)
+    constants += _kernel_constants("mixers", mixers, MIXER_CONSTANTS)
     constants += _link_constants(links) if links else []
     unidentified = [f"{one.of} {one.name}" for one in constants if one.interval is None]
     unidentified += ["links.host gb_per_s"] if host is None else []
@@ -207,21 +217,23 @@ def _fit(
     )
 
 
-def _describe(kernel: KernelFit) -> str:
+def _describe(kernel: KernelFit | MixerFit) -> str:
     costs = kernel.costs
     return f"{costs.operators[0]} {costs.dtype} {costs.head_dim}"
 
 
-def _kernel_constants(kernels: Sequence[KernelFit]) -> list[Constant]:
+def _kernel_constants(
+    table: str, kernels: Sequence[KernelFit | MixerFit], names: Sequence[str]
+) -> list[Constant]:
     constants = []
     for index, kernel in enumerate(kernels):
         for phase, fit in kernel.fits.items():
             costs = kernel.costs.fwd if phase == "fwd" else kernel.costs.bwd
-            for name in ("tflops", "tile_us", "empty_us", "tail", "call_us", "full_rate"):
+            for name in names:
                 known = f"{phase}.{name}" not in kernel.unidentified
                 constants.append(
                     Constant(
-                        f"kernels.{index}.{phase}", f"{_describe(kernel)} {phase}", name,
+                        f"{table}.{index}.{phase}", f"{_describe(kernel)} {phase}", name,
                         getattr(costs, name), fit.intervals[name] if known else None,
                     )
                 )  # fmt: skip

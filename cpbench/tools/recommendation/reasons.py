@@ -36,6 +36,8 @@ def reason(row: dict[str, Any], outcome: dict[str, Any], best: dict[str, Any] | 
         return f"waits {milliseconds} for communication, {_traffic(outcome['bound'])}"
     if largest == "side":
         return f"merges and copies take {milliseconds}"
+    if row["strategy"].partition(":")[0] == "scan":
+        return "summarises runs of tokens, and computes what their states change"
     return _work(outcome["bound"])
 
 
