@@ -15,7 +15,7 @@ from cpbench.measure.timeline_slices import (
     TimelineSlice,
     chrome_trace,
 )
-from cpbench.simulator.cluster import Costs, MixerCosts
+from cpbench.simulator.cluster import Costs, KernelCosts
 from cpbench.simulator.replay import RankTimes, Span
 
 
@@ -49,9 +49,9 @@ def timeline(
 def _slice(span: Span, start: float, kernel: Costs) -> TimelineSlice:
     row = {"kernel": COMPUTE, "wait": WAITING, "transfer": TRANSFER}[span.kind]
     details = dict(span.details)
-    if span.kind == "kernel" and isinstance(kernel, MixerCosts):
-        details["pairs"] = 0
-    elif span.kind == "kernel":
+    if span.kind == "kernel" and not isinstance(kernel, KernelCosts):
+        details["pairs"] = 0  # a mixer has none
+    elif isinstance(kernel, KernelCosts) and span.kind == "kernel":
         phase = kernel.fwd if span.name == "fwd" else kernel.bwd
         assert phase is not None
         details["pairs"] = details.pop("blocks") * math.prod(phase.tile)

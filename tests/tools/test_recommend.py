@@ -255,7 +255,6 @@ NARROW = ("recommend", "--seq-len", "4k", "--world-size", "4")
         (("--strategy", "rng"), "no strategy 'rng'"),
         (("--strategy", "ulysses:chunks=1", "--num-heads-q", "6", "--num-heads-kv", "2"), "6 on 4"),
         (("--strategy", "torch.context_parallel"), "sends through a library"),
-        (("--strategy", "ring_allgather:offload=host"), "offload=host"),
         (("--mask", "dilated:block=64"), "mask"),
         (("--draws", "0"), "--draws 0 must be 1 or more"),
         (("--memory", "-1"), "--memory -1.0 must be"),

@@ -62,12 +62,10 @@ REFUSED = {
     "local mask": {"operator": "dilated", "strategy": "ring_allgather", "mask": "causal",
                    "layout": "contiguous"},
     "head_dim": {"head_dim": 512},
-    "dtype": {"dtype": "float64"},
-    "value dims": {"operator": "flex", "head_dim_v": 8},
     "no lse": {"operator": "dilated"},
     "heads": {"strategy": "ulysses", "num_heads_q": 3, "num_heads_kv": 3},
     "placement": {"placement": "ulysses"},
-    "layout": {"strategy": "distflash"},
+    "layout": {"operator": "ssd", "strategy": "scan", "layout": "striped"},
     "mixer": {"operator": "ssd"},
     "attention": {"strategy": "scan"},
     "heads of a mixer": {"operator": "ssd", "strategy": "scan", "num_heads_kv": 2},
@@ -93,7 +91,7 @@ def test_in_the_same_words(name: str) -> None:
 @pytest.mark.parametrize("mask", ["causal", "causal_document:doc_lens=[40,56]"])
 def test_and_nothing_else(mask: str) -> None:
     for operator, strategy, layout in itertools.product(
-        ("bands", "flex", "sdpa.cpu_flash"),
+        ("bands", "reference", "sdpa.cpu_flash"),
         ("ring", "ulysses", "ring_allgather", "burst", "ulysses:offload=host,chunk=16"),
         ("contiguous", "zigzag"),
     ):

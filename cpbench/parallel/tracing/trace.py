@@ -238,7 +238,8 @@ class TracedOperator(BoundOperator):
         else:
             super().__init__(operator, None, device)  # type: ignore[arg-type]
         # A declaration alone has prepared no plans that have shown which masks it takes.
-        self._asks = not isinstance(operator, BoundOperator) and set(self.info.masks) < {*ANY_MASK}
+        takes_any = {*ANY_MASK} <= {*self.info.masks}
+        self._asks = not (isinstance(operator, BoundOperator) or takes_any)
         self._empty: dict[tuple[tuple[int, ...], torch.dtype], torch.Tensor] = {}
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
