@@ -187,8 +187,8 @@ def test_predictions_add_up_and_an_exchange_hides_behind_the_computation() -> No
 
 
 def test_a_chain_of_ranks_is_replayed_whole() -> None:
-    """The last but one of 40 ranks, which also summarises its run, waits for a state that passes all
-    those before it."""
+    """The last but one of 40 ranks, which also summarises its run, waits for a state that passes
+    all those before it."""
     ring = predict(case("scan:by=ring", world_size=40, seq_len=40 * 1024), KNOWN)
     assert len(ring["ranks"]) == 40
     assert ring["phases"]["fwd"]["slowest_rank"] == 38
