@@ -19,7 +19,8 @@ types: $(VENV)/.installed
 	$(BIN)/mypy
 
 tests: $(VENV)/.installed $(VENV)/mpich/bin/mpiexec $(VENV)/.retrieval
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --durations=40 --durations-min=5
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder \
+		--durations=40 --durations-min=5
 
 # The constraints hold pip to one torch: an open range may fetch several GB of CUDA libraries.
 $(VENV)/.installed: pyproject.toml constraints.txt

@@ -9,6 +9,25 @@ from __future__ import annotations
 import os
 import sys
 
+import pytest
+
 if "--benchmark-only" not in sys.argv:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ["COLUMNS"] = "100"
+
+# The files that take longest.  Workers take them first: pytest-xdist orders files by how many tests
+# they have, and one of a few long tests, taken last, would leave the other workers idle.
+SLOWEST_FILES = (
+    "test_slurm.py", "test_nodes.py", "test_faults.py", "test_strategies.py",
+    "test_quick_verification.py", "test_distortion.py", "test_transformers.py", "test_race.py",
+    "test_batch_jobs.py", "test_every_operator.py", "test_quality.py", "test_microbench.py",
+    "test_compile.py", "test_value_dims.py", "test_mixers.py", "test_mixer_strategies.py",
+    "test_on_ranks.py", "test_libraries.py", "test_offload.py", "test_distributed_mix.py",
+    "test_autograd.py", "test_operators.py", "test_worlds.py", "test_first_run.py",
+    "test_memory.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: number for number, name in enumerate(SLOWEST_FILES)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))

@@ -108,7 +108,7 @@ def combinations(size: int, reduced: bool) -> Iterator[Combination]:
     turn = itertools.count()
     for strategy, layout, placement in names():
         few_masks = reduced or ":" in strategy or placement
-        for mask in MASKS[next(turn) % 2 :: 4] if few_masks else MASKS:
+        for mask in MASKS[next(turn) % 4 :: 4] if few_masks else MASKS:
             shape = SHAPES[next(turn) % len(SHAPES)]
             yield Combination(strategy, layout, mask, *shape, placement, nodes)
         queries = (next(turn) % 3) * 3 + 1  # 1, 4 or 7

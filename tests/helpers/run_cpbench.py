@@ -29,6 +29,10 @@ memory = false
 interleave = 1
 """
 
+# flex without its compiler, Triton kernels refused: minutes less, where what they compute is not
+# what a test is about.
+NOTHING_COMPILED = {"TORCHDYNAMO_DISABLE": "1", "TRITON_INTERPRET": "0"}
+
 
 def faulty_operator(how: str, rank: int = 0) -> str:
     """The spec of an operator that fails on a rank."""

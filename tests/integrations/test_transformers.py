@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from run_cpbench import cpbench as run_cpbench
 
 import cpbench
 from cpbench import masks
+from cpbench.integrations import capture as capture_process
 from cpbench.integrations import transformers as cpbench_transformers
 from cpbench.integrations.capture import capture_layers, capture_modules
 from cpbench.masks.attn_mask import AttnMask
@@ -277,7 +279,9 @@ def capture(folder: Path, *arguments: object) -> tuple[int, str, str]:
     return result.returncode, result.stdout, result.stderr
 
 
-def test_the_command_writes_inputs_of_a_sweep(tmp_path: Path) -> None:
+def test_the_command_writes_inputs_of_a_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "tiny_model.py").write_text(MODULE)
     (tmp_path / "ids.json").write_text(json.dumps(list(range(100))))
     (tmp_path / "far.json").write_text("[1, 500]")
@@ -292,20 +296,32 @@ def test_the_command_writes_inputs_of_a_sweep(tmp_path: Path) -> None:
     code, err = run_cpbench("bench", "--inputs", f"file:{file}", *shape, "--out", tmp_path / "run")
     assert code == 0, err
     for wrong, message in (
-        (("--layers", "9"), "the model has no layer 9; it has layers 0 to 2"),
         (("--layers", "x"), "--layers x: must be numbers of layers, such as 0,12"),
-        (("--model", "nowhere"), "'nowhere' is neither a folder nor module:function"),
-        (("--model", "tiny_model:none"), "module 'tiny_model' has no attribute 'none'"),
         (("--prompt", "no.txt"), "there is no file no.txt"),
         (("-o", "qkv.bin"), "the name must end in .safetensors"),
-        (("--model", "tiny_model:text"), "tiny_model:text returned str, not a torch.nn.Module"),
-        (("--model", "tiny_model:TEXT"), "tiny_model:TEXT is no function"),
         (("--prompt", "far.json"), "tiny_model:llama: IndexError: index out of range"),
-        (("--prompt", "broken.json"), "--prompt broken.json is not JSON"),
     ):
         code, _, err = capture(tmp_path, *options, *wrong)
         assert (code, len(err.splitlines())) == (2, 1), err
         assert message in err
+    request = {
+        "model": "tiny_model:llama", "prompt": "ids.json", "output": "no.safetensors",
+        "layers": [0], "modules": [],
+    }  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for change, message in (
+        ({"layers": [9]}, "the model has no layer 9; it has layers 0 to 2"),
+        ({"model": "nowhere"}, "'nowhere' is neither a folder nor module:function"),
+        ({"model": "tiny_model:none"}, "module 'tiny_model' has no attribute 'none'"),
+        ({"model": "tiny_model:text"}, "tiny_model:text returned str, not a torch.nn.Module"),
+        ({"model": "tiny_model:TEXT"}, "tiny_model:TEXT is no function"),
+        ({"prompt": "broken.json"}, "--prompt broken.json is not JSON"),
+    ):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps({**request, **change})))
+        assert capture_process.main() == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
 
 
 def test_a_model_of_a_folder(tmp_path: Path) -> None:

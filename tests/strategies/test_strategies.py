@@ -26,14 +26,7 @@ from cpbench.parallel.tracing.trace import MODULUS, TraceComm
 from cpbench.parallel.world import World
 
 LIMIT = {"float32": 2e-6, "bfloat16": 1.2e-2}
-SIZES = {
-    1: True,
-    2: False,
-    3: True,
-    4: False,
-    6: True,
-    8: True,
-}  # number of ranks: whether reduced to some masks
+SIZES = {1: True, 2: True, 3: True, 4: False, 6: True, 8: True}  # ranks: whether with few masks
 
 
 @functools.cache

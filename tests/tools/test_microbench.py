@@ -87,7 +87,7 @@ def test_a_slower_kernel_fails_the_comparison_with_the_saved_run(bench) -> None:
     same = bench(*compare)
     assert same.returncode == 0, same.stdout + same.stderr
     kernel = bench.folder / "mine.py"
-    kernel.write_text(kernel.read_text().replace("SLOW_S = 0.1", "SLOW_S = 1.5"))
+    kernel.write_text(kernel.read_text().replace("SLOW_S = 0.1", "SLOW_S = 0.8"))
     slower = bench(*compare)
     assert slower.returncode != 0
     assert "Performance has regressed" in slower.stdout + slower.stderr

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from paths import HELPERS
-from whole_runs import run_cases
+from whole_runs import run_cases, run_tables
+
+from cpbench.results.record import Record
 
 OPERATORS = HELPERS / "wrong_operators.py"
 BIG_BATCH = {"batch": 9, "num_heads_q": 8, "num_heads_kv": 8, "head_dim": 4}
@@ -44,17 +46,27 @@ WRONG: list[tuple[str, str, dict[str, Any]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("operator", "reason", "changes"), WRONG, ids=[one[0] for one in WRONG])
-def test_a_wrong_operator_gets_no_time(
-    operator: str, reason: str, changes: dict[str, Any], tmp_path: Path
-) -> None:
+def table_of(operator: str, changes: dict[str, Any]) -> dict[str, Any]:
     needs_gradients = any(word in operator for word in ("dq", "dk", "dv", "gradients"))
-    table = {
+    return {
         "operator": f"{OPERATORS}:{operator}",
         "direction": "fwd_bwd" if needs_gradients else "fwd",
         **changes,
     }
-    (record,) = run_cases(tmp_path, FEW, **table)
+
+
+@pytest.fixture(scope="module")
+def wrong(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Record]:
+    tables = [table_of(operator, changes) for operator, _, changes in WRONG]
+    records = run_tables(tmp_path_factory.mktemp("wrong"), tables, {**FEW, "interleave": 1})
+    return {operator: record for (operator, *_), record in zip(WRONG, records, strict=True)}
+
+
+@pytest.mark.parametrize(("operator", "reason"), [one[:2] for one in WRONG])
+def test_a_wrong_operator_gets_no_time(
+    wrong: dict[str, Record], operator: str, reason: str
+) -> None:
+    record = wrong[operator]
     assert record.status == "wrong", record.errors
     assert reason in str(record.reason)
     assert record.times_us == record.exposure_us == {}
