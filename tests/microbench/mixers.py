@@ -1,26 +1,29 @@
-"""Speed of `cpbench.mix` on this CPU, compared with causal attention and other mixers in torch.
+"""Speed of the mixers on this CPU, compared with causal attention and with the mixers of libraries.
 
-    python tests/microbench/mixers.py [--tokens 1k,4k,16k] [--only kda,ssd] [--dtype bfloat16]
-        [--heads 2] [--dim 64] [--rounds 5] [--slowest 60]
+    python tests/microbench/mixers.py [--tokens 1k,4k,16k,64k] [--only kda,ssd] [--dtype bfloat16]
+        [--heads 2] [--dim 64] [--rounds 5] [--slowest 20]
+
+Up to 16K tokens it takes some ten minutes, up to 64K half an hour.
+
+All are registered operators, on the same inputs: *attention* is ``sdpa.cpu_flash``, torch's fused
+causal kernel; *fla* the functions in torch of flash-linear-attention (``fla.naive_*``);
+*transformers* ``transformers.gated_delta``, which Qwen3-Next falls back to.  What is not installed
+or refuses is left out, with the reason.
 
 One torch thread; medians of CPU time (``time.process_time``) of interleaved runs, so that other
-load matters little; compare ratios within one run only.  *attention* is torch's fused causal
-kernel.  *fla* is the torch function of flash-linear-attention of the same mixer ("naive"), and
-*transformers* the one that Qwen3-Next falls back to; what is not installed is left out, with the
-reason.  The outputs of peers are compared with ours before anything is timed.  A peer that takes
-more than ``--slowest`` seconds is called once.
+load matters little; compare ratios within one run only.  The outputs of peers are compared with
+ours before anything is timed.  What takes more than ``--slowest`` seconds is called once, and left
+out at greater lengths.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -28,121 +31,91 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 import naive
-import naive_mixers
 
-import cpbench
-from cpbench.core.spec import format_size, parse_size
+from cpbench import masks
+from cpbench.api import Attention
+from cpbench.core import registry
+from cpbench.core.operator import Unsupported
+from cpbench.core.problem import Problem
+from cpbench.core.spec import Spec, format_size, parse_size
+from cpbench.inputs import Recipe
+from cpbench.parallel import layout as layouts
+from cpbench.parallel.world import World
+from cpbench.verify.check import Tensors, rank_inputs, run_pass
 
-Named = dict[str, torch.Tensor]
-Mixed = Callable[[Named], torch.Tensor]
-
-MOST_TOKENS = {"retention": 4096, "gla": 4096}  # of fla: quadratic, and one token at a time
-
-
-def load(module: str, name: str) -> Any:
-    return getattr(importlib.import_module(module), name)
-
-
-def fla(mixer: str) -> Mixed:
-    """The torch function of flash-linear-attention for a mixer, on inputs by name."""
-    where, name = {
-        "linear": ("linear_attn", "naive_chunk_linear_attn"),
-        "retention": ("retention", "naive_retention"),
-        "ssd": ("simple_gla", "naive_chunk_simple_gla"),
-        "gla": ("gla", "naive_recurrent_gla"),
-        "deltanet": ("delta_rule", "delta_rule_chunkwise"),
-        "gated_deltanet": ("gated_delta_rule", "naive_chunk_gated_delta_rule"),
-        "kda": ("kda", "naive_chunk_kda"),
-    }[mixer]
-    function = load(f"fla.ops.{where}.naive", name)
-    names = {"linear": "qkv", "retention": "qkv", "deltanet": ("q", "k", "v", "beta")}
-    heads_first = mixer in ("retention", "deltanet")
-
-    def call(x: Named) -> torch.Tensor:
-        given = [x[name] for name in names.get(mixer, x)]
-        if heads_first:
-            given = [y.transpose(1, 2) for y in given]
-        out = function(*given)
-        out = out[0] if isinstance(out, tuple) else out
-        return out.transpose(1, 2) if heads_first else out
-
-    return call
+ATTENTION = "sdpa.cpu_flash"
+MIXERS = sorted(name for name, info in registry.operators().items() if info.mixer == name)
+COLUMNS = ("attention", "fla", "transformers")
+MOST_TOKENS = {"fla.naive_gla": 1 << 14}  # one token at a time: autograd keeps every state
 
 
-def transformers(mixer: str) -> Mixed:
-    """The torch function of transformers for a mixer."""
-    assert mixer == "gated_deltanet"
-    module = "transformers.models.qwen3_next.modeling_qwen3_next"
-    function = load(module, "torch_chunk_gated_delta_rule")
-    function = getattr(function, "__wrapped__", function)  # not fla's kernels, if they are there
-    return lambda x: function(*x.values())[0]
+def operators_of(mixer: str) -> dict[str, str]:
+    """The operators to compare a mixer with, by column."""
+    peers = (
+        name
+        for name, info in registry.operators().items()
+        if info.mixer == mixer and name != mixer and "cpu" in info.devices
+    )
+    return {"ours": mixer, "attention": ATTENTION} | {x.partition(".")[0]: x for x in peers}
 
 
-def ours(mixer: str) -> Mixed:
-    return lambda x: cpbench.mix(**x, mixer=mixer)[0]
+def prepare(
+    operator: str, shape: dict[str, int], dtype: str, direction: str
+) -> Callable[[], Tensors]:
+    """A call that computes one pass of an operator on one rank; raises ``Unsupported``."""
+    tokens = shape["seq_q"]
+    problem = Problem(batch=1, dtype=dtype, direction=direction, **shape)
+    layout = layouts.build("contiguous", tokens, 1)
+    world = World.of(problem, masks.build("causal", tokens), layout)
+    work = Attention(operator, "single", world, 0, "cpu")
+    inputs = rank_inputs(work, Recipe(0, Spec("gates")), "cpu")
+    return lambda: run_pass(work, inputs, None)
 
 
-def attention(x: Named) -> torch.Tensor:
-    q, k, v = (x[name].transpose(1, 2) for name in "qkv")
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-
-def timed(mixed: Mixed, x: Named, backward: bool) -> Callable[[], float]:
-    """A call that returns its CPU milliseconds."""
-    random = torch.Generator().manual_seed(1)
-    dout = torch.randn(x["v"].shape, generator=random).to(x["v"])
-
-    def call() -> float:
-        leaves = {name: y.detach().requires_grad_(backward) for name, y in x.items()}
-        begin = time.process_time()
-        out = mixed(leaves)
-        if backward:
-            torch.autograd.grad(
-                out, tuple(leaves.values()), dout.view(out.shape), allow_unused=True
-            )
-        return (time.process_time() - begin) * 1e3
-
-    return call
-
-
-def peers(mixer: str, tokens: int, x: Named) -> dict[str, Mixed]:
-    """The peers of a mixer that can be called, after a comparison of their outputs with ours."""
-    found = {}
-    expected = cpbench.mix(**x, mixer=mixer)[0]
-    tolerance = 1e-4 if x["v"].dtype == torch.float32 else 2e-2
-    for name, make in (("fla", fla), ("transformers", transformers)):
-        if (name == "transformers") != (mixer == "gated_deltanet") and name == "transformers":
-            continue
-        if mixer == "ttt" or (name == "fla" and tokens > MOST_TOKENS.get(mixer, tokens)):
+def prepare_all(
+    mixer: str, shape: dict[str, int], dtype: str, direction: str, left_out: set[str]
+) -> dict[str, Callable[[], Tensors]]:
+    """The calls by column; what refuses, or is too slow (``left_out``), is not among them."""
+    calls, limit = {}, 1e-4 if dtype == "float32" else 2e-2
+    for column, operator in operators_of(mixer).items():
+        if operator in left_out or shape["seq_q"] > MOST_TOKENS.get(operator, shape["seq_q"]):
             continue
         try:
-            found[name] = make(mixer)
-        except ImportError as error:
-            print(f"# {name} is left out: {error}")
+            calls[column] = call = prepare(operator, shape, dtype, direction)
+        except Unsupported as refusal:
+            print(f"# left out: {refusal}")
+            left_out.add(operator)
             continue
-        with torch.no_grad():
-            error = naive.error(found[name](x), expected)
-        if not error < tolerance:
-            print(f"# {name} of {mixer} differs from ours by {error:.1e}")
-    return found
+        if direction == "fwd" and column not in ("ours", "attention"):
+            error = naive.error(call()["out"], calls["ours"]()["out"])
+            if not error < limit:
+                print(f"# {operator} differs from {mixer} by {error:.1e}")
+    return calls
 
 
-def medians(calls: dict[str, Callable[[], float]], rounds: int, slowest: float) -> dict[str, float]:
+def timed(call: Callable[[], Tensors]) -> float:
+    """CPU milliseconds of a call."""
+    begun = time.process_time()
+    call()
+    return (time.process_time() - begun) * 1e3
+
+
+def medians(
+    calls: dict[str, Callable[[], Tensors]], rounds: int, slowest: float
+) -> dict[str, float]:
     """Median milliseconds of each call, after one to warm up."""
-    samples: dict[str, list[float]] = {}
-    for name, call in calls.items():
-        samples[name] = [call()]
+    samples = {name: [timed(call)] for name, call in calls.items()}
     for _ in range(rounds):
         for name, call in calls.items():
             if samples[name][0] < slowest * 1e3:
-                samples[name].append(call())
+                samples[name].append(timed(call))
     return {name: statistics.median(s[1:] or s) for name, s in samples.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", default="1k,2k,4k,8k,16k")
-    parser.add_argument("--only", default=",".join(naive_mixers.NAMES), help="names of mixers")
+    parser.add_argument("--tokens", default="1k,4k,16k")
+    parser.add_argument("--only", default=",".join(MIXERS), help="names of mixers")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--heads", type=int, default=2)
     parser.add_argument("--dim", type=int, default=64)
@@ -151,30 +124,34 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{options.dtype}, {options.heads} heads of {options.dim}; one thread, median CPU ms;")
-    print("ratios are times over that of cpbench.mix: above 1, ours is faster")
-    columns = ("attention", "fla", "transformers")
-    head = "".join(f"{name:>19}" for name in columns)
+    print("ratios are times over that of ours: above 1, ours is faster")
+    head = "".join(f"{name:>19}" for name in COLUMNS)
     print(f"{'mixer':<16}{'tokens':>7} {'pass':<8}{'ours':>9}{head}")
+    left_out: dict[tuple[str, str], set[str]] = {}
+    fastest: dict[str, list[bool]] = {name: [] for name in COLUMNS}
     for tokens in map(parse_size, options.tokens.split(",")):
+        shape = {
+            "seq_q": tokens, "seq_k": tokens, "heads_q": options.heads, "heads_kv": options.heads,
+            "head_dim": options.dim,
+        }  # fmt: skip
         for mixer in options.only.split(","):
-            x = naive_mixers.make_inputs(
-                mixer, 1, tokens, options.heads, options.dim, options.dim,
-                getattr(torch, options.dtype),
-            )  # fmt: skip
-            del x["initial_state"]
-            if mixer == "retention":
-                del x["g"]
-            others = peers(mixer, tokens, x)
-            for backward in (False, True):
-                methods = {"ours": ours(mixer), "attention": attention} | others
-                calls = {name: timed(method, x, backward) for name, method in methods.items()}
+            for direction in ("fwd", "fwd_bwd"):
+                slow = left_out.setdefault((mixer, direction), set())
+                calls = prepare_all(mixer, shape, options.dtype, direction, slow)
                 ms = medians(calls, options.rounds, options.slowest)
-                line = f"{mixer:<16}{format_size(tokens):>7} {'fwd+bwd' if backward else 'fwd':<8}"
+                line = f"{mixer:<16}{format_size(tokens):>7} {direction.replace('_', '+'):<8}"
                 line += f"{ms['ours']:>9.1f}"
-                for name in columns:
-                    ratio = f"{ms[name]:.1f} ({ms[name] / ms['ours']:.2f}x)" if name in ms else ""
+                for name in COLUMNS:
+                    ratio = ""
+                    if name in ms:
+                        fastest[name].append(ms["ours"] <= ms[name])
+                        ratio = f"{ms[name]:.1f} ({ms[name] / ms['ours']:.2f}x)"
                     line += f"{ratio:>19}"
                 print(line, flush=True)
+                too_slow = {name for name, x in ms.items() if x > options.slowest * 1e3}
+                slow |= {operators_of(mixer)[name] for name in too_slow - {"ours"}}
+    for name, won in fastest.items():
+        print(f"ours is at least as fast as {name} in {sum(won)} of {len(won)} lines")
 
 
 if __name__ == "__main__":
