@@ -127,8 +127,9 @@ class _Head:
         self.levels = [(self.whole, self.whole, self.cut)]
         while len(self.levels[-1][0]) > 1:
             shared, united, cut = self.levels[-1]
+            either = np.logical_or
             self.levels.append(
-                (_pairs(np.logical_and, shared), *(_pairs(np.logical_or, x) for x in (united, cut)))
+                (_pairs(np.logical_and, shared), _pairs(either, united), _pairs(either, cut))
             )
         self.max_leaf_level = (
             min(max(MAX_LEAF_ROWS // grid.block_q, 1).bit_length(), len(self.levels)) - 1
@@ -138,8 +139,7 @@ class _Head:
         """The blocks that hold some of the units, ``[..., Y]``."""
         if self.unit > 1:
             return units
-        any_of: BoolArray = units.reshape(*units.shape[:-1], -1, self.grid.block_k).any(-1)
-        return any_of
+        return _any(units.reshape(*units.shape[:-1], -1, self.grid.block_k), -1)
 
     def cost(self, level: int) -> float:
         """Time of the nodes of a level as leaves, without those above them."""
@@ -150,6 +150,11 @@ class _Head:
         calls = int(shared.any(1).sum()) + int(others.any(1).sum())
         pairs = rows * (keys[0] + (1 + BIAS_COST) * keys[1])
         return calls * (CALL_COST + ROW_COST * rows) + KEY_COST * sum(keys) + pairs
+
+
+def _any(x: BoolArray, axis: int) -> BoolArray:
+    found: BoolArray = np.logical_or.reduce(x, axis)
+    return found
 
 
 def _pairs(combine: np.ufunc, x: BoolArray) -> BoolArray:
@@ -236,7 +241,7 @@ class _Tree:
 
         head, w = self.head, self.head.grid.block_k
         left, cut = head.whole[x0:x1] & ~done, head.cut[x0:x1]
-        blocks = np.flatnonzero(head.blocks_of(left.any(0)) | cut.any(0))
+        blocks = np.flatnonzero(head.blocks_of(_any(left, 0)) | cut.any(0))
         step = max(1, MAX_BIAS // ((x1 - x0) * head.grid.block_q * w))
         for begin in range(0, len(blocks), step):
             part = blocks[begin : begin + step]
