@@ -20,6 +20,7 @@ from cpbench.reports.labels import group_by_problem, three_digits
 from cpbench.reports.mixers import beside
 from cpbench.reports.page import assets
 from cpbench.reports.page.data import chart_data, samples_by_row
+from cpbench.reports.page.figures import needle_figures
 from cpbench.reports.predicted.rows import predicted_rows, prediction_notes
 from cpbench.reports.tables import overview
 from cpbench.reports.tables import rows as tables
@@ -61,7 +62,8 @@ CHARTS = (
 )  # fmt: skip
 SECTIONS = (
     ("fastest", "Fastest method per problem"), ("predicted", "Predicted"),
-    ("selection", "Sparse selection"), ("mixers", "Sequence mixers"), ("charts", "Charts"),
+    ("selection", "Sparse selection"), ("needles", "Needles"), ("mixers", "Sequence mixers"),
+    ("charts", "Charts"),
     ("support", "Support"), ("failures", "Failures"), ("correctness", "Correctness"),
     ("noise", "Noise"), ("environment", "Environment"), ("cases", "All cases"),
 )  # fmt: skip
@@ -100,6 +102,7 @@ def _render(collection: Collection, samples: Any, folder: str) -> str:
     recall = group_by_problem(recall_rows(table, facts))
     predicted = group_by_problem(predicted_rows(collection.predicted))
     mixers = [(title, group_by_problem(rows)) for title, rows in beside.sections(table, facts)]
+    needles = needle_figures(collection)
     tables_js, tables_css = assets.packed_data_tables()
     source = assets.read_web(*SCRIPTS) if len(table) else ""
     return render_template(
@@ -113,8 +116,14 @@ def _render(collection: Collection, samples: Any, folder: str) -> str:
         sections=[
             (name, title)
             for name, title in SECTIONS
-            if {"selection": recall, "mixers": mixers, "predicted": predicted}.get(name, len(table))
+            if {
+                "selection": recall,
+                "needles": needles,
+                "mixers": mixers,
+                "predicted": predicted,
+            }.get(name, len(table))
         ],
+        needles=needles,
         predicted=predicted,
         prediction_notes=prediction_notes(collection.predicted),
         recall=recall,
