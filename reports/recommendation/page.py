@@ -66,15 +66,20 @@ def lines_by_ranks(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _cells(row: dict[str, Any]) -> dict[str, str]:
-    """Cells of a table; numbers are not broken."""
+    """Cells of a table."""
     memory = row.get("memory")
     gib = f", {memory['high_bytes'] / (1 << 30):,.0f} GiB" if memory else ""
     return {
         "strategy": text.name(row),
         "layout": row["layout"],
-        "ms": text.times(row).replace(" ", NO_BREAK),
-        "draws": text.spread(row).replace(" ", NO_BREAK),
-        "x best": text.ratio(row).replace(" ", NO_BREAK),
+        "ms": _number(text.times(row)),
+        "draws": _number(text.spread(row)),
+        "x best": _number(text.ratio(row)),
         "memory": f"{memory['verdict']}{gib}" if memory else "",
         "why it loses": row["why"] or "(one of the best)",
     }
+
+
+def _number(cell: str) -> str:
+    """A number that is not broken over lines."""
+    return cell.replace(">=", "≥").replace(" ", NO_BREAK)
