@@ -43,6 +43,8 @@ min_iterations = 1
 max_iterations = 1
 memory = false
 """
+SWEEP_OF_TWO = SWEEP.replace("world_size = 4", "world_size = 2")
 
-# Users keep records under these ids, which must change only with what is computed.
+# Of the first sweep.  Users keep records under these ids, which must change only with what is
+# computed.
 CASE_IDS = ["2d65c67df242", "acb42b513f2e", "bff84895a2b5", "ec4e87b6992b"]

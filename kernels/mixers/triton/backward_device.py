@@ -53,13 +53,14 @@ def pass_gradients(
         store_matrix(
             DStates + (index + batch_heads) * size, first, dstate, D, E, KEY_DIM, VALUE_DIM
         )
-        q = load_rows(q_head, q_s, start, 0, tokens, C, D, KEY_DIM) * scale
+        q = load_rows(q_head, q_s, start, 0, tokens, C, D, KEY_DIM)
         k = load_rows(k_head, k_s, start, 0, tokens, C, D, KEY_DIM)
         dout = load_rows(dout_head, do_s, start, first, tokens, C, E, VALUE_DIM)
         between, from_start, to_end, across = decays(
             g_head, g_s, Number, start, tokens, C, GATED, DOCUMENTS
         )
-        pairs = tl.dot(k, tl.trans(q), input_precision=PRECISION) * tl.trans(between)
+        # The scale comes after the product: with it, q would not be exact.
+        pairs = tl.dot(k, tl.trans(q), input_precision=EXACT) * tl.trans(between) * scale
         if DELTA:
             beta = load_tokens(beta_head, beta_s, start, tokens, C)
             pairs *= beta[:, None]
@@ -67,7 +68,8 @@ def pass_gradients(
         dv = tl.dot(pairs, dout, input_precision=PRECISION)
         dv += tl.dot(k * to_end[:, None], dstate, input_precision=PRECISION)
         dstate *= across
-        dstate += tl.dot(tl.trans(q * from_start[:, None]), dout, input_precision=PRECISION)
+        readers = q * (scale * from_start)[:, None]
+        dstate += tl.dot(tl.trans(readers), dout, input_precision=PRECISION)
         if DELTA:
             inverse = load_matrix(Inverse + index * C * C, 0, C, C, C, C)
             dv = tl.dot(tl.trans(inverse), dv, input_precision=PRECISION)

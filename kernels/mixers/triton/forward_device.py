@@ -120,7 +120,8 @@ def outputs(
     else:
         x = load_rows(head(V, bh, heads, v_b, v_h), v_s, start, first, tokens, C, E, VALUE_DIM)
     state = load_matrix(States + index * KEY_DIM * VALUE_DIM, first, D, E, KEY_DIM, VALUE_DIM)
-    out = tl.dot(q * from_start[:, None], state, input_precision=PRECISION)
+    # Scaled after the product, which takes q from the same registers as that of the pairs.
+    out = tl.dot(q, state, input_precision=PRECISION) * from_start[:, None]
     out += tl.dot(pairs, x, input_precision=PRECISION)
     store_rows(
         head(Out, bh, heads, o_b, o_h), o_s, start, first, tokens, out * scale, C, E, VALUE_DIM
