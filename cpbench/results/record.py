@@ -89,7 +89,7 @@ class Record:
             own; ``fwd`` of ``times_us`` is all three, in one call.  Of mixers under a scan: those
             of the summaries of a forward phase (``summarise``).
         quality: of selectors: quality of the selection, see ``cpbench.verify.quality``; where
-            inputs have needles that are asked for, what is found (``cpbench.verify.needles``).
+            inputs have needles that are asked for, what is found (there, too).
         delay_us: as ``times_us``: microseconds that the rank's threads were ready and waited for a
             core, summed over threads; empty where the system does not tell.
         host_us: as ``times_us``: microseconds that the host took to queue the phase on a GPU, of

@@ -65,7 +65,10 @@ class Fingerprinter:
     """Takes fingerprints of the results of one rank."""
 
     def __init__(self, work: Attention) -> None:
-        queries, keys = (x.positions(work.rank) for x in (work.world.queries, work.world.keys))
+        queries, (keys, _) = (
+            work.world.queries.positions(work.rank),
+            work.world.held_keys(work.rank),
+        )
         gates = [name for name, _ in work.problem.gates]
         self._positions = dict.fromkeys(("q", "dout", "out", "dq"), queries)
         self._positions |= dict.fromkeys(("k", "v", "dk", "dv"), keys)

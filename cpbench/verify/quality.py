@@ -13,6 +13,13 @@ and o' the output of the operator:
 * ``index_recall``: of selectors that search an index: share of the keys that an exact search finds
   which the index finds; ``index_build_us`` and ``index_bytes``: time to build it, and its size.
 
+Where inputs have needles that are asked for (``cpbench.inputs.haystack``), an output shows the
+codes with the largest products with it, as many as its query asks for; by chance one of 64:
+
+* ``found``: share of the codes that are shown, mean over queries, questions and heads;
+* ``solved``: share of the queries that show all their codes; of a chain the product of that over
+  its links, mean over heads.
+
 For one softmax over a subset of the keys o - o' = (1 - mass) (o_missed - o'), so the error of a row
 is at most 2 (1 - mass) max |v|.
 
@@ -28,6 +35,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cpbench.inputs import InputRequest, build_generator
+from cpbench.inputs.haystack import Haystack
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.selectors.common.base import Branch, SelectionResult, Selector
 from cpbench.selectors.common.pooling import NO_POOL
@@ -40,6 +49,8 @@ if TYPE_CHECKING:
 
     from cpbench.api import Attention
     from cpbench.core.problem import Problem
+    from cpbench.inputs import Recipe
+    from cpbench.masks.slices import IntArray
     from cpbench.verify.check import Tensors
 
 SAMPLED_QUERIES = 1024
@@ -189,3 +200,41 @@ def _highest_mass(mass: torch.Tensor, count: torch.Tensor) -> float:
     ranked = mass.double().sort(dim=-1, descending=True).values
     position = torch.arange(ranked.shape[-1], device=ranked.device)
     return float((ranked * (position < count)).sum())
+
+
+def measure_found(
+    out: torch.Tensor, tokens: IntArray, problem: Problem, recipe: Recipe
+) -> dict[str, float]:
+    """``found`` and ``solved``; none for inputs of another kind.
+
+    Args:
+        out: ``[B, S, H, Dv]``.
+        tokens: ``[S]`` positions of its queries in the sequence.
+        recipe: of the inputs.
+    """
+    haystack = build_generator(recipe.spec)
+    if not isinstance(haystack, Haystack):
+        return {}
+    import torch
+
+    request = InputRequest(
+        name="q", seed=recipe.seed, problem=problem, positions=tokens, batches=(), heads=(),
+        device="cpu",
+    )  # fmt: skip
+    row_of = np.full(problem.seq_k, -1)
+    row_of[tokens[tokens < problem.seq_k]] = np.flatnonzero(tokens < problem.seq_k)
+    found, solved = [], []
+    for b, h in np.ndindex(problem.batch, problem.heads_q):
+        planted, questions = haystack.questions(request, b, h // problem.group)
+        codes, complete = torch.as_tensor(planted.codes), 1.0
+        for question in questions:
+            rows = row_of[question.tokens]
+            if not (rows >= 0).all():  # asked by none of these queries
+                continue
+            shown = out[b, torch.as_tensor(rows, device=out.device), h].double().cpu() @ codes.T
+            top = shown.topk(len(question.answers), dim=1).indices.numpy()
+            right = np.isin(top, question.answers)
+            found.append(float(right.mean()))
+            complete *= float(right.all(1).mean())
+        solved.append(complete)
+    return {"found": float(np.mean(found)), "solved": float(np.mean(solved))} if found else {}

@@ -24,7 +24,6 @@ from cpbench.verify import at_size, check, fingerprint, mixing, quality, tiles
 from cpbench.verify import selection as check_selection
 from cpbench.verify.fit import DoesNotFit
 from cpbench.verify.gathered import OneRank, run_pass_as_one_rank
-from cpbench.verify.needles import measure_found
 from cpbench.verify.variants import InputVariants
 from cpbench.worker import decoding
 
@@ -113,7 +112,7 @@ class Checks:
         if self._settings.quality and work.world.size == 1 and not work.op.info.mixer:
             tokens = work.world.queries.positions(0) + case.problem.seq_k - case.problem.seq_q
             recipe = recipe_of(case)
-            record.quality = measure_found(results["out"], tokens, work.problem, recipe)
+            record.quality = quality.measure_found(results["out"], tokens, work.problem, recipe)
         return results
 
     def _check_lines_and_tiles(
@@ -286,7 +285,9 @@ class Checks:
                 if one is None:
                     return {}
                 tokens = np.arange(work.problem.seq_q) + work.problem.seq_k - work.problem.seq_q
-                found = measure_found(one.results["out"], tokens, one.work.problem, recipe_of(case))
+                found = quality.measure_found(
+                    one.results["out"], tokens, one.work.problem, recipe_of(case)
+                )
                 return quality.measure_quality(*one[:4]) | found
 
             with _may_not_fit("the quality of the selection", record, flags=()):

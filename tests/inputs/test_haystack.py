@@ -19,7 +19,7 @@ from cpbench.parallel.world import World
 from cpbench.sweep import sweep_file
 from cpbench.verify import quality
 from cpbench.verify.check import rank_inputs
-from cpbench.verify.needles import measure_found
+from cpbench.verify.quality import measure_found
 from cpbench.verify.selection import run_pass_with_selection
 
 TOKENS = 700

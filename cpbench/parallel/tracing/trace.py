@@ -233,13 +233,11 @@ class TracedOperator(BoundOperator):
     backward_accumulator_type: type[BackwardAccumulator] = _BackwardAccumulator
 
     def __init__(self, operator: Traceable, device: str = "meta") -> None:
-        if isinstance(operator, BoundOperator):
-            super().__init__(operator.info, operator.impl, device)
-        else:
-            super().__init__(operator, None, device)  # type: ignore[arg-type]
+        bound = operator if isinstance(operator, BoundOperator) else None
+        info = bound.info if bound else cast("OperatorInfo", operator)
+        super().__init__(info, bound and bound.impl, device)  # type: ignore[arg-type]
         # A declaration alone has prepared no plans that have shown which masks it takes.
-        takes_any = {*ANY_MASK} <= {*self.info.masks}
-        self._asks = not (isinstance(operator, BoundOperator) or takes_any)
+        self._asks = not bound and not {*ANY_MASK} <= {*info.masks}
         self._empty: dict[tuple[tuple[int, ...], torch.dtype], torch.Tensor] = {}
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -255,9 +253,8 @@ class TracedOperator(BoundOperator):
     def prepare(self, subproblem: Subproblem | KeySubset | Chunk) -> TracedPlan:
         if self._asks:
             mask: Any = subproblem.mask
-            if mask.kind == "bands" and not (self.info.selects or self.info.paged):
-                _, mask = native_rectangle(mask)
-            self.require_kind(mask)
+            cropped = mask.kind == "bands" and not (self.info.selects or self.info.paged)
+            self.require_kind(native_rectangle(mask)[1] if cropped else mask)
         return TracedPlan(subproblem.area, subproblem.world.kv_heads)
 
     def sum_float32(
@@ -363,8 +360,7 @@ def empty_inputs(world: World, kind: str = "attention", rank: int = 0) -> tuple[
     """The inputs of an operator of this kind on one rank, and dout, without data."""
     import torch
 
-    problem = world.problem
-    dtype = getattr(torch, problem.dtype)
+    problem, dtype = world.problem, getattr(torch, world.problem.dtype)
     of_queries = (world.queries.local_len, problem.heads_q)
     of_keys = tuple(map(len, world.held_keys(rank)))
     q, k, v, dout = (
