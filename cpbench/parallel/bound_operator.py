@@ -124,6 +124,12 @@ class BoundOperator:
         plan = self.impl.prepare(mask, problem, self.device)
         return Planned(plan, problem, mask, subproblem.area, crop, subproblem.world.kv_heads)
 
+    def require_local_kind(self, mask: Mask) -> None:
+        """:meth:`require_kind` of the mask that :meth:`prepare` would plan for this one."""
+        if isinstance(mask, AttnMask) and not (self.info.selects or self.info.paged):
+            _, mask = native_rectangle(mask)
+        self.require_kind(mask)
+
     def require_kind(self, mask: Mask) -> None:
         """Raise an Unsupported if the declaration rules out masks of this kind."""
         if declared_kind(self.info, mask) not in self.info.masks:
