@@ -60,6 +60,14 @@ def test_kernels_compute_what_torch_does(
             assert errors[-1] < 1e-3, name
 
 
+@pytest.mark.parametrize("mixer", ["ssd", "gated_deltanet"])
+def test_products_in_parts_as_on_a_gpu(mixer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter rounds nothing to TF32: no digit of either part is lost."""
+    made = launch._constants
+    monkeypatch.setattr(launch, "_constants", lambda *sizes, cuda: made(*sizes, cuda=True))
+    test_kernels_compute_what_torch_does(mixer, torch.bfloat16, 40, 16, (5,))
+
+
 def test_gradients_follow_the_kernels() -> None:
     x = naive_mixers.make_inputs("gated_deltanet", 1, 50, 2, 16, 8, torch.float32)
     mask = masks.build("causal_document", 50, doc_lens=[20, 30])

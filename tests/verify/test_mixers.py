@@ -202,8 +202,7 @@ def test_initial_states_are_checked(tmp_path: Path) -> None:
         tmp_path / "right", measure, operator=["gated_deltanet", "ttt:chunk=16"],
         strategy=["scan", "ulysses"], world_size=2, **table,
     )  # fmt: skip
-    for record in right:
-        assert record.predicted_bytes == record.bytes_sent
+    assert all(record.predicted_bytes == record.bytes_sent for record in right)
     right += run_cases(  # the third rank has no heads, and ranks cut the first document
         tmp_path / "cut", {"time": False}, operator="kda", layout="zigzag", world_size=3,
         mask="causal_document:doc_lens=[300,7,333]",
@@ -362,8 +361,7 @@ def test_verify_has_cases_of_mixers_on_ranks(tmp_path: Path) -> None:
         assert {c.layout.name for c in of_name} >= {"contiguous", "zigzag"}
         given = [c for c in of_name if c.inputs.kwargs.get("initial")]
         assert {str(case.strategy) for case in given} == ways
-        layouts_given = {c.layout.name for c in given if c.strategy.name == "scan"}
-        assert name == "ttt" or layouts_given == set(registry.strategy_info("scan").layouts)
+        assert name == "ttt" or {"zigzag_document", "dispatch"} <= {c.layout.name for c in given}
     assert max(case.seq_len for case in whole) > check.SMALL_TOKENS
 
 

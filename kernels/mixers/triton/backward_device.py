@@ -14,6 +14,7 @@ import triton.language as tl
 
 from cpbench.kernels.mixers.triton.chunks_device import (
     decays,
+    exact_dot,
     head,
     load_matrix,
     load_rows,
@@ -55,26 +56,30 @@ def pass_gradients(
         )
         q = load_rows(q_head, q_s, start, 0, tokens, C, D, KEY_DIM)
         k = load_rows(k_head, k_s, start, 0, tokens, C, D, KEY_DIM)
-        dout = load_rows(dout_head, do_s, start, first, tokens, C, E, VALUE_DIM)
+        # The scale comes after the product: with it, q would not be exact.
+        pairs = tl.dot(k, tl.trans(q), input_precision=EXACT) * scale
         between, from_start, to_end, across = decays(
             g_head, g_s, Number, start, tokens, C, GATED, DOCUMENTS
         )
-        # The scale comes after the product: with it, q would not be exact.
-        pairs = tl.dot(k, tl.trans(q), input_precision=EXACT) * tl.trans(between) * scale
+        pairs *= tl.trans(between)
+        dout = load_rows(dout_head, do_s, start, first, tokens, C, E, VALUE_DIM)
         if DELTA:
             beta = load_tokens(beta_head, beta_s, start, tokens, C)
             pairs *= beta[:, None]
             to_end *= beta
         dv = tl.dot(pairs, dout, input_precision=PRECISION)
-        dv += tl.dot(k * to_end[:, None], dstate, input_precision=PRECISION)
+        # Decays are applied to what has few columns, so that products share q and k.
+        dv += exact_dot(k, dstate, EXACT, PRECISION) * to_end[:, None]
         dstate *= across
-        readers = q * (scale * from_start)[:, None]
-        dstate += tl.dot(tl.trans(readers), dout, input_precision=PRECISION)
+        dout *= (scale * from_start)[:, None]
+        dstate += exact_dot(tl.trans(q), dout, EXACT, PRECISION)
         if DELTA:
             inverse = load_matrix(Inverse + index * C * C, 0, C, C, C, C)
             dv = tl.dot(tl.trans(inverse), dv, input_precision=PRECISION)
-            dstate -= tl.dot(tl.trans(k * from_start[:, None]), dv, input_precision=PRECISION)
         store_matrix(DV + index * C * VALUE_DIM, first, dv, C, E, C, VALUE_DIM)
+        if DELTA:
+            dv *= from_start[:, None]
+            dstate -= exact_dot(tl.trans(k), dv, EXACT, PRECISION)
     store_matrix(DStates + to_int64(bh) * size, first, dstate, D, E, KEY_DIM, VALUE_DIM)
 
 

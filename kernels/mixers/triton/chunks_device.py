@@ -127,6 +127,19 @@ def decays(
 
 
 @triton.jit
+def exact_dot(a, b, EXACT: tl.constexpr, PRECISION: tl.constexpr):
+    """``a @ b`` where a is of the inputs: of 16 bits it is exact in TF32, so that two products with
+    the parts of b are as good as three, and need no registers for the other part of a."""
+    if EXACT == "tf32":
+        high = (b.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)  # 10 bits
+        product = tl.dot(a, b - high, input_precision="tf32")
+        product = tl.dot(a, high, product, input_precision="tf32")
+    else:
+        product = tl.dot(a, b, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
 def written_values(
     k, v, state, Inverse, index, from_start, C: tl.constexpr, PRECISION: tl.constexpr
 ):

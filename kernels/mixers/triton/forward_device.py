@@ -13,6 +13,7 @@ import triton.language as tl
 
 from cpbench.kernels.mixers.triton.chunks_device import (
     decays,
+    exact_dot,
     head,
     load_matrix,
     load_rows,
@@ -121,7 +122,7 @@ def outputs(
         x = load_rows(head(V, bh, heads, v_b, v_h), v_s, start, first, tokens, C, E, VALUE_DIM)
     state = load_matrix(States + index * KEY_DIM * VALUE_DIM, first, D, E, KEY_DIM, VALUE_DIM)
     # Scaled after the product, which takes q from the same registers as that of the pairs.
-    out = tl.dot(q, state, input_precision=PRECISION) * from_start[:, None]
+    out = exact_dot(q, state, EXACT, PRECISION) * from_start[:, None]
     out += tl.dot(pairs, x, input_precision=PRECISION)
     store_rows(
         head(Out, bh, heads, o_b, o_h), o_s, start, first, tokens, out * scale, C, E, VALUE_DIM
