@@ -67,8 +67,8 @@ def compare(spec: Spec, qkv: QKV, problem: Problem, rounds: int) -> str:
     times: dict[str, list[float]] = {name: [] for name in ("dense", "dense backward", *STEPS)}
     for _ in range(rounds):
         out, lse = timed(times["dense"], lambda: FLASH(*dense, 0.0, True))
-        x = dense_dout, *dense, out, lse.contiguous()
-        timed(times["dense backward"], lambda x=x: FLASH_BACKWARD(*x, 0.0, True))
+        given = dense_dout, *dense, out, lse.contiguous()
+        timed(times["dense backward"], lambda y=given: FLASH_BACKWARD(*y, 0.0, True))
         branches = timed(times["select"], lambda: selector.select(q, k, plan))
         prepared = timed(times["plan"], lambda b=branches: selector.prepare_branches(b, plan))
         _, _, (result,) = timed(times["kernel"], lambda p=prepared: selector.compute(qkv, p))
