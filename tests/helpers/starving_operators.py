@@ -47,4 +47,5 @@ class Starves:
 starves = OperatorInfo(
     name="starves", summary="leaves little memory", source="tests", load=Starves,
     params=("call", "mib"), masks=operator_info("bands").masks,
+    lse_error=operator_info("bands").lse_error,
 )  # fmt: skip

@@ -18,7 +18,7 @@ def test_errors_on_32_ranks_are_those_on_two(strategy: str, dtype: str) -> None:
 def test_gradients_sent_in_bfloat16_lose_precision_at_every_hop() -> None:
     rounded = {size: errors("ring:grad_dtype=bfloat16", size, 256, "bfloat16") for size in (2, 32)}
     exact = errors("ring", 32, 256, "bfloat16")
-    assert rounded[32]["dk"] > 1.8 * rounded[2]["dk"]
-    assert rounded[32]["dk"] > 1.8 * exact["dk"]
+    assert rounded[32]["dk"] > 1.5 * rounded[2]["dk"]
+    assert rounded[32]["dk"] > 1.5 * exact["dk"]
     assert rounded[32]["dk"] < 2.5e-2  # the limit of bfloat16 results
     assert rounded[32]["dq"] == pytest.approx(exact["dq"], rel=0.1)  # dQ is not sent
