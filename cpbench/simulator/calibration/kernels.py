@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -72,24 +72,49 @@ class _Choice(NamedTuple):
     cost: float
 
 
+class _OfPhase(Protocol):
+    @property
+    def phase(self) -> str: ...
+    @property
+    def problem(self) -> Problem: ...
+
+
+AnyPoint = TypeVar("AnyPoint", bound=_OfPhase)
+
+
+def points_by_phase(
+    points: Sequence[AnyPoint], operator: str, vary: str
+) -> dict[str, list[AnyPoint]]:
+    """The points of each phase that was timed.
+
+    Args:
+        vary: what to measure more of if there are too few, for the message.
+
+    Raises:
+        ValueError: for fewer than ``LEAST`` points of a phase, in one line.
+    """
+    by_phase = {name: [p for p in points if p.phase == name] for name in ("fwd", "bwd")}
+    problem = points[0].problem
+    of = f"{operator} in {problem.dtype} with head_dim {problem.head_dim}"
+    if not by_phase["fwd"]:
+        raise ValueError(f"no forward pass of {of} was timed")
+    by_phase = {name: rows for name, rows in by_phase.items() if rows}
+    for name, rows in by_phase.items():
+        if len(rows) < LEAST:
+            raise ValueError(
+                f"{len(rows)} timed cases of {of} ({name}) are fewer than {LEAST}: measure more "
+                f"{vary}"
+            )
+    return by_phase
+
+
 def fit_kernel(points: Sequence[Point], operator: str, gpu: Gpu, source: str) -> KernelFit:
     """Fit a kernel to points of one operator, dtype and head_dim.
 
     Raises:
         ValueError: for fewer than ``LEAST`` points of a phase, in one line.
     """
-    by_phase = {name: [p for p in points if p.phase == name] for name in ("fwd", "bwd")}
-    by_phase = {name: rows for name, rows in by_phase.items() if rows}
-    problem = points[0].problem
-    of = f"{operator} in {problem.dtype} with head_dim {problem.head_dim}"
-    if "fwd" not in by_phase:
-        raise ValueError(f"no forward pass of {of} was timed")
-    for name, rows in by_phase.items():
-        if len(rows) < LEAST:
-            raise ValueError(
-                f"{len(rows)} timed cases of {of} ({name}) are fewer than {LEAST}: measure more "
-                "masks and lengths"
-            )
+    problem, by_phase = points[0].problem, points_by_phase(points, operator, "masks and lengths")
     tiling, grid_known = choose_tiling(by_phase, gpu)
     fits = {name: fit_phase(rows, tiling, gpu) for name, rows in by_phase.items()}
     errors = [

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from cpbench.core.problem import Problem
-from cpbench.simulator.calibration.kernels import LEAST, SPAN, errors_out_of_fold
+from cpbench.simulator.calibration.kernels import SPAN, errors_out_of_fold, points_by_phase
 from cpbench.simulator.calibration.solve import Fit, Residuals, solve_identified
 from cpbench.simulator.cluster import MixerCosts, MixerPhase
 from cpbench.simulator.costs import mix_seconds
@@ -48,17 +48,7 @@ def fit_mixer(points: Sequence[MixerPoint], operator: str, source: str) -> Mixer
         ValueError: for fewer than ``LEAST`` points of a phase, in one line.
     """
     problem = points[0].problem
-    by_phase = {name: [p for p in points if p.phase == name] for name in ("fwd", "bwd")}
-    by_phase = {name: rows for name, rows in by_phase.items() if rows}
-    of = f"{operator} in {problem.dtype} with head_dim {problem.head_dim}"
-    if "fwd" not in by_phase:
-        raise ValueError(f"no forward pass of {of} was timed")
-    for name, rows in by_phase.items():
-        if len(rows) < LEAST:
-            raise ValueError(
-                f"{len(rows)} timed cases of {of} ({name}) are fewer than {LEAST}: measure more "
-                "lengths and numbers of heads"
-            )
+    by_phase = points_by_phase(points, operator, "lengths and numbers of heads")
     fits = {name: _fit_phase(rows) for name, rows in by_phase.items()}
     costs = MixerCosts(
         source=source, operators=(operator,), dtype=problem.dtype, head_dim=problem.head_dim,
