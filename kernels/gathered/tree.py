@@ -32,8 +32,8 @@ MAX_LEAF_ROWS = 512
 # Times in those of a pair in a large product (head_dim 64, one thread of an AMD EPYC).
 CALL_COST = 10000  # of a call, and
 ROW_COST = 20  # for each row of it: merging, and smaller products
-KEY_COST = 16  # for each key of it: gathering, and smaller products
-BIAS_COST = 0.5  # for each pair with a bias
+KEY_COST = 12  # for each key of it: gathering, and smaller products
+BIAS_COST = 0.25  # for each pair with a bias
 GATHERING_COST = 2.5  # for each pair where ``gathered.blocks`` computes the selection
 
 
