@@ -21,7 +21,8 @@ from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.dilated_mask import DilatedMask
 from cpbench.masks.head_masks import Mask, per_head
 from cpbench.masks.paged.batch import PagedBatch
-from cpbench.masks.slices import IntArray
+from cpbench.masks.slices import IntArray, cut_axis
+from cpbench.masks.slices import areas as slice_areas
 from cpbench.parallel import layout as layouts
 from cpbench.parallel.layout import Layout, area_matrix, local_mask
 from cpbench.parallel.mesh import Mesh
@@ -129,11 +130,23 @@ class World:
             area = int(self.areas[np.ix_(list(q_ranks), list(k_ranks))].sum())
         return Subproblem(self, tuple(q_ranks), tuple(k_ranks), area)
 
-    def key_subset(self, rank: int, keys: IntArray) -> KeySubset:
-        """Attention of the queries of one rank to concatenated runs of keys, rows (start, length);
-        for layouts of step 1."""
-        queries = np.array([[0, self.queries.local_len]])
-        return KeySubset(self, _mask_of_queries(self, rank).restrict(queries, keys))
+    def key_subsets(self, rank: int, keys: Sequence[IntArray]) -> list[KeySubset]:
+        """Attention of the queries of one rank to each of several subsets of the keys.
+
+        Args:
+            keys: for each subset, its runs of keys, rows (start, length), which are concatenated;
+                no key is in two of them.
+
+        For layouts of step 1.
+        """
+        mask = _mask_of_queries(self, rank)
+        subset = np.repeat(np.arange(len(keys)), [len(runs) for runs in keys])
+        areas_of_subsets = np.zeros(len(keys), dtype=np.int64)
+        if len(subset):
+            cut, _, run = cut_axis(mask.slices, np.concatenate(keys), axis=1)
+            np.add.at(areas_of_subsets, subset[run], slice_areas(cut))
+        areas = areas_of_subsets.tolist()
+        return [KeySubset(self, mask, *given) for given in zip(keys, areas, strict=True)]
 
     def mesh(self, **axes: int) -> Mesh:
         """The ranks as a mesh of ``axes``, outermost first; ``placement`` moves one innermost.
@@ -236,33 +249,32 @@ class Subproblem:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KeySubset:
     """Attention of the queries of one rank to a subset of keys.
 
     Attributes:
         world: the world that it belongs to.
-        pieces: its mask in local coordinates, as cut out: in more slices than needed.
+        whole: the mask of these queries, for all keys.
+        keys: runs of keys, rows (start, length), which are concatenated.
+        area: visible pairs.
     """
 
     world: World
-    pieces: AttnMask
+    whole: AttnMask
+    keys: IntArray
+    area: int
 
     @property
     def mask(self) -> AttnMask:
-        """The mask in local coordinates, simplified on every access."""
-        return self.pieces.simplify()
-
-    @property
-    def area(self) -> int:
-        """Visible pairs."""
-        return self.pieces.area
+        """The mask in local coordinates, cut out on every access."""
+        return self.whole.restrict(np.array([[0, self.whole.seq_q]]), self.keys).simplify()
 
     @property
     def problem(self) -> Problem:
         """The problem that the operator computes."""
         whole = self.world.problem
-        seq_q, seq_k = self.pieces.seq_q, self.pieces.seq_k
+        seq_q, seq_k = self.whole.seq_q, int(self.keys[:, 1].sum())
         return local_problem(whole, seq_q, seq_k, whole.heads_q, whole.heads_kv)
 
 

@@ -110,10 +110,13 @@ class RingAllGather:
         reason = merge_refusal(op.info, self.name, problem, op.device.partition(":")[0])
         if reason is not None:
             raise Unsupported(f"{reason}; or use stages = {chunks}, which merges nothing")
-        stages = []
-        for first, last in itertools.pairwise(bounds):
-            part = world.key_subset(rank, world.keys.windows(first, last))
-            stages.append(TokenStage(first, last, op.prepare(part) if part.area else None))
+        windows = [world.keys.windows(first, last) for first, last in itertools.pairwise(bounds)]
+        stages = [
+            TokenStage(first, last, op.prepare(part) if part.area else None)
+            for (first, last), part in zip(
+                itertools.pairwise(bounds), world.key_subsets(rank, windows), strict=True
+            )
+        ]
         return Plan(chunks, tuple(stages))
 
     def forward(

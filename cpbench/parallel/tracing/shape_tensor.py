@@ -23,18 +23,20 @@ OPERATORS = (
     "matmul", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "invert",
 )  # fmt: skip
 IN_PLACE_OPERATORS = ("iadd", "isub", "imul", "itruediv")
+IN_PLACE_METHODS = ("add_", "copy_", "mul_", "zero_")  # those that are frequent
 
 
 class ShapeTensor:
     """What strategies use of :class:`torch.Tensor`, without data; made by :func:`shape_tensor`."""
 
-    __slots__ = ("dtype", "nbytes", "shape")
+    __slots__ = ("_views", "dtype", "nbytes", "shape")
 
     device = META
 
     def __init__(self, shape: torch.Size, dtype: torch.dtype) -> None:
         self.shape, self.dtype = shape, dtype
         self.nbytes = math.prod(shape) * dtype.itemsize
+        self._views: dict[tuple[int, int], ShapeTensor] = {}
 
     def __repr__(self) -> str:
         return f"<ShapeTensor {list(self.shape)} {self.dtype}>"
@@ -98,10 +100,13 @@ class ShapeTensor:
     new_zeros = new_empty
 
     def narrow(self, dim: int, start: int, length: int) -> ShapeTensor:
-        shape = list(self.shape)
-        assert start + length <= shape[dim]
-        shape[dim] = length
-        return shape_tensor(tuple(shape), self.dtype)
+        assert start + length <= self.shape[dim]
+        view = self._views.get((dim, length))
+        if view is None:
+            shape = list(self.shape)
+            shape[dim] = length
+            view = self._views[dim, length] = shape_tensor(tuple(shape), self.dtype)
+        return view
 
     def transpose(self, dim0: int, dim1: int) -> ShapeTensor:
         shape = list(self.shape)
@@ -118,6 +123,8 @@ for _name in OPERATORS:
     setattr(ShapeTensor, f"__{_name}__", _operator(f"__{_name}__"))
 for _name in IN_PLACE_OPERATORS:
     setattr(ShapeTensor, f"__{_name}__", ShapeTensor._in_place)
+for _name in IN_PLACE_METHODS:
+    setattr(ShapeTensor, _name, ShapeTensor._in_place)
 
 
 @functools.lru_cache(maxsize=1 << 16)

@@ -76,7 +76,7 @@ class GroupReduce:
 
     def start(self, sums: Tensors) -> None:
         """Add what is returned to the gradients of the local keys, ``[B, L, G, …]`` float32."""
-        self._sums = sums
+        self._local, self._sums = sums, [x.transpose(0, 1) for x in sums]
 
     def add(self, stage: Stage, gradients: Tensors) -> None:
         """Return the gradients of one stage, ``[B, tokens, G, …]``; none if it has no keys."""
@@ -86,15 +86,12 @@ class GroupReduce:
         needed = stage.tokens_across - stage.passing
         at_relay = [x.narrow(0, 0, needed).float() for x in gradients]
         if stage.passing:
-            k, v = self._sums
+            k, v = self._local
             zeros = [x.zero_() for x in kv_buffers(k, v, stage.passing, torch.float32)]
             at_relay = (
                 [torch.cat(x) for x in zip(zeros, at_relay, strict=True)] if needed else zeros
             )
-        for messages, sums in (
-            (stage.direct, self._sums),
-            (stage.relayed, [x.transpose(0, 1) for x in at_relay]),
-        ):
+        for messages, sums in ((stage.direct, self._sums), (stage.relayed, at_relay)):
             self._return(self._inside, messages, gradients, stage.passing, sums)
         self._pass_on()
         self._inside.post()
@@ -125,13 +122,14 @@ class GroupReduce:
         """Return gradients the way that keys came, to be added to ``sums`` there.
 
         Args:
-            gradients: of the keys in the buffer, without the first ``skipped``.
+            gradients: of the keys in the buffer, without the first ``skipped``, ``[tokens, B, …]``,
+                as ``sums``.
         """
         for sender, first, n in messages.receives:
             parts = [x.narrow(0, first - skipped, n) for x in gradients]
             exchange.send([x.to(self._send_dtype) for x in parts], sender)
         for receiver, runs in messages.sends:
-            k, v = self._sums
+            k, v = self._local
             buffers = kv_buffers(k, v, sum(n for _, n in runs), self._send_dtype)
             exchange.receive(buffers, receiver, _gradient_adder(sums, runs))
 
@@ -164,13 +162,13 @@ def _select_runs(x: torch.Tensor, runs: Runs) -> torch.Tensor:
 
 
 def _gradient_adder(sums: Tensors, runs: Runs) -> Any:
-    """A function that adds returned dK and dV, ``[tokens, B, G, …]``, to ``[B, L, G, …]`` each."""
+    """A function that adds returned dK and dV, ``[tokens, B, G, …]``, to ``[L, B, G, …]`` each."""
 
     def add(*gradients: torch.Tensor) -> None:
         for local_sum, gradient in zip(sums, gradients, strict=True):
-            received, offset = gradient.transpose(0, 1), 0
+            offset = 0
             for start, n in runs:
-                local_sum.narrow(1, start, n).add_(received.narrow(1, offset, n))
+                local_sum.narrow(0, start, n).add_(gradient.narrow(0, offset, n))
                 offset += n
 
     return add

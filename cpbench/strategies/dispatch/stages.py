@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from cpbench.parallel.kv_requirements import KeyTransfers
 
 if TYPE_CHECKING:
+    from cpbench.masks.slices import IntArray
     from cpbench.parallel.bound_operator import BoundOperator
     from cpbench.parallel.world import World
     from cpbench.strategies.dispatch.relays import RankedCast
@@ -71,62 +71,71 @@ class Plan:
 def plan_rank(op: BoundOperator, world: World, rank: int, cast: RankedCast) -> Plan:
     """Plan all stages of a rank."""
     local = world.subproblem([rank], [rank])
-    kinds = (cast.passing, cast.across, cast.direct, cast.relayed)
-    by_stage = (_by_stage(transfers.of(rank), cast.stages) for transfers in kinds)
-    stages = [_plan_stage(op, world, rank, of_kinds) for of_kinds in zip(*by_stage, strict=True)]
+    stages = [_StageMessages() for _ in range(cast.stages)]
+    for kind in ("passing", "across", "direct", "relayed"):
+        _divide(getattr(cast, kind).of(rank), rank, kind, stages)
+    subsets = world.key_subsets(rank, [stage.keys() for stage in stages])
     first = Stage(plan=op.prepare(local) if local.area else None)
-    return Plan((first, *stages), cast.by_node)
-
-
-def _plan_stage(
-    op: BoundOperator, world: World, rank: int, kinds: tuple[KeyTransfers, ...]
-) -> Stage:
-    """Plan one stage of a rank from its transfers: passing, across, direct and relayed ones."""
-    received = [_select(x, x.receiver == rank) for x in kinds]
-    tokens = [0, *itertools.accumulate(int(x.length.sum()) for x in received)]
-    passing, across, direct, relayed = (
-        _messages(*of_kind, rank) for of_kind in zip(kinds, received, tokens, strict=False)
+    planned = (
+        stage.planned(op.prepare(subset) if subset.keys.size else None)
+        for stage, subset in zip(stages, subsets, strict=True)
     )
-    keys = np.concatenate([np.column_stack([x.start, x.length]) for x in received[1:]])
-    return Stage(
-        Messages(passing.sends + across.sends, passing.receives + across.receives),
-        direct,
-        relayed,
-        passing=tokens[1],
-        tokens_across=tokens[2],
-        tokens=tokens[-1],
-        plan=op.prepare(world.key_subset(rank, keys)) if len(keys) else None,
-    )
+    return Plan((first, *planned), cast.by_node)
 
 
-def _messages(transfers: KeyTransfers, received: KeyTransfers, offset: int, rank: int) -> Messages:
-    """The messages of one kind; what is received lies in the buffer from ``offset`` on."""
-    if not len(transfers.stage):
-        return Messages()
-    sent = _select(transfers, transfers.owner == rank)
-    sends: dict[int, list[tuple[int, int]]] = {}
-    for receiver, start, n in zip(
-        sent.receiver.tolist(), sent.local.tolist(), sent.length.tolist(), strict=True
-    ):
-        sends.setdefault(receiver, []).append((start, n))
-    counts = np.bincount(received.owner, weights=received.length).astype(int)
-    first = offset + np.cumsum(counts) - counts
-    owners = np.flatnonzero(counts)
-    return Messages(
-        tuple((receiver, tuple(runs)) for receiver, runs in sends.items()),
-        tuple(zip(owners.tolist(), first[owners].tolist(), counts[owners].tolist(), strict=True)),
-    )
+class _StageMessages:
+    """The messages of one stage of a rank, while its transfers are read, kind after kind.
+
+    Attributes:
+        messages: by kind.
+        received: by kind, runs of keys of the sequence, (start, length), in the order of the
+            buffer; ends: where each kind ends in it.
+    """
+
+    def __init__(self) -> None:
+        self.messages: dict[str, Messages] = {}
+        self.received: dict[str, list[tuple[int, int]]] = {}
+        self.ends: dict[str, int] = {}
+
+    def keys(self) -> IntArray:
+        """The keys that the rank itself needs, rows (start, length)."""
+        needed = [run for kind, runs in self.received.items() if kind != "passing" for run in runs]
+        return np.array(needed, dtype=np.int64).reshape(-1, 2)
+
+    def planned(self, plan: Any) -> Stage:
+        """The stage, with the plan of its operator."""
+        passing, across, direct, relayed = self.messages.values()
+        return Stage(
+            Messages(passing.sends + across.sends, passing.receives + across.receives),
+            direct,
+            relayed,
+            passing=self.ends["passing"],
+            tokens_across=self.ends["across"],
+            tokens=self.ends["relayed"],
+            plan=plan,
+        )
 
 
-def _by_stage(transfers: KeyTransfers, stages: int) -> list[KeyTransfers]:
-    """The transfers of each stage; they are sorted by stage."""
-    bounds = np.searchsorted(transfers.stage, np.arange(stages + 1)).tolist()
-    return [
-        KeyTransfers(*(column[first:last] for column in transfers))
-        for first, last in itertools.pairwise(bounds)
-    ]
-
-
-def _select(transfers: KeyTransfers, condition: Any) -> KeyTransfers:
-    """The transfers for which a condition holds."""
-    return transfers.select(np.flatnonzero(condition)) if len(condition) else transfers
+def _divide(transfers: KeyTransfers, rank: int, kind: str, stages: list[_StageMessages]) -> None:
+    """Add the transfers of one kind, sorted by stage, receiver, owner and start, to stages."""
+    sends: list[dict[int, list[tuple[int, int]]]] = [{} for _ in stages]
+    counts: list[dict[int, int]] = [{} for _ in stages]  # of keys, by owner
+    received: list[list[tuple[int, int]]] = [[] for _ in stages]
+    columns = (column.tolist() for column in transfers)
+    for stage, receiver, owner, start, length, local in zip(*columns, strict=True):
+        if owner == rank:
+            runs = sends[stage].setdefault(receiver, [])
+            if runs and sum(runs[-1]) == local:  # adjacent runs are sent as one, uncopied
+                local, length = runs[-1][0], runs.pop()[1] + length
+            runs.append((local, length))
+        if receiver == rank:
+            counts[stage][owner] = counts[stage].get(owner, 0) + length
+            received[stage].append((start, length))
+    for stage, sent, by_owner, runs in zip(stages, sends, counts, received, strict=True):
+        end, receives = max(stage.ends.values(), default=0), list[tuple[int, int, int]]()
+        for owner, n in by_owner.items():
+            receives.append((owner, end, n))
+            end += n
+        sent_runs = tuple((receiver, tuple(runs)) for receiver, runs in sent.items())
+        stage.messages[kind] = Messages(sent_runs, tuple(receives))
+        stage.received[kind], stage.ends[kind] = runs, end
