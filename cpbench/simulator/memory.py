@@ -8,6 +8,7 @@ upper bounds, so the need is a range.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
@@ -96,7 +97,7 @@ def need(
 
     problem = world.problem
     if problem.backward:  # what the forward pass saves is there, whether it is timed or not
-        world = replace(world, problem=replace(problem, direction="fwd_bwd"))
+        world = _with_both_phases(world)
     info = operator.info if isinstance(operator, BoundOperator) else operator
     tensors, dout = empty_inputs(world, info.kind)
     inputs = sum(x.nbytes for x in tensors if x is not None) + dout.nbytes * problem.backward
@@ -116,6 +117,13 @@ def need(
         }),
         host=inputs + peak.host if offloaded else 0,
     )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=8)  # shared by all ranks
+def _with_both_phases(world: World) -> World:
+    if world.problem.direction == "fwd_bwd":
+        return world
+    return replace(world, problem=replace(world.problem, direction="fwd_bwd"))
 
 
 def _workspace(kernel: Kernel, operator: OperatorInfo, problem: Problem) -> int:

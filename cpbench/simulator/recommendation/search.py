@@ -82,7 +82,7 @@ def _one_rank(case: Case, world: World, cluster: Cluster) -> dict[str, float]:
     return {part: sum(getattr(one, part) for one in times) for part in PARTS}
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)
 def _busiest(world: World) -> list[int]:
     """The rank with the most work, and one of the node with the most, where that is another."""
     work = world.areas.sum(1)
@@ -113,18 +113,14 @@ def _balance(pairs: int, case: Case, world: World) -> float:
     return pairs * world.size / whole if whole else 1.0
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)
 def _world(case: Case, per_node: int) -> World:
     """The world of a case, which shares layout and areas with those of other strategies."""
     plain = replace(case, strategy=Case.strategy, placement="")
     if case == plain:
         return World.of_case(case, per_node)
     shared = _world(plain, per_node)
-    if not case.placement:
-        return shared
-    world = replace(shared, placement=case.placement)
-    world.__dict__["areas"] = shared.areas
-    return world
+    return replace(shared, placement=case.placement) if case.placement else shared
 
 
 def main() -> int:
