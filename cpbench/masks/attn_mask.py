@@ -37,7 +37,7 @@ from cpbench.masks.slices import (
     ceil_div,
     cut_axis,
     local_starts,
-    merge_neighbours,
+    merged,
     row_overlaps,
     shifted,
     visible_keys_per_query,
@@ -272,10 +272,6 @@ class AttnMask(living.PickledByFields):
         has the same area as both together.  Neighbours in row order and in column order are tried
         until nothing merges.
         """
-        slices = self.slices
-        while True:
-            count = len(slices)
-            for keys in ((LO, K0, Q0), (LO, Q0, K0)):
-                slices = merge_neighbours(slices, keys)
-            if len(slices) == count:
-                return AttnMask._from_canonical(self.seq_q, self.seq_k, slices)
+        if len(self.slices) <= 1:
+            return self
+        return AttnMask._from_canonical(self.seq_q, self.seq_k, merged(self.slices))

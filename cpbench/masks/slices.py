@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -13,6 +14,7 @@ BoolArray = npt.NDArray[np.bool_]
 
 Q0, Q1, K0, K1, LO, HI = range(6)
 MOST = 1 << 60  # entries of a slice: sums of a few fit 64 bits
+FEW = 64  # slices whose merged ones are remembered
 
 
 def as_slices(rows: IntArray | Iterable[Sequence[int]]) -> IntArray:
@@ -148,7 +150,29 @@ def row_overlaps(slices: IntArray) -> tuple[IntArray, IntArray]:
     return first, second + first + 1
 
 
-def merge_neighbours(slices: IntArray, keys: tuple[int, int, int]) -> IntArray:
+def merged(slices: IntArray) -> IntArray:
+    """Canonical slices with neighbours in row order and in column order merged, until nothing
+    merges; few of them are remembered, as the steps of a ring have few different masks."""
+    if len(slices) > FEW:
+        return _merge_all(slices)
+    return np.frombuffer(_merge_few(slices.tobytes()), np.int64).reshape(-1, 6)
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _merge_few(rows: bytes) -> bytes:
+    return _merge_all(np.frombuffer(rows, np.int64).reshape(-1, 6)).tobytes()
+
+
+def _merge_all(slices: IntArray) -> IntArray:
+    while True:
+        count = len(slices)
+        for keys in ((LO, K0, Q0), (LO, Q0, K0)):
+            slices = _merge_neighbours(slices, keys)
+        if len(slices) == count:
+            return slices
+
+
+def _merge_neighbours(slices: IntArray, keys: tuple[int, int, int]) -> IntArray:
     """Merge slice 2m with 2m+1, then 2m+1 with 2m+2, in the order of ``keys`` (last is primary)."""
     for parity in (0, 1):
         slices = slices[np.lexsort([slices[:, c] for c in keys])]

@@ -81,6 +81,45 @@ def summary(needs: Mapping[int, Need], cluster: Cluster) -> dict[str, int | str]
 _COUNTS = ("rank", "peers")
 
 
+def likely_largest(programs: Mapping[int, Mapping[str, Program]], per_node: int) -> list[int]:
+    """The ranks that may need most, without tracing their memory, which is slow: what they need
+    beside their inputs is mostly what they receive, and buffers for peers.
+
+    Args:
+        programs: recordings of ranks by phase.
+        per_node: ranks per node.
+    """
+
+    def received(rank: int) -> int:
+        return max(
+            sum(n for post in _posts({phase: program}) for _, n in post.receives)
+            for phase, program in programs[rank].items()
+        )
+
+    def peers(rank: int) -> int:
+        return _peers(programs[rank], rank, per_node)
+
+    largest = (
+        max(programs, key=lambda rank: (received(rank), peers(rank), -rank)),
+        max(programs, key=lambda rank: (peers(rank), received(rank), -rank)),
+    )
+    return sorted(set(largest))
+
+
+def _posts(programs: Mapping[str, Program]) -> list[Post]:
+    return [event for program in programs.values() for event in program if isinstance(event, Post)]
+
+
+def _peers(programs: Mapping[str, Program], rank: int, per_node: int) -> int:
+    """Distinct (peer in its node, communicator) of a rank."""
+    return len({
+        (peer, post.members, post.lane)
+        for post in _posts(programs)
+        for peer, _ in (*post.sends, *post.receives)
+        if peer // per_node == rank // per_node
+    })  # fmt: skip
+
+
 def need(
     strategy: Strategy, operator: Traceable, world: World, rank: int,
     programs: Mapping[str, Program], offloaded: bool = False,
@@ -109,12 +148,7 @@ def need(
         buffers=peak.device,
         workspace=max((_workspace(x, info, problem) for x in events if isinstance(x, Kernel)),
                       default=0),
-        peers=len({
-            (peer, event.members, event.lane)
-            for event in events if isinstance(event, Post)
-            for peer, _ in (*event.sends, *event.receives)
-            if peer // world.ranks_per_node == rank // world.ranks_per_node
-        }),
+        peers=_peers(programs, rank, world.ranks_per_node),
         host=inputs + peak.host if offloaded else 0,
     )  # fmt: skip
 

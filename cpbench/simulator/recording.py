@@ -7,12 +7,12 @@ nothing, and what torch would launch for the strategy is seen by a dispatch mode
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from cpbench.core.operator import state_dtype
 from cpbench.parallel.bound_operator import BoundOperator
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 # Operators of torch that move no data, and those that read or write by an index.
 FREE = {"empty", "empty_like", "new_empty", "empty_strided", "detach", "alias", "lift_fresh"}
 GATHERS = {"index_select", "gather", "index", "take_along_dim", "embedding"}
+IN_PLACE = {"add_", "sub_", "mul_", "div_", "neg_", "exp_", "copy_", "zero_", "fill_"}
 SCATTERS = {"index_copy_", "index_add_", "scatter_", "scatter_add_", "index_put_", "index_fill_"}
 
 
@@ -253,25 +254,44 @@ class SideWorkMode(TorchDispatchMode):
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = func._schema.name.removeprefix("aten::")
-        is_view = any(a.alias_info and not a.alias_info.is_write for a in func._schema.arguments)
-        if not is_view and name not in FREE:
-            self._recorder.add(side_work(name, args, kwargs, result))
+        name, is_free, in_place = _kind(func)
+        result = args[0] if in_place else func(*args, **(kwargs or {}))
+        if not is_free:
+            self._recorder.add(side_work(name, args, kwargs or {}, result))
         return result
+
+
+@functools.cache
+def _kind(func: Any) -> tuple[str, bool, bool]:
+    """The name of an operator of torch, whether it moves no data, and whether its result is its
+    first argument, of which it changes no shape: so it need not be computed without data."""
+    arguments = func._schema.arguments
+    name: str = func._schema.name.removeprefix("aten::")
+    is_view = any(x.alias_info and not x.alias_info.is_write for x in arguments)
+    return name, is_view or name in FREE, name in IN_PLACE
 
 
 def side_work(name: str, args: Any, kwargs: Any, result: Any) -> SideWork:
     """The side work of one operator of torch."""
-    outputs = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+    outputs = _tensors((result,))
     fills = name.startswith("new_") or name.endswith("_like")
-    leaves = [] if fills else [*tree_leaves(args), *tree_leaves(kwargs or {})]
-    inputs = [x for x in leaves if isinstance(x, torch.Tensor)]
+    inputs = [] if fills else _tensors((*args, *kwargs.values()))
     if name in GATHERS:  # of the source only what is selected
         return SideWork(gather=2 * sum(x.nbytes for x in outputs), launches=1)
     if name in SCATTERS:
         return SideWork(scatter=2 * inputs[-1].nbytes, launches=1)
     return SideWork(stream=sum(x.nbytes for x in (*inputs, *outputs)), launches=1)
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    """The tensors among arguments of an operator of torch, and in lists of them."""
+    found: list[torch.Tensor] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += _tensors(value)
+    return found
 
 
 def record_rank(

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from cpbench.parallel.world import World
 
 MOST = 16  # classes that are told apart; beyond, ranks of nearly equal work are one class
+MOST_OF_ONE_SLICE = 8  # with a mask that has no documents: the times of ranks change steadily
 
 
 def rank_classes(world: World) -> IntArray:
@@ -32,13 +33,18 @@ def rank_classes(world: World) -> IntArray:
     return np.asarray(classes.reshape(-1), np.int64)
 
 
-def representatives(world: World, most: int = MOST) -> dict[int, int]:
+def representatives(world: World, most: int = 0) -> dict[int, int]:
     """Ranks to record, each with the number of ranks that it stands for.
 
     With more classes than ``most``, ranks are divided into that many groups by their visible pairs
     (those of equal work by their number); of each the one with the most pairs is chosen, so the
     rank with the most work always is.
+
+    Args:
+        most: classes; 0 for ``MOST``, or half of it where the mask is one slice, as causal ones.
     """
+    if not most:
+        most = MOST if len(world.shared_mask.slices) > 1 else MOST_OF_ONE_SLICE
     classes = rank_classes(world)
     _, first, counts = np.unique(classes, return_index=True, return_counts=True)
     if len(first) <= most:
