@@ -84,9 +84,10 @@ def _one_rank(case: Case, world: World, cluster: Cluster) -> dict[str, float]:
 
 @functools.lru_cache(maxsize=64)
 def _busiest(world: World) -> list[int]:
-    """The rank with the most work, and one of the node with the most, where that is another."""
+    """The rank with the most work (of equal ones the last, which is a representative), and one of
+    the node with the most, where that is another."""
     work = world.areas.sum(1)
-    rank, nodes = int(np.argmax(work)), world.ranks_per_node
+    rank, nodes = int(np.flatnonzero(work == work.max())[-1]), world.ranks_per_node
     starts = range(0, world.size, nodes)
     first = max(starts, key=lambda start: (int(work[start : start + nodes].sum()), -start))
     return [rank] if first <= rank < first + nodes else [rank, first]
