@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import choosing
 import naive_selectors
@@ -340,6 +341,22 @@ def test_a_graph_of_keys_finds_most_of_what_an_exact_search_finds() -> None:
         # At least the keys themselves, for each batch and key/value head.
         assert figures["index_bytes"] >= BATCH * HEADS_KV * (TOKENS - 4 - 24 - 8) * DIM * 4
     assert choosing.load_selector(spec, "causal")[0].index_figures(q, k, [(0, TOKENS)]) == {}
+
+
+def test_graphs_are_searched_in_as_many_threads_as_torch_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hnswlib = pytest.importorskip("hnswlib")
+    threads = []
+
+    class Index(hnswlib.Index):  # type: ignore[misc, name-defined]
+        def knn_query(self, queries: Any, k: int, num_threads: int = -1) -> Any:
+            threads.append(num_threads)
+            return super().knn_query(queries, k=k, num_threads=num_threads)
+
+    monkeypatch.setattr(hnswlib, "Index", Index)
+    select("retrieval:top_k=16,num_sinks=4,window=24,step=8,index=hnsw", "causal")
+    assert set(threads) == {torch.get_num_threads()}
 
 
 @pytest.mark.parametrize(

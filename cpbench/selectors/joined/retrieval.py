@@ -221,10 +221,14 @@ def _nearest(
     graph: object, queries: np.typing.NDArray[np.float32], count: int
 ) -> np.typing.NDArray[np.int64]:
     """The labels that a graph returns for each query; fewer than ``count`` where its search reaches
-    no more, which it reports as an error."""
+    no more, which it reports as an error.  As many threads search as torch has."""
+    import torch
+
     while True:
         try:
-            labels, _ = graph.knn_query(queries, k=count)  # type: ignore[attr-defined]
+            labels, _ = graph.knn_query(  # type: ignore[attr-defined]
+                queries, k=count, num_threads=torch.get_num_threads()
+            )
         except RuntimeError:
             if count == 1:
                 raise
