@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from cpbench.core.problem import Problem
-from cpbench.simulator.events import Kernel, Post, Program
+from cpbench.simulator.events import Kernel, Post, Program, SideWork
 
 if TYPE_CHECKING:
     from cpbench.core.registry import OperatorInfo
@@ -82,28 +82,29 @@ _COUNTS = ("rank", "peers")
 
 
 def likely_largest(programs: Mapping[int, Mapping[str, Program]], per_node: int) -> list[int]:
-    """The ranks that may need most, without tracing their memory, which is slow: what they need
-    beside their inputs is mostly what they receive, and buffers for peers.
+    """The ranks that may need most memory, without tracing it, which is slow: those with the most
+    bytes received, and sent too, blocks of attention, bytes of side work, or peers in their node.
 
     Args:
         programs: recordings of ranks by phase.
         per_node: ranks per node.
     """
+    figures = {rank: _figures(program, rank, per_node) for rank, program in programs.items()}
+    largest = {max(figures, key=lambda rank: (figures[rank][i], -rank)) for i in range(5)}
+    return sorted(largest)
 
-    def received(rank: int) -> int:
-        return max(
-            sum(n for post in _posts({phase: program}) for _, n in post.receives)
-            for phase, program in programs[rank].items()
-        )
 
-    def peers(rank: int) -> int:
-        return _peers(programs[rank], rank, per_node)
-
-    largest = (
-        max(programs, key=lambda rank: (received(rank), peers(rank), -rank)),
-        max(programs, key=lambda rank: (peers(rank), received(rank), -rank)),
-    )
-    return sorted(set(largest))
+def _figures(programs: Mapping[str, Program], rank: int, per_node: int) -> list[int]:
+    """What the memory of a rank grows with."""
+    events = [event for program in programs.values() for event in program]
+    posts = _posts(programs)
+    return [
+        sum(n for post in posts for _, n in post.receives),
+        sum(n for post in posts for _, n in (*post.receives, *post.sends)),
+        sum(x.tiles.blocks * x.heads_q for x in events if isinstance(x, Kernel)),
+        sum(x.stream + x.gather + x.scatter for x in events if isinstance(x, SideWork)),
+        _peers(programs, rank, per_node),
+    ]
 
 
 def _posts(programs: Mapping[str, Program]) -> list[Post]:

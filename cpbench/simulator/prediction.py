@@ -67,12 +67,10 @@ def predict(
         counts = chosen = representative_nodes(world)
         groups = _by_node(counts, world.ranks_per_node)
     programs = record(case, world, strategy, operator, kernel.tiling, counts)
-    largest = {
-        rank: programs[rank]
-        for rank in memory.likely_largest(
-            {rank: programs[rank] for rank in chosen}, world.ranks_per_node
-        )
-    }
+    in_memory = {rank: programs[rank] for rank in chosen}
+    if world.size > TOGETHER:
+        largest = memory.likely_largest(in_memory, world.ranks_per_node)
+        in_memory = {rank: programs[rank] for rank in largest}
     cost = functools.partial(event_seconds, costs=kernel, cluster=cluster)
     phases, times_by_phase = {}, {}
     for phase, flops in problem_flops(operator, world).items():
@@ -92,7 +90,7 @@ def predict(
         "warnings": warnings(case, world, cluster),
         "phases": phases,
         "memory": memory.summary(
-            needs(case, world, strategy, operator, kernel.tiling, largest), cluster
+            needs(case, world, strategy, operator, kernel.tiling, in_memory), cluster
         ),
     }
 

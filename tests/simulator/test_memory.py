@@ -13,8 +13,8 @@ from cpbench.core.registry import implementation, operator_info, strategy_info
 from cpbench.core.spec import Spec
 from cpbench.parallel.world import World
 from cpbench.simulator.cluster import Memory, load
-from cpbench.simulator.memory import Need, need, summary, verdict
-from cpbench.simulator.prediction import load_method, predict, record
+from cpbench.simulator.memory import Need, likely_largest, need, summary, verdict
+from cpbench.simulator.prediction import load_method, needs, predict, record
 
 GIB = 1 << 30
 
@@ -69,6 +69,31 @@ def case(strategy: str, **fields: int | str) -> Case:
               "num_heads_kv": 8, "head_dim": 128, "dtype": "bfloat16", **fields}  # fmt: skip
     return Case(operator=Spec("flash_attn.3"), strategy=Spec.parse(strategy),
                 **values)  # type: ignore[arg-type]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "ring/zigzag", "dispatch/zigzag", "dispatch:by=node/contiguous", "tile/contiguous",
+        "ring_allgather/contiguous", "usp:ulysses=4/dispatch", "distflash/contiguous",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("mask", ["causal", "causal_document:corpus=prolong64k,seed=3"])
+def test_the_rank_that_needs_most_is_among_those_that_are_traced(method: str, mask: str) -> None:
+    strategy, _, layout = method.partition("/")
+    one = case(strategy, seq_len=8192 * 16, world_size=16, ranks_per_node=4)
+    one = dataclasses.replace(one, layout=Spec.parse(layout), mask=Spec.parse(mask))
+    cluster = load("h100-ib")
+    loaded = load_method(one, World.of_case(one, 4), cluster)
+    tiling = cluster.kernels[0].tiling
+    programs = record(one, loaded[2], *loaded[:2], tiling, range(16))
+    totals = {
+        rank: found.total(cluster)[1]
+        for rank, found in needs(one, loaded[2], *loaded[:2], tiling, programs).items()
+    }
+    traced = likely_largest(programs, 4)
+    assert len(traced) <= 5
+    assert max(totals[rank] for rank in traced) >= 0.95 * max(totals.values())
 
 
 def needs_of(one: Case, rank: int = 0) -> Need:
