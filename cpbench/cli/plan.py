@@ -61,7 +61,7 @@ def traffic(
 
     Runs the strategy's own code on tensors without data. Of one case, shows each phase; of several
     (a LIST holds values separated by commas), one row each: the busiest rank's bytes. 1,024 ranks
-    take seconds, those of dispatch up to a minute.
+    take up to half a minute.
     """
     from cpbench.core.subprocess_call import RequestRefused
     from cpbench.tools import traffic

@@ -24,6 +24,8 @@ from cpbench.tools.recommendation.draws import draw_masks
 from cpbench.tools.recommendation.reasons import reason
 
 SEARCH = "cpbench.simulator.recommendation.search"
+MANY_RANKS = 64  # beyond which a search is divided
+PARTS = 4
 NEAR = 1.25  # times the best of the first draw, up to which the others are predicted
 Outcome = dict[str, Any]
 Search = dict[str, Any]
@@ -112,20 +114,34 @@ def _on(mask: Spec, methods: Iterable[Case]) -> list[dict[str, Any]]:
 
 
 def _answers(searches: Sequence[Search], where: dict[str, Any]) -> list[list[Outcome]]:
-    """The outcomes of searches, in as many subprocesses as there are cores."""
-    shares: list[list[int]] = [[] for _ in range(min(usable_cores(), len(searches)))]
-    weights = [sum(case["world_size"] for case in search["cases"]) for search in searches]
-    for i in sorted(range(len(searches)), key=lambda i: -weights[i]):  # the largest first
-        min(shares, key=lambda share: sum(weights[k] for k in share)).append(i)
-    requests = [where | {"searches": [searches[i] for i in share]} for share in shares]
-    outcomes: dict[int, list[Outcome]] = {}
-    with subprocesses(SEARCH, requests) as processes:
+    """The outcomes of searches, in as many subprocesses as there are cores.
+
+    Those on many ranks are divided into ``PARTS``, however many cores there are: a method that
+    loses is predicted or bounded by what has been found before it, in its part.
+    """
+    parts = [
+        (i, slice(part, None, count))
+        for i, search in enumerate(searches)
+        for count in [PARTS if search["cases"][0]["world_size"] > MANY_RANKS else 1]
+        for part in range(count)
+    ]
+    requests = [searches[i] | {"cases": searches[i]["cases"][part]} for i, part in parts]
+    weights = [sum(case["world_size"] for case in request["cases"]) for request in requests]
+    shares: list[list[int]] = [[] for _ in range(min(usable_cores(), len(parts)))]
+    for k in sorted(range(len(parts)), key=lambda k: -weights[k]):  # the largest first
+        min(shares, key=lambda share: sum(weights[k] for k in share)).append(k)
+    outcomes: list[list[Outcome]] = [[{}] * len(search["cases"]) for search in searches]
+    inputs = [where | {"searches": [requests[k] for k in share]} for share in shares]
+    with subprocesses(SEARCH, inputs) as processes:
         for share, process in zip(shares, processes, strict=True):
             try:
-                outcomes |= zip(share, json.loads(read_reply(process, "search")), strict=True)
+                replies = json.loads(read_reply(process, "search"))
             except RequestRefused as refusal:
                 raise ValueError(str(refusal)) from None
-    return [outcomes[i] for i in range(len(searches))]
+            for k, reply in zip(share, replies, strict=True):
+                i, part = parts[k]
+                outcomes[i][part] = reply
+    return outcomes
 
 
 def seconds(outcome: Outcome) -> float:
