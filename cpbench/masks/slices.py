@@ -14,7 +14,7 @@ BoolArray = npt.NDArray[np.bool_]
 
 Q0, Q1, K0, K1, LO, HI = range(6)
 MOST = 1 << 60  # entries of a slice: sums of a few fit 64 bits
-FEW = 64  # slices whose merged ones are remembered
+FEW = 512  # slices whose merged ones are remembered
 
 
 def as_slices(rows: IntArray | Iterable[Sequence[int]]) -> IntArray:
@@ -158,7 +158,7 @@ def merged(slices: IntArray) -> IntArray:
     return np.frombuffer(_merge_few(slices.tobytes()), np.int64).reshape(-1, 6)
 
 
-@functools.lru_cache(maxsize=1 << 12)
+@functools.lru_cache(maxsize=512)
 def _merge_few(rows: bytes) -> bytes:
     return _merge_all(np.frombuffer(rows, np.int64).reshape(-1, 6)).tobytes()
 
