@@ -14,7 +14,7 @@ BoolArray = npt.NDArray[np.bool_]
 
 Q0, Q1, K0, K1, LO, HI = range(6)
 MOST = 1 << 60  # entries of a slice: sums of a few fit 64 bits
-FEW = 512  # slices whose merged ones are remembered
+FEW = 512  # slices of a mask up to which the merged ones are cached
 
 
 def as_slices(rows: IntArray | Iterable[Sequence[int]]) -> IntArray:
@@ -152,7 +152,8 @@ def row_overlaps(slices: IntArray) -> tuple[IntArray, IntArray]:
 
 def merged(slices: IntArray) -> IntArray:
     """Canonical slices with neighbours in row order and in column order merged, until nothing
-    merges; few of them are remembered, as the steps of a ring have few different masks."""
+    merges.  The result for up to ``FEW`` slices is cached: the steps of a ring have few different
+    masks."""
     if len(slices) > FEW:
         return _merge_all(slices)
     return np.frombuffer(_merge_few(slices.tobytes()), np.int64).reshape(-1, 6)

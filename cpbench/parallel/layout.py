@@ -153,8 +153,13 @@ def area_matrix(mask: AttnMask, queries: Layout, keys: Layout) -> IntArray:
     O(slices that the segments cut out); for striped layouts O(tokens), from per-row counts.
     """
     p = keys.world_size
-    if keys.step > 1:
-        return _striped_area_matrix(mask, p)
+    if keys.step > 1:  # areas between stripes, of which a rank may hold several
+        areas_of_stripes = _striped_area_matrix(mask, keys.step)
+        (q_rank, q_stripe, _), (k_rank, k_stripe, _) = queries.segments.T, keys.segments.T
+        total = np.zeros((p, p), dtype=np.int64)
+        stripes = np.ix_(q_stripe % keys.step, k_stripe % keys.step)
+        np.add.at(total, np.ix_(q_rank, k_rank), areas_of_stripes[stripes])
+        return total
     cut, _, part_q = cut_axis(mask.slices, queries.segments[:, 1:], axis=0)
     cut, source, part_k = cut_axis(cut, keys.segments[:, 1:], axis=1)
     pair = queries.segments[:, 0][part_q[source]] * p + keys.segments[:, 0][part_k]

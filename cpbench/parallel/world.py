@@ -11,6 +11,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -119,7 +120,7 @@ class World:
         """Visible pairs between the queries of rank r (row) and the keys of rank s, ``(P, P)``."""
         if per_head(self.mask):
             return np.full((self.size, self.size), math.ceil(self.mask.area / self.size**2))
-        return _areas(self.shared_mask, self.queries, self.keys)
+        return area_matrix(self.shared_mask, self.queries, self.keys)
 
     def subproblem(self, q_ranks: Sequence[int], k_ranks: Sequence[int]) -> Subproblem:
         """Attention of the queries of ``q_ranks`` to the keys of ``k_ranks``, each concatenated in
@@ -158,13 +159,20 @@ class World:
         assert np.prod(mesh.sizes) == self.size, f"{axes} does not have {self.size} ranks"
         return mesh
 
+    def changed(self, **fields: Any) -> World:
+        """The same tokens on the same ranks with other fields; areas that are known are kept."""
+        world = replace(self, **fields)
+        if "areas" in self.__dict__:
+            world.__dict__["areas"] = self.areas
+        return world
+
     def with_heads(self, heads_q: int, heads_kv: int, kv_heads: tuple[int, ...] = ()) -> World:
         """The same computation with another number of heads."""
         problem = replace(
             self.problem, heads_q=heads_q, heads_kv=heads_kv, scale=self.problem.softmax_scale
         )
         whole = self.whole or self.problem
-        return replace(self, problem=problem, kv_heads=kv_heads, whole=whole)
+        return self.changed(problem=problem, kv_heads=kv_heads, whole=whole)
 
     def with_inputs_of(self, info: OperatorInfo) -> World:
         """The same computation with the inputs that an operator takes beside q, k and v."""
@@ -173,7 +181,7 @@ class World:
         if (gates, initial_state) == (self.problem.gates, self.problem.initial_state):
             return self
         problem = replace(self.problem, gates=gates, initial_state=initial_state)
-        return replace(self, problem=problem)
+        return self.changed(problem=problem)
 
     def merged(self, groups: tuple[tuple[int, ...], ...], heads_q: int, heads_kv: int) -> World:
         """Merge each group of ranks into one rank, in this order: the world after an all-to-all
@@ -184,10 +192,6 @@ class World:
             heads_q, heads_kv: heads of the new problem.
         """
         return _merge_groups(self, groups, heads_q, heads_kv)
-
-
-# Shared by the worlds of all methods, heads and phases.
-_areas = functools.lru_cache(maxsize=32)(area_matrix)
 
 
 @functools.lru_cache(maxsize=1)  # shared by all subsets of a rank

@@ -82,15 +82,17 @@ _COUNTS = ("rank", "peers")
 
 
 def likely_largest(programs: Mapping[int, Mapping[str, Program]], per_node: int) -> list[int]:
-    """The ranks that may need most memory, without tracing it, which is slow: those with the most
-    bytes received, and sent too, blocks of attention, bytes of side work, or peers in their node.
+    """The ranks that may need most memory, without tracing it, which is slow: those that receive
+    most bytes, receive and send most, compute most blocks of attention, have most side work, or
+    have most peers in their node.
 
     Args:
         programs: recordings of ranks by phase.
         per_node: ranks per node.
     """
     figures = {rank: _figures(program, rank, per_node) for rank, program in programs.items()}
-    largest = {max(figures, key=lambda rank: (figures[rank][i], -rank)) for i in range(5)}
+    count = len(next(iter(figures.values())))
+    largest = {max(figures, key=lambda rank: (figures[rank][i], -rank)) for i in range(count)}
     return sorted(largest)
 
 
@@ -158,7 +160,7 @@ def need(
 def _with_both_phases(world: World) -> World:
     if world.problem.direction == "fwd_bwd":
         return world
-    return replace(world, problem=replace(world.problem, direction="fwd_bwd"))
+    return world.changed(problem=replace(world.problem, direction="fwd_bwd"))
 
 
 def _workspace(kernel: Kernel, operator: OperatorInfo, problem: Problem) -> int:

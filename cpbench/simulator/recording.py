@@ -255,7 +255,11 @@ class SideWorkMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, is_free, in_place = _kind(func)
-        result = args[0] if in_place else func(*args, **(kwargs or {}))
+        if in_place:
+            result = args[0]
+            assert all(_fits(x, result) for x in _tensors(args[1:]))
+        else:
+            result = func(*args, **(kwargs or {}))
         if not is_free:
             self._recorder.add(side_work(name, args, kwargs or {}, result))
         return result
@@ -263,8 +267,8 @@ class SideWorkMode(TorchDispatchMode):
 
 @functools.cache
 def _kind(func: Any) -> tuple[str, bool, bool]:
-    """The name of an operator of torch, whether it moves no data, and whether its result is its
-    first argument, of which it changes no shape: so it need not be computed without data."""
+    """The name of an operator of torch, whether it moves no data, and whether it changes its first
+    argument and returns it."""
     arguments = func._schema.arguments
     name: str = func._schema.name.removeprefix("aten::")
     is_view = any(x.alias_info and not x.alias_info.is_write for x in arguments)
@@ -281,6 +285,13 @@ def side_work(name: str, args: Any, kwargs: Any, result: Any) -> SideWork:
     if name in SCATTERS:
         return SideWork(scatter=2 * inputs[-1].nbytes, launches=1)
     return SideWork(stream=sum(x.nbytes for x in (*inputs, *outputs)), launches=1)
+
+
+def _fits(x: torch.Tensor, target: torch.Tensor) -> bool:
+    """Whether values of one shape can be written to another in place."""
+    return x.shape == target.shape or (
+        torch.broadcast_shapes(x.shape, target.shape) == target.shape
+    )
 
 
 def _tensors(values: Any) -> list[torch.Tensor]:

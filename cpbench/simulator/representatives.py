@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from cpbench.parallel.world import World
 
 MOST = 16  # classes that are told apart; beyond, ranks of nearly equal work are one class
-MOST_OF_ONE_SLICE = 8  # with a mask that has no documents: the times of ranks change steadily
+MOST_EVEN = 8  # of a mask of one slice, such as causal, that the layout divides evenly
+EVEN = 1.01  # max/mean of visible pairs
 
 
 def rank_classes(world: World) -> IntArray:
@@ -37,21 +38,29 @@ def representatives(world: World, most: int = 0) -> dict[int, int]:
     """Ranks to record, each with the number of ranks that it stands for.
 
     With more classes than ``most``, ranks are divided into that many groups by their visible pairs
-    (those of equal work by their number); of each the one with the most pairs is chosen, so the
-    rank with the most work always is.
+    (those of equal work by their number).  Of the last one the rank with the most pairs is chosen,
+    and of each one before it a rank at another place of its node, as long as there are any: ranks
+    beside another node send and wait otherwise.
 
     Args:
-        most: classes; 0 for ``MOST``, or half of it where the mask is one slice, as causal ones.
+        most: classes; 0 for ``MOST``, or ``MOST_EVEN`` of an even mask of one slice.
     """
     if not most:
-        most = MOST if len(world.shared_mask.slices) > 1 else MOST_OF_ONE_SLICE
+        work = world.areas.sum(1)
+        even = len(world.shared_mask.slices) <= 1 and work.max() <= EVEN * work.mean()
+        most = MOST_EVEN if even else MOST
     classes = rank_classes(world)
     _, first, counts = np.unique(classes, return_index=True, return_counts=True)
     if len(first) <= most:
         return dict(sorted(zip(first.tolist(), counts.tolist(), strict=True)))
     by_work = np.lexsort((np.arange(world.size), world.areas.sum(1)))
     groups = np.array_split(by_work, most)
-    return dict(sorted((int(group[-1]), len(group)) for group in groups))
+    busiest, per_node = int(by_work[-1]), world.ranks_per_node
+    chosen = {}
+    for i, group in enumerate(reversed(groups)):
+        at_place = group[group % per_node == (busiest - i) % per_node]
+        chosen[int((at_place if len(at_place) else group)[-1])] = len(group)
+    return dict(sorted(chosen.items()))
 
 
 def representative_nodes(world: World, most: int = MOST) -> dict[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import cProfile
+import itertools
 import pstats
 
 import numpy as np
@@ -51,6 +52,13 @@ def test_every_pair_of_ranks_equals_the_dense_mask(
     expected = dense[np.ix_(merged.positions(0), merged.positions(0))]
     assert np.array_equal(merged_mask.to_dense(), expected)
     assert merged_mask.overlap_area() == 0
+    if size % 2 == 0:
+        groups = [list(range(first, size, size // 2)) for first in range(size // 2)]
+        merged = layout.merged(groups)
+        area = layouts.area_matrix(mask, merged, merged)
+        for (r, q), (s, k) in itertools.product(enumerate(groups), repeat=2):
+            of_groups = np.ix_(*(np.concatenate([positions[i] for i in x]) for x in (q, k)))
+            assert area[r, s] == dense[of_groups].sum()
 
 
 @pytest.mark.parametrize("name", NAMES)

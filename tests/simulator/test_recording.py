@@ -158,7 +158,7 @@ def test_classes_of_alike_ranks() -> None:
     assert len(set(rank_classes(world("causal", "zigzag")))) == SIZE
     ragged = world("causal", "contiguous", size=16)
     chosen = representatives(ragged, most=4)
-    assert chosen == {3: 4, 7: 4, 11: 4, 15: 4}
+    assert chosen == {2: 4, 7: 4, 10: 4, 15: 4}, "places in nodes of two alternate"
 
 
 def test_alike_ranks_have_equal_recordings() -> None:

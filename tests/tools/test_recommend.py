@@ -257,6 +257,7 @@ NARROW = ("recommend", "--seq-len", "4k", "--world-size", "4")
         (("--strategy", "torch.context_parallel"), "sends through a library"),
         (("--mask", "dilated:block=64"), "mask"),
         (("--draws", "0"), "--draws 0 must be 1 or more"),
+        (("--strategy", "usp", "--world-size", "2"), "usp: no usual parameters for 2 ranks"),
         (("--memory", "-1"), "--memory -1.0 must be"),
         (("--seq-len", "4k,8k"), "one problem, not 2"),
         (("--mask", "causal,full"), "one problem, not 2"),

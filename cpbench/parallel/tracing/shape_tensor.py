@@ -23,6 +23,7 @@ OPERATORS = (
     "matmul", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "invert",
 )  # fmt: skip
 IN_PLACE_OPERATORS = ("iadd", "isub", "imul", "itruediv")
+MOST_VIEWS = 1024  # of a tensor that are remembered
 IN_PLACE_METHODS = ("add_", "copy_", "mul_", "zero_")  # those that are frequent
 
 
@@ -103,6 +104,10 @@ class ShapeTensor:
         assert start + length <= self.shape[dim]
         view = self._views.get((dim, length))
         if view is None:
+            if length == self.shape[dim]:
+                return self
+            if len(self._views) >= MOST_VIEWS:
+                self._views.clear()
             shape = list(self.shape)
             shape[dim] = length
             view = self._views[dim, length] = shape_tensor(tuple(shape), self.dtype)

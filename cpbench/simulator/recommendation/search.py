@@ -16,8 +16,6 @@ from dataclasses import asdict, replace
 from operator import attrgetter
 from typing import Any
 
-import numpy as np
-
 from cpbench.core.problem import Case
 from cpbench.core.registry import LoadError
 from cpbench.parallel.world import World
@@ -27,6 +25,7 @@ from cpbench.simulator.memory import TOO_LARGE
 from cpbench.simulator.prediction import load_method, predict, record
 from cpbench.simulator.recommendation.bounds import bound
 from cpbench.simulator.replay import replay
+from cpbench.simulator.representatives import representatives
 
 PARTS = ("attention", "side", "exposed")
 
@@ -84,13 +83,14 @@ def _one_rank(case: Case, world: World, cluster: Cluster) -> dict[str, float]:
 
 @functools.lru_cache(maxsize=64)
 def _busiest(world: World) -> list[int]:
-    """The rank with the most work (of equal ones the last, which is a representative), and one of
-    the node with the most, where that is another."""
-    work = world.areas.sum(1)
-    rank, nodes = int(np.flatnonzero(work == work.max())[-1]), world.ranks_per_node
+    """The representative with the most work, and one of the node with the most, where that has
+    more than its own."""
+    work, nodes = world.areas.sum(1), world.ranks_per_node
+    rank = max(representatives(world), key=lambda rank: (int(work[rank]), -rank))
     starts = range(0, world.size, nodes)
-    first = max(starts, key=lambda start: (int(work[start : start + nodes].sum()), -start))
-    return [rank] if first <= rank < first + nodes else [rank, first]
+    of_node = {start: int(work[start : start + nodes].sum()) for start in starts}
+    first = max(starts, key=lambda start: (of_node[start], -start))
+    return [rank] if of_node[rank // nodes * nodes] == of_node[first] else [rank, first]
 
 
 def _bounded(case: Case, cluster: Cluster) -> dict[str, Any]:
@@ -121,7 +121,10 @@ def _world(case: Case, per_node: int) -> World:
     if case == plain:
         return World.of_case(case, per_node)
     shared = _world(plain, per_node)
-    return replace(shared, placement=case.placement) if case.placement else shared
+    if not case.placement:
+        return shared
+    assert shared.areas is not None  # computed once, for all placements
+    return shared.changed(placement=case.placement)
 
 
 def main() -> int:

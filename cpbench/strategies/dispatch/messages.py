@@ -76,7 +76,7 @@ class GroupReduce:
 
     def start(self, sums: Tensors) -> None:
         """Add what is returned to the gradients of the local keys, ``[B, L, G, …]`` float32."""
-        self._local, self._sums = sums, [x.transpose(0, 1) for x in sums]
+        self._templates, self._sums = sums, [x.transpose(0, 1) for x in sums]
 
     def add(self, stage: Stage, gradients: Tensors) -> None:
         """Return the gradients of one stage, ``[B, tokens, G, …]``; none if it has no keys."""
@@ -86,7 +86,7 @@ class GroupReduce:
         needed = stage.tokens_across - stage.passing
         at_relay = [x.narrow(0, 0, needed).float() for x in gradients]
         if stage.passing:
-            k, v = self._local
+            k, v = self._templates
             zeros = [x.zero_() for x in kv_buffers(k, v, stage.passing, torch.float32)]
             at_relay = (
                 [torch.cat(x) for x in zip(zeros, at_relay, strict=True)] if needed else zeros
@@ -122,14 +122,14 @@ class GroupReduce:
         """Return gradients the way that keys came, to be added to ``sums`` there.
 
         Args:
-            gradients: of the keys in the buffer, without the first ``skipped``, ``[tokens, B, …]``,
-                as ``sums``.
+            gradients: of the keys in the buffer, without the first ``skipped``, ``[tokens, B, …]``
+                like ``sums``.
         """
         for sender, first, n in messages.receives:
             parts = [x.narrow(0, first - skipped, n) for x in gradients]
             exchange.send([x.to(self._send_dtype) for x in parts], sender)
         for receiver, runs in messages.sends:
-            k, v = self._local
+            k, v = self._templates
             buffers = kv_buffers(k, v, sum(n for _, n in runs), self._send_dtype)
             exchange.receive(buffers, receiver, _gradient_adder(sums, runs))
 

@@ -104,11 +104,11 @@ class _StageMessages:
 
     def planned(self, plan: Any) -> Stage:
         """The stage, with the plan of its operator."""
-        passing, across, direct, relayed = self.messages.values()
+        passing, across = self.messages["passing"], self.messages["across"]
         return Stage(
             Messages(passing.sends + across.sends, passing.receives + across.receives),
-            direct,
-            relayed,
+            self.messages["direct"],
+            self.messages["relayed"],
             passing=self.ends["passing"],
             tokens_across=self.ends["across"],
             tokens=self.ends["relayed"],
@@ -117,7 +117,8 @@ class _StageMessages:
 
 
 def _divide(transfers: KeyTransfers, rank: int, kind: str, stages: list[_StageMessages]) -> None:
-    """Add the transfers of one kind, sorted by stage, receiver, owner and start, to stages."""
+    """Add the transfers of one kind to stages; those from one rank to another in a stage are in the
+    order of the receiver's buffer."""
     sends: list[dict[int, list[tuple[int, int]]]] = [{} for _ in stages]
     counts: list[dict[int, int]] = [{} for _ in stages]  # of keys, by owner
     received: list[list[tuple[int, int]]] = [[] for _ in stages]
@@ -126,8 +127,9 @@ def _divide(transfers: KeyTransfers, rank: int, kind: str, stages: list[_StageMe
         if owner == rank:
             runs = sends[stage].setdefault(receiver, [])
             if runs and sum(runs[-1]) == local:  # adjacent runs are sent as one, uncopied
-                local, length = runs[-1][0], runs.pop()[1] + length
-            runs.append((local, length))
+                runs[-1] = runs[-1][0], runs[-1][1] + length
+            else:
+                runs.append((local, length))
         if receiver == rank:
             counts[stage][owner] = counts[stage].get(owner, 0) + length
             received[stage].append((start, length))

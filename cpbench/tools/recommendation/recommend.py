@@ -24,8 +24,8 @@ from cpbench.tools.recommendation.draws import draw_masks
 from cpbench.tools.recommendation.reasons import reason
 
 SEARCH = "cpbench.simulator.recommendation.search"
-MANY_RANKS = 64  # beyond which a search is divided
-PARTS = 4
+MANY_RANKS = 64  # beyond which a search is divided into
+SEARCH_PARTS = 4  # parts
 NEAR = 1.25  # times the best of the first draw, up to which the others are predicted
 Outcome = dict[str, Any]
 Search = dict[str, Any]
@@ -65,6 +65,12 @@ def recommend(
         )
         for size in sizes
     }  # fmt: skip
+    if not by_size[case.world_size]:
+        raise ValueError(
+            f"{', '.join(strategies)}: no usual parameters for {case.world_size} ranks; give them, "
+            "as in usp:ulysses=2"
+        )
+    by_size = {size: methods for size, methods in by_size.items() if methods}
     where = {"cluster": cluster, "memory_gib": memory_gib}
     searches = [
         {"cases": _on(drawn[0], methods), "everything": False} for methods in by_size.values()
@@ -116,13 +122,13 @@ def _on(mask: Spec, methods: Iterable[Case]) -> list[dict[str, Any]]:
 def _answers(searches: Sequence[Search], where: dict[str, Any]) -> list[list[Outcome]]:
     """The outcomes of searches, in as many subprocesses as there are cores.
 
-    Those on many ranks are divided into ``PARTS``, however many cores there are: a method that
-    loses is predicted or bounded by what has been found before it, in its part.
+    Those on many ranks are divided into ``SEARCH_PARTS``.  The division does not depend on the
+    number of cores, as it decides which losing methods are predicted and which are only bounded.
     """
     parts = [
         (i, slice(part, None, count))
         for i, search in enumerate(searches)
-        for count in [PARTS if search["cases"][0]["world_size"] > MANY_RANKS else 1]
+        for count in [SEARCH_PARTS if _ranks(search) > MANY_RANKS else 1]
         for part in range(count)
     ]
     requests = [searches[i] | {"cases": searches[i]["cases"][part]} for i, part in parts]
@@ -142,6 +148,10 @@ def _answers(searches: Sequence[Search], where: dict[str, Any]) -> list[list[Out
                 i, part = parts[k]
                 outcomes[i][part] = reply
     return outcomes
+
+
+def _ranks(search: Search) -> int:
+    return max((int(case["world_size"]) for case in search["cases"]), default=0)
 
 
 def seconds(outcome: Outcome) -> float:
