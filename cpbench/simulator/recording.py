@@ -242,7 +242,8 @@ class _RecordingSteps(TracedMixer):
 
 class SideWorkMode(TorchDispatchMode):
     """Records what torch would launch: each operator that computes is one kernel that reads each of
-    its inputs and writes each of its outputs once; views and uninitialised memory are none."""
+    its inputs and writes each of its outputs once; views and uninitialised memory are none.
+    In-place operators return their first argument: without data there is nothing to compute."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
