@@ -155,8 +155,8 @@ def test_as_many_stages_as_hide_the_transfer() -> None:
     area = np.full(4, 1_000_000)
     assert best_stage_count(area, area, np.zeros(4, int), 100) == 1
     assert best_stage_count(area * 9 // 10, area, np.array([1, 1, 1, 1]), 10_000) == 1
-    few = best_stage_count(area // 100, area, np.array([500, 500, 500, 500]), 1000)
-    many = best_stage_count(area // 100, area, np.array([500, 500, 500, 500]), 10)
+    few = best_stage_count(area // 100, area, np.array([500, 500, 500, 500]), 100)
+    many = best_stage_count(area // 100, area, np.array([500, 500, 500, 500]), 1)
     assert 1 < few < many
 
 
