@@ -16,8 +16,8 @@ from cpbench.parallel.layout import Layout
 if TYPE_CHECKING:
     from cpbench.parallel.world import World
 
-# Cost of merging a query's partial results, in visible keys: on an H100 (head_dim 128, bfloat16) its
-# bytes take as long as about 500, on a CPU 30.
+# Cost of merging a query's partial results, in visible keys: its bytes take an H100 (head_dim 128,
+# bfloat16) as long as about 500, a CPU 30.
 MERGE_COST_PAIRS = 512
 
 
