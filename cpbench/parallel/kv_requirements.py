@@ -16,8 +16,8 @@ from cpbench.parallel.layout import Layout
 if TYPE_CHECKING:
     from cpbench.parallel.world import World
 
-# Cost of merging a query's partial results, in visible keys: its bytes take an H100 (head_dim 128,
-# bfloat16) as long as about 500, a CPU 30.
+# Cost of merging a query's partial results, in visible keys: by the rates of ``h100-ib``, its bytes
+# (head_dim 128, bfloat16) take as long as about 500.
 MERGE_COST_PAIRS = 512
 
 

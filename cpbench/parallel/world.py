@@ -172,7 +172,9 @@ class World:
             self.problem, heads_q=heads_q, heads_kv=heads_kv, scale=self.problem.softmax_scale
         )
         whole = self.whole or self.problem
-        return self.changed(problem=problem, kv_heads=kv_heads, whole=whole)
+        world = self.changed(problem=problem, kv_heads=kv_heads, whole=whole)
+        world.__dict__["areas"] = self.areas  # computed once, not for each rank that plans
+        return world
 
     def with_inputs_of(self, info: OperatorInfo) -> World:
         """The same computation with the inputs that an operator takes beside q, k and v."""

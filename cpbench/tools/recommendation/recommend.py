@@ -24,8 +24,8 @@ from cpbench.tools.recommendation.draws import draw_masks
 from cpbench.tools.recommendation.reasons import reason
 
 SEARCH = "cpbench.simulator.recommendation.search"
-MANY_RANKS = 64  # beyond which a search is divided into
-SEARCH_PARTS = 4  # parts
+MANY_RANKS = 64  # beyond which a search is divided
+SEARCH_PARTS = 4  # into so many
 NEAR = 1.25  # times the best of the first draw, up to which the others are predicted
 Outcome = dict[str, Any]
 Search = dict[str, Any]
