@@ -41,11 +41,12 @@ if TYPE_CHECKING:
     from cpbench.parallel.tracing.trace import Traceable
     from cpbench.parallel.world import Chunk, KeySubset, Subproblem, World
 
-# Operators of torch that move no data, and those that read or write by an index.
+# Operators of torch that move no data, those that read or write by an index, and those that change
+# their first argument and return it.
 FREE = {"empty", "empty_like", "new_empty", "empty_strided", "detach", "alias", "lift_fresh"}
 GATHERS = {"index_select", "gather", "index", "take_along_dim", "embedding"}
-IN_PLACE = {"add_", "sub_", "mul_", "div_", "neg_", "exp_", "copy_", "zero_", "fill_"}
 SCATTERS = {"index_copy_", "index_add_", "scatter_", "scatter_add_", "index_put_", "index_fill_"}
+IN_PLACE = {"add_", "sub_", "mul_", "div_", "neg_", "exp_", "copy_", "zero_", "fill_"}
 
 
 class RecordingComm(CountingComm):
@@ -268,8 +269,7 @@ class SideWorkMode(TorchDispatchMode):
 
 @functools.cache
 def _kind(func: Any) -> tuple[str, bool, bool]:
-    """The name of an operator of torch, whether it moves no data, and whether it changes its first
-    argument and returns it."""
+    """The name of an operator of torch, whether it moves no data, and whether it is in ``IN_PLACE``."""
     arguments = func._schema.arguments
     name: str = func._schema.name.removeprefix("aten::")
     is_view = any(x.alias_info and not x.alias_info.is_write for x in arguments)
