@@ -269,7 +269,7 @@ class SideWorkMode(TorchDispatchMode):
 
 @functools.cache
 def _kind(func: Any) -> tuple[str, bool, bool]:
-    """The name of an operator of torch, whether it moves no data, and whether it is in ``IN_PLACE``."""
+    """The name of an operator of torch, whether it moves no data, and whether it is in place."""
     arguments = func._schema.arguments
     name: str = func._schema.name.removeprefix("aten::")
     is_view = any(x.alias_info and not x.alias_info.is_write for x in arguments)
