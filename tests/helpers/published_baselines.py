@@ -5,7 +5,7 @@ down from reading its public code (SandAI-org/MagiAttention, exps/dist_attn at 2
 do beside attention differs from what our strategies do:
 
 - every kernel call gathers its inputs from padded rows and scatters its results into zeroed ones;
-- a hop of a ring is a send and then a receive, not one batch;
+- a hop of a ring is a send and a receive, not one batch: between two ranks one after the other;
 - zigzag halves of the queries or keys are copied out, and partial outputs are merged in bfloat16 at
   the end, one step after another;
 - documents stay in the grid of a kernel where they have no tokens in it, beside the longest;

@@ -57,12 +57,16 @@ class Sequence:
             self.wait([self.post(operation, members, rows, rows)])
 
     def hop(self, ring: tuple[int, ...], nbytes: float, step: int = 1, lane: str = "") -> list[int]:
-        """A send to the next rank of a ring and then a receive from the previous one."""
+        """A send to the next rank of a ring and then a receive from the previous one.
+
+        What is not batched uses a communicator of every pair of ranks (torch's ProcessGroupNCCL,
+        initialised lazily): in a ring of two ranks the receive follows the send."""
         place = ring.index(self.rank)
         ahead, behind = (ring[(place + way * step) % len(ring)] for way in (1, -1))
+        to, of = (tuple(sorted((self.rank, peer))) for peer in (ahead, behind))
         return [
-            self.post("exchange", ring, [(ahead, int(nbytes))], [], lane),
-            self.post("exchange", ring, [], [(behind, int(nbytes))], lane),
+            self.post("exchange", to, [(ahead, int(nbytes))], [], lane),
+            self.post("exchange", of, [], [(behind, int(nbytes))], lane),
         ]
 
     def attention(
