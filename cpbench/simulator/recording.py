@@ -15,6 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpbench.core.operator import state_dtype
+from cpbench.parallel import meta_ops
 from cpbench.parallel.bound_operator import BoundOperator
 from cpbench.parallel.comm import CompletedHandle
 from cpbench.parallel.host_memory.link import contiguous_pairs
@@ -261,7 +262,7 @@ class SideWorkMode(TorchDispatchMode):
             result = args[0]
             assert all(_fits(x, result) for x in _tensors(args[1:]))
         else:
-            result = func(*args, **(kwargs or {}))
+            result = meta_ops.call(func, args, kwargs or {})
         if not is_free:
             self._recorder.add(side_work(name, args, kwargs or {}, result))
         return result

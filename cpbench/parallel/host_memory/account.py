@@ -10,6 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from cpbench.parallel import meta_ops
 from cpbench.parallel.host_memory.allocation import allocates_on_host
 
 
@@ -49,7 +50,7 @@ class MemoryAccount(TorchDispatchMode):
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = meta_ops.call(func, args, kwargs or {})
         if func.is_view or (args and result is args[0]):  # in place
             return result
         for x in tree_leaves(result):

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._pytree import tree_map
 
+from cpbench.parallel.meta_ops import MetaOps
+
 META = torch.device("meta")
 OPERATORS = (
     "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "floordiv", "pow", "neg",
@@ -169,7 +171,8 @@ def _call(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 
 @functools.lru_cache(maxsize=1 << 14, typed=True)
 def _result(function: Any, *args: Any, **kwargs: Any) -> Any:
-    result = function(*map(_thawed, args), **{name: _thawed(x) for name, x in kwargs.items()})
+    with MetaOps():
+        result = function(*map(_thawed, args), **{name: _thawed(x) for name, x in kwargs.items()})
     return tree_map(without_data, result)
 
 

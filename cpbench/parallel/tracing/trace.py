@@ -22,6 +22,7 @@ from cpbench.core.problem import INITIAL_STATE
 from cpbench.core.registry import ANY_MASK, OperatorInfo
 from cpbench.parallel.bound_operator import BoundOperator, native_rectangle
 from cpbench.parallel.comm import CompletedHandle, GroupedComm, Handle, Part
+from cpbench.parallel.meta_ops import MetaOps
 from cpbench.parallel.mixing import TracedMixer
 from cpbench.parallel.partial_results.accumulators import BackwardAccumulator, ForwardAccumulator
 from cpbench.parallel.tracing.shape_tensor import shape_tensor, without_data
@@ -303,8 +304,7 @@ def trace_rank(
     Args:
         log: whether to log every message.
         inputs: as for :func:`trace_phases`, where they are not those of the problem.
-        need_lse: whether the log-sum-exp is requested, or the last state of a mixer; it is not in
-            timed runs.
+        need_lse: whether the log-sum-exp, or the last state of a mixer, is requested.
     """
     comm = TraceComm(rank, world.size, log)
     if inputs is None:
@@ -341,18 +341,16 @@ def trace_phases(
     inputs: tuple[Any, torch.Tensor],
     need_lse: bool = False,
 ) -> dict[str, PhaseTrace]:
-    """Run the strategy's code for the rank of a communicator; what it counts by phase.
-
-    Args:
-        inputs: those of the operator, and dout, without data.
-    """
+    """Run the strategy's code for the rank of a communicator, on inputs of its operator and dout
+    without data; what it counts by phase."""
     qkv, dout = inputs
     plan = strategy.prepare(op, world, comm.rank)
-    _, _, saved = strategy.forward(qkv, plan, op, comm, need_lse)
-    phases = {"fwd": take_phase(op, comm)}
-    if world.problem.backward:
-        strategy.backward(dout, saved, plan, op, comm)
-        phases["bwd"] = take_phase(op, comm)
+    with MetaOps():
+        _, _, saved = strategy.forward(qkv, plan, op, comm, need_lse)
+        phases = {"fwd": take_phase(op, comm)}
+        if world.problem.backward:
+            strategy.backward(dout, saved, plan, op, comm)
+            phases["bwd"] = take_phase(op, comm)
     return phases
 
 

@@ -1,0 +1,86 @@
+"""Results of torch's operators on tensors without data.
+
+On the device ``meta`` torch computes most results by Python code, the first time after it has
+imported its compiler, which takes a second of every process.  The operators that strategies use are
+written out here.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ARITHMETIC = {
+    "add", "sub", "rsub", "mul", "div", "neg", "pow", "exp", "log", "log1p", "sigmoid", "maximum",
+    "minimum", "logaddexp", "nan_to_num",
+}  # fmt: skip
+COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge"}
+
+
+def call(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """``func(*args, **kwargs)`` of an operator of ATen, some of whose arguments are tensors."""
+    result = None
+    kind = _kind(func)
+    if kind and not kwargs:
+        result = _cat(*args) if kind == "cat" else _pointwise(kind, args)
+    return func(*args, **kwargs) if result is None else result
+
+
+@functools.cache
+def _kind(func: Any) -> str:
+    """``"cat"``, ``"in place"``, ``"arithmetic"`` or ``"comparison"``; "" for what is not here."""
+    name = func._schema.name.removeprefix("aten::")
+    if name == "cat":
+        return "cat"
+    if name.removesuffix("_") in ARITHMETIC:
+        return "in place" if name.endswith("_") else "arithmetic"
+    return "comparison" if name in COMPARISONS else ""
+
+
+def _pointwise(kind: str, args: Sequence[Any]) -> torch.Tensor | None:
+    """The result for floating-point tensors of one dtype, and numbers."""
+    tensors = [x for x in args if isinstance(x, torch.Tensor)]
+    first = tensors[0]
+    dtype = first.dtype
+    if not dtype.is_floating_point or any(x.dtype != dtype or not x.is_meta for x in tensors):
+        return None
+    shape = torch.broadcast_shapes(*(x.shape for x in tensors))
+    if kind == "in place":
+        return first if first is args[0] and first.shape == shape else None
+    like = next((x for x in tensors if x.shape == shape), None)
+    if like is None:
+        return None
+    return torch.empty_like(like, dtype=dtype if kind == "arithmetic" else torch.bool)
+
+
+def _cat(tensors: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor | None:
+    """Tensors of one dtype and number of dimensions."""
+    first = tensors[0]
+    shape = list(first.shape)
+    for x in tensors:
+        if x.dtype != first.dtype or x.dim() != first.dim() or not x.is_meta:
+            return None
+    others = {(*x.shape[:dim], *x.shape[dim % len(shape) + 1 :]) for x in tensors}
+    shape[dim] = sum(x.shape[dim] for x in tensors)
+    if len(others) > 1 or all(len(shape) > 3 and x.stride(1) == 1 for x in tensors):
+        return None  # where the channels are last, they are in the result
+    return first.new_empty(shape)
+
+
+class MetaOps(TorchDispatchMode):
+    """A mode in which :func:`call` computes all results."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch imports its compiler, which takes seconds, only to disable it inside a mode."""
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return call(func, args, kwargs or {})

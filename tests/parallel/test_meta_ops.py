@@ -1,0 +1,100 @@
+"""Results of operators on tensors without data: those of torch, without its compiler."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cpbench.parallel.meta_ops import MetaOps
+
+Function = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+FUNCTIONS: dict[str, Function] = {
+    "add": lambda x, y: x + y,
+    "add a multiple": lambda x, y: torch.add(x, y, alpha=2),
+    "rsub": lambda x, _: 1 - x,
+    "mul": lambda x, y: x * y,
+    "mul a number": lambda x, _: x * 2,
+    "div": lambda x, y: x / y,
+    "square": lambda x, _: x.square(),
+    "exp": lambda x, _: x.exp(),
+    "maximum": torch.maximum,
+    "logaddexp": torch.logaddexp,
+    "less": lambda x, y: x < y,
+    "in place": lambda x, y: x.mul_(y) if x.shape == (x + y).shape else x,
+    "nan_to_num_": lambda x, _: x.nan_to_num_(0.0),
+    "sum": lambda x, _: x.sum(-1),
+    "where": lambda x, y: torch.where(x > 0, x, y),
+    "cat": lambda x, y: torch.cat([x, y.expand_as(x)], 1),
+    "cat from the end": lambda x, _: torch.cat([x, x[:, :1]], -3),
+    "cat of the channels last": lambda x, y: torch.cat([y, y], 1).expand(2, -1, -1, -1),
+}
+SHAPES = ((2, 3, 4, 5), (1, 3, 4, 5), (2, 3, 1, 1), (1, 1, 1, 1), (2, 1, 4, 1))
+DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64)
+ORDERS = ((0, 1, 2, 3), (1, 0, 2, 3), (0, 3, 1, 2), (3, 2, 1, 0))
+
+
+def tensor(shape: tuple[int, ...], dtype: torch.dtype, order: tuple[int, ...]) -> torch.Tensor:
+    """A tensor of ones whose dimensions lie in memory in this order."""
+    made = torch.ones([shape[i] for i in order], dtype=dtype)
+    return made.permute([order.index(i) for i in range(4)])
+
+
+@settings(deadline=None, max_examples=300, derandomize=True, database=None)
+@given(st.sampled_from(sorted(FUNCTIONS)), st.sampled_from(SHAPES), st.sampled_from(DTYPES),
+       st.sampled_from(DTYPES), st.sampled_from(ORDERS), st.sampled_from(ORDERS))  # fmt: skip
+def test_shape_dtype_and_strides_are_those_of_real_tensors(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, other: torch.dtype,
+    order: tuple[int, ...], other_order: tuple[int, ...],
+) -> None:  # fmt: skip
+    function = FUNCTIONS[name]
+    x, y = tensor(SHAPES[0], dtype, order), tensor(shape, other, other_order)
+    on_meta = [one.as_strided(one.shape, one.stride()).to("meta") for one in (x, y)]
+    assert [one.stride() for one in on_meta] == [x.stride(), y.stride()]
+    try:
+        expected = function(x, y)
+    except RuntimeError:
+        return  # not of integers, or not into the shape
+    with MetaOps():
+        result = function(*on_meta)
+    assert (result.shape, result.dtype) == (expected.shape, expected.dtype)
+    if order == other_order:
+        assert result.stride() == expected.stride()
+
+
+def test_real_tensors_are_computed() -> None:
+    with MetaOps():
+        x = torch.ones(3).mul_(2) + 1
+        joined = torch.cat([x, x])
+    assert joined.tolist() == [3.0] * 6
+
+
+TRACES = """
+import sys
+from cpbench.cli.main import main
+for line in sys.argv[1:]:
+    sys.argv = ["cpbench", *line.split()]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, line
+assert "torch._dynamo" not in sys.modules
+"""
+
+
+def test_predicting_does_not_import_torchs_compiler() -> None:
+    """It takes a second of every process, and of every worker."""
+    methods = "ring,ulysses,usp,hierarchical,burst,tile,tree,dispatch,distflash"
+    lines = (
+        f"traffic {methods} --seq-len 4k --world-size 4",
+        f"predict {methods} --seq-len 4k --world-size 4",
+        "traffic scan --operator ssd --seq-len 4k --world-size 4 --num-heads-kv 64",
+        "traffic tile,ulysses:offload=host --seq-len 4k --world-size 4",
+    )
+    done = subprocess.run([sys.executable, "-c", TRACES, *lines], capture_output=True, text=True,
+                          check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
