@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
+from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from run_cpbench import cpbench
 
 from cpbench.parallel.meta_ops import MetaOps
 
@@ -73,28 +74,25 @@ def test_real_tensors_are_computed() -> None:
     assert joined.tolist() == [3.0] * 6
 
 
-TRACES = """
-import sys
-from cpbench.cli.main import main
-for line in sys.argv[1:]:
-    sys.argv = ["cpbench", *line.split()]
-    try:
-        main()
-    except SystemExit as end:
-        assert not end.code, line
-assert "torch._dynamo" not in sys.modules
-"""
+METHODS = "ring,ulysses,usp,hierarchical,burst,tile,tree,dispatch,distflash"
 
 
-def test_predicting_does_not_import_torchs_compiler() -> None:
+@pytest.mark.parametrize("line", [
+    f"traffic {METHODS} --seq-len 4k --world-size 4",
+    "predict ring,ulysses,burst --seq-len 4k --world-size 4",
+    "traffic scan --operator ssd --num-heads-kv 64 --seq-len 4k --world-size 4",
+    "traffic tile:offload=host,ulysses:offload=host --seq-len 4k --world-size 4",
+    "bench --operator bands --strategy tile,ulysses --seq-len 64 --world-size 2 --device cpu",
+])  # fmt: skip
+def test_torchs_compiler_is_not_imported(tmp_path: Path, line: str) -> None:
     """It takes a second of every process, and of every worker."""
-    methods = "ring,ulysses,usp,hierarchical,burst,tile,tree,dispatch,distflash"
-    lines = (
-        f"traffic {methods} --seq-len 4k --world-size 4",
-        f"predict {methods} --seq-len 4k --world-size 4",
-        "traffic scan --operator ssd --seq-len 4k --world-size 4 --num-heads-kv 64",
-        "traffic tile,ulysses:offload=host --seq-len 4k --world-size 4",
-    )
-    done = subprocess.run([sys.executable, "-c", TRACES, *lines], capture_output=True, text=True,
-                          check=False)  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    words = line.split()
+    if words[0] == "bench":
+        words += ["--out", str(tmp_path / "run")]
+    code, stderr = cpbench(*words, env={"PYTHONPROFILEIMPORTTIME": "1"})
+    logs = [stderr, *(log.read_text() for log in tmp_path.rglob("rank*.log"))]
+    assert code == 0, stderr[-1000:]
+    assert len(logs) == (3 if words[0] == "bench" else 1)
+    for log in logs:
+        assert "import time:" in log
+        assert "torch._dynamo" not in log
