@@ -42,19 +42,27 @@ def _kind(func: Any) -> str:
 
 
 def _pointwise(kind: str, args: Sequence[Any]) -> torch.Tensor | None:
-    """The result for floating-point tensors of one dtype, and numbers."""
+    """The result for floating-point tensors and numbers."""
     tensors = [x for x in args if isinstance(x, torch.Tensor)]
     first = tensors[0]
-    dtype = first.dtype
-    if not dtype.is_floating_point or any(x.dtype != dtype or not x.is_meta for x in tensors):
+    if any(not x.is_meta or not x.is_floating_point() for x in tensors):
         return None
     shape = torch.broadcast_shapes(*(x.shape for x in tensors))
     if kind == "in place":
         return first if first is args[0] and first.shape == shape else None
-    like = next((x for x in tensors if x.shape == shape), None)
-    if like is None:
-        return None
-    return torch.empty_like(like, dtype=dtype if kind == "arithmetic" else torch.bool)
+    dtypes = {x.dtype for x in tensors if x.dim()} or {x.dtype for x in tensors}
+    dtype = torch.bool if kind == "comparison" else functools.reduce(torch.promote_types, dtypes)
+    if all(map(_in_order, tensors)):
+        return first.new_empty(shape, dtype=dtype)
+    if all(x.shape == shape or not x.dim() for x in tensors):
+        return torch.empty_like(first if first.dim() else tensors[-1], dtype=dtype)
+    return None
+
+
+def _in_order(x: torch.Tensor) -> bool:
+    """Whether indices that are next to one another in memory are those of the last dimensions."""
+    strides = [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+    return strides == sorted(strides, reverse=True)
 
 
 def _cat(tensors: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor | None:
