@@ -16,7 +16,7 @@ from pathlib import Path
 from limits import LIMIT_S
 from paths import HELPERS
 
-FAULTY_OPERATORS = HELPERS / "faulty_operators.py"
+FAULTY_OPERATORS = HELPERS / "planted" / "faulty_operators.py"
 
 MEASURE = """
 [measure]

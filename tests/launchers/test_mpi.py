@@ -22,6 +22,7 @@ from paths import HELPERS, ROOT
 from cpbench.core import registry
 
 MPIEXEC = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+PROGRAM = HELPERS / "launching" / "mpi_program.py"
 SIZES = (1, 2, 3, 4)
 # Open MPI: allow running as root and more ranks than cores, which yield.  MPICH needs no variables.
 ENVIRON = {
@@ -43,8 +44,8 @@ def run_program(size: int) -> dict[str, Any]:
     """Run mpi_program.py on ``size`` ranks; its results by the number of ranks of a group."""
     assert MPIEXEC is not None
     result = subprocess.run(
-        [MPIEXEC, "-n", str(size), sys.executable, "-m", "mpi4py", str(HELPERS / "mpi_program.py")],
-        env={**os.environ, **ENVIRON, "PYTHONPATH": f"{HELPERS}:{ROOT}"},
+        [MPIEXEC, "-n", str(size), sys.executable, "-m", "mpi4py", str(PROGRAM)],
+        env={**os.environ, **ENVIRON, "PYTHONPATH": f"{HELPERS}:{HELPERS / 'definitions'}:{ROOT}"},
         capture_output=True,
         text=True,
         timeout=LIMIT_S,

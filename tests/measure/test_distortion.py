@@ -14,7 +14,7 @@ from cpbench.results.record import Record
 from cpbench.sweep import runs, sweep_file
 from cpbench.sweep.request import Request
 
-OPERATORS = HELPERS / "distorting_operators.py"
+OPERATORS = HELPERS / "planted" / "distorting_operators.py"
 MIB = 1 << 20
 
 
@@ -138,7 +138,7 @@ def test_delays_of_every_phase_and_neighbours(tmp_path: Path) -> None:
 
 
 def test_traffic_behind_the_communicator_is_flagged_and_counted(tmp_path: Path) -> None:
-    strategies = ["ring", f"{HELPERS / 'distorting_strategies.py'}:sends_behind_comm"]
+    strategies = ["ring", f"{HELPERS / 'planted' / 'distorting_strategies.py'}:sends_behind_comm"]
     ring, behind = _run(
         tmp_path, [], {"exposure": False}, operator="bands", strategy=strategies, world_size=2,
         direction="fwd_bwd",

@@ -25,7 +25,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``libnvidia-ml.so.1``."""
     folder = tmp_path_factory.mktemp("nvml")
     target = folder / "libnvidia-ml.so.1"
-    source = HELPERS / "nvml_stand_in.c"
+    source = HELPERS / "devices" / "nvml_stand_in.c"
     command = ["g++", "-x", "c", "-shared", "-fPIC", "-o", str(target), str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

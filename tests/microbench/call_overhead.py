@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
+sys.path.extend(map(str, Path(__file__).parents[1].glob("helpers/**/")))
 
 from ranks import run_ranks
 

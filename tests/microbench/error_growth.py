@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
+sys.path.extend(map(str, Path(__file__).parents[1].glob("helpers/**/")))
 
 import naive
 from threads import ThreadComm, run_threads

@@ -2,8 +2,8 @@
 
 ``python tests/microbench/nccl_order.py [--ranks 2,3,4,5,6,7,8] [--strategy ring]``
 
-The rules are in ``tests/helpers/simulated_nccl.py``; ``tests/strategies/test_nccl_order.py`` has a
-share of it.
+The rules are in ``tests/helpers/devices/simulated_nccl.py``; a share of it is in
+``tests/strategies/test_nccl_order.py``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
+sys.path.extend(map(str, Path(__file__).parents[1].glob("helpers/**/")))
 
 import matrix
 from simulated_nccl import find_faults, record_strategy

@@ -4,7 +4,7 @@
 
 FILE holds points (mask, direction, strategy, world size, TFLOP/s per GPU), a chart of the kernel
 alone, and the packs of documents of every world size, as ``tests/data/published_h100.json`` does.
-The sequences of the baselines are in ``tests/helpers/published_baselines.py``.
+The sequences of the baselines are in ``tests/helpers/records/published_baselines.py``.
 
 Constants are fitted in stages: those of the kernel to its chart, then those of links and side work
 to whole runs; their number is printed.  Each fit is judged on points that it has not seen: another
@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
+sys.path.extend(map(str, Path(__file__).parents[1].glob("helpers/**/")))
 
 from published_baselines import BASELINES
 from published_sequence import TILING, D, G, H

@@ -25,7 +25,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
+sys.path.extend(map(str, Path(__file__).parents[1].glob("helpers/**/")))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import namespaces

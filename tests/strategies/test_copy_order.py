@@ -1,5 +1,5 @@
 """Order of copies between host and device on a GPU: streams and events are simulated, and nothing
-may race (see ``tests/helpers/simulated_streams.py``)."""
+may race (see ``tests/helpers/devices/simulated_streams.py``)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What strategies issue on NCCL ends, and leaves buffers alone until they have been waited for.
 
-The rules are in ``tests/helpers/simulated_nccl.py``.  Here a share of the combinations of
+The rules are in ``tests/helpers/devices/simulated_nccl.py``.  Here a share of the combinations of
 ``tests/helpers/matrix.py`` is simulated on 2 to 8 ranks; all of them, in a quarter of an hour:
 ``python tests/microbench/nccl_order.py``.
 """

@@ -16,7 +16,7 @@ from small_disk import small_disk  # noqa: F401
 from cpbench.results.sealed import seal
 from cpbench.results.store import read_run
 
-OPERATORS = HELPERS / "faulty_operators.py"
+OPERATORS = HELPERS / "planted" / "faulty_operators.py"
 SWEEP = """
 [sweep]
 operator = {operators}

@@ -23,7 +23,7 @@ from cpbench.verify import check
 from cpbench.verify.at_size import check_sampled
 from cpbench.verify.errors import Errors, TensorErrorSums
 
-OPERATORS = HELPERS / "wrong_operators.py"
+OPERATORS = HELPERS / "planted" / "wrong_operators.py"
 TOKENS = 1500
 
 

@@ -133,7 +133,7 @@ def test_a_check_that_does_not_fit_on_one_rank_leaves_the_case_unchecked(
     record, after = run_cases(
         tmp_path,
         {"interleave": 1, "exposure": False, "memory": False},
-        operator=[f"{HELPERS / 'starving_operators.py'}:starves:{starved}", "bands"],
+        operator=[f"{HELPERS / 'planted' / 'starving_operators.py'}:starves:{starved}", "bands"],
         strategy="ring_allgather", mask="full", seq_len=seq_len, num_heads_q=heads, num_heads_kv=1,
         head_dim=256, direction="fwd", world_size=2, dtype="bfloat16",
     )  # fmt: skip

@@ -29,7 +29,7 @@ from cpbench.verify import check, mixing
 from cpbench.verify.fingerprint import Fingerprinter
 from cpbench.verify.variants import InputVariants
 
-OPERATORS = HELPERS / "wrong_mixers.py"
+OPERATORS = HELPERS / "planted" / "wrong_mixers.py"
 DOCUMENTS = "causal_document:doc_lens=[100,7,193,800]"
 MIXERS = sorted(name for name, info in registry.operators().items() if info.mixer == name)
 ALONE = check.RankContext("cpu")

@@ -15,7 +15,7 @@ from cpbench.parallel.world import World
 from cpbench.results.record import Record
 from cpbench.verify import check
 
-STRATEGIES = HELPERS / "wrong_mixer_strategies.py"
+STRATEGIES = HELPERS / "planted" / "wrong_mixer_strategies.py"
 DOCUMENTS = "causal_document:doc_lens=[100,7,193,800]"
 FAULTS = {
     "no_exchange": "differs from float64",

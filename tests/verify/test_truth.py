@@ -10,7 +10,7 @@ from whole_runs import run_cases
 
 from cpbench.results.record import Record
 
-OPERATORS = HELPERS / "wrong_operators.py"
+OPERATORS = HELPERS / "planted" / "wrong_operators.py"
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 from paths import HELPERS
 from whole_runs import run_cases, run_tables
 
-OPERATORS = HELPERS / "value_dim_operators.py"
+OPERATORS = HELPERS / "planted" / "value_dim_operators.py"
 FEW = {"max_iterations": 4, "min_iterations": 4, "memory": False}
 DIMS = {"head_dim": 8, "head_dim_v": 24, "num_heads_kv": 1}
 

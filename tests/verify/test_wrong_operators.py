@@ -12,7 +12,7 @@ from whole_runs import run_cases, run_tables
 
 from cpbench.results.record import Record
 
-OPERATORS = HELPERS / "wrong_operators.py"
+OPERATORS = HELPERS / "planted" / "wrong_operators.py"
 BIG_BATCH = {"batch": 9, "num_heads_q": 8, "num_heads_kv": 8, "head_dim": 4}
 FEW = {"max_iterations": 8, "min_iterations": 8, "memory": False}
 

@@ -82,7 +82,7 @@ class Cpu:
         """
         from torch.autograd.profiler import profile
 
-        with profile(profile_memory=True) as profiled:  # type: ignore[no-untyped-call]
+        with profile(profile_memory=True) as profiled:
             results = work()
         assert profiled.kineto_results is not None
         events = [e for e in profiled.kineto_results.events() if e.name() == "[memory]"]

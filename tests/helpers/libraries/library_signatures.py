@@ -1,4 +1,4 @@
-"""Functions with exactly the signatures of ``stand_ins/*.pyi``, for stand-ins of libraries.
+"""Functions with exactly the signatures of ``signatures/*.pyi``, for stand-ins of libraries.
 
 Calls are bound as by Python, and arguments are checked against the annotations that typed schemas
 enforce, so a wrong name, order or type fails as with the library.
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-FOLDER = Path(__file__).parent / "stand_ins"
+FOLDER = Path(__file__).parent / "signatures"
 _TENSOR, _NONE = (torch.Tensor,), (type(None),)
 _TYPES: dict[str, tuple[type, ...]] = {
     "Tensor": _TENSOR,
@@ -75,7 +75,7 @@ class Signature:
 
 @functools.cache
 def signatures(file: str) -> dict[str, Signature]:
-    """The signatures in ``stand_ins/<file>.pyi`` by name; methods as ``Class.method``."""
+    """The signatures in ``signatures/<file>.pyi`` by name; methods as ``Class.method``."""
     by_name = {}
     for node in ast.parse((FOLDER / f"{file}.pyi").read_text()).body:
         if isinstance(node, ast.FunctionDef):
