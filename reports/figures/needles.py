@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import TYPE_CHECKING, Any
 
 from cpbench.core.spec import Spec, format_size
@@ -72,13 +73,14 @@ def depths(table: pd.DataFrame, sheet: Sheet) -> None:
     found = table.groupby(["method", "mask_family", "seq_len", "depth"])["found"].mean() * 100
     image = None
     for axes, pair in zip(panels, pairs, strict=True):
-        cells = [[found.get((*pair, n, depth)) for n in lengths] for depth in rows]
-        numbers = [[float("nan") if x is None else float(x) for x in row] for row in cells]
-        image = axes.imshow(numbers, cmap=COLOURS, vmin=0, vmax=100, aspect="auto")
+        cells = [
+            [float(found.get((*pair, n, depth), float("nan"))) for n in lengths] for depth in rows
+        ]
+        image = axes.imshow(cells, cmap=COLOURS, vmin=0, vmax=100, aspect="auto")
         for y, row in enumerate(cells):
             for x, value in enumerate(row):
-                text = "–" if value is None else f"{value:.0f}"
-                dark = value is None or PALE[0] <= value <= PALE[1]
+                text = "–" if math.isnan(value) else f"{value:.0f}"
+                dark = math.isnan(value) or PALE[0] <= value <= PALE[1]
                 axes.text(x, y, text, ha="center", va="center", fontsize=SMALL_FONT,
                           color="black" if dark else "white")  # fmt: skip
         axes.grid(False)

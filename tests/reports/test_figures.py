@@ -238,7 +238,9 @@ def test_needles_by_depth_and_length(drawn: Callable[..., Figure]) -> None:
         for n, depth, found in ((1024, 0.0, 1.0 - lost), (1024, 1.0, 1.0), (4096, 1.0, 0.25))
     ]
     chain = needle_case("bands", "depth=1.0,hops=3", 0.0, seq_len=1024)  # not of single needles
-    bands, moba, bar = drawn("needles", collection(*records, chain)).axes
+    stopped = needle_case("bands", "depth=0.0", seq_len=4096)
+    stopped.status, stopped.quality = "timeout", {}
+    bands, moba, bar = drawn("needles", collection(*records, chain, stopped)).axes
     for axes, first in ((bands, 100.0), (moba, 50.0)):
         cells = np.ma.filled(axes.images[0].get_array(), np.nan)
         assert np.array_equal(cells, [[first, np.nan], [100.0, 25.0]], equal_nan=True)
