@@ -82,8 +82,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cpbench.core.problem import DTYPE_BYTES
 from cpbench.core.user_files import load_toml
-from cpbench.simulator.tables import as_table, build, plain
+from cpbench.simulator.tables import PositiveFloat, PositiveInt, as_table, build, plain
 from cpbench.simulator.tiles import GRIDS, Tiling
 
 PACKAGED = Path(__file__).parent / "clusters"
@@ -95,11 +96,11 @@ class Gpu:
     """A GPU: streaming multiprocessors, memory, and the rates of side work by kind."""
 
     source: str
-    sms: int
-    memory_gib: float
-    stream_gb_per_s: float
-    gather_gb_per_s: float
-    scatter_gb_per_s: float
+    sms: PositiveInt
+    memory_gib: PositiveFloat
+    stream_gb_per_s: PositiveFloat
+    gather_gb_per_s: PositiveFloat
+    scatter_gb_per_s: PositiveFloat
     launch_us: float
 
 
@@ -108,12 +109,12 @@ class Phase:
     """The costs of a kernel in one phase; see the example of the module."""
 
     tile: tuple[int, int]
-    tflops: float
+    tflops: PositiveFloat
     tile_us: float
     empty_us: float
     tail: float
     call_us: float
-    full_rate: float = 1.0
+    full_rate: PositiveFloat = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +124,7 @@ class KernelCosts:
     source: str
     operators: tuple[str, ...]
     dtype: str
-    head_dim: int
+    head_dim: PositiveInt
     grid: str
     fwd: Phase
     bwd: Phase | None = None
@@ -145,7 +146,7 @@ class MixerPhase:
         call_us: of each step.
     """
 
-    tflops: float
+    tflops: PositiveFloat
     token_us: float = 0.0
     call_us: float = 0.0
 
@@ -157,7 +158,7 @@ class MixerCosts:
     source: str
     operators: tuple[str, ...]
     dtype: str
-    head_dim: int
+    head_dim: PositiveInt
     fwd: MixerPhase
     bwd: MixerPhase | None = None
 
@@ -180,7 +181,7 @@ class Link:
 
     source: str
     alpha_us: float
-    gb_per_s: float
+    gb_per_s: PositiveFloat
     per_node: int = 0
 
 
@@ -223,8 +224,8 @@ class Calibrated:
     predictions of points that were not fitted were off, as fractions."""
 
     source: str
-    ranks: int
-    tokens: int
+    ranks: PositiveInt
+    tokens: PositiveInt
     median_error: float
     percentile_90_error: float
 
@@ -234,7 +235,7 @@ class Cluster:
     """The constants of a cluster."""
 
     name: str
-    gpus_per_node: int
+    gpus_per_node: PositiveInt
     gpu: Gpu
     kernels: tuple[KernelCosts, ...]
     calibrated: Calibrated
@@ -344,8 +345,6 @@ def from_table(table: Mapping[str, Any]) -> Cluster:
     if "digest" in values:
         raise ValueError("digest is computed, not given")
     cluster = build(Cluster, values, "")
-    if cluster.gpus_per_node < 1:
-        raise ValueError(f"gpus_per_node = {cluster.gpus_per_node} must be 1 or more")
     text = json.dumps({key: plain(value) for key, value in values.items()}, sort_keys=True)
     cluster.__dict__["digest"] = hashlib.sha256(text.encode()).hexdigest()[:16]
     return cluster
@@ -357,6 +356,7 @@ def _kernel(table: Any, where: str) -> KernelCosts:
         if phase in values:
             values[phase] = build(Phase, values[phase], f"{where}.{phase}")
     kernel = build(KernelCosts, values, where)
+    _check_dtype(kernel.dtype, where)
     if kernel.grid not in GRIDS:
         raise ValueError(f"{where}.grid = {kernel.grid!r} is none of {', '.join(GRIDS)}")
     return kernel
@@ -367,4 +367,11 @@ def _mixer(table: Any, where: str) -> MixerCosts:
     for phase in ("fwd", "bwd"):
         if phase in values:
             values[phase] = build(MixerPhase, values[phase], f"{where}.{phase}")
-    return build(MixerCosts, values, where)
+    mixer = build(MixerCosts, values, where)
+    _check_dtype(mixer.dtype, where)
+    return mixer
+
+
+def _check_dtype(dtype: str, where: str) -> None:
+    if dtype not in DTYPE_BYTES:
+        raise ValueError(f"{where}.dtype = {dtype!r} is none of {', '.join(DTYPE_BYTES)}")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, fields
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from cpbench.core.user_files import require_known
 
 T = TypeVar("T")
+PositiveInt: TypeAlias = int
+PositiveFloat: TypeAlias = float
+LEAST = 1e-300  # above 0, and can be divided by
 
 
 def as_table(value: Any, where: str) -> Mapping[str, Any]:
@@ -19,7 +22,11 @@ def as_table(value: Any, where: str) -> Mapping[str, Any]:
 
 
 def build(kind: type[T], table: Any, where: str) -> T:
-    """A dataclass from a table with its fields, all of the right types, numbers not negative."""
+    """A dataclass from a table with its fields, all of the right types, numbers not negative.
+
+    Raises:
+        ValueError: for a missing or unknown field, or a value that its type does not allow.
+    """
     prefix = f"{where}." if where else ""
     known = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
@@ -33,45 +40,48 @@ def build(kind: type[T], table: Any, where: str) -> T:
 
 
 def _checked(name: str, wanted: str, value: Any) -> Any:
-    if wanted == "str" and isinstance(value, str):
+    if wanted not in _ALLOWED:  # tables, which were made before
         return value
-    if wanted == "bool" and type(value) is bool:
-        return value
-    if wanted == "int" and type(value) is int and value >= 0:
-        return value
-    if wanted == "float" and type(value) in (int, float) and 0 <= value < math.inf:
-        return float(value)
-    if wanted == "tuple[str, ...]" and _is_list(value, (str,)) and value:
-        return tuple(value)
-    if (
-        wanted == "tuple[int, int]"
-        and _is_list(value, (int,))
-        and len(value) == 2
-        and min(value) > 0
-    ):
-        return tuple(value)
-    if (
-        wanted == "tuple[float, float]"
-        and _is_list(value, (int, float))
-        and len(value) == 2
-        and all(0 < item < math.inf for item in value)
-    ):
-        return tuple(map(float, value))
-    if wanted not in _WORDS:  # tables, which were made before
-        return value
-    raise ValueError(f"{name} = {value!r} is not {_WORDS[wanted]}")
+    words, is_allowed, convert = _ALLOWED[wanted]
+    if not is_allowed(value):
+        raise ValueError(f"{name} = {value!r} is not {words}")
+    return convert(value)
 
 
-_WORDS = {
-    "str": "a string", "bool": "true or false", "int": "an integer of 0 or more",
-    "float": "a number of 0 or more",
-    "tuple[str, ...]": "a list of strings", "tuple[int, int]": "a list of two positive integers",
-    "tuple[float, float]": "a list of two positive numbers",
+def _is_number(value: Any, least: float = 0, kinds: tuple[type, ...] = (int, float)) -> bool:
+    return type(value) in kinds and least <= value < math.inf
+
+
+def _is_list(value: Any, kind: Callable[[Any], bool], length: int = 0) -> bool:
+    """Whether it is a list of so many, or of some."""
+    return (
+        isinstance(value, list)
+        and len(value) == (length or len(value) or 1)
+        and all(map(kind, value))
+    )
+
+
+# Types of fields: what is allowed, in words and as a test, and what it becomes.
+_ALLOWED: dict[str, tuple[str, Callable[[Any], bool], Callable[[Any], Any]]] = {
+    "str": ("a string", lambda x: isinstance(x, str), str),
+    "bool": ("true or false", lambda x: type(x) is bool, bool),
+    "int": ("an integer of 0 or more", lambda x: _is_number(x, 0, (int,)), int),
+    "float": ("a number of 0 or more", _is_number, float),
+    "PositiveInt": ("an integer of 1 or more", lambda x: _is_number(x, 1, (int,)), int),
+    "PositiveFloat": ("a number above 0", lambda x: _is_number(x, LEAST), float),
+    "tuple[str, ...]": (
+        "a list of strings", lambda x: _is_list(x, lambda one: isinstance(one, str)), tuple,
+    ),
+    "tuple[int, int]": (
+        "a list of two positive integers",
+        lambda x: _is_list(x, lambda one: _is_number(one, 1, (int,)), 2), tuple,
+    ),
+    "tuple[float, float]": (
+        "a list of two positive numbers",
+        lambda x: _is_list(x, lambda one: _is_number(one, LEAST), 2),
+        lambda x: tuple(map(float, x)),
+    ),
 }  # fmt: skip
-
-
-def _is_list(value: Any, types: tuple[type, ...]) -> bool:
-    return isinstance(value, list) and all(type(item) in types for item in value)
 
 
 def plain(value: Any) -> Any:

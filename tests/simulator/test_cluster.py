@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +24,24 @@ TABLE: dict[str, Any] = {
     "gpu": {"source": "made", "sms": 100, "memory_gib": 80, "stream_gb_per_s": 2000,
             "gather_gb_per_s": 1000, "scatter_gb_per_s": 250, "launch_us": 3},
     "kernels": [{"source": "made", "operators": ["bands", "flex"], "dtype": "bfloat16",
-                 "head_dim": 128, "grid": "mask", "fwd": PHASE, "bwd": PHASE}],
+                 "head_dim": 128, "grid": "mask", "fwd": PHASE, "bwd": copy.deepcopy(PHASE)}],
     "links": {"node": {"source": "made", "alpha_us": 1, "gb_per_s": 10}},
     "collectives": {"source": "made", "alpha_us": 3, "all_gather": [4, 2],
                     "reduce_scatter": [4, 2], "all_reduce": [4, 2]},
 }  # fmt: skip
+
+KERNEL = Kernel("fwd", TileCounts(blocks=50, tiles=10, empty=4, largest=8), heads_q=600, heads_kv=2,
+                seq_q=1280, seq_k=640, head_dim=128, value_dim=128, itemsize=2,
+                full=False)  # fmt: skip
 
 
 def changed(path: str, value: Any = None) -> dict[str, Any]:
     """The table with one value changed, or removed."""
     table = copy.deepcopy(TABLE)
     at: Any = table
-    *keys, last = path.split(".")
+    *keys, last = (int(key) if key.isdigit() else key for key in path.split("."))
     for key in keys:
-        at = at[int(key) if key.isdigit() else key]
+        at = at[key]
     if value is None:
         del at[last]
     else:
@@ -48,8 +53,8 @@ def changed(path: str, value: Any = None) -> dict[str, Any]:
     ("path", "value", "line"),
     [
         ("gpu.sms", None, "gpu.sms is missing"),
-        ("gpu.sms", 1.5, "gpu.sms = 1.5 is not an integer of 0 or more"),
-        ("gpu.stream_gb_per_s", -1, "gpu.stream_gb_per_s = -1 is not a number of 0 or more"),
+        ("gpu.sms", 1.5, "gpu.sms = 1.5 is not an integer of 1 or more"),
+        ("gpu.stream_gb_per_s", -1, "gpu.stream_gb_per_s = -1 is not a number above 0"),
         ("gpu.stream_gb_per_s", float("nan"), "gpu.stream_gb_per_s = nan is not a number"),
         ("gpu.streams", 1, "no key gpu.streams; did you mean gpu."),
         ("gpu", 3, "gpu must be a table"),
@@ -67,9 +72,18 @@ def changed(path: str, value: Any = None) -> dict[str, Any]:
         ),
         ("kernels", [], "kernels must be a list of tables"),
         ("kernels.0.grid", "rows", "kernels[0].grid = 'rows' is none of mask, slices"),
+        (
+            "kernels.0.dtype",
+            "bf16",
+            "kernels[0].dtype = 'bf16' is none of float64, float32, bfloat16",
+        ),
+        ("kernels.0.fwd.tflops", 0, "kernels[0].fwd.tflops = 0 is not a number above 0"),
+        ("kernels.0.fwd.call_us", -1, "kernels[0].fwd.call_us = -1 is not a number of 0 or more"),
+        ("links.node.gb_per_s", 0, "links.node.gb_per_s = 0 is not a number above 0"),
+        ("calibrated.ranks", 0, "calibrated.ranks = 0 is not an integer of 1 or more"),
         ("kernels.0.fwd.tile", [128], "kernels[0].fwd.tile = [128] is not a list of two positive"),
         ("collectives.all_gather", [1, 0], "collectives.all_gather = [1, 0] is not a list of two"),
-        ("gpus_per_node", 0, "gpus_per_node = 0 must be 1 or more"),
+        ("gpus_per_node", 0, "gpus_per_node = 0 is not an integer of 1 or more"),
         ("digest", "x", "digest is computed, not given"),
     ],
 )
@@ -78,6 +92,33 @@ def test_what_is_wrong_is_named(path: str, value: Any, line: str) -> None:
         from_table(changed(path, value))
     assert str(error.value).startswith(line) or line in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def numbers(table: Any, path: str = "") -> Iterator[str]:
+    """The paths of all numbers of a table."""
+    if isinstance(table, dict | list):
+        items = table.items() if isinstance(table, dict) else enumerate(table)
+        for key, value in items:
+            yield from numbers(value, f"{path}.{key}".removeprefix("."))
+    elif isinstance(table, int | float):
+        yield path
+
+
+@pytest.mark.parametrize("path", list(numbers(TABLE)))
+def test_no_number_of_0_divides(path: str) -> None:
+    """It is refused by its name, or costs nothing."""
+    try:
+        cluster = from_table(changed(path, 0))
+    except ValueError as error:
+        line = str(error)
+        name = path.replace("kernels.0", "kernels[0]").removesuffix(".0").removesuffix(".1")
+        assert line.startswith(f"{name} = "), line
+        return
+    kernel = dataclasses.replace(KERNEL, phase="bwd")
+    assert kernel_seconds(kernel, cluster.kernels[0], cluster.gpu) > 0
+    assert side_seconds(SideWork(1000, 1000, 1000, 1), cluster.gpu) > 0
+    link = cluster.links["node"]
+    assert link.alpha_us + 1000 / link.gb_per_s > 0
 
 
 def test_files_are_named_in_errors(tmp_path: Path) -> None:
@@ -129,9 +170,7 @@ def test_kernels_that_were_not_calibrated_are_refused() -> None:
 def test_the_costs_of_a_kernel() -> None:
     cluster = from_table(TABLE)
     costs, gpu = cluster.kernels[0], cluster.gpu
-    tiles = TileCounts(blocks=50, tiles=10, empty=4, largest=8)
-    kernel = Kernel("fwd", tiles, heads_q=600, heads_kv=2, seq_q=1280, seq_k=640, head_dim=128,
-                    value_dim=128, itemsize=2, full=False)  # fmt: skip
+    kernel = KERNEL
     block = 4 * 128 * 128 * 64 / 5e12
     expected = 600 * (50 * block + 10 * 2e-6 + 4 * 5e-7) / 100 + 0.25 * 8 * block + 1e-5
     assert kernel_seconds(kernel, costs, gpu) == pytest.approx(expected)
