@@ -146,10 +146,13 @@ def predict(
     if as_json:
         print(json.dumps(predictions[0] if len(cases) == 1 else predictions))
         return
-    for line in prediction.lines(predictions):
+    predicted = [one for one in predictions if "refused" not in one]
+    for line in prediction.lines(predicted):
         print(line)
-    print_rows(prediction.table(predictions))
-    for line in ["memory of a GPU:", *prediction.memory_lines(predictions)]:
+    print_rows(prediction.table(predicted))
+    for line in ["memory of a GPU:", *prediction.memory_lines(predicted)]:
+        print(line)
+    for line in prediction.refusal_lines(predictions[len(predicted) :]):
         print(line)
 
 

@@ -31,13 +31,13 @@ def first_operator(cluster: str) -> str:
 def predict_all(
     cases: Sequence[Case], cluster: str, trace: Path | None = None
 ) -> list[dict[str, Any]]:
-    """The predictions of cases, the fastest first.
+    """The predictions of cases, the fastest first; last those that are refused, with the reason.
 
     Args:
         trace: a file for the timeline of the only case.
 
     Raises:
-        ValueError: if a case is refused, in one line.
+        ValueError: if every case is refused, in one line.
         OSError: when the file of the cluster cannot be read.
     """
     constants = load(cluster)
@@ -45,14 +45,18 @@ def predict_all(
         raise ValueError(f"--trace takes one case, not {len(cases)}")
     for case in cases:
         constants.kernel(case.operator.name, case.dtype, case.head_dim)
-    predictions = []
+    predictions, refused = [], []
     for case, reply in predict_each(cases, cluster, trace=bool(trace)):
         if isinstance(reply, ValueError):
-            raise ValueError(f"{case.label}: {reply}")
+            refused.append({"case": case.label, "refused": str(reply)})
+            continue
         if trace:
             write_atomically(trace, json.dumps(reply.pop("trace"), separators=(",", ":")))
         predictions.append({"case": case.label, **reply})
-    return sorted(predictions, key=seconds)
+    if not predictions:
+        first = {one["refused"]: one for one in reversed(refused)}.values()
+        raise ValueError("; ".join(f"{one['case']}: {one['refused']}" for one in reversed(first)))
+    return [*sorted(predictions, key=seconds), *refused]
 
 
 def predict_each(
@@ -74,6 +78,13 @@ def predict_each(
 def seconds(prediction: dict[str, Any]) -> float:
     """The predicted time of all phases."""
     return float(sum(phase["seconds"] for phase in prediction["phases"].values()))
+
+
+def refusal_lines(refused: Sequence[dict[str, Any]]) -> list[str]:
+    """The cases that were refused, each with the reason."""
+    return [
+        line for one in refused for line in wrap(f"refused: {one['case']}: {one['refused']}", "  ")
+    ]
 
 
 def lines(predictions: Sequence[dict[str, Any]]) -> list[str]:

@@ -151,7 +151,7 @@ def test_known_constants_of_mixers_are_found_and_predict(tmp_path: Path) -> None
 def test_too_few_points_and_other_parameters_are_refused(tmp_path: Path) -> None:
     few = [one for one in single_ranks(tokens=(512,)) if one.case.operator.name == "ssd"]
     with pytest.raises(
-        ValueError, match=r"3 timed cases of ssd .* \(fwd\) are fewer than 4: measure"
+        ValueError, match=r"only 3 of the 4 or more cases of ssd .* \(fwd\) that a fit needs"
     ):
         calibrate([write_records(tmp_path / "few", few)], None, tmp_path / "c.toml")
     spec = Spec.parse("ssd:chunk=16")

@@ -130,6 +130,26 @@ def test_copies_to_host_memory_need_its_links() -> None:
         predict(offloaded, dataclasses.replace(cluster, links=without))
 
 
+def command(*words: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "cpbench", "predict", *words]
+    return subprocess.run(line, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+
+
+def test_a_refused_strategy_does_not_lose_the_others() -> None:
+    words = ("--world-size", "7", "--seq-len", "8k")
+    done = command("ulysses,ring", *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "ring/contiguous x7" in done.stdout
+    assert "refused: flash_attn.3 ulysses/contiguous x7" in done.stdout
+    predicted, refused = json.loads(command("ulysses,ring", *words, "--json").stdout)
+    assert predicted["phases"]["fwd"]["seconds"] > 0
+    assert refused["refused"].startswith("ulysses needs num_heads_q divisible by the ranks")
+    done = command("ulysses", *words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("cpbench: flash_attn.3 ulysses/contiguous x7")
+    assert done.stderr.count("\n") == 1
+
+
 def test_selectors_are_refused(tmp_path: Path) -> None:
     text = (PACKAGED / "h100-ib.toml").read_text().replace("flash_attn.3", "quest")
     file = tmp_path / "c.toml"
@@ -138,10 +158,7 @@ def test_selectors_are_refused(tmp_path: Path) -> None:
         predict(case(operator="quest"), load(str(file)))
 
 
-def test_the_command(tmp_path: Path) -> None:
-    def command(*words: str) -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, "-m", "cpbench", "predict", *words]
-        return subprocess.run(line, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+def test_the_command() -> None:
 
     sizes = ("--seq-len", "16k", "--world-size", "2", "--layout", "zigzag", "--direction", "fwd")
     done = command("ring", *sizes, "--json")

@@ -102,8 +102,8 @@ def points_by_phase(
     for name, rows in by_phase.items():
         if len(rows) < LEAST:
             raise ValueError(
-                f"{len(rows)} timed cases of {of} ({name}) are fewer than {LEAST}: measure more "
-                f"{vary}"
+                f"only {len(rows)} of the {LEAST} or more cases of {of} ({name}) that a fit needs "
+                f"were timed: measure more {vary}"
             )
     return by_phase
 

@@ -82,6 +82,11 @@ class Measurements:
     several: list[Measurement] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
 
+    @property
+    def why_left_out(self) -> str:
+        """``3 unchecked; 2 contended (…)``."""
+        return "; ".join(f"{count} {reason}" for reason, count in self.left_out.most_common())
+
     def mixer_points(self) -> dict[Key, list[MixerPoint]]:
         """As :meth:`points`, of sequence mixers."""
         groups: dict[Key, list[MixerPoint]] = {}

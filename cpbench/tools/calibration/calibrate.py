@@ -24,6 +24,7 @@ from cpbench.simulator.calibration.kernels import KernelFit, fit_kernel
 from cpbench.simulator.calibration.links import LinksFit, Measured, fit_links, read_measured
 from cpbench.simulator.calibration.mixers import MixerFit, fit_mixer
 from cpbench.simulator.calibration.records import (
+    BUSY,
     Measurement,
     Measurements,
     measured_gpu,
@@ -154,11 +155,17 @@ def calibrate(folders: Sequence[Path], links: Path | None, output: Path) -> Cali
             f"--links {links} was measured on {measured.device}, the records on "
             f"{measurements.machine.device}: measure both on one device"
         )
-    fitted = _fit(measurements, folders, measured, output.stem)
+    try:
+        fitted = _fit(measurements, folders, measured, output.stem)
+    except ValueError as error:
+        if not measurements.left_out:
+            raise
+        busy = set(measurements.left_out) & set(BUSY.values())
+        advice = ': measure on an idle machine, or in CPU time (clock = "cpu")' if busy else ""
+        raise ValueError(f"{error}; left out are {measurements.why_left_out}{advice}") from None
     judge(fitted, measurements.several)
-    reasons = [f"{count} {reason}" for reason, count in measurements.left_out.most_common()]
-    if reasons:
-        fitted.notes.append(f"records left out: {'; '.join(reasons)}")
+    if measurements.left_out:
+        fitted.notes.append(f"records left out: {measurements.why_left_out}")
     write_atomically(output, fitted.text)
     return fitted
 
