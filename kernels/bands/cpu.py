@@ -43,7 +43,7 @@ def forward(qkv: QKV, layout: Layout, scale: float) -> tuple[torch.Tensor, torch
     q, k, v = qkv
     out_BSHD = _empty_with_zeros((*q.shape[:3], v.shape[3]), q, layout.row_gaps)
     lse_BHS = q.new_full((q.shape[0], q.shape[2], q.shape[1]), -math.inf, dtype=torch.float32)
-    workspace, squares = _Workspace(q, k, layout), Squares(scale)
+    workspace, squares = _Workspace(q, k, layout), Squares(layout.squares, scale)
     for b, heads_q, heads_kv in workspace.head_groups():
         out_hSD, lse_hS1 = out_BSHD[b, :, heads_q].transpose(0, 1), lse_BHS[b, heads_q, :, None]
         (q_hSD,), kv_gTD = _heads_first(b, heads_q, q), _heads_first(b, heads_kv, k, v)
@@ -86,7 +86,7 @@ def backward(x: BackwardInputs, layout: Layout, scale: float) -> Gradients:
     dout, q, k, v, out, lse = x
     dq = _empty_with_zeros(q.shape, q, layout.row_gaps)
     dk, dv = (_empty_with_zeros(x.shape, x, layout.key_gaps) for x in (k, v))
-    workspace, squares = _Workspace(q, k, layout), Squares(scale)
+    workspace, squares = _Workspace(q, k, layout), Squares(layout.squares, scale)
     # exp(scores - inf) is 0: rows that see nothing contribute nothing.
     lse_BHS = lse.to(workspace.dtype).masked_fill(lse == -math.inf, math.inf)
     for b, heads_q, heads_kv in workspace.head_groups():

@@ -57,11 +57,14 @@ class Squares:
     """The squares of one call of the operator.
 
     Args:
+        squares: all of them.
         scale: of the scores.
     """
 
-    def __init__(self, scale: float) -> None:
+    def __init__(self, squares: Sequence[Square], scale: float) -> None:
         self.scale = scale
+        lengths = [square.q1 - square.q0 for square in squares]
+        self.longest = max((n for n in lengths if n < LONG_QUERIES), default=0)
         self._corners: dict[torch.dtype, torch.Tensor] = {}
 
     def _bias(self, call: Call, dtype: torch.dtype) -> torch.Tensor | None:
@@ -70,10 +73,12 @@ class Squares:
 
         if not call.strip:
             return None
-        if dtype not in self._corners:  # the diagonal starts at column LONG_QUERIES
-            hidden = torch.full((WIDE_STRIP, LONG_QUERIES + WIDE_STRIP), -math.inf, dtype=dtype)
-            self._corners[dtype] = hidden.triu_(LONG_QUERIES + 1)[None, None]
-        first = LONG_QUERIES - (call.w - call.n)
+        if dtype not in self._corners:  # the diagonal starts at column ``longest``
+            corner = torch.zeros(WIDE_STRIP, self.longest + WIDE_STRIP, dtype=dtype)
+            square = corner.new_full((WIDE_STRIP, WIDE_STRIP), -math.inf)
+            corner[:, self.longest :] = square.triu_(1)
+            self._corners[dtype] = corner[None, None]
+        first = self.longest - (call.w - call.n)
         return self._corners[dtype][:, :, : call.n, first : first + call.w]
 
     def forward(

@@ -120,7 +120,8 @@ def layout(mask: AttnMask, group: int = 1, tile: int = 0, fused: bool = True) ->
     strips, _, row = cut_axis(slices, rows, axis=0)
     order = np.lexsort((strips[:, K0], row))
     tiles = _build_tiles(strips[order], row[order], rows)
-    row_gaps = _uncovered([(part.q0, part.q1) for part in (*tiles, *squares)], mask.seq_q)
+    rows_done = [(t.q0, t.q1) for t in tiles] + [(s.q0, s.q1) for s in squares]
+    row_gaps = _uncovered(rows_done, mask.seq_q)
     keys = [(t.spans[0].k0, t.spans[-1].k1) for t in tiles] + [(s.prefix, s.k1) for s in squares]
     alone = _alone(keys)
     tiles = tuple(t._replace(alone=a) for t, a in zip(tiles, alone[: len(tiles)], strict=True))
