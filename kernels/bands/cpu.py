@@ -235,7 +235,8 @@ class _Workspace:
         """Where gradients of keys that several parts have are added up."""
         import torch
 
-        if targets[0].dtype == self.dtype or all(p.alone for p in (*layout.tiles, *layout.squares)):
+        alone = [tile.alone for tile in layout.tiles] + [s.alone for s in layout.squares]
+        if targets[0].dtype == self.dtype or all(alone):
             return targets
         return [torch.zeros_like(x, dtype=self.dtype) for x in targets]
 
