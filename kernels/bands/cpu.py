@@ -3,9 +3,9 @@
 With P = exp(scores - lse), attention is matrix products of tiles (Dao et al. 2022,
 "FlashAttention", as plain GEMMs).  The forward pass keeps a running row maximum and sum over the
 keys of a tile; the backward pass needs neither, since lse is given.  Rows that see a single square
-go to torch's fused CPU kernel instead, unless values have a head_dim of their own.  Everything is
-computed in float32 (float64 for float64) without copying the inputs; only half-precision inputs are
-converted, a few heads at a time, and bfloat16 not where every result is one fused call's.
+go to torch's fused CPU kernel (``bands.fused``), unless values have a head_dim of their own.  Tiles
+are computed in float32 (float64 for float64) without copying the inputs; only half-precision
+inputs are converted, a few heads at a time.
 
 Legend: S queries, T keys, D head dim (values may have another); g key/value heads of a head group,
 R query heads of each, h = g * R; n queries of a tile, m = R * n rows of it (head-major), w keys of
@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from cpbench.kernels.bands.plan import ABOVE, OUTSIDE, HiddenRegion, Layout, Span, Square, Tile
+from cpbench.kernels.bands.fused import Squares
+from cpbench.kernels.bands.plan import ABOVE, OUTSIDE, HiddenRegion, Layout, Span, Tile
 
 if TYPE_CHECKING:
     import torch
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 LOG2E = math.log2(math.e)  # exp2 is about twice as fast as exp
 MAX_HEAD_SCORES = 1 << 17  # scores of a head at once: 512 KiB, the size of an L2 cache
 MAX_SCORES = 1 << 19  # scores of a head group at once, which sets g: fewer, larger calls
-# Elements of a square's queries from which a head group is one key/value head: copies stay small.
-LONG_SQUARE_ELEMENTS = 1 << 16
 MIN_ROW_MAX = -1e30  # lower bound of row maxima: finite, so that -inf - MIN_ROW_MAX is -inf
 
 
@@ -42,31 +41,23 @@ def forward(qkv: QKV, layout: Layout, scale: float) -> tuple[torch.Tensor, torch
     import torch
 
     q, k, v = qkv
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     out_BSHD = _empty_with_zeros((*q.shape[:3], v.shape[3]), q, layout.row_gaps)
     lse_BHS = q.new_full((q.shape[0], q.shape[2], q.shape[1]), -math.inf, dtype=torch.float32)
-    workspace = _Workspace(q, k, layout)
+    workspace, squares = _Workspace(q, k, layout), Squares(layout.squares, scale)
     for b, heads_q, heads_kv in workspace.head_groups():
-        (q_hSD,), (k_gTD, v_gTD) = workspace.read(b, heads_q, q), workspace.read(b, heads_kv, k, v)
         out_hSD, lse_hS1 = out_BSHD[b, :, heads_q].transpose(0, 1), lse_BHS[b, heads_q, :, None]
+        (q_hSD,), kv_gTD = _heads_first(b, heads_q, q), _heads_first(b, heads_kv, k, v)
+        of_queries = [x[None] for x in (q_hSD, out_hSD, lse_hS1[..., 0])]
+        of_keys = [x[None] for x in kv_gTD]
         for square in layout.squares:
-            rows = slice(square.q0, square.q1)
-            (q_1hnD,), results = _fused_inputs(rows, q_hSD), []
-            for keys, causal in _fused_calls(square):
-                k_1gwD, v_1gwD = _fused_inputs(keys, k_gTD, v_gTD)
-                results.append(flash(q_1hnD, k_1gwD, v_1gwD, 0.0, causal, scale=scale))
-            o, lse = results[0]
-            for o_more, lse_more in results[1:]:
-                # The weights sum to 1 for any lse; every row sees something in both calls.
-                o = torch.lerp(o, o_more, torch.sigmoid(lse_more - lse).unsqueeze(-1))
-                lse = torch.logaddexp(lse, lse_more)
-            out_hSD[:, rows], lse_hS1[:, rows, 0] = o[0], lse[0]
+            squares.forward(of_queries, of_keys, square)
+        q_hSD, k_gTD, v_gTD = workspace.read(q_hSD, *kv_gTD)
         for tile in layout.tiles:
             q_gmD = workspace.fold(q_hSD, tile)
             state: tuple[torch.Tensor, ...] = ()  # output, row sum and row maximum so far
             for chunk in workspace.chunks(tile):
                 s_gmw = workspace.scores(len(q_gmD), tile, chunk)[0]
-                k_gwD, v_gwD = _gather_keys(k_gTD, chunk), _gather_keys(v_gTD, chunk)
+                k_gwD, v_gwD = workspace.gather(k_gTD, chunk), workspace.gather(v_gTD, chunk)
                 s_gmw.baddbmm_(q_gmD, k_gwD.mT, beta=0, alpha=scale * LOG2E)
                 workspace.apply_mask(s_gmw, tile, chunk)
                 max_gm1 = s_gmw.amax(-1, True).clamp_(min=MIN_ROW_MAX)
@@ -93,57 +84,48 @@ def backward(x: BackwardInputs, layout: Layout, scale: float) -> Gradients:
     import torch
 
     dout, q, k, v, out, lse = x
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    accumulate = layout.key_gaps is None
     dq = _empty_with_zeros(q.shape, q, layout.row_gaps)
-    key_gaps = ((0, k.shape[1]),) if layout.key_gaps is None else layout.key_gaps
-    dk, dv = (_empty_with_zeros(x.shape, x, key_gaps) for x in (k, v))
-    workspace = _Workspace(q, k, layout)
+    dk, dv = (_empty_with_zeros(x.shape, x, layout.key_gaps) for x in (k, v))
+    workspace, squares = _Workspace(q, k, layout), Squares(layout.squares, scale)
     # exp(scores - inf) is 0: rows that see nothing contribute nothing.
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    lse_BHS = lse.to(dtype).masked_fill(lse == -math.inf, math.inf)
+    lse_BHS = lse.to(workspace.dtype).masked_fill(lse == -math.inf, math.inf)
     for b, heads_q, heads_kv in workspace.head_groups():
-        q_hSD, do_hSD, out_hSD = workspace.read(b, heads_q, q, dout, out)
-        k_gTD, v_gTD = workspace.read(b, heads_kv, k, v)
-        # Buffers for the gradients: views of them if they have the working dtype.
-        (dq_hSD,) = workspace.read(b, heads_q, dq)
-        dk_gTD, dv_gTD = workspace.read(b, heads_kv, dk, dv)
-        for square in layout.squares:
-            rows = slice(square.q0, square.q1)
-            do_1hnD, q_1hnD, out_1hnD = _fused_inputs(rows, do_hSD, q_hSD, out_hSD)
-            lse_1hn = lse_BHS[b, heads_q, rows][None]
-            for keys, causal in _fused_calls(square):
-                k_1gwD, v_1gwD = _fused_inputs(keys, k_gTD, v_gTD)
-                inputs = do_1hnD, q_1hnD, k_1gwD, v_1gwD, out_1hnD, lse_1hn
-                grads = flash(*inputs, 0.0, causal, scale=scale)
-                first_call = keys.stop == square.k1
-                for target, grad, overwrite in (
-                    (dq_hSD[:, rows], grads[0][0], first_call),
-                    (dk_gTD[:, keys], grads[1][0], not accumulate),
-                    (dv_gTD[:, keys], grads[2][0], not accumulate),
-                ):
-                    target.copy_(grad) if overwrite else target.add_(grad)
+        *queries_hSD, dq_hSD = _heads_first(b, heads_q, dout, q, out, dq)
+        kv_gTD, targets = _heads_first(b, heads_kv, k, v), _heads_first(b, heads_kv, dk, dv)
         lse_hS1 = lse_BHS[b, heads_q, :, None]
-        for tile in layout.tiles:
-            q_gmD, do_gmD = workspace.fold(q_hSD, tile), workspace.fold(do_hSD, tile)
-            delta_gm1 = (do_gmD * workspace.fold(out_hSD, tile)).sum(-1, True)
-            lse_gm1 = workspace.fold(lse_hS1, tile)
-            dq_gmD = torch.zeros_like(q_gmD)
-            for chunk in workspace.chunks(tile):
-                p_gmw, ds_gmw, pT_gwm, dsT_gwm = workspace.scores(len(q_gmD), tile, chunk)
-                k_gwD, v_gwD = _gather_keys(k_gTD, chunk), _gather_keys(v_gTD, chunk)
-                torch.baddbmm(lse_gm1, q_gmD, k_gwD.mT, beta=-LOG2E, alpha=scale * LOG2E, out=p_gmw)
-                workspace.apply_mask(p_gmw, tile, chunk)
-                p_gmw.exp2_()
-                _add_product(dv_gTD, chunk, pT_gwm, do_gmD, 1.0)
-                torch.baddbmm(delta_gm1, do_gmD, v_gwD.mT, beta=-1, out=ds_gmw)
-                ds_gmw.mul_(p_gmw)
-                _add_product(dk_gTD, chunk, dsT_gwm, q_gmD, scale)
-                dq_gmD.baddbmm_(ds_gmw, k_gwD, alpha=scale)
-            workspace.unfold(dq_gmD, dq_hSD, tile)
-        workspace.write(dq_hSD, dq[b, :, heads_q])
-        workspace.write(dk_gTD, dk[b, :, heads_kv])
-        workspace.write(dv_gTD, dv[b, :, heads_kv])
+        do_hSD, q_hSD, out_hSD, k_gTD, v_gTD = workspace.read(*queries_hSD, *kv_gTD)
+        # Sums of several parts are of the working dtype, and written before what stands alone.
+        for alone, grads in ((False, workspace.sums(targets, layout)), (True, targets)):
+            of_queries = [x[None] for x in (*queries_hSD, dq_hSD, lse_hS1[..., 0])]
+            of_keys = [x[None] for x in (*kv_gTD, *grads)]
+            for square in layout.squares:
+                if square.alone == alone:
+                    squares.backward(of_queries, of_keys, square)
+            dk_gTD, dv_gTD = grads
+            for tile in layout.tiles:
+                if tile.alone != alone:
+                    continue
+                q_gmD, do_gmD = workspace.fold(q_hSD, tile), workspace.fold(do_hSD, tile)
+                delta_gm1 = (do_gmD * workspace.fold(out_hSD, tile)).sum(-1, True)
+                lse_gm1 = workspace.fold(lse_hS1, tile)
+                dq_gmD = torch.zeros_like(q_gmD)
+                for chunk in workspace.chunks(tile):
+                    p_gmw, ds_gmw, pT_gwm, dsT_gwm = workspace.scores(len(q_gmD), tile, chunk)
+                    k_gwD, v_gwD = workspace.gather(k_gTD, chunk), workspace.gather(v_gTD, chunk)
+                    torch.baddbmm(
+                        lse_gm1, q_gmD, k_gwD.mT, beta=-LOG2E, alpha=scale * LOG2E, out=p_gmw
+                    )
+                    workspace.apply_mask(p_gmw, tile, chunk)
+                    p_gmw.exp2_()
+                    _put_product(dv_gTD, chunk, pT_gwm, do_gmD, 1.0, alone)
+                    torch.baddbmm(delta_gm1, do_gmD, v_gwD.mT, beta=-1, out=ds_gmw)
+                    ds_gmw.mul_(p_gmw)
+                    _put_product(dk_gTD, chunk, dsT_gwm, q_gmD, scale, alone)
+                    dq_gmD.baddbmm_(ds_gmw, k_gwD, alpha=scale)
+                workspace.unfold(dq_gmD, dq_hSD, tile)
+            for target, total in zip(targets, grads, strict=True):
+                if total is not target:
+                    target.copy_(total)
     return dq, dk, dv
 
 
@@ -155,48 +137,30 @@ class KeyRange(NamedTuple):
     width: int
 
 
-def _gather_keys(x_gTD: torch.Tensor, chunk: Sequence[KeyRange]) -> torch.Tensor:
-    """The keys of a chunk, ``[g, w, D]``: a view of a single range, a copy of several.
-
-    One large matrix product is faster than several small ones, even with the copy.
-    """
-    import torch
-
-    ranges = [x_gTD.narrow(1, keys.key, keys.width) for keys in chunk]
-    return ranges[0] if len(ranges) == 1 else torch.cat(ranges, dim=1)
-
-
-def _add_product(
+def _put_product(
     x_gTD: torch.Tensor,
     chunk: Sequence[KeyRange],
     a_gwm: torch.Tensor,
     b_gmD: torch.Tensor,
     scale: float,
+    overwrite: bool,
 ) -> None:
-    """Add ``scale * a @ b`` to the keys of a chunk in place."""
+    """Write ``scale * a @ b`` to the keys of a chunk, or add it."""
     import torch
 
-    if len(chunk) == 1:
-        x_gTD.narrow(1, chunk[0].key, chunk[0].width).baddbmm_(a_gwm, b_gmD, alpha=scale)
+    if len(chunk) == 1 and x_gTD.dtype == a_gwm.dtype:
+        keys = x_gTD.narrow(1, chunk[0].key, chunk[0].width)
+        keys.baddbmm_(a_gwm, b_gmD, beta=0 if overwrite else 1, alpha=scale)
         return
-    products = torch.bmm(a_gwm, b_gmD).split([keys.width for keys in chunk], dim=1)
-    for keys, product in zip(chunk, products, strict=True):
-        x_gTD.narrow(1, keys.key, keys.width).add_(product, alpha=scale)
+    products = torch.bmm(a_gwm, b_gmD).mul_(scale).split([keys.width for keys in chunk], dim=1)
+    for (_, key, width), product in zip(chunk, products, strict=True):
+        target = x_gTD.narrow(1, key, width)
+        target.copy_(product) if overwrite else target.add_(product)
 
 
-def _fused_calls(square: Square) -> Iterator[tuple[slice, bool]]:
-    """Keys of each call of the fused kernel for a square, and whether the call is causal."""
-    yield slice(square.k0, square.k1), square.causal
-    if square.prefix < square.k0:
-        yield slice(square.prefix, square.k0), False
-
-
-def _fused_inputs(tokens: slice, *tensors: torch.Tensor) -> list[torch.Tensor]:
-    """A range of tokens of each ``[h, S, D]``, contiguous ``[1, h, n, D]``.
-
-    Strided inputs cost the fused kernel a tenth of its speed, more in half precision.
-    """
-    return [x[None, :, tokens].contiguous() for x in tensors]
+def _heads_first(b: int, heads: slice, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Views ``[heads, S, D]``."""
+    return tuple(x[b, :, heads].transpose(0, 1) for x in tensors)
 
 
 def _empty_with_zeros(
@@ -216,12 +180,9 @@ class _Workspace:
         import torch
 
         self.batch, self.heads_kv, self.group = q.shape[0], k.shape[2], q.shape[2] // k.shape[2]
-        # CPUs have no float16 products; in bfloat16, sums of several calls would be rounded.
-        single_calls = layout.key_gaps is not None and all(
-            square.prefix == square.k0 for square in layout.squares
-        )
-        keep = q.dtype == torch.bfloat16 and single_calls
-        self.dtype = q.dtype if keep else torch.promote_types(q.dtype, torch.float32)
+        self.dtype = torch.promote_types(q.dtype, torch.float32)
+        # Whole tensors are converted at once, unless few of their tokens are in tiles.
+        self.converts = 4 * sum(tile.q1 - tile.q0 for tile in layout.tiles) > q.shape[1]
         rows = max((tile.q1 - tile.q0 for tile in layout.tiles), default=0)
         max_scores = 1  # of one head
         for tile in layout.tiles:
@@ -230,10 +191,6 @@ class _Workspace:
             max_scores = max(max_scores, m * min(keys, self.max_chunk_keys(m)))
         num_groups = -(-self.heads_kv * max_scores // MAX_SCORES)
         self.max_heads = -(-self.heads_kv // num_groups)
-        longest = max((square.q1 - square.q0 for square in layout.squares), default=0)
-        # Copies of bfloat16 are half as large, and a tenth faster for all heads at once.
-        if longest * q.shape[3] >= LONG_SQUARE_ELEMENTS and not keep:
-            self.max_heads = 1
         shape = (2, self.max_heads * max_scores)
         self.buffers = torch.empty(shape, dtype=self.dtype, device="cpu")
         self.views: dict[tuple[int, int, int], tuple[torch.Tensor, ...]] = {}
@@ -270,18 +227,32 @@ class _Workspace:
                 g1 = min(g0 + self.max_heads, self.heads_kv)
                 yield b, slice(g0 * self.group, g1 * self.group), slice(g0, g1)
 
-    def read(self, b: int, heads: slice, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """``[heads, S, D]`` in the working dtype: views of tensors that have it."""
-        return tuple(x[b, :, heads].to(self.dtype).transpose(0, 1) for x in tensors)
+    def read(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Tensors for tiles, in the working dtype if many of their tokens are needed."""
+        return tuple(x.to(self.dtype) if self.converts else x for x in tensors)
 
-    def write(self, x_hSD: torch.Tensor, target_ShD: torch.Tensor) -> None:
-        """Round to the target what :meth:`read` converted; views need no copy."""
-        if x_hSD.dtype != target_ShD.dtype:
-            target_ShD.copy_(x_hSD.transpose(0, 1))
+    def sums(self, targets: Sequence[torch.Tensor], layout: Layout) -> Sequence[torch.Tensor]:
+        """Where gradients of keys that several parts have are added up."""
+        import torch
+
+        alone = [tile.alone for tile in layout.tiles] + [s.alone for s in layout.squares]
+        if targets[0].dtype == self.dtype or all(alone):
+            return targets
+        return [torch.zeros_like(x, dtype=self.dtype) for x in targets]
+
+    def gather(self, x_gTD: torch.Tensor, chunk: Sequence[KeyRange]) -> torch.Tensor:
+        """The keys of a chunk, ``[g, w, D]``: a view of a single range, a copy of several.
+
+        One large matrix product is faster than several small ones, even with the copy.
+        """
+        import torch
+
+        ranges = [x_gTD.narrow(1, keys.key, keys.width) for keys in chunk]
+        return (ranges[0] if len(ranges) == 1 else torch.cat(ranges, dim=1)).to(self.dtype)
 
     def fold(self, x_hSC: torch.Tensor, tile: Tile) -> torch.Tensor:
-        """The rows of a tile, ``[g, m, C]``: a view unless heads are grouped."""
-        x = x_hSC.narrow(1, tile.q0, tile.q1 - tile.q0)
+        """The rows of a tile, ``[g, m, C]``: a view unless heads are grouped or converted."""
+        x = x_hSC.narrow(1, tile.q0, tile.q1 - tile.q0).to(self.dtype)
         return x if self.group == 1 else x.reshape(len(x) // self.group, -1, x.shape[-1])
 
     def unfold(self, x_gmC: torch.Tensor, target_hSC: torch.Tensor, tile: Tile) -> None:

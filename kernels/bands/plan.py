@@ -58,16 +58,18 @@ class Span(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Queries ``[q0, q1)`` and the disjoint spans of keys that they see."""
+    """Queries ``[q0, q1)`` and the disjoint spans of keys that they see; ``alone`` if no other tile
+    or square has these keys, so that their gradients are written, not added."""
 
     q0: int
     q1: int
     spans: tuple[Span, ...]
+    alone: bool = False
 
 
 class Square(NamedTuple):
     """Queries ``[q0, q1)`` that see the keys ``[k0, k1)`` fully or causally, all of the keys
-    ``[prefix, k0)``, and no others."""
+    ``[prefix, k0)``, and no others; ``alone`` as of a tile."""
 
     q0: int
     q1: int
@@ -75,6 +77,7 @@ class Square(NamedTuple):
     k1: int
     causal: bool
     prefix: int
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,14 +91,14 @@ class Layout:
         tiles: ordered by rows.
         squares: ordered by rows.
         row_gaps: queries ``[q0, q1)`` in no tile and no square.
-        key_gaps: keys ``[k0, k1)`` in no square; None if keys are in several tiles or squares, so
-            that their gradients must be accumulated from zero.
+        key_gaps: keys ``[k0, k1)`` in no tile or square that is alone: their gradients are
+            accumulated from zero.
     """
 
     tiles: tuple[Tile, ...]
     squares: tuple[Square, ...]
     row_gaps: tuple[tuple[int, int], ...]
-    key_gaps: tuple[tuple[int, int], ...] | None
+    key_gaps: tuple[tuple[int, int], ...]
 
 
 def layout(mask: AttnMask, group: int = 1, tile: int = 0, fused: bool = True) -> Layout:
@@ -117,18 +120,32 @@ def layout(mask: AttnMask, group: int = 1, tile: int = 0, fused: bool = True) ->
     strips, _, row = cut_axis(slices, rows, axis=0)
     order = np.lexsort((strips[:, K0], row))
     tiles = _build_tiles(strips[order], row[order], rows)
-    covered = [(t.q0, t.q1) for t in tiles] + [(s.q0, s.q1) for s in squares]
-    row_gaps = _uncovered(covered, mask.seq_q)
-    key_gaps = None if tiles else _uncovered([(s.prefix, s.k1) for s in squares], mask.seq_k)
-    return Layout(tiles, squares, row_gaps or (), key_gaps)
+    rows_done = [(t.q0, t.q1) for t in tiles] + [(s.q0, s.q1) for s in squares]
+    row_gaps = _uncovered(rows_done, mask.seq_q)
+    keys = [(t.spans[0].k0, t.spans[-1].k1) for t in tiles] + [(s.prefix, s.k1) for s in squares]
+    alone = _alone(keys)
+    tiles = tuple(t._replace(alone=a) for t, a in zip(tiles, alone[: len(tiles)], strict=True))
+    squares = tuple(s._replace(alone=a) for s, a in zip(squares, alone[len(tiles) :], strict=True))
+    written = [(span.k0, span.k1) for t in tiles if t.alone for span in t.spans]
+    written += [(s.prefix, s.k1) for s in squares if s.alone]
+    return Layout(tiles, squares, row_gaps, _uncovered(written, mask.seq_k))
 
 
-def _uncovered(ranges: list[tuple[int, int]], length: int) -> tuple[tuple[int, int], ...] | None:
-    """The parts of ``[0, length)`` that no range covers; None if ranges overlap."""
+def _alone(ranges: list[tuple[int, int]]) -> list[bool]:
+    """Whether each range overlaps no other."""
+    begin, end = np.array(ranges, dtype=np.int64).reshape(-1, 2).T
+    order = np.argsort(begin, kind="stable")
+    free = np.maximum.accumulate(end[order])[:-1] <= begin[order][1:]  # between neighbours
+    alone = np.ones(len(ranges), dtype=bool)
+    alone[order[1:]] &= free
+    alone[order[:-1]] &= free
+    return [bool(x) for x in alone]
+
+
+def _uncovered(ranges: list[tuple[int, int]], length: int) -> tuple[tuple[int, int], ...]:
+    """The parts of ``[0, length)`` that none of the disjoint ranges covers."""
     edges = np.array([(0, 0), *sorted(ranges), (length, length)], dtype=np.int64)
     gap = edges[1:, 0] - edges[:-1, 1]
-    if (gap < 0).any():
-        return None
     return tuple((int(edges[i, 1]), int(edges[i + 1, 0])) for i in np.flatnonzero(gap))
 
 

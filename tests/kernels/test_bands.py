@@ -20,7 +20,7 @@ from raw_masks import MASKS, documents, mask_of
 
 from cpbench.core.operator import QKV, BackwardInputs
 from cpbench.core.problem import Problem
-from cpbench.kernels.bands import cpu
+from cpbench.kernels.bands import cpu, fused
 from cpbench.kernels.bands.operator import OPERATORS, Bands
 from cpbench.kernels.bands.plan import layout
 from cpbench.masks.attn_mask import AttnMask
@@ -274,7 +274,7 @@ def test_plan_is_linear() -> None:
     assert len(layout(AttnMask.from_slices(n, n, [(0, n, 0, n, -512, 0)])).tiles) == n // 128
     causal = layout(AttnMask.from_slices(n, n, [(0, n, 0, n, -n, 0)]))
     assert causal.tiles == ()
-    assert [tuple(square) for square in causal.squares] == [(0, n, 0, n, True, 0)]
+    assert [tuple(square) for square in causal.squares] == [(0, n, 0, n, True, 0, True)]
 
 
 def test_refusals() -> None:
@@ -290,6 +290,38 @@ def test_declaration_needs_no_torch() -> None:
     code = "import sys, cpbench.kernels.bands.operator; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=LIMIT_S)
     assert [info.name for info in OPERATORS] == ["bands"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_documents_of_all_lengths(dtype: str) -> None:
+    """Strips of short squares, whole long ones, and a tile of documents of a few tokens."""
+    ends = np.cumsum([5, 3, 127, 131, 530, 770]).tolist()
+    mask = AttnMask.from_slices(ends[-1], ends[-1], documents(*ends))
+    parts = layout(mask)
+    assert len(parts.tiles) == 1
+    assert [len(fused.calls(square)) for square in parts.squares] == [1, 2, 4, 1]
+    assert all(part.alone for part in (*parts.tiles, *parts.squares))
+    assert parts.key_gaps == ()
+    problem = problem_of(mask, dtype, heads_q=2, heads_kv=1)
+    tensors = inputs(problem)
+    check(problem, mask, tensors, run(problem, mask, tensors))
+
+
+def test_shared_keys_are_added_up() -> None:
+    """Of three squares one has keys of its own."""
+    slices = [
+        (0, 300, 0, 300, -300, 0),
+        (300, 400, 200, 250, -400, 400),
+        (400, 500, 310, 400, -500, 500),
+    ]
+    mask = AttnMask.from_slices(500, 420, slices)
+    parts = layout(mask)
+    assert [square.alone for square in parts.squares] == [False, False, True]
+    assert parts.key_gaps == ((0, 310), (400, 420))
+    for dtype in ("float32", "bfloat16"):
+        problem = problem_of(mask, dtype)
+        tensors = inputs(problem)
+        check(problem, mask, tensors, run(problem, mask, tensors))
 
 
 def test_squares_in_bfloat16_are_not_converted() -> None:
