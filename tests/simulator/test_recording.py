@@ -25,9 +25,10 @@ from cpbench.parallel.tracing.trace import (
 )
 from cpbench.parallel.world import World
 from cpbench.simulator.events import Copy, Kernel, Post, Program, Recorder, SideWork, Wait
-from cpbench.simulator.recording import SideWorkMode, record_rank
+from cpbench.simulator.recording import record_rank
 from cpbench.simulator.recordings import cached, content_key
 from cpbench.simulator.representatives import rank_classes, representatives
+from cpbench.simulator.side_work.launches import SideWorkMode
 from cpbench.simulator.tiles import Tiling
 
 SIZE = 4
