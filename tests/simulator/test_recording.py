@@ -26,7 +26,7 @@ from cpbench.parallel.tracing.trace import (
     trace_rank,
 )
 from cpbench.parallel.world import World
-from cpbench.simulator import recordings
+from cpbench.simulator import recording, recordings
 from cpbench.simulator.events import Copy, Kernel, Post, Program, Recorder, SideWork, Wait
 from cpbench.simulator.recording import record_rank
 from cpbench.simulator.recordings import cached, content_key
@@ -87,6 +87,23 @@ def test_recordings_agree_with_traces(spec_text: str) -> None:
                 assert bytes_to == expected.bytes_to
                 assert_waited(program, [event.number for event in (*posts, *copies)])
         assert sent == received
+
+
+@pytest.mark.parametrize("spec_text", SPECS)
+def test_remembered_side_work_is_that_of_meta_tensors(
+    spec_text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = Spec.parse(spec_text)
+    strategy, operator = (
+        implementation(strategies()[spec.name], spec.kwargs),
+        operator_info("bands"),
+    )
+    one = world("causal", "zigzag")
+    if strategy.unsupported(one):
+        pytest.skip("not of this world")
+    remembered = record_rank(strategy, operator, one, 1, PAIRS)
+    monkeypatch.setattr(recording, "strided", lambda x: x)
+    assert record_rank(strategy, operator, one, 1, PAIRS) == remembered
 
 
 def assert_waited(program: Program, posts: list[int]) -> None:
