@@ -50,6 +50,7 @@ PARENT = (
 SUBPROCESSES = (
     "integrations.capture", "tools.compiler.aot", "tools.links_operations", "tools.links_worker",
     "tools.compiler.tuner", "slurm.node_probe", "simulator.recording",
+    "simulator.side_work.launches", "simulator.side_work.strided_tensor",
 )  # fmt: skip
 
 MOST_LINES = 400

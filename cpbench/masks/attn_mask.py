@@ -40,6 +40,7 @@ from cpbench.masks.slices import (
     merged,
     row_overlaps,
     shifted,
+    transposed,
     visible_keys_per_query,
 )
 
@@ -143,6 +144,14 @@ class AttnMask(living.PickledByFields):
             return (0, 0, 0, 0)
         low, high = self.slices.min(axis=0), self.slices.max(axis=0)
         return (int(low[Q0]), int(high[Q1]), int(low[K0]), int(high[K1]))
+
+    @functools.cached_property
+    def native_core(self) -> AttnMask | None:
+        """The mask inside the hull, if that is full or causal and this is not."""
+        if self.kind != "bands":
+            return None
+        core = self.crop(*self.hull)
+        return core if core.kind in ("full", "causal") else None
 
     def row_counts(self) -> IntArray:
         """``(seq_q,)`` number of visible keys of each query, in O(slices + seq_q)."""
@@ -260,9 +269,7 @@ class AttnMask(living.PickledByFields):
     @untraced
     def transpose(self) -> AttnMask:
         """The mask with queries and keys exchanged."""
-        s = self.slices
-        swapped = np.column_stack([s[:, K0], s[:, K1], s[:, Q0], s[:, Q1], -s[:, HI], -s[:, LO]])
-        return AttnMask._from_canonical(self.seq_k, self.seq_q, swapped)
+        return AttnMask._from_canonical(self.seq_k, self.seq_q, transposed(self.slices))
 
     @untraced
     def simplify(self) -> AttnMask:

@@ -91,6 +91,12 @@ def shifted(slices: IntArray, shift_q: IntArray, shift_k: IntArray) -> IntArray:
     return moved
 
 
+def transposed(slices: IntArray) -> IntArray:
+    """Slices with queries and keys exchanged."""
+    q0, q1, k0, k1, lo, hi = slices.T
+    return np.column_stack([k0, k1, q0, q1, -hi, -lo])
+
+
 def canonical_indexed(slices: IntArray) -> tuple[IntArray, IntArray]:
     """:func:`canonical`, and the index of the input of each output.
 

@@ -45,11 +45,8 @@ if TYPE_CHECKING:
 def native_rectangle(mask: AttnMask) -> tuple[tuple[int, int, int, int] | None, AttnMask]:
     """Return the rectangle that holds all visible pairs and its mask, where that mask is full or
     causal, which operators compute natively; else None and the mask itself."""
-    if mask.kind == "bands":
-        inner = mask.crop(*mask.hull)
-        if inner.kind in ("full", "causal"):
-            return mask.hull, inner
-    return None, mask
+    core = mask.native_core
+    return (None, mask) if core is None else (mask.hull, core)
 
 
 def declared_kind(info: OperatorInfo, mask: Mask) -> str:

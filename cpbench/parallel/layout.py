@@ -5,8 +5,8 @@ A layout assigns the tokens of one sequence to ranks, as lists of segments ``sta
 end with tokens that are in no slice of any mask: they see nothing and are not seen.
 
 A new layout is one function that returns segments, registered with ``@_register``.
-:func:`local_mask` cuts the mask between the queries of some ranks and the keys of others out of a
-mask; :func:`area_matrix` computes the visible areas of all pairs of ranks at once.
+:func:`area_matrix` computes the visible areas of all pairs of ranks at once;
+``cpbench.parallel.local_masks`` cuts their masks out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cpbench.core.registry import check_params
 from cpbench.core.spec import Spec
 from cpbench.core.untraced import untraced
 from cpbench.masks.attn_mask import AttnMask
-from cpbench.masks.slices import IntArray, areas, cut_axis, shifted
+from cpbench.masks.slices import IntArray, areas, cut_axis
 from cpbench.parallel.dispatch_solver import assign_tokens
 
 if TYPE_CHECKING:
@@ -121,30 +121,6 @@ class Layout:
             positions = torch.as_tensor(self.positions(rank), device=first.device)
             full.index_copy_(dim, positions, local)
         return full.narrow(dim, 0, self.seq_len)
-
-
-def local_mask(
-    mask: AttnMask, queries: Layout, q_ranks: Sequence[int], keys: Layout, k_ranks: Sequence[int]
-) -> AttnMask:
-    """The mask between the concatenated queries of ``q_ranks`` and keys of ``k_ranks``.
-
-    Args:
-        queries, keys: layouts of one name, of ``mask.seq_q`` and ``mask.seq_k`` tokens.
-    """
-    q_ranges = np.concatenate([queries.ranges(rank) for rank in q_ranks])
-    k_ranges = np.concatenate([keys.ranges(rank) for rank in k_ranks])
-    if queries.step == 1:
-        return mask.restrict(q_ranges, k_ranges).simplify()
-    padded_mask = AttnMask(queries.padded_len, keys.padded_len, mask.slices)
-    submasks = [padded_mask.stride(queries.step, int(q), k_ranges[:, 0]) for q in q_ranges[:, 0]]
-    if len(submasks) == 1:
-        return submasks[0].simplify()
-    local_len = int(q_ranges[0, 1])
-    counts = [len(submask.slices) for submask in submasks]
-    shift = np.repeat(np.arange(len(submasks)) * local_len, counts)
-    slices = np.concatenate([submask.slices for submask in submasks])
-    slices = shifted(slices, shift, np.zeros_like(shift))
-    return AttnMask.from_slices(local_len * len(submasks), submasks[0].seq_k, slices).simplify()
 
 
 def area_matrix(mask: AttnMask, queries: Layout, keys: Layout) -> IntArray:

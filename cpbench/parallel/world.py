@@ -25,7 +25,8 @@ from cpbench.masks.paged.batch import PagedBatch
 from cpbench.masks.slices import IntArray, cut_axis
 from cpbench.masks.slices import areas as slice_areas
 from cpbench.parallel import layout as layouts
-from cpbench.parallel.layout import Layout, area_matrix, local_mask
+from cpbench.parallel.layout import Layout, area_matrix
+from cpbench.parallel.local_masks import PairMasks, local_mask
 from cpbench.parallel.mesh import Mesh
 
 
@@ -121,6 +122,11 @@ class World:
         if per_head(self.mask):
             return np.full((self.size, self.size), math.ceil(self.mask.area / self.size**2))
         return area_matrix(self.shared_mask, self.queries, self.keys)
+
+    @functools.cached_property
+    def pair_masks(self) -> PairMasks:
+        """The masks of pairs of ranks."""
+        return PairMasks(self.shared_mask, self.queries, self.keys)
 
     def subproblem(self, q_ranks: Sequence[int], k_ranks: Sequence[int]) -> Subproblem:
         """Attention of the queries of ``q_ranks`` to the keys of ``k_ranks``, each concatenated in
@@ -239,6 +245,8 @@ class Subproblem:
         if per_head(world.mask):
             assert world.size == 1, "strategies of several ranks refuse a mask per head"
             return world.mask
+        if len(self.q_ranks) == len(self.k_ranks) == 1:
+            return world.pair_masks.between(self.q_ranks[0], self.k_ranks[0])
         return local_mask(world.shared_mask, world.queries, self.q_ranks, world.keys, self.k_ranks)
 
     @property

@@ -5,10 +5,11 @@ Ranks are those of all ranks (not of a sub-communicator), bytes are those of one
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cpbench.simulator.tiles import TileCounts, Tiling, all_full, count_tiles
+from cpbench.simulator.tiles import TileCounts, Tiling, all_full
 
 if TYPE_CHECKING:
     from cpbench.masks.attn_mask import AttnMask
@@ -39,9 +40,10 @@ class Kernel:
     itemsize: int
     full: bool
 
-    @classmethod
+    @staticmethod
+    @functools.lru_cache(maxsize=4096)  # the steps of a ring have few different masks
     def of_mask(
-        cls, phase: str, mask: AttnMask, tiling: Tiling, batch: int, heads: tuple[int, int],
+        phase: str, mask: AttnMask, tiling: Tiling, batch: int, heads: tuple[int, int],
         head_dims: tuple[int, int], itemsize: int,
     ) -> Kernel:  # fmt: skip
         """The call for all pairs of a mask.
@@ -50,9 +52,9 @@ class Kernel:
             heads: query and key/value heads; head_dims: of queries and keys, and of values.
         """
         group = tiling.group(phase, *heads)
-        return cls(
+        return Kernel(
             phase=phase,
-            tiles=count_tiles(tiling, mask, phase, group),
+            tiles=tiling.count(mask, phase, group),
             heads_q=batch * heads[0] // group,
             heads_kv=batch * heads[1],
             seq_q=mask.seq_q,

@@ -1,32 +1,30 @@
-"""Recordings of a rank: what its strategy does in order, from its own code on meta tensors.
+"""Recordings of a rank: what its strategy does in order, from its own code on tensors
+without data.
 
 Everything but the operator's kernels runs as it would on a GPU: :class:`RecordingOperator` is the
 real :class:`~cpbench.parallel.bound_operator.BoundOperator` around an implementation that computes
-nothing, and what torch would launch for the strategy is seen by a dispatch mode.
+nothing, and what torch would launch for the strategy is remembered by its tensors (``side_work``).
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from cpbench.core.operator import state_dtype
-from cpbench.parallel import meta_ops
+from cpbench.core.operator import QKV, state_dtype
 from cpbench.parallel.bound_operator import BoundOperator
 from cpbench.parallel.comm import CompletedHandle
 from cpbench.parallel.host_memory.link import contiguous_pairs
 from cpbench.parallel.mixing import TracedMixer
 from cpbench.parallel.tracing.trace import COLLECTIVES, CountingComm, empty_inputs
 from cpbench.simulator.events import Copy, Kernel, Mix, Post, Program, Recorder, SideWork, Wait
+from cpbench.simulator.side_work.strided_tensor import recording_side_work, strided
 from cpbench.simulator.tiles import Tiling
 
 if TYPE_CHECKING:
     from cpbench.core.operator import (
-        QKV,
         BackwardInputs,
         Gradients,
         MixerBackwardInputs,
@@ -41,13 +39,6 @@ if TYPE_CHECKING:
     from cpbench.parallel.strategy import Strategy
     from cpbench.parallel.tracing.trace import Traceable
     from cpbench.parallel.world import Chunk, KeySubset, Subproblem, World
-
-# Operators of torch that move no data, those that read or write by an index, and those that change
-# their first argument and return it.
-FREE = {"empty", "empty_like", "new_empty", "empty_strided", "detach", "alias", "lift_fresh"}
-GATHERS = {"index_select", "gather", "index", "take_along_dim", "embedding"}
-SCATTERS = {"index_copy_", "index_add_", "scatter_", "scatter_add_", "index_put_", "index_fill_"}
-IN_PLACE = {"add_", "sub_", "mul_", "div_", "neg_", "exp_", "copy_", "zero_", "fill_"}
 
 
 class RecordingComm(CountingComm):
@@ -157,6 +148,10 @@ class RecordingOperator(BoundOperator):
         super().__init__(info, _Kernels(recorder, tiling), "meta")
         self._recorder = recorder
 
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        tensor: torch.Tensor = strided(super().empty(shape, dtype))
+        return tensor
+
     def merge(
         self, out: torch.Tensor, lse: torch.Tensor, partial: torch.Tensor, partial_lse: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -242,71 +237,6 @@ class _RecordingSteps(TracedMixer):
         self._recorder.add(Mix(phase, step, x.q.shape[1], self.flops(step, x)))
 
 
-class SideWorkMode(TorchDispatchMode):
-    """Records what torch would launch: each operator that computes is one kernel that reads each of
-    its inputs and writes each of its outputs once; views and uninitialised memory are none.
-    In-place operators return their first argument: without data there is nothing to compute."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._recorder = recorder
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Torch imports its compiler, which takes seconds, only to disable it inside a mode."""
-        return False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, is_free, in_place = _kind(func)
-        if in_place:
-            result = args[0]
-            assert all(_fits(x, result) for x in _tensors(args[1:]))
-        else:
-            result = meta_ops.call(func, args, kwargs or {})
-        if not is_free:
-            self._recorder.add(side_work(name, args, kwargs or {}, result))
-        return result
-
-
-@functools.cache
-def _kind(func: Any) -> tuple[str, bool, bool]:
-    """The name of an operator of torch, whether it moves no data, and whether it is in place."""
-    arguments = func._schema.arguments
-    name: str = func._schema.name.removeprefix("aten::")
-    is_view = any(x.alias_info and not x.alias_info.is_write for x in arguments)
-    return name, is_view or name in FREE, name in IN_PLACE
-
-
-def side_work(name: str, args: Any, kwargs: Any, result: Any) -> SideWork:
-    """The side work of one operator of torch."""
-    outputs = _tensors((result,))
-    fills = name.startswith("new_") or name.endswith("_like")
-    inputs = [] if fills else _tensors((*args, *kwargs.values()))
-    if name in GATHERS:  # of the source only what is selected
-        return SideWork(gather=2 * sum(x.nbytes for x in outputs), launches=1)
-    if name in SCATTERS:
-        return SideWork(scatter=2 * inputs[-1].nbytes, launches=1)
-    return SideWork(stream=sum(x.nbytes for x in (*inputs, *outputs)), launches=1)
-
-
-def _fits(x: torch.Tensor, target: torch.Tensor) -> bool:
-    """Whether values of one shape can be written to another in place."""
-    return x.shape == target.shape or (
-        torch.broadcast_shapes(x.shape, target.shape) == target.shape
-    )
-
-
-def _tensors(values: Any) -> list[torch.Tensor]:
-    """The tensors among arguments of an operator of torch, and in lists of them."""
-    found: list[torch.Tensor] = []
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            found.append(value)
-        elif isinstance(value, list | tuple):
-            found += _tensors(value)
-    return found
-
-
 def record_rank(
     strategy: Strategy, operator: Traceable, world: World, rank: int, tiling: Tiling
 ) -> dict[str, Program]:
@@ -323,8 +253,10 @@ def record_rank(
     comm = RecordingComm(rank, world.size, recorder)
     plan = strategy.prepare(op, world, rank)
     qkv, dout = empty_inputs(world, op.info.kind)
+    if isinstance(qkv, QKV):
+        qkv, dout = QKV(*map(strided, qkv)), strided(dout)
     programs = {}
-    with SideWorkMode(recorder):
+    with recording_side_work(recorder):
         _, _, saved = strategy.forward(qkv, plan, op, comm, need_lse=False)
         programs["fwd"] = recorder.take()
         if world.problem.backward:

@@ -2,16 +2,20 @@
 
 The key of a recording is a hash of the code that makes it, the problem, the mask, the layout, the
 strategy and the tile sizes.  A file that cannot be read or written is no error: it is recorded.
+Those used last are kept, up to ``MOST_BYTES``.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import os
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, fields
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,11 +27,18 @@ if TYPE_CHECKING:
     from cpbench.parallel.world import World
 
 T = TypeVar("T")
+MOST_BYTES = 256 << 20  # on disk
+TRIM_BYTES = 16 << 20  # written by a process, after which it looks whether they are more
 PACKAGE = Path(__file__).parents[1]
 CODE = ("core", "kernels/mixers", "masks", "parallel", "simulator", "strategies")
 _KINDS: dict[str, type] = {
     kind.__name__: kind for kind in (Kernel, Mix, SideWork, Post, Copy, Wait)
 }
+_VALUES = {
+    kind: attrgetter("__class__.__name__", *(item.name for item in fields(kind)))
+    for kind in _KINDS.values()
+}
+_TILES = attrgetter(*(item.name for item in fields(TileCounts)))
 
 
 def cache_folder() -> Path:
@@ -79,46 +90,75 @@ def cached_value(
     Args:
         encode, decode: to and from plain values.
     """
-    path = cache_folder() / f"{key}.json"
+    path = cache_folder() / f"{key}.json.z"
     try:
-        return decode(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError):
+        value = decode(json.loads(zlib.decompress(path.read_bytes())))
+        os.utime(path)
+        return value
+    except (OSError, ValueError, KeyError, IndexError, TypeError, zlib.error):
         pass
     value = make()
+    data = zlib.compress(json.dumps(encode(value), default=_TILES).encode(), level=1)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.part")
-        partial.write_text(json.dumps(encode(value)), encoding="utf-8")
+        partial.write_bytes(data)
         partial.replace(path)
+        _trim_after(len(data))
     except OSError:
         pass
     return value
 
 
+_unchecked = TRIM_BYTES  # bytes written since the last look; a process begins with one
+
+
+def _trim_after(nbytes: int) -> None:
+    """Remove the files that were used longest ago, if all are more than ``MOST_BYTES``; from time
+    to time.  Others that do so at the same time, or read what is removed, are not disturbed."""
+    global _unchecked
+    _unchecked += nbytes
+    if _unchecked < TRIM_BYTES:
+        return
+    _unchecked = 0
+    files = [(entry, entry.stat()) for entry in os.scandir(cache_folder())]
+    files.sort(key=lambda file: file[1].st_mtime_ns, reverse=True)
+    sizes = itertools.accumulate(stat.st_size for _, stat in files)
+    for (entry, _), total in zip(files, sizes, strict=True):
+        if total > MOST_BYTES:
+            Path(entry).unlink(missing_ok=True)
+
+
 def _to_json(programs: dict[str, Program]) -> dict[str, Any]:
-    return {
-        phase: [[type(event).__name__, *_values(event)] for event in program]
-        for phase, program in programs.items()
-    }
+    """Rows of events; the members of communicators, which may be hundreds, are written once."""
+    members: dict[tuple[int, ...], int] = {}
 
+    def row(event: Event) -> Any:
+        values = _VALUES[type(event)](event)
+        if isinstance(event, Post):
+            name, number, operation, of_post, *rest = values
+            return name, number, operation, members.setdefault(of_post, len(members)), *rest
+        return values
 
-def _values(event: Event) -> list[Any]:
-    values = [getattr(event, item.name) for item in fields(event)]
-    return [list(asdict(x).values()) if isinstance(x, TileCounts) else x for x in values]
+    rows = {phase: [row(event) for event in program] for phase, program in programs.items()}
+    return {"rows": rows, "members": list(members)}
 
 
 def _from_json(data: dict[str, Any]) -> dict[str, Program]:
-    return {phase: tuple(_event(*row) for row in rows) for phase, rows in data.items()}
+    members = [tuple(one) for one in data["members"]]
+    return {
+        phase: tuple(_event(members, *row) for row in rows) for phase, rows in data["rows"].items()
+    }
 
 
-def _event(kind: str, *values: Any) -> Event:
+def _event(all_members: list[tuple[int, ...]], kind: str, *values: Any) -> Event:
     if kind == "Kernel":
         phase, tiles, *sizes = values
         return Kernel(phase, TileCounts(*tiles), *sizes)
     if kind == "Post":
         number, operation, members, lane, sends, receives = values
         rows = [tuple((peer, nbytes) for peer, nbytes in side) for side in (sends, receives)]
-        return Post(number, operation, tuple(members), lane, *rows)
+        return Post(number, operation, all_members[members], lane, *rows)
     if kind == "Copy":
         number, to_device, nbytes, pieces, after = values
         return Copy(number, to_device, nbytes, pieces, tuple(after))

@@ -18,7 +18,7 @@ EVEN = 1.01  # max/mean of visible pairs
 
 
 def rank_classes(world: World) -> IntArray:
-    """The class of each rank, ``(P,)``.
+    """The class of each rank, ``(P,)``, numbered in the order of ranks.
 
     Alike are ranks in the same place of their nodes that compute the same rectangles of equal area
     with the ranks at every distance before and behind them, as queries and as keys.
@@ -30,8 +30,9 @@ def rank_classes(world: World) -> IntArray:
     features = [nodes[:, None]]
     for table in (world.areas, *_hulls(world)):
         features += [table[own, ahead], table[ahead, own]]
-    _, classes = np.unique(np.concatenate(features, axis=1), axis=0, return_inverse=True)
-    return np.asarray(classes.reshape(-1), np.int64)
+    numbers: dict[bytes, int] = {}
+    rows = (row.tobytes() for row in np.concatenate(features, axis=1))
+    return np.array([numbers.setdefault(row, len(numbers)) for row in rows])
 
 
 def representatives(world: World, most: int = 0) -> dict[int, int]:

@@ -6,14 +6,13 @@ head; it visits *blocks* of the other axis.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from cpbench.masks.attn_mask import AttnMask
-from cpbench.masks.slices import HI, K0, K1, LO, Q0, Q1, IntArray
+from cpbench.masks.slices import HI, K0, K1, LO, Q0, Q1, IntArray, transposed
 from cpbench.masks.tiling import strips, tiles
 
 GRIDS = ("mask", "slices")
@@ -75,22 +74,10 @@ class Tiling:
         return heads_q // heads_kv if self.packs_heads and phase == "fwd" else 1
 
 
-@functools.lru_cache(maxsize=4096)
-def count_tiles(tiling: Tiling, mask: AttnMask, phase: str, group: int) -> TileCounts:
-    """:meth:`Tiling.count`, cached: the steps of a ring have few different masks."""
-    return tiling.count(mask, phase, group)
-
-
 def all_full(slices: IntArray) -> bool:
     """Whether canonical slices are full rectangles."""
     q0, q1, k0, k1, lo, hi = slices.T
     return bool(((lo == k0 - q1 + 1) & (hi == k1 - 1 - q0)).all())
-
-
-def transposed(slices: IntArray) -> IntArray:
-    """Slices with queries and keys exchanged."""
-    q0, q1, k0, k1, lo, hi = slices.T
-    return np.column_stack([k0, k1, q0, q1, -hi, -lo])
 
 
 def count_by_mask(mask: AttnMask, tile: int, block: int) -> TileCounts:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from cpbench import masks
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.parallel import layout as layouts
+from cpbench.parallel.local_masks import PairMasks, local_mask
 
 NAMES = layouts.names()
 
@@ -36,19 +37,22 @@ def test_every_pair_of_ranks_equals_the_dense_mask(
     positions = [layout.positions(rank) for rank in range(size)]
     assert sorted(np.concatenate(positions)) == list(range(layout.padded_len))
     area = layouts.area_matrix(mask, layout, layout)
+    pairs, columns = (PairMasks(mask, layout, layout) for _ in range(2))
     for r in range(size):
         for s in range(size):
             expected = dense[np.ix_(positions[r], positions[s])]
             assert area[r, s] == expected.sum()
-            local = layouts.local_mask(mask, layout, [r], layout, [s])
+            local = local_mask(mask, layout, [r], layout, [s])
             assert np.array_equal(local.to_dense(), expected)
+            assert pairs.between(r, s) == local
+            assert columns.between(s, r) == local_mask(mask, layout, [s], layout, [r])
         all_positions = np.concatenate(positions)
-        local = layouts.local_mask(mask, layout, [r], layout, range(size))
+        local = local_mask(mask, layout, [r], layout, range(size))
         assert np.array_equal(local.to_dense(), dense[np.ix_(positions[r], all_positions)])
     reversed_ranks = list(range(size))[::-1]
     merged = layout.merged([reversed_ranks])
     assert np.array_equal(merged.positions(0), np.concatenate(positions[::-1]))
-    merged_mask = layouts.local_mask(mask, merged, [0], merged, [0])
+    merged_mask = local_mask(mask, merged, [0], merged, [0])
     expected = dense[np.ix_(merged.positions(0), merged.positions(0))]
     assert np.array_equal(merged_mask.to_dense(), expected)
     assert merged_mask.overlap_area() == 0

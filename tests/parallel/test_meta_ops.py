@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_cpbench import cpbench
 
-from cpbench.parallel.meta_ops import MetaOps
+from cpbench.parallel.tracing.meta_ops import MetaOps
 
 Function = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 FUNCTIONS: dict[str, Function] = {

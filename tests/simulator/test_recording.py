@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -24,10 +26,12 @@ from cpbench.parallel.tracing.trace import (
     trace_rank,
 )
 from cpbench.parallel.world import World
+from cpbench.simulator import recording, recordings
 from cpbench.simulator.events import Copy, Kernel, Post, Program, Recorder, SideWork, Wait
-from cpbench.simulator.recording import SideWorkMode, record_rank
+from cpbench.simulator.recording import record_rank
 from cpbench.simulator.recordings import cached, content_key
 from cpbench.simulator.representatives import rank_classes, representatives
+from cpbench.simulator.side_work.launches import SideWorkMode
 from cpbench.simulator.tiles import Tiling
 
 SIZE = 4
@@ -83,6 +87,23 @@ def test_recordings_agree_with_traces(spec_text: str) -> None:
                 assert bytes_to == expected.bytes_to
                 assert_waited(program, [event.number for event in (*posts, *copies)])
         assert sent == received
+
+
+@pytest.mark.parametrize("spec_text", SPECS)
+def test_remembered_side_work_is_that_of_meta_tensors(
+    spec_text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = Spec.parse(spec_text)
+    strategy, operator = (
+        implementation(strategies()[spec.name], spec.kwargs),
+        operator_info("bands"),
+    )
+    one = world("causal", "zigzag")
+    if strategy.unsupported(one):
+        pytest.skip("not of this world")
+    remembered = record_rank(strategy, operator, one, 1, PAIRS)
+    monkeypatch.setattr(recording, "strided", lambda x: x)
+    assert record_rank(strategy, operator, one, 1, PAIRS) == remembered
 
 
 def assert_waited(program: Program, posts: list[int]) -> None:
@@ -209,6 +230,24 @@ def test_recordings_are_kept_by_content(tmp_path: Path, monkeypatch: pytest.Monk
         content_key(Case(strategy=Spec("ring")), one, PAIRS, 3),
     }
     assert len({key, *others}) == 5
-    (file,) = tmp_path.rglob("*.json")
-    file.write_text("broken")
-    assert cached(key, lambda: made) is made
+    (file,) = tmp_path.rglob("*.json.z")
+    for damaged in (b"broken", file.read_bytes()[:-9], zlib.compress(b"{}")):
+        file.write_bytes(damaged)
+        assert cached(key, lambda: made) is made
+        assert cached(key, lambda: pytest.fail("recorded again")) == made
+
+
+def test_recordings_that_were_used_longest_ago_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(recordings, "TRIM_BYTES", 0)
+    programs = {"fwd": (Wait(1),)}
+    for i, key in enumerate("abc"):
+        cached(key, lambda: programs)
+        os.utime(recordings.cache_folder() / f"{key}.json.z", (i, i))
+    cached("a", lambda: pytest.fail("it was used last of these three"))
+    files = sum(file.stat().st_size for file in tmp_path.rglob("*.z"))
+    monkeypatch.setattr(recordings, "MOST_BYTES", files)
+    cached("d", lambda: programs)
+    assert {file.name[0] for file in tmp_path.rglob("*.z")} == {"a", "c", "d"}

@@ -10,8 +10,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cpbench.parallel import meta_ops
 from cpbench.parallel.host_memory.allocation import allocates_on_host
+from cpbench.parallel.tracing import meta_ops
 
 
 class PeakBytes(NamedTuple):

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._pytree import tree_map
 
-from cpbench.parallel.meta_ops import MetaOps
+from cpbench.parallel.tracing.meta_ops import MetaOps
 
 META = torch.device("meta")
 OPERATORS = (
@@ -29,36 +29,74 @@ MOST_VIEWS = 1024  # of a tensor that are remembered
 IN_PLACE_METHODS = ("add_", "copy_", "mul_", "zero_")  # those that are frequent
 
 
-class ShapeTensor:
-    """What strategies use of :class:`torch.Tensor`, without data; made by :func:`shape_tensor`."""
+class DatalessTensor:
+    """What strategies use of :class:`torch.Tensor`, without data: every operation is that of a
+    tensor on ``meta``, which a subclass calls (``_call``) and remembers."""
 
-    __slots__ = ("_views", "dtype", "nbytes", "shape")
+    __slots__ = ("dtype", "nbytes", "shape")
 
     device = META
 
     def __init__(self, shape: torch.Size, dtype: torch.dtype) -> None:
         self.shape, self.dtype = shape, dtype
         self.nbytes = math.prod(shape) * dtype.itemsize
-        self._views: dict[tuple[int, int], ShapeTensor] = {}
 
     def __repr__(self) -> str:
-        return f"<ShapeTensor {list(self.shape)} {self.dtype}>"
+        return f"<{type(self).__name__} {list(self.shape)} {self.dtype}>"
+
+    @classmethod
+    def _call(cls, function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        raise NotImplementedError
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        if func is torch.cat:
-            return _cat(*args, **(kwargs or {}))
-        return _call(func, args, kwargs or {})
+        return cls._call(func, args, kwargs or {})
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(torch.Tensor, name)
         if not callable(attribute):
-            return _call(getattr, (self, name), {})
+            return self._call(getattr, (self, name), {})
+        return lambda *args, **kwargs: self._call(attribute, (self, *args), kwargs)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.unbind(0))
+
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def on_meta(self) -> torch.Tensor:
+        """A tensor of torch that has this shape and dtype."""
+        return torch.empty(self.shape, dtype=self.dtype, device=META)
+
+
+class ShapeTensor(DatalessTensor):
+    """A shape and a dtype; made by :func:`shape_tensor`."""
+
+    __slots__ = ("_views",)
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype) -> None:
+        super().__init__(shape, dtype)
+        self._views: dict[tuple[int, int], ShapeTensor] = {}
+
+    @classmethod
+    def _call(cls, function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        if function is torch.cat:
+            return _cat(*args, **kwargs)
+        return _result(
+            function,
+            *(frozen(x, without_data) for x in args),
+            **{name: frozen(x, without_data) for name, x in kwargs.items()},
+        )
+
+    def __getattr__(self, name: str) -> Any:
         if name.endswith("_") and not name.endswith("__"):
             return self._in_place
-        return lambda *args, **kwargs: _call(attribute, (self, *args), kwargs)
+        return super().__getattr__(name)
 
     def _in_place(self, *args: Any, **kwargs: Any) -> ShapeTensor:
         return self
@@ -66,7 +104,7 @@ class ShapeTensor:
     def __getitem__(self, index: Any) -> ShapeTensor:
         items = index if isinstance(index, tuple) else (index,)
         if not all(isinstance(item, slice) for item in items):
-            result: ShapeTensor = _call(torch.Tensor.__getitem__, (self, index), {})
+            result: ShapeTensor = self._call(torch.Tensor.__getitem__, (self, index), {})
             return result
         sizes = [
             len(range(*item.indices(size))) for item, size in zip(items, self.shape, strict=False)
@@ -75,15 +113,6 @@ class ShapeTensor:
 
     def __setitem__(self, index: Any, value: Any) -> None:
         pass
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __iter__(self) -> Iterator[ShapeTensor]:
-        return iter(self.unbind(0))
-
-    def numel(self) -> int:
-        return math.prod(self.shape)
 
     def contiguous(self) -> ShapeTensor:
         return self
@@ -123,11 +152,11 @@ class ShapeTensor:
 
 def _operator(name: str) -> Callable[..., Any]:
     function = getattr(torch.Tensor, name)
-    return lambda self, *args: _call(function, (self, *args), {})
+    return lambda self, *args: self._call(function, (self, *args), {})
 
 
-for _name in OPERATORS:
-    setattr(ShapeTensor, f"__{_name}__", _operator(f"__{_name}__"))
+for _name in (*OPERATORS, *IN_PLACE_OPERATORS, "getitem", "setitem"):
+    setattr(DatalessTensor, f"__{_name}__", _operator(f"__{_name}__"))
 for _name in IN_PLACE_OPERATORS:
     setattr(ShapeTensor, f"__{_name}__", ShapeTensor._in_place)
 for _name in IN_PLACE_METHODS:
@@ -162,18 +191,10 @@ def _cat(tensors: Sequence[Any], dim: int = 0) -> ShapeTensor:
     return shape_tensor(tuple(shape), first.dtype)
 
 
-def _call(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """The result of a function of torch, in place of whose tensors there are others."""
-    return _result(
-        function, *map(_frozen, args), **{name: _frozen(x) for name, x in kwargs.items()}
-    )
-
-
 @functools.lru_cache(maxsize=1 << 14, typed=True)
 def _result(function: Any, *args: Any, **kwargs: Any) -> Any:
     with MetaOps():
-        result = function(*map(_thawed, args), **{name: _thawed(x) for name, x in kwargs.items()})
-    return tree_map(without_data, result)
+        return tree_map(without_data, on_meta(function, args, kwargs))
 
 
 def without_data(x: Any) -> Any:
@@ -181,19 +202,30 @@ def without_data(x: Any) -> Any:
     return shape_tensor(tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else x
 
 
-def _frozen(x: Any) -> Any:
-    """An argument as something that can be hashed."""
+def on_meta(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """The result of a function of torch for :func:`frozen` arguments, on tensors of torch."""
+    return function(*map(_thawed, args), **{name: _thawed(x) for name, x in kwargs.items()})
+
+
+def frozen(x: Any, tensor: Callable[[Any], Any]) -> Any:
+    """An argument as something that can be hashed.
+
+    Args:
+        tensor: replaces tensors of torch, and returns anything else as it is.
+    """
+    if isinstance(x, DatalessTensor):
+        return x
     if isinstance(x, slice):
         return _Slice(x.start, x.stop, x.step)
     if isinstance(x, list | tuple):
-        return (_List if isinstance(x, list) else tuple)(map(_frozen, x))
-    return without_data(x)
+        return (_List if isinstance(x, list) else tuple)([frozen(one, tensor) for one in x])
+    return tensor(x)
 
 
 def _thawed(x: Any) -> Any:
-    """The inverse of :func:`_frozen`, with tensors of torch."""
-    if isinstance(x, ShapeTensor):
-        return torch.empty(x.shape, dtype=x.dtype, device=META)
+    """The inverse of :func:`frozen`, with tensors of torch."""
+    if isinstance(x, DatalessTensor):
+        return x.on_meta()
     if isinstance(x, _Slice):
         return slice(*x)
     if isinstance(x, tuple):

@@ -22,9 +22,9 @@ from cpbench.core.problem import INITIAL_STATE
 from cpbench.core.registry import ANY_MASK, OperatorInfo
 from cpbench.parallel.bound_operator import BoundOperator, native_rectangle
 from cpbench.parallel.comm import CompletedHandle, GroupedComm, Handle, Part
-from cpbench.parallel.meta_ops import MetaOps
 from cpbench.parallel.mixing import TracedMixer
 from cpbench.parallel.partial_results.accumulators import BackwardAccumulator, ForwardAccumulator
+from cpbench.parallel.tracing.meta_ops import MetaOps
 from cpbench.parallel.tracing.shape_tensor import shape_tensor, without_data
 
 if TYPE_CHECKING:

@@ -2,8 +2,8 @@
 
 The cases are methods for one problem.  Each is bounded from below first; in the order of their
 bounds, the rank with the most work is recorded, and if it may be within the interval of the best
-time, the others are; until no bound is.  Reads a
-request from stdin and prints an outcome for each case, in order.
+time, the others are; until no bound is.  Reads a request from stdin, searches of which several
+processes each claim one after another, and prints the outcomes of those that it claimed, by number.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 from cpbench.core.problem import Case
@@ -127,18 +128,28 @@ def _world(case: Case, per_node: int) -> World:
     return shared.changed(placement=case.placement)
 
 
+def _claimed(path: Path) -> bool:
+    """Whether this process is the first to make a file."""
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
 def main() -> int:
-    """Answer the request from stdin: searches, each in its turn."""
+    """Answer the request from stdin: those of its searches that no other process has claimed."""
     request = json.load(sys.stdin)
     try:
         cluster = load(request["cluster"])
         if request["memory_gib"]:
             gpu = replace(cluster.gpu, memory_gib=request["memory_gib"])
             cluster = replace(cluster, gpu=gpu)
-        replies = [
-            search([Case.from_json(case) for case in one["cases"]], cluster, one["everything"])
-            for one in request["searches"]
-        ]
+        replies = {
+            i: search([Case.from_json(case) for case in one["cases"]], cluster, one["everything"])
+            for i, one in enumerate(request["searches"])
+            if _claimed(Path(request["claims"]) / str(i))
+        }
     except (ValueError, OSError) as refusal:
         print(refusal, file=sys.stderr)
         return 2

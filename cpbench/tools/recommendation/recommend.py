@@ -8,6 +8,7 @@ time is within the interval of the smallest.
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -123,7 +124,8 @@ def _answers(searches: Sequence[Search], where: dict[str, Any]) -> list[list[Out
     """The outcomes of searches, in as many subprocesses as there are cores.
 
     Those on many ranks are divided into ``SEARCH_PARTS``.  The division does not depend on the
-    number of cores, as it decides which losing methods are predicted and which are only bounded.
+    number of cores, as it decides which losing methods are predicted and which are only bounded;
+    which process answers which part does.
     """
     parts = [
         (i, slice(part, None, count))
@@ -132,22 +134,26 @@ def _answers(searches: Sequence[Search], where: dict[str, Any]) -> list[list[Out
         for part in range(count)
     ]
     requests = [searches[i] | {"cases": searches[i]["cases"][part]} for i, part in parts]
-    weights = [sum(case["world_size"] for case in request["cases"]) for request in requests]
-    shares: list[list[int]] = [[] for _ in range(min(usable_cores(), len(parts)))]
-    for k in sorted(range(len(parts)), key=lambda k: -weights[k]):  # the largest first
-        min(shares, key=lambda share: sum(weights[k] for k in share)).append(k)
+    order = sorted(range(len(parts)), key=lambda k: -_work(requests[k]))
     outcomes: list[list[Outcome]] = [[{}] * len(search["cases"]) for search in searches]
-    inputs = [where | {"searches": [requests[k] for k in share]} for share in shares]
-    with subprocesses(SEARCH, inputs) as processes:
-        for share, process in zip(shares, processes, strict=True):
-            try:
-                replies = json.loads(read_reply(process, "search"))
-            except RequestRefused as refusal:
-                raise ValueError(str(refusal)) from None
-            for k, reply in zip(share, replies, strict=True):
-                i, part = parts[k]
-                outcomes[i][part] = reply
+    with tempfile.TemporaryDirectory() as claims:
+        shared = where | {"searches": [requests[k] for k in order], "claims": claims}
+        with subprocesses(SEARCH, [shared] * min(usable_cores(), len(parts))) as processes:
+            for process in processes:
+                try:
+                    replies = json.loads(read_reply(process, "search"))
+                except RequestRefused as refusal:
+                    raise ValueError(str(refusal)) from None
+                for place, reply in replies.items():
+                    i, part = parts[order[int(place)]]
+                    outcomes[i][part] = reply
     return outcomes
+
+
+def _work(search: Search) -> int:
+    """Steps to record, about: those of all ranks where they are few, else of a few of them."""
+    sizes = [int(case["world_size"]) for case in search["cases"]]
+    return sum(size * (size if size <= 32 else 8) for size in sizes)
 
 
 def _ranks(search: Search) -> int:

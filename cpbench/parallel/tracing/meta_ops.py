@@ -54,8 +54,9 @@ def _pointwise(kind: str, args: Sequence[Any]) -> torch.Tensor | None:
     dtype = torch.bool if kind == "comparison" else functools.reduce(torch.promote_types, dtypes)
     if all(map(_in_order, tensors)):
         return first.new_empty(shape, dtype=dtype)
-    if all(x.shape == shape or not x.dim() for x in tensors):
-        return torch.empty_like(first if first.dim() else tensors[-1], dtype=dtype)
+    like = first if first.dim() else tensors[-1]
+    if all(x.shape == shape or not x.dim() for x in tensors) and _is_dense(like):
+        return like.new_empty_strided(shape, like.stride(), dtype=dtype)
     return None
 
 
@@ -63,6 +64,14 @@ def _in_order(x: torch.Tensor) -> bool:
     """Whether indices that are next to one another in memory are those of the last dimensions."""
     strides = [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
     return strides == sorted(strides, reverse=True)
+
+
+def _is_dense(x: torch.Tensor) -> bool:
+    """Whether its elements fill a part of memory, each once."""
+    steps = [(size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)]
+    return x.numel() == 1 + sum(steps) and all(
+        step or size == 1 for step, size in zip(steps, x.shape, strict=True)
+    )
 
 
 def _cat(tensors: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor | None:
