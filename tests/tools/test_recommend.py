@@ -105,6 +105,9 @@ def test_memory_decides() -> None:
     rows = ranked(cases, [[one] for one in search(cases, small)], small)
     assert {row["status"] for row in rows} == {"does not fit"}
     assert all(row["why"].startswith("memory: needs ") for row in rows)
+    times = [row["seconds"] for row in rows]
+    assert times == sorted(times)
+    assert len(set(times)) > 1
 
 
 @functools.cache

@@ -184,7 +184,7 @@ def ranked(
     methods: Sequence[Case], of_draws: Sequence[Sequence[Outcome]], cluster: Cluster
 ) -> list[dict[str, Any]]:
     """A row for each method: the best first, then the others by their time relative to the best, on
-    the same draws; then those without a time.
+    the same draws (where none fits, by their time); then those without a time.
 
     Args:
         of_draws: by method, the outcomes of the first draw, and of all draws if it comes near the
@@ -219,7 +219,8 @@ def ranked(
         )  # fmt: skip
         rows.append(row)
     order = {"best": 0, "slower": 1, TOO_LARGE: 2, "refused": 3}
-    return sorted(rows, key=lambda row: (order[row["status"]], row.get("ratio") or 0.0))
+    time = "seconds" if best is None else "ratio"
+    return sorted(rows, key=lambda row: (order[row["status"]], row.get(time) or 0.0))
 
 
 def _figures(outcomes: Sequence[Outcome], best: Sequence[Outcome], error: float) -> dict[str, Any]:
