@@ -63,6 +63,8 @@ class PairMasks:
         """:func:`local_mask` of two ranks."""
         pair = (q_rank, k_rank)
         if pair not in self._known:
+            if pair == self._asked:  # again, and no other since
+                return local_mask(self._mask, self._queries, [q_rank], self._keys, [k_rank])
             (last_q, last_k), self._asked = self._asked, pair
             mask, queries, keys = self._mask, self._queries, self._keys
             if q_rank == last_q:

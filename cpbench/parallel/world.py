@@ -240,7 +240,7 @@ class Subproblem:
 
     @property
     def mask(self) -> Mask:
-        """The mask in local coordinates, cut out on every access."""
+        """The mask in local coordinates; of several ranks, cut out on every access."""
         world = self.world
         if per_head(world.mask):
             assert world.size == 1, "strategies of several ranks refuse a mask per head"
@@ -280,7 +280,7 @@ class KeySubset:
 
     @property
     def mask(self) -> AttnMask:
-        """The mask in local coordinates, cut out on every access."""
+        """The mask in local coordinates; of several ranks, cut out on every access."""
         return self.whole.restrict(np.array([[0, self.whole.seq_q]]), self.keys).simplify()
 
     @property
@@ -309,7 +309,7 @@ class Chunk:
 
     @property
     def mask(self) -> Mask:
-        """The mask in local coordinates, cut out on every access."""
+        """The mask in local coordinates; of several ranks, cut out on every access."""
         assert not isinstance(self.whole, DilatedMask), "it cannot be cut"
         return self.whole.crop(*self.bounds).simplify()
 

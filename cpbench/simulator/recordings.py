@@ -14,7 +14,9 @@ import json
 import os
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, fields
+from importlib.metadata import version
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -60,7 +62,7 @@ def code_hash() -> str:
 def content_key(case: Case, world: World, tiling: Tiling, rank: int) -> str:
     """The key of the recording of one rank."""
     content = {
-        "code": code_hash(),
+        "code": [code_hash(), version("torch")],
         "files": case.content,
         "problem": asdict(world.problem),
         "strategy": str(case.strategy),
@@ -93,10 +95,12 @@ def cached_value(
     path = cache_folder() / f"{key}.json.z"
     try:
         value = decode(json.loads(zlib.decompress(path.read_bytes())))
-        os.utime(path)
-        return value
     except (OSError, ValueError, KeyError, IndexError, TypeError, zlib.error):
         pass
+    else:
+        with suppress(OSError):
+            os.utime(path)
+        return value
     value = make()
     data = zlib.compress(json.dumps(encode(value), default=_TILES).encode(), level=1)
     try:
@@ -121,12 +125,16 @@ def _trim_after(nbytes: int) -> None:
     if _unchecked < TRIM_BYTES:
         return
     _unchecked = 0
-    files = [(entry, entry.stat()) for entry in os.scandir(cache_folder())]
+    files = []
+    for path in cache_folder().glob("*.*"):
+        with suppress(OSError):
+            files.append((path, path.stat()))
     files.sort(key=lambda file: file[1].st_mtime_ns, reverse=True)
     sizes = itertools.accumulate(stat.st_size for _, stat in files)
-    for (entry, _), total in zip(files, sizes, strict=True):
+    for (path, _), total in zip(files, sizes, strict=True):
         if total > MOST_BYTES:
-            Path(entry).unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
 
 
 def _to_json(programs: dict[str, Program]) -> dict[str, Any]:

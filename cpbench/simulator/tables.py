@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, fields
 from typing import Any, TypeAlias, TypeVar
@@ -12,7 +12,7 @@ from cpbench.core.user_files import require_known
 T = TypeVar("T")
 PositiveInt: TypeAlias = int
 PositiveFloat: TypeAlias = float
-LEAST = 1e-300  # above 0, and can be divided by
+LEAST = 1e-300  # the least of what is above 0: others can be divided by it
 
 
 def as_table(value: Any, where: str) -> Mapping[str, Any]:
@@ -40,7 +40,8 @@ def build(kind: type[T], table: Any, where: str) -> T:
 
 
 def _checked(name: str, wanted: str, value: Any) -> Any:
-    if wanted not in _ALLOWED:  # tables, which were made before
+    if wanted not in _ALLOWED:
+        assert not isinstance(value, int | float | str), (name, wanted)  # tables, made before
         return value
     words, is_allowed, convert = _ALLOWED[wanted]
     if not is_allowed(value):
@@ -49,7 +50,7 @@ def _checked(name: str, wanted: str, value: Any) -> Any:
 
 
 def _is_number(value: Any, least: float = 0, kinds: tuple[type, ...] = (int, float)) -> bool:
-    return type(value) in kinds and least <= value < math.inf
+    return type(value) in kinds and least <= value <= sys.float_info.max
 
 
 def _is_list(value: Any, kind: Callable[[Any], bool], length: int = 0) -> bool:

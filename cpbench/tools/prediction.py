@@ -43,10 +43,15 @@ def predict_all(
     constants = load(cluster)
     if trace and len(cases) > 1:
         raise ValueError(f"--trace takes one case, not {len(cases)}")
-    for case in cases:
-        constants.kernel(case.operator.name, case.dtype, case.head_dim)
     predictions, refused = [], []
-    for case, reply in predict_each(cases, cluster, trace=bool(trace)):
+    calibrated = []
+    for case in cases:
+        try:
+            constants.kernel(case.operator.name, case.dtype, case.head_dim)
+            calibrated.append(case)
+        except ValueError as error:
+            refused.append({"case": case.label, "refused": str(error)})
+    for case, reply in predict_each(calibrated, cluster, trace=bool(trace)):
         if isinstance(reply, ValueError):
             refused.append({"case": case.label, "refused": str(reply)})
             continue

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
+from paths import ROOT
 from run_cpbench import cpbench
 
 from cpbench.parallel.tracing.meta_ops import MetaOps
@@ -35,6 +36,9 @@ FUNCTIONS: dict[str, Function] = {
     "where": lambda x, y: torch.where(x > 0, x, y),
     "cat": lambda x, y: torch.cat([x, y], 1),
     "cat from the end": lambda x, _: torch.cat([x, x[:, :1]], -3),
+    "stack": lambda x, y: torch.stack([x, y]),
+    "stack at the end": lambda x, _: torch.stack([x, x, x], -1),
+    "mul a complex number": lambda x, _: x * 1j,
     "cat of the channels last": lambda _, y: torch.cat([y, y], 1),
 }
 SHAPES = ((2, 3, 4, 5), (2, 1, 4, 5), (1, 3, 4, 5), (2, 3, 1, 1), (1, 1, 1, 1), (2, 1, 4, 1))
@@ -66,7 +70,7 @@ def test_shape_dtype_and_strides_are_those_of_torch(
     try:
         expected = function(x, y)
     except RuntimeError:
-        return  # not of these shapes
+        reject()  # not of these shapes
     with MetaOps():
         result = function(x, y)
     assert (result.shape, result.dtype) == (expected.shape, expected.dtype)
@@ -82,24 +86,31 @@ def test_real_tensors_are_computed() -> None:
 
 
 METHODS = "ring,ulysses,usp,hierarchical,burst,tile,tree,dispatch,distflash"
+AT_EXIT = """
+import atexit, os, sys
+def write():
+    with open(os.path.join(os.environ["LOADED"], str(os.getpid())), "w") as file:
+        print(*(name in sys.modules for name in ("torch", "torch._dynamo")), file=file)
+atexit.register(write)
+"""
 
 
 @pytest.mark.parametrize("line", [
     f"traffic {METHODS} --seq-len 4k --world-size 4",
-    "predict ring,ulysses,burst --seq-len 4k --world-size 4",
+    "predict ring,ulysses,burst,tree --seq-len 4k --world-size 4",
     "traffic scan --operator ssd --num-heads-kv 64 --seq-len 4k --world-size 4",
     "traffic tile:offload=host,ulysses:offload=host --seq-len 4k --world-size 4",
     "bench --operator bands --strategy tile,ulysses --seq-len 64 --world-size 2 --device cpu",
 ])  # fmt: skip
 def test_torchs_compiler_is_not_imported(tmp_path: Path, line: str) -> None:
     """It takes a second of every process, and of every worker."""
-    words = line.split()
-    if words[0] == "bench":
-        words += ["--out", str(tmp_path / "run")]
-    code, stderr = cpbench(*words, env={"PYTHONPROFILEIMPORTTIME": "1"})
-    logs = [stderr, *(log.read_text() for log in tmp_path.rglob("rank*.log"))]
+    (tmp_path / "sitecustomize.py").write_text(AT_EXIT)
+    loaded = tmp_path / "loaded"
+    loaded.mkdir()
+    path = f"{tmp_path}:{ROOT}"
+    environment = {"PYTHONPATH": path, "LOADED": str(loaded), "XDG_CACHE_HOME": str(tmp_path)}
+    code, stderr = cpbench(*line.split(), env=environment)
     assert code == 0, stderr[-1000:]
-    assert len(logs) == (3 if words[0] == "bench" else 1)
-    for log in logs:
-        assert "import time:" in log
-        assert "torch._dynamo" not in log
+    processes = [file.read_text().split() for file in loaded.iterdir()]
+    assert ["True", "False"] in processes
+    assert ["True", "True"] not in processes

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from cpbench.simulator.cluster import PACKAGED, from_table, load
-from cpbench.simulator.costs import kernel_seconds, side_seconds
-from cpbench.simulator.events import Kernel, SideWork
+from cpbench.simulator.costs import kernel_seconds, mix_seconds, side_seconds
+from cpbench.simulator.events import Copy, Kernel, Mix, Post, SideWork, Wait
+from cpbench.simulator.replay import replay
 from cpbench.simulator.tiles import TileCounts
 
 PHASE = {"tile": [128, 64], "tflops": 500, "tile_us": 2, "empty_us": 0.5, "tail": 0.25,
@@ -30,14 +31,23 @@ TABLE: dict[str, Any] = {
                     "reduce_scatter": [4, 2], "all_reduce": [4, 2]},
 }  # fmt: skip
 
+EVERYTHING: dict[str, Any] = {
+    **TABLE,
+    "mixers": [{"source": "made", "operators": ["ssd"], "dtype": "float32", "head_dim": 64,
+                "fwd": {"tflops": 9, "token_us": 0.1, "call_us": 5}}],
+    "links": {**TABLE["links"],
+              "across": {"source": "made", "alpha_us": 1, "gb_per_s": 5, "per_node": 4},
+              "host": {"source": "made", "alpha_us": 1, "gb_per_s": 20, "per_node": 2}},
+    "memory": {"source": "made", "context_gb": 1, "peer_gb": 0.1, "slack": 0.1},
+}  # fmt: skip
 KERNEL = Kernel("fwd", TileCounts(blocks=50, tiles=10, empty=4, largest=8), heads_q=600, heads_kv=2,
                 seq_q=1280, seq_k=640, head_dim=128, value_dim=128, itemsize=2,
                 full=False)  # fmt: skip
 
 
-def changed(path: str, value: Any = None) -> dict[str, Any]:
+def changed(path: str, value: Any = None, table: dict[str, Any] = TABLE) -> dict[str, Any]:
     """The table with one value changed, or removed."""
-    table = copy.deepcopy(TABLE)
+    table = copy.deepcopy(table)
     at: Any = table
     *keys, last = (int(key) if key.isdigit() else key for key in path.split("."))
     for key in keys:
@@ -104,21 +114,25 @@ def numbers(table: Any, path: str = "") -> Iterator[str]:
         yield path
 
 
-@pytest.mark.parametrize("path", list(numbers(TABLE)))
+@pytest.mark.parametrize("path", list(numbers(EVERYTHING)))
 def test_no_number_of_0_divides(path: str) -> None:
     """It is refused by its name, or costs nothing."""
     try:
-        cluster = from_table(changed(path, 0))
+        cluster = from_table(changed(path, 0, EVERYTHING))
     except ValueError as error:
         line = str(error)
-        name = path.replace("kernels.0", "kernels[0]").removesuffix(".0").removesuffix(".1")
+        name = path.replace("s.0.", "s[0].").removesuffix(".0").removesuffix(".1")
         assert line.startswith(f"{name} = "), line
         return
     kernel = dataclasses.replace(KERNEL, phase="bwd")
     assert kernel_seconds(kernel, cluster.kernels[0], cluster.gpu) > 0
     assert side_seconds(SideWork(1000, 1000, 1000, 1), cluster.gpu) > 0
-    link = cluster.links["node"]
-    assert link.alpha_us + 1000 / link.gb_per_s > 0
+    assert mix_seconds(Mix("fwd", "fwd", 64, 1000), cluster.mixers[0]) > 0
+    rows = ((1, 1000), (4, 1000))
+    events = [Post(1, "exchange", (0, 1, 4), "", rows, rows), Wait(1), Copy(2, True, 1000, 1, ()),
+              Wait(2), Post(3, "all_gather", (0, 1, 4), "", rows, rows), Wait(3)]  # fmt: skip
+    times = replay({0: tuple(events)}, cluster, 4, lambda _: 0.0)
+    assert 0 < times[0].end < 1
 
 
 def test_files_are_named_in_errors(tmp_path: Path) -> None:

@@ -237,6 +237,20 @@ def test_recordings_are_kept_by_content(tmp_path: Path, monkeypatch: pytest.Monk
         assert cached(key, lambda: pytest.fail("recorded again")) == made
 
 
+def test_recordings_that_cannot_be_written_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    programs = {"fwd": (Wait(1),)}
+    cached("a", lambda: programs)
+
+    def refused(path: Path) -> None:
+        raise PermissionError(path)
+
+    monkeypatch.setattr(os, "utime", refused)
+    assert cached("a", lambda: pytest.fail("recorded again")) == programs
+
+
 def test_recordings_that_were_used_longest_ago_are_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -144,6 +144,10 @@ def test_a_refused_strategy_does_not_lose_the_others() -> None:
     predicted, refused = json.loads(command("ulysses,ring", *words, "--json").stdout)
     assert predicted["phases"]["fwd"]["seconds"] > 0
     assert refused["refused"].startswith("ulysses needs num_heads_q divisible by the ranks")
+    done = command("ring", "--dtype", "float32,bfloat16", *words)
+    assert done.returncode == 0
+    assert "refused: flash_attn.3 ring/contiguous x7" in done.stdout
+    assert "has no kernel of flash_attn.3 in float32" in " ".join(done.stdout.split())
     done = command("ulysses", *words)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("cpbench: flash_attn.3 ulysses/contiguous x7")

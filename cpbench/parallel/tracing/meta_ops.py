@@ -26,16 +26,17 @@ def call(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     result = None
     kind = _kind(func)
     if kind and not kwargs:
-        result = _cat(*args) if kind == "cat" else _pointwise(kind, args)
+        join = {"cat": _cat, "stack": _stack}.get(kind)
+        result = join(*args) if join else _pointwise(kind, args)
     return func(*args, **kwargs) if result is None else result
 
 
 @functools.cache
 def _kind(func: Any) -> str:
-    """``"cat"``, ``"in place"``, ``"arithmetic"`` or ``"comparison"``; "" for what is not here."""
-    name = func._schema.name.removeprefix("aten::")
-    if name == "cat":
-        return "cat"
+    """``"cat"``, ``"stack"``, ``"in place"``, ``"arithmetic"`` or ``"comparison"``; else ""."""
+    name: str = func._schema.name.removeprefix("aten::")
+    if name in ("cat", "stack"):
+        return name
     if name.removesuffix("_") in ARITHMETIC:
         return "in place" if name.endswith("_") else "arithmetic"
     return "comparison" if name in COMPARISONS else ""
@@ -46,6 +47,8 @@ def _pointwise(kind: str, args: Sequence[Any]) -> torch.Tensor | None:
     tensors = [x for x in args if isinstance(x, torch.Tensor)]
     first = tensors[0]
     if any(not x.is_meta or not x.is_floating_point() for x in tensors):
+        return None
+    if any(isinstance(x, complex) for x in args):
         return None
     shape = torch.broadcast_shapes(*(x.shape for x in tensors))
     if kind == "in place":
@@ -78,14 +81,35 @@ def _cat(tensors: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor | None:
     """Tensors of one dtype and number of dimensions."""
     first = tensors[0]
     shape = list(first.shape)
-    for x in tensors:
-        if x.dtype != first.dtype or x.dim() != first.dim() or not x.is_meta:
-            return None
+    if not -len(shape) <= dim < len(shape) or not _alike(tensors):
+        return None
     others = {(*x.shape[:dim], *x.shape[dim % len(shape) + 1 :]) for x in tensors}
     shape[dim] = sum(x.shape[dim] for x in tensors)
     if len(others) > 1 or all(len(shape) > 3 and x.stride(1) == 1 for x in tensors):
         return None  # where the channels are last, they are in the result
     return first.new_empty(shape)
+
+
+def _stack(tensors: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor | None:
+    """Tensors of one dtype and shape."""
+    first = tensors[0]
+    shape = list(first.shape)
+    if (
+        not -len(shape) <= dim <= len(shape)
+        or not _alike(tensors)
+        or not all(map(_in_order, tensors))
+    ):
+        return None
+    if any(x.shape != first.shape for x in tensors):
+        return None
+    shape.insert(dim % (len(shape) + 1), len(tensors))
+    return first.new_empty(shape)
+
+
+def _alike(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether all are without data, of one dtype and number of dimensions."""
+    first = tensors[0]
+    return all(x.is_meta and x.dtype == first.dtype and x.dim() == first.dim() for x in tensors)
 
 
 class MetaOps(TorchDispatchMode):

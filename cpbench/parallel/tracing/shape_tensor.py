@@ -12,7 +12,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map
@@ -169,7 +170,8 @@ def shape_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> ShapeTensor:
     return ShapeTensor(torch.Size(shape), dtype)
 
 
-class _Slice(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Slice:
     """A slice, which can be hashed."""
 
     start: Any
@@ -177,10 +179,19 @@ class _Slice(NamedTuple):
     step: Any
 
 
-class _List(tuple[Any, ...]):
-    """A list, which can be hashed."""
+@dataclass(frozen=True, slots=True)
+class _List:
+    """A list, which can be hashed, and is equal to no tuple."""
 
-    __slots__ = ()
+    items: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Number:
+    """A number in a list or tuple that is equal to none of another type."""
+
+    kind: type
+    value: Any
 
 
 def _cat(tensors: Sequence[Any], dim: int = 0) -> ShapeTensor:
@@ -218,7 +229,11 @@ def frozen(x: Any, tensor: Callable[[Any], Any]) -> Any:
     if isinstance(x, slice):
         return _Slice(x.start, x.stop, x.step)
     if isinstance(x, list | tuple):
-        return (_List if isinstance(x, list) else tuple)([frozen(one, tensor) for one in x])
+        items = tuple([
+            _Number(type(one), one) if isinstance(one, bool | float) else frozen(one, tensor)
+            for one in x
+        ])  # fmt: skip
+        return _List(items) if isinstance(x, list) else items
     return tensor(x)
 
 
@@ -227,7 +242,11 @@ def _thawed(x: Any) -> Any:
     if isinstance(x, DatalessTensor):
         return x.on_meta()
     if isinstance(x, _Slice):
-        return slice(*x)
+        return slice(x.start, x.stop, x.step)
+    if isinstance(x, _List):
+        return list(map(_thawed, x.items))
+    if isinstance(x, _Number):
+        return x.value
     if isinstance(x, tuple):
-        return (list if isinstance(x, _List) else tuple)(map(_thawed, x))
+        return tuple(map(_thawed, x))
     return x

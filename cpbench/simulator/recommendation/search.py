@@ -2,8 +2,8 @@
 
 The cases are methods for one problem.  Each is bounded from below first; in the order of their
 bounds, the rank with the most work is recorded, and if it may be within the interval of the best
-time, the others are; until no bound is.  Reads a request from stdin, searches of which several
-processes each claim one after another, and prints the outcomes of those that it claimed, by number.
+time, the others are; until no bound is.  Reads a request, searches of which several processes each
+claim one after another, and prints the outcomes of those that it claimed, by number.
 """
 
 from __future__ import annotations
@@ -138,8 +138,9 @@ def _claimed(path: Path) -> bool:
 
 
 def main() -> int:
-    """Answer the request from stdin: those of its searches that no other process has claimed."""
-    request = json.load(sys.stdin)
+    """Answer the request in the file that stdin names: those of its searches that no other process
+    has claimed."""
+    request = json.loads(Path(json.load(sys.stdin)["request"]).read_text())
     try:
         cluster = load(request["cluster"])
         if request["memory_gib"]:

@@ -35,7 +35,7 @@ class SideWorkMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, is_free, in_place = _kind(func)
-        if in_place:
+        if in_place and args[0].is_meta:
             result = args[0]
             assert all(_fits(x, result) for x in _tensors(args[1:]))
         else:

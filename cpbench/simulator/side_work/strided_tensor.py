@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -41,8 +42,9 @@ class StridedTensor(DatalessTensor):
             *[frozen(x, strided) for x in args],
             **{name: frozen(x, strided) for name, x in kwargs.items()},
         )
-        for work in works:
-            _recorders[-1].add(work)
+        if recorder := _recorder.get():
+            for work in works:
+                recorder.add(work)
         return result
 
     def on_meta(self) -> torch.Tensor:
@@ -73,15 +75,15 @@ def _remembered(function: Any, *args: Any, **kwargs: Any) -> tuple[Any, Program]
     return tree_map(strided, result), recorder.take()
 
 
-_recorders: list[Recorder] = []
+_recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
 
 
 @contextmanager
 def recording_side_work(recorder: Recorder) -> Iterator[None]:
     """A context in which what torch would launch is recorded, of tensors on ``meta`` too."""
-    _recorders.append(recorder)
+    token = _recorder.set(recorder)
     try:
         with SideWorkMode(recorder):
             yield
     finally:
-        _recorders.pop()
+        _recorder.reset(token)

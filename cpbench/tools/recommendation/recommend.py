@@ -11,6 +11,7 @@ import json
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from cpbench import masks
@@ -138,7 +139,10 @@ def _answers(searches: Sequence[Search], where: dict[str, Any]) -> list[list[Out
     outcomes: list[list[Outcome]] = [[{}] * len(search["cases"]) for search in searches]
     with tempfile.TemporaryDirectory() as claims:
         shared = where | {"searches": [requests[k] for k in order], "claims": claims}
-        with subprocesses(SEARCH, [shared] * min(usable_cores(), len(parts))) as processes:
+        file = Path(claims) / "request.json"
+        file.write_text(json.dumps(shared))  # larger than a pipe
+        requests_of = [{"request": str(file)}] * min(usable_cores(), len(parts))
+        with subprocesses(SEARCH, requests_of) as processes:
             for process in processes:
                 try:
                     replies = json.loads(read_reply(process, "search"))
