@@ -31,6 +31,13 @@ def test_equal_arguments_of_other_types_are_others(kind: Any) -> None:
         assert (whole * number).dtype == (torch.ones(3, dtype=torch.int64) * number).dtype
 
 
+def test_shapes_are_not_changed_in_place() -> None:
+    x = without_data(torch.empty(2, 1, 3, device="meta"))
+    assert x.nan_to_num_(0.0) is x
+    with pytest.raises(TypeError, match="squeeze_ changes the shape"):
+        x.squeeze_(1)
+
+
 def test_real_tensors_are_changed_in_place() -> None:
     recorder = Recorder()
     with SideWorkMode(recorder):

@@ -27,6 +27,10 @@ OPERATORS = (
 )  # fmt: skip
 IN_PLACE_OPERATORS = ("iadd", "isub", "imul", "itruediv")
 MOST_VIEWS = 1024  # of a tensor that are remembered
+CHANGE_SHAPE = {
+    "as_strided_", "resize_", "resize_as_", "set_", "squeeze_", "swapaxes_", "swapdims_", "t_",
+    "transpose_", "unsqueeze_",
+}  # fmt: skip
 IN_PLACE_METHODS = ("add_", "copy_", "mul_", "zero_")  # those that are frequent
 
 
@@ -95,6 +99,8 @@ class ShapeTensor(DatalessTensor):
         )
 
     def __getattr__(self, name: str) -> Any:
+        if name in CHANGE_SHAPE:
+            raise TypeError(f"{name} changes the shape of a tensor that may be shared")
         if name.endswith("_") and not name.endswith("__"):
             return self._in_place
         return super().__getattr__(name)
