@@ -18,8 +18,9 @@ lint: $(VENV)/.installed
 types: $(VENV)/.installed
 	$(BIN)/mypy
 
+# Three workers on two cores: launchers, Slurm and time limits are mostly waited for.
 tests: $(VENV)/.installed $(VENV)/mpich/bin/mpiexec $(VENV)/.retrieval
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder \
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder \
 		--durations=40 --durations-min=5
 
 # The constraints hold pip to one torch: an open range may fetch several GB of CUDA libraries.
