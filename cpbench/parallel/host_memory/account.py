@@ -7,11 +7,10 @@ from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cpbench.parallel.host_memory.allocation import allocates_on_host
-from cpbench.parallel.tracing import meta_ops
+from cpbench.parallel.tracing.meta_ops import MetaOps
 
 
 class PeakBytes(NamedTuple):
@@ -21,7 +20,7 @@ class PeakBytes(NamedTuple):
     host: int
 
 
-class MemoryAccount(TorchDispatchMode):
+class MemoryAccount(MetaOps):
     """Tracks the bytes of live storages that are made inside, by side.
 
     Args:
@@ -33,7 +32,7 @@ class MemoryAccount(TorchDispatchMode):
     """
 
     def __init__(self, excluded: Any = (), limit: int | None = None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         tensors = [x for x in tree_leaves(excluded) if _is_tensor(x)]
         self._excluded = {x.untyped_storage()._cdata for x in tensors}
         self._sides: tuple[dict[int, tuple[Any, int]], ...] = ({}, {})
@@ -44,13 +43,8 @@ class MemoryAccount(TorchDispatchMode):
     def peak(self) -> PeakBytes:
         return PeakBytes(*self._peaks)
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Torch imports its compiler, which takes seconds, only to disable it inside a mode."""
-        return False
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = meta_ops.call(func, args, kwargs or {})
+        result = super().__torch_dispatch__(func, types, args, kwargs)
         if func.is_view or (args and result is args[0]):  # in place
             return result
         for x in tree_leaves(result):

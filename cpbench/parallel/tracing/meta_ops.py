@@ -18,6 +18,7 @@ ARITHMETIC = {
     "add", "sub", "rsub", "mul", "div", "neg", "pow", "exp", "log", "log1p", "sigmoid", "maximum",
     "minimum", "logaddexp", "nan_to_num",
 }  # fmt: skip
+FILLS = {"copy_", "zero_", "fill_"}
 COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge"}
 
 
@@ -37,7 +38,7 @@ def _kind(func: Any) -> str:
     name: str = func._schema.name.removeprefix("aten::")
     if name in ("cat", "stack"):
         return name
-    if name.removesuffix("_") in ARITHMETIC:
+    if name in FILLS or name.removesuffix("_") in ARITHMETIC:
         return "in place" if name.endswith("_") else "arithmetic"
     return "comparison" if name in COMPARISONS else ""
 
@@ -113,7 +114,7 @@ def _alike(tensors: Sequence[torch.Tensor]) -> bool:
 
 
 class MetaOps(TorchDispatchMode):
-    """A mode in which :func:`call` computes all results."""
+    """A mode in which :func:`call` computes all results; those that watch them are subclasses."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
