@@ -81,7 +81,6 @@ def forward(qkv: QKV, layout: Layout, scale: float) -> tuple[torch.Tensor, torch
 
 def backward(x: BackwardInputs, layout: Layout, scale: float) -> Gradients:
     """Gradients over a layout; see ``cpbench.core.operator.Operator.backward``."""
-    import torch
 
     dout, q, k, v, out, lse = x
     dq = _empty_with_zeros(q.shape, q, layout.row_gaps)
@@ -101,32 +100,48 @@ def backward(x: BackwardInputs, layout: Layout, scale: float) -> Gradients:
             for square in layout.squares:
                 if square.alone == alone:
                     squares.backward(of_queries, of_keys, square)
-            dk_gTD, dv_gTD = grads
             for tile in layout.tiles:
-                if tile.alone != alone:
-                    continue
-                q_gmD, do_gmD = workspace.fold(q_hSD, tile), workspace.fold(do_hSD, tile)
-                delta_gm1 = (do_gmD * workspace.fold(out_hSD, tile)).sum(-1, True)
-                lse_gm1 = workspace.fold(lse_hS1, tile)
-                dq_gmD = torch.zeros_like(q_gmD)
-                for chunk in workspace.chunks(tile):
-                    p_gmw, ds_gmw, pT_gwm, dsT_gwm = workspace.scores(len(q_gmD), tile, chunk)
-                    k_gwD, v_gwD = workspace.gather(k_gTD, chunk), workspace.gather(v_gTD, chunk)
-                    torch.baddbmm(
-                        lse_gm1, q_gmD, k_gwD.mT, beta=-LOG2E, alpha=scale * LOG2E, out=p_gmw
-                    )
-                    workspace.apply_mask(p_gmw, tile, chunk)
-                    p_gmw.exp2_()
-                    _put_product(dv_gTD, chunk, pT_gwm, do_gmD, 1.0, alone)
-                    torch.baddbmm(delta_gm1, do_gmD, v_gwD.mT, beta=-1, out=ds_gmw)
-                    ds_gmw.mul_(p_gmw)
-                    _put_product(dk_gTD, chunk, dsT_gwm, q_gmD, scale, alone)
-                    dq_gmD.baddbmm_(ds_gmw, k_gwD, alpha=scale)
-                workspace.unfold(dq_gmD, dq_hSD, tile)
+                if tile.alone == alone:
+                    of_tile = q_hSD, do_hSD, out_hSD, lse_hS1, dq_hSD
+                    _backward_of_tile(workspace, tile, of_tile, (k_gTD, v_gTD, *grads), scale)
             for target, total in zip(targets, grads, strict=True):
                 if total is not target:
                     target.copy_(total)
     return dq, dk, dv
+
+
+def _backward_of_tile(
+    workspace: _Workspace,
+    tile: Tile,
+    of_queries: Sequence[torch.Tensor],
+    of_keys: Sequence[torch.Tensor],
+    scale: float,
+) -> None:
+    """Write dQ of a tile, and write dK and dV if it alone has its keys, else add them.
+
+    Args:
+        of_queries: q, dout, out, lse and dQ, ``[h, S, D]`` and ``[h, S, 1]``.
+        of_keys: k, v, dK and dV, ``[g, T, D]``.
+    """
+    import torch
+
+    *inputs, dq_hSD = of_queries
+    k_gTD, v_gTD, dk_gTD, dv_gTD = of_keys
+    q_gmD, do_gmD, out_gmD, lse_gm1 = (workspace.fold(x, tile) for x in inputs)
+    delta_gm1 = (do_gmD * out_gmD).sum(-1, True)
+    dq_gmD = torch.zeros_like(q_gmD)
+    for chunk in workspace.chunks(tile):
+        p_gmw, ds_gmw, pT_gwm, dsT_gwm = workspace.scores(len(q_gmD), tile, chunk)
+        k_gwD, v_gwD = workspace.gather(k_gTD, chunk), workspace.gather(v_gTD, chunk)
+        torch.baddbmm(lse_gm1, q_gmD, k_gwD.mT, beta=-LOG2E, alpha=scale * LOG2E, out=p_gmw)
+        workspace.apply_mask(p_gmw, tile, chunk)
+        p_gmw.exp2_()
+        _put_product(dv_gTD, chunk, pT_gwm, do_gmD, 1.0, tile.alone)
+        torch.baddbmm(delta_gm1, do_gmD, v_gwD.mT, beta=-1, out=ds_gmw)
+        ds_gmw.mul_(p_gmw)
+        _put_product(dk_gTD, chunk, dsT_gwm, q_gmD, scale, tile.alone)
+        dq_gmD.baddbmm_(ds_gmw, k_gwD, alpha=scale)
+    workspace.unfold(dq_gmD, dq_hSD, tile)
 
 
 class KeyRange(NamedTuple):
