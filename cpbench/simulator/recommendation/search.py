@@ -142,7 +142,7 @@ def main() -> int:
     """Answer the request in the file that stdin names: those of its searches that no other process
     has claimed."""
     gc.set_threshold(1_000_000)  # collections took 10 % of the time
-    request = json.loads(Path(json.load(sys.stdin)["request"]).read_text())
+    request = json.loads(Path(json.load(sys.stdin)["request"]).read_text("utf-8"))
     try:
         cluster = load(request["cluster"])
         if request["memory_gib"]:

@@ -140,7 +140,7 @@ def _answers(searches: Sequence[Search], where: dict[str, Any]) -> list[list[Out
     with tempfile.TemporaryDirectory() as claims:
         shared = where | {"searches": [requests[k] for k in order], "claims": claims}
         file = Path(claims) / "request.json"
-        file.write_text(json.dumps(shared))  # larger than a pipe
+        file.write_text(json.dumps(shared), "utf-8")  # larger than a pipe
         requests_of = [{"request": str(file)}] * min(usable_cores(), len(parts))
         with subprocesses(SEARCH, requests_of) as processes:
             for process in processes:
