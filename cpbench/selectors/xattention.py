@@ -18,6 +18,7 @@ from cpbench.selectors.common.ranking import (
     first_blocks,
     probabilities,
     row_chunks,
+    split_into_blocks,
     top_p_blocks,
     upcast,
 )
@@ -41,6 +42,9 @@ OPERATORS = (
         looks_ahead="block",
     ),
 )
+
+
+CHUNKS = 8  # of rows, at least
 
 
 class XAttention(Selector):
@@ -73,16 +77,16 @@ class XAttention(Selector):
 
         grid = plan.grid(self.block_size, self.block_size)
         group_allowed = plan.grid(self.stride, self.stride).allowed
-        # Reversed queries of a group times keys in order are the products on the antidiagonal.
-        groups_q = self._group_tokens(q.flip(1), reverse=True).flip(1)
-        groups_k = self._group_tokens(k, reverse=False)
+        # Queries of a group times its keys in reverse are the products on the antidiagonal.
+        groups_q = split_into_blocks(upcast(q), self.stride, 1).transpose(2, 3).flatten(3)
+        groups_k = split_into_blocks(upcast(k), self.stride, 1).flip(2).transpose(2, 3).flatten(3)
         scale = plan.problem.softmax_scale / self.stride
         groups_per_block = self.block_size // self.stride
         shape = (len(q), q.shape[2], *grid.areas.shape)
         mass = torch.zeros(shape, dtype=groups_q.dtype, device=q.device)
-        # Quarters of what fits, since few rows at once see fewer of the keys.
-        width = 4 * len(q) * q.shape[2] * groups_k.shape[1]
-        for begin, end in row_chunks(groups_q.shape[1], width, q.device, groups_per_block):
+        rows, width = groups_q.shape[1], len(q) * q.shape[2] * groups_k.shape[1]
+        # Few rows at once see fewer of the keys.
+        for begin, end in row_chunks(rows, width, q.device, groups_per_block, CHUNKS):
             last = min(end * self.stride, plan.mask.seq_q)
             blocks = -(-visible_end(plan.mask, begin * self.stride, last) // self.block_size)
             keys = slice(0, blocks * groups_per_block)
@@ -94,15 +98,3 @@ class XAttention(Selector):
         forced = None if plan.mask.kind == "full" else first_blocks(grid) | grid.diagonal
         kept = top_p_blocks(mass, self.threshold, grid, forced)
         return (Branch(mask=Blocks(grid, kept)),)
-
-    def _group_tokens(self, x_BTHD: torch.Tensor, reverse: bool) -> torch.Tensor:
-        """Concatenate groups of ``stride`` tokens, ``[B, groups, H, s * D]``; the last group (the
-        first one if tokens are in reverse order) is padded with zeros."""
-        import torch
-
-        missing = -x_BTHD.shape[1] % self.stride
-        if missing:
-            padding = (missing, 0) if reverse else (0, missing)
-            x_BTHD = torch.nn.functional.pad(x_BTHD, (0, 0, 0, 0, *padding))
-        groups: torch.Tensor = upcast(x_BTHD).unflatten(1, (-1, self.stride))
-        return groups.transpose(2, 3).flatten(3)

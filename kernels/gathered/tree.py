@@ -3,28 +3,24 @@
 The blocks of queries of a head are the leaves of a binary tree.  A node is one call with the keys
 that all of its queries select and no node above it has computed, if that saves more than a call
 costs; so what adjacent queries share is gathered once, in large products.  What is left for a leaf
-is XX
-Legend: B batch, H query heads; X blocks of m queries, Y blocks of w keys; U units, keys if there
-are columns and else blocks of them; n rows of a call, c keys of it.
+is a causal square, of which those of one size are computed together, or calls with a bias.
+
+Legend: X blocks of queries, Y blocks of w keys; n rows of a call, c keys of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
-from cpbench.kernels.gathered.blocks import hidden_table, partial_blocks
-from cpbench.kernels.gathered.calls import Bias, Call, Plan
-from cpbench.selectors.common.selection import Blocks, Grid
+from cpbench.kernels.gathered.calls import Bias, Call, Plan, Units, join_squares, units
+from cpbench.kernels.gathered.levels import BoolArray, Head
+from cpbench.selectors.common.selection import Blocks
 
 if TYPE_CHECKING:
     import torch
-
-BoolArray = npt.NDArray[np.bool_]
-IntArray = npt.NDArray[np.int64]
 
 MAX_BIAS = 1 << 18  # elements of the bias of a call, to stay in a cache
 MAX_LEAF_ROWS = 512
@@ -34,6 +30,7 @@ CALL_COST = 10000  # of a call, and
 ROW_COST = 20  # for each row of it: merging, and smaller products
 KEY_COST = 12  # for each key of it: gathering, and smaller products
 BIAS_COST = 0.25  # for each pair with a bias
+SQUARE_COST = 2  # for each pair of a causal square, of which many are one call
 GATHERING_COST = 2.5  # for each pair where ``gathered.blocks`` computes the selection
 
 
@@ -44,17 +41,16 @@ def plan(selection: Blocks, scale: float, required: bool = True) -> Plan | None:
         required: return a plan even if ``gathered.blocks`` is expected to be faster.
     """
     grid = selection.grid
-    view = _mask_view(grid)
     trees, total_cost, pairs = [], 0.0, 0
     for kept, columns in _by_head(selection):
-        head = _Head(kept, columns, grid, view)
-        costs = [head.cost(level) for level in range(head.max_leaf_level + 1)]
+        head = Head(kept, columns, grid)
+        costs = [_cost_of_leaves(head, level) for level in range(_max_leaf_level(head) + 1)]
         pairs += int(head.kept.sum()) * grid.block_q * grid.block_k
         total_cost += min(costs)
         trees.append(_Tree(head, costs.index(min(costs)), selection.kept.device))
     if not required and total_cost > GATHERING_COST * pairs:
         return None
-    return Plan(scale, grid, tuple(tuple(tree.calls()) for tree in trees))
+    return Plan(scale, grid, tuple(tree.calls() for tree in trees))
 
 
 def _by_head(selection: Blocks) -> Iterator[tuple[BoolArray, BoolArray | None]]:
@@ -71,121 +67,48 @@ def _by_head(selection: Blocks) -> Iterator[tuple[BoolArray, BoolArray | None]]:
         yield kept_XY, columns_T if columns_T.any() else None
 
 
-class _MaskView(NamedTuple):
-    """The mask in blocks: ``[X, Y]`` allowed and entirely visible ones; for each block of queries
-    ``[X]`` the block of keys in which query i sees the first i + 1, -1 for none."""
-
-    allowed: BoolArray
-    full: BoolArray
-    diagonal: IntArray
+def _max_leaf_level(head: Head) -> int:
+    blocks = max(MAX_LEAF_ROWS // head.grid.block_q, 1)
+    return min(blocks.bit_length(), len(head.levels)) - 1
 
 
-def _mask_view(grid: Grid) -> _MaskView:
-    """The mask of a grid in blocks, computed once."""
-    if "mask_view" not in grid.cache:
-        allowed = grid.allowed.cpu().numpy()
-        full = allowed & ~partial_blocks(grid).cpu().numpy()  # and without padding
-        diagonal = np.full(len(allowed), -1)
-        if grid.block_q == grid.block_k:
-            index, hidden_pairs = (x.cpu().numpy() for x in hidden_table(grid))
-            above = np.triu(np.ones(hidden_pairs.shape[1:], dtype=np.bool_), 1)
-            rows = np.arange(grid.block_q) < grid.block_lengths[0].cpu().numpy()[-1]
-            for x, y in zip(*np.nonzero(allowed & ~full), strict=True):
-                wrong = hidden_pairs[index[x, y]] != above
-                if not (wrong[rows] if x == len(allowed) - 1 else wrong).any():
-                    diagonal[x] = y
-        grid.cache["mask_view"] = _MaskView(allowed, full, diagonal)
-    view: _MaskView = grid.cache["mask_view"]
-    return view
-
-
-class _Head:
-    """The selection of a head.
-
-    Attributes:
-        kept: ``[X, Y]`` selected blocks.
-        whole: ``[X, U]`` selected units that all queries of a block see.
-        cut: ``[X, Y]`` blocks with selected keys that the mask hides from some of the queries.
-        unit: keys of a unit.
-        levels: for each level of the tree, from single blocks of queries up: units that all blocks
-            of a node have whole, that some have, and blocks of keys that some have cut.
-    """
-
-    def __init__(
-        self, kept: BoolArray, columns: BoolArray | None, grid: Grid, view: _MaskView
-    ) -> None:
-        self.grid, self.view, self.columns = grid, view, columns
-        self.kept = kept & view.allowed
-        self.whole, selected, self.unit = self.kept & view.full, self.kept, grid.block_k
-        if columns is not None:
-            by_block = columns.reshape(-1, grid.block_k)
-            self.whole = (self.whole[:, :, None] | (view.full[:, :, None] & by_block)).reshape(
-                len(kept), -1
-            )
-            selected, self.unit = self.kept | (view.allowed & by_block.any(1)), 1
-        self.cut = selected & ~view.full
-        self.levels = [(self.whole, self.whole, self.cut)]
-        while len(self.levels[-1][0]) > 1:
-            shared, united, cut = self.levels[-1]
-            either = np.logical_or
-            self.levels.append(
-                (_pairs(np.logical_and, shared), _pairs(either, united), _pairs(either, cut))
-            )
-        self.max_leaf_level = (
-            min(max(MAX_LEAF_ROWS // grid.block_q, 1).bit_length(), len(self.levels)) - 1
-        )
-
-    def blocks_of(self, units: BoolArray) -> BoolArray:
-        """The blocks that hold some of the units, ``[..., Y]``."""
-        if self.unit > 1:
-            return units
-        return _any(units.reshape(*units.shape[:-1], -1, self.grid.block_k), -1)
-
-    def cost(self, level: int) -> float:
-        """Time of the nodes of a level as leaves, without those above them."""
-        shared, united, cut = self.levels[level]
-        others = self.blocks_of(united & ~shared) | cut
-        rows, w = self.grid.block_q << level, self.grid.block_k
-        keys = int(shared.sum()) * self.unit, int(others.sum()) * w
-        calls = int(shared.any(1).sum()) + int(others.any(1).sum())
-        pairs = rows * (keys[0] + (1 + BIAS_COST) * keys[1])
-        return calls * (CALL_COST + ROW_COST * rows) + KEY_COST * sum(keys) + pairs
-
-
-def _any(x: BoolArray, axis: int) -> BoolArray:
-    found: BoolArray = np.logical_or.reduce(x, axis)
-    return found
-
-
-def _pairs(combine: np.ufunc, x: BoolArray) -> BoolArray:
-    """Combine adjacent rows; a last one without a neighbour stays."""
-    even, odd = x[::2], x[1::2]
-    combined: BoolArray = combine(even[: len(odd)], odd)
-    return combined if len(even) == len(odd) else np.concatenate([combined, even[-1:]])
+def _cost_of_leaves(head: Head, level: int) -> float:
+    """Time of the nodes of a level as leaves, without those above them."""
+    shared, cut, square = head.levels[level].shared, head.levels[level].cut, head.squares[level]
+    others = (head.others[level] | cut) & ~square[:, None]
+    rows, w = head.grid.block_q << level, head.grid.block_k
+    keys = int(shared.sum()) * head.unit, int(others.sum()) * w
+    calls = int(shared.any(1).sum()) + int(others.any(1).sum())
+    pairs = rows * (keys[0] + (1 + BIAS_COST) * keys[1])
+    squares = int(square.sum()) * rows * (ROW_COST + SQUARE_COST * rows)
+    return calls * (CALL_COST + ROW_COST * rows) + KEY_COST * sum(keys) + pairs + squares
 
 
 class _Tree:
     """The calls of a head, with the nodes of a level as leaves."""
 
-    def __init__(self, head: _Head, leaf_level: int, device: torch.device) -> None:
+    def __init__(self, head: Head, leaf_level: int, device: torch.device) -> None:
         self.head, self.leaf_level, self.device = head, leaf_level, device
 
-    def calls(self) -> Iterator[Call]:
-        """The calls, those of a node before those below it."""
-        if len(self.head.kept):
-            yield from self._node(len(self.head.levels) - 1, 0, np.zeros_like(self.head.whole[0]))
+    def calls(self) -> tuple[Call, ...]:
+        if not len(self.head.kept):
+            return ()
+        nothing = np.zeros_like(self.head.whole[0])
+        calls = self._node(len(self.head.levels) - 1, 0, nothing)
+        return join_squares(calls, self.device)
 
-    def _node(self, level: int, i: int, done: BoolArray) -> Iterator[Call]:
-        x0, x1 = i << level, min((i + 1) << level, len(self.head.kept))
-        shared, united = (x[i] & ~done for x in self.head.levels[level][:2])
-        square = self._square(x0, x1, united & ~shared)
-        rows = (x1 - x0) * self.head.grid.block_q
-        keys = int(shared.sum()) * self.head.unit
-        if square is not None:
+    def _node(self, height: int, i: int, done: BoolArray) -> Iterator[Call]:
+        """The calls of a node, those of all of its queries before those of some."""
+        head, level = self.head, self.head.levels[height]
+        x0, x1 = i << height, min((i + 1) << height, len(head.kept))
+        shared = level.shared[i] & ~done
+        rows, keys = (x1 - x0) * head.grid.block_q, int(shared.sum()) * head.unit
+        if head.squares[height][i]:
             yield from self._whole_call(x0, x1, shared)
-            if square.stop > square.start:
-                yield Call(x0, x1, square, 1, causal=True)
-        elif level == self.leaf_level:
+            yield self._square(x0, x1)
+        elif not level.cut[i].any() and not head.others[height][i].any():
+            yield from self._whole_call(x0, x1, shared)
+        elif height == self.leaf_level:
             # One call with a bias costs less than two if they share little.
             if keys * rows * BIAS_COST > CALL_COST:
                 yield from self._whole_call(x0, x1, shared)
@@ -195,45 +118,29 @@ class _Tree:
             if keys * KEY_COST > CALL_COST + ROW_COST * rows:
                 yield from self._whole_call(x0, x1, shared)
                 done = done | shared
-            yield from self._node(level - 1, 2 * i, done)
-            if 2 * i + 1 < len(self.head.levels[level - 1][0]):
-                yield from self._node(level - 1, 2 * i + 1, done)
+            yield from self._node(height - 1, 2 * i, done)
+            if 2 * i + 1 < len(head.levels[height - 1].shared):
+                yield from self._node(height - 1, 2 * i + 1, done)
 
-    def _square(self, x0: int, x1: int, others: BoolArray) -> slice | None:
-        """The keys of a causal square if that, besides the keys shared, is all that blocks of
-        queries select; empty if nothing is left, None if something else is.
+    def _queries(self, x0: int, x1: int) -> Units:
+        return Units(slice(x0 * self.head.grid.block_q, self._end(x1)))
 
-        Args:
-            others: ``[U]`` units that some of the blocks select, but not all.
-        """
-        head, (_, full, diagonal) = self.head, self.head.view
-        cut = head.cut[x0:x1]
-        if not cut.any() and not others.any():
-            return slice(0, 0)
-        n, y0 = x1 - x0, int(diagonal[x0])
-        if y0 < 0 or cut.sum() != n or (diagonal[x0:x1] != y0 + np.arange(n)).any():
-            return None
-        inside = slice(y0, y0 + n)
-        lower = head.kept[x0:x1, inside] & (full[x0:x1, inside] | np.eye(n, dtype=np.bool_))
-        outside = head.blocks_of(others).copy()
-        outside[inside] = False
-        if outside.any() or not (lower | np.triu(np.ones_like(lower), 1)).all():
-            return None
-        begin = y0 * head.grid.block_k
-        return slice(begin, begin + self._rows(x0, x1))
+    def _end(self, x: int) -> int:
+        """The end of the queries before a block."""
+        return min(x * self.head.grid.block_q, self.head.grid.mask.seq_q)
 
-    def _rows(self, x0: int, x1: int) -> int:
-        """Number of queries of blocks."""
-        return (
-            min(x1 * self.head.grid.block_q, self.head.grid.mask.seq_q)
-            - x0 * self.head.grid.block_q
-        )
+    def _square(self, x0: int, x1: int) -> Call:
+        """The causal square of blocks of queries."""
+        begin = int(self.head.view.diagonal[x0]) * self.head.grid.block_k
+        keys = slice(begin, begin + self._end(x1) - self._end(x0))
+        return Call(self._queries(x0, x1), Units(keys), causal=True)
 
-    def _whole_call(self, x0: int, x1: int, units: BoolArray) -> Iterator[Call]:
+    def _whole_call(self, x0: int, x1: int, shared: BoolArray) -> Iterator[Call]:
         """The call of blocks of queries that see all keys of some units, if there are any."""
-        numbers = np.flatnonzero(units)
+        numbers = np.flatnonzero(shared)
         if len(numbers):
-            yield Call(x0, x1, self._keys(numbers, self.head.unit), self.head.unit)
+            keys = units(numbers, self.head.unit, self.device)
+            yield Call(self._queries(x0, x1), keys)
 
     def _biased_calls(self, x0: int, x1: int, done: BoolArray) -> Iterator[Call]:
         """Calls for all that blocks of queries select, except for units that are done."""
@@ -241,7 +148,8 @@ class _Tree:
 
         head, w = self.head, self.head.grid.block_k
         left, cut = head.whole[x0:x1] & ~done, head.cut[x0:x1]
-        blocks = np.flatnonzero(head.blocks_of(_any(left, 0)) | cut.any(0))
+        any_left = np.logical_or.reduce(left)
+        blocks = np.flatnonzero(head.blocks_of(any_left) | cut.any(0))
         step = max(1, MAX_BIAS // ((x1 - x0) * head.grid.block_q * w))
         for begin in range(0, len(blocks), step):
             part = blocks[begin : begin + step]
@@ -252,15 +160,10 @@ class _Tree:
                 columns = head.columns.reshape(-1, w)[part]
                 of_cut = head.kept[x0:x1, part, None] | columns
                 visible = left.reshape(len(left), -1, w)[:, part] | (cut[:, part, None] & of_cut)
-            places = (torch.as_tensor(x, device=self.device) for x in (row, slot, part[slot]))
-            visible_n1c = torch.as_tensor(visible.reshape(len(left), 1, -1), device=self.device)
-            yield Call(x0, x1, self._keys(part, w), w, bias=Bias(visible_n1c, *places))
-
-    def _keys(self, numbers: IntArray, width: int) -> slice | torch.Tensor:
-        """Units by their numbers, as keys if they are adjacent."""
-        import torch
-
-        first, last = int(numbers[0]), int(numbers[-1])
-        if last - first == len(numbers) - 1:
-            return slice(first * width, (last + 1) * width)
-        return torch.as_tensor(numbers, device=self.device)
+            places = row, slot, x0 + row, part[slot]
+            visible_n1c, *cut_blocks = (
+                torch.as_tensor(x, device=self.device)
+                for x in (visible.reshape(len(left), 1, -1), *places)
+            )
+            keys = units(part, w, self.device)
+            yield Call(self._queries(x0, x1), keys, bias=Bias(visible_n1c, *cut_blocks))

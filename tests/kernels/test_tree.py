@@ -67,11 +67,13 @@ def test_a_dense_selection_is_one_causal_call() -> None:
     plan = tree.plan(Blocks(grid, grid.allowed.expand(1, 1, -1, -1)), 1.0)
     assert plan is not None
     ((call,),) = plan.calls
-    assert (call.x0, call.x1, call.keys, call.causal) == (0, 8, slice(0, 250), True)
+    assert (call.queries.numbers, call.keys.numbers) == (slice(0, 250), slice(0, 250))
+    assert call.causal
     documents = block_grid(build("causal_document:doc_lens=[128,128]", 256), 32, 32, "cpu")
     plan = tree.plan(Blocks(documents, documents.allowed.expand(1, 1, -1, -1)), 1.0)
     assert plan is not None
-    assert [call.keys for call in plan.calls[0]] == [slice(0, 128), slice(128, 256)]
+    ((call,),) = plan.calls
+    assert (call.keys.numbers, call.parts, call.causal) == (slice(0, 256), 2, True)
 
 
 def test_one_block_less_is_not_a_causal_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,8 +84,8 @@ def test_one_block_less_is_not_a_causal_call(monkeypatch: pytest.MonkeyPatch) ->
     kept[5, 1] = False
     plan = tree.plan(Blocks(grid, kept[None, None]), 1.0)
     assert plan is not None
-    squares = [(call.x0, call.x1) for call in plan.calls[0] if call.causal]
-    assert squares == [(0, 4), (4, 5), (5, 6), (6, 8)]
+    squares = [(call.queries.numbers, call.parts) for call in plan.calls[0] if call.causal]
+    assert squares == [(slice(0, 128), 1), (slice(128, 192), 2), (slice(192, 256), 1)]
 
 
 def test_keys_that_adjacent_queries_share_are_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,9 +98,12 @@ def test_keys_that_adjacent_queries_share_are_one_call(monkeypatch: pytest.Monke
     plan = tree.plan(Blocks(grid, kept), 1.0)
     assert plan is not None
     shared, *others = plan.calls[0]
-    assert isinstance(shared.keys, torch.Tensor)
-    assert (shared.x0, shared.x1, shared.keys.tolist(), shared.bias) == (0, 8, [1, 4], None)
-    assert [(call.x0, call.keys) for call in others] == [(3, slice(192, 224))]
+    assert isinstance(shared.keys.numbers, torch.Tensor)
+    assert (shared.queries.numbers, shared.keys.numbers.tolist()) == (slice(0, 256), [1, 4])
+    assert shared.bias is None
+    assert [(call.queries.numbers, call.keys.numbers) for call in others] == [
+        (slice(96, 128), slice(192, 224))
+    ]
 
 
 def test_small_blocks_are_gathered_and_large_ones_are_calls() -> None:

@@ -127,11 +127,13 @@ def largest(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def row_chunks(
-    rows: int, scores_per_row: int, device: torch.device, multiple: int = 1
+    rows: int, scores_per_row: int, device: torch.device, multiple: int = 1, chunks: int = 1
 ) -> Iterator[tuple[int, int]]:
-    """Split rows into ranges of about ``MAX_SCORES`` scores, each a multiple of ``multiple``."""
+    """Split rows into ranges of at most about ``MAX_SCORES`` scores, each a multiple of
+    ``multiple``; into ``chunks`` if all would fit fewer."""
     max_scores = MAX_SCORES.get(device.type, MAX_SCORES["cpu"])
-    step = max(max_scores // max(scores_per_row, 1) // multiple, 1) * multiple
+    max_rows = min(max_scores // max(scores_per_row, 1), rows // chunks)
+    step = max(max_rows // multiple, 1) * multiple
     for begin in range(0, rows, step):
         yield begin, min(begin + step, rows)
 

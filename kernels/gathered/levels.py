@@ -1,0 +1,165 @@
+"""The selection of a head in a binary tree of blocks of queries: what the blocks of a node share.
+
+Legend: X blocks of m queries, Y blocks of w keys; U units, keys if there are columns and else
+blocks of them; N nodes of a level, from single blocks of queries up.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from cpbench.kernels.gathered.blocks import hidden_table, partial_blocks
+from cpbench.selectors.common.selection import Grid
+
+BoolArray = npt.NDArray[np.bool_]
+IntArray = npt.NDArray[np.int64]
+
+
+class MaskView(NamedTuple):
+    """The mask in blocks: ``[X, Y]`` allowed and entirely visible ones; for each block of queries
+    ``[X]`` the block of keys in which query i sees the first i + 1, -1 for none."""
+
+    allowed: BoolArray
+    full: BoolArray
+    diagonal: IntArray
+
+
+def mask_view(grid: Grid) -> MaskView:
+    """The mask of a grid in blocks, computed once."""
+    if "mask_view" not in grid.cache:
+        allowed = grid.allowed.cpu().numpy()
+        full = allowed & ~partial_blocks(grid).cpu().numpy()  # and without padding
+        diagonal = np.full(len(allowed), -1)
+        if grid.block_q == grid.block_k:
+            index, hidden_pairs = (x.cpu().numpy() for x in hidden_table(grid))
+            above = np.triu(np.ones(hidden_pairs.shape[1:], dtype=np.bool_), 1)
+            rows = np.arange(grid.block_q) < grid.block_lengths[0].cpu().numpy()[-1]
+            for x, y in zip(*np.nonzero(allowed & ~full), strict=True):
+                wrong = hidden_pairs[index[x, y]] != above
+                if not (wrong[rows] if x == len(allowed) - 1 else wrong).any():
+                    diagonal[x] = y
+        grid.cache["mask_view"] = MaskView(allowed, full, diagonal)
+    view: MaskView = grid.cache["mask_view"]
+    return view
+
+
+class Level(NamedTuple):
+    """What the blocks of queries of each node have.
+
+    Attributes:
+        shared, united: ``[N, U]`` units that all of them have whole, and that some have.
+        cut: ``[N, Y]`` blocks of keys that the mask cuts for some.
+        first, offset: ``[2, N]`` the bounds of two numbers of theirs; the first of the selected
+            blocks of keys that end in the diagonal one without a gap (Y without a diagonal one, or
+            with another that is cut), and the distance from its number to that of the diagonal one.
+    """
+
+    shared: BoolArray
+    united: BoolArray
+    cut: BoolArray
+    first: IntArray
+    offset: IntArray
+
+    def above(self) -> Level:
+        """The next level; a last node without a neighbour stays."""
+        both, either = np.logical_and, np.logical_or
+        return Level(
+            _pairs(both, self.shared),
+            _pairs(either, self.united),
+            _pairs(either, self.cut),
+            _bounds(self.first),
+            _bounds(self.offset),
+        )
+
+
+class Head:
+    """The selection of a head.
+
+    Attributes:
+        kept: ``[X, Y]`` selected blocks.
+        columns: ``[Y * w]`` booleans of keys that all queries select; None for none.
+        whole: ``[X, U]`` selected units that all queries of a block see.
+        cut: ``[X, Y]`` blocks with selected keys that the mask hides from some of the queries.
+        unit: keys of a unit.
+        levels: from single blocks of queries to all of them; none without queries.
+    """
+
+    def __init__(self, kept: BoolArray, columns: BoolArray | None, grid: Grid) -> None:
+        self.grid, self.view, self.columns = grid, mask_view(grid), columns
+        self.kept = kept & self.view.allowed
+        self.whole, selected, self.unit = self.kept & self.view.full, self.kept, grid.block_k
+        if columns is not None:
+            by_block = columns.reshape(-1, grid.block_k)
+            self.whole = (self.whole[:, :, None] | (self.view.full[:, :, None] & by_block)).reshape(
+                len(kept), -1
+            )
+            selected, self.unit = self.kept | (self.view.allowed & by_block.any(1)), 1
+        self.cut = selected & ~self.view.full
+        place = np.arange(len(kept))
+        first = np.broadcast_to(self._first_before_diagonal(), (2, len(kept)))
+        offset = np.broadcast_to(self.view.diagonal - place, (2, len(kept)))
+        self.levels = [Level(self.whole, self.whole, self.cut, first, offset)]
+        while len(self.levels[-1].shared) > 1:
+            self.levels.append(self.levels[-1].above())
+
+    def _first_before_diagonal(self) -> IntArray:
+        """See :class:`Level`."""
+        columns = np.arange(self.kept.shape[1])
+        is_diagonal = columns == self.view.diagonal[:, None]
+        gaps = (columns < self.view.diagonal[:, None]) & ~(self.kept & self.view.full)
+        after_last_gap = np.where(gaps.any(1), len(columns) - gaps[:, ::-1].argmax(1), 0)
+        alone = (self.kept & is_diagonal).any(1) & ~(self.cut & ~is_diagonal).any(1)
+        first: IntArray = np.where(alone, after_last_gap, len(columns))
+        return first
+
+    @functools.cached_property
+    def others(self) -> list[BoolArray]:
+        """Blocks of keys with units that some blocks of queries of a node have, but not all, by
+        level ``[N, Y]``."""
+        above = [self.blocks_of(level.united & ~level.shared) for level in self.levels[1:]]
+        return [np.zeros_like(self.cut), *above]
+
+    @functools.cached_property
+    def squares(self) -> list[BoolArray]:
+        """The nodes of each level ``[N]`` whose queries select a causal square and else only what
+        all of them select."""
+        squares = []
+        for height, (level, others) in enumerate(zip(self.levels, self.others, strict=True)):
+            nodes = np.arange(len(others)) << height
+            begin = level.offset[0] + nodes
+            end = begin + np.minimum(1 << height, len(self.kept) - nodes)
+            column = np.arange(others.shape[1])
+            inside = (column >= begin[:, None]) & (column < end[:, None])
+            squares.append(
+                (level.offset[0] == level.offset[1])
+                & (level.first[1] <= begin)
+                & ~(others & ~inside).any(1)
+            )
+        return squares
+
+    def blocks_of(self, units: BoolArray) -> BoolArray:
+        """The blocks that hold some of the units, ``[..., Y]``."""
+        if self.unit > 1:
+            return units
+        width = self.grid.block_k
+        if width % 8 == 0:  # eight at once
+            units, width = np.ascontiguousarray(units).view(np.uint64), width // 8
+        blocks = units.reshape(*units.shape[:-1], units.shape[-1] // width, width)
+        found: BoolArray = np.logical_or.reduce(blocks != 0, -1)
+        return found
+
+
+def _pairs(combine: np.ufunc, x: BoolArray) -> BoolArray:
+    """Combine adjacent rows; a last one without a neighbour stays."""
+    even, odd = x[::2], x[1::2]
+    combined: BoolArray = combine(even[: len(odd)], odd)
+    return combined if len(even) == len(odd) else np.concatenate([combined, even[-1:]])
+
+
+def _bounds(x: IntArray) -> IntArray:
+    """The minimum and maximum ``[2, N]`` of pairs of nodes."""
+    return np.stack([_pairs(np.minimum, x[0]), _pairs(np.maximum, x[1])])
