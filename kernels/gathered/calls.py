@@ -192,9 +192,10 @@ def forward(qkv: QKV, plan: Plan) -> OutLse:
 
     q, k, v = qkv
     grid, dtype = plan.grid, torch.promote_types(q.dtype, torch.float32)
-    (B, S, H, _), G = q.shape, k.shape[2]
-    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    (B, S, H, D), G = q.shape, k.shape[2]
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty((B, H, S), dtype=torch.float32)
+    o_SD, lse_S1 = (q.new_empty((S, width), dtype=dtype) for width in (D, 1))
     for b in range(B):
         keys, values = (
             to_blocks(x, b, grid.block_k, dtype).view(G, -1, x.shape[3]) for x in (k, v)
@@ -204,7 +205,8 @@ def forward(qkv: QKV, plan: Plan) -> OutLse:
             g = h // (H // G)
             # Strided queries cost a fifth of the speed.
             q_SD = q[b, :, h].to(dtype).contiguous()
-            o_SD, lse_S1 = torch.zeros_like(q_SD), q_SD.new_full((S, 1), NO_LSE)
+            o_SD.zero_()
+            lse_S1.fill_(NO_LSE)
             end = 0  # of the queries that have a partial result
             for call in plan.calls[b * H + h]:
                 q_hnD = _take(q_SD, call.queries, call.parts)

@@ -28,7 +28,7 @@ MAX_LEAF_ROWS = 512
 # Times in those of a pair in a large product (head_dim 64, one thread of an AMD EPYC).
 CALL_COST = 10000  # of a call, and
 ROW_COST = 20  # for each row of it: merging, and smaller products
-KEY_COST = 12  # for each key of it: gathering, and smaller products
+KEY_COST = 8  # for each key of it: gathering, and smaller products
 BIAS_COST = 0.25  # for each pair with a bias
 SQUARE_COST = 2  # for each pair of a causal square, of which many are one call
 GATHERING_COST = 2.5  # for each pair where ``gathered.blocks`` computes the selection
