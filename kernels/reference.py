@@ -22,7 +22,7 @@ from cpbench.core.problem import Problem
 from cpbench.core.registry import ANY_MASK, OperatorInfo
 from cpbench.masks.dilated_mask import DilatedMask
 from cpbench.masks.head_masks import Mask
-from cpbench.selectors.common.selection import SELECTIONS, Blocks, Selection, Tokens
+from cpbench.selectors.selections import SELECTIONS, Blocks, Lines, Selection, Tokens
 
 if TYPE_CHECKING:
     import torch
@@ -184,7 +184,7 @@ def _row_blocks(
     step = max(1, BLOCK_SCORES // max(1, batch_heads * mask.seq_k))
     for start in range(0, mask.seq_q, step):
         end = min(start + step, mask.seq_q)
-        if isinstance(mask, Blocks | Tokens):
+        if isinstance(mask, Blocks | Lines | Tokens):
             visible = mask.dense_rows(start, end)
             yield slice(start, end), visible.double().log_().unflatten(1, (groups, -1))
             continue

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from cpbench.core.registry import OperatorInfo
 from cpbench.selectors.common.base import Branch, Plan, Selector
 from cpbench.selectors.common.ranking import check_minimum, largest, qk_scores, row_chunks, upcast
-from cpbench.selectors.common.selection import Tokens, dense_mask_rows, visible_end
+from cpbench.selectors.selections import Tokens, dense_mask_rows, visible_end
 
 if TYPE_CHECKING:
     import torch

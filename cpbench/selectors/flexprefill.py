@@ -19,8 +19,8 @@ from cpbench.selectors.common.ranking import (
     split_into_blocks,
     top_k_mask,
 )
-from cpbench.selectors.common.selection import Blocks, Grid
 from cpbench.selectors.minference import last_query_probs, sum_by_distance
+from cpbench.selectors.selections import Blocks, Grid
 
 if TYPE_CHECKING:
     import torch

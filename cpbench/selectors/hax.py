@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from cpbench.core.registry import OperatorInfo
 from cpbench.selectors.common.base import Branch, Plan, Selector
 from cpbench.selectors.common.ranking import check_minimum, upcast
-from cpbench.selectors.common.selection import Tokens
+from cpbench.selectors.selections import Tokens
 
 if TYPE_CHECKING:
     import torch

@@ -21,7 +21,7 @@ from cpbench.selectors.common.ranking import (
     top_k_mask,
     upcast,
 )
-from cpbench.selectors.common.selection import Blocks
+from cpbench.selectors.selections import Blocks, Grid, Lines
 
 if TYPE_CHECKING:
     import torch
@@ -102,17 +102,16 @@ FORCED_COLUMNS, FORCED_DIAGONALS = 30, 100  # always kept, and counted
 
 
 class VerticalSlash(Selector):
-    """Columns of keys, and the blocks that contain a kept diagonal.
+    """Columns of keys, and diagonals, of which a block of queries keeps the keys of all of them.
 
-    The original shifts blocks so that a diagonal fits one; these blocks are aligned, so a diagonal
-    keeps two per row.  The last queries decide for all earlier ones, so it suits neither decoding
-    nor training.
+    The last queries decide for all earlier ones, so it suits neither decoding nor training.
 
     Args:
         vertical: columns to keep, including the first 30.
         slash: diagonals to keep, including the nearest 100.
-        block_size: tokens per block of diagonals.
-        whole_blocks: keep the whole block of each column, for kernels that take only blocks.
+        block_size: queries of a block, which has as many keys of each diagonal.
+        whole_blocks: keep whole blocks of as many keys instead, the two in which a diagonal is and
+            that of each column, for kernels that take only blocks.
         kernel: see :class:`Selector`.
     """
 
@@ -138,9 +137,8 @@ class VerticalSlash(Selector):
         n = k.shape[1]
         grid = plan.grid(self.block_size, self.block_size)
         if max(self.vertical, self.slash) >= n:  # all of them
-            kept = grid.allowed.expand(len(q), q.shape[2], -1, -1)
-            none = torch.zeros((len(q), q.shape[2], n), dtype=torch.bool, device=q.device)
-            return (Branch(mask=Blocks(grid, kept, None if self.whole_blocks else none)),)
+            lines = torch.ones((len(q), q.shape[2], n), dtype=torch.bool, device=q.device)
+            return (self._branch(grid, lines, lines),)
         probs = last_query_probs(q, k, min(LAST_QUERIES, n), plan.problem.softmax_scale)
         column_mass = probs.sum(2)
         column_mass[..., :FORCED_COLUMNS] = torch.inf
@@ -148,11 +146,14 @@ class VerticalSlash(Selector):
         distance_mass[..., :FORCED_DIAGONALS] = torch.inf
         columns = top_k_mask(column_mass, min(max(self.vertical, FORCED_COLUMNS), n))
         distances = top_k_mask(distance_mass, min(max(self.slash, FORCED_DIAGONALS), n))
+        return (self._branch(grid, distances, columns),)
+
+    def _branch(self, grid: Grid, distances: torch.Tensor, columns: torch.Tensor) -> Branch:
+        if not self.whole_blocks:
+            return Branch(mask=Lines(grid, distances, columns))
         kept = diagonal_blocks(distances, self.block_size, grid.areas.shape[0])
-        if self.whole_blocks:
-            kept = kept | split_into_blocks(columns, self.block_size, 2).any(3)[:, :, None]
-            return (Branch(mask=Blocks(grid, kept & grid.allowed)),)
-        return (Branch(mask=Blocks(grid, kept & grid.allowed, columns)),)
+        kept = kept | split_into_blocks(columns, self.block_size, 2).any(3)[:, :, None]
+        return Branch(mask=Blocks(grid, kept & grid.allowed))
 
 
 def last_query_probs(q: torch.Tensor, k: torch.Tensor, last: int, scale: float) -> torch.Tensor:

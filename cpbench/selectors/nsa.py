@@ -27,7 +27,7 @@ from cpbench.selectors.common.ranking import (
     top_blocks_in_chunks,
     upcast,
 )
-from cpbench.selectors.common.selection import Blocks
+from cpbench.selectors.selections import Blocks
 
 if TYPE_CHECKING:
     import torch

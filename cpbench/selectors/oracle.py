@@ -17,7 +17,7 @@ from cpbench.selectors.common.ranking import (
     row_chunks,
     top_blocks,
 )
-from cpbench.selectors.common.selection import Blocks, Grid, dense_mask_rows
+from cpbench.selectors.selections import Blocks, Grid, dense_mask_rows
 
 if TYPE_CHECKING:
     import torch

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from cpbench.core.registry import OperatorInfo
 from cpbench.selectors.common.base import Branch, Plan, Selector
 from cpbench.selectors.common.ranking import check_minimum, row_chunks, upcast
-from cpbench.selectors.common.selection import Tokens, dense_mask_rows
 from cpbench.selectors.common.tensor_file import TensorFile
+from cpbench.selectors.selections import Tokens, dense_mask_rows
 
 if TYPE_CHECKING:
     import torch

@@ -15,8 +15,8 @@ from cpbench.core.registry import OperatorInfo
 from cpbench.selectors.common.base import Branch, Plan
 from cpbench.selectors.common.pooled_keys import PooledKeySelector
 from cpbench.selectors.common.ranking import block_extremes, block_means, qk_scores, top_blocks
-from cpbench.selectors.common.selection import Blocks
 from cpbench.selectors.common.tensor_file import TensorFile
+from cpbench.selectors.selections import Blocks
 
 if TYPE_CHECKING:
     import torch

@@ -20,7 +20,7 @@ from cpbench.selectors.common.ranking import (
     qk_scores,
     top_blocks,
 )
-from cpbench.selectors.common.selection import Blocks
+from cpbench.selectors.selections import Blocks
 
 if TYPE_CHECKING:
     import torch

@@ -22,7 +22,7 @@ from cpbench.selectors.common.ranking import (
     top_p_blocks,
     upcast,
 )
-from cpbench.selectors.common.selection import Blocks, visible_end
+from cpbench.selectors.selections import Blocks, visible_end
 
 if TYPE_CHECKING:
     import torch

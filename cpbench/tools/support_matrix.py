@@ -20,7 +20,7 @@ from cpbench.kernels.libraries.adapter import Adapter
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.head_masks import Mask, SlicedMask
 from cpbench.parallel.bound_operator import declared_kind, native_rectangle
-from cpbench.selectors.common.selection import SELECTIONS
+from cpbench.selectors.selections import SELECTIONS
 from cpbench.sweep.verification.cases import DILATED_MASKS, HEAD_MASKS, MASKS, SEQ_LEN
 
 HEADS = 4

@@ -20,7 +20,7 @@ from cpbench.masks.slices import IntArray
 from cpbench.parallel import layout as layouts
 from cpbench.parallel.world import World
 from cpbench.selectors.common.base import Branch, SelectionResult, Selector
-from cpbench.selectors.common.selection import Blocks, Selection
+from cpbench.selectors.selections import Blocks, Lines, Selection
 from cpbench.verify.check import RankContext, Tensors, WrongResult, contract_breach, run_pass
 from cpbench.verify.fit import chunks
 
@@ -32,11 +32,11 @@ MAX_DIFFERENT = 1e-3  # share of the selected blocks, or keys, that near ties ma
 
 class Selected(NamedTuple):
     """What one call on one rank selected: its queries, its number of heads, and for each branch
-    ``kept`` and ``columns`` of its blocks, or the ``index`` of its tokens; () for static masks."""
+    the tensors of its selection; () for static masks."""
 
     rows: IntArray
     heads: int
-    branches: tuple[tuple[torch.Tensor | None, ...], ...]
+    branches: tuple[tuple[torch.Tensor, ...], ...]
 
 
 class OneRank(NamedTuple):
@@ -106,7 +106,7 @@ def _selected(rows: IntArray, heads: int, branches: tuple[Branch, ...]) -> Selec
     parts = [
         () if isinstance(branch.mask, AttnMask) else _tensors(branch.mask) for branch in branches
     ]
-    on_host = (tuple(None if x is None else x.cpu() for x in part) for part in parts)
+    on_host = (tuple(x.cpu() for x in part) for part in parts)
     return Selected(rows, heads, tuple(on_host))
 
 
@@ -155,8 +155,7 @@ def _joined(like: tuple[Branch, ...], calls: Sequence[Selected]) -> tuple[Branch
 
     tensors = [
         [] if isinstance(branch.mask, AttnMask) else [
-            None if x is None else torch.full_like(x, -1) if x.dtype != torch.bool
-            else torch.zeros_like(x)
+            torch.full_like(x, -1) if x.dtype != torch.bool else torch.zeros_like(x)
             for x in _tensors(branch.mask)
         ]
         for branch in like
@@ -168,10 +167,8 @@ def _joined(like: tuple[Branch, ...], calls: Sequence[Selected]) -> tuple[Branch
         for branch, whole, part in zip(like, tensors, parts, strict=True):
             block = branch.mask.grid.block_q if isinstance(branch.mask, Blocks) else 1
             for x, own in zip(whole, part, strict=True):
-                if x is None or own is None:
-                    continue
                 own_heads = slice(first, first + own.shape[1])
-                if own.ndim == 3:  # columns, which have no queries
+                if own.ndim == 3:  # lines, which have no queries
                     x[:, own_heads] = own.to(x.device)
                 else:
                     index = torch.as_tensor(rows[::block] // block, device=x.device)
@@ -182,18 +179,20 @@ def _joined(like: tuple[Branch, ...], calls: Sequence[Selected]) -> tuple[Branch
     )
 
 
-def _tensors(selected: Selection) -> tuple[torch.Tensor | None, ...]:
+def _tensors(selected: Selection) -> tuple[torch.Tensor, ...]:
     if isinstance(selected, Blocks):
-        return selected.kept, selected.columns
+        return (selected.kept,)
+    if isinstance(selected, Lines):
+        return selected.distances, selected.columns
     return (selected.index,)
 
 
-def _with(selected: Selection, tensors: Sequence[torch.Tensor | None]) -> Selection:
-    first, *others = tensors
-    assert first is not None
+def _with(selected: Selection, tensors: Sequence[torch.Tensor]) -> Selection:
     if isinstance(selected, Blocks):
-        return replace(selected, kept=first, columns=others[0])
-    return replace(selected, index=first)
+        return replace(selected, kept=tensors[0])
+    if isinstance(selected, Lines):
+        return replace(selected, distances=tensors[0], columns=tensors[1])
+    return replace(selected, index=tensors[0])
 
 
 def _share_of_others(expected: AttnMask | Selection, actual: AttnMask | Selection) -> float:
@@ -213,8 +212,9 @@ def _flags(expected: Selection, actual: Selection) -> Iterator[tuple[torch.Tenso
     if isinstance(expected, Blocks) and isinstance(actual, Blocks):
         allowed = expected.grid.allowed
         yield expected.kept & allowed, actual.kept & allowed
-        if expected.columns is not None and actual.columns is not None:
-            yield expected.columns, actual.columns
+        return
+    if isinstance(expected, Lines) and isinstance(actual, Lines):
+        yield from zip(_tensors(expected), _tensors(actual), strict=True)
         return
     for part in chunks(expected.seq_q, expected.seq_k * expected.heads):
         yield tuple(x.dense_rows(part.start, part.stop) for x in (expected, actual))  # type: ignore[misc]

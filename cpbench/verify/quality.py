@@ -41,7 +41,7 @@ from cpbench.masks.attn_mask import AttnMask
 from cpbench.selectors.common.base import Branch, SelectionResult, Selector
 from cpbench.selectors.common.pooling import NO_POOL
 from cpbench.selectors.common.ranking import block_sums, probabilities, upcast
-from cpbench.selectors.common.selection import Blocks, Selection, Tokens, dense_mask_rows
+from cpbench.selectors.selections import Blocks, Lines, Selection, Tokens, dense_mask_rows
 from cpbench.verify.fit import chunks
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def measure_quality(
 def sampled_spans(mask: AttnMask, branches: list[Branch]) -> list[tuple[int, int]]:
     """Ranges of adjacent queries to sample, in whole blocks, evenly spread and including the first
     and the last."""
-    block = math.lcm(*(b.mask.grid.block_q for b in branches if isinstance(b.mask, Blocks)))
+    block = math.lcm(*(b.mask.grid.block_q for b in branches if isinstance(b.mask, Blocks | Lines)))
     size = -(-MIN_SPAN // block) * block
     count = -(-mask.seq_q // size)
     sample = min(count, max(SAMPLED_QUERIES // size, 4))
@@ -135,9 +135,7 @@ def _is_of_tokens(branch: Branch) -> bool:
 
 def _has_oracle(branch: Branch) -> bool:
     """Whether the best selection of the same kind is known."""
-    return isinstance(branch.mask, Tokens) or (
-        isinstance(branch.mask, Blocks) and branch.mask.columns is None
-    )
+    return isinstance(branch.mask, Blocks | Tokens)
 
 
 def _shares_selection(selected: AttnMask | Selection) -> bool:

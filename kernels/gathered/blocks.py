@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cpbench.kernels.gathered.running_softmax import LOG2E, RunningSoftmax
-from cpbench.selectors.common.selection import Blocks, Grid, slices_by_block
+from cpbench.selectors.selections import Blocks, Grid, slices_by_block
 
 if TYPE_CHECKING:
     import torch

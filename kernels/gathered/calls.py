@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from cpbench.kernels.gathered.blocks import hidden_table, to_blocks
 from cpbench.kernels.gathered.fused import NO_LSE, attend, attend_backward
-from cpbench.selectors.common.selection import Grid
+from cpbench.selectors.selections import Grid
 
 if TYPE_CHECKING:
     import torch

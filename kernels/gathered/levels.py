@@ -1,7 +1,7 @@
 """The selection of a head in a binary tree of blocks of queries: what the blocks of a node share.
 
-Legend: X blocks of m queries, Y blocks of w keys; U units, keys if there are columns and else
-blocks of them; N nodes of a level, from single blocks of queries up.
+Legend: X blocks of queries, Y blocks of w keys; U units, keys or blocks of them; N nodes of a
+level, from single blocks of queries up.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cpbench.kernels.gathered.blocks import hidden_table, partial_blocks
-from cpbench.selectors.common.selection import Grid
+from cpbench.selectors.selections import Grid
 
 BoolArray = npt.NDArray[np.bool_]
 IntArray = npt.NDArray[np.int64]
@@ -80,39 +80,36 @@ class Head:
     """The selection of a head.
 
     Attributes:
-        kept: ``[X, Y]`` selected blocks.
-        columns: ``[Y * w]`` booleans of keys that all queries select; None for none.
+        selected: ``[X, U]`` selected units.
+        unit: keys of a unit.
         whole: ``[X, U]`` selected units that all queries of a block see.
         cut: ``[X, Y]`` blocks with selected keys that the mask hides from some of the queries.
-        unit: keys of a unit.
+        entire: ``[X, Y]`` blocks of which all keys are selected.
         levels: from single blocks of queries to all of them; none without queries.
     """
 
-    def __init__(self, kept: BoolArray, columns: BoolArray | None, grid: Grid) -> None:
-        self.grid, self.view, self.columns = grid, mask_view(grid), columns
-        self.kept = kept & self.view.allowed
-        self.whole, selected, self.unit = self.kept & self.view.full, self.kept, grid.block_k
-        if columns is not None:
-            by_block = columns.reshape(-1, grid.block_k)
-            self.whole = (self.whole[:, :, None] | (self.view.full[:, :, None] & by_block)).reshape(
-                len(kept), -1
-            )
-            selected, self.unit = self.kept | (self.view.allowed & by_block.any(1)), 1
-        self.cut = selected & ~self.view.full
-        place = np.arange(len(kept))
-        first = np.broadcast_to(self._first_before_diagonal(), (2, len(kept)))
-        offset = np.broadcast_to(self.view.diagonal - place, (2, len(kept)))
+    def __init__(self, selected: BoolArray, unit: int, grid: Grid) -> None:
+        """Args: selected: ``[X, U]``, ignored where the mask does not allow it."""
+        self.grid, self.view, self.unit = grid, mask_view(grid), unit
+        per_block = grid.block_k // unit
+        self.selected = selected & self.view.allowed.repeat(per_block, 1)
+        self.whole = selected & self.view.full.repeat(per_block, 1)
+        self.cut = self.blocks_of(self.selected) & ~self.view.full
+        self.entire = ~self.blocks_of(~self.selected)
+        place = np.arange(len(selected))
+        first = np.broadcast_to(self._first_before_diagonal(), (2, len(selected)))
+        offset = np.broadcast_to(self.view.diagonal - place, (2, len(selected)))
         self.levels = [Level(self.whole, self.whole, self.cut, first, offset)]
         while len(self.levels[-1].shared) > 1:
             self.levels.append(self.levels[-1].above())
 
     def _first_before_diagonal(self) -> IntArray:
         """See :class:`Level`."""
-        columns = np.arange(self.kept.shape[1])
+        columns = np.arange(self.entire.shape[1])
         is_diagonal = columns == self.view.diagonal[:, None]
-        gaps = (columns < self.view.diagonal[:, None]) & ~(self.kept & self.view.full)
+        gaps = (columns < self.view.diagonal[:, None]) & ~(self.entire & self.view.full)
         after_last_gap = np.where(gaps.any(1), len(columns) - gaps[:, ::-1].argmax(1), 0)
-        alone = (self.kept & is_diagonal).any(1) & ~(self.cut & ~is_diagonal).any(1)
+        alone = (self.entire & is_diagonal).any(1) & ~(self.cut & ~is_diagonal).any(1)
         first: IntArray = np.where(alone, after_last_gap, len(columns))
         return first
 
@@ -131,7 +128,7 @@ class Head:
         for height, (level, others) in enumerate(zip(self.levels, self.others, strict=True)):
             nodes = np.arange(len(others)) << height
             begin = level.offset[0] + nodes
-            end = begin + np.minimum(1 << height, len(self.kept) - nodes)
+            end = begin + np.minimum(1 << height, len(self.selected) - nodes)
             column = np.arange(others.shape[1])
             inside = (column >= begin[:, None]) & (column < end[:, None])
             squares.append(
@@ -143,9 +140,9 @@ class Head:
 
     def blocks_of(self, units: BoolArray) -> BoolArray:
         """The blocks that hold some of the units, ``[..., Y]``."""
-        if self.unit > 1:
+        width = self.grid.block_k // self.unit
+        if width == 1:
             return units
-        width = self.grid.block_k
         if width % 8 == 0:  # eight at once
             units, width = np.ascontiguousarray(units).view(np.uint64), width // 8
         blocks = units.reshape(*units.shape[:-1], units.shape[-1] // width, width)

@@ -4,8 +4,8 @@ For selections of kind ``"rows"`` (blocks of keys per query) it goes from one bl
 next and gathers the queries that selected it, as an online softmax of two matrix products (as in
 MoBA, arXiv 2502.13189, without its sorting into variable-length calls).  For kind ``"tokens"``
 (single keys per query) it gathers the keys of a chunk of queries.  Kind ``"blocks"`` is in
-``cpbench.kernels.gathered.blocks``; kind ``"lines"`` (blocks and columns), and on CPUs blocks for
-which that is faster, as calls of torch's fused kernel (``cpbench.kernels.gathered.tree``).
+``cpbench.kernels.gathered.blocks``; kind ``"lines"`` (columns and diagonals), and on CPUs blocks
+for which that is faster, as calls of torch's fused kernel (``cpbench.kernels.gathered.tree``).
 
 Legend: B batch, S queries, T keys, H query heads, G key/value heads, R query heads of each, D head
 dim; N = R * S rows of a key/value head; Y blocks of w keys; n rows of a chunk, or keys of a query.
@@ -24,7 +24,7 @@ from cpbench.kernels.gathered import calls, tree
 from cpbench.kernels.gathered import tokens as gathered_tokens
 from cpbench.kernels.gathered.running_softmax import LOG2E, MIN_ROW_MAX
 from cpbench.selectors.common.hidden_keys import hidden_key_table
-from cpbench.selectors.common.selection import Blocks, Grid, Selection, Tokens
+from cpbench.selectors.selections import Blocks, Grid, Lines, Selection, Tokens
 
 if TYPE_CHECKING:
     import torch
@@ -80,11 +80,12 @@ class Gathered:
     def prepare(
         self, mask: Selection, problem: Problem, device: str
     ) -> Plan | gathered_blocks.Plan | calls.Plan:
-        if isinstance(mask, Blocks) and mask.kind != "rows":
-            required = mask.kind == "lines"
+        if isinstance(mask, Lines):
+            return tree.plan(mask, problem.softmax_scale)
+        if isinstance(mask, Blocks) and mask.kind == "blocks":
             in_calls = None
-            if required or device == "cpu":
-                in_calls = tree.plan(mask, problem.softmax_scale, required)
+            if device == "cpu":
+                in_calls = tree.plan_if_faster(mask, problem.softmax_scale)
             return in_calls or gathered_blocks.plan(mask, problem.softmax_scale)
         if isinstance(mask, Tokens):
             return Plan(problem.softmax_scale, tokens=mask)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from cpbench.selectors.common.selection import Tokens
+from cpbench.selectors.selections import Tokens
 
 if TYPE_CHECKING:
     import torch

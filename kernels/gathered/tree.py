@@ -11,16 +11,12 @@ Legend: X blocks of queries, Y blocks of w keys; n rows of a call, c keys of it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cpbench.kernels.gathered.calls import Bias, Call, Plan, Units, join_squares, units
 from cpbench.kernels.gathered.levels import BoolArray, Head
-from cpbench.selectors.common.selection import Blocks
-
-if TYPE_CHECKING:
-    import torch
+from cpbench.selectors.selections import Blocks, Lines
 
 MAX_BIAS = 1 << 18  # elements of the bias of a call, to stay in a cache
 MAX_LEAF_ROWS = 512
@@ -34,42 +30,44 @@ SQUARE_COST = 2  # for each pair of a causal square, of which many are one call
 GATHERING_COST = 2.5  # for each pair where ``gathered.blocks`` computes the selection
 
 
-def plan(selection: Blocks, scale: float, required: bool = True) -> Plan | None:
-    """Divide the selection of every head into calls.
+def plan(selection: Blocks | Lines, scale: float) -> Plan:
+    """Divide the selection of every head into calls."""
+    calls = (_tree(head, _costs(head)).calls() for head in _heads(selection))
+    return Plan(scale, selection.grid, tuple(calls))
 
-    Args:
-        required: return a plan even if ``gathered.blocks`` is expected to be faster.
-    """
-    grid = selection.grid
-    trees, total_cost, pairs = [], 0.0, 0
-    for kept, columns in _by_head(selection):
-        head = Head(kept, columns, grid)
-        costs = [_cost_of_leaves(head, level) for level in range(_max_leaf_level(head) + 1)]
-        pairs += int(head.kept.sum()) * grid.block_q * grid.block_k
-        total_cost += min(costs)
-        trees.append(_Tree(head, costs.index(min(costs)), selection.kept.device))
-    if not required and total_cost > GATHERING_COST * pairs:
+
+def plan_if_faster(selection: Blocks, scale: float) -> Plan | None:
+    """As :func:`plan`; None if ``gathered.blocks`` is expected to be faster."""
+    heads = [(head, _costs(head)) for head in _heads(selection)]
+    pairs = sum(int(head.selected.sum()) * head.grid.block_q * head.unit for head, _ in heads)
+    if sum(min(costs) for _, costs in heads) > GATHERING_COST * pairs:
         return None
-    return Plan(scale, grid, tuple(tree.calls() for tree in trees))
+    calls = (_tree(head, costs).calls() for head, costs in heads)
+    return Plan(scale, selection.grid, tuple(calls))
 
 
-def _by_head(selection: Blocks) -> Iterator[tuple[BoolArray, BoolArray | None]]:
-    """Booleans of the selected blocks ``[X, Y]``, and of columns ``[Y * w]``, of each head."""
-    import torch
-
-    kept = selection.kept.flatten(0, 1).cpu().numpy()
-    if selection.columns is None:
-        yield from ((kept_XY, None) for kept_XY in kept)
+def _heads(selection: Blocks | Lines) -> Iterator[Head]:
+    """The selection of each head of each batch."""
+    grid = selection.grid
+    if isinstance(selection, Blocks):
+        for kept in selection.kept.flatten(0, 1).cpu().numpy():
+            yield Head(kept, grid.block_k, grid)
         return
-    missing = kept.shape[2] * selection.grid.block_k - selection.seq_k
-    columns = torch.nn.functional.pad(selection.columns.flatten(0, 1), (0, missing))
-    for kept_XY, columns_T in zip(kept, columns.cpu().numpy(), strict=True):
-        yield kept_XY, columns_T if columns_T.any() else None
+    padding = -selection.seq_k % grid.block_k
+    for keys in selection.by_head():
+        # Keys after the last one are hidden; so its block is selected whole if its keys are.
+        yield Head(np.pad(keys.cpu().numpy(), ((0, 0), (0, padding)), mode="edge"), 1, grid)
 
 
-def _max_leaf_level(head: Head) -> int:
+def _tree(head: Head, costs: list[float]) -> _Tree:
+    return _Tree(head, costs.index(min(costs)))
+
+
+def _costs(head: Head) -> list[float]:
+    """Time by the level of the leaves."""
     blocks = max(MAX_LEAF_ROWS // head.grid.block_q, 1)
-    return min(blocks.bit_length(), len(head.levels)) - 1
+    levels = min(blocks.bit_length(), len(head.levels))
+    return [_cost_of_leaves(head, level) for level in range(levels)]
 
 
 def _cost_of_leaves(head: Head, level: int) -> float:
@@ -87,11 +85,12 @@ def _cost_of_leaves(head: Head, level: int) -> float:
 class _Tree:
     """The calls of a head, with the nodes of a level as leaves."""
 
-    def __init__(self, head: Head, leaf_level: int, device: torch.device) -> None:
-        self.head, self.leaf_level, self.device = head, leaf_level, device
+    def __init__(self, head: Head, leaf_level: int) -> None:
+        self.head, self.leaf_level = head, leaf_level
+        self.device = head.grid.areas.device
 
     def calls(self) -> tuple[Call, ...]:
-        if not len(self.head.kept):
+        if not len(self.head.selected):
             return ()
         nothing = np.zeros_like(self.head.whole[0])
         calls = self._node(len(self.head.levels) - 1, 0, nothing)
@@ -100,7 +99,7 @@ class _Tree:
     def _node(self, height: int, i: int, done: BoolArray) -> Iterator[Call]:
         """The calls of a node, those of all of its queries before those of some."""
         head, level = self.head, self.head.levels[height]
-        x0, x1 = i << height, min((i + 1) << height, len(head.kept))
+        x0, x1 = i << height, min((i + 1) << height, len(head.selected))
         shared = level.shared[i] & ~done
         rows, keys = (x1 - x0) * head.grid.block_q, int(shared.sum()) * head.unit
         if head.squares[height][i]:
@@ -154,12 +153,9 @@ class _Tree:
         for begin in range(0, len(blocks), step):
             part = blocks[begin : begin + step]
             row, slot = np.nonzero(cut[:, part])
-            if head.columns is None:
-                visible = (left | cut)[:, part].repeat(w, 1)
-            else:
-                columns = head.columns.reshape(-1, w)[part]
-                of_cut = head.kept[x0:x1, part, None] | columns
-                visible = left.reshape(len(left), -1, w)[:, part] | (cut[:, part, None] & of_cut)
+            of_blocks = part if head.unit > 1 else (part[:, None] * w + np.arange(w)).reshape(-1)
+            of_cut = cut[:, part].repeat(w // head.unit, 1) & head.selected[x0:x1, of_blocks]
+            visible = (left[:, of_blocks] | of_cut).repeat(head.unit, 1)
             places = row, slot, x0 + row, part[slot]
             visible_n1c, *cut_blocks = (
                 torch.as_tensor(x, device=self.device)

@@ -41,7 +41,7 @@ from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.convert_library import Unconvertible, to_bsr, to_varlen
 from cpbench.masks.head_masks import HeadMasks, distinct_masks
 from cpbench.masks.tiling import tiles
-from cpbench.selectors.common.selection import Blocks
+from cpbench.selectors.selections import Blocks
 
 if TYPE_CHECKING:
     import torch
@@ -279,12 +279,10 @@ def _selection_partition(selection: Blocks) -> Partition:
     """The partition of a selection, with the blocks of its grid.
 
     Raises:
-        Unsupported: for columns, or blocks that the mask cuts.
+        Unsupported: for blocks that the mask cuts.
     """
     import torch
 
-    if selection.columns is not None:
-        raise Unsupported("flashinfer.variable takes only blocks; this selection also has columns")
     kept = selection.kept & selection.grid.allowed
     if bool((kept & ~selection.grid.full).any()):
         raise Unsupported(

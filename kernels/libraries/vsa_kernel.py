@@ -28,7 +28,7 @@ from cpbench.kernels.libraries import adapter
 from cpbench.kernels.libraries.adapter import LN2, Adapter, Limits, Plan
 from cpbench.masks.head_masks import HeadMasks, distinct_masks
 from cpbench.masks.tiling import tiles
-from cpbench.selectors.common.selection import Blocks
+from cpbench.selectors.selections import Blocks
 
 if TYPE_CHECKING:
     import torch
@@ -219,13 +219,11 @@ def _kept_of_blocks(selection: Blocks) -> torch.Tensor:
     """The blocks of a selection in blocks of 64, ``[B, H, X, Y]``.
 
     Raises:
-        Unsupported: for columns, unsupported block sizes, or blocks that the mask cuts.
+        Unsupported: for unsupported block sizes, or blocks that the mask cuts.
     """
     import torch
 
     name, grid = VsaKernel.name, selection.grid
-    if selection.columns is not None:
-        raise Unsupported(f"{name} takes only blocks; this selection also has columns")
     if grid.block_q % BLOCK or grid.block_k % BLOCK:
         raise Unsupported(
             f"{name} takes blocks of multiples of {BLOCK} tokens, not {grid.block_q} x "

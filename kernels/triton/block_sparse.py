@@ -25,7 +25,7 @@ from cpbench.kernels.triton.launch import ConfigOverrides, Pass, Plan
 from cpbench.kernels.triton.plan import plan_tiles
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.head_masks import HeadMasks
-from cpbench.selectors.common.selection import Blocks
+from cpbench.selectors.selections import Blocks
 
 if TYPE_CHECKING:
     import torch

@@ -41,7 +41,7 @@ from cpbench.core.operator import QKV, BackwardInputs, Unsupported
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.head_masks import HeadMasks
 from cpbench.parallel.partial_results.merge import merge
-from cpbench.selectors.common.selection import Blocks, block_grid
+from cpbench.selectors.selections import Blocks, block_grid
 from cpbench.sweep.verification.cases import HEAD_MASKS, MASKS, SEQ_LEN
 
 
@@ -203,17 +203,14 @@ def test_keys_are_repeated_only_if_heads_of_a_group_differ() -> None:
         compare(info.name, mask, problem)
 
 
-def random_selection(
-    tokens: int, shape: Any, block: int, within: str = "full", with_columns: bool = False
-) -> Blocks:
+def random_selection(tokens: int, shape: Any, block: int, within: str = "full") -> Blocks:
     """Random blocks; one block of queries has none."""
     grid = block_grid(masks.build(within, tokens), block, block, "cpu")
     generator = torch.Generator().manual_seed(3)
     size = (*shape[:2], *grid.areas.shape)
     kept = torch.rand(size, generator=generator) < 0.4
     kept[0, 0, 1] = False
-    columns = torch.zeros(*shape[:2], tokens, dtype=torch.bool) if with_columns else None
-    return Blocks(grid, kept, columns)
+    return Blocks(grid, kept)
 
 
 @pytest.mark.parametrize("tokens", [256, 300])
@@ -237,7 +234,7 @@ def test_selections_with_other_block_sizes() -> None:
 
 
 @pytest.mark.parametrize("name", PER_HEAD)
-def test_selections_with_partial_blocks_or_columns_are_refused(name: str) -> None:
+def test_selections_with_partial_blocks_are_refused(name: str) -> None:
     info, op = load(name)
     causal = random_selection(256, SHAPES[0], 64, within="causal")
     problem = with_direction(info, problem_of(causal, SHAPES[0], "bfloat16"))
@@ -246,8 +243,6 @@ def test_selections_with_partial_blocks_or_columns_are_refused(name: str) -> Non
     assert "entirely visible, and this mask cuts some of them (a causal one does)" in reason
     with pytest.raises(Unsupported, match=r"\(a causal one does\)"):
         op.prepare(causal, problem, "cpu")
-    with pytest.raises(Unsupported, match="also has columns"):
-        op.prepare(random_selection(256, SHAPES[0], 64, with_columns=True), problem, "cpu")
     heads = masks.build_heads("block_sparse_uniform:block_size=64,causal=true", 256, 4)
     assert "entirely visible" in op.unsupported(problem, heads, "cpu")
 

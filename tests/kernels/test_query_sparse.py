@@ -13,7 +13,7 @@ from cpbench.core.operator import QKV, BackwardInputs
 from cpbench.core.problem import Problem
 from cpbench.kernels.triton.query_sparse.operator import TritonQuerySparse
 from cpbench.masks.attn_mask import AttnMask
-from cpbench.selectors.common.selection import Blocks, Selection, Tokens, block_grid
+from cpbench.selectors.selections import Blocks, Selection, Tokens, block_grid
 from cpbench.tools.compiler import compilation
 
 

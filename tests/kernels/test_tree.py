@@ -9,12 +9,12 @@ import torch
 from cpbench.core.operator import QKV, BackwardInputs
 from cpbench.kernels.gathered import calls, tree
 from cpbench.masks import build
-from cpbench.selectors.common.selection import Blocks, block_grid
+from cpbench.selectors.selections import Blocks, Lines, block_grid
 
 TOKENS, DIM, BATCH, HEADS = 203, 8, 2, (4, 2)
 
 
-@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("lines", [False, True])
 @pytest.mark.parametrize("share", [0.1, 0.9, 1.0])
 @pytest.mark.parametrize("call_cost", [0, tree.CALL_COST])
 @pytest.mark.parametrize("block_q", [16, 32])
@@ -24,7 +24,7 @@ def test_calls_compute_the_selection(
     block_q: int,
     call_cost: int,
     share: float,
-    columns: bool,
+    lines: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """out, lse and gradients equal float64 autograd, also of rows that see nothing; the same where
@@ -33,16 +33,19 @@ def test_calls_compute_the_selection(
     monkeypatch.setattr(tree, "ROW_COST", 20 if call_cost else 0)
     random = torch.Generator().manual_seed(0)
     grid = block_grid(build(mask, TOKENS), block_q, 32, "cpu")
-    kept = torch.rand((BATCH, HEADS[0], *grid.areas.shape), generator=random) < share
-    kept[:, 0, :3] = False
-    columns_BHT = torch.rand((BATCH, HEADS[0], TOKENS), generator=random) < 0.05
-    selection = Blocks(grid, kept & grid.allowed, columns_BHT if columns else None)
+    if lines:
+        shape = BATCH, HEADS[0], TOKENS
+        flags = (torch.rand(shape, generator=random) < part for part in (share / 16, 0.05))
+        selection: Blocks | Lines = Lines(grid, *flags)
+    else:
+        kept = torch.rand((BATCH, HEADS[0], *grid.areas.shape), generator=random) < share
+        kept[:, 0, :3] = False
+        selection = Blocks(grid, kept & grid.allowed)
     q, k, v, dout = (
         torch.randn(BATCH, TOKENS, h, DIM, generator=random)
         for h in (HEADS[0], HEADS[1], HEADS[1], HEADS[0])
     )
     plan = tree.plan(selection, DIM**-0.5)
-    assert plan is not None
     out, lse = calls.forward(QKV(q, k, v), plan)
     assert lse is not None
     grads = calls.backward(BackwardInputs(dout, q, k, v, out, lse), plan)
@@ -65,13 +68,11 @@ def test_a_dense_selection_is_one_causal_call() -> None:
     """Also that of a document, and beside keys that all of its queries see."""
     grid = block_grid(build("causal", 250), 32, 32, "cpu")
     plan = tree.plan(Blocks(grid, grid.allowed.expand(1, 1, -1, -1)), 1.0)
-    assert plan is not None
     ((call,),) = plan.calls
     assert (call.queries.numbers, call.keys.numbers) == (slice(0, 250), slice(0, 250))
     assert call.causal
     documents = block_grid(build("causal_document:doc_lens=[128,128]", 256), 32, 32, "cpu")
     plan = tree.plan(Blocks(documents, documents.allowed.expand(1, 1, -1, -1)), 1.0)
-    assert plan is not None
     ((call,),) = plan.calls
     assert (call.keys.numbers, call.parts, call.causal) == (slice(0, 256), 2, True)
 
@@ -83,7 +84,6 @@ def test_one_block_less_is_not_a_causal_call(monkeypatch: pytest.MonkeyPatch) ->
     kept = grid.allowed.clone()
     kept[5, 1] = False
     plan = tree.plan(Blocks(grid, kept[None, None]), 1.0)
-    assert plan is not None
     squares = [(call.queries.numbers, call.parts) for call in plan.calls[0] if call.causal]
     assert squares == [(slice(0, 128), 1), (slice(128, 192), 2), (slice(192, 256), 1)]
 
@@ -96,7 +96,6 @@ def test_keys_that_adjacent_queries_share_are_one_call(monkeypatch: pytest.Monke
     kept[..., [1, 4]] = True
     kept[0, 0, 3, 6] = True
     plan = tree.plan(Blocks(grid, kept), 1.0)
-    assert plan is not None
     shared, *others = plan.calls[0]
     assert isinstance(shared.keys.numbers, torch.Tensor)
     assert (shared.queries.numbers, shared.keys.numbers.tolist()) == (slice(0, 256), [1, 4])
@@ -111,5 +110,5 @@ def test_small_blocks_are_gathered_and_large_ones_are_calls() -> None:
     for block, in_calls in ((8, False), (64, True)):
         grid = block_grid(build("causal", 2048), block, block, "cpu")
         kept = torch.rand((1, 1, *grid.areas.shape), generator=random) < 0.2
-        plan = tree.plan(Blocks(grid, kept & grid.allowed), 1.0, required=False)
+        plan = tree.plan_if_faster(Blocks(grid, kept & grid.allowed), 1.0)
         assert (plan is not None) == in_calls

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 import cpbench
 from cpbench import masks
-from cpbench.selectors.common.selection import Tokens
+from cpbench.selectors.selections import Tokens
 from cpbench.sweep import sweep_file
 
 

@@ -24,8 +24,8 @@ from cpbench.inputs import Recipe
 from cpbench.parallel.layout import build
 from cpbench.parallel.world import World
 from cpbench.selectors.common.base import SelectionResult, Selector
-from cpbench.selectors.common.selection import Tokens
 from cpbench.selectors.joined.pyramid import Pyramid
+from cpbench.selectors.selections import Tokens
 from cpbench.sweep import sweep_file
 from cpbench.verify import check, joined, selection
 from cpbench.verify.check import Tensors

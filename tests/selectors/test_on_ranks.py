@@ -23,8 +23,8 @@ from cpbench.parallel.comm_torch import TorchComm
 from cpbench.parallel.layout import build
 from cpbench.parallel.world import World
 from cpbench.selectors.common.base import Branch
-from cpbench.selectors.common.selection import Blocks
 from cpbench.selectors.moba import Moba
+from cpbench.selectors.selections import Blocks
 from cpbench.verify import quality
 from cpbench.verify.check import RankContext, WrongResult
 from cpbench.verify.gathered import run_pass_as_one_rank

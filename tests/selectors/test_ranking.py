@@ -10,7 +10,7 @@ import torch
 
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.selectors.common.ranking import largest
-from cpbench.selectors.common.selection import dense_mask_rows
+from cpbench.selectors.selections import dense_mask_rows
 
 
 @pytest.mark.parametrize("hidden", [0.0, 0.5, 0.97, 1.0])

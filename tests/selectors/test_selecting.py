@@ -21,7 +21,7 @@ from cpbench.core.spec import Spec
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.selectors.common.base import Branch
 from cpbench.selectors.common.pooling import NO_POOL, Pool
-from cpbench.selectors.common.selection import Blocks, block_grid
+from cpbench.selectors.selections import Blocks, Lines, block_grid
 from cpbench.sweep import sweep_file
 
 # --- computation for a given selection ----------------------------------------------------------
@@ -212,7 +212,7 @@ def test_a_selection_agrees_with_its_dense_rows(spec: str, mask: str) -> None:
             key = min(line, selection.seq_k - 1)  # of pooled ones there are fewer
             queries = torch.nonzero(dense[b, h, :, key])[:, 0]
             assert selection.visible_queries(b, h, key).tolist() == queries.tolist()
-        if isinstance(selection, Blocks):
+        if isinstance(selection, Blocks | Lines):
             heads = torch.as_tensor(selection.to_heads().to_dense()).view(dense.shape)
             assert torch.equal(heads, dense)
 

@@ -29,7 +29,7 @@ from cpbench import masks
 from cpbench.core import registry
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.selectors.common.pooling import Pool
-from cpbench.selectors.common.selection import Blocks, Tokens
+from cpbench.selectors.selections import Blocks, Lines, Tokens
 
 
 def test_every_selector_has_a_case() -> None:
@@ -119,25 +119,27 @@ def _line_mass(b: int, h: int, last: int) -> tuple[list[float], list[float]]:
     return columns, diagonals
 
 
-def test_vertical_slash_selects_columns_and_the_blocks_of_diagonals() -> None:
-    (branch,) = select("minference.vertical_slash:vertical=40,slash=110,block_size=16", "causal")
-    assert isinstance(branch.mask, Blocks)
-    assert branch.mask.columns is not None
-    everything = torch.ones(TOKENS, dtype=torch.bool)
+@pytest.mark.parametrize("whole_blocks", [False, True])
+def test_vertical_slash_selects_columns_and_diagonals_of_blocks(whole_blocks: bool) -> None:
+    spec = "minference.vertical_slash:vertical=40,slash=110,block_size=16"
+    (branch,) = select(f"{spec},whole_blocks={whole_blocks}".lower(), "causal")
+    dense = branch.mask.dense_rows(0, TOKENS)  # type: ignore[union-attr]
     for b, h in itertools.product(range(BATCH), range(HEADS_Q)):
         columns, diagonals = _line_mass(b, h, 64)
-        selected = branch.mask.columns[b, h]
-        assert_top_k(selected, columns, everything, set(range(30)), 40)
-        # Diagonals are known only by their blocks: those that the top diagonals give.
+        order = sorted(range(30, TOKENS), key=lambda j: -columns[j])
+        assert columns[order[9]] - columns[order[10]] > naive_selectors.TOLERANCE, "a tie"
+        of_columns = {*range(30), *order[:10]}
         order = sorted(range(100, TOKENS), key=lambda d: -diagonals[d])
+        assert diagonals[order[9]] - diagonals[order[10]] > naive_selectors.TOLERANCE, "a tie"
         distances = {*range(100), *order[:10]}
-        blocks = torch.zeros(13, 13, dtype=torch.bool)
-        for distance in distances:
-            for i in range(distance, TOKENS):
-                blocks[i // 16, (i - distance) // 16] = True
-        gap = diagonals[order[9]] - diagonals[order[10]]
-        assert gap > naive_selectors.TOLERANCE, "the inputs of this test tie"
-        assert torch.equal(kept_blocks(branch)[b, h], blocks)
+        expected = torch.zeros(TOKENS, TOKENS, dtype=torch.bool)
+        for start in range(0, TOKENS, 16):
+            queries = range(start, start + 16)  # the last block too, though it is shorter
+            keys = of_columns | {i - d for i in queries for d in distances if i >= d}
+            if whole_blocks:
+                keys = {16 * (key // 16) + n for key in keys for n in range(16)}
+            expected[start : start + 16, [key for key in keys if key < TOKENS]] = True
+        assert torch.equal(dense[b, h], expected & CAUSAL)
 
 
 def test_whole_blocks_of_columns_contain_the_columns() -> None:
@@ -146,9 +148,8 @@ def test_whole_blocks_of_columns_contain_the_columns() -> None:
         select(spec, "causal"),
         select(f"{spec},whole_blocks=true", "causal"),
     )
-    assert isinstance(lines.mask, Blocks)
+    assert isinstance(lines.mask, Lines)
     assert isinstance(blocks.mask, Blocks)
-    assert blocks.mask.columns is None
     more = blocks.mask.dense_rows(0, TOKENS)
     assert not (lines.mask.dense_rows(0, TOKENS) & ~more).any()
     assert lines.mask.area < blocks.mask.area

@@ -35,7 +35,7 @@ from cpbench.reports.tables.contest import Contest, Shortage
 from cpbench.results.record import Record
 from cpbench.results.sealed import seal, unseal
 from cpbench.results.store import read_run
-from cpbench.selectors.common.selection import Blocks, Tokens
+from cpbench.selectors.selections import Selection
 from cpbench.verify import check, quality
 from cpbench.verify.check import rank_inputs
 from cpbench.verify.selection import check_sampled, run_pass_with_selection
@@ -100,7 +100,7 @@ def test_quality_follows_its_definition(spec: str, mask: str) -> None:
     for branch in selection.branches:  # type: ignore[attr-defined]
         if branch.pool_k.size == 1 and branch.derived is None:
             branch_mask = branch.mask
-            is_selection = isinstance(branch_mask, Blocks | Tokens)
+            is_selection = isinstance(branch_mask, Selection)
             dense = branch_mask.dense_rows(0, SMALL) if is_selection else branch_mask.to_dense()
             selected |= torch.as_tensor(dense)
     selected &= visible

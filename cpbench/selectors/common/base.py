@@ -25,7 +25,7 @@ from cpbench.masks.slices import IntArray
 from cpbench.selectors.common.folding import fold_batch, unfold_batch, unfold_lse
 from cpbench.selectors.common.joining import KeyPool, KeyScores, join, join_backward
 from cpbench.selectors.common.pooling import NO_POOL, Pool
-from cpbench.selectors.common.selection import SELECTIONS, Blocks, Grid, Selection, block_grid
+from cpbench.selectors.selections import SELECTIONS, Blocks, Grid, Lines, Selection, block_grid
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -276,7 +276,7 @@ class Selector:
         if branch.derived is not None:
             heads = branch.derived.num_heads(problem.heads_q, problem.heads_kv)
             problem = replace(problem, heads_kv=heads)
-        folded = isinstance(mask, Blocks) and branch.kind not in info.masks
+        folded = isinstance(mask, Blocks | Lines) and branch.kind not in info.masks
         if folded:
             mask = mask.to_heads()
             problem = replace(

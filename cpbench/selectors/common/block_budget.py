@@ -10,7 +10,7 @@ from cpbench.selectors.common.ranking import check_minimum
 if TYPE_CHECKING:
     import torch
 
-    from cpbench.selectors.common.selection import Grid
+    from cpbench.selectors.selections import Grid
 
 
 class BlockBudgetSelector(Selector):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cpbench.selectors.common.selection import Grid
+from cpbench.selectors.selections import Grid
 
 if TYPE_CHECKING:
     import torch

@@ -18,7 +18,7 @@ import numpy as np
 from cpbench.masks.slices import IntArray
 from cpbench.selectors.common.base import Branch, Plan
 from cpbench.selectors.common.block_budget import BlockBudgetSelector
-from cpbench.selectors.common.selection import Blocks, Grid
+from cpbench.selectors.selections import Blocks, Grid
 
 if TYPE_CHECKING:
     import torch
@@ -80,5 +80,4 @@ class PooledKeySelector(BlockBudgetSelector):
 def _only_blocks(branches: tuple[Branch, ...]) -> Blocks:
     (branch,) = branches
     assert isinstance(branch.mask, Blocks)
-    assert branch.mask.columns is None
     return branch.mask

@@ -14,7 +14,7 @@ from cpbench.selectors.common.pooling import Pool
 if TYPE_CHECKING:
     import torch
 
-    from cpbench.selectors.common.selection import Grid
+    from cpbench.selectors.selections import Grid
 
 MAX_SCORES = {"cpu": 1 << 22, "cuda": 1 << 28}  # scores in memory at once; few launches on a GPU
 

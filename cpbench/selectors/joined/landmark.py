@@ -20,7 +20,7 @@ from cpbench.selectors.common.base import Branch, Plan
 from cpbench.selectors.common.block_budget import BlockBudgetSelector
 from cpbench.selectors.common.joining import KeyScores
 from cpbench.selectors.common.ranking import check_minimum, qk_scores, row_chunks, upcast
-from cpbench.selectors.common.selection import block_grid, one_block_each
+from cpbench.selectors.selections import block_grid, one_block_each
 
 if TYPE_CHECKING:
     import torch

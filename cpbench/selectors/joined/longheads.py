@@ -17,8 +17,8 @@ from cpbench.core.registry import OperatorInfo
 from cpbench.selectors.common.base import Branch, Plan
 from cpbench.selectors.common.ranking import check_minimum, qk_scores, row_chunks, upcast
 from cpbench.selectors.common.rotating import ROPE_PARAMS, RotatingSelector, Turn
-from cpbench.selectors.common.selection import one_block_each
 from cpbench.selectors.common.windows import window_mask
+from cpbench.selectors.selections import one_block_each
 
 if TYPE_CHECKING:
     import torch

@@ -24,8 +24,8 @@ from cpbench.selectors.common.base import Branch, Plan
 from cpbench.selectors.common.pooling import Pool
 from cpbench.selectors.common.ranking import check_minimum, qk_scores, row_chunks, upcast
 from cpbench.selectors.common.rotating import ROPE_PARAMS, RotatingSelector
-from cpbench.selectors.common.selection import Tokens
 from cpbench.selectors.common.windows import interval_mask
+from cpbench.selectors.selections import Tokens
 
 if TYPE_CHECKING:
     import torch

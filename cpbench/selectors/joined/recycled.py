@@ -17,8 +17,8 @@ import numpy as np
 from cpbench.core.registry import OperatorInfo
 from cpbench.selectors.common.base import Branch, Plan, Selector, rows_of
 from cpbench.selectors.common.ranking import check_minimum, qk_scores, row_chunks, upcast
-from cpbench.selectors.common.selection import Tokens, dense_mask_rows
 from cpbench.selectors.common.windows import keys_from
+from cpbench.selectors.selections import Tokens, dense_mask_rows
 
 if TYPE_CHECKING:
     import torch

@@ -20,8 +20,8 @@ from cpbench.core.registry import OperatorInfo
 from cpbench.masks.slices import IntArray
 from cpbench.selectors.common.base import Branch, Plan, Selector
 from cpbench.selectors.common.ranking import check_minimum, qk_scores, row_chunks, upcast
-from cpbench.selectors.common.selection import Tokens
 from cpbench.selectors.common.windows import window_begins, window_mask
+from cpbench.selectors.selections import Tokens
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

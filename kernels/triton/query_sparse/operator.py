@@ -21,7 +21,7 @@ from cpbench.core.registry import OperatorInfo
 from cpbench.kernels.triton.block_sparse import compact
 from cpbench.kernels.triton.launch import MAX_TOKENS, device_modules, precision
 from cpbench.selectors.common.hidden_keys import hidden_key_table
-from cpbench.selectors.common.selection import Blocks, Tokens
+from cpbench.selectors.selections import Blocks, Tokens
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,7 @@ from cpbench.core.operator import QKV
 from cpbench.core.problem import Problem
 from cpbench.core.spec import Spec
 from cpbench.selectors.common.base import Branch, Selector
-from cpbench.selectors.common.selection import Blocks
+from cpbench.selectors.selections import Blocks
 
 BATCH, TOKENS, HEADS_Q, HEADS_KV, DIM = 2, 203, 4, 2, 16
 CAUSAL = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()

@@ -19,7 +19,7 @@ from cpbench.core.operator import QKV, BackwardInputs
 from cpbench.core.problem import Problem
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.head_masks import HeadMasks
-from cpbench.selectors.common.selection import Blocks
+from cpbench.selectors.selections import Blocks
 from cpbench.sweep.verification.cases import MASKS
 
 LIMIT = {"bfloat16": 1.2e-2, "float16": 2e-3}
