@@ -138,6 +138,14 @@ class Head:
             )
         return squares
 
+    @functools.cached_property
+    def divided(self) -> list[BoolArray]:
+        """The nodes of each level ``[N]`` that have something that some of their queries do not
+        see."""
+        levels = zip(self.levels, self.others, strict=True)
+        either = np.logical_or.reduce
+        return [either(level.cut, 1) | either(others, 1) for level, others in levels]
+
     def blocks_of(self, units: BoolArray) -> BoolArray:
         """The blocks that hold some of the units, ``[..., Y]``."""
         width = self.grid.block_k // self.unit

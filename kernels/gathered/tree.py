@@ -39,7 +39,9 @@ def plan(selection: Blocks | Lines, scale: float) -> Plan:
 def plan_if_faster(selection: Blocks, scale: float) -> Plan | None:
     """As :func:`plan`; None if ``gathered.blocks`` is expected to be faster."""
     heads = [(head, _costs(head)) for head in _heads(selection)]
-    pairs = sum(int(head.selected.sum()) * head.grid.block_q * head.unit for head, _ in heads)
+    pairs = sum(
+        np.count_nonzero(head.selected) * head.grid.block_q * head.unit for head, _ in heads
+    )
     if sum(min(costs) for _, costs in heads) > GATHERING_COST * pairs:
         return None
     calls = (_tree(head, costs).calls() for head, costs in heads)
@@ -75,10 +77,10 @@ def _cost_of_leaves(head: Head, level: int) -> float:
     shared, cut, square = head.levels[level].shared, head.levels[level].cut, head.squares[level]
     others = (head.others[level] | cut) & ~square[:, None]
     rows, w = head.grid.block_q << level, head.grid.block_k
-    keys = int(shared.sum()) * head.unit, int(others.sum()) * w
-    calls = int(shared.any(1).sum()) + int(others.any(1).sum())
+    keys = np.count_nonzero(shared) * head.unit, np.count_nonzero(others) * w
+    calls = np.count_nonzero(shared.any(1)) + np.count_nonzero(others.any(1))
     pairs = rows * (keys[0] + (1 + BIAS_COST) * keys[1])
-    squares = int(square.sum()) * rows * (ROW_COST + SQUARE_COST * rows)
+    squares = np.count_nonzero(square) * rows * (ROW_COST + SQUARE_COST * rows)
     return calls * (CALL_COST + ROW_COST * rows) + KEY_COST * sum(keys) + pairs + squares
 
 
@@ -101,11 +103,11 @@ class _Tree:
         head, level = self.head, self.head.levels[height]
         x0, x1 = i << height, min((i + 1) << height, len(head.selected))
         shared = level.shared[i] & ~done
-        rows, keys = (x1 - x0) * head.grid.block_q, int(shared.sum()) * head.unit
+        rows, keys = (x1 - x0) * head.grid.block_q, np.count_nonzero(shared) * head.unit
         if head.squares[height][i]:
             yield from self._whole_call(x0, x1, shared)
             yield self._square(x0, x1)
-        elif not level.cut[i].any() and not head.others[height][i].any():
+        elif not head.divided[height][i]:
             yield from self._whole_call(x0, x1, shared)
         elif height == self.leaf_level:
             # One call with a bias costs less than two if they share little.
