@@ -135,14 +135,14 @@ class Lines:
         """As :meth:`~cpbench.selectors.selections.Blocks.to_heads`."""
         mask = self.grid.mask
         slices, block = slices_by_block(mask, self.grid.block_q, max(mask.seq_k, 1))
-        ends = np.searchsorted(block, np.arange(len(self.grid.areas) + 1))
+        # All blocks of queries are cut at once, with the keys of each after those of the last.
+        of_keys = np.array([0, 0, 1, 1, 1, 1])
+        shift = block[:, None] * of_keys * (mask.seq_k + 1)
         heads = []
         for keys in self.by_head():
-            cut = [slices[:0]]
-            for x, selected in enumerate(keys.cpu().numpy()):
-                of_block = slices[ends[x] : ends[x + 1]]
-                cut.append(cut_axis(of_block, _runs(selected), axis=1)[0])
-            heads.append(AttnMask.from_slices(mask.seq_q, mask.seq_k, np.concatenate(cut)))
+            selected = np.pad(keys.cpu().numpy(), ((0, 0), (0, 1))).reshape(-1)
+            cut, source, _ = cut_axis(slices + shift, _runs(selected), axis=1)
+            heads.append(AttnMask.from_slices(mask.seq_q, mask.seq_k, cut - shift[source]))
         return HeadMasks(tuple(heads))
 
 
