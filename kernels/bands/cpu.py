@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from cpbench.kernels.bands.fused import Squares
+from cpbench.kernels.bands.fused import Squares, WholeSquare
 from cpbench.kernels.bands.plan import ABOVE, OUTSIDE, HiddenRegion, Layout, Span, Tile
 
 if TYPE_CHECKING:
@@ -41,6 +41,9 @@ def forward(qkv: QKV, layout: Layout, scale: float) -> tuple[torch.Tensor, torch
     import torch
 
     q, k, v = qkv
+    whole = WholeSquare.of(layout.squares, scale, q, k, backward=False)
+    if whole is not None:
+        return whole.forward(q, k, v)
     out_BSHD = _empty_with_zeros((*q.shape[:3], v.shape[3]), q, layout.row_gaps)
     lse_BHS = q.new_full((q.shape[0], q.shape[2], q.shape[1]), -math.inf, dtype=torch.float32)
     workspace, squares = _Workspace(q, k, layout), Squares(layout.squares, scale)
@@ -83,6 +86,9 @@ def backward(x: BackwardInputs, layout: Layout, scale: float) -> Gradients:
     """Gradients over a layout; see ``cpbench.core.operator.Operator.backward``."""
 
     dout, q, k, v, out, lse = x
+    whole = WholeSquare.of(layout.squares, scale, q, k, backward=True)
+    if whole is not None:
+        return whole.backward(x)
     dq = _empty_with_zeros(q.shape, q, layout.row_gaps)
     dk, dv = (_empty_with_zeros(x.shape, x, layout.key_gaps) for x in (k, v))
     workspace, squares = _Workspace(q, k, layout), Squares(layout.squares, scale)

@@ -4,7 +4,7 @@ The kernel computes blocks of queries with blocks of 512 keys, hidden ones inclu
 causal call of up to 512 tokens costs as much as a full one.  Short causal squares are therefore
 divided into strips of queries, each with the keys up to its last query and a bias.
 
-Legend: S queries, T keys, D head dim; h query heads over g key/value heads.
+Legend: B batch, S queries, T keys, D head dim; h query heads over g key/value heads.
 """
 
 from __future__ import annotations
@@ -18,14 +18,19 @@ from cpbench.kernels.bands.plan import Square
 if TYPE_CHECKING:
     import torch
 
+    from cpbench.core.operator import BackwardInputs, Gradients
+
 # From so many queries on the kernel takes blocks of 256 of them instead of 64 or 32: strips would
-# gain nothing, and its backward pass is faster in bfloat16 than in float32.
+# gain nothing.
 LONG_QUERIES = 768
+# From so many on, in causal and in full squares, its backward pass is faster in bfloat16 than in
+# float32 with conversions.
+HALF_CAUSAL, HALF_FULL = LONG_QUERIES, 256
 # Queries of a strip, in squares of at most MAX_NARROW and in others: whole blocks of the kernel.
 STRIP, WIDE_STRIP, MAX_NARROW = 64, 128, 512
 # Elements of a head's queries from which contiguous copies pay off, and are made a key/value head
 # at a time: strided inputs cost the kernel a tenth of its speed, more in half precision.
-COPIED_ELEMENTS = 1 << 16
+COPIED_ELEMENTS, COPIED_HALF_ELEMENTS = 1 << 17, 1 << 16
 
 
 class Call(NamedTuple):
@@ -156,6 +161,50 @@ class Squares:
                 target.copy_(total) if square.alone else target.add_(total)
 
 
+class WholeSquare:
+    """A mask that is one square, read in place and computed for all heads and batches at once."""
+
+    def __init__(self, causal: bool, scale: float) -> None:
+        self.causal, self.scale = causal, scale
+
+    @staticmethod
+    def of(
+        squares: Sequence[Square], scale: float, q: torch.Tensor, k: torch.Tensor, backward: bool
+    ) -> WholeSquare | None:
+        """None where the mask is anything else, or inputs are copied or converted.
+
+        Args:
+            q, k: ``[B, S, h, D]`` and ``[B, T, g, D]``.
+        """
+        tokens = slice(0, q.shape[1]), slice(0, k.shape[1])
+        if len(squares) != 1 or len(calls(squares[0])) > 1:
+            return None
+        square, inputs = squares[0], _Inputs(squares[0], k, backward)
+        places = slice(square.q0, square.q1), slice(square.prefix, square.k1)
+        if places != tokens or inputs.dtype != q.dtype or inputs.copied:
+            return None
+        return WholeSquare(square.causal, scale)
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        inputs = (x.transpose(1, 2) for x in (q, k, v))
+        out, lse = flash(*inputs, 0.0, self.causal, scale=self.scale)
+        return out.transpose(1, 2), lse.contiguous()
+
+    def backward(self, x: BackwardInputs) -> Gradients:
+        import torch
+
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        inputs = (y.transpose(1, 2) for y in (x.dout, x.q, x.k, x.v, x.out))
+        grads = flash(*inputs, x.lse, 0.0, self.causal, scale=self.scale)
+        dq, dk, dv = (grad.transpose(1, 2) for grad in grads)
+        return dq, dk, dv
+
+
 class _Inputs:
     """How the tensors of a square are read.
 
@@ -169,9 +218,9 @@ class _Inputs:
         n = square.q1 - square.q0
         self.rows, self.keys = (square.q0, n), (square.prefix, square.k1 - square.prefix)
         half = k.dtype == torch.bfloat16 and square.prefix == square.k0
-        half &= not (backward and n < LONG_QUERIES)
+        half &= not (backward and n < (HALF_CAUSAL if square.causal else HALF_FULL))
         self.dtype = k.dtype if half else torch.promote_types(k.dtype, torch.float32)
-        self.copied = n * k.shape[3] >= COPIED_ELEMENTS
+        self.copied = n * k.shape[3] >= (COPIED_HALF_ELEMENTS if half else COPIED_ELEMENTS)
         # Copies of bfloat16 are half as large, and a tenth faster for all heads at once.
         self.divided = self.copied and not half
 
