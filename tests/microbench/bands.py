@@ -5,8 +5,8 @@
 One torch thread; medians of CPU time (``time.process_time``) of interleaved runs, so that other
 load matters little; compare ratios within one run only.  Compared with: scaled dot product
 attention with a dense mask; one causal flash call over all tokens (which ignores the mask); one
-flash call per document; and compiled FlexAttention (forward only on CPUs; needs g++ and half a
-minute).
+flash call per document; for squares one flash call of the same mask; and compiled FlexAttention
+(forward only on CPUs; needs g++ and half a minute).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from cpbench.masks import build
 from cpbench.masks.attn_mask import AttnMask
 
 Call = Callable[[], object]
+SQUARES = (512, 1024, 2048, 4096)  # tokens
 
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -70,6 +71,8 @@ def cases(quick: bool) -> dict[str, tuple[AttnMask, list[int]]]:
     masks["window striped"] = (
         build("sliding_window_causal", n, window=4096).stride(4, 1, [2]), []
     )  # fmt: skip
+    for n in (512, 1024) if quick else SQUARES:
+        masks |= {f"{name} {n}": (build(name, n), [n]) for name in ("full", "causal")}
     return masks
 
 
@@ -98,8 +101,10 @@ def dense(mask: AttnMask, tensors: list[torch.Tensor], backward: bool) -> Call:
     return call
 
 
-def documents(lens: list[int], tensors: list[torch.Tensor], backward: bool) -> Call:
-    """One causal flash call per document; a single document is a plain causal call."""
+def documents(
+    lens: list[int], tensors: list[torch.Tensor], backward: bool, causal: bool = True
+) -> Call:
+    """One flash call per document; a single document is a plain call."""
     ends = [0, *np.cumsum(lens).tolist()]
     q, k, v, dout = (x.transpose(1, 2) for x in tensors)
 
@@ -108,10 +113,10 @@ def documents(lens: list[int], tensors: list[torch.Tensor], backward: bool) -> C
         out = torch.empty_like(q)
         for a, b in itertools.pairwise(ends):
             document = [x[:, :, a:b] for x in (q, k, v)]
-            o, lse = FLASH(*document, 0.0, True)
+            o, lse = FLASH(*document, 0.0, causal)
             out[:, :, a:b] = o
             if backward:
-                document_grads = FLASH_BACKWARD(dout[:, :, a:b], *document, o, lse, 0.0, True)
+                document_grads = FLASH_BACKWARD(dout[:, :, a:b], *document, o, lse, 0.0, causal)
                 for total, grad in zip(grads, document_grads, strict=True):
                     total[:, :, a:b] = grad
         return out, grads
@@ -169,7 +174,7 @@ def main() -> None:
     heads, head_dim = options.heads, 64
     print(f"{options.dtype}, {heads} heads, head dim {head_dim}; one thread, median CPU ms;")
     print("ratios are times over that of bands: above 1, bands is faster")
-    methods = ("dense", "causal", "per document", "flex")
+    methods = ("dense", "causal", "per document", "square", "flex")
     head = "".join(f"{name:>19}" for name in methods)
     print(f"{'mask':<21}{'tokens':>7} {'pass':<8}{'bands':>8}{head}")
     for name, (mask, lens) in cases(options.quick).items():
@@ -187,14 +192,17 @@ def main() -> None:
         ]
         for backward in (False, True):
             calls = {"bands": bands(problem, mask, tensors, backward)}
-            if n <= 8192:
+            if lens == [n]:
+                causal = name.startswith("causal")
+                calls["square"] = documents(lens, tensors, backward, causal)
+            elif n <= 8192:
                 calls["dense"] = dense(mask, tensors, backward)
                 calls["causal"] = documents([n], tensors, backward)
-            if lens:
+            if len(lens) > 1:
                 calls["per document"] = documents(lens, tensors, backward)
             if options.flex and name == "window 512" and not backward:
                 calls["flex"] = flex(mask, tensors)
-            ms = medians(calls, options.repeats)
+            ms = medians(calls, options.repeats * (10 if lens == [n] else 1))
             line = f"{name:<21}{n:>7} {'fwd+bwd' if backward else 'fwd':<8}{ms['bands']:>8.1f}"
             for method in methods:
                 cell = ""
