@@ -18,6 +18,8 @@ from cpbench.selectors.selections import Grid
 BoolArray = npt.NDArray[np.bool_]
 IntArray = npt.NDArray[np.int64]
 
+EIGHT = 0x0101010101010101  # eight booleans that are True
+
 
 class MaskView(NamedTuple):
     """The mask in blocks: ``[X, Y]`` allowed and entirely visible ones; for each block of queries
@@ -91,11 +93,11 @@ class Head:
     def __init__(self, selected: BoolArray, unit: int, grid: Grid) -> None:
         """Args: selected: ``[X, U]``, ignored where the mask does not allow it."""
         self.grid, self.view, self.unit = grid, mask_view(grid), unit
-        per_block = grid.block_k // unit
-        self.selected = selected & self.view.allowed.repeat(per_block, 1)
-        self.whole = selected & self.view.full.repeat(per_block, 1)
+        by_block = selected.reshape(*self.view.full.shape, -1)
+        self.selected = (by_block & self.view.allowed[..., None]).reshape(selected.shape)
+        self.whole = (by_block & self.view.full[..., None]).reshape(selected.shape)
         self.cut = self.blocks_of(self.selected) & ~self.view.full
-        self.entire = ~self.blocks_of(~self.selected)
+        self.entire = self.blocks_of(self.selected, entire=True)
         place = np.arange(len(selected))
         first = np.broadcast_to(self._first_before_diagonal(), (2, len(selected)))
         offset = np.broadcast_to(self.view.diagonal - place, (2, len(selected)))
@@ -146,15 +148,21 @@ class Head:
         either = np.logical_or.reduce
         return [either(level.cut, 1) | either(others, 1) for level, others in levels]
 
-    def blocks_of(self, units: BoolArray) -> BoolArray:
-        """The blocks that hold some of the units, ``[..., Y]``."""
+    def blocks_of(self, units: BoolArray, entire: bool = False) -> BoolArray:
+        """The blocks that hold some of the units, or with ``entire`` all of their units,
+        ``[..., Y]``."""
         width = self.grid.block_k // self.unit
         if width == 1:
             return units
+        words, every = np.ascontiguousarray(units).view(np.uint8), 1
         if width % 8 == 0:  # eight at once
-            units, width = np.ascontiguousarray(units).view(np.uint64), width // 8
-        blocks = units.reshape(*units.shape[:-1], units.shape[-1] // width, width)
-        found: BoolArray = np.logical_or.reduce(blocks != 0, -1)
+            words, every, width = words.view(np.uint64), EIGHT, width // 8
+        blocks = words.reshape(*words.shape[:-1], words.shape[-1] // width, width)
+        found: BoolArray
+        if entire:
+            found = np.logical_and.reduce(blocks == every, -1)
+        else:
+            found = np.logical_or.reduce(blocks != 0, -1)
         return found
 
 

@@ -20,6 +20,7 @@ from cpbench.selectors.selections import Blocks, Lines
 
 MAX_BIAS = 1 << 18  # elements of the bias of a call, to stay in a cache
 MAX_LEAF_ROWS = 512
+MAX_GATHERED = 1 << 12  # keys that are gathered at once, to stay in a cache
 
 # Times in those of a pair in a large product (head_dim 64, one thread of an AMD EPYC).
 CALL_COST = 10000  # of a call, and
@@ -105,19 +106,19 @@ class _Tree:
         shared = level.shared[i] & ~done
         rows, keys = (x1 - x0) * head.grid.block_q, np.count_nonzero(shared) * head.unit
         if head.squares[height][i]:
-            yield from self._whole_call(x0, x1, shared)
+            yield from self._whole_calls(x0, x1, shared)
             yield self._square(x0, x1)
         elif not head.divided[height][i]:
-            yield from self._whole_call(x0, x1, shared)
+            yield from self._whole_calls(x0, x1, shared)
         elif height == self.leaf_level:
             # One call with a bias costs less than two if they share little.
             if keys * rows * BIAS_COST > CALL_COST:
-                yield from self._whole_call(x0, x1, shared)
+                yield from self._whole_calls(x0, x1, shared)
                 done = done | shared
             yield from self._biased_calls(x0, x1, done)
         else:
             if keys * KEY_COST > CALL_COST + ROW_COST * rows:
-                yield from self._whole_call(x0, x1, shared)
+                yield from self._whole_calls(x0, x1, shared)
                 done = done | shared
             yield from self._node(height - 1, 2 * i, done)
             if 2 * i + 1 < len(head.levels[height - 1].shared):
@@ -136,11 +137,16 @@ class _Tree:
         keys = slice(begin, begin + self._end(x1) - self._end(x0))
         return Call(self._queries(x0, x1), Units(keys), causal=True)
 
-    def _whole_call(self, x0: int, x1: int, shared: BoolArray) -> Iterator[Call]:
-        """The call of blocks of queries that see all keys of some units, if there are any."""
+    def _whole_calls(self, x0: int, x1: int, shared: BoolArray) -> Iterator[Call]:
+        """The calls of blocks of queries that see all keys of some units, if there are any."""
         numbers = np.flatnonzero(shared)
-        if len(numbers):
-            keys = units(numbers, self.head.unit, self.device)
+        if not len(numbers):
+            return
+        step = max(1, MAX_GATHERED // self.head.unit)
+        if len(numbers) > step and numbers[-1] - numbers[0] == len(numbers) - 1:
+            step = len(numbers)  # a range is not gathered
+        for begin in range(0, len(numbers), step):
+            keys = units(numbers[begin : begin + step], self.head.unit, self.device)
             yield Call(self._queries(x0, x1), keys)
 
     def _biased_calls(self, x0: int, x1: int, done: BoolArray) -> Iterator[Call]:
