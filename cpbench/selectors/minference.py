@@ -104,6 +104,9 @@ FORCED_COLUMNS, FORCED_DIAGONALS = 30, 100  # always kept, and counted
 class VerticalSlash(Selector):
     """Columns of keys, and diagonals, of which a block of queries keeps the keys of all of them.
 
+    The authors' kernel (convert_vertical_slash_indexes) also lets these keys begin where the
+    diagonal does, but rounds the runs of overlapping diagonals up to whole blocks.
+
     The last queries decide for all earlier ones, so it suits neither decoding nor training.
 
     Args:

@@ -85,8 +85,9 @@ class XAttention(Selector):
         shape = (len(q), q.shape[2], *grid.areas.shape)
         mass = torch.zeros(shape, dtype=groups_q.dtype, device=q.device)
         rows, width = groups_q.shape[1], len(q) * q.shape[2] * groups_k.shape[1]
-        # Few rows at once see fewer of the keys.
-        for begin, end in row_chunks(rows, width, q.device, groups_per_block, CHUNKS):
+        # Few rows at once see fewer of the keys, unless all see all.
+        chunks = 1 if plan.mask.kind == "full" else CHUNKS
+        for begin, end in row_chunks(rows, width, q.device, groups_per_block, chunks):
             last = min(end * self.stride, plan.mask.seq_q)
             blocks = -(-visible_end(plan.mask, begin * self.stride, last) // self.block_size)
             keys = slice(0, blocks * groups_per_block)

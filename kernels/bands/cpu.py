@@ -86,14 +86,15 @@ def backward(x: BackwardInputs, layout: Layout, scale: float) -> Gradients:
     """Gradients over a layout; see ``cpbench.core.operator.Operator.backward``."""
 
     dout, q, k, v, out, lse = x
+    # exp(scores - inf) is 0: rows that see nothing contribute nothing.
+    no_lse = lse == -math.inf
     whole = WholeSquare.of(layout.squares, scale, q, k, backward=True)
     if whole is not None:
-        return whole.backward(x)
+        return whole.backward(x, lse.masked_fill(no_lse, math.inf))
     dq = _empty_with_zeros(q.shape, q, layout.row_gaps)
     dk, dv = (_empty_with_zeros(x.shape, x, layout.key_gaps) for x in (k, v))
     workspace, squares = _Workspace(q, k, layout), Squares(layout.squares, scale)
-    # exp(scores - inf) is 0: rows that see nothing contribute nothing.
-    lse_BHS = lse.to(workspace.dtype).masked_fill(lse == -math.inf, math.inf)
+    lse_BHS = lse.to(workspace.dtype).masked_fill(no_lse, math.inf)
     for b, heads_q, heads_kv in workspace.head_groups():
         *queries_hSD, dq_hSD = _heads_first(b, heads_q, dout, q, out, dq)
         kv_gTD, targets = _heads_first(b, heads_kv, k, v), _heads_first(b, heads_kv, dk, dv)

@@ -176,12 +176,16 @@ class WholeSquare:
         Args:
             q, k: ``[B, S, h, D]`` and ``[B, T, g, D]``.
         """
+        import torch
+
         tokens = slice(0, q.shape[1]), slice(0, k.shape[1])
         if len(squares) != 1 or len(calls(squares[0])) > 1:
             return None
         square, inputs = squares[0], _Inputs(squares[0], k, backward)
         places = slice(square.q0, square.q1), slice(square.prefix, square.k1)
-        if places != tokens or inputs.dtype != q.dtype or inputs.copied:
+        # In float64 the kernel's lse is float64 too.
+        converted = inputs.dtype != q.dtype or q.dtype == torch.float64
+        if places != tokens or converted or inputs.copied:
             return None
         return WholeSquare(square.causal, scale)
 
@@ -195,12 +199,13 @@ class WholeSquare:
         out, lse = flash(*inputs, 0.0, self.causal, scale=self.scale)
         return out.transpose(1, 2), lse.contiguous()
 
-    def backward(self, x: BackwardInputs) -> Gradients:
+    def backward(self, x: BackwardInputs, lse: torch.Tensor) -> Gradients:
+        """Args: lse: inf for rows that contribute nothing."""
         import torch
 
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         inputs = (y.transpose(1, 2) for y in (x.dout, x.q, x.k, x.v, x.out))
-        grads = flash(*inputs, x.lse, 0.0, self.causal, scale=self.scale)
+        grads = flash(*inputs, lse, 0.0, self.causal, scale=self.scale)
         dq, dk, dv = (grad.transpose(1, 2) for grad in grads)
         return dq, dk, dv
 
@@ -218,7 +223,8 @@ class _Inputs:
         n = square.q1 - square.q0
         self.rows, self.keys = (square.q0, n), (square.prefix, square.k1 - square.prefix)
         half = k.dtype == torch.bfloat16 and square.prefix == square.k0
-        half &= not (backward and n < (HALF_CAUSAL if square.causal else HALF_FULL))
+        shorter = min(self.rows[1], self.keys[1])
+        half &= not (backward and shorter < (HALF_CAUSAL if square.causal else HALF_FULL))
         self.dtype = k.dtype if half else torch.promote_types(k.dtype, torch.float32)
         self.copied = n * k.shape[3] >= (COPIED_HALF_ELEMENTS if half else COPIED_ELEMENTS)
         # Copies of bfloat16 are half as large, and a tenth faster for all heads at once.

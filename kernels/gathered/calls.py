@@ -80,8 +80,7 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The calls of each batch and head, in the blocks of a grid.  The first call for a query has
-    it in a range that begins where all queries before have been in a call."""
+    """The calls of each batch and head, in the blocks of a grid."""
 
     scale: float
     grid: Grid
@@ -93,7 +92,7 @@ def join_squares(calls: Iterable[Call], device: torch.device) -> tuple[Call, ...
     others, squares = [], defaultdict(list)
     for call in calls:
         if call.causal:
-            (q0, q1), (k0, k1) = (_bounds(x) for x in (call.queries, call.keys))
+            (q0, q1), (k0, k1) = (_range(x) for x in (call.queries, call.keys))
             rows = q1 - q0
             if k1 - k0 == rows and not q0 % rows and not k0 % rows:
                 squares[rows].append((q0 // rows, k0 // rows))
@@ -107,7 +106,7 @@ def join_squares(calls: Iterable[Call], device: torch.device) -> tuple[Call, ...
     return tuple(others)
 
 
-def _bounds(x: Units) -> tuple[int, int]:
+def _range(x: Units) -> tuple[int, int]:
     assert isinstance(x.numbers, slice)
     return x.numbers.start, x.numbers.stop
 
@@ -144,7 +143,9 @@ def _take(
         taken = x_TD[numbers]
     else:
         runs = _runs(x_TD, width)
-        copy = None if buffer_TD is None else _runs(buffer_TD, width)[: len(numbers)]
+        copy = None
+        if buffer_TD is not None and len(numbers) <= len(runs):  # units may be taken twice
+            copy = _runs(buffer_TD, width)[: len(numbers)]
         taken = torch.index_select(runs, 0, numbers, out=copy)
     return taken.view(parts, -1, x_TD.shape[1])
 
@@ -215,7 +216,7 @@ def forward(qkv: QKV, plan: Plan) -> OutLse:
                 bias = _bias(call.bias, grid, q_hnD)
                 partial = attend(q_hnD, k_hcD, v_hcD, plan.scale, call.causal, bias)
                 rows = call.queries.numbers
-                first = isinstance(rows, slice) and rows.start >= end
+                first = isinstance(rows, slice) and rows.start >= end  # nothing to merge with
                 _merge((o_SD, lse_S1), call, partial, first)
                 if isinstance(rows, slice):
                     end = max(end, rows.stop)

@@ -55,15 +55,16 @@ class Level(NamedTuple):
     Attributes:
         shared, united: ``[N, U]`` units that all of them have whole, and that some have.
         cut: ``[N, Y]`` blocks of keys that the mask cuts for some.
-        first, offset: ``[2, N]`` the bounds of two numbers of theirs; the first of the selected
-            blocks of keys that end in the diagonal one without a gap (Y without a diagonal one, or
-            with another that is cut), and the distance from its number to that of the diagonal one.
+        run_start, offset: ``[2, N]`` the least and the greatest of two numbers of theirs: the first
+            of the selected blocks of keys that end in the diagonal one without a gap (Y without a
+            diagonal one, or where another one is cut or after it), and the number of the diagonal
+            block of keys less their own.
     """
 
     shared: BoolArray
     united: BoolArray
     cut: BoolArray
-    first: IntArray
+    run_start: IntArray
     offset: IntArray
 
     def above(self) -> Level:
@@ -73,8 +74,8 @@ class Level(NamedTuple):
             _pairs(both, self.shared),
             _pairs(either, self.united),
             _pairs(either, self.cut),
-            _bounds(self.first),
-            _bounds(self.offset),
+            _extremes(self.run_start),
+            _extremes(self.offset),
         )
 
 
@@ -99,21 +100,23 @@ class Head:
         self.cut = self.blocks_of(self.selected) & ~self.view.full
         self.entire = self.blocks_of(self.selected, entire=True)
         place = np.arange(len(selected))
-        first = np.broadcast_to(self._first_before_diagonal(), (2, len(selected)))
+        run_start = np.broadcast_to(self._run_starts(), (2, len(selected)))
         offset = np.broadcast_to(self.view.diagonal - place, (2, len(selected)))
-        self.levels = [Level(self.whole, self.whole, self.cut, first, offset)]
+        self.levels = [Level(self.whole, self.whole, self.cut, run_start, offset)]
         while len(self.levels[-1].shared) > 1:
             self.levels.append(self.levels[-1].above())
 
-    def _first_before_diagonal(self) -> IntArray:
+    def _run_starts(self) -> IntArray:
         """See :class:`Level`."""
         columns = np.arange(self.entire.shape[1])
         is_diagonal = columns == self.view.diagonal[:, None]
         gaps = (columns < self.view.diagonal[:, None]) & ~(self.entire & self.view.full)
         after_last_gap = np.where(gaps.any(1), len(columns) - gaps[:, ::-1].argmax(1), 0)
-        alone = (self.entire & is_diagonal).any(1) & ~(self.cut & ~is_diagonal).any(1)
-        first: IntArray = np.where(alone, after_last_gap, len(columns))
-        return first
+        others = self.cut & ~is_diagonal
+        others |= self.blocks_of(self.selected) & (columns > self.view.diagonal[:, None])
+        alone = (self.entire & is_diagonal).any(1) & ~others.any(1)
+        starts: IntArray = np.where(alone, after_last_gap, len(columns))
+        return starts
 
     @functools.cached_property
     def others(self) -> list[BoolArray]:
@@ -135,7 +138,7 @@ class Head:
             inside = (column >= begin[:, None]) & (column < end[:, None])
             squares.append(
                 (level.offset[0] == level.offset[1])
-                & (level.first[1] <= begin)
+                & (level.run_start[1] <= begin)
                 & ~(others & ~inside).any(1)
             )
         return squares
@@ -173,6 +176,6 @@ def _pairs(combine: np.ufunc, x: BoolArray) -> BoolArray:
     return combined if len(even) == len(odd) else np.concatenate([combined, even[-1:]])
 
 
-def _bounds(x: IntArray) -> IntArray:
+def _extremes(x: IntArray) -> IntArray:
     """The minimum and maximum ``[2, N]`` of pairs of nodes."""
     return np.stack([_pairs(np.minimum, x[0]), _pairs(np.maximum, x[1])])

@@ -1,4 +1,4 @@
-"""Selections of kinds ``"blocks"`` and ``"lines"`` as calls of torch's fused kernel for CPUs.
+"""Selections of kinds ``"blocks"`` and ``"lines"`` as calls: on CPUs of torch's fused kernel.
 
 The blocks of queries of a head are the leaves of a binary tree.  A node is one call with the keys
 that all of its queries select and no node above it has computed, if that saves more than a call
@@ -33,20 +33,19 @@ GATHERING_COST = 2.5  # for each pair where ``gathered.blocks`` computes the sel
 
 def plan(selection: Blocks | Lines, scale: float) -> Plan:
     """Divide the selection of every head into calls."""
-    calls = (_tree(head, _costs(head)).calls() for head in _heads(selection))
-    return Plan(scale, selection.grid, tuple(calls))
+    if not selection.grid.areas.numel():
+        return Plan(scale, selection.grid, ((),) * (selection.batch * selection.heads))
+    # By ``map``, which keeps one head at a time in memory.
+    return Plan(scale, selection.grid, tuple(map(_calls, _heads(selection))))
 
 
 def plan_if_faster(selection: Blocks, scale: float) -> Plan | None:
     """As :func:`plan`; None if ``gathered.blocks`` is expected to be faster."""
-    heads = [(head, _costs(head)) for head in _heads(selection)]
-    pairs = sum(
-        np.count_nonzero(head.selected) * head.grid.block_q * head.unit for head, _ in heads
-    )
-    if sum(min(costs) for _, costs in heads) > GATHERING_COST * pairs:
+    grid = selection.grid
+    pairs = int((selection.kept & grid.allowed).sum()) * grid.block_q * grid.block_k
+    if pairs and sum(map(min, map(_costs, _heads(selection)))) > GATHERING_COST * pairs:
         return None
-    calls = (_tree(head, costs).calls() for head, costs in heads)
-    return Plan(scale, selection.grid, tuple(calls))
+    return plan(selection, scale)
 
 
 def _heads(selection: Blocks | Lines) -> Iterator[Head]:
@@ -62,8 +61,9 @@ def _heads(selection: Blocks | Lines) -> Iterator[Head]:
         yield Head(np.pad(keys.cpu().numpy(), ((0, 0), (0, padding)), mode="edge"), 1, grid)
 
 
-def _tree(head: Head, costs: list[float]) -> _Tree:
-    return _Tree(head, costs.index(min(costs)))
+def _calls(head: Head) -> tuple[Call, ...]:
+    costs = _costs(head)
+    return _Tree(head, costs.index(min(costs))).calls()
 
 
 def _costs(head: Head) -> list[float]:
@@ -93,8 +93,6 @@ class _Tree:
         self.device = head.grid.areas.device
 
     def calls(self) -> tuple[Call, ...]:
-        if not len(self.head.selected):
-            return ()
         nothing = np.zeros_like(self.head.whole[0])
         calls = self._node(len(self.head.levels) - 1, 0, nothing)
         return join_squares(calls, self.device)

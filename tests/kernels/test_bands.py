@@ -23,6 +23,7 @@ from cpbench.core.problem import Problem
 from cpbench.kernels.bands import cpu, fused
 from cpbench.kernels.bands.operator import OPERATORS, Bands
 from cpbench.kernels.bands.plan import layout
+from cpbench.masks import build
 from cpbench.masks.attn_mask import AttnMask
 
 Tensors = tuple[torch.Tensor, ...]
@@ -131,6 +132,23 @@ def test_other_dtypes(name: str, dtype: str) -> None:
     problem = problem_of(mask_of(name), dtype, heads_q=6)
     tensors = inputs(problem)
     check(problem, mask_of(name), tensors, run(problem, mask_of(name), tensors))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("mask", "queries"), [("causal", 100), ("causal", 800), ("full", 300)])
+def test_a_mask_that_is_one_square(mask: str, queries: int, dtype: str) -> None:
+    """Read in place or copied; and a row without an lse contributes nothing."""
+    square = build(mask, 270 if mask == "full" else queries, seq_q=queries)
+    problem = problem_of(square, dtype, batch=2, heads_q=4, heads_kv=2)
+    tensors = inputs(problem)
+    out, lse, *grads = run(problem, square, tensors)
+    check(problem, square, tensors, (out, lse, *grads))
+    lse[:, :, 7] = -torch.inf
+    operator = Bands()
+    plan = operator.prepare(square, problem, "cpu")
+    dq, dk, _ = operator.backward(BackwardInputs(tensors[3], *tensors[:3], out, lse), plan)
+    assert not dq[:, 7].any()
+    assert torch.isfinite(dk).all()
 
 
 @pytest.mark.parametrize("tile", [1, 7, 64])

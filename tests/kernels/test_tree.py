@@ -9,16 +9,25 @@ import torch
 from cpbench.core.operator import QKV, BackwardInputs
 from cpbench.kernels.gathered import calls, tree
 from cpbench.masks import build
+from cpbench.masks.attn_mask import AttnMask
 from cpbench.selectors.selections import Blocks, Lines, block_grid
 
 TOKENS, DIM, BATCH, HEADS = 203, 8, 2, (4, 2)
+SLICES = {
+    # A causal square, of which some queries see more after the diagonal.
+    "over_diagonal": [(0, 32, 0, 32, -32, 0), (0, 32, 32, 64, -99, 99), (32, 64, 0, 64, -99, 0)],
+    # Causal squares of different queries over the same keys.
+    "stacked": [(32 * i, 32 * i + 32, 0, 32, -99 * i - 32, -32 * i) for i in range(6)],
+}
 
 
 @pytest.mark.parametrize("lines", [False, True])
 @pytest.mark.parametrize("share", [0.1, 0.9, 1.0])
 @pytest.mark.parametrize("call_cost", [0, tree.CALL_COST])
 @pytest.mark.parametrize("block_q", [16, 32])
-@pytest.mark.parametrize("mask", ["causal", "full", "causal_document:doc_lens=[70,3,130]"])
+@pytest.mark.parametrize(
+    "mask", ["causal", "full", "causal_document:doc_lens=[70,3,130]", "over_diagonal", "stacked"]
+)
 def test_calls_compute_the_selection(
     mask: str,
     block_q: int,
@@ -32,7 +41,9 @@ def test_calls_compute_the_selection(
     monkeypatch.setattr(tree, "CALL_COST", call_cost)
     monkeypatch.setattr(tree, "ROW_COST", 20 if call_cost else 0)
     random = torch.Generator().manual_seed(0)
-    grid = block_grid(build(mask, TOKENS), block_q, 32, "cpu")
+    in_slices = SLICES.get(mask)
+    built = AttnMask.from_slices(TOKENS, TOKENS, in_slices) if in_slices else build(mask, TOKENS)
+    grid = block_grid(built, block_q, 32, "cpu")
     if lines:
         shape = BATCH, HEADS[0], TOKENS
         flags = (torch.rand(shape, generator=random) < part for part in (share / 16, 0.05))
@@ -112,3 +123,19 @@ def test_small_blocks_are_gathered_and_large_ones_are_calls() -> None:
         kept = torch.rand((1, 1, *grid.areas.shape), generator=random) < 0.2
         plan = tree.plan_if_faster(Blocks(grid, kept & grid.allowed), 1.0)
         assert (plan is not None) == in_calls
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(5, 0), (0, 5)])
+def test_nothing_to_attend_to(queries: int, keys: int) -> None:
+    grid = block_grid(AttnMask.from_slices(queries, keys, []), 4, 4, "cpu")
+    kept = grid.allowed.expand(2, 3, -1, -1)
+    lines = torch.ones(2, 3, keys, dtype=torch.bool)
+    for plan in (
+        tree.plan_if_faster(Blocks(grid, kept), 1.0), tree.plan(Lines(grid, lines, lines), 1.0)
+    ):  # fmt: skip
+        assert plan is not None
+        q, k = torch.ones(2, queries, 3, DIM), torch.ones(2, keys, 1, DIM)
+        out, lse = calls.forward(QKV(q, k, k), plan)
+        assert lse is not None
+        assert not out.any()
+        assert (lse == -torch.inf).all()

@@ -130,10 +130,10 @@ def row_chunks(
     rows: int, scores_per_row: int, device: torch.device, multiple: int = 1, chunks: int = 1
 ) -> Iterator[tuple[int, int]]:
     """Split rows into ranges of at most about ``MAX_SCORES`` scores, each a multiple of
-    ``multiple``; into ``chunks`` if all would fit fewer."""
+    ``multiple``; into ``chunks`` if fewer would do."""
     max_scores = MAX_SCORES.get(device.type, MAX_SCORES["cpu"])
-    max_rows = min(max_scores // max(scores_per_row, 1), rows // chunks)
-    step = max(max_rows // multiple, 1) * multiple
+    max_rows = max_scores // max(scores_per_row, 1)
+    step = max(min(max_rows // multiple, -(-rows // (chunks * multiple))), 1) * multiple
     for begin in range(0, rows, step):
         yield begin, min(begin + step, rows)
 
