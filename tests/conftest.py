@@ -15,6 +15,10 @@ if "--benchmark-only" not in sys.argv:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ["COLUMNS"] = "100"
 
+# Where containers switch it off, each of a thousand processes would compile cpbench anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 # The files that take longest.  Workers take them first: pytest-xdist orders files by how many tests
 # they have, and one of a few long tests, taken last, would leave the other workers idle.
 SLOWEST_FILES = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections import Counter
@@ -93,9 +94,16 @@ def imported(source: str, known: set[str]) -> Iterator[str]:
 
 
 SOURCES = sources()
-IMPORTS = {
-    name: sorted(set(imported(path.read_text(), set(SOURCES)))) for name, path in SOURCES.items()
-}
+
+
+@functools.cache
+def all_imports() -> dict[str, list[str]]:
+    """What each module imports; not found out where tests are only collected, which each worker
+    does."""
+    return {
+        name: sorted(set(imported(path.read_text(), set(SOURCES))))
+        for name, path in SOURCES.items()
+    }
 
 
 def wing(module: str) -> str:
@@ -121,7 +129,7 @@ def test_every_module_is_in_a_wing() -> None:
 
 @pytest.mark.parametrize("name", sorted(set(SOURCES) - set(DOORS)))
 def test_imports_go_downward(name: str) -> None:
-    wrong = upward(name, IMPORTS[name])
+    wrong = upward(name, all_imports()[name])
     assert not wrong, "\n".join(wrong)
 
 
@@ -138,7 +146,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     def visit(name: str, path: tuple[str, ...]) -> None:
         assert name not in path, f"a circle of imports: {' -> '.join((*path, name))}"
         if name not in done:
-            for other in IMPORTS[name]:
+            for other in all_imports()[name]:
                 if other in SOURCES and not _shown_by(other, name):
                     visit(other, (*path, name))
             done.add(name)
@@ -157,7 +165,7 @@ def test_kernels_stand_alone(name: str) -> None:
     """A family is a folder, or files that share a name: sdpa, sdpa_cuda."""
     shared = ("kernels.autograd_op", "kernels.libraries.adapter", "kernels.triton.interpreter")
     folder, _, own = name.rpartition(".")
-    for other in IMPORTS[name]:
+    for other in all_imports()[name]:
         if wing(other) == "kernels" and other not in shared:
             there, _, sibling = other.rpartition(".")
             family = folder != "kernels" and there.split(".")[:2] == folder.split(".")[:2]
@@ -170,14 +178,14 @@ def test_kernels_stand_alone(name: str) -> None:
     "name", [n for n in sorted(SOURCES) if wing(n) in ("strategies", "selectors")]
 )
 def test_strategies_and_selectors_import_no_kernel(name: str) -> None:
-    for other in IMPORTS[name]:
+    for other in all_imports()[name]:
         assert wing(other) != "kernels", f"{name} imports {other}: it receives an operator"
 
 
 def test_few_import_a_kernel() -> None:
     users = {
         (name, other)
-        for name, others in IMPORTS.items()
+        for name, others in all_imports().items()
         for other in others
         if wing(other) == "kernels" and wing(name) != "kernels"
     }

@@ -1,8 +1,11 @@
-"""Patches of bfloat16 in Triton's interpreter, which runs the kernels without a GPU.
+"""Patches of Triton's interpreter, which runs the kernels without a GPU.
 
 The interpreter stores bfloat16 as raw bits.  Up to Triton 3.9 it multiplies those bits in
 ``tl.dot``, and casts to bfloat16 by truncation where hardware rounds to nearest even.  The patches
 cover what the kernels of this package do in bfloat16: load, dot, cast, store.
+
+It also replaces all functions of the language anew whenever a device function is called, and makes
+a table of all dtypes for each operation: half of the time of a launch.
 """
 
 from __future__ import annotations
@@ -12,8 +15,55 @@ from typing import Any
 
 
 @functools.cache
-def patch_bfloat16() -> None:
-    """Make ``tl.dot`` and casts of bfloat16 in the interpreter behave as on hardware."""
+def patch_interpreter() -> None:
+    """Make bfloat16 behave as on hardware, and device functions start at once."""
+    _patch_bfloat16()
+    _patch_calls()
+
+
+def _patch_calls() -> None:
+    """Replace the functions of the language once in each launch for each kind of module that has
+    device functions, and keep the table of dtypes."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    replace_language = interpreter._patch_lang
+    replaced: set[tuple[bool, bool]] = set()  # in this launch
+    launch = interpreter.GridExecutor.__call__
+
+    @functools.cache
+    def languages(function: Any) -> tuple[bool, bool]:
+        """Whether a function sees ``triton.language``, and its ``core``."""
+        seen = list(function.__globals__.values())
+        return any(x is tl for x in seen), any(x is tl.core for x in seen)
+
+    look_up = interpreter._get_np_dtype
+    of_scalar = functools.cache(look_up)
+
+    def dtype_in_numpy(kind: Any) -> Any:
+        hashable = not isinstance(kind.scalar, tl.pointer_type)
+        return of_scalar(kind.scalar) if hashable else look_up(kind)
+
+    def run_grid(self: Any, *args: Any, **kwargs: Any) -> None:
+        replaced.clear()
+        launch(self, *args, **kwargs)
+
+    def call_device_function(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if languages(self.fn) not in replaced:
+            replaced.add(languages(self.fn))
+            replace_language(self.fn)
+        function = self.rewrite()
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            raise interpreter.InterpreterError(repr(error)) from error
+
+    interpreter.GridExecutor.__call__ = run_grid
+    interpreter.InterpretedFunction.__call__ = call_device_function
+    interpreter._get_np_dtype = dtype_in_numpy
+
+
+def _patch_bfloat16() -> None:
     import numpy as np
 
     import triton.language as tl

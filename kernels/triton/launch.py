@@ -199,7 +199,7 @@ def _to_device(
 def device_modules() -> tuple[Any, Any]:
     """The modules with the kernels of the forward and the backward pass."""
     if interpreting():
-        triton_interpreter.patch_bfloat16()
+        triton_interpreter.patch_interpreter()
     from cpbench.kernels.triton import backward_device, forward_device
 
     return forward_device, backward_device

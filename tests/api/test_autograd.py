@@ -336,9 +336,19 @@ def _on_shards(rank: int, size: int, strategy: str, operator: str) -> dict[str, 
     return results
 
 
+def _all_on_shards(rank: int, size: int) -> dict[str, dict[str, Any]]:
+    """By strategy: one gang, since each process takes seconds to import torch's compiler."""
+    return {strategy: _on_shards(rank, size, strategy, "bands") for strategy in STRATEGIES}
+
+
+@pytest.fixture(scope="module")
+def on_shards() -> list[dict[str, dict[str, Any]]]:
+    return run_ranks(2, _all_on_shards)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_strategies(strategy: str) -> None:
-    ranks = run_ranks(2, _on_shards, strategy, "bands")
+def test_strategies(on_shards: list[dict[str, dict[str, Any]]], strategy: str) -> None:
+    ranks = [results[strategy] for results in on_shards]
     for results in ranks:
         flags = {name: x for name, x in results.items() if name not in ("plain", "lse")}
         assert flags == dict.fromkeys(flags, True)

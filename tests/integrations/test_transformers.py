@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import subprocess
@@ -23,7 +24,9 @@ from cpbench.integrations.capture import capture_layers, capture_modules
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.convert import from_dense
 
-transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None, reason="needs transformers"
+)
 TINY = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
@@ -53,6 +56,8 @@ TEXT = "text"
 
 def tiny(name: str) -> Any:
     torch.manual_seed(0)
+    import transformers  # takes a second, which collecting tests need not
+
     config = getattr(transformers, f"{name}Config")(**TINY, **MODELS[name])
     return getattr(transformers, f"{name}ForCausalLM")(config).eval()
 

@@ -14,7 +14,6 @@ import pytest
 from limits import LIMIT_S
 from made_records import launches, noisy, record, write_run
 from paths import DATA
-from scipy.stats import mannwhitneyu
 
 from cpbench.reports.collection import collect
 from cpbench.reports.compare.statistics import (
@@ -40,6 +39,8 @@ OLD = DATA / "records_schema_1.jsonl"
 
 
 def test_the_statistic_matches_scipy() -> None:
+    from scipy.stats import mannwhitneyu  # takes a second, which collecting tests need not
+
     for m, n in ((2, 3), (5, 5), (6, 4)):
         counts = _statistic_counts(m, n)
         assert sum(counts) == math.comb(m + n, n)

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 from made_records import record, report_text, section_lines, table_of
-from scipy.stats import wilcoxon
 
 from cpbench.reports.frame import tidy_table
 from cpbench.reports.tables.contest import hold_contest
@@ -110,6 +109,8 @@ def test_more_contenders_take_more_turns() -> None:
 
 
 def test_the_signed_rank_test_matches_scipy() -> None:
+    from scipy.stats import wilcoxon  # takes a second, which collecting tests need not
+
     generator = random.Random(0)
     for n in (6, 9, 20, 80):
         differences = [generator.gauss(0.3, 1) for _ in range(n)]

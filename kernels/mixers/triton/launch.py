@@ -15,7 +15,7 @@ from cpbench.core.kernel_launch import Launch
 from cpbench.kernels.mixers.backward import Gradients
 from cpbench.kernels.mixers.chunks import Inputs, Plan, Slab, write
 from cpbench.kernels.mixers.forward import Saved, initial_state
-from cpbench.kernels.triton.interpreter import patch_bfloat16
+from cpbench.kernels.triton.interpreter import patch_interpreter
 
 if TYPE_CHECKING:
     import torch
@@ -163,7 +163,7 @@ def _backward(
 def device_modules() -> tuple[Any, Any]:
     """The modules with the kernels of the forward and the backward pass."""
     if interpreting():
-        patch_bfloat16()
+        patch_interpreter()
     from cpbench.kernels.mixers.triton import backward_device, forward_device
 
     return forward_device, backward_device
