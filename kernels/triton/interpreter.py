@@ -14,6 +14,11 @@ import functools
 from typing import Any
 
 
+REPLACED = (
+    "_patch_lang", "_get_np_dtype", "GridExecutor", "InterpretedFunction", "InterpreterError"
+)  # fmt: skip
+
+
 @functools.cache
 def patch_interpreter() -> None:
     """Make bfloat16 behave as on hardware, and device functions start at once."""
@@ -27,6 +32,8 @@ def _patch_calls() -> None:
     import triton.language as tl
     from triton.runtime import interpreter
 
+    if not all(hasattr(interpreter, name) for name in REPLACED):
+        return  # another version of Triton, slower
     replace_language = interpreter._patch_lang
     replaced: set[tuple[bool, bool]] = set()  # in this launch
     launch = interpreter.GridExecutor.__call__
