@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-
 REPLACED = (
     "_patch_lang", "_get_np_dtype", "GridExecutor", "InterpretedFunction", "InterpreterError"
 )  # fmt: skip
