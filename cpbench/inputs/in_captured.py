@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     Floats = np.typing.NDArray[np.float64]
 
 MIXED_SHARE = 8  # directions are mixed from one in so many, at least
+LEAST_REST = 1e-9  # of the energy of keys, beside that of their mean
 MAX_STEPS, CLOSE = 60, 1e-9  # of Newton's method, in the logarithm of a share
 CHUNK_SCORES = 1 << 22  # at a time
 
@@ -97,8 +98,15 @@ def embed(
     )
     mean = keys.mean(0)
     mean = mean - u.T @ (u @ mean)
-    rest = keys.square().sum(1).mean() - mean.square().sum()
-    needle_keys = mean + rest.clamp(min=0).sqrt() * u
+    energy = keys.square().sum(1).mean()
+    rest = (energy - mean.square().sum()).clamp(min=0)
+    needle_keys = mean + rest.sqrt() * u
+    alike = ValueError(
+        f"inputs: no needle wins {haystack.mass} of the attention among the keys of head {g} of "
+        f"{Path(source[0]).name}, which are too much alike"
+    )
+    if rest <= LEAST_REST * energy:
+        raise alike
 
     planted, questions = haystack.questions(seed, problem, sequence, g)
     needle = haystack.needle_of(everywhere, planted.starts)
@@ -115,10 +123,7 @@ def embed(
                 u[question.key], problem.softmax_scale, haystack.mass,
             )  # fmt: skip
         except ArithmeticError:
-            raise ValueError(
-                f"inputs: no needle wins {haystack.mass} of the attention among the keys of head "
-                f"{g} of {Path(source[0]).name}, which are too much alike"
-            ) from None
+            raise alike from None
         asked.append(own + sizes.view(*own.shape[:2], 1) * u[question.key])
     tokens = np.concatenate([question.tokens for question in questions])
     order = np.argsort(tokens)
