@@ -231,6 +231,8 @@ def count_shown(out: torch.Tensor, queries: IntArray, problem: Problem, recipe: 
     )  # fmt: skip
     shown: Shown = {}
     for (sequence, at, rows, tokens), h in itertools.product(request.parts(), request.heads):
+        if not haystack.fits(sequence):
+            continue
         g = h // problem.group
         planted, questions = haystack.questions(recipe.seed, problem, sequence, g)
         codes, own = torch.as_tensor(planted.codes), out[at, rows, h]

@@ -120,6 +120,14 @@ def test_needles_are_where_they_are_said_to_be() -> None:
             assert (codes[start : start + 4].argmax(1) == code).all()
 
 
+def test_a_problem_without_room_has_no_needles() -> None:
+    """As that of the small check, of a few hundred tokens."""
+    work, recipe, x = _prepared("bands", "haystack:length=64,keys=4,queries=512")
+    normal = rank_inputs(work, Recipe(0, parse("normal")), "cpu")
+    assert all(torch.equal(x[name], normal[name]) for name in "qkv")
+    assert not count_shown(x["q"], np.arange(TOKENS), work.problem, recipe)
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
