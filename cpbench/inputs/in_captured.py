@@ -125,10 +125,10 @@ def embed(
         except ArithmeticError:
             raise alike from None
         asked.append(own + sizes.view(*own.shape[:2], 1) * u[question.key])
-    tokens = np.concatenate([question.tokens for question in questions])
-    order = np.argsort(tokens)
+    asking = np.concatenate([question.tokens for question in questions])
+    order = np.argsort(asking)
     return Embedded(
-        tokens[order], torch.cat(asked).numpy()[order], needle_keys.numpy(),
+        asking[order], torch.cat(asked).numpy()[order], needle_keys.numpy(),
         math.sqrt(float(values.square().sum(1).mean())),
     )  # fmt: skip
 
@@ -139,9 +139,10 @@ def _quiet_directions(
     """``[count, D]`` orthonormal directions in which both ``[…, D]`` have little energy."""
     import torch
 
-    moments = [x.T @ x for x in (queries, keys)]
-    together = sum(x / x.trace().clamp(min=torch.finfo(x.dtype).tiny) for x in moments)
-    vectors = torch.linalg.eigh(together).eigenvectors  # by ascending eigenvalues
+    moments = torch.stack([x.T @ x for x in (queries, keys)])
+    traces = moments.diagonal(dim1=1, dim2=2).sum(1).clamp(min=torch.finfo(keys.dtype).tiny)
+    together = (moments / traces[:, None, None]).sum(0)
+    vectors: torch.Tensor = torch.linalg.eigh(together).eigenvectors  # by ascending eigenvalues
     mixed = max(count, keys.shape[1] // MIXED_SHARE)
     mixture = np.linalg.qr(rng.standard_normal((mixed, count)))[0]
     return (vectors[:, :mixed] @ torch.as_tensor(mixture)).T.contiguous()
