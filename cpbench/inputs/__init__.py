@@ -12,9 +12,9 @@ planted keys that queries attend to (``cpbench.inputs.planted``) and inputs from
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from cpbench.core.problem import Case, Problem
     from cpbench.inputs.rope import Rotation
+    from cpbench.masks.paged.batch import PagedBatch
+    from cpbench.masks.slices import IntArray
 
 TENSORS = ("q", "k", "v", "dout")
 CHUNK_ELEMENTS = 1 << 26  # made at a time, since making them may take float32 in between
@@ -41,6 +43,7 @@ class InputKind:
         summary: one line for people.
         params: names and defaults of its parameters; None if required.
         gates: whether it makes the gates of sequence mixers, too.
+        decodes: whether it makes the inputs of batches that are decoded.
         load: ``"module:class"`` of the generator, whose constructor takes the parameters and
             raises ``ValueError`` for invalid ones.  Its ``make(request)`` returns the tensor of an
             :class:`InputRequest`, before the rotation; ``plant(rows, request)``, if it has one, the
@@ -52,11 +55,14 @@ class InputKind:
     load: str
     params: dict[str, Any] = field(default_factory=dict)
     gates: bool = False
+    decodes: bool = False
 
 
 KINDS = {
     "normal": InputKind(
-        summary="independent standard normals", load="cpbench.inputs.normal:Normal"
+        summary="independent standard normals",
+        load="cpbench.inputs.normal:Normal",
+        decodes=True,
     ),
     "sinks": InputKind(
         summary="normals whose first keys get a share of every query's attention",
@@ -72,18 +78,20 @@ KINDS = {
         },
     ),
     "haystack": InputKind(
-        summary="normals with needles at a depth, which the last queries ask for",
+        summary="normals, or q, k, v of a file, with needles that the last queries ask for",
         load="cpbench.inputs.haystack:Haystack",
         params={
             "depth": 0.5, "keys": 1, "values": 1, "hops": 1, "length": 1, "mass": 0.9,
-            "queries": 64,
+            "queries": 64, "file": "",
         },
+        decodes=True,
     ),
     "file": InputKind(
         summary="q, k, v [B, T, heads, D] (and g, beta) of a file: file:qkv.safetensors",
         load="cpbench.inputs.captured:Captured",
         params={"file": None},
         gates=True,
+        decodes=True,
     ),
     "gates": InputKind(
         summary="normals with unit keys, and gates that forget within tokens or in no sequence",
@@ -92,6 +100,25 @@ KINDS = {
         gates=True,
     ),
 }  # fmt: skip
+
+
+class InputSequence(NamedTuple):
+    """A sequence of a problem: its number in the batch, how many keys it has, and how many of its
+    last tokens are queries."""
+
+    batch: int
+    length: int
+    queries: int
+
+
+class Part(NamedTuple):
+    """The requested rows of one sequence: their index in the first axis of the result and those in
+    the second, and their tokens in the sequence."""
+
+    sequence: InputSequence
+    at: int
+    rows: slice | IntArray
+    tokens: IntArray
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -109,6 +136,7 @@ class InputRequest:
         device: torch device of the result.
         deviation: standard deviation of normal rows of q and k after the rotation.
         turned_later: whether the operator rotates q and k by itself.
+        decoded: of a case that decodes: its sequences, whose keys the positions are slots of.
     """
 
     name: str
@@ -120,6 +148,7 @@ class InputRequest:
     device: str
     deviation: float = 1.0
     turned_later: bool = False
+    decoded: PagedBatch | None = None
 
     @property
     def head_dim(self) -> int:
@@ -133,16 +162,35 @@ class InputRequest:
         """Of a gate: its numbers per head and token, 0 for one without an axis; else None."""
         return dict(self.problem.gates).get(self.name)
 
+    def parts(self) -> Iterator[Part]:
+        """The rows of each sequence; those that belong to none, which nobody sees, are left out."""
+        problem, of_queries = self.problem, self.name in ("q", "dout")
+        if self.decoded is None:
+            tokens = self.positions + (problem.seq_k - problem.seq_q if of_queries else 0)
+            for at, batch in enumerate(self.batches):
+                sequence = InputSequence(batch, problem.seq_k, problem.seq_q)
+                yield Part(sequence, at, slice(None), tokens)
+            return
+        lengths = np.array(self.decoded.key_lens)
+        owners = np.arange(len(lengths)) if of_queries else self.decoded.owners
+        places = lengths - 1 if of_queries else self.decoded.positions
+        owner = np.append(owners, -1)[np.minimum(self.positions, len(owners))]
+        for batch in np.unique(owner[owner >= 0]).tolist():
+            rows = np.flatnonzero(owner == batch)
+            sequence = InputSequence(batch, int(lengths[batch]), 1)
+            yield Part(sequence, 0, rows, places[self.positions[rows]])
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to generate inputs: a seed, a kind with its parameters, and the rotation of q and k, or
-    whether the operator rotates them by itself."""
+    """How to generate inputs: a seed, a kind with its parameters, the rotation of q and k, or
+    whether the operator rotates them by itself, and the sequences of a case that decodes."""
 
     seed: int = 0
     spec: Spec = NORMAL
     rotation: Rotation | None = None
     turned_later: bool = False
+    decoded: PagedBatch | None = None
 
     def make(
         self,
@@ -171,7 +219,7 @@ class Recipe:
         rotation = self.rotation
         deviation = 1.0 if rotation is None else rotation.magnitude(problem.head_dim)
 
-        def make(part: np.typing.NDArray[np.int64]) -> torch.Tensor:
+        def make(part: IntArray) -> torch.Tensor:
             request = InputRequest(
                 name=name,
                 seed=self.seed,
@@ -182,6 +230,7 @@ class Recipe:
                 device=device,
                 deviation=deviation,
                 turned_later=self.turned_later,
+                decoded=self.decoded,
             )
             rows: torch.Tensor = generator.make(request)
             if rotation is not None:

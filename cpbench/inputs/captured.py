@@ -1,8 +1,9 @@
 """Inputs from a file: q, k and v captured from a model, as safetensors; of sequence mixers also g
 ``[B, T, heads]`` or ``[B, T, heads, D]`` and beta ``[B, T, heads]``.
 
-q, k and v are ``[B, T, heads, D]``.  The first ``seq_len`` tokens are used; of q, the last
-``queries`` of those if a case has fewer queries than keys (the file may also hold just these).
+q, k and v are ``[B, T, heads, D]``.  The first ``seq_len`` tokens are used, or all of a sequence
+that is decoded; of q, the last ``queries`` of those if a case has fewer queries than keys (the
+file may also hold just these).
 Values are rounded to the dtype of the case, gates to that of states.  dout is normal.
 """
 
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     import torch
 
     from cpbench.core.problem import Case
-    from cpbench.inputs import InputRequest
+    from cpbench.inputs import InputRequest, InputSequence
+    from cpbench.masks.slices import IntArray
 
 
 class Captured:
@@ -29,6 +31,9 @@ class Captured:
 
     Args:
         file: its path.
+
+    Attributes:
+        source: its whole path and the time of its modification.
 
     Raises:
         ValueError: if the file does not exist or does not hold the tensors.
@@ -38,13 +43,13 @@ class Captured:
         path = locate(file)
         if not file or not path.is_file():
             raise ValueError(f"inputs: there is no file {file!r}; write file:qkv.safetensors")
-        # The time of modification is part of the cache key: a changed file is read again.
-        self._file = (str(path.resolve()), path.stat().st_mtime_ns)
-        self._shapes = _shapes(*self._file)
+        # The time of modification is part of cache keys: a changed file is read again.
+        self.source = (str(path.resolve()), path.stat().st_mtime_ns)
+        self._shapes = _shapes(*self.source)
 
     def check(self, case: Case) -> None:
         """Raise ``ValueError`` if the shapes in the file do not fit a case."""
-        file = Path(self._file[0]).name
+        file = Path(self.source[0]).name
         heads_kv, dims = case.num_heads_kv, (case.head_dim, case.problem.value_dim)
         for name, heads, dim in (
             ("q", case.num_heads_q, dims[0]), ("k", heads_kv, dims[0]), ("v", heads_kv, dims[1])
@@ -76,18 +81,41 @@ class Captured:
         """The requested rows, in the dtype of the problem."""
         import torch
 
-        name, problem = request.name, request.problem
-        if name == "dout":
+        if request.name == "dout":
             return Normal().make(request)
-        x = _tensor(*self._file, name)
-        only_queries = name == "q" and x.shape[1] == problem.seq_q
-        shift = 0 if only_queries or name != "q" else problem.seq_k - problem.seq_q
-        tokens = torch.as_tensor(request.positions + shift)
-        # Padding tokens, which are never visible, repeat the last token.
-        rows = x.index_select(1, tokens.clamp(max=x.shape[1] - 1))[list(request.batches)]
-        rows = rows.index_select(2, torch.as_tensor(list(request.heads)))
+        problem = request.problem
         dtype = problem.dtype if request.gate_lanes is None else problem.gate_dtype
-        return rows.to(device=request.device, dtype=getattr(torch, dtype))
+        heads = torch.as_tensor(list(request.heads))
+        parts = list(request.parts())
+        rows = [
+            captured_rows(self.source, request.name, part.sequence, part.tokens)
+            .index_select(1, heads)
+            .to(device=request.device, dtype=getattr(torch, dtype))
+            for part in parts
+        ]
+        if request.decoded is None:
+            return torch.stack(rows)
+        x = Normal().make(request)  # of slots without a key
+        for part, own in zip(parts, rows, strict=True):
+            x[part.at, part.rows] = own
+        return x
+
+
+def captured_rows(
+    source: tuple[str, int], name: str, sequence: InputSequence, tokens: IntArray
+) -> torch.Tensor:
+    """``[T, heads, D]`` (of gates fewer axes): tokens of a sequence, as they are in the file.
+
+    Args:
+        source: of a :class:`Captured`.
+    """
+    import torch
+
+    x = _tensor(*source, name)[sequence.batch]
+    only_queries = name == "q" and len(x) == sequence.queries
+    first = sequence.length - sequence.queries if only_queries else 0
+    # Padding tokens, which are never visible, repeat the last token.
+    return x.index_select(0, torch.as_tensor(tokens - first).clamp(max=len(x) - 1))
 
 
 @functools.lru_cache(maxsize=16)

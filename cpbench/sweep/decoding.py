@@ -9,6 +9,7 @@ from cpbench import masks
 from cpbench.core.problem import DECODE, Case
 from cpbench.core.registry import operator_info
 from cpbench.core.spec import Spec, parse_size
+from cpbench.inputs import KINDS, input_kind
 from cpbench.masks.head_masks import per_head
 
 PAGE_SIZE = 64  # unless given
@@ -111,7 +112,8 @@ def check(case: Case) -> None:
         raise ValueError(f"phase = 'decode': {info.name} is a {kind}; give an operator")
     if per_head(masks.build_heads(case.mask, min(case.lengths), 1)):
         raise ValueError(f"phase = 'decode': mask {case.mask} differs from head to head")
-    if case.inputs != Spec("normal"):
-        raise ValueError(f"phase = 'decode': inputs are normal, not {case.inputs}")
+    if not input_kind(case.inputs).decodes:
+        kinds = ", ".join(name for name, kind in KINDS.items() if kind.decodes)
+        raise ValueError(f"phase = 'decode': inputs are one of {kinds}, not {case.inputs}")
     if case.layout != Spec("contiguous"):
         raise ValueError(f"phase = 'decode': pages lie contiguous on ranks, not {case.layout}")

@@ -28,12 +28,14 @@ Legend: B batch, S queries, T keys, H query heads, D head dim; X, Y blocks of a 
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from cpbench.inputs import InputRequest, build_generator
 from cpbench.inputs.haystack import Haystack
@@ -200,15 +202,20 @@ def _highest_mass(mass: torch.Tensor, count: torch.Tensor) -> float:
     return float((ranked * (position < count)).sum())
 
 
-def measure_found(
-    out: torch.Tensor, tokens: IntArray, problem: Problem, recipe: Recipe
-) -> dict[str, float]:
-    """``found`` and ``solved``; none for inputs of another kind.
+Shown = dict[tuple[int, int, int], npt.NDArray[np.float64]]
+
+
+def count_shown(out: torch.Tensor, queries: IntArray, problem: Problem, recipe: Recipe) -> Shown:
+    """What outputs show of the needles that their queries ask for; {} for inputs of another kind.
 
     Args:
         out: ``[B, S, H, Dv]``.
-        tokens: ``[S]`` positions of its queries in the sequence.
+        queries: ``[S]`` global indices of its queries.
         recipe: of the inputs.
+
+    Returns:
+        By sequence, query head and question: how many of these queries ask it, and the sums over
+        them of the share of the codes that are shown and of whether all are.
     """
     haystack = build_generator(recipe.spec)
     if not isinstance(haystack, Haystack):
@@ -216,23 +223,38 @@ def measure_found(
     import torch
 
     request = InputRequest(
-        name="q", seed=recipe.seed, problem=problem, positions=tokens, batches=(), heads=(),
-        device="cpu",
+        name="q", seed=recipe.seed, problem=problem, positions=queries,
+        batches=range(problem.batch), heads=range(problem.heads_q), device="cpu",
+        decoded=recipe.decoded,
     )  # fmt: skip
-    row_of = np.full(problem.seq_k, -1)
-    row_of[tokens[tokens < problem.seq_k]] = np.flatnonzero(tokens < problem.seq_k)
-    found, solved = [], []
-    for b, h in np.ndindex(problem.batch, problem.heads_q):
-        planted, questions = haystack.questions(request, b, h // problem.group)
-        codes, complete = torch.as_tensor(planted.codes), 1.0
-        for question in questions:
-            rows = row_of[question.tokens]
-            if not (rows >= 0).all():  # asked by none of these queries
-                continue
-            shown = out[b, torch.as_tensor(rows, device=out.device), h].double().cpu() @ codes.T
-            top = shown.topk(len(question.answers), dim=1).indices.numpy()
+    shown: Shown = {}
+    for (sequence, at, rows, tokens), h in itertools.product(request.parts(), request.heads):
+        if not haystack.fits(sequence):
+            continue
+        g = h // problem.group
+        planted, questions = haystack.questions(recipe.seed, problem, sequence, g)
+        codes, own = torch.as_tensor(planted.codes), out[at, rows, h]
+        for number, question in enumerate(questions):
+            asking = torch.as_tensor(np.flatnonzero(np.isin(tokens, question.tokens)))
+            products = own[asking.to(out.device)].double().cpu() @ codes.T
+            top = products.topk(len(question.answers), dim=1).indices.numpy()
             right = np.isin(top, question.answers)
-            found.append(float(right.mean()))
-            complete *= float(right.all(1).mean())
-        solved.append(complete)
-    return {"found": float(np.mean(found)), "solved": float(np.mean(solved))} if found else {}
+            shown[sequence.batch, h, number] = np.array(
+                [len(asking), right.mean(1).sum(), right.all(1).sum()]
+            )
+    return shown
+
+
+def found_figures(ranks: Sequence[Shown]) -> dict[str, float]:
+    """``found`` and ``solved`` of what the ranks counted; {} if nothing was asked."""
+    total: Shown = {}
+    for key, count in (pair for rank in ranks for pair in rank.items()):
+        total[key] = total.get(key, np.zeros(3)) + count
+    shares = {key: counts[1:] / counts[0] for key, counts in total.items() if counts[0]}
+    solved: dict[tuple[int, int], float] = {}
+    for (b, h, _), (_, complete) in shares.items():
+        solved[b, h] = solved.get((b, h), 1.0) * float(complete)
+    if not shares:
+        return {}
+    found = [float(share) for share, _ in shares.values()]
+    return {"found": float(np.mean(found)), "solved": float(np.mean([*solved.values()]))}

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cpbench.core import tolerance
+from cpbench.core.problem import DECODE
 from cpbench.core.registry import OperatorInfo, operator_info
 from cpbench.inputs import Recipe
 from cpbench.inputs.rope import rotation_of
+from cpbench.masks.paged.batch import PagedBatch
 from cpbench.results.record import APPROXIMATE, UNCHECKED
 from cpbench.verify import at_size, check, fingerprint, mixing, quality, tiles
 from cpbench.verify import selection as check_selection
@@ -109,10 +111,10 @@ class Checks:
                 self._check_lines_and_tiles(work, inputs, results, record, limit)
         if self._errors_grow(record):
             record.flags.append("error-grows")
-        if self._settings.quality and work.world.size == 1 and not work.op.info.mixer:
-            tokens = work.world.queries.positions(0) + case.problem.seq_k - case.problem.seq_q
-            recipe = recipe_of(case)
-            record.quality = quality.measure_found(results["out"], tokens, work.problem, recipe)
+        if self._settings.quality and not work.op.info.mixer:
+            queries = work.world.queries.positions(work.rank)
+            shown = quality.count_shown(results["out"], queries, work.problem, recipe_of(case))
+            record.quality = quality.found_figures(context.gather(shown))
         return results
 
     def _check_lines_and_tiles(
@@ -284,11 +286,9 @@ class Checks:
             def measure() -> dict[str, float]:
                 if one is None:
                     return {}
-                tokens = np.arange(work.problem.seq_q) + work.problem.seq_k - work.problem.seq_q
-                found = quality.measure_found(
-                    one.results["out"], tokens, one.work.problem, recipe_of(case)
-                )
-                return quality.measure_quality(*one[:4]) | found
+                queries, recipe = np.arange(work.problem.seq_q), recipe_of(case)
+                shown = quality.count_shown(one.results["out"], queries, one.work.problem, recipe)
+                return quality.measure_quality(*one[:4]) | quality.found_figures([shown])
 
             with _may_not_fit("the quality of the selection", record, flags=()):
                 figures, *_ = self._context.gather(self._context.compute(measure))
@@ -354,7 +354,8 @@ def _may_not_fit(
 def recipe_of(case: Case) -> Recipe:
     """The recipe of a case's inputs."""
     turned_later = operator_info(case.operator.name).rotates
-    return Recipe(case.seed, case.inputs, rotation_of(case), turned_later)
+    decoded = PagedBatch.of_case(case) if case.phase == DECODE else None
+    return Recipe(case.seed, case.inputs, rotation_of(case), turned_later, decoded)
 
 
 def second_recipe_of(case: Case) -> Recipe:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cpbench.core.spec import format_size
 from cpbench.reports.labels import fact_values, format_number, if_multi_rank, three_digits
 from cpbench.reports.tables.contest import Contest, hold_contest
+from cpbench.reports.tables.rows import found_cells
 from cpbench.reports.tables.summary import (
     PROBLEM_KEYS,
     has_result,
@@ -69,6 +70,7 @@ def recall_rows(table: pd.DataFrame, varying_facts: Sequence[str]) -> list[Row]:
             "recall %": _percent(row["recovered"]),
             "% of oracle": _percent(row["recovered"] / row["best_recovered"]),
             "out error": format_number(row["out_error"], ".3f"),
+            **found_cells(row),
             "ms": three_digits(row["time_ms"]),
             "fwd ms": three_digits(row["fwd_ms"]) if row["direction"] == "fwd_bwd" else "",
             "sent MB": format_number(if_multi_rank(row, "sent_mb"), ".2f"),

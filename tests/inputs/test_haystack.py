@@ -12,14 +12,14 @@ import cpbench
 from cpbench import masks
 from cpbench.api import Attention
 from cpbench.core.problem import Problem
-from cpbench.inputs import Recipe, parse, rope
+from cpbench.inputs import InputSequence, Recipe, build_generator, parse, rope
 from cpbench.inputs.rope import Rotation
 from cpbench.parallel.layout import build
 from cpbench.parallel.world import World
 from cpbench.sweep import sweep_file
 from cpbench.verify import quality
 from cpbench.verify.check import rank_inputs
-from cpbench.verify.quality import measure_found
+from cpbench.verify.quality import count_shown, found_figures
 from cpbench.verify.selection import run_pass_with_selection
 
 TOKENS = 700
@@ -30,7 +30,7 @@ def _found(operator: str, inputs: str, rotation: str = "", **changes: Any) -> di
     """What the outputs of an operator show."""
     work, recipe, x = _prepared(operator, inputs, rotation, **changes)
     out, _, _ = work.forward(work.inputs_of(x), None)
-    return measure_found(out, np.arange(TOKENS), work.problem, recipe)
+    return found_figures([count_shown(out, np.arange(TOKENS), work.problem, recipe)])
 
 
 def _prepared(operator: str, inputs: str, rotation: str = "", **changes: Any) -> Any:
@@ -97,18 +97,16 @@ def test_the_recall_of_selectors_counts_needles_too() -> None:
     results, selection = run_pass_with_selection(work, x)
     figures = quality.measure_quality(work, x, results, selection)
     assert figures["mass"] < 0.7
-    assert measure_found(results["out"], np.arange(TOKENS), work.problem, recipe)["found"] > 0.9
+    shown = count_shown(results["out"], np.arange(TOKENS), work.problem, recipe)
+    assert found_figures([shown])["found"] > 0.9
 
 
 def test_needles_are_where_they_are_said_to_be() -> None:
     work, recipe, x = _prepared("bands", "haystack:depth=0.25,hops=3,keys=3,length=4")
-    from cpbench.inputs import InputRequest, build_generator
-
     haystack = build_generator(recipe.spec)
-    request = InputRequest(name="q", seed=0, problem=work.problem, positions=np.arange(TOKENS),
-                           batches=(), heads=(), device="cpu")  # fmt: skip
     for g in range(2):
-        planted, (last, *links) = haystack.questions(request, 0, g)
+        sequence = InputSequence(0, TOKENS, TOKENS)
+        planted, (last, *links) = haystack.questions(0, work.problem, sequence, g)
         assert len(planted.starts) == len({*planted.code}) == 5
         room = TOKENS - 64 - 4
         wanted = (0.25 + 0.75 * np.array([2, 1, 0]) / 3) * room
@@ -120,6 +118,14 @@ def test_needles_are_where_they_are_said_to_be() -> None:
         codes = x["v"][0, :, g].double() @ torch.as_tensor(planted.codes).T
         for start, code in zip(planted.starts, planted.code, strict=True):
             assert (codes[start : start + 4].argmax(1) == code).all()
+
+
+def test_a_problem_without_room_has_no_needles() -> None:
+    """As that of the small check, of a few hundred tokens."""
+    work, recipe, x = _prepared("bands", "haystack:length=64,keys=4,queries=512")
+    normal = rank_inputs(work, Recipe(0, parse("normal")), "cpu")
+    assert all(torch.equal(x[name], normal[name]) for name in "qkv")
+    assert not count_shown(x["q"], np.arange(TOKENS), work.problem, recipe)
 
 
 @pytest.mark.parametrize(

@@ -250,6 +250,7 @@ def test_runs_check_every_output_and_say_how_fast_keys_are_read(tmp_path: Path) 
     records = run_cases(
         tmp_path / "run", {"memory": False, "max_seconds": 0.05}, phase="decode",
         key_lens=[900, 64, 17], page_size=16, seq_len=900, num_heads_q=4, num_heads_kv=2,
+        inputs="haystack",
         operator=["paged.gathered", "bands", f"{tmp_path}/wrong.py:OP"],
     )  # fmt: skip
     good, bands, wrong = records
@@ -257,6 +258,7 @@ def test_runs_check_every_output_and_say_how_fast_keys_are_read(tmp_path: Path) 
     assert set(good.errors) == {"full"}
     assert set(good.errors["full"]) == {"out", "lse"}
     assert good.area == 981
+    assert good.quality == bands.quality == {"found": 1.0, "solved": 1.0}
     assert wrong.status == "wrong"
     from cpbench.reports.frame import load
 
@@ -273,9 +275,10 @@ def test_several_ranks_decode_over_pages(tmp_path: Path) -> None:
     records = run_cases(
         tmp_path / "run", {"time": False}, phase="decode", key_lens=[300, 41, 700], page_size=32,
         seq_len=700, strategy=["tree", "ulysses"], world_size=2, rope="unscaled",
-        operator=["paged.gathered", "bands", "paged.sdpa"],
+        operator=["paged.gathered", "bands", "paged.sdpa"], inputs="haystack:depth=0.3",
     )  # fmt: skip
     (refused,) = (record for record in records if record.status != "ok")
     assert len(records) == 6
     assert (refused.case.strategy.name, refused.case.operator.name) == ("tree", "paged.sdpa")
     assert "log-sum-exp" in str(refused.reason)
+    assert all(one.quality["found"] == 1 for one in records if one is not refused)

@@ -88,6 +88,14 @@ SWEEPS: dict[str, tuple[str, list[str]]] = {
     "decoding selector": ("[sweep]\nphase = 'decode'\noperator = 'moba'", ["moba", "selector"]),
     "decoding mixer": ("[sweep]\nphase = 'decode'\noperator = 'gla'", ["gla", "mixer"]),
     "decoding inputs": ("[sweep]\nphase = 'decode'\ninputs = 'sinks'", ["normal", "sinks"]),
+    "decoding chain": (
+        "[sweep]\nphase = 'decode'\ninputs = 'haystack:hops=3'",
+        ["hops = 3", "hops = 1"],
+    ),
+    "needles in no file": (
+        "[sweep]\ninputs = 'haystack:file=none.safetensors,depth=0.3'",
+        ["no file 'none.safetensors'"],
+    ),
     "decoding layout": ("[sweep]\nphase = 'decode'\nlayout = 'zigzag'", ["contiguous", "zigzag"]),
     "decoding heads": (
         "[sweep]\nphase = 'decode'\nmask = 'vertical_slash'",
@@ -256,6 +264,10 @@ LINES: dict[str, tuple[list[str], list[str]]] = {
     "bench kinds": (
         ["bench", "--operator", "ssd", "--strategy", "ring"],
         ["ring distributes attention", "ssd is a sequence mixer"],
+    ),
+    "bench needles": (
+        ["bench", "--phase", "decode", "--batch", "2", "--inputs", "haystack:hops=2"],
+        ["hops = 2", "queries = 1"],
     ),
     "bench inputs": (
         ["bench", "--operator", "bands,ssd", "--inputs", "normal"],

@@ -70,6 +70,14 @@ class PagedBatch:
             positions[self.slots_of(sequence)] = np.arange(tokens)
         return positions
 
+    @functools.cached_property
+    def owners(self) -> IntArray:
+        """``[slots]``: the sequence of the key in each slot, -1 where none is."""
+        owners = np.full(self.slots, -1, np.int64)
+        for sequence in range(len(self.key_lens)):
+            owners[self.slots_of(sequence)] = sequence
+        return owners
+
     def visible(self, pattern: Spec, sequence: int) -> AttnMask:
         """What the query of a sequence sees of its keys, ``1 x L``: the last row of a mask.
 
