@@ -271,8 +271,12 @@ def striped(seq_len: int, world_size: int, mask: AttnMask | None) -> tuple[Segme
 def _striped_area_matrix(mask: AttnMask, p: int) -> IntArray:
     """The area matrix of striped layouts."""
     rows = int((mask.slices[:, Q1] - mask.slices[:, Q0]).sum())
-    if rows < len(mask.slices) * p * p:
-        return _area_matrix_of_rows(mask, p)
+    few_rows = rows < len(mask.slices) * p * p
+    return _area_matrix_of_rows(mask, p) if few_rows else _area_matrix_of_pairs(mask, p)
+
+
+def _area_matrix_of_pairs(mask: AttnMask, p: int) -> IntArray:
+    """The area matrix of striped layouts, from the part of each slice in every pair of stripes."""
     q, k = np.divmod(np.arange(p * p), p)
     total = np.zeros(p * p, np.int64)
     for row in mask.slices:

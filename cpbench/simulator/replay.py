@@ -153,8 +153,12 @@ class _Replay:
     def _at(self, time: float, action: Callable[[float], None]) -> None:
         heapq.heappush(self._heap, (time, next(self._order), action))
 
-    def _advance(self, rank: int, now: float) -> None:
-        """Run a rank until it computes, waits or ends."""
+    def _advance(self, rank: int, now: float, is_last: bool = True) -> None:
+        """Run a rank until it waits, ends, or computes while something else happens.
+
+        Args:
+            is_last: whether nothing else is still to happen now that is not in the heap.
+        """
         times, program = self._times[rank], self._programs[rank]
         while self._next[rank] < len(program):
             event = program[self._next[rank]]
@@ -175,7 +179,7 @@ class _Replay:
                 else:
                     times.attention += length
                     times.spans.append(Span("kernel", event, now, end))
-                if self._heap and self._heap[0][0] <= end:  # something else happens first
+                if not is_last or (self._heap and self._heap[0][0] <= end):
                     self._at(end, functools.partial(self._advance, rank))
                     return
                 now = end
@@ -272,7 +276,7 @@ class _Replay:
             times.exposed += now - since
             if now > since:
                 times.spans.append(Span("wait", operation.post, since, now))
-            self._advance(operation.rank, now)
+            self._advance(operation.rank, now, is_last=False)
 
 
 def _call(actions: list[Callable[[float], None]], now: float) -> None:
