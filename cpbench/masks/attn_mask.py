@@ -34,12 +34,12 @@ from cpbench.masks.slices import (
     as_slices,
     canonical,
     canonical_indexed,
-    ceil_div,
     cut_axis,
     local_starts,
     merged,
     row_overlaps,
     shifted,
+    strided,
     transposed,
     visible_keys_per_query,
 )
@@ -137,7 +137,7 @@ class AttnMask(living.PickledByFields):
         square = self.seq_q == self.seq_k and len(self.slices) == 1
         return "causal" if square and self.slices[0].tolist() == causal else "bands"
 
-    @property
+    @functools.cached_property
     def hull(self) -> tuple[int, int, int, int]:
         """``(q0, q1, k0, k1)``, the bounding rectangle of the visible pairs."""
         if not len(self.slices):
@@ -252,17 +252,7 @@ class AttnMask(living.PickledByFields):
         repeated = np.repeat(self.slices, len(phases), axis=0)
         phase = np.tile(phases, len(self.slices))
         slot = np.tile(np.arange(len(phases)), len(self.slices))
-        raw = np.column_stack(
-            [
-                ceil_div(repeated[:, Q0] - q_phase, step),
-                ceil_div(repeated[:, Q1] - q_phase, step),
-                ceil_div(repeated[:, K0] - phase, step),
-                ceil_div(repeated[:, K1] - phase, step),
-                ceil_div(repeated[:, LO] + q_phase - phase, step),
-                (repeated[:, HI] + q_phase - phase) // step,
-            ]
-        )
-        kept, index = canonical_indexed(raw)
+        kept, index = canonical_indexed(strided(repeated, step, q_phase, phase))
         moved = shifted(kept, np.zeros(len(kept), np.int64), slot[index] * local_k)
         return AttnMask._from_canonical(local_q, local_k * len(phases), moved)
 

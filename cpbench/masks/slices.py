@@ -91,6 +91,23 @@ def shifted(slices: IntArray, shift_q: IntArray, shift_k: IntArray) -> IntArray:
     return moved
 
 
+def strided(
+    slices: IntArray, step: int, q_phase: IntArray | int, k_phase: IntArray | int
+) -> IntArray:
+    """Slices between queries ``q_phase + step * i`` and keys ``k_phase + step * j``, not canonical.
+
+    Args:
+        q_phase, k_phase: of all slices, or ``(n,)``.
+    """
+    q0, q1, k0, k1, lo, hi = slices.T
+    columns = [
+        ceil_div(q0 - q_phase, step), ceil_div(q1 - q_phase, step),
+        ceil_div(k0 - k_phase, step), ceil_div(k1 - k_phase, step),
+        ceil_div(lo + q_phase - k_phase, step), (hi + q_phase - k_phase) // step,
+    ]  # fmt: skip
+    return np.column_stack(columns)
+
+
 def transposed(slices: IntArray) -> IntArray:
     """Slices with queries and keys exchanged."""
     q0, q1, k0, k1, lo, hi = slices.T
@@ -127,7 +144,7 @@ def _clamped_sum(x: IntArray, width: IntArray) -> IntArray:
     """Sum over y = 1..x of min(y, width), for any integer x."""
     terms = np.maximum(x, 0)
     excess = np.maximum(x - width, 0)
-    total: IntArray = (terms * (terms + 1) - excess * (excess + 1)) // 2
+    total: IntArray = (terms * (terms + 1) - excess * (excess + 1)) >> 1
     return total
 
 
@@ -191,7 +208,8 @@ def _merge_neighbours(slices: IntArray, keys: tuple[int, int, int]) -> IntArray:
                 for c in range(6)
             ]
         )
-        fits = areas(hull) == areas(a) + areas(b)
+        area = areas(slices)
+        fits = areas(hull) == area[parity:-1:2][: len(b)] + area[parity + 1 :: 2]
         slices = slices.copy()
         slices[parity:-1:2][: len(b)][fits] = hull[fits]
         keep = np.ones(len(slices), dtype=np.bool_)

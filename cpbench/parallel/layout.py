@@ -11,6 +11,7 @@ A new layout is one function that returns segments, registered with ``@_register
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from cpbench.core.registry import check_params
 from cpbench.core.spec import Spec
 from cpbench.core.untraced import untraced
 from cpbench.masks.attn_mask import AttnMask
-from cpbench.masks.slices import IntArray, areas, cut_axis
+from cpbench.masks.slices import Q0, Q1, IntArray, areas, canonical_indexed, cut_axis, strided
 from cpbench.parallel.dispatch_solver import assign_tokens
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Layout:
     step: int
     segments: Segments
 
-    @property
+    @functools.cached_property
     def local_len(self) -> int:
         """Tokens on each rank, padding included."""
         return int(self.ranges(0)[:, 1].sum())
@@ -123,10 +124,12 @@ class Layout:
         return full.narrow(dim, 0, self.seq_len)
 
 
+@functools.lru_cache(maxsize=4)  # shared by the worlds of all strategies
 def area_matrix(mask: AttnMask, queries: Layout, keys: Layout) -> IntArray:
     """Visible pairs between the queries of rank r (row) and the keys of rank s, ``(P, P)``.
 
-    O(slices that the segments cut out); for striped layouts O(tokens), from per-row counts.
+    O(slices that the segments cut out); for striped layouts O(slices) for every pair of stripes, or
+    O(tokens), from per-row counts, if those are fewer.
     """
     p = keys.world_size
     if keys.step > 1:  # areas between stripes, of which a rank may hold several
@@ -135,12 +138,17 @@ def area_matrix(mask: AttnMask, queries: Layout, keys: Layout) -> IntArray:
         total = np.zeros((p, p), dtype=np.int64)
         stripes = np.ix_(q_stripe % keys.step, k_stripe % keys.step)
         np.add.at(total, np.ix_(q_rank, k_rank), areas_of_stripes[stripes])
-        return total
+        return _read_only(total)
     cut, _, part_q = cut_axis(mask.slices, queries.segments[:, 1:], axis=0)
     cut, source, part_k = cut_axis(cut, keys.segments[:, 1:], axis=1)
     pair = queries.segments[:, 0][part_q[source]] * p + keys.segments[:, 0][part_k]
     sums = np.bincount(pair, weights=areas(cut).astype(np.float64), minlength=p * p)
-    return _to_int(sums).reshape(p, p)
+    return _read_only(_to_int(sums).reshape(p, p))
+
+
+def _read_only(x: IntArray) -> IntArray:
+    x.setflags(write=False)
+    return x
 
 
 def names() -> list[str]:
@@ -261,6 +269,23 @@ def striped(seq_len: int, world_size: int, mask: AttnMask | None) -> tuple[Segme
 
 
 def _striped_area_matrix(mask: AttnMask, p: int) -> IntArray:
+    """The area matrix of striped layouts."""
+    rows = int((mask.slices[:, Q1] - mask.slices[:, Q0]).sum())
+    few_rows = rows < len(mask.slices) * p * p
+    return _area_matrix_of_rows(mask, p) if few_rows else _area_matrix_of_pairs(mask, p)
+
+
+def _area_matrix_of_pairs(mask: AttnMask, p: int) -> IntArray:
+    """The area matrix of striped layouts, from the part of each slice in every pair of stripes."""
+    q, k = np.divmod(np.arange(p * p), p)
+    total = np.zeros(p * p, np.int64)
+    for row in mask.slices:
+        kept, pair = canonical_indexed(strided(np.broadcast_to(row, (p * p, 6)), p, q, k))
+        total[pair] += areas(kept)
+    return total.reshape(p, p)
+
+
+def _area_matrix_of_rows(mask: AttnMask, p: int) -> IntArray:
     """The area matrix of striped layouts, from the intervals of keys that each query sees.
 
     Of an interval [a, b) every rank holds (b - a) // P keys, and the ranks of a cyclic range hold

@@ -110,6 +110,12 @@ class World:
             return np.arange(self.keys.seq_len), self.held_heads[rank]
         return self.keys.positions(rank), range(self.problem.heads_kv)
 
+    def held_shape(self, rank: int) -> tuple[int, int]:
+        """The numbers of :meth:`held_keys`."""
+        if self.held_heads:
+            return self.keys.seq_len, len(self.held_heads[rank])
+        return self.keys.local_len, self.problem.heads_kv
+
     @property
     def shared_mask(self) -> AttnMask:
         """The mask of all heads, where they share one, as strategies of several ranks require."""

@@ -160,5 +160,6 @@ class Network:
         flow.version += 1
         for link in flow.links:
             del self._on[link][flow]
-        self._change(flow.links, now)
+        if used := tuple(link for link in flow.links if self._on[link]):
+            self._change(used, now)
         flow.done(now)

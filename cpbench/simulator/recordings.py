@@ -61,6 +61,12 @@ def code_hash() -> str:
 
 def content_key(case: Case, world: World, tiling: Tiling, rank: int) -> str:
     """The key of the recording of one rank."""
+    return hashlib.sha256(f"{_content(case, world, tiling)}, rank {rank}".encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=4)  # shared by all ranks
+def _content(case: Case, world: World, tiling: Tiling) -> str:
+    """A text that names all that the recordings of a case depend on."""
     content = {
         "code": [code_hash(), version("torch")],
         "files": case.content,
@@ -74,9 +80,8 @@ def content_key(case: Case, world: World, tiling: Tiling, rank: int) -> str:
         ],
         "nodes": [world.ranks_per_node, world.placement],
         "tiling": asdict(tiling),
-        "rank": rank,
     }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json.dumps(content, sort_keys=True)
 
 
 def cached(key: str, record: Callable[[], dict[str, Program]]) -> dict[str, Program]:

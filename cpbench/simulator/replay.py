@@ -18,7 +18,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from cpbench.simulator.cluster import Cluster
 from cpbench.simulator.events import Copy, Kernel, Mix, Post, Program, SideWork, Wait
@@ -27,15 +27,41 @@ from cpbench.simulator.network import Network
 Seconds = Callable[[Kernel | Mix | SideWork], float]
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """What a rank does for some time: a ``"kernel"``, a ``"wait"`` or a ``"transfer"``."""
 
     kind: str
-    name: str
+    event: Kernel | Mix | Post | Copy
     start: float
     end: float
-    details: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        event = self.event
+        if isinstance(event, Kernel | Mix):
+            return event.phase if isinstance(event, Kernel) else event.step
+        if isinstance(event, Copy):
+            name = f"to {'device' if event.to_device else 'host'} {event.number}"
+        else:
+            lane = f", {event.lane}" if event.lane else ""
+            name = f"{event.operation} {event.number}{lane}"
+        return f"wait {name}" if self.kind == "wait" else name
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """Blocks of a kernel, tokens of a step of a mixer, else bytes, of messages by peer, as in
+        measured timelines."""
+        event = self.event
+        if isinstance(event, Kernel):
+            return {"blocks": event.tiles.blocks * event.heads_q}
+        if isinstance(event, Mix):
+            return {"tokens": event.tokens}
+        if isinstance(event, Copy):
+            return {"bytes": event.nbytes}
+        sends, receives = (
+            {str(peer): nbytes for peer, nbytes in rows} for rows in (event.sends, event.receives)
+        )
+        return {"sends": sends, "receives": receives}
 
 
 @dataclass
@@ -90,24 +116,6 @@ class _Operation:
     opened: float = 0.0
     done: bool = False
 
-    @property
-    def name(self) -> str:
-        if isinstance(self.post, Copy):
-            return f"to {'device' if self.post.to_device else 'host'} {self.post.number}"
-        lane = f", {self.post.lane}" if self.post.lane else ""
-        return f"{self.post.operation} {self.post.number}{lane}"
-
-    @property
-    def details(self) -> dict[str, Any]:
-        """Bytes, of messages by peer, as in measured timelines."""
-        if isinstance(self.post, Copy):
-            return {"bytes": self.post.nbytes}
-        sends, receives = (
-            {str(peer): nbytes for peer, nbytes in rows}
-            for rows in (self.post.sends, self.post.receives)
-        )
-        return {"sends": sends, "receives": receives}
-
 
 class _Replay:
     def __init__(
@@ -145,8 +153,12 @@ class _Replay:
     def _at(self, time: float, action: Callable[[float], None]) -> None:
         heapq.heappush(self._heap, (time, next(self._order), action))
 
-    def _advance(self, rank: int, now: float) -> None:
-        """Run a rank until it computes, waits or ends."""
+    def _advance(self, rank: int, now: float, is_last: bool = True) -> None:
+        """Run a rank until it waits, ends, or computes while something else happens.
+
+        Args:
+            is_last: whether nothing else is still to happen now that is not in the heap.
+        """
         times, program = self._times[rank], self._programs[rank]
         while self._next[rank] < len(program):
             event = program[self._next[rank]]
@@ -161,18 +173,16 @@ class _Replay:
                     self._waiting[rank, event.number] = now
                     return
             elif length := self._seconds(event):
-                if isinstance(event, Kernel):
-                    times.attention += length
-                    details = {"blocks": event.tiles.blocks * event.heads_q}
-                    times.spans.append(Span("kernel", event.phase, now, now + length, details))
-                elif isinstance(event, Mix):
-                    times.attention += length
-                    details = {"tokens": event.tokens}
-                    times.spans.append(Span("kernel", event.step, now, now + length, details))
-                else:
+                end = now + length
+                if isinstance(event, SideWork):
                     times.side += length
-                self._at(now + length, functools.partial(self._advance, rank))
-                return
+                else:
+                    times.attention += length
+                    times.spans.append(Span("kernel", event, now, end))
+                if not is_last or (self._heap and self._heap[0][0] <= end):
+                    self._at(end, functools.partial(self._advance, rank))
+                    return
+                now = end
         times.end = now
 
     def _post(self, rank: int, post: Post | Copy, now: float) -> None:
@@ -253,8 +263,7 @@ class _Replay:
     def _complete(self, operation: _Operation, now: float) -> None:
         operation.done = True
         times = self._times[operation.rank]
-        details = operation.details
-        times.spans.append(Span("transfer", operation.name, operation.opened, now, details))
+        times.spans.append(Span("transfer", operation.post, operation.opened, now))
         queue = self._queues[operation.queue]
         queue.popleft()
         if queue:
@@ -266,9 +275,8 @@ class _Replay:
         if since is not None:
             times.exposed += now - since
             if now > since:
-                name = f"wait {operation.name}"
-                times.spans.append(Span("wait", name, since, now, details))
-            self._advance(operation.rank, now)
+                times.spans.append(Span("wait", operation.post, since, now))
+            self._advance(operation.rank, now, is_last=False)
 
 
 def _call(actions: list[Callable[[float], None]], now: float) -> None:

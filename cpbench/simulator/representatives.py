@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cpbench.masks.slices import IntArray, cut_axis
+from cpbench.parallel.layout import area_matrix
 
 if TYPE_CHECKING:
+    from cpbench.masks.attn_mask import AttnMask
     from cpbench.parallel.layout import Layout
     from cpbench.parallel.world import World
 
@@ -23,12 +26,17 @@ def rank_classes(world: World) -> IntArray:
     Alike are ranks in the same place of their nodes that compute the same rectangles of equal area
     with the ranks at every distance before and behind them, as queries and as keys.
     """
-    size = world.size
-    nodes = np.arange(size) % world.ranks_per_node
+    return _rank_classes(world.shared_mask, world.queries, world.keys, world.ranks_per_node)
+
+
+@functools.lru_cache(maxsize=8)  # shared by all strategies and placements
+def _rank_classes(mask: AttnMask, queries: Layout, keys: Layout, per_node: int) -> IntArray:
+    size = keys.world_size
+    nodes = np.arange(size) % per_node
     ahead = (np.arange(size)[:, None] + np.arange(size)[None, :]) % size
     own = np.arange(size)[:, None]
     features = [nodes[:, None]]
-    for table in (world.areas, *_hulls(world)):
+    for table in (area_matrix(mask, queries, keys), *_hulls(mask, queries, keys)):
         features += [table[own, ahead], table[ahead, own]]
     numbers: dict[bytes, int] = {}
     rows = (row.tobytes() for row in np.concatenate(features, axis=1))
@@ -81,18 +89,18 @@ def representative_nodes(world: World, most: int = MOST) -> dict[int, int]:
     }
 
 
-def _hulls(world: World) -> list[IntArray]:
+def _hulls(mask: AttnMask, queries: Layout, keys: Layout) -> list[IntArray]:
     """Bounds of the visible pairs of every pair of ranks in local tokens, ``(P, P)`` each: first
     and last query, first and last key; none for striped layouts, whose bounds follow from areas."""
-    if world.keys.step > 1:
+    if keys.step > 1:
         return []
-    size = world.size
-    cut, _, part_q = cut_axis(world.shared_mask.slices, world.queries.segments[:, 1:], axis=0)
-    cut, source, part_k = cut_axis(cut, world.keys.segments[:, 1:], axis=1)
+    size = keys.world_size
+    cut, _, part_q = cut_axis(mask.slices, queries.segments[:, 1:], axis=0)
+    cut, source, part_k = cut_axis(cut, keys.segments[:, 1:], axis=1)
     part_q = part_q[source]
-    pair = world.queries.segments[part_q, 0] * size + world.keys.segments[part_k, 0]
-    shift_q = _local_shift(world.queries)[part_q]
-    shift_k = _local_shift(world.keys)[part_k]
+    pair = queries.segments[part_q, 0] * size + keys.segments[part_k, 0]
+    shift_q = _local_shift(queries)[part_q]
+    shift_k = _local_shift(keys)[part_k]
     hulls = []
     for column, shift, reduce, start in (
         (0, shift_q, np.minimum, np.iinfo(np.int64).max), (1, shift_q, np.maximum, 0),

@@ -65,6 +65,25 @@ def test_every_pair_of_ranks_equals_the_dense_mask(
             assert area[r, s] == dense[of_groups].sum()
 
 
+@pytest.mark.parametrize("size", [1, 3, 8])
+@pytest.mark.parametrize("mask", ["causal", "full", "streaming:num_sinks=3,window=9", "documents"])
+def test_areas_of_stripes_by_pairs_and_by_rows(mask: str, size: int) -> None:
+    lengths = [50, 1, 29, 20]
+    one = _documents(lengths) if mask == "documents" else masks.build(mask, sum(lengths))
+    by_rows = layouts._area_matrix_of_rows(one, size)
+    assert np.array_equal(layouts._area_matrix_of_pairs(one, size), by_rows)
+    assert by_rows.sum() == one.area
+
+
+def test_remembered_areas_cannot_be_changed() -> None:
+    mask, layout = _documents([5, 7]), layouts.build("zigzag", 12, 3)
+    area = layouts.area_matrix(mask, layout, layout)
+    assert layouts.area_matrix(_documents([5, 7]), layout, layout) is area
+    assert layouts.area_matrix(_documents([7, 5]), layout, layout) is not area
+    with pytest.raises(ValueError, match="read-only"):
+        area[0, 0] = 1
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
 def test_shard_and_unshard_are_inverse_and_pad_with_zeros(name: str, dtype: torch.dtype) -> None:

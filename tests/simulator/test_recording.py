@@ -27,7 +27,9 @@ from cpbench.parallel.tracing.trace import (
 )
 from cpbench.parallel.world import World
 from cpbench.simulator import recording, recordings
+from cpbench.simulator.cluster import load
 from cpbench.simulator.events import Copy, Kernel, Post, Program, Recorder, SideWork, Wait
+from cpbench.simulator.recommendation.bounds import bound, link_seconds
 from cpbench.simulator.recording import record_rank
 from cpbench.simulator.recordings import cached, content_key
 from cpbench.simulator.representatives import rank_classes, representatives
@@ -35,6 +37,7 @@ from cpbench.simulator.side_work.launches import SideWorkMode
 from cpbench.simulator.tiles import Tiling
 
 SIZE = 4
+CLUSTER = load("h100-ib")
 PAIRS = Tiling(fwd=(1, 1), bwd=(1, 1), grid="mask")  # blocks are visible pairs
 SPECS = [
     f"{name}:{variant}" if variant else name
@@ -68,7 +71,12 @@ def test_recordings_agree_with_traces(spec_text: str) -> None:
         sent, received = Counter[tuple[int, int, int]](), Counter[tuple[int, int, int]]()
         for rank in range(SIZE):
             trace = trace_rank(strategy, operator, one, rank)
-            for phase, program in record_rank(strategy, operator, one, rank, PAIRS).items():
+            programs = record_rank(strategy, operator, one, rank, PAIRS)
+            least = bound(strategy, operator, one, rank, CLUSTER, CLUSTER.kernels[0])
+            assert least.pairs == trace.phases["fwd"].pairs
+            links = (link_seconds(x, rank, one.ranks_per_node, CLUSTER) for x in programs.values())
+            assert least.links == sum(links)
+            for phase, program in programs.items():
                 expected = trace.phases[phase]
                 kernels = [event for event in program if isinstance(event, Kernel)]
                 pairs = sum(k.tiles.blocks * k.heads_q // 2 for k in kernels)
@@ -180,6 +188,10 @@ def test_classes_of_alike_ranks() -> None:
     ragged = world("causal", "contiguous", size=16)
     chosen = representatives(ragged, most=4)
     assert chosen == {2: 4, 7: 4, 10: 4, 15: 4}, "places in nodes of two alternate"
+    for nodes, mask in ((2, "full"), (4, "full"), (2, "causal"), (2, "full")):  # remembered
+        one = world(mask, "zigzag", size=8, nodes=nodes)
+        for _ in range(2):
+            assert len(set(rank_classes(one))) == (nodes if mask == "full" else 8)
 
 
 def test_alike_ranks_have_equal_recordings() -> None:

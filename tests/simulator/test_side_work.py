@@ -31,6 +31,36 @@ def test_equal_arguments_of_other_types_are_others(kind: Any) -> None:
         assert (whole * number).dtype == (torch.ones(3, dtype=torch.int64) * number).dtype
 
 
+VIEWS = [
+    lambda x: x, lambda x: x[1:3], lambda x: x[:, ::2], lambda x: x[-3:, 1:9, 0:0], lambda x: x[0],
+    lambda x: x[..., 1:], lambda x: x[:, None], lambda x: x.narrow(1, 2, 3),
+    lambda x: x.narrow(-1, 1, 0), lambda x: x.narrow(0, -2, 1), lambda x: x.transpose(0, 2),
+    lambda x: x.transpose(-1, 1)[:, :1], lambda x: x[:, :1].transpose(0, 1), lambda x: x[:1, :, :1],
+    lambda x: x[:1].expand(4, -1, -1),
+]  # fmt: skip
+OPERATIONS = [
+    lambda x: x, lambda x: x.contiguous(), lambda x: x.float(), lambda x: x.to(torch.bfloat16),
+    lambda x: x.to(torch.float64).transpose(0, 1).contiguous(), lambda x: x.new_empty(3, 2),
+    lambda x: x.new_empty(()), lambda x: x.new_empty([2, 0, 5], dtype=torch.int64),
+    lambda x: x.add_(x.to(torch.bfloat16)), lambda x: x.copy_(x.float()), lambda x: x.add_(1.0),
+    lambda x: x.copy_(x[:1]), lambda x: x.add_(x, alpha=2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_what_is_written_out_is_what_torch_does(view: Any, operation: Any) -> None:
+    """Shape, strides, dtype and side work, of the same operation on ``meta``."""
+    expected, recorded = Recorder(), Recorder()
+    x = torch.empty(6, 7, 4, device="meta")
+    with SideWorkMode(expected):
+        result = operation(view(x))
+    with recording_side_work(recorded):
+        same = operation(view(strided(x)))
+    assert same is strided(result)
+    assert recorded.take() == expected.take()
+
+
 def test_shapes_are_not_changed_in_place() -> None:
     x = without_data(torch.empty(2, 1, 3, device="meta"))
     assert x.nan_to_num_(0.0) is x

@@ -307,11 +307,9 @@ def trace_rank(
         need_lse: whether the log-sum-exp, or the last state of a mixer, is requested.
     """
     comm = TraceComm(rank, world.size, log)
-    if inputs is None:
-        phases = _trace_shapes(strategy, operator, world, comm)
-    else:
-        op = TracedOperator(operator)
-        phases = trace_phases(strategy, op, world, comm, inputs, need_lse)
+    given = inputs and (TracedOperator(operator), inputs)
+    op, inputs = given or of_shapes(operator, world, rank)
+    phases = trace_phases(strategy, op, world, comm, inputs, need_lse)
     return RankTrace(phases, comm.checksum, comm.parts, comm.log or [])
 
 
@@ -319,18 +317,21 @@ def count_rank(
     strategy: Strategy, operator: Traceable, world: World, rank: int
 ) -> dict[str, PhaseTrace]:
     """The phases of :func:`trace_rank`, without the checksum."""
-    return _trace_shapes(strategy, operator, world, CountingComm(rank, world.size))
+    op, inputs = of_shapes(operator, world, rank)
+    return trace_phases(strategy, op, world, CountingComm(rank, world.size), inputs)
 
 
-def _trace_shapes(
-    strategy: Strategy, operator: Traceable, world: World, comm: CountingComm
-) -> dict[str, PhaseTrace]:
+def of_shapes(
+    operator: Traceable, world: World, rank: int
+) -> tuple[TracedOperator, tuple[Any, torch.Tensor]]:
+    """An operator whose results are shapes and dtypes, with such inputs for :func:`trace_phases`;
+    those of a mixer are tensors without data."""
     info = operator.info if isinstance(operator, BoundOperator) else operator
-    inputs, dout = empty_inputs(world, info.kind, comm.rank)
+    inputs, dout = empty_inputs(world, info.kind, rank)
     if not isinstance(inputs, QKV):
-        return trace_phases(strategy, TracedOperator(operator), world, comm, (inputs, dout))
+        return TracedOperator(operator), (inputs, dout)
     q, k, v, dout = (cast("torch.Tensor", without_data(x)) for x in (*inputs, dout))
-    return trace_phases(strategy, _ShapeOperator(operator), world, comm, (QKV(q, k, v), dout))
+    return _ShapeOperator(operator), (QKV(q, k, v), dout)
 
 
 def trace_phases(
@@ -360,7 +361,7 @@ def empty_inputs(world: World, kind: str = "attention", rank: int = 0) -> tuple[
 
     problem, dtype = world.problem, getattr(torch, world.problem.dtype)
     of_queries = (world.queries.local_len, problem.heads_q)
-    of_keys = tuple(map(len, world.held_keys(rank)))
+    of_keys = world.held_shape(rank)
     q, k, v, dout = (
         torch.empty((problem.batch, *shape, dim), dtype=dtype, device="meta")
         for shape, dim in (

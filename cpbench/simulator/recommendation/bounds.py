@@ -51,21 +51,23 @@ def bound(
         ValueError: if its strategy does not take the case.
     """
     from cpbench.parallel.bound_operator import BoundOperator
-    from cpbench.parallel.tracing.trace import TracedOperator, empty_inputs
+    from cpbench.parallel.tracing.meta_ops import MetaOps
+    from cpbench.parallel.tracing.trace import of_shapes
     from cpbench.simulator.events import Recorder
     from cpbench.simulator.recording import RecordingComm
 
-    recorder, op = Recorder(), TracedOperator(operator)
+    recorder = Recorder()
+    op, (qkv, dout) = of_shapes(operator, world, rank)
     comm = RecordingComm(rank, world.size, recorder)
     plan = strategy.prepare(op, world, rank)
-    qkv, dout = empty_inputs(world, op.info.kind)
     problem, phases = world.problem, world.problem.direction.split("_")
-    *_, saved = strategy.forward(qkv, plan, op, comm, need_lse=False)
-    pairs, events = {"fwd": op.pairs}, {"fwd": recorder.take()}
-    if problem.backward:
-        op.pairs = 0
-        strategy.backward(dout, saved, plan, op, comm)
-        pairs["bwd"], events["bwd"] = op.pairs, recorder.take()
+    with MetaOps():
+        *_, saved = strategy.forward(qkv, plan, op, comm, need_lse=False)
+        pairs, events = {"fwd": op.pairs}, {"fwd": recorder.take()}
+        if problem.backward:
+            op.pairs = 0
+            strategy.backward(dout, saved, plan, op, comm)
+            pairs["bwd"], events["bwd"] = op.pairs, recorder.take()
     attention, links = {}, {}
     for phase in phases:
         costs = kernel.fwd if phase == "fwd" else kernel.bwd
