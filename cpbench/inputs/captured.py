@@ -49,8 +49,8 @@ class Captured:
         file = Path(self._file[0]).name
         if case.rope.name != "none":
             raise ValueError(
-                f"rope = {case.rope}: q and k of {file} are used as captured, after the model's own "
-                "rotation; rope = none leaves them so"
+                f"rope = {case.rope}: q and k of {file} are used as captured, after the "
+                "model's own rotation; rope = none leaves them so"
             )
         heads_kv, dims = case.num_heads_kv, (case.head_dim, case.problem.value_dim)
         for name, heads, dim in (

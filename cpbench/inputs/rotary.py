@@ -55,11 +55,10 @@ def frequencies(
     Raises:
         ValueError: for a value that is not allowed.
     """
-    for key, value, kind in (
-        ("base", base, Real), ("factor", factor, Real), ("original_length", original_length, Integral)
-    ):  # fmt: skip
-        if isinstance(value, bool) or not isinstance(value, kind | None):
-            what = "an integer" if kind is Integral else "a number"
+    for key, value in (("base", base), ("factor", factor), ("original_length", original_length)):
+        kind, what = (Integral, "an integer") if key == "original_length" else (Real, "a number")
+        missing = key == "factor" and value is None
+        if isinstance(value, bool) or not (isinstance(value, kind) or missing):
             raise ValueError(f"rope: {key} = {value!r} is not {what}")
     return _frequencies(head_dim, base, scaling, factor, original_length)
 

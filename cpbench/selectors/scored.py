@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     import torch
 
     from cpbench.core.problem import Problem
-    from cpbench.masks.attn_mask import AttnMask
 
 OPERATORS = (
     OperatorInfo(

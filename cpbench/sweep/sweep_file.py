@@ -331,9 +331,9 @@ def _build_case(values: dict[str, Any]) -> Case:
         raise ValueError(
             f"queries ({case.queries}) must be fewer than seq_len ({case.seq_len}), or 0 for all"
         )
-    if operator_info(case.operator.name).selects:
-        if reason := _selector(case.operator).misfit(case.problem):
-            raise ValueError(reason)
+    selects = operator_info(case.operator.name).selects
+    if selects and (reason := _selector(case.operator).misfit(case.problem)):
+        raise ValueError(reason)
     inputs.check_case(case)
     decoding.check(case)
     rope.rotation_of(case)

@@ -246,12 +246,12 @@ def test_a_file_with_values_that_are_not_finite_floats_is_refused(
         if floating and value == 1:
             assert _case(path)
             continue
-        with pytest.raises(ValueError, match="k of .* (not finite|is I32, not|is F8_E4M3, not)"):
+        with pytest.raises(ValueError, match=r"k of .* (not finite|is I32, not|is F8_E4M3, not)"):
             _case(path)
 
 
 def test_captured_queries_are_not_rotated_again(captured: tuple) -> None:
-    with pytest.raises(ValueError, match="rope = unscaled: q and k of qkv.* as captured"):
+    with pytest.raises(ValueError, match=r"rope = unscaled: q and k of qkv.* as captured"):
         _case(captured[0], rope=["none", "unscaled"])
 
 

@@ -288,6 +288,18 @@ LINES: dict[str, tuple[list[str], list[str]]] = {
         ["calibrate", "started", "--links", "good.txt", "-o", "x.toml"],
         ["good.txt: not a file of cpbench links"],
     ),
+    "calibrate no links": (
+        ["calibrate", "started", "--links", "no.json", "-o", "x.toml"],
+        ["--links no.json", "no such file"],
+    ),
+    "predict cluster file": (
+        ["predict", "ring", "--cluster", "no.toml"],
+        ["cluster no.toml", "no such file"],
+    ),
+    "predict ranks": (["predict", "ring", "--world-size", "0"], ["world_size = 0", "positive"]),
+    "predict tokens": (["predict", "ring", "--seq-len", "-5"], ["seq_len", "'-5'"]),
+    "links no ranks": (["links", "--world-size", "0"], ["--world-size"]),
+    "bench launches": (["bench", "--launches", "0"], ["--launches", "0"]),
     "links ranks": (["links", "--world-size", "3000"], ["--world-size 3000", "at most 256"]),
     "verify operator": (["verify", "--operator", "x"], ["'x'", "bands"]),
     "verify strategy": (["verify", "--strategy", "x"], ["'x'", "ring"]),

@@ -227,9 +227,8 @@ class Selector:
                 return str(error)
             reason = declared_refusal(info, problem, device.partition(":")[0])
             if reason is None and kind in SELECTIONS and not _supports_kind(info, kind):
-                reason = (
-                    f"{info.name} takes {', '.join(info.masks)} masks; {self.name} selects {kind}"
-                )
+                supported = ", ".join(info.masks)
+                reason = f"{info.name} takes {supported} masks; {self.name} selects {kind}"
             if reason is None and self.joined:
                 reason = _joining_refusal(info, device.partition(":")[0])
             reason = reason or kernel.unsupported(problem, mask, device)
@@ -344,9 +343,7 @@ class Selector:
             return _in_dtypes_of(x.qkv, join_backward(x, prepared, results))
         total: list[torch.Tensor] = []
         for (branch, kernel, kernel_plan, folded), result in zip(prepared, results, strict=True):
-            branch_dout = dout
-            if branch.gate != 1.0:
-                branch_dout = branch_dout * branch.gate
+            branch_dout = dout if branch.gate == 1.0 else dout * branch.gate
             branch_dout = branch.pool_q.unpool_backward(branch_dout)
             if folded:
                 branch_dout = fold_batch(branch_dout)
