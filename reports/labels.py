@@ -26,6 +26,10 @@ _DEFAULTS = (
 )  # left out where all cases have them
 _MAX_SEED_RANGES = 5  # that are listed
 _PIECE = re.compile(r"[^\s,:/]*(?:[,:/]+\s?|\s|$)")
+# Words of the label of a case that say something together only.
+_PHRASE = re.compile(
+    r"decode \S+ pages of \S+|S=\S+ of \S+|\S+ inside/\S+|\(\d+ per node\)|(?:on|rope) \S+|\S+"
+)
 _BREAKS = "_="  # where a piece that is too long is broken
 
 # Facts of a problem by heading: their value, from a row of the tidy table, and form in a sentence.
@@ -106,7 +110,7 @@ def group_by_problem(rows: Iterable[dict[str, Any]]) -> list[tuple[str, list[dic
 def split_common_words(labels: Sequence[str]) -> tuple[str, list[str]]:
     """The words that all labels of cases have in common, and the labels without them; with a single
     label, nothing is common."""
-    words = [label.split() for label in labels]
+    words = [_PHRASE.findall(label) for label in labels]
     if len(set(labels)) < 2:
         return "", list(labels)
     common = set.intersection(*map(set, words))
@@ -140,6 +144,11 @@ def format_seeds(seeds: Sequence[Any]) -> str:
 def format_number(value: float, form: str, unit: str = "") -> str:
     """A number in a given format, with its unit; "" for nan, and no minus before zeros."""
     return "" if math.isnan(value) else without_minus_zero(format(value, form)) + unit
+
+
+def format_megabytes(value: float) -> str:
+    """Two decimals, or three digits of what has none in these; "" for nan."""
+    return three_digits(value) if 0 < value < 0.1 else format_number(value, ".2f")
 
 
 def signed_percent(change: float) -> str:

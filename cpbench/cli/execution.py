@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -11,7 +14,6 @@ from cpbench.cli.options import INTERRUPTED, UserError, print_error
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from cpbench.core.problem import Case
     from cpbench.sweep.request import Request
@@ -86,8 +88,10 @@ def run_request(request: Request, quiet: bool) -> int:
         raise UserError(str(error)) from None
     except KeyboardInterrupt:
         recorded = len(request.cases) - len(remaining_cases(request))
+        temporary = request.out.parent == Path(tempfile.gettempdir())  # the default may be new
+        with_out = f" with --out {shlex.quote(str(request.out))}" if temporary else ""
         text = (
             f"interrupted: {recorded} of {len(request.cases)} cases are recorded in {request.out}; "
-            "repeat the command to resume"
+            f"repeat the command{with_out} to resume"
         )
         raise typer.Exit(print_error(text, INTERRUPTED)) from None

@@ -173,6 +173,11 @@ Launches = Annotated[
     ),
 ]
 
+BenchLaunches = Annotated[
+    int,
+    typer.Option(metavar="N", min=1, help="Launches of each case; use 5 or more to compare runs."),
+]
+
 Timeout = Annotated[
     float,
     typer.Option(

@@ -22,6 +22,7 @@ from cpbench.cli.options import (
     AnyLauncher,
     AnyLauncherName,
     AsJson,
+    BenchLaunches,
     Hosts,
     Interface,
     Launcher,
@@ -274,6 +275,7 @@ def bench(
     max_seconds: Annotated[
         float, typer.Option(metavar="SECONDS", help="Stop measuring a case after this long.")
     ] = 10.0,
+    launches: BenchLaunches = 1,
     timeout: Timeout = 600.0,
     out: OutFolder = None,
     launcher: Launcher = LauncherName.local,
@@ -307,6 +309,7 @@ def bench(
             item for text in mask or ["causal"] for item in sweep_file.split_list(text)
         ]
         measure = {"precision": precision, "max_seconds": max_seconds, "timeout_s": timeout}
+        measure["launches"] = launches
         definition = sweep_file.expand({"sweep": table, "measure": measure}, "bench")
         print_warnings(definition.cases, as_json)
         request = Request(

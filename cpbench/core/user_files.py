@@ -10,16 +10,26 @@ import difflib
 import functools
 import hashlib
 import importlib.util
+import json
+import math
 import sys
 import tomllib
 from collections.abc import Callable, Collection, Iterable
 from contextlib import redirect_stdout
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
 
 T = TypeVar("T")
 _folder = Path()
+# Floating types of safetensors: torch's name, and what bits are read as, the exponent's among them.
+_FLOATS = {
+    "F64": ("float64", "<u8", 0x7FF << 52), "F32": ("float32", "<u4", 0xFF << 23),
+    "BF16": ("bfloat16", "<u2", 0xFF << 7), "F16": ("float16", "<u2", 0x1F << 10),
+}  # fmt: skip
+_CHUNK = 1 << 22  # values that are looked at together
 
 
 def count_from(folder: Path) -> None:
@@ -94,8 +104,37 @@ def _searched(name: str) -> str:
     return f" in {_folder} or here"
 
 
-def tensor_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors in a safetensors file, by name.
+class FileTensor(NamedTuple):
+    """What the header of a safetensors file says of a tensor, and where its values begin."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    begin: int
+
+    def special_values(self) -> tuple[bool, bool]:
+        """Whether it has NaN, and infinite values: all of it is read, without torch.
+
+        Raises:
+            ValueError: for another dtype than float64, float32, bfloat16 and float16.
+        """
+        if self.dtype not in _FLOATS:
+            names = ", ".join(name for name, *_ in _FLOATS.values())
+            raise ValueError(f"{self.name} of {self.file} is {self.dtype}, not {names}")
+        _, bits, infinity = _FLOATS[self.dtype]
+        count, nan, infinite = math.prod(self.shape), False, False
+        for start in range(0, count, _CHUNK):
+            begin = self.begin + start * np.dtype(bits).itemsize
+            values = np.fromfile(self.file, bits, min(_CHUNK, count - start), offset=begin)
+            values &= np.iinfo(bits).max >> 1  # without the sign
+            nan |= bool((values > infinity).any())
+            infinite |= bool((values == infinity).any())
+        return nan, infinite
+
+
+def file_tensors(path: str | Path) -> dict[str, FileTensor]:
+    """The tensors in a safetensors file, by name, of which only the header is read.
 
     Raises:
         ValueError: for any other file.
@@ -103,11 +142,21 @@ def tensor_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
     from safetensors import safe_open
 
     try:
-        with safe_open(path, framework="numpy") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        with safe_open(path, framework="numpy") as file:  # checks all of the header
+            names = list(file.keys())
+        with open(path, "rb") as raw:
+            size = int.from_bytes(raw.read(8), "little")
+            header = json.loads(raw.read(size))
     except Exception as error:  # the library raises many types for broken files
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is not a safetensors file: {reason}") from None
+    return {
+        name: FileTensor(
+            Path(path), name, tuple(header[name]["shape"]), header[name]["dtype"],
+            8 + size + header[name]["data_offsets"][0],
+        )
+        for name in names
+    }  # fmt: skip
 
 
 def load_toml(path: Path, parse: Callable[[dict[str, Any]], T]) -> T:

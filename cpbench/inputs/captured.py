@@ -13,9 +13,8 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpbench.core.problem import DTYPE_BYTES
 from cpbench.core.registry import operator_info
-from cpbench.core.user_files import locate, tensor_shapes
+from cpbench.core.user_files import file_tensors, locate
 from cpbench.inputs.normal import Normal
 
 if TYPE_CHECKING:
@@ -24,6 +23,8 @@ if TYPE_CHECKING:
     from cpbench.core.problem import Case
     from cpbench.inputs import InputRequest, InputSequence
     from cpbench.masks.slices import IntArray
+
+INPUTS = ("q", "k", "v", "g", "beta")
 
 
 class Captured:
@@ -36,7 +37,8 @@ class Captured:
         source: its whole path and the time of its modification.
 
     Raises:
-        ValueError: if the file does not exist or does not hold the tensors.
+        ValueError: if the file does not exist or does not hold the tensors, or if one of them has
+            another dtype or values that are not finite.
     """
 
     def __init__(self, file: str) -> None:
@@ -48,8 +50,13 @@ class Captured:
         self._shapes = _shapes(*self.source)
 
     def check(self, case: Case) -> None:
-        """Raise ``ValueError`` if the shapes in the file do not fit a case."""
+        """Raise ``ValueError`` if the file does not fit a case."""
         file = Path(self.source[0]).name
+        if case.rope.name != "none":
+            raise ValueError(
+                f"rope = {case.rope}: q and k of {file} are used as captured, after the "
+                "model's own rotation; rope = none leaves them so"
+            )
         heads_kv, dims = case.num_heads_kv, (case.head_dim, case.problem.value_dim)
         for name, heads, dim in (
             ("q", case.num_heads_q, dims[0]), ("k", heads_kv, dims[0]), ("v", heads_kv, dims[1])
@@ -120,11 +127,13 @@ def captured_rows(
 
 @functools.lru_cache(maxsize=16)
 def _shapes(path: str, modified_ns: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of all tensors in a file, checked."""
+    """The shapes of all tensors in a file, checked, and the values of those that are inputs."""
     try:
-        shapes = tensor_shapes(path)
+        tensors = file_tensors(path)
+        special = {name: tensors[name].special_values() for name in INPUTS if name in tensors}
     except ValueError as error:
         raise ValueError(f"inputs: {error}") from None
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     for name in ("q", "k", "v"):
         if name not in shapes:
             names = ", ".join(sorted(shapes)) or "none"
@@ -133,19 +142,17 @@ def _shapes(path: str, modified_ns: int) -> dict[str, tuple[int, ...]]:
             raise ValueError(
                 f"inputs: {name} of {path} is {list(shapes[name])}, not [B, T, heads, D]"
             )
+    for name, found in special.items():
+        if any(found):
+            raise ValueError(f"inputs: {name} of {path} has values that are not finite")
     return shapes
 
 
 @functools.lru_cache(maxsize=3)
 def _tensor(path: str, modified_ns: int, name: str) -> torch.Tensor:
-    """A tensor of a file, checked."""
+    """A tensor of a file."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
         tensor: torch.Tensor = file.get_tensor(name)
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    if dtype not in DTYPE_BYTES:
-        raise ValueError(f"inputs: {name} of {path} is {dtype}, not {', '.join(DTYPE_BYTES)}")
-    if not bool(tensor.isfinite().all()):
-        raise ValueError(f"inputs: {name} of {path} has values that are not finite")
     return tensor

@@ -82,6 +82,8 @@ class Needles:
                 f"inputs: {self.count} needles and the sinks need {self.count + 1} directions; "
                 f"head_dim = {case.head_dim} has room for {case.head_dim // 2}"
             )
+        if self.sinks > case.seq_len:
+            raise ValueError(f"inputs: {self.sinks} sinks do not fit seq_len = {case.seq_len}")
         if self.count and self._part_length(case.seq_len) < self.length:
             raise ValueError(
                 f"inputs: {self.count} needles of {self.length} tokens do not fit "

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 NONE = Spec("none")
 _SHARED: dict[str, Any] = {"positions": "sequence"}
-_SCALED = {"base": BASE, "factor": 1.0, **_SHARED}
+_SCALED = {"base": BASE, "factor": None, **_SHARED}
 PARAMS: dict[str, dict[str, Any]] = {
     "none": {},
     "unscaled": {"base": BASE, **_SHARED},
@@ -165,16 +165,14 @@ def _frequencies(spec: Spec, head_dim: int) -> tuple[Floats, float]:
     values = PARAMS[spec.name] | spec.kwargs
     if spec.name == "table":
         return _frequencies_of_file(values["file"], head_dim), 1.0
-    for key in ("base", "factor", "original_length"):
-        kinds = (int,) if key == "original_length" else (int, float)
-        if key in values and type(values[key]) not in kinds:
-            raise ValueError(f"rope: {key} = {values[key]!r} is not a number")
     scaling = None if spec.name == "unscaled" else spec.name
-    rest = {k: values[k] for k in ("factor", "original_length") if k in values}
-    return frequencies(head_dim, float(values["base"]), scaling, **rest)
+    rest = {k: values[k] for k in ("base", "factor", "original_length") if k in values}
+    return frequencies(head_dim, scaling=scaling, **rest)
 
 
 def _frequencies_of_file(file: Any, head_dim: int) -> Floats:
+    if file is None:
+        raise ValueError("rope: table needs a file of frequencies: table:file=frequencies.txt")
     if not isinstance(file, str) or not locate(file).is_file():
         raise ValueError(f"rope: there is no file {file!r}; write table:file=frequencies.txt")
     path = locate(file).resolve()
@@ -213,17 +211,21 @@ def warning_of(case: Case) -> str | None:
     slowest, power = float(theta.min()), case.head_dim / (case.head_dim - 2)
     turns = case.seq_len * slowest / (2 * math.pi)
     size = format_size(case.seq_len)
-    base = slowest**-power  # that of unscaled frequencies with this slowest one
+    base = f"{slowest**-power:.2g}"  # that of unscaled frequencies with this slowest one
+    if case.rope.name == "unscaled":
+        base = f"a base of {base}"
+    else:
+        base = f"as with an unscaled base of {base}, which"
     lowest, highest = (case.seq_len / (2 * math.pi)) ** power, SMALLEST_FREQUENCY**-power
     if turns > 1:
         return (
-            f"rope {case.rope}: the slowest pair turns {turns:.1f} times within {size} tokens: a "
-            f"base of {base:.2g} should be at least {lowest:.2g}"
+            f"rope {case.rope}: the slowest pair turns {turns:.1f} times within {size} tokens: "
+            f"{base} should be at least {lowest:.2g}"
         )
     if slowest < SMALLEST_FREQUENCY:
         return (
-            f"rope {case.rope}: a step turns the slowest pair by less than float32 can tell: a "
-            f"base of {base:.2g} should be at most {highest:.2g}"
+            f"rope {case.rope}: a step turns the slowest pair by less than float32 can tell: "
+            f"{base} should be at most {highest:.2g}"
         )
     return None
 

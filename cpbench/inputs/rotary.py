@@ -22,6 +22,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,12 +39,11 @@ MAX_BASE = 1e300  # powers of larger ones overflow
 Floats = npt.NDArray[np.float64]
 
 
-@functools.lru_cache(maxsize=256)
 def frequencies(
     head_dim: int,
     base: float = BASE,
     scaling: str | None = None,
-    factor: float = 1.0,
+    factor: float | None = None,
     original_length: int = 0,
 ) -> tuple[Floats, float]:
     """``[head_dim / 2]`` radians per position, and the factor of cosine and sine.
@@ -55,12 +55,28 @@ def frequencies(
     Raises:
         ValueError: for a value that is not allowed.
     """
+    for key, value in (("base", base), ("factor", factor), ("original_length", original_length)):
+        kind, what = (Integral, "an integer") if key == "original_length" else (Real, "a number")
+        missing = key == "factor" and value is None
+        if isinstance(value, bool) or not (isinstance(value, kind) or missing):
+            raise ValueError(f"rope: {key} = {value!r} is not {what}")
+    return _frequencies(head_dim, base, scaling, factor, original_length)
+
+
+@functools.lru_cache(maxsize=256)
+def _frequencies(
+    head_dim: int, base: float, scaling: str | None, factor: float | None, original_length: int
+) -> tuple[Floats, float]:
     if head_dim < 2 or head_dim % 2:
         raise ValueError(f"rope takes an even head_dim, not {head_dim}")
     if not 1 < base <= MAX_BASE:
         raise ValueError(f"rope: base = {base:g} must be above 1, and at most {MAX_BASE:g}")
     if scaling is not None and scaling not in SCALINGS:
         raise ValueError(f"rope: scaling = {scaling!r} is not one of {', '.join(SCALINGS)}")
+    if factor is None:
+        if scaling is not None:
+            raise ValueError(f"rope: {scaling} needs the factor by which it scales, e.g. factor=8")
+        factor = 1.0
     if not 1 <= factor < math.inf:
         raise ValueError(f"rope: factor = {factor:g} must be at least 1")
     if scaling is None and factor != 1:
@@ -92,7 +108,7 @@ def rope(
     *,
     base: float = BASE,
     scaling: str | None = None,
-    factor: float = 1.0,
+    factor: float | None = None,
     original_length: int = 0,
 ) -> torch.Tensor:
     """Rotary position embedding of queries or keys; differentiable.
@@ -106,7 +122,7 @@ def rope(
             gives, ``layout.positions(rank)``.  ``0, 1, …`` unless given.
         base: of the frequencies, above 1.
         scaling: None, ``"pi"``, ``"ntk"`` or ``"yarn"``, see :mod:`cpbench.inputs.rotary`.
-        factor: how far beyond the training, at least 1.
+        factor: how far beyond the training, at least 1; of a scaling, which needs it.
         original_length: tokens of the training; of ``"yarn"`` only, which needs it.
 
     Returns:

@@ -240,9 +240,23 @@ def _tokens(model: str, prompt: Path) -> torch.Tensor:
     return ids
 
 
+def _check_vocabulary(model: Any, tokens: torch.Tensor, prompt: str) -> None:
+    """Raise ``ValueError`` for a token id that a model of transformers does not know."""
+    if not hasattr(model, "get_input_embeddings"):
+        return
+    size = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    unknown = tokens[(tokens < 0) | (tokens >= size)] if size else tokens[:0]
+    if unknown.numel():
+        raise ValueError(
+            f"--prompt {prompt}: token id {int(unknown[0])} is not in the vocabulary of the model, "
+            f"which has {size}, from 0"
+        )
+
+
 def _run(request: dict[str, Any]) -> list[dict[str, Any]]:
     model, output = _load(request["model"]), Path(request["output"])
     tokens = _tokens(request["model"], Path(request["prompt"]))
+    _check_vocabulary(model, tokens, request["prompt"])
     found: dict[Any, Captured]
     if request["modules"]:
         found = dict(capture_modules(model, request["modules"], tokens))

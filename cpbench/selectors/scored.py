@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     import torch
 
     from cpbench.core.problem import Problem
-    from cpbench.masks.attn_mask import AttnMask
 
 OPERATORS = (
     OperatorInfo(
@@ -61,23 +60,19 @@ class Scored(Selector):
         wanted = (("scores",),)
         self._file = TensorFile(self.name, "scores", str(scores), wanted) if scores else None
 
-    def unsupported(self, problem: Problem, mask: AttnMask, device: str) -> str | None:
-        return self._misfit(problem, mask) or super().unsupported(problem, mask, device)
-
-    def _misfit(self, problem: Problem, mask: AttnMask) -> str | None:
-        """Why the scores in the file do not fit a problem."""
+    def misfit(self, problem: Problem) -> str | None:
         if self._file is None:
             return None
         shape = self._file.shapes["scores"]
         heads = dict.fromkeys((problem.heads_q, problem.heads_kv, 1))
         batches = shape[:-2] in ((), (problem.batch,))
-        if not batches or len(shape) < 2 or shape[-2] not in heads or shape[-1] < mask.seq_k:
-            needed = f"{' or '.join(map(str, heads))}, at least {mask.seq_k}"
+        if not batches or len(shape) < 2 or shape[-2] not in heads or shape[-1] < problem.seq_k:
+            needed = f"{' or '.join(map(str, heads))}, at least {problem.seq_k}"
             return (
                 f"scored: scores of {self._scores_file} is {list(shape)}; the case needs "
                 f"[{needed}] or [{problem.batch}, {needed}]"
             )
-        return self._file.not_numbers()
+        return None
 
     def select(self, q: torch.Tensor, k: torch.Tensor, plan: Plan) -> tuple[Branch, ...]:
         import torch

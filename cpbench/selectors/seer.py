@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     import torch
 
     from cpbench.core.problem import Problem
-    from cpbench.masks.attn_mask import AttnMask
 
 OPERATORS = (
     OperatorInfo(
@@ -71,17 +70,13 @@ class Seer(PooledKeySelector):
         wanted = ("gates",), ("q_weight", "k_weight")
         self._file = TensorFile(self.name, "gates", str(gates), wanted) if gates else None
 
-    def unsupported(self, problem: Problem, mask: AttnMask, device: str) -> str | None:
-        return self._misfit(problem, mask) or super().unsupported(problem, mask, device)
-
-    def _misfit(self, problem: Problem, mask: AttnMask) -> str | None:
-        """Why the tensors in the file do not fit a problem."""
+    def misfit(self, problem: Problem) -> str | None:
         if self._file is None:
             return None
         shapes, file = self._file.shapes, self._gates_file
         heads, dim = problem.heads_q, problem.head_dim
         if "gates" in shapes:
-            rows, columns = (-(-n // self.block_size) for n in (mask.seq_q, mask.seq_k))
+            rows, columns = (-(-n // self.block_size) for n in (problem.seq_q, problem.seq_k))
             shape = shapes["gates"]
             if len(shape) != 3 or shape[0] != heads or shape[1] < rows or shape[2] < columns:
                 needed = f"[{heads}, at least {rows}, at least {columns}]"
@@ -93,7 +88,7 @@ class Seer(PooledKeySelector):
                     f"seer: q_weight and k_weight of {file} are {list(q)} and {list(k)}; "
                     f"the case needs [{heads}, {dim}, E] and [{problem.heads_kv}, {3 * dim}, E]"
                 )
-        return self._file.not_numbers()
+        return None
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """The tensors in the file; none without a file."""

@@ -301,6 +301,8 @@ def load(name: str) -> Cluster:
             raise ValueError(
                 f"no cluster {name!r}; there are: {names}, or a file that ends in .toml"
             )
+    if not path.exists():
+        raise ValueError(f"cluster {name}: there is no such file")
     return load_toml(path, from_table)
 
 

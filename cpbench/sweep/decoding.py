@@ -40,6 +40,8 @@ def _lengths(item: Any) -> tuple[int, ...]:
         raise ValueError(
             f"key_lens = {item!r} is not a list of lengths, such as [8192, 70]"
         ) from None
+    if not lengths:
+        raise ValueError("key_lens = [] is an empty list; give at least one length")
     if any(tokens < 1 for tokens in lengths):
         raise ValueError(f"key_lens = {item!r}: each length must be at least 1")
     return lengths

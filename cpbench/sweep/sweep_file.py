@@ -331,8 +331,9 @@ def _build_case(values: dict[str, Any]) -> Case:
         raise ValueError(
             f"queries ({case.queries}) must be fewer than seq_len ({case.seq_len}), or 0 for all"
         )
-    if operator_info(case.operator.name).selects:
-        _check_selector(case.operator)
+    selects = operator_info(case.operator.name).selects
+    if selects and (reason := _selector(case.operator).misfit(case.problem)):
+        raise ValueError(reason)
     inputs.check_case(case)
     decoding.check(case)
     rope.rotation_of(case)
@@ -355,11 +356,11 @@ def _checked_strategy(spec: Spec) -> StrategyInfo:
 
 
 @functools.lru_cache(maxsize=256)
-def _check_selector(spec: Spec) -> None:
-    """Raise for parameters that a selector refuses; its implementation loads no torch."""
-    implementation(operator_info(spec.name), spec.kwargs)
+def _selector(spec: Spec) -> Any:
+    """A selector, which has checked its parameters; it loads no torch."""
     if kernel := spec.kwargs.get("kernel"):
         operator_info(str(kernel))
+    return implementation(operator_info(spec.name), spec.kwargs)
 
 
 def matches(case: Case, rule: Mapping[str, Sequence[Any]]) -> bool:

@@ -16,12 +16,17 @@ def commands(base: Path, new: Path, launches: int, fewest: int, against: str) ->
         fewest: launches that each undecided case has.
         against: commit of the base, if the new run differs from it by its commit alone.
     """
+    lines = [
+        f"More launches of both, in turn: repeat these with {fewest + 1}, … {launches}, each with "
+        "its own version:",
+        *(f"    {_run_command(folder, launches)}" for folder in dict.fromkeys((base, new))),
+    ]
+    if {_command_name(base), _command_name(new)} == {"bench"}:  # race takes a sweep
+        return lines
     sweep = _sweep_argument(new) or _sweep_argument(base) or "SWEEP"
     versions = f"--against {against}" if against else "OLD_ENV NEW_ENV"
     return [
-        f"More launches of both, in turn: repeat these with {fewest + 1}, … {launches}, each with "
-        "its own version:",
-        *(f"    {_run_command(folder, launches)}" for folder in (base, new)),
+        *lines,
         "or let one command measure both anew, and stop once all is decided:",
         f"    cpbench race {versions} {sweep} --max-launches {launches}",
     ]
@@ -53,16 +58,24 @@ def _run_command(folder: Path, launches: int) -> str:
         if not skip and not dropped:
             kept.append(word)
         skip = not skip and (word == "--launches" or bool(ids))
+    if kept[0] == "bench" and not any(word.partition("=")[0] == "--out" for word in kept):
+        kept += ["--out", str(folder)]  # else it would be a new one
     return shlex.join(["cpbench", *kept, "--launches", str(launches)])
 
 
 def _sweep_argument(folder: Path) -> str | None:
     words = _recorded_command(folder)
-    return shlex.quote(words[1]) if len(words) > 1 and not words[1].startswith("-") else None
+    named = words[:1] == ["run"] and len(words) > 1 and not words[1].startswith("-")
+    return shlex.quote(words[1]) if named else None
+
+
+def _command_name(folder: Path) -> str:
+    return (_recorded_command(folder) or ["run"])[0]
 
 
 def _recorded_command(folder: Path) -> list[str]:
-    """The words of the newest ``cpbench run`` of a run directory; none if it does not have them."""
+    """The words of the newest ``cpbench run`` or ``bench`` of a run directory; none if it does not
+    have them."""
     try:
         document: dict[str, Any] = read_document(folder / "sweep.json")
     except (OSError, ValueError):
@@ -70,4 +83,4 @@ def _recorded_command(folder: Path) -> list[str]:
     words = document.get("command")
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         return []
-    return words if words[:1] == ["run"] else []
+    return words if words[:1] in (["run"], ["bench"]) else []

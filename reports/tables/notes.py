@@ -33,7 +33,7 @@ FLAG_MEANINGS = {
     "untracked-traffic": "sent more than its communicator counted",
     "error-grows": "errors at size are well above those of the small check",
     UNCHECKED: "a check was off or did not fit in memory, see notes in the records: not ranked",
-    UNFINISHED: "interrupted between its turns; repeat the command to resume",
+    UNFINISHED: "interrupted between its turns; repeat the command, with this --out, to resume",
 }
 
 

@@ -34,7 +34,7 @@ from cpbench.reports.tables.notes import (
     origin_notes,
     seed_notes,
 )
-from cpbench.reports.tables.selection import break_even_rows, recall_rows
+from cpbench.reports.tables.selection import break_even_rows, needle_rows, recall_rows
 from cpbench.reports.tables.summary import (
     MethodRanking,
     is_approximate,
@@ -233,14 +233,16 @@ def _case_section(contents: ReportContents, markup: Markup, form: str) -> list[s
 
 
 def _selection_sections(contents: ReportContents, markup: Markup, form: str) -> list[str]:
-    """Attention recall and time of selectors, and their break-even lengths; sequence mixers beside
-    attention."""
+    """Attention recall and time of selectors, and their break-even lengths; needles found; sequence
+    mixers beside attention."""
     table = contents.collection.table
     recall = recall_rows(table, contents.varying_facts)
     lines = _section_by_problem("Sparse selection, highest recall first", recall, markup, form)
     lengths = break_even_rows(table, contents.varying_facts)
     title = "Sparse selection: break-even length against exact attention"
     lines += _section_by_problem(title, lengths, markup, form)
+    needles = needle_rows(table, contents.varying_facts)
+    lines += _section_by_problem("Needles, most found first", needles, markup, form)
     for title, rows in beside.sections(table, contents.varying_facts):
         lines += _section_by_problem(f"Sequence mixers: {title}", rows, markup, form)
     return lines

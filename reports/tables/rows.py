@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from cpbench.reports.labels import (
     RateFormat,
     describe,
     fact_values,
+    format_megabytes,
     format_number,
     format_seeds,
     if_multi_rank,
@@ -106,6 +107,8 @@ def fastest_summary(rankings: Sequence[MethodRanking], seed_groups: Sequence[See
             problems.append((fastest.method, group.verdict, lead, "mask seeds"))
     if not problems:
         return "Nothing to compare: no case was exact, timed and checked."
+    if all(verdict == UNCONTESTED for _, verdict, _, _ in problems):
+        return f"Nothing to compare: {pluralize(len(problems), 'problem')}, one method each."
     won = Counter(name for name, verdict, _, _ in problems if verdict == "won")
     parts: list[str] = []
     for name, count in won.most_common():
@@ -168,8 +171,8 @@ def case_rows(
             rate.unit: rate(row["tflops_per_rank"]),
             "peak MB": format_number(row["peak_mb"], ".1f"),
             "predicted": format_number(if_multi_rank(row, "predicted_peak_mb"), ".1f"),
-            "sent MB": format_number(if_multi_rank(row, "sent_mb"), ".2f"),
-            "across": format_number(if_multi_rank(row, "across_mb") or math.nan, ".2f"),
+            "sent MB": format_megabytes(if_multi_rank(row, "sent_mb")),
+            "across": format_megabytes(if_multi_rank(row, "across_mb") or math.nan),
             "exposed %": _percent_with_spread(row["exposed"], row["exposed_spread"]),
             "hidden %": format_number(row["hidden"] * 100, ".0f"),
             **found_cells(row),
@@ -246,7 +249,7 @@ def rank_cost_rows(group: SeedGroup) -> list[Row]:
             "seeds": _seed_count(spread, group),
             "peak MB": _median_and_max(spread, "peak_mb", ".1f"),
             "imbalance": _median_and_max(spread, "imbalance", ".2f"),
-            "sent MB": _median_and_max(spread, "sent_mb", ".2f"),
+            "sent MB": _median_and_max(spread, "sent_mb", format_megabytes),
             "exposed ms": _median_and_max(spread, "exposed_ms", ".3g"),
         }
         for spread in group.methods
@@ -289,10 +292,12 @@ def _seed_count(spread: SeedSpread, group: SeedGroup) -> str:
     return f"{len(spread.rows)} of {len(group.mask_seeds)}"
 
 
-def _median_and_max(spread: SeedSpread, column: str, form: str) -> str:
+def _median_and_max(spread: SeedSpread, column: str, form: str | Callable[[float], str]) -> str:
     """Median and maximum across mask seeds."""
     values = spread.median(column), spread.max(column)
-    median, largest = (format_number(value, form) for value in values)
+    median, largest = (
+        format_number(value, form) if isinstance(form, str) else form(value) for value in values
+    )
     return f"{median} / {largest}" if median else ""
 
 

@@ -11,7 +11,13 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cpbench.core.spec import format_size
-from cpbench.reports.labels import fact_values, format_number, if_multi_rank, three_digits
+from cpbench.reports.labels import (
+    fact_values,
+    format_megabytes,
+    format_number,
+    if_multi_rank,
+    three_digits,
+)
 from cpbench.reports.tables.contest import Contest, hold_contest
 from cpbench.reports.tables.rows import found_cells
 from cpbench.reports.tables.summary import (
@@ -73,8 +79,8 @@ def recall_rows(table: pd.DataFrame, varying_facts: Sequence[str]) -> list[Row]:
             **found_cells(row),
             "ms": three_digits(row["time_ms"]),
             "fwd ms": three_digits(row["fwd_ms"]) if row["direction"] == "fwd_bwd" else "",
-            "sent MB": format_number(if_multi_rank(row, "sent_mb"), ".2f"),
-            "all-gather MB": format_number(row["allgather_mb"], ".2f"),
+            "sent MB": format_megabytes(if_multi_rank(row, "sent_mb")),
+            "all-gather MB": format_megabytes(row["allgather_mb"]),
             "select": three_digits(row["select_ms"]),
             "plan": three_digits(row["arrange_ms"]),
             "kernel": three_digits(row["kernel_ms"]),
@@ -94,6 +100,24 @@ def _index_cells(row: Any) -> Row:
         "index ms": three_digits(row["index_build_ms"]),
         "index MB": three_digits(row["index_mb"]),
     }
+
+
+def needle_rows(table: pd.DataFrame, varying_facts: Sequence[str]) -> list[Row]:
+    """Every case whose inputs have needles that are asked for, by problem, most found first."""
+    cases = table[(table["status"] == "ok") & table["found"].notna()]
+    cases = cases.sort_values(["found", "solved"], ascending=False, kind="stable")
+    return [
+        {
+            **fact_values(row, varying_facts),
+            "method": method_label(row, ignored=APPROXIMATE),
+            "found %": _percent(row["found"]),
+            "all found %": _percent(row["solved"]),
+            "kept %": _percent(row["kept"]),
+            "ms": three_digits(row["time_ms"]),
+        }
+        for _, rows in cases.groupby(list(PROBLEM_KEYS), sort=True)
+        for _, row in rows.iterrows()
+    ]
 
 
 def break_even_rows(table: pd.DataFrame, varying_facts: Sequence[str]) -> list[Row]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +141,7 @@ def test_half_precision_rounds_the_same_values() -> None:
         ("needles:count=40", "head_dim = 64 has room for 32"),
         ("needles:length=3000", "do not fit seq_len = 1024"),
         ("sinks:count=0", "count = 0 must be at least 1"),
+        ("sinks:count=1025", "1025 sinks do not fit seq_len = 1024"),
         ("file", "file must be given"),
         ("file:nowhere.safetensors", "there is no file 'nowhere.safetensors'"),
     ],
@@ -223,15 +226,33 @@ def test_values_of_another_head_dim(tmp_path: Path) -> None:
         sweep_file.expand({"sweep": table}, "s")
 
 
-def test_a_file_with_values_that_are_not_finite_floats_is_refused(tmp_path: Path) -> None:
-    for number, bad in enumerate((torch.ones(1, 9, 2, 32, dtype=torch.int32),
-                                  torch.ones(1, 9, 2, 32).to(torch.float8_e4m3fn),
-                                  torch.full((1, 9, 2, 32), float("nan")))):  # fmt: skip
-        path = tmp_path / f"{number}.safetensors"
-        save_file({"q": torch.zeros(1, 9, 4, 32), "k": bad, "v": bad.clone()}, path)
-        problem = _problem(batch=1, seq_q=9, seq_k=9, head_dim=32)
-        with pytest.raises(ValueError, match=r"not finite|is (int32|float8_e4m3fn), not"):
-            _make(f"file:{path}", "k", problem)
+def test_a_file_with_values_that_are_not_finite_floats_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything starts, wherever such a value is."""
+    monkeypatch.setattr("cpbench.core.user_files._CHUNK", 1000)
+    dtypes = (torch.int32, torch.float8_e4m3fn, torch.float64, torch.float32, torch.bfloat16,
+              torch.float16)  # fmt: skip
+    for number, (dtype, value) in enumerate(
+        itertools.product(dtypes, (1.0, math.nan, math.inf, -math.inf))
+    ):
+        floating = torch.zeros(1, dtype=dtype).element_size() > 1 and dtype != torch.int32
+        if not floating and value != 1:
+            continue
+        path, k = tmp_path / f"{number}.safetensors", torch.ones(1, 256, 2, 32)
+        k[0, 200, 1, 3] = value
+        tensors = {"k": k.to(dtype), "q": torch.zeros(1, 256, 4, 32), "v": torch.zeros_like(k)}
+        save_file({"a": torch.tensor([math.nan]), **tensors}, path)
+        if floating and value == 1:
+            assert _case(path)
+            continue
+        with pytest.raises(ValueError, match=r"k of .* (not finite|is I32, not|is F8_E4M3, not)"):
+            _case(path)
+
+
+def test_captured_queries_are_not_rotated_again(captured: tuple) -> None:
+    with pytest.raises(ValueError, match=r"rope = unscaled: q and k of qkv.* as captured"):
+        _case(captured[0], rope=["none", "unscaled"])
 
 
 def test_the_id_of_a_case_depends_on_the_content_of_the_file(

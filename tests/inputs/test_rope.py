@@ -103,7 +103,12 @@ def test_dtypes_and_refusals() -> None:
         ({"factor": 2.0}, "needs a scaling: pi, ntk, yarn"),
         ({"scaling": "linear"}, "'linear' is not one of pi, ntk, yarn"),
         ({"scaling": "yarn", "factor": 2.0}, "yarn needs that of the training"),
-        ({"scaling": "pi", "original_length": 4}, "nothing else takes one"),
+        ({"scaling": "pi", "factor": 2, "original_length": 4}, "nothing else takes one"),
+        ({"scaling": "ntk"}, "ntk needs the factor by which it scales"),
+        ({"scaling": "yarn", "original_length": 8}, "yarn needs the factor"),
+        ({"scaling": "yarn", "factor": 2, "original_length": "8k"}, "'8k' is not an integer"),
+        ({"scaling": "pi", "factor": "2"}, "factor = '2' is not a number"),
+        ({"base": [5e5]}, r"base = \[500000.0\] is not a number"),
     ):
         with pytest.raises(ValueError, match=message):
             cpbench.rope(x, **arguments)  # type: ignore[arg-type]
@@ -206,7 +211,8 @@ def test_warnings_outside_of_the_bounds_of_the_base() -> None:
     assert warning(2.1e7, "1m") is None
     assert "should be at most 2.2e+07" in (warning(2.3e7, "1m") or "")
     assert warning(1e4, "128k", scaling="ntk", factor=8) is None
-    assert warning(1e4, "128k", scaling="pi", factor=2) is not None
+    scaled = warning(1e4, "128k", scaling="pi", factor=2)
+    assert "as with an unscaled base of 2e+04, which should be at least 2.4e+04" in (scaled or "")
     assert warning(1e4, "128k", scaling="yarn", factor=8, original_length="16k") is None
     assert warning_of(_case(seq_len="128k")) is None
 

@@ -304,7 +304,7 @@ def test_the_command_writes_inputs_of_a_sweep(
         (("--layers", "x"), "--layers x: must be numbers of layers, such as 0,12"),
         (("--prompt", "no.txt"), "there is no file no.txt"),
         (("-o", "qkv.bin"), "the name must end in .safetensors"),
-        (("--prompt", "far.json"), "tiny_model:llama: IndexError: index out of range"),
+        (("--prompt", "far.json"), "--prompt far.json: token id 500 is not in the vocabulary"),
     ):
         code, _, err = capture(tmp_path, *options, *wrong)
         assert (code, len(err.splitlines())) == (2, 1), err

@@ -188,6 +188,13 @@ def test_exit_codes_and_the_commands_that_decide(tmp_path: Path) -> None:
     assert again in done.stdout
     assert "cpbench race OLD_ENV NEW_ENV 'my sweep.toml' --max-launches 5" in done.stdout
     assert "repeat these with 3, … 5" in done.stdout
+    for name, words in (("base", ["--out", base]), ("few", [])):
+        command = ["bench", "--seq-len", "1k", *words]
+        (tmp_path / name / "sweep.json").write_text(json.dumps({"command": command}))
+    last = gate(base, few).stdout.splitlines()[-2:]
+    assert last == [
+        f"    cpbench bench --seq-len 1k --out {name} --launches 5" for name in (base, few)
+    ]
     for choice, code in (("pass", 0), ("fail", 1)):
         done = gate(base, few, "--undecided", choice, "--junit", str(tmp_path / "x.xml"))
         assert done.returncode == code

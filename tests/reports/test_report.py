@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from made_records import record, report_text, section_lines, table_of
 
+from cpbench.core.problem import Case
+from cpbench.core.spec import Spec
 from cpbench.reports.columns import COLUMNS
 from cpbench.reports.frame import load
-from cpbench.reports.labels import three_digits, wrap_name
+from cpbench.reports.labels import format_megabytes, split_common_words, three_digits, wrap_name
 from cpbench.reports.tables import render
 from cpbench.reports.tables.markup import MARKUPS
 from cpbench.reports.tables.summary import rank_methods
@@ -237,6 +240,37 @@ ROWS = (
     record("c", status="unsupported", reason="no", mask="full_document:doc_lens=[24,1000]"),
     record("d", 1.0, mask="causal_document:corpus=pile,seed=9007199254740993"),
 )
+
+
+@pytest.mark.parametrize("form", ["short", "table", "md"])
+def test_needles_are_listed(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    name = "haystack:depth=0.25,keys=4,length=16"
+    records = [record(method, 2.0, inputs=Spec.parse(name)) for method in ("bands", "moba")]
+    for item, found in zip(records, (0.25, 0.75), strict=True):
+        item.quality = {"found": found, "solved": found / 2}
+    text = report_text(*records, form=form)
+    lines = text[text.index("Needles, most found first") :].splitlines()
+    words = [re.sub(r"[|`]", " ", line).split()[:3] for line in lines]
+    found = [row for row in words if row[:1] in (["moba"], ["bands"])]
+    assert found[:2] == [["moba", "75.0", "37.5"], ["bands", "25.0", "12.5"]]
+    assert form == "md" or max(map(len, text.splitlines())) <= 80
+    assert "Needles" not in report_text(record("bands", 2.0), form=form)
+
+
+def test_common_words_leave_sizes_of_decoding_whole() -> None:
+    labels = [
+        Case(phase="decode", batch=600, seq_len=n, page_size=16, operator=Spec(name)).label
+        for name in ("paged.sdpa", "paged.triton") for n in (1, 70)
+    ]  # fmt: skip
+    common, rest = split_common_words(labels)
+    assert common == "causal H=4:4 D=64 float32 fwd_bwd"
+    assert rest[0] == "paged.sdpa decode 600x1 pages of 16"
+
+
+@pytest.mark.parametrize(("mb", "text"), [(0.00412, "0.00412"), (0.0, "0.00"), (12.3456, "12.35")])
+def test_small_traffic_has_digits(mb: float, text: str) -> None:
+    assert format_megabytes(mb) == text
 
 
 def test_csv_round_trip() -> None:

@@ -295,7 +295,7 @@ def test_a_single_method_is_uncontested() -> None:
     text = report_text(*seeded("a", [1.0, 2.0, 4.0, None]))
     (row,) = [line for line in section_lines(text, FASTEST) if line.startswith(PILE[:15])]
     assert "uncontested" in row
-    assert "1 of 1 problem is uncontested." in text
+    assert "Nothing to compare: 1 problem, one method each." in text
     assert "compared" not in text
 
 

@@ -132,7 +132,33 @@ def test_gates_that_do_not_fit_are_refused(tmp_path: Path, tensors: dict, words:
 def test_files_enter_the_id_of_a_case_by_their_content(tmp_path: Path, name: str) -> None:
     file, ids = tmp_path / "g.safetensors", []
     for value in (0.0, 1.0):
-        tensor = torch.full((1, 1, 1), value)
+        tensor = torch.full((4, 64, 64) if name == "gates" else (1, 1024), value)
         spec = _seer_file(file, gates=tensor) if name == "gates" else _scores_file(file, tensor)
         ids.append(sweep_file.expand({"sweep": {"operator": spec}}, "s").cases[0].id)
     assert ids[0] != ids[1]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({"gates": (4, 63, 64)}, r"gates of .* is \[4, 63, 64\]; the case needs \[4, at least 64"),
+        ({"q_weight": (4, 64, 5), "k_weight": (4, 64, 5)}, r"needs \[4, 64, E\] and \[4, 192, E\]"),
+        ({"gates": math.nan}, "seer: gates of .* values that are not numbers"),
+        ({"scores": (4, 1000)}, r"scores of .* is \[4, 1000\]; the case needs"),
+        ({"scores": math.nan}, "scored: scores of .* values that are not numbers"),
+    ],
+)
+def test_a_sweep_refuses_files_that_do_not_fit_its_cases(
+    tmp_path: Path, tensors: dict, words: str
+) -> None:
+    tensors = {
+        name: torch.zeros(shape) if isinstance(shape, tuple) else torch.full((1, 4, 1024), shape)
+        for name, shape in tensors.items()
+    }
+    file = tmp_path / "g.safetensors"
+    save_file(tensors, file)
+    operator = (
+        f"scored:scores={file}" if "scores" in tensors else f"seer:block_size=16,gates={file}"
+    )
+    with pytest.raises(ValueError, match=words):
+        sweep_file.expand({"sweep": {"operator": operator}}, "s")

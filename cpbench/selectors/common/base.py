@@ -135,8 +135,7 @@ def rows_of(mask: AttnMask, rows: IntArray) -> AttnMask:
 
 
 class PreparedBranch(NamedTuple):
-    """A branch with its kernel and the kernel's plan; ``folded`` if batches are folded into
-    heads."""
+    """A branch, its kernel and the kernel's plan; ``folded``: batches are folded into heads."""
 
     branch: Branch
     kernel: Operator
@@ -155,8 +154,7 @@ class BranchResult(NamedTuple):
 
 
 class SelectionResult(NamedTuple):
-    """The selection of one forward pass, and the results of its branches; ``joined`` as of the
-    selector."""
+    """Selection of a forward pass, and results of its branches; ``joined`` as of the selector."""
 
     prepared: tuple[PreparedBranch, ...]
     results: tuple[BranchResult, ...]
@@ -215,7 +213,13 @@ class Selector:
         """q and k as they are in the full attention that it approximates."""
         return q, k
 
+    def misfit(self, problem: Problem) -> str | None:
+        """Why the files that it was given do not fit a problem, without torch; None if they do."""
+        return None
+
     def unsupported(self, problem: Problem, mask: AttnMask, device: str) -> str | None:
+        if reason := self.misfit(problem):
+            return reason
         for kind in self.branch_kinds:
             try:
                 info, kernel = self._kernel_for(kind, device)
@@ -339,9 +343,7 @@ class Selector:
             return _in_dtypes_of(x.qkv, join_backward(x, prepared, results))
         total: list[torch.Tensor] = []
         for (branch, kernel, kernel_plan, folded), result in zip(prepared, results, strict=True):
-            branch_dout = dout
-            if branch.gate != 1.0:
-                branch_dout = branch_dout * branch.gate
+            branch_dout = dout if branch.gate == 1.0 else dout * branch.gate
             branch_dout = branch.pool_q.unpool_backward(branch_dout)
             if folded:
                 branch_dout = fold_batch(branch_dout)

@@ -69,16 +69,15 @@ class RotatingSelector(Selector):
         *,
         base: float = BASE,
         scaling: str = "",
-        factor: float = 1.0,
+        factor: float | None = None,
         original_length: int = 0,
     ) -> None:
         super().__init__(kernel)
-        numbers = {"base": base, "factor": factor, "original_length": original_length}
-        for key, value in numbers.items():
-            if type(value) not in ((int,) if key == "original_length" else (int, float)):
-                raise ValueError(f"{self.name}: {key} = {value!r} is not a number")
-        self._rope = float(base), scaling or None, float(factor), original_length
-        frequencies(4, *self._rope)
+        self._rope = base, scaling or None, factor, original_length
+        try:
+            frequencies(4, *self._rope)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from None
 
     def unsupported(self, problem: Problem, mask: AttnMask, device: str) -> str | None:
         if problem.head_dim % 2:

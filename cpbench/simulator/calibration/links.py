@@ -48,6 +48,8 @@ def read_measured(path: Path) -> Measured:
         ValueError: for another file, one of a run that failed, or of an earlier version.
         OSError: when it cannot be read.
     """
+    if not path.exists():
+        raise ValueError(f"--links {path}: there is no such file; cpbench links --json prints one")
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
         for row in table["rows"]:
