@@ -219,8 +219,8 @@ def test_keys_that_are_all_alike_hold_no_needle(tmp_path: Path) -> None:
         ("file=PATH", {"head_dim": 64}, "needs [2, at least 600, 4, 64]"),
         ("file=PATH,length=70,keys=2", {}, "2 needles of 70 tokens at depth 0.5 and 64 queries do "
                                            "not fit seq_len = 600"),
-        ("file=PATH", {"rope": "unscaled"}, "rope = unscaled is RoPE, which captured q and k "
-                                            "already have"),
+        ("file=PATH", {"rope": "unscaled"}, "rope = unscaled: q and k of qkv.safetensors are used "
+                                            "as captured"),
         ("file=PATH", {"operator": "lm_infinite"}, "lm_infinite applies RoPE"),
         ("file=PATH", {"operator": "gla", "num_heads_kv": 4}, "gla is a sequence mixer"),
         ("file=PATH", {"phase": "decode", "key_lens": [40, 700]}, "at least 700"),

@@ -311,7 +311,7 @@ LINES: dict[str, tuple[list[str], list[str]]] = {
     "predict ranks": (["predict", "ring", "--world-size", "0"], ["world_size = 0", "positive"]),
     "predict tokens": (["predict", "ring", "--seq-len", "-5"], ["seq_len", "'-5'"]),
     "links no ranks": (["links", "--world-size", "0"], ["--world-size"]),
-    "bench launches": (["bench", "--launches", "0"], ["--launches", "0"]),
+    "bench launches": (["bench", "--launches", "0"], ["--launches", "equal to 1"]),
     "links ranks": (["links", "--world-size", "3000"], ["--world-size 3000", "at most 256"]),
     "verify operator": (["verify", "--operator", "x"], ["'x'", "bands"]),
     "verify strategy": (["verify", "--strategy", "x"], ["'x'", "ring"]),
