@@ -175,18 +175,9 @@ def case_rows(
             "across": format_megabytes(if_multi_rank(row, "across_mb") or math.nan),
             "exposed %": _percent_with_spread(row["exposed"], row["exposed_spread"]),
             "hidden %": format_number(row["hidden"] * 100, ".0f"),
-            **found_cells(row),
         }
         for row, best in [*ranked, *((row, math.nan) for _, row in unranked.iterrows())]
     ]
-
-
-def found_cells(row: pd.Series[Any]) -> Row:
-    """How many needles were found, and by how many queries all."""
-    return {
-        "found %": format_number(row["found"] * 100, ".0f"),
-        "all found %": format_number(row["solved"] * 100, ".0f"),
-    }
 
 
 def decoding_rows(table: pd.DataFrame, varying_facts: Sequence[str]) -> list[Row]:

@@ -19,7 +19,6 @@ from cpbench.reports.labels import (
     three_digits,
 )
 from cpbench.reports.tables.contest import Contest, hold_contest
-from cpbench.reports.tables.rows import found_cells
 from cpbench.reports.tables.summary import (
     PROBLEM_KEYS,
     has_result,
@@ -76,7 +75,6 @@ def recall_rows(table: pd.DataFrame, varying_facts: Sequence[str]) -> list[Row]:
             "recall %": _percent(row["recovered"]),
             "% of oracle": _percent(row["recovered"] / row["best_recovered"]),
             "out error": format_number(row["out_error"], ".3f"),
-            **found_cells(row),
             "ms": three_digits(row["time_ms"]),
             "fwd ms": three_digits(row["fwd_ms"]) if row["direction"] == "fwd_bwd" else "",
             "sent MB": format_megabytes(if_multi_rank(row, "sent_mb")),
