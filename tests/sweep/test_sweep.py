@@ -154,7 +154,8 @@ def test_ids_are_frozen() -> None:
 def test_defaults_are_left_out_of_the_id() -> None:
     defaults = Case().to_json()
     defaults.pop("content")
-    assert cases(**{key: [value] for key, value in defaults.items()})[0].id == Case().id
+    swept = {key: [value] for key, value in defaults.items() if value != []}  # key_lens
+    assert cases(**swept)[0].id == Case().id
     assert Case.from_json({}).id == Case().id
     assert Case.from_json({**defaults, "field_of_a_newer_version": 1}).id == Case().id
 
