@@ -200,7 +200,7 @@ class WholeSquare:
         return out.transpose(1, 2), lse.contiguous()
 
     def backward(self, x: BackwardInputs, lse: torch.Tensor) -> Gradients:
-        """Args: lse: inf for rows that contribute nothing."""
+        """``lse`` is inf for rows that contribute nothing."""
         import torch
 
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

@@ -92,7 +92,7 @@ class Head:
     """
 
     def __init__(self, selected: BoolArray, unit: int, grid: Grid) -> None:
-        """Args: selected: ``[X, U]``, ignored where the mask does not allow it."""
+        """``selected`` is ``[X, U]``, and ignored where the mask does not allow it."""
         self.grid, self.view, self.unit = grid, mask_view(grid), unit
         by_block = selected.reshape(*self.view.full.shape, -1)
         self.selected = (by_block & self.view.allowed[..., None]).reshape(selected.shape)

@@ -11,14 +11,20 @@ from typing import TYPE_CHECKING
 
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.head_masks import HeadMasks
-from cpbench.selectors.selections.grid import Grid, dense_mask_rows, slices_by_block, transposed
+from cpbench.selectors.selections.grid import (
+    Grid,
+    InGrid,
+    dense_mask_rows,
+    slices_by_block,
+    transposed,
+)
 
 if TYPE_CHECKING:
     import torch
 
 
 @dataclass(frozen=True, eq=False)
-class Blocks:
+class Blocks(InGrid):
     """A selection of blocks of keys per block of queries.
 
     Attributes:
@@ -33,14 +39,6 @@ class Blocks:
     def kind(self) -> str:
         """``"rows"`` for blocks of one query, else ``"blocks"``."""
         return "rows" if self.grid.block_q == 1 else "blocks"
-
-    @property
-    def seq_q(self) -> int:
-        return self.grid.mask.seq_q
-
-    @property
-    def seq_k(self) -> int:
-        return self.grid.mask.seq_k
 
     @property
     def batch(self) -> int:

@@ -77,6 +77,20 @@ class Grid:
         return self.allowed.sum(1)
 
 
+class InGrid:
+    """A selection that is a subset of the mask of a grid."""
+
+    grid: Grid
+
+    @property
+    def seq_q(self) -> int:
+        return self.grid.mask.seq_q
+
+    @property
+    def seq_k(self) -> int:
+        return self.grid.mask.seq_k
+
+
 def block_grid(
     mask: AttnMask, block_q: int, block_k: int, device: str, starts: IntArray | None = None
 ) -> Grid:

@@ -19,6 +19,7 @@ from cpbench.masks.head_masks import HeadMasks
 from cpbench.masks.slices import IntArray, cut_axis
 from cpbench.selectors.selections.grid import (
     Grid,
+    InGrid,
     dense_mask_rows,
     slices_by_block,
     transposed,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Lines:
+class Lines(InGrid):
     """A selection of columns and diagonals.
 
     For each selected distance a block of queries attends to the m keys that are that far before one
@@ -48,14 +49,6 @@ class Lines:
     columns: torch.Tensor
 
     kind = "lines"
-
-    @property
-    def seq_q(self) -> int:
-        return self.grid.mask.seq_q
-
-    @property
-    def seq_k(self) -> int:
-        return self.grid.mask.seq_k
 
     @property
     def batch(self) -> int:
