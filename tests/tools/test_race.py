@@ -77,6 +77,7 @@ def repository(tmp_path: Path) -> Path:
     (folder / "bench").mkdir(parents=True)
     (folder / "bench" / "op.py").write_text(OPERATOR)
     (folder / "bench" / "s.toml").write_text(SWEEP.replace('"bands"', '"reference"'))
+    (folder / ".gitignore").write_text("__pycache__/\n")
     git(folder, "init", "-q")
     git(folder, "add", "-A")
     git(folder, "commit", "-qm", "first")
