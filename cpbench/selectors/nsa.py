@@ -124,26 +124,28 @@ class Nsa(Selector):
 
         groups, group_size = k.shape[2], plan.problem.group
         grid = plan.grid(1, self.block_size)
+        num_blocks = grid.areas.shape[1]
         means = upcast(self.pool.mean(k))
-        n = means.shape[1]
-        overlap = torch.as_tensor(
-            window_block_overlap(k.shape[1], self.pool, self.block_size), device=q.device
-        ).to(means.dtype)
-        window_ends = torch.arange(n, device=q.device) * self.pool.stride + self.pool.size - 1
-        positions = torch.as_tensor(plan.positions, device=q.device)[:, None]
+        past = (plan.positions + 1 - self.pool.size) // self.pool.stride + 1
+        past = past.clip(0, means.shape[1])  # windows of each query
+        past_of = torch.as_tensor(past, device=q.device)[:, None]
 
         def score_rows(begin: int, end: int) -> torch.Tensor:
-            if not n:  # the sequence is shorter than a window
-                return means.new_zeros((len(q), groups, end - begin, overlap.shape[1]))
-            chunks = []
-            for a, b in row_chunks(end - begin, len(q) * q.shape[2] * n, q.device):
+            mass = means.new_zeros((len(q), groups, end - begin, num_blocks))
+            row_size = len(q) * q.shape[2] * int(past[end - 1])
+            for a, b in row_chunks(end - begin, row_size, q.device):
                 rows = slice(begin + a, begin + b)
-                scores = qk_scores(upcast(q[:, rows]), means).mul_(plan.problem.softmax_scale)
-                future = window_ends > positions[rows]
-                probs = torch.softmax(scores.masked_fill_(future, -torch.inf), -1)
-                group_probs = probs.nan_to_num_(0.0).unflatten(1, (groups, group_size)).sum(2)
-                chunks.append(group_probs @ overlap)
-            return torch.cat(chunks, 2)
+                least, most = int(past[rows.start]), int(past[rows.stop - 1])
+                scores = qk_scores(upcast(q[:, rows]) * plan.problem.softmax_scale, means[:, :most])
+                hidden = torch.arange(least, most, device=q.device) >= past_of[rows]
+                scores[..., least:].masked_fill_(hidden, -torch.inf)
+                probs = torch.softmax(scores, -1)
+                if not least:
+                    probs.nan_to_num_(0.0)
+                group_probs = probs.unflatten(1, (groups, group_size)).sum(2)
+                of_blocks = mass_by_block(group_probs, self.pool, self.block_size)
+                mass[:, :, a:b, : of_blocks.shape[-1]] = of_blocks
+            return mass
 
         previous = torch.nn.functional.pad(grid.diagonal, (0, 1))[:, 1:]
         forced = first_blocks(grid) | grid.diagonal | previous
@@ -152,13 +154,17 @@ class Nsa(Selector):
         return kept.repeat_interleave(group_size, 1)
 
 
-def window_block_overlap(tokens: int, pool: Pool, block: int) -> np.typing.NDArray[np.float64]:
-    """``[windows, Y]``: overlap of each window with each block, in strides."""
-    begin = np.arange(pool.num_windows(tokens))[:, None] * pool.stride
-    block_begin = np.arange(0, tokens, block)
-    shared = np.minimum(begin + pool.size, block_begin + block) - np.maximum(begin, block_begin)
-    overlap: np.typing.NDArray[np.float64] = np.maximum(shared, 0) / pool.stride
-    return overlap
+def mass_by_block(mass_of_windows: torch.Tensor, pool: Pool, block: int) -> torch.Tensor:
+    """Sums over blocks of tokens ``[…, Y]`` of values of windows ``[…, n]``, each times its overlap
+    with the block, in strides."""
+    n, strides_per_window = mass_of_windows.shape[-1], pool.size // pool.stride
+    num_blocks = -(-(n + strides_per_window - 1) * pool.stride // block)
+    shape = (*mass_of_windows.shape[:-1], num_blocks, block // pool.stride)
+    by_stride = mass_of_windows.new_zeros(shape)
+    flat = by_stride.flatten(-2)
+    for shift in range(strides_per_window):
+        flat[..., shift : shift + n] += mass_of_windows
+    return by_stride.sum(-1)
 
 
 def past_window_mask(tokens: int, pool: Pool) -> AttnMask:

@@ -252,15 +252,17 @@ def _blocks_forward(
     max_N1 = torch.full_like(sum_N1, MIN_ROW_MAX)
     for keys, chunk in _key_row_chunks(rows_by_block, plan.grid):
         rows = chunk.rows
-        s_nw = (q_ND[rows] @ k_TD[keys].T).mul_(plan.scale * LOG2E)
+        s_nw = q_ND.index_select(0, rows) @ k_TD[keys].T
+        s_nw.mul_(plan.scale * LOG2E)
         _apply_mask(s_nw, chunk)
-        old_n1 = max_N1[rows]
+        old_n1 = max_N1.index_select(0, rows)
         new_n1 = torch.maximum(old_n1, s_nw.amax(1, True))
         s_nw.sub_(new_n1).exp2_()
         rescale_n1 = old_n1.sub_(new_n1).exp2_()
-        sum_N1[rows] = sum_N1[rows].mul_(rescale_n1).add_(s_nw.sum(1, True))
-        out_ND[rows] = out_ND[rows].mul_(rescale_n1).addmm_(s_nw, v_TD[keys])
-        max_N1[rows] = new_n1
+        sum_n1 = sum_N1.index_select(0, rows).mul_(rescale_n1).add_(s_nw.sum(1, True))
+        out_nD = out_ND.index_select(0, rows).mul_(rescale_n1).addmm_(s_nw, v_TD[keys])
+        for all_rows, some in ((sum_N1, sum_n1), (out_ND, out_nD), (max_N1, new_n1)):
+            all_rows.index_copy_(0, rows, some)
     lse_N1 = sum_N1.log2().add_(max_N1).mul_(1 / LOG2E)
     return out_ND.div_(sum_N1.masked_fill(sum_N1 == 0, 1.0)), lse_N1
 
@@ -281,12 +283,15 @@ def _blocks_backward(
     dq_ND, dk_TD, dv_TD = (torch.zeros_like(x) for x in (q_ND, k_TD, v_TD))
     for keys, chunk in _key_row_chunks(rows_by_block, plan.grid):
         rows = chunk.rows
-        q_nD, do_nD, k_wD = q_ND[rows], do_ND[rows], k_TD[keys]
+        q_nD, do_nD, lse_n1, delta_n1 = (
+            x.index_select(0, rows) for x in (q_ND, do_ND, lse_N1, delta_N1)
+        )
+        k_wD = k_TD[keys]
         s_nw = (q_nD @ k_wD.T).mul_(plan.scale)
         _apply_mask(s_nw, chunk)
-        p_nw = s_nw.sub_(lse_N1[rows]).exp_()
+        p_nw = s_nw.sub_(lse_n1).exp_()
         dv_TD[keys].addmm_(p_nw.T, do_nD)
-        ds_nw = (do_nD @ v_TD[keys].T).sub_(delta_N1[rows]).mul_(p_nw).mul_(plan.scale)
+        ds_nw = (do_nD @ v_TD[keys].T).sub_(delta_n1).mul_(p_nw).mul_(plan.scale)
         dk_TD[keys].addmm_(ds_nw.T, q_nD)
         dq_ND.index_add_(0, rows, ds_nw @ k_wD)
     return dq_ND, dk_TD, dv_TD
