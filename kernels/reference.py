@@ -12,7 +12,7 @@ Legend: B batch, S query length, T key length, H query heads, G key/value heads,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,16 @@ from cpbench.core.problem import Problem
 from cpbench.core.registry import ANY_MASK, OperatorInfo
 from cpbench.masks.dilated_mask import DilatedMask
 from cpbench.masks.head_masks import Mask
-from cpbench.selectors.selections import SELECTIONS, Blocks, Lines, Selection, Tokens
+from cpbench.selectors.selections import (
+    SELECTIONS,
+    Blocks,
+    LandmarkBlocks,
+    Lines,
+    Selection,
+    Tokens,
+    score_gradients,
+    weighted_scores,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -84,6 +93,8 @@ def forward64(qkv: QKV, mask: Mask | Selection, scale: float) -> tuple[torch.Ten
     q_BGRSD, k_BGTD, v_BGTD = _grouped(q, k.shape[2]), _heads_first(k), _heads_first(v)
     for rows, bias_ST in _row_blocks(mask, k.shape[2], b * h, q.device):
         scores = _scores(q_BGRSD[:, :, :, rows], k_BGTD, scale, bias_ST)
+        if isinstance(mask, LandmarkBlocks):
+            scores = _by_block(weighted_scores, mask, scores)
         lse_rows = torch.logsumexp(scores, dim=-1)
         probs = _probabilities(scores, lse_rows, bias_ST)
         out_rows = _product(probs, v_BGTD.unsqueeze(2), bias_ST)
@@ -110,10 +121,14 @@ def backward64(x: BackwardInputs, mask: Mask | Selection, scale: float) -> Gradi
     for rows, bias_ST in _row_blocks(mask, k.shape[2], b * h, q.device):
         q_rows, dout_rows = q_BGRSD[:, :, :, rows], dout_BGRSD[:, :, :, rows]
         scores = _scores(q_rows, k_BGTD, scale, bias_ST)
+        if isinstance(mask, LandmarkBlocks):
+            scores = _by_block(weighted_scores, mask, scores)
         probs = _probabilities(scores, lse_BGRS[:, :, :, rows], bias_ST)
         dv += _product(probs.mT, dout_rows, bias_ST.mT).sum(2)
         dscores = torch.einsum("bgrsd,bgtd->bgrst", dout_rows, v_BGTD)
         dscores.sub_(delta[:, :, :, rows].unsqueeze(-1)).mul_(probs).mul_(scale)
+        if isinstance(mask, LandmarkBlocks):
+            dscores = _by_block(score_gradients, mask, dscores, probs)
         if not _is_finite(dscores):
             dscores.masked_fill_(bias_ST == -torch.inf, 0.0)
         dq[:, :, :, rows] = _product(dscores, k_BGTD.unsqueeze(2), bias_ST)
@@ -131,6 +146,18 @@ def _scores(
     if not _is_finite(scores):
         scores.masked_fill_(bias_ST == -torch.inf, 0.0)
     return scores.add_(bias_ST)
+
+
+def _by_block(
+    function: Callable[..., torch.Tensor], mask: LandmarkBlocks, *xs_T: torch.Tensor
+) -> torch.Tensor:
+    """A function of ``[…, w]`` for each whole block of keys; a last one that is shorter is in no
+    selection."""
+    width = mask.grid.block_k
+    end = mask.seq_k // width * width
+    blocks = function(*(x[..., :end].unflatten(-1, (-1, width)) for x in xs_T))
+    xs_T[0][..., :end] = blocks.flatten(-2)
+    return xs_T[0]
 
 
 def _probabilities(
@@ -185,7 +212,10 @@ def _row_blocks(
     for start in range(0, mask.seq_q, step):
         end = min(start + step, mask.seq_q)
         if isinstance(mask, Blocks | Lines | Tokens):
-            visible = mask.dense_rows(start, end)
+            if isinstance(mask, LandmarkBlocks):
+                visible = mask.dense_blocks(start, end)
+            else:
+                visible = mask.dense_rows(start, end)
             yield slice(start, end), visible.double().log_().unflatten(1, (groups, -1))
             continue
         counts: np.ndarray[Any, Any]

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 from cpbench.core.operator import QKV, BackwardInputs
 from cpbench.selectors.common.base import Branch, SelectionResult
-from cpbench.selectors.common.folding import unfold_batch, unfold_lse
-from cpbench.selectors.common.joining import KeyPool, KeyScores, branch_lse
+from cpbench.selectors.common.joining import KeyPool
 from cpbench.selectors.common.rotating import Turn
+from cpbench.selectors.selections import LandmarkBlocks, score_gradients, weighted_scores
 from cpbench.verify.branch_lines import (
     rows_in_chunks,
     visible_columns,
@@ -46,26 +46,15 @@ def reference_results(branches: tuple[Branch, ...], x: Tensors, scale: float) ->
     for branch in branches:
         keys = _all_keys(branch, qkv)
         out, lse = forward64(keys, branch.mask, scale)
-        parts.append((branch, keys, out, lse, branch_lse(branch, lse, qkv)))
+        parts.append((branch, keys, out, lse + math.log(branch.key_weight)))
     total_lse = torch.stack([lse for *_, lse in parts]).logsumexp(0)
-    weights = [_weights(lse, total_lse) for *_, lse in parts]
-    total = torch.stack(
-        [out * _per_row(w) for (_, _, out, _, _), w in zip(parts, weights, strict=True)]
-    ).sum(0)
+    total = torch.stack([out * _per_row(_weights(lse, total_lse)) for *_, out, lse in parts]).sum(0)
     results = {"out": total.transpose(1, 2), "lse": total_lse}
     if "dout" not in x:
         return results
     dout, grads = x["dout"].double(), [torch.zeros_like(tensor) for tensor in qkv]
-    delta = (dout * total).sum(-1).transpose(1, 2)
-    for (branch, keys, out, lse, _), w in zip(parts, weights, strict=True):
-        if branch.scores is None:
-            lse_of_keys = total_lse - math.log(branch.key_weight)
-            of_keys = BackwardInputs(dout, *keys, total, lse_of_keys)
-        else:
-            of_keys = BackwardInputs(dout * _per_row(w), *keys, out, lse)
-            dlse = w * ((dout * out).sum(-1).transpose(1, 2) - delta)
-            for grad, part in zip(grads, branch.scores.backward(dlse, *qkv[:2]), strict=False):
-                grad += part
+    for branch, keys, *_ in parts:
+        of_keys = BackwardInputs(dout, *keys, total, total_lse - math.log(branch.key_weight))
         dq, dk, dv = backward64(of_keys, branch.mask, scale)
         if branch.derived is not None:
             more_dq, dk, dv = branch.derived.derive_backward(dk, dv, qkv)
@@ -94,6 +83,14 @@ def _weights(part_lse: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
 def _per_row(x_BHS: torch.Tensor) -> torch.Tensor:
     """``[B, S, H, 1]``."""
     return x_BHS.transpose(1, 2)[..., None]
+
+
+def _by_block(
+    function: Callable[..., torch.Tensor], selected: LandmarkBlocks, *xs_n: torch.Tensor
+) -> torch.Tensor:
+    """A function of the blocks ``[…, w]`` of a row of whole blocks."""
+    blocks: torch.Tensor = function(*(x.view(-1, selected.grid.block_k) for x in xs_n))
+    return blocks.flatten()
 
 
 def _turned(
@@ -132,35 +129,27 @@ class JoinedLines:
         q_D = x["q"][b, line, h].double()
         parts = []
         for branch in self._selection.branches:
-            visible = visible_columns(branch, b, h, line, q_D.device)
-            k_nD, v_nD = self._keys(branch, b, h, visible)
+            keys = self._row_keys(branch, b, h, line)
+            k_nD, v_nD = self._keys(branch, b, h, keys)
             scores = (k_nD @ _turned(branch.turn_q, q_D, line)) * scale
-            lse = scores.logsumexp(0)
-            probs = (scores - lse).exp() if len(visible) else scores
-            joined_by, score_key = lse + math.log(branch.key_weight), None
-            if branch.scores is not None:
-                score_key = self._score_key(branch.scores, b, h, line)
-                joined_by = (
-                    torch.full_like(lse, -torch.inf)
-                    if score_key is None
-                    else q_D @ score_key * branch.scores.scale
-                )
-            parts.append((branch, k_nD, v_nD, probs, probs @ v_nD, joined_by, score_key))
-        total_lse = torch.stack([lse for *_, lse, _ in parts]).logsumexp(0)
-        weights = [_weights(lse, total_lse) for *_, lse, _ in parts]
-        outs = [out for *_, out, _, _ in parts]
-        total = sum((w * out for w, out in zip(weights, outs, strict=True)), torch.zeros_like(q_D))
+            if isinstance(branch.mask, LandmarkBlocks):
+                scores = _by_block(weighted_scores, branch.mask, scores)
+            parts.append((branch, k_nD, v_nD, scores + math.log(branch.key_weight)))
+        total_lse = torch.cat([scores for *_, scores in parts]).logsumexp(0)
+        probs = [_weights(scores, total_lse) for *_, scores in parts]
+        total = torch.zeros_like(q_D)
+        for (_, _, v_nD, _), p in zip(parts, probs, strict=True):
+            total += p @ v_nD
         results = {"out": total, "lse": total_lse}
         if "dout" not in x:
             return results
         dout_D = x["dout"][b, line, h].double()
         dq_D = torch.zeros_like(q_D)
-        for (branch, k_nD, v_nD, probs, out, _, score_key), w in zip(parts, weights, strict=True):
-            mean = (total if branch.scores is None else out) @ dout_D
-            own_dq_D = w * ((probs * (v_nD @ dout_D - mean) * scale) @ k_nD)
-            dq_D += _turned(branch.turn_q, own_dq_D, line, transposed=True)
-            if branch.scores is not None and score_key is not None:
-                dq_D += w * ((out - total) @ dout_D) * branch.scores.scale * score_key
+        for (branch, k_nD, v_nD, _), p in zip(parts, probs, strict=True):
+            dscores = p * ((v_nD - total) @ dout_D)
+            if isinstance(branch.mask, LandmarkBlocks):
+                dscores = _by_block(score_gradients, branch.mask, dscores, p)
+            dq_D += _turned(branch.turn_q, (dscores * scale) @ k_nD, line, transposed=True)
         return results | {"dq": dq_D + self._dq_of_derived(b, h, line)}
 
     def column(self, b: int, g: int, line: int) -> Tensors:
@@ -185,8 +174,6 @@ class JoinedLines:
                     dk = _turned(branch.turn_k, dk, line, transposed=True)
                     dk_D += dk / (window.stop - window.start)
                     dv_D += dv / (window.stop - window.start)
-            if branch.scores is not None:
-                dk_D += self._dk_of_scores(number, branch.scores, b, g, line)
         return {"dk": dk_D, "dv": dv_D}
 
     def _heads(self, g: int) -> range:
@@ -204,6 +191,14 @@ class JoinedLines:
         all_k, all_v = self._turned_keys(branch.turn_k, b, g), self._inputs["v"][b, :, g]
         k, v = (window_means(x, branch.pool_k, columns) for x in (all_k, all_v))
         return k, v
+
+    def _row_keys(self, branch: Branch, b: int, h: int, line: int) -> torch.Tensor:
+        """The keys of a row; of blocks that landmarks weight, with these."""
+        import torch
+
+        if isinstance(branch.mask, LandmarkBlocks):
+            return torch.nonzero(branch.mask.dense_blocks(line, line + 1)[b, h, 0])[:, 0]
+        return visible_columns(branch, b, h, line, self._inputs["q"].device)
 
     def _turn_keys(self, turn: Turn | None, b: int, g: int) -> torch.Tensor:
         """All keys ``[T, D]`` of a key/value head, in float64 if they are turned."""
@@ -228,18 +223,16 @@ class JoinedLines:
         k, v = (x[name][b : b + 1, tokens, g : g + 1].double() for name in "kv")
         return QKV(q, k, v)
 
-    def _score_key(self, scores: KeyScores, b: int, h: int, line: int) -> torch.Tensor | None:
-        """The key ``[D]`` whose score is the lse of a query; None if it has none."""
-        key = int(scores.index[b, h, line])
-        return None if key < 0 else self._inputs["k"][b, key, h // self._problem.group].double()
-
     def _column_gradients(
         self, number: int, b: int, h: int, column: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """dk and dv ``[D]`` of a key of a branch, through one query head."""
         import torch
 
-        branch, x, scale = self._selection.branches[number], self._inputs, self._scale
+        branch, x = self._selection.branches[number], self._inputs
+        scale = self._problem.softmax_scale
+        if isinstance(branch.mask, LandmarkBlocks):
+            return self._landmark_column(branch.mask, b, h, column)
         index = torch.tensor([column], device=x["k"].device)
         k_D, v_D = (keys[0] for keys in self._keys(branch, b, h, index))
         dk_D, dv_D = torch.zeros_like(k_D), torch.zeros_like(v_D)
@@ -249,67 +242,39 @@ class JoinedLines:
             q_nD, dout_nD = (x[name][b, rows, h].double() for name in ("q", "dout"))
             if branch.turn_q is not None:
                 q_nD = branch.turn_q.of_tokens(rows).apply(q_nD[None, :, None])[0, :, 0]
-            out_nD, lse_n, weights_n = self._softmax_of(number, b, h, rows)
-            probs = weights_n * ((q_nD @ k_D) * scale - lse_n).exp()
+            out_nD, lse_n = (self._results[name] for name in ("out", "lse"))
+            out_nD, lse_n = out_nD[b, rows, h].double(), lse_n[b, h, rows].double()
+            probs = ((q_nD @ k_D) * scale - (lse_n - math.log(branch.key_weight))).exp()
             dv_D += probs @ dout_nD
             dk_D += (probs * (dout_nD @ v_D - (dout_nD * out_nD).sum(-1)) * scale) @ q_nD
         return dk_D, dv_D
 
-    @property
-    def _scale(self) -> float:
-        return self._problem.softmax_scale
-
-    def _softmax_of(
-        self, number: int, b: int, h: int, rows: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """out ``[n, D]`` and lse of the softmax that the pairs of a branch belong to, and its
-        weight in the result, ``[n]``."""
+    def _landmark_column(
+        self, selected: LandmarkBlocks, b: int, h: int, column: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As :meth:`_column_gradients`, of a key in blocks that landmarks weight, or a landmark."""
         import torch
 
-        branch = self._selection.branches[number]
-        out, lse = self._results["out"][b, rows, h].double(), self._results["lse"][b, h, rows]
-        if branch.scores is None:
-            lse = lse.double() - math.log(branch.key_weight)
-            return out, lse, torch.ones_like(lse)
-        own_out, own_lse = self._own(number)
-        return own_out(b, rows, h), own_lse(b, h, rows), self._given_weights(number, b, h, rows)
-
-    def _own(self, number: int) -> tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]:
-        """Rows of the own out, and of the own lse, of a branch."""
-        result, batch = self._selection.results[number], self._problem.batch
-        assert result.lse is not None
-        out, lse = unfold_batch(result.out, batch), unfold_lse(result.lse, batch)
-        return (lambda *at: out[at].double()), (lambda *at: lse[at].double())
-
-    def _given_weights(self, number: int, b: int, h: int, rows: torch.Tensor) -> torch.Tensor:
-        """``[n]``: weights of a branch whose lse is given."""
-        import torch
-
-        scores = self._selection.branches[number].scores
-        assert scores is not None
-        keys, x = scores.index[b, h, rows].long(), self._inputs
-        k_nD = x["k"][b, keys.clamp(min=0), h // self._problem.group].double()
-        lse = (x["q"][b, rows, h].double() * k_nD).sum(-1) * scores.scale
-        lse = lse.masked_fill(keys < 0, -torch.inf)
-        return _weights(lse, self._results["lse"][b, h, rows].double())
-
-    def _dk_of_scores(
-        self, number: int, scores: KeyScores, b: int, g: int, line: int
-    ) -> torch.Tensor:
-        """dk ``[D]`` of a key through the scores that are the lse of a branch."""
-        import torch
-
-        x, own_out = self._inputs, self._own(number)[0]
-        dk_D = torch.zeros_like(x["k"][b, line, g], dtype=torch.float64)
-        for h in self._heads(g):
-            found = torch.nonzero(scores.index[b, h] == line)[:, 0]
-            for part in chunks(len(found), self._problem.head_dim):
-                rows = found[part]
-                q_nD, dout_nD = (x[name][b, rows, h].double() for name in ("q", "dout"))
-                above = own_out(b, rows, h) - self._results["out"][b, rows, h].double()
-                weights_n = self._given_weights(number, b, h, rows)
-                dk_D += (weights_n * (dout_nD * above).sum(-1) * scores.scale) @ q_nD
-        return dk_D
+        x, g, width = self._inputs, h // self._problem.group, selected.grid.block_k
+        block, position = divmod(column, width)
+        keys = slice(block * width, (block + 1) * width)
+        k_wD, v_wD = (x[name][b, keys, g].double() for name in "kv")
+        dk_D, dv_D = (torch.zeros_like(y[0]) for y in (k_wD, v_wD))
+        if len(k_wD) < width:
+            return dk_D, dv_D
+        queries = selected.visible_queries(b, h, keys.start)
+        for part in chunks(len(queries), width * self._problem.head_dim):
+            rows = queries[part]
+            q_nD, dout_nD, out_nD = (
+                y[b, rows, h].double() for y in (x["q"], x["dout"], self._results["out"])
+            )
+            scores_nw = weighted_scores((q_nD @ k_wD.T) * self._problem.softmax_scale)
+            probs_nw = (scores_nw - self._results["lse"][b, h, rows].double()[:, None]).exp()
+            dscores_nw = (dout_nD @ v_wD.T - (dout_nD * out_nD).sum(-1, True)) * probs_nw
+            dscores_nw = score_gradients(dscores_nw, probs_nw) * self._problem.softmax_scale
+            dk_D += dscores_nw[:, position] @ q_nD
+            dv_D += probs_nw[:, position] @ dout_nD
+        return dk_D, dv_D
 
     def _dq_of_derived(self, b: int, h: int, line: int) -> torch.Tensor | float:
         """dq ``[D]`` of a query through the keys that are derived from it."""

@@ -23,9 +23,9 @@ from cpbench.core.spec import Spec
 from cpbench.inputs import Recipe
 from cpbench.parallel.layout import build
 from cpbench.parallel.world import World
-from cpbench.selectors.common.base import SelectionResult, Selector
+from cpbench.selectors.common.base import Branch, SelectionResult, Selector
 from cpbench.selectors.joined.pyramid import Pyramid
-from cpbench.selectors.selections import Tokens
+from cpbench.selectors.selections import Blocks, Tokens
 from cpbench.sweep import sweep_file
 from cpbench.verify import check, joined, selection
 from cpbench.verify.check import Tensors
@@ -340,7 +340,10 @@ def test_the_sampled_check_finds_wrong_results(spec: str) -> None:
 @pytest.mark.parametrize(
     ("spec", "wrong"),
     [
-        ("landmark:block_size=16,top_k=4", {"scores": None}),
+        (
+            "landmark:block_size=16,top_k=4",
+            {"mask": lambda branch: Blocks(branch.mask.grid, branch.mask.kept)},
+        ),
         ("cca:group_size=8,window=20", {"key_weight": 8}),
         ("pyramid:window=12,ratio=4,scales=2", {"key_weight": 1}),
         ("lm_infinite:num_sinks=3,window=20", {"turn_q": None}),
@@ -354,9 +357,14 @@ def test_both_checks_follow_how_a_branch_is_joined(spec: str, wrong: dict[str, A
 
     work = _work(spec, 200)
     x, results, selected = _pass(work)
+
+    def changed(branch: Branch) -> Branch:
+        values = {name: x(branch) if callable(x) else x for name, x in wrong.items()}
+        return replace(branch, **values)
+
     claimed = selected._replace(
         prepared=tuple(
-            one if i == 0 else one._replace(branch=replace(one.branch, **wrong))
+            one if i == 0 else one._replace(branch=changed(one.branch))
             for i, one in enumerate(selected.prepared)
         )
     )

@@ -21,7 +21,7 @@ from cpbench.core.spec import Spec
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.selectors.common.base import Branch
 from cpbench.selectors.common.pooling import NO_POOL, Pool
-from cpbench.selectors.selections import Blocks, Lines, block_grid
+from cpbench.selectors.selections import Blocks, LandmarkBlocks, Lines, block_grid
 from cpbench.sweep import sweep_file
 
 # --- computation for a given selection ----------------------------------------------------------
@@ -54,6 +54,8 @@ def _expected(
             k_, v_ = branch.derived.derive(QKV(*leaves))
         k_, v_ = (x.repeat_interleave(HEADS_Q // x.shape[2], 2) for x in (k_, v_))
         scores = torch.einsum("bshd,bthd->bhst", q_, k_) * DIM**-0.5
+        if isinstance(branch.mask, LandmarkBlocks):
+            scores = _weighted_by_landmarks(scores, branch.mask.grid.block_k)
         if isinstance(branch.mask, AttnMask):
             visible = torch.as_tensor(branch.mask.to_dense())
         else:
@@ -65,11 +67,6 @@ def _expected(
             out = out.repeat_interleave(branch.pool_q.size, 1)[:, :TOKENS]
         outs.append(branch.gate * out)
         lses.append(lse[..., 0] + math.log(branch.key_weight))
-        if branch.scores is not None:
-            index = branch.scores.index.long()
-            every = torch.einsum("bshd,bthd->bhst", *(_repeated(x) for x in leaves[:2]))
-            given = every.gather(3, index.clamp(min=0)[..., None])[..., 0] * DIM**-0.5
-            lses[-1] = given.masked_fill(index < 0, -torch.inf)
     lse = torch.stack(lses).logsumexp(0) if joined else lses[0]
     if joined:
         weights = [(x - lse).exp().transpose(1, 2)[..., None] for x in lses]
@@ -82,9 +79,14 @@ def _expected(
     return results
 
 
-def _repeated(x: torch.Tensor) -> torch.Tensor:
-    """With as many heads as queries have."""
-    return x.repeat_interleave(HEADS_Q // x.shape[2], 2)
+def _weighted_by_landmarks(scores: torch.Tensor, block: int) -> torch.Tensor:
+    """Scores by which the softmax of a block has the probability of its last key."""
+    weighted = scores.clone()
+    for begin in range(0, TOKENS - block + 1, block):
+        own, landmark = scores[..., begin : begin + block - 1], begin + block - 1
+        shift = scores[..., landmark : landmark + 1] - own.logsumexp(-1, True)
+        weighted[..., begin:landmark] = own + shift
+    return weighted
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

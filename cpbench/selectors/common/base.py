@@ -23,7 +23,7 @@ from cpbench.core.registry import OperatorInfo, implementation, operator_info
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.masks.slices import IntArray
 from cpbench.selectors.common.folding import fold_batch, unfold_batch, unfold_lse
-from cpbench.selectors.common.joining import KeyPool, KeyScores, join, join_backward
+from cpbench.selectors.common.joining import KeyPool, join, join_backward
 from cpbench.selectors.common.pooling import NO_POOL, Pool
 from cpbench.selectors.selections import SELECTIONS, Blocks, Grid, Lines, Selection, block_grid
 
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 DEFAULT_KERNELS = {
     "cpu": {
         "blocks": "gathered",
+        "landmarks": "gathered",
         "lines": "gathered",
         "rows": "gathered",
         "tokens": "gathered",
@@ -47,6 +48,7 @@ DEFAULT_KERNELS = {
     },
     "cuda": {
         "blocks": "triton_block_sparse",
+        "landmarks": "gathered",
         "lines": "triton_block_sparse",
         "rows": "gathered",
         "tokens": "gathered",
@@ -64,11 +66,10 @@ class Branch:
         gate: factor of its output in the sum over branches.
         pool_q, pool_k: mean pooling of its queries, and of its keys and values.
         derived: what derives its keys and values from the inputs, in place of ``pool_k``; of
-            branches that are joined by their lse, as the next two.
+            branches that are joined by their lse, as ``key_weight``.
         key_weight: tokens that each of its keys counts for.
-        scores: the lse by which it is joined, in place of its own.
         turn_q, turn_k: RoPE of its queries and of its keys, before they are pooled (see
-            ``rotating``); of branches that are joined, without ``derived`` and ``scores``.
+            ``rotating``); of branches that are joined, without ``derived``.
     """
 
     mask: AttnMask | Selection
@@ -77,7 +78,6 @@ class Branch:
     pool_k: Pool = NO_POOL
     derived: KeyPool | None = None
     key_weight: int = 1
-    scores: KeyScores | None = None
     turn_q: Turn | None = None
     turn_k: Turn | None = None
 

@@ -18,9 +18,13 @@ from cpbench.masks.patterns import WIDE
 from cpbench.masks.slices import IntArray
 from cpbench.selectors.common.base import Branch, Plan
 from cpbench.selectors.common.block_budget import BlockBudgetSelector
-from cpbench.selectors.common.joining import KeyScores
-from cpbench.selectors.common.ranking import check_minimum, qk_scores, row_chunks, upcast
-from cpbench.selectors.selections import block_grid, one_block_each
+from cpbench.selectors.common.ranking import (
+    check_minimum,
+    qk_scores,
+    top_blocks_in_chunks,
+    upcast,
+)
+from cpbench.selectors.selections import LandmarkBlocks, block_grid
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +63,7 @@ class Landmark(BlockBudgetSelector):
     """
 
     name = "landmark"
-    branch_kinds = ("mask", "rows")
+    branch_kinds = ("mask", "landmarks")
     joined = True
 
     def __init__(
@@ -67,12 +71,6 @@ class Landmark(BlockBudgetSelector):
     ) -> None:
         super().__init__(block_size, top_k, keep, kernel)
         check_minimum(self.name, 2, block_size=block_size)
-
-    def is_deterministic(self, problem: Problem, device: str) -> bool:
-        """See ``cpbench.core.operator.is_deterministic``: gradients of landmarks are summed in any
-        order on cuda."""
-        in_order = not (problem.backward and device.startswith("cuda"))
-        return in_order and super().is_deterministic(problem, device)
 
     def prepare_rows(self, mask: AttnMask, rows: IntArray, problem: Problem, device: str) -> Plan:
         plan, block = super().prepare_rows(mask, rows, problem, device), self.block_size
@@ -83,27 +81,22 @@ class Landmark(BlockBudgetSelector):
     def select(self, q: torch.Tensor, k: torch.Tensor, plan: Plan) -> tuple[Branch, ...]:
         import torch
 
-        block, scale = self.block_size, plan.problem.softmax_scale
+        block, device = self.block_size, q.device
         grid = plan.grid(1, block)
-        (b, s, h, _), tokens, device = q.shape, k.shape[1], q.device
-        branches = [Branch(mask=plan.of_queries(own_block_mask(tokens, block)))]
+        own = Branch(mask=plan.of_queries(own_block_mask(k.shape[1], block)))
+        landmarks = upcast(k[:, block - 1 :: block])
+        without = grid.areas.shape[1] - landmarks.shape[1]  # a last block that is shorter
         past = torch.as_tensor(plan.positions, device=device) // block  # blocks of each query
         counts = (self._budget_of(past + 1) - 1).minimum(past)
-        last = torch.tensor((tokens - 1) // block)  # of all queries: ranks have as many branches
-        most = min(int(self._budget_of(last + 1)) - 1, int(last))
-        landmarks = upcast(k[:, block - 1 :: block])
-        chosen = torch.empty((b, h, s, most), dtype=torch.int64, device=device)
-        for begin, end in row_chunks(s, b * h * max(landmarks.shape[1], 1), device):
+
+        def score_rows(begin: int, end: int) -> torch.Tensor:
             scores = qk_scores(upcast(q[:, begin:end]), landmarks)
-            hidden = torch.arange(landmarks.shape[1], device=device) >= past[begin:end, None]
-            ranked = scores.masked_fill_(hidden, -torch.inf).topk(most, dim=-1).indices
-            chosen[:, :, begin:end] = ranked
-        for rank in range(most):
-            block_of = chosen[..., rank].masked_fill(rank >= counts, -1)
-            landmark = (block_of * block + block - 1).masked_fill_(block_of < 0, -1)
-            scores_of = KeyScores(landmark.to(torch.int32), scale)
-            branches.append(Branch(mask=one_block_each(grid, block_of), scores=scores_of))
-        return tuple(branches)
+            return torch.nn.functional.pad(scores, (0, without))
+
+        none_forced = torch.zeros_like(grid.allowed)
+        shape = (len(q), q.shape[2])
+        kept = top_blocks_in_chunks(score_rows, shape, counts, grid, none_forced)
+        return own, Branch(mask=LandmarkBlocks(grid, kept))
 
     def _budget_of(self, visible: torch.Tensor) -> torch.Tensor:
         """Blocks of queries that see so many, including their own."""

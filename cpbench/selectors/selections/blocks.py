@@ -6,7 +6,7 @@ Legend: B batch, H query heads, S queries, T keys; X blocks of queries, Y blocks
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cpbench.masks.attn_mask import AttnMask
@@ -65,7 +65,7 @@ class Blocks(InGrid):
 
     def of_heads(self, b: int, heads: slice) -> Blocks:
         """The selection of some heads of one batch."""
-        return Blocks(self.grid, self.kept[b : b + 1, heads])
+        return replace(self, kept=self.kept[b : b + 1, heads])
 
     def visible_keys(self, b: int, h: int, query: int) -> torch.Tensor:
         """Indices of the keys that one query attends to."""
