@@ -64,11 +64,14 @@ class Dsa(Selector):
         for begin, end in row_chunks(s, b * h * t, q.device):
             keys = visible_end(plan.mask, begin, end)
             scores = qk_scores(index_q[:, begin:end], index_k[:, :keys]).relu_().sum(1)
-            # Many scores are 0, of which the first keys win, however many keys there are.
-            scores -= (scores == 0) * torch.arange(1, keys + 1, device=q.device)
             visible = dense_mask_rows(plan.mask, begin, end, q.device)[:, :keys]
             hidden = visible.logical_not_()
-            values, indices = largest(scores.masked_fill_(hidden, -torch.inf), min(max_keys, keys))
+            count = min(max_keys, keys)
+            values, indices = largest(scores.masked_fill_(hidden, -torch.inf), count)
+            if (values == 0).any():
+                # Of many scores of 0 the first keys win, however many keys there are.
+                scores -= (scores == 0) * torch.arange(1, keys + 1, device=q.device)
+                values, indices = largest(scores, count)
             indices.masked_fill_(values == -torch.inf, -1)
             index[:, 0, begin:end, : indices.shape[2]] = indices
         return (Branch(mask=Tokens(plan.mask, index, h)),)

@@ -111,16 +111,15 @@ def largest(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         return top.values, top.indices
     maxima = scores[..., : n // group * group].unflatten(-1, (group, -1)).amax(-2)
     bound = maxima.topk(k, dim=-1, sorted=False).values.amin(-1, True)
-    reach = (scores >= bound).flatten(0, -2)
-    counts = reach.sum(-1)
-    found = torch.from_numpy(np.flatnonzero(reach.numpy()))  # torch's takes three times as long
-    rank = torch.arange(int(counts.max()), device=scores.device)
+    reach = np.flatnonzero((scores >= bound).numpy())  # torch's takes three times as long
+    row_start = torch.arange(scores[..., 0].numel())[:, None] * n
+    edges = torch.from_numpy(np.searchsorted(reach, np.append(row_start, scores.numel())))
+    found, first, counts = torch.from_numpy(reach), edges[:-1], edges.diff()
+    rank = torch.arange(int(counts.max()))
     padding = rank >= counts[:, None]
-    first = counts.cumsum(0) - counts
     position = found[(first[:, None] + rank).clamp_(max=len(found) - 1)]
     candidates = scores.reshape(-1)[position].masked_fill_(padding, -torch.inf)
     top = candidates.topk(k, dim=-1, sorted=False)
-    row_start = torch.arange(len(counts), device=scores.device)[:, None] * n
     indices = position.gather(1, top.indices).sub_(row_start)
     shape = (*scores.shape[:-1], k)
     return top.values.view(shape), indices.view(shape)

@@ -16,7 +16,7 @@ import numpy as np
 
 from cpbench.core.registry import OperatorInfo
 from cpbench.selectors.common.base import Branch, Plan, Selector, rows_of
-from cpbench.selectors.common.ranking import check_minimum, qk_scores, row_chunks, upcast
+from cpbench.selectors.common.ranking import check_minimum, largest, qk_scores, row_chunks, upcast
 from cpbench.selectors.common.windows import keys_from
 from cpbench.selectors.selections import Tokens, dense_mask_rows
 
@@ -91,8 +91,8 @@ class Recycled(Selector):
             scores = qk_scores(upcast(q[:, begin:end]), upcast(k))
             seen = dense_mask_rows(mask, begin, end, q.device)
             seen &= torch.arange(t, device=q.device) <= positions[begin:end, None]
-            top = scores.masked_fill_(~seen, -torch.inf).topk(found.shape[3], dim=-1)
-            found[:, :, begin:end] = top.indices.masked_fill_(top.values == -torch.inf, -1)
+            values, keys = largest(scores.masked_fill_(~seen, -torch.inf), found.shape[3])
+            found[:, :, begin:end] = keys.masked_fill_(values == -torch.inf, -1)
         return found
 
 

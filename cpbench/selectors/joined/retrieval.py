@@ -19,7 +19,13 @@ import numpy as np
 from cpbench.core.registry import OperatorInfo
 from cpbench.masks.slices import IntArray
 from cpbench.selectors.common.base import Branch, Plan, Selector
-from cpbench.selectors.common.ranking import check_minimum, qk_scores, row_chunks, upcast
+from cpbench.selectors.common.ranking import (
+    check_minimum,
+    largest,
+    qk_scores,
+    row_chunks,
+    upcast,
+)
 from cpbench.selectors.common.windows import window_begins, window_mask
 from cpbench.selectors.selections import Tokens
 
@@ -162,14 +168,13 @@ class Retrieval(Selector):
         """The keys with the highest products of queries ``[begin, end)``, ``[B, H, rows, n]``."""
         import torch
 
-        last = max(int(begins[end - 1]), self.num_sinks)
+        first, last = (max(int(x), self.num_sinks) for x in (begins[begin], begins[end - 1]))
         scores = qk_scores(upcast(q[:, begin:end]), upcast(k[:, self.num_sinks : last]))
-        key = torch.arange(self.num_sinks, last, device=q.device)
+        key = torch.arange(first, last, device=q.device)  # all queries see those before
         outside = key >= torch.as_tensor(begins[begin:end], device=q.device)[:, None]
-        scores.masked_fill_(outside, -torch.inf)
-        top = scores.topk(min(self.top_k, scores.shape[3]), dim=-1)
-        indices = (top.indices + self.num_sinks).masked_fill_(top.values == -torch.inf, -1)
-        return indices.to(torch.int32)
+        scores[..., first - self.num_sinks :].masked_fill_(outside, -torch.inf)
+        values, indices = largest(scores, min(self.top_k, scores.shape[3]))
+        return indices.add_(self.num_sinks).masked_fill_(values == -torch.inf, -1).to(torch.int32)
 
     def _search_graphs(
         self,
