@@ -97,9 +97,12 @@ def count_by_slice(slices: IntArray, tile: int, block: int) -> TileCounts:
         local[:, column] -= shift
     local[:, LO] -= shift_k - shift_q
     local[:, HI] -= shift_k - shift_q
+    launched = int(-(-local[:, Q1].max() // tile)) * len(slices)
+    # Ranks that join the chunks of others have thousands of slices, but few different ones.
+    local, times = np.unique(local, axis=0, return_counts=True)
     cut, _ = strips(local, tile)
     visits = -(-cut[:, K1] // block) - cut[:, K0] // block
-    return _summarise(visits, int(-(-local[:, Q1].max() // tile)) * len(slices))
+    return _summarise(visits, launched, np.repeat(times, -(-local[:, Q1] // tile)))
 
 
 def count_documents(
@@ -115,6 +118,8 @@ def count_documents(
     return count_by_slice(np.column_stack([zero, q, zero, k, -q, high]), tile, block)
 
 
-def _summarise(visits: IntArray, launched: int) -> TileCounts:
-    busy = int((visits > 0).sum())
-    return TileCounts(int(visits.sum()), busy, launched - busy, int(visits.max(initial=0)))
+def _summarise(visits: IntArray, launched: int, times: IntArray | int = 1) -> TileCounts:
+    """Counts of tiles that visit so many blocks, each so many times."""
+    busy = int(((visits > 0) * times).sum())
+    total, largest = int((visits * times).sum()), int(visits.max(initial=0))
+    return TileCounts(total, busy, launched - busy, largest)
