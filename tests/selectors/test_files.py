@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 import cpbench
 from cpbench import masks
 from cpbench.selectors.selections import Tokens
-from cpbench.sweep import sweep_file
+from cpbench.sweep import content_hash, sweep_file
 
 
 def _scores_file(path: Path, scores: torch.Tensor) -> str:
@@ -136,6 +136,18 @@ def test_files_enter_the_id_of_a_case_by_their_content(tmp_path: Path, name: str
         spec = _seer_file(file, gates=tensor) if name == "gates" else _scores_file(file, tensor)
         ids.append(sweep_file.expand({"sweep": {"operator": spec}}, "s").cases[0].id)
     assert ids[0] != ids[1]
+
+
+def test_the_files_of_a_sweep_are_hashed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of captured activations may have gigabytes, and a sweep a hundred cases of it."""
+    file, read = _scores_file(tmp_path / "g.safetensors", torch.zeros(1, 1024)), []
+    hashed = content_hash._sha256
+    monkeypatch.setattr(content_hash, "_sha256", lambda path: read.append(path) or hashed(path))
+    sweep = {"operator": [file, file.replace("=20", "=30")], "mask": ["full", "causal"]}
+    assert len(sweep_file.expand({"sweep": sweep}, "s").cases) == 4
+    assert len(read) == 1
 
 
 @pytest.mark.parametrize(
