@@ -29,8 +29,6 @@ from cpbench.selectors.selections import (
     Lines,
     Selection,
     Tokens,
-    score_gradients,
-    weighted_scores,
 )
 
 if TYPE_CHECKING:
@@ -91,10 +89,10 @@ def forward64(qkv: QKV, mask: Mask | Selection, scale: float) -> tuple[torch.Ten
     if k.shape[1] == 0:
         return out, lse
     q_BGRSD, k_BGTD, v_BGTD = _grouped(q, k.shape[2]), _heads_first(k), _heads_first(v)
-    for rows, bias_ST in _row_blocks(mask, k.shape[2], b * h, q.device):
-        scores = _scores(q_BGRSD[:, :, :, rows], k_BGTD, scale, bias_ST)
+    for rows, bias_ST, scored_ST in _row_blocks(mask, k.shape[2], b * h, q.device):
+        scores = _scores(q_BGRSD[:, :, :, rows], k_BGTD, scale, scored_ST)
         if isinstance(mask, LandmarkBlocks):
-            scores = _by_block(weighted_scores, mask, scores)
+            scores = _by_block(grouped_scores, mask, scores)
         lse_rows = torch.logsumexp(scores, dim=-1)
         probs = _probabilities(scores, lse_rows, bias_ST)
         out_rows = _product(probs, v_BGTD.unsqueeze(2), bias_ST)
@@ -118,21 +116,21 @@ def backward64(x: BackwardInputs, mask: Mask | Selection, scale: float) -> Gradi
     dk, dv = torch.zeros_like(k_BGTD), torch.zeros_like(v_BGTD)
     if k.shape[1] == 0:
         return dq.permute(0, 3, 1, 2, 4).flatten(2, 3), dk.transpose(1, 2), dv.transpose(1, 2)
-    for rows, bias_ST in _row_blocks(mask, k.shape[2], b * h, q.device):
+    for rows, bias_ST, scored_ST in _row_blocks(mask, k.shape[2], b * h, q.device):
         q_rows, dout_rows = q_BGRSD[:, :, :, rows], dout_BGRSD[:, :, :, rows]
-        scores = _scores(q_rows, k_BGTD, scale, bias_ST)
+        own_scores = scores = _scores(q_rows, k_BGTD, scale, scored_ST)
         if isinstance(mask, LandmarkBlocks):
-            scores = _by_block(weighted_scores, mask, scores)
+            scores = _by_block(grouped_scores, mask, scores)
         probs = _probabilities(scores, lse_BGRS[:, :, :, rows], bias_ST)
         dv += _product(probs.mT, dout_rows, bias_ST.mT).sum(2)
         dscores = torch.einsum("bgrsd,bgtd->bgrst", dout_rows, v_BGTD)
         dscores.sub_(delta[:, :, :, rows].unsqueeze(-1)).mul_(probs).mul_(scale)
-        if isinstance(mask, LandmarkBlocks):
-            dscores = _by_block(score_gradients, mask, dscores, probs)
         if not _is_finite(dscores):
             dscores.masked_fill_(bias_ST == -torch.inf, 0.0)
-        dq[:, :, :, rows] = _product(dscores, k_BGTD.unsqueeze(2), bias_ST)
-        dk += _product(dscores.mT, q_rows, bias_ST.mT).sum(2)
+        if isinstance(mask, LandmarkBlocks):
+            dscores = _by_block(grouped_gradients, mask, own_scores, dscores)
+        dq[:, :, :, rows] = _product(dscores, k_BGTD.unsqueeze(2), scored_ST)
+        dk += _product(dscores.mT, q_rows, scored_ST.mT).sum(2)
     return dq.permute(0, 3, 1, 2, 4).flatten(2, 3), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
@@ -148,16 +146,39 @@ def _scores(
     return scores.add_(bias_ST)
 
 
+def grouped_scores(scores_w: torch.Tensor) -> torch.Tensor:
+    """Scores of one softmax in which each of the keys of a block ``[…, w]`` has its share, by a
+    softmax within the block, of the probability of the last one, the landmark; which has none."""
+    import torch
+
+    shares = torch.log_softmax(scores_w[..., :-1], -1)
+    shares = shares.masked_fill(scores_w[..., :-1] == -torch.inf, -torch.inf)
+    landmark = scores_w[..., -1:]
+    return torch.cat([landmark + shares, torch.full_like(landmark, -torch.inf)], -1)
+
+
+def grouped_gradients(scores_w: torch.Tensor, dgrouped_w: torch.Tensor) -> torch.Tensor:
+    """The gradients of scores, from those of :func:`grouped_scores`."""
+    import torch
+
+    shares = scores_w[..., :-1].softmax(-1).nan_to_num(0.0)
+    own = dgrouped_w[..., :-1]
+    total = own.sum(-1, True)
+    gradients: torch.Tensor = torch.cat([own - shares * total, total], -1)
+    return gradients
+
+
 def _by_block(
     function: Callable[..., torch.Tensor], mask: LandmarkBlocks, *xs_T: torch.Tensor
 ) -> torch.Tensor:
-    """A function of ``[…, w]`` for each whole block of keys; a last one that is shorter is in no
-    selection."""
+    """A function of ``[…, w]`` for each whole block of keys; keys of a last one that is shorter are
+    in no selection, and stay as in the last argument."""
+    import torch
+
     width = mask.grid.block_k
     end = mask.seq_k // width * width
     blocks = function(*(x[..., :end].unflatten(-1, (-1, width)) for x in xs_T))
-    xs_T[0][..., :end] = blocks.flatten(-2)
-    return xs_T[0]
+    return torch.cat([blocks.flatten(-2), xs_T[-1][..., end:]], -1)
 
 
 def _probabilities(
@@ -200,10 +221,11 @@ def _is_finite(x: torch.Tensor) -> bool:
 
 def _row_blocks(
     mask: Mask | Selection, groups: int, batch_heads: int, device: torch.device
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Blocks of query rows that see something, with the bias of their scores.
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """Blocks of query rows that see something, with the bias of their keys, and that of what they
+    have a score with: the same, and landmarks.
 
-    The bias is 0, -inf, or the logarithm of the number of times that a pair counts: ``[S, T]``,
+    A bias is 0, -inf, or the logarithm of the number of times that a pair counts: ``[S, T]``,
     ``[G, R, S, T]`` if heads differ, or ``[B, G, R, S, T]`` if batches differ too.
     """
     import torch
@@ -212,11 +234,11 @@ def _row_blocks(
     for start in range(0, mask.seq_q, step):
         end = min(start + step, mask.seq_q)
         if isinstance(mask, Blocks | Lines | Tokens):
+            bias = _bias_of(mask.dense_rows(start, end), groups)
+            scored = bias
             if isinstance(mask, LandmarkBlocks):
-                visible = mask.dense_blocks(start, end)
-            else:
-                visible = mask.dense_rows(start, end)
-            yield slice(start, end), visible.double().log_().unflatten(1, (groups, -1))
+                scored = _bias_of(mask.dense_blocks(start, end), groups)
+            yield slice(start, end), bias, scored
             continue
         counts: np.ndarray[Any, Any]
         if isinstance(mask, DilatedMask):
@@ -227,7 +249,14 @@ def _row_blocks(
                 continue
             counts = rows.to_dense()
         bias = torch.as_tensor(counts, device=device).double().log_()
-        yield slice(start, end), bias if bias.ndim == 2 else bias.unflatten(0, (groups, -1))
+        bias = bias if bias.ndim == 2 else bias.unflatten(0, (groups, -1))
+        yield slice(start, end), bias, bias
+
+
+def _bias_of(visible_BHST: torch.Tensor, groups: int) -> torch.Tensor:
+    """``[B, G, R, S, T]``: 0 where a pair is visible, else -inf."""
+    bias: torch.Tensor = visible_BHST.double().log_().unflatten(1, (groups, -1))
+    return bias
 
 
 def _heads_first(x_BTGD: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING
 
 from cpbench.core.registry import OperatorInfo
 from cpbench.selectors.common.base import Branch, Plan, Selector
-from cpbench.selectors.common.ranking import check_minimum, largest, qk_scores, row_chunks, upcast
+from cpbench.selectors.common.ranking import (
+    check_minimum,
+    largest,
+    lower_bound,
+    qk_scores,
+    row_chunks,
+    upcast,
+)
 from cpbench.selectors.selections import Tokens, dense_mask_rows, visible_end
 
 if TYPE_CHECKING:
@@ -67,11 +74,12 @@ class Dsa(Selector):
             visible = dense_mask_rows(plan.mask, begin, end, q.device)[:, :keys]
             hidden = visible.logical_not_()
             count = min(max_keys, keys)
-            values, indices = largest(scores.masked_fill_(hidden, -torch.inf), count)
-            if (values == 0).any():
+            bound = lower_bound(scores.masked_fill_(hidden, -torch.inf), count)
+            if bound is None or not (bound > 0).all():
                 # Of many scores of 0 the first keys win, however many keys there are.
                 scores -= (scores == 0) * torch.arange(1, keys + 1, device=q.device)
-                values, indices = largest(scores, count)
+                bound = None
+            values, indices = largest(scores, count, bound)
             indices.masked_fill_(values == -torch.inf, -1)
             index[:, 0, begin:end, : indices.shape[2]] = indices
         return (Branch(mask=Tokens(plan.mask, index, h)),)

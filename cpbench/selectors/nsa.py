@@ -136,6 +136,8 @@ class Nsa(Selector):
             for a, b in row_chunks(end - begin, row_size, q.device):
                 rows = slice(begin + a, begin + b)
                 least, most = int(past[rows.start]), int(past[rows.stop - 1])
+                if not most:
+                    continue
                 scores = qk_scores(upcast(q[:, rows]) * plan.problem.softmax_scale, means[:, :most])
                 hidden = torch.arange(least, most, device=q.device) >= past_of[rows]
                 scores[..., least:].masked_fill_(hidden, -torch.inf)

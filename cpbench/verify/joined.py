@@ -15,10 +15,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from cpbench.core.operator import QKV, BackwardInputs
+from cpbench.kernels.reference import grouped_gradients, grouped_scores
 from cpbench.selectors.common.base import Branch, SelectionResult
 from cpbench.selectors.common.joining import KeyPool
 from cpbench.selectors.common.rotating import Turn
-from cpbench.selectors.selections import LandmarkBlocks, score_gradients, weighted_scores
+from cpbench.selectors.selections import LandmarkBlocks
 from cpbench.verify.branch_lines import (
     rows_in_chunks,
     visible_columns,
@@ -132,23 +133,24 @@ class JoinedLines:
             keys = self._row_keys(branch, b, h, line)
             k_nD, v_nD = self._keys(branch, b, h, keys)
             scores = (k_nD @ _turned(branch.turn_q, q_D, line)) * scale
+            joined_scores = scores + math.log(branch.key_weight)
             if isinstance(branch.mask, LandmarkBlocks):
-                scores = _by_block(weighted_scores, branch.mask, scores)
-            parts.append((branch, k_nD, v_nD, scores + math.log(branch.key_weight)))
+                joined_scores = _by_block(grouped_scores, branch.mask, scores)
+            parts.append((branch, k_nD, v_nD, scores, joined_scores))
         total_lse = torch.cat([scores for *_, scores in parts]).logsumexp(0)
         probs = [_weights(scores, total_lse) for *_, scores in parts]
         total = torch.zeros_like(q_D)
-        for (_, _, v_nD, _), p in zip(parts, probs, strict=True):
+        for (_, _, v_nD, *_), p in zip(parts, probs, strict=True):
             total += p @ v_nD
         results = {"out": total, "lse": total_lse}
         if "dout" not in x:
             return results
         dout_D = x["dout"][b, line, h].double()
         dq_D = torch.zeros_like(q_D)
-        for (branch, k_nD, v_nD, _), p in zip(parts, probs, strict=True):
+        for (branch, k_nD, v_nD, scores, _), p in zip(parts, probs, strict=True):
             dscores = p * ((v_nD - total) @ dout_D)
             if isinstance(branch.mask, LandmarkBlocks):
-                dscores = _by_block(score_gradients, branch.mask, dscores, p)
+                dscores = _by_block(grouped_gradients, branch.mask, scores, dscores)
             dq_D += _turned(branch.turn_q, (dscores * scale) @ k_nD, line, transposed=True)
         return results | {"dq": dq_D + self._dq_of_derived(b, h, line)}
 
@@ -268,10 +270,11 @@ class JoinedLines:
             q_nD, dout_nD, out_nD = (
                 y[b, rows, h].double() for y in (x["q"], x["dout"], self._results["out"])
             )
-            scores_nw = weighted_scores((q_nD @ k_wD.T) * self._problem.softmax_scale)
-            probs_nw = (scores_nw - self._results["lse"][b, h, rows].double()[:, None]).exp()
+            scores_nw = (q_nD @ k_wD.T) * self._problem.softmax_scale
+            lse_n1 = self._results["lse"][b, h, rows].double()[:, None]
+            probs_nw = (grouped_scores(scores_nw) - lse_n1).exp()
             dscores_nw = (dout_nD @ v_wD.T - (dout_nD * out_nD).sum(-1, True)) * probs_nw
-            dscores_nw = score_gradients(dscores_nw, probs_nw) * self._problem.softmax_scale
+            dscores_nw = grouped_gradients(scores_nw, dscores_nw) * self._problem.softmax_scale
             dk_D += dscores_nw[:, position] @ q_nD
             dv_D += probs_nw[:, position] @ dout_nD
         return dk_D, dv_D

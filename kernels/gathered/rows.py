@@ -17,13 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from cpbench.kernels.gathered.running_softmax import LOG2E, MIN_ROW_MAX
 from cpbench.selectors.common.hidden_keys import hidden_key_table
-from cpbench.selectors.selections import (
-    Blocks,
-    Grid,
-    LandmarkBlocks,
-    score_gradients,
-    weighted_scores,
-)
+from cpbench.selectors.selections import Blocks, Grid, LandmarkBlocks
 
 if TYPE_CHECKING:
     import torch
@@ -184,7 +178,7 @@ def backward(
         dv_TD[keys].addmm_(p_nw.T, do_nD)
         ds_nw = (do_nD @ v_TD[keys].T).sub_(delta_n1).mul_(p_nw).mul_(plan.scale)
         if plan.landmarks:
-            ds_nw = score_gradients(ds_nw, p_nw)
+            ds_nw = _score_gradients(ds_nw, p_nw)
         dk_TD[keys].addmm_(ds_nw.T, q_nD)
         dq_ND.index_add_(0, rows, ds_nw @ k_wD)
     return dq_ND, dk_TD, dv_TD
@@ -194,4 +188,27 @@ def _scores(q_nD: torch.Tensor, k_wD: torch.Tensor, plan: Plan, chunk: BlockRows
     """Scores ``[n, w]`` of the rows of a chunk, -inf for hidden keys."""
     s_nw = (q_nD @ k_wD.T).mul_(plan.scale)
     _apply_mask(s_nw, chunk)
-    return weighted_scores(s_nw) if plan.landmarks else s_nw
+    return _weighted_scores(s_nw) if plan.landmarks else s_nw
+
+
+def _weighted_scores(s_nw: torch.Tensor) -> torch.Tensor:
+    """Scores ``[n, w]`` of a block that its landmark, the last key, weights, as those of one
+    softmax over all blocks: the score of the landmark minus the lse of the others is added to
+    theirs, and its own is -inf.  Overwrites them."""
+    import torch
+
+    landmark_n1 = s_nw[:, -1:].clone()
+    s_nw[:, -1] = -torch.inf
+    return s_nw.add_(landmark_n1.sub_(torch.logsumexp(s_nw, 1, True)))
+
+
+def _score_gradients(ds_nw: torch.Tensor, p_nw: torch.Tensor) -> torch.Tensor:
+    """Gradients of scores, that of the landmark included, from those of the weighted scores, which
+    are overwritten, and probabilities ``[n, w]``."""
+    import torch
+
+    total_n1 = ds_nw.sum(1, True)
+    within_nw = p_nw / p_nw.sum(1, True).clamp_(min=torch.finfo(p_nw.dtype).tiny)
+    ds_nw.sub_(within_nw.mul_(total_n1))
+    ds_nw[:, -1] = total_n1[:, 0]
+    return ds_nw

@@ -63,6 +63,8 @@ def _chunks(
     import torch
 
     _, queries, n = index.shape
+    if not n:
+        return
     max_elements = MAX_GATHERED_ELEMENTS.get(index.device.type, MAX_GATHERED_ELEMENTS["cpu"])
     step = max(1, min(queries, max_elements // max(n * k_TD.shape[1], 1)))
     gathered = [(x_TD, x_TD.new_empty((step * n, x_TD.shape[1]))) for x_TD in (k_TD, v_TD)]
@@ -73,7 +75,7 @@ def _chunks(
             index_sn = index_Sn[rows]
             keys = index_sn.clamp(min=0).flatten().long()
             k_snD, v_snD = (
-                torch.index_select(x_TD, 0, keys, out=into[: len(keys)]).view(
+                torch.index_select(x_TD.detach(), 0, keys, out=into[: len(keys)]).view(
                     *index_sn.shape, x_TD.shape[1]
                 )
                 for x_TD, into in gathered
@@ -88,8 +90,8 @@ def forward(
     import torch
 
     tokens = index.shape[1]
-    q_RSD, out_ND = q_ND.view(-1, tokens, q_ND.shape[1]), torch.empty_like(q_ND)
-    out_RSD, lse_RS = out_ND.view(q_RSD.shape), q_ND.new_empty((len(q_RSD), tokens))
+    q_RSD, out_ND = q_ND.view(-1, tokens, q_ND.shape[1]), torch.zeros_like(q_ND)
+    out_RSD, lse_RS = out_ND.view(q_RSD.shape), q_ND.new_full((len(q_RSD), tokens), -torch.inf)
     scaled_q = q_RSD * (scale * LOG2E)
     for chunk in _chunks(index, len(q_RSD), k_TD, v_TD):
         softmax = RunningSoftmax()

@@ -110,6 +110,22 @@ def test_selectors(selector: str, where: str) -> None:
     assert torch.equal(dq.isnan().any(-1), hidden)
 
 
+def test_a_landmark_has_no_value() -> None:
+    """A NaN in its value, or in the dout of a query that does not see a landmark, is not there."""
+    tokens, landmark = 256, 127
+    inputs = naive.random_inputs(1, tokens, 2, 2, 32, torch.float32)
+    inputs[2][0, landmark] = math.nan
+    inputs[3][0, 200] = math.nan
+    *qkv, dout = inputs
+    leaves = [x.requires_grad_() for x in qkv]
+    spec = "landmark:block_size=64,keep=1.0"
+    out, _ = cpbench.attention(*leaves, masks.build("causal", tokens), operator=spec)
+    assert not out.isnan().any()
+    _, _, dv = torch.autograd.grad(out, leaves, dout)
+    assert dv[0, 0].isnan().all()
+    assert not dv[0, 63::64].isnan().any()
+
+
 def _on_shards(rank: int, size: int, strategy: str) -> list[torch.Tensor]:
     tokens = 24
     mask = mask_of("padded", tokens)

@@ -34,6 +34,15 @@ def test_the_largest_elements_of_rows(n: int, k: int, tied: bool, hidden: float)
         assert torch.equal(row[finite], row_values[row_values > -torch.inf])
 
 
+@pytest.mark.parametrize("missing", [3, 300])
+def test_elements_that_are_nan_are_the_largest(missing: int) -> None:
+    scores = torch.randn(4, 400, generator=torch.Generator().manual_seed(0))
+    scores[:, :missing] = torch.nan
+    values, positions = largest(scores, 4)
+    assert torch.equal(values.isnan().sum(-1), torch.full((4,), min(missing, 4)))
+    assert torch.equal(scores.gather(1, positions).nan_to_num(9.0), values.nan_to_num(9.0))
+
+
 def test_rows_of_a_mask_as_booleans() -> None:
     random = np.random.default_rng(0)
     for _ in range(200):

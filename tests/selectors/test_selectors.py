@@ -27,8 +27,10 @@ from naive_selectors import Head, assert_top_k, assert_top_p, ranges
 import cpbench
 from cpbench import masks
 from cpbench.core import registry
+from cpbench.core.problem import Problem
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.selectors.common.pooling import Pool
+from cpbench.selectors.dsa import Dsa
 from cpbench.selectors.selections import Blocks, Lines, Tokens
 
 
@@ -212,24 +214,42 @@ def test_flexprefill_uses_pooled_blocks_where_they_are_close_to_true_attention()
         assert not torch.equal(kept_if_aware[b, h], kept_if_not[b, h])
 
 
-def test_nsa_selects_blocks_by_compressed_attention_of_the_group() -> None:
+@pytest.mark.parametrize(("top_k", "size", "stride"), [(4, 8, 4), (3, 64, 16)])
+def test_nsa_selects_blocks_by_compressed_attention_of_the_group(
+    top_k: int, size: int, stride: int
+) -> None:
     q, k, _, _ = choosing.inputs()
-    spec = "nsa:block_size=16,top_k=4,compress=8,stride=4,window=24"
+    spec = f"nsa:block_size=16,top_k={top_k},compress={size},stride={stride},window=24"
     blocks, window, compressed = select(spec, "causal")
     kept = kept_blocks(blocks)
     for b, g in itertools.product(range(BATCH), range(HEADS_KV)):
-        for t, row in enumerate(naive_selectors.nsa(q, k, b, g, 16, 8, 4)):
+        for t, row in enumerate(naive_selectors.nsa(q, k, b, g, 16, size, stride)):
             allowed = torch.arange(kept.shape[3]) <= t // 16
             own = t // 16
             forced = {0, own, max(own - 1, 0)}
             for h in (2 * g, 2 * g + 1):
-                assert_top_k(kept[b, h, t], row, allowed, forced, 4)
+                assert_top_k(kept[b, h, t], row, allowed, forced, top_k)
     assert window.mask == masks.build("sliding_window_causal", TOKENS, window=23)
     assert isinstance(compressed.mask, AttnMask)
     dense = torch.as_tensor(compressed.mask.to_dense())
     for t in range(TOKENS):
-        assert int(dense[t].sum()) == max((t + 1 - 8) // 4 + 1, 0) or t < 7
+        assert int(dense[t].sum()) == max((t + 1 - size) // stride + 1, 0) or t < size - 1
         assert dense[t, : int(dense[t].sum())].all()
+
+
+def test_dsa_selects_the_first_of_many_keys_without_an_index_score() -> None:
+    tokens, top_k = 400, 20
+    q = torch.rand(1, tokens, 1, DIM)
+    problem = Problem(
+        batch=1, seq_q=tokens, seq_k=tokens, heads_q=1, heads_kv=1, head_dim=DIM, dtype="float32"
+    )
+    selector = Dsa(top_k=top_k)
+    plan = selector.prepare(masks.build("causal", tokens), problem, "cpu")
+    (branch,) = selector.select(q, -q, plan)
+    assert isinstance(branch.mask, Tokens)
+    for t in range(tokens):
+        chosen = branch.mask.visible_keys(0, 0, t).tolist()
+        assert chosen == list(range(min(t + 1, top_k)))
 
 
 @pytest.mark.parametrize("mask", ["causal", DOCUMENTS])

@@ -25,7 +25,7 @@ from cpbench.masks.slices import IntArray
 from cpbench.selectors.common.folding import fold_batch, unfold_batch, unfold_lse
 from cpbench.selectors.common.joining import KeyPool, join, join_backward
 from cpbench.selectors.common.pooling import NO_POOL, Pool
-from cpbench.selectors.selections import SELECTIONS, Blocks, Grid, Lines, Selection, block_grid
+from cpbench.selectors.selections import BY_HEAD, SELECTIONS, Grid, Selection, block_grid
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -280,7 +280,7 @@ class Selector:
         if branch.derived is not None:
             heads = branch.derived.num_heads(problem.heads_q, problem.heads_kv)
             problem = replace(problem, heads_kv=heads)
-        folded = isinstance(mask, Blocks | Lines) and branch.kind not in info.masks
+        folded = branch.kind in BY_HEAD and branch.kind not in info.masks
         if folded:
             mask = mask.to_heads()
             problem = replace(
@@ -363,7 +363,7 @@ class Selector:
 
 
 def _supports_kind(info: OperatorInfo, kind: str) -> bool:
-    return kind in info.masks or (kind in ("blocks", "lines") and "heads" in info.masks)
+    return kind in info.masks or (kind in BY_HEAD and "heads" in info.masks)
 
 
 def _joining_refusal(info: OperatorInfo, device: str) -> str | None:

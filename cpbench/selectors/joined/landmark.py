@@ -93,9 +93,7 @@ class Landmark(BlockBudgetSelector):
             scores = qk_scores(upcast(q[:, begin:end]), landmarks)
             return torch.nn.functional.pad(scores, (0, without))
 
-        none_forced = torch.zeros_like(grid.allowed)
-        shape = (len(q), q.shape[2])
-        kept = top_blocks_in_chunks(score_rows, shape, counts, grid, none_forced)
+        kept = top_blocks_in_chunks(score_rows, (len(q), q.shape[2]), counts, grid)
         return own, Branch(mask=LandmarkBlocks(grid, kept))
 
     def _budget_of(self, visible: torch.Tensor) -> torch.Tensor:

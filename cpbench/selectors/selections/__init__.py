@@ -15,18 +15,16 @@ from cpbench.selectors.selections.grid import (
     slices_by_block,
     visible_end,
 )
-from cpbench.selectors.selections.landmarks import (
-    LandmarkBlocks,
-    score_gradients,
-    weighted_scores,
-)
+from cpbench.selectors.selections.landmarks import LandmarkBlocks
 from cpbench.selectors.selections.lines import Lines
 from cpbench.selectors.selections.tokens import Tokens
 
 Selection = Blocks | Lines | Tokens
 SELECTIONS = ("blocks", "landmarks", "lines", "rows", "tokens")  # kinds of selections
+BY_HEAD = ("blocks", "lines")  # those that are static masks of heads, too
 
 __all__ = [
+    "BY_HEAD",
     "SELECTIONS",
     "Blocks",
     "Grid",
@@ -37,8 +35,6 @@ __all__ = [
     "block_grid",
     "dense_mask_rows",
     "one_block_each",
-    "score_gradients",
     "slices_by_block",
     "visible_end",
-    "weighted_scores",
 ]

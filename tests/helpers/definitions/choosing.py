@@ -37,6 +37,7 @@ CASES = [
     ("flexprefill:block_size=16,min_budget=32", "causal"),
     ("flexprefill:block_size=16,min_budget=32,tau=1.0,gamma=0.4", "causal"),
     ("nsa:block_size=16,top_k=4,compress=8,stride=4,window=24", "causal"),
+    ("nsa:block_size=16,top_k=3,compress=64,stride=16,window=24", "causal"),
     ("dsa:top_k=20", "causal"),
     ("dsa:top_k=20,index_dim=8", DOCUMENTS),
     ("vsa:block_size=16,keep=0.2", "full"),
