@@ -8,6 +8,7 @@ from typing import Any
 import naive
 import naive_joined
 import naive_selectors
+import numpy as np
 import pytest
 import torch
 from choosing import HEADS_KV, HEADS_Q, kept_blocks
@@ -23,9 +24,10 @@ from cpbench.core.spec import Spec
 from cpbench.inputs import Recipe
 from cpbench.parallel.layout import build
 from cpbench.parallel.world import World
-from cpbench.selectors.common.base import Branch, SelectionResult, Selector
+from cpbench.selectors.common.base import Branch, SelectionResult, Selector, rows_of
+from cpbench.selectors.joined.landmark import past_blocks_grid, past_blocks_mask
 from cpbench.selectors.joined.pyramid import Pyramid
-from cpbench.selectors.selections import Blocks, Tokens
+from cpbench.selectors.selections import Blocks, Tokens, block_grid
 from cpbench.sweep import sweep_file
 from cpbench.verify import check, joined, selection
 from cpbench.verify.check import Tensors
@@ -85,6 +87,15 @@ def test_landmark_follows_its_grouped_softmax(budget: str) -> None:
     expected = naive_joined.results(inputs, lambda b, h: naive_joined.landmark(chosen[h], 16))
     for name, value in _results(spec, inputs).items():
         assert naive.error(value, expected[name]) < 2e-6, name
+
+
+@pytest.mark.parametrize("tokens", [95, 96, 100])
+def test_the_grid_of_past_blocks_is_that_of_their_mask(tokens: int) -> None:
+    positions = np.array([0, 3, 15, 16, 50, 51, 94])
+    mask = rows_of(past_blocks_mask(tokens, 16), positions)
+    grid = past_blocks_grid(mask, 16, positions, "cpu")
+    assert torch.equal(grid.areas, block_grid(mask, 1, 16, "cpu").areas)
+    assert grid.starts.tolist() == positions.tolist()
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from cpbench.selectors.common.ranking import (
     top_blocks_in_chunks,
     upcast,
 )
-from cpbench.selectors.selections import LandmarkBlocks, block_grid
+from cpbench.selectors.selections import Grid, LandmarkBlocks
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +75,7 @@ class Landmark(BlockBudgetSelector):
     def prepare_rows(self, mask: AttnMask, rows: IntArray, problem: Problem, device: str) -> Plan:
         plan, block = super().prepare_rows(mask, rows, problem, device), self.block_size
         past = plan.of_queries(past_blocks_mask(mask.seq_k, block))
-        plan.grids[1, block] = block_grid(past, 1, block, device, plan.positions)
+        plan.grids[1, block] = past_blocks_grid(past, block, plan.positions, device)
         return plan
 
     def select(self, q: torch.Tensor, k: torch.Tensor, plan: Plan) -> tuple[Branch, ...]:
@@ -117,3 +117,14 @@ def past_blocks_mask(tokens: int, block: int) -> AttnMask:
     wide = np.full(len(begin), WIDE)
     rows = [begin + block, wide, begin, begin + block - 1, -wide, wide]
     return AttnMask.from_slices(tokens, tokens, np.column_stack(rows))
+
+
+def past_blocks_grid(past: AttnMask, block: int, positions: IntArray, device: str) -> Grid:
+    """The grid of :func:`past_blocks_mask`, of queries at some positions.  It is written down: the
+    mask has a slice for every block, which would be cut at every query."""
+    import torch
+
+    starts = torch.as_tensor(positions, device=device)
+    column = torch.arange(-(-past.seq_k // block), device=device)
+    areas = (column < starts[:, None] // block).int().mul_(block - 1)
+    return Grid(past, 1, block, areas, starts)
