@@ -1,9 +1,10 @@
-"""Commands without a run directory: mask, capture, compile, tune, doctor."""
+"""Commands without a run directory: init, mask, capture, compile, tune, doctor."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +29,23 @@ if TYPE_CHECKING:
     from cpbench.masks.head_masks import Mask
 
 commands = typer.Typer()
+
+
+@commands.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="An existing folder.")] = Path(),
+) -> int:
+    """Write a commented sweep and Slurm profile to start from.
+
+    They are sweep.toml and site.toml.
+    """
+    from cpbench.sweep.templates import write_templates
+
+    with user_input():
+        for path in write_templates(folder):
+            print(f"wrote {path}")
+    print(f"next: cpbench run {shlex.quote(str(folder / 'sweep.toml'))} --dry-run")
+    return 0
 
 
 @commands.command()
@@ -132,12 +150,10 @@ def capture(
     ] = False,
     as_json: AsJson = False,
 ) -> int:
-    """Capture q, k and v of a model's attention, as inputs of a sweep.
+    """Capture q, k and v of a model, as inputs of a sweep.
 
     Several layers go to files of their own: qkv-0.safetensors, qkv-12.safetensors.
     """
-    import shlex
-
     from cpbench.cli.options import check_output
     from cpbench.core.subprocess_call import RequestRefused, read_reply, subprocesses
     from cpbench.sweep.sweep_file import split_list
