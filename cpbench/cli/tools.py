@@ -1,10 +1,9 @@
-"""Commands without a run directory: init, mask, capture, compile, tune, doctor."""
+"""Commands without a run directory: mask, capture, compile, tune, doctor."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,23 +28,6 @@ if TYPE_CHECKING:
     from cpbench.masks.head_masks import Mask
 
 commands = typer.Typer()
-
-
-@commands.command()
-def init(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="An existing folder.")] = Path(),
-) -> int:
-    """Write a commented sweep and Slurm profile to start from.
-
-    They are sweep.toml and site.toml.
-    """
-    from cpbench.sweep.templates import write_templates
-
-    with user_input():
-        for path in write_templates(folder):
-            print(f"wrote {path}")
-    print(f"next: cpbench run {shlex.quote(str(folder / 'sweep.toml'))} --dry-run")
-    return 0
 
 
 @commands.command()
@@ -154,6 +136,8 @@ def capture(
 
     Several layers go to files of their own: qkv-0.safetensors, qkv-12.safetensors.
     """
+    import shlex
+
     from cpbench.cli.options import check_output
     from cpbench.core.subprocess_call import RequestRefused, read_reply, subprocesses
     from cpbench.sweep.sweep_file import split_list
