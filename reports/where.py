@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from cpbench.core.spec import Spec, format_size
 from cpbench.results.store import Run
-from cpbench.sweep.conditions import split_condition
-from cpbench.sweep.sweep_file import INT_KEYS, SPEC_KEYS, parse_integer
+from cpbench.sweep.conditions import meets, split_condition
+from cpbench.sweep.decoding import parse_key_lens
+from cpbench.sweep.sweep_file import INT_KEYS, SPEC_KEYS, parse_integer, parse_specs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,18 +21,19 @@ _MAX_LISTED = 20  # values in a message
 def filter_rows(table: pd.DataFrame, conditions: Sequence[str]) -> pd.DataFrame:
     """The rows that meet every condition ``key=value[,value]``.
 
-    Keys are those of a sweep.  An operator, strategy, layout or mask matches by its text or by its
-    name before the colon, a mask also without its seed; a number may be written ``4k``.
+    Keys are those of a sweep.  What has parameters, such as an operator, a mask or inputs, matches
+    by its name and any of its parameters; a number may be written ``4k``.
 
     Raises:
         ValueError: for a condition that is not of that form, an unknown key, or no row left.
     """
     for condition in conditions:
         key, items = split_condition(condition)
-        values = {_parse_value(key, item) for item in items}
+        wanted = [value for item in items for value in _parse_values(key, item)]
         cells = table[key].fillna("")
         matches = {
-            cell: not values.isdisjoint(_matching_values(key, cell)) for cell in cells.unique()
+            cell: any(meets(_value_of(key, cell), value) for value in wanted)
+            for cell in cells.unique()
         }
         filtered = table[cells.map(matches)]
         if filtered.empty:
@@ -41,25 +43,24 @@ def filter_rows(table: pd.DataFrame, conditions: Sequence[str]) -> pd.DataFrame:
     return table
 
 
-def _parse_value(key: str, item: str) -> object:
+def _parse_values(key: str, item: str) -> Sequence[object]:
+    """The values of an item of a condition."""
     if key in INT_KEYS:
-        return parse_integer(key, item)
+        return [parse_integer(key, item)]
+    if key == "key_lens" and item:
+        return ["+".join(map(format_size, lens)) for lens in parse_key_lens(item)]
     try:
-        return str(Spec.parse(item)) if key in SPEC_KEYS else item
+        return parse_specs(key, item) if key in SPEC_KEYS else [item]
     except ValueError:
-        return item  # records of a user's own code may hold it
+        return [item]  # records of a user's own code may hold it
 
 
-def _matching_values(key: str, cell: Any) -> set[object]:
-    """All values of a condition that a cell matches."""
-    if key not in SPEC_KEYS:
-        return {cell}
+def _value_of(key: str, cell: Any) -> object:
+    """The value of a cell."""
     try:
-        spec = Spec.parse(cell)
+        return Spec.parse(cell) if key in SPEC_KEYS else cell
     except ValueError:
-        return {cell, str(cell).partition(":")[0]}
-    seedless = tuple((name, value) for name, value in spec.params if name != "seed")
-    return {cell, spec.name, *([str(Spec(spec.name, seedless))] if key == "mask" else [])}
+        return cell
 
 
 def _list_values(key: str, cells: pd.Series[Any]) -> str:

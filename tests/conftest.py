@@ -11,6 +11,8 @@ import sys
 
 import pytest
 
+pytest.register_assert_rewrite("malformed")
+
 if "--benchmark-only" not in sys.argv:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ["COLUMNS"] = "100"
@@ -24,7 +26,7 @@ sys.dont_write_bytecode = False
 SLOWEST_FILES = (
     "test_slurm.py", "test_nodes.py", "test_faults.py", "test_strategies.py",
     "test_quick_verification.py", "test_distortion.py", "test_transformers.py", "test_race.py",
-    "test_batch_jobs.py", "test_every_operator.py", "test_quality.py", "test_microbench.py",
+    "test_batch_jobs.py", "test_every_operator.py", "test_selector_run.py", "test_microbench.py",
     "test_compile.py", "test_value_dims.py", "test_mixers.py", "test_mixer_strategies.py",
     "test_on_ranks.py", "test_libraries.py", "test_offload.py", "test_distributed_mix.py",
     "test_autograd.py", "test_operators.py", "test_worlds.py", "test_first_run.py",

@@ -26,10 +26,10 @@ def calibrate(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fit a cluster file, for predict, to what was measured on this machine.
+    """Fit a cluster file, for predict, to this machine.
 
-    Kernels are fitted to the single ranks of run directories (cpbench run calibration), links to
-    cpbench links, side work has the measured peaks. Cases of several ranks are predicted, never
+    Kernels are fitted to what single ranks of run directories took (cpbench run calibration), links
+    to cpbench links, side work has the measured peaks. Cases of several ranks are predicted, never
     fitted to.
     """
     from cpbench.tools.calibration import tables

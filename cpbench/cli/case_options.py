@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Annotated
 
 import typer
@@ -94,12 +95,13 @@ def expand(
     table["mask"] = [m for text in mask or ["causal"] for m in sweep_file.split_list(text)]
     if placement:
         table["placement"] = sweep_file.split_list(placement)
+    sizes, per_nodes = (
+        sweep_file.parse_values(key, sweep_file.split_list(text))
+        for key, text in (("world_size", world_size), ("ranks_per_node", gpus_per_node))
+    )
     cases = []
-    for size in sweep_file.split_list(world_size):
-        ranks = sweep_file.parse_integer("world_size", size)
-        for text in sweep_file.split_list(gpus_per_node):
-            per_node = sweep_file.parse_integer("ranks_per_node", text) or ranks
-            cases += sweep_file.expand_table(
-                {**table, "world_size": ranks, "ranks_per_node": min(per_node, ranks)}
-            )
+    for ranks, per_node in itertools.product(sizes, per_nodes):
+        cases += sweep_file.expand_table(
+            {**table, "world_size": ranks, "ranks_per_node": min(per_node or ranks, ranks)}
+        )
     return cases

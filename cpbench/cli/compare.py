@@ -151,10 +151,11 @@ def race(
     where: Where = None,
     junit: Junit = None,
 ) -> int:
-    """Measure two versions in turn until it is decided whether the new one passes the gate.
+    """Measure two versions in turn until the gate is decided.
 
-    Launches of both alternate, and cases are run until they pass or fail, so no longer than that
-    takes. Exit codes as of gate. The same command with --out and more --max-launches goes on.
+    Launches of both alternate, and cases are run until the new version passes or fails them, so no
+    longer than that takes. Exit codes as of gate. The same command with --out and more
+    --max-launches goes on.
     """
     from cpbench.reports.compare import gate as gates
     from cpbench.tools.race import side

@@ -12,9 +12,11 @@ from __future__ import annotations
 import errno
 import io
 import os
+import shlex
 import sys
 import warnings
 from importlib import metadata
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -138,6 +140,23 @@ def list_(
         else:
             rows = listing.rows(kind.value, name)
     print_rows(rows if as_json else listing.table(rows), as_json)
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="An existing folder.")] = Path(),
+) -> int:
+    """Write a commented sweep and Slurm profile to start from.
+
+    They are sweep.toml and site.toml.
+    """
+    from cpbench.sweep.templates import write_templates
+
+    with user_input():
+        for path in write_templates(folder):
+            print(f"wrote {path}")
+    print(f"next: cpbench run {shlex.quote(str(folder / 'sweep.toml'))} --dry-run")
+    return 0
 
 
 for module in (run, reports, compare, plan, recommend, calibration, tools, jobs):

@@ -25,7 +25,7 @@ from cpbench.cli.options import (
     run_directory,
     user_input,
 )
-from cpbench.reports.tables.terminal import print_rows
+from cpbench.reports.tables.terminal import print_rows, wrap
 
 commands = typer.Typer()
 
@@ -57,7 +57,7 @@ def traffic(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Predict the communication of strategies, exactly, and rank them by it.
+    """Predict exactly what strategies send, and rank them by it.
 
     Runs the strategy's own code on tensors without data. Of one case, shows each phase; of several
     (a LIST holds values separated by commas), one row each: the busiest rank's bytes. 1,024 ranks
@@ -92,7 +92,7 @@ def traffic(
     elif as_json:
         print(json.dumps(prediction | ({"link_ms": link_ms} if links else {})))
     else:
-        print(cases[0].label)
+        print("\n".join(wrap(cases[0].label)))
         print_rows(traffic.table(prediction))
         buffers_mb = max(prediction["buffers_bytes"].values()) / 1e6
         print(f"peak memory per rank, excluding inputs and kernel workspace: {buffers_mb:,.1f} MB")

@@ -133,7 +133,12 @@ def report(
 @commands.command()
 def plot(
     folders: Folders = None,
-    kind: Annotated[PlotKind, typer.Option(help="Kind of chart.")] = PlotKind.throughput,
+    kind: Annotated[
+        PlotKind,
+        typer.Option(
+            metavar="KIND", help=f"Kind of chart: {', '.join(kind.value for kind in PlotKind)}."
+        ),
+    ] = PlotKind.throughput,
     output: Annotated[
         Path | None, file_option("-o", "--output", help="Write to this .svg, .png or .pdf file.")
     ] = None,

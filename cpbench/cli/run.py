@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -282,7 +281,7 @@ def bench(
     device: OnDevice = None,
     as_json: AsJson = False,
 ) -> int:
-    """Run every combination of the given values, without a sweep file.
+    """Run every combination of given values, without a sweep.
 
     A LIST holds one or more values, separated by commas: --seq-len 1k,4k.
     """
@@ -319,20 +318,6 @@ def bench(
             command=sys.argv[1:],
         )  # fmt: skip
     return execute(request, as_json)
-
-
-@commands.command()
-def init(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="An existing folder.")] = Path(),
-) -> int:
-    """Write a commented sweep and Slurm profile to start from: sweep.toml, site.toml."""
-    from cpbench.sweep.templates import write_templates
-
-    with user_input():
-        for path in write_templates(folder):
-            print(f"wrote {path}")
-    print(f"next: cpbench run {shlex.quote(str(folder / 'sweep.toml'))} --dry-run")
-    return 0
 
 
 @commands.command()
@@ -375,6 +360,7 @@ def verify(
     """
     from cpbench.sweep import runs
     from cpbench.sweep.verification import cases as verification
+    from cpbench.sweep.verification import summary
     from cpbench.tools.verification_table import summary_lines
 
     with user_input():
@@ -382,16 +368,16 @@ def verify(
         request = verification.build_request(
             operators=operator, strategies=strategy, masks=mask, world_sizes=world_size,
             dtypes=dtype, device=name, launcher=launcher.value, out=out and run_directory(out),
-            timeout_s=timeout, quick=quick, rope=rope,
+            timeout_s=timeout, quick=quick, rope=rope, command=sys.argv[1:],
         )  # fmt: skip
         print_warnings(request.cases, as_json)
     code = run_request(request, quiet=as_json)
     run = runs.results(request)
-    rows = verification.summary_rows(run.records.values())
+    rows = summary.summary_rows(run.records.values())
     if as_json:
         print_rows(rows, True)
     else:
         print()
         print("\n".join(summary_lines(rows)))
-        print(verification.summary_footer(run, request))
+        print(summary.summary_footer(run, request))
     return code

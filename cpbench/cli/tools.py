@@ -127,9 +127,12 @@ def capture(
         str | None,
         list_option(help="Attention modules of any other model, by name, instead of layers."),
     ] = None,
+    before_rope: Annotated[
+        bool, typer.Option("--before-rope", help="q and k as they are before the layer's RoPE.")
+    ] = False,
     as_json: AsJson = False,
 ) -> int:
-    """Capture q, k and v of a model's attention, as inputs of a sweep.
+    """Capture q, k and v of a model, as inputs of a sweep.
 
     Several layers go to files of their own: qkv-0.safetensors, qkv-12.safetensors.
     """
@@ -147,10 +150,12 @@ def capture(
             raise ValueError(f"--prompt: there is no file {prompt}")
         if not all(text.isdecimal() for text in split_list(layers)):
             raise ValueError(f"--layers {layers}: must be numbers of layers, such as 0,12")
+        if before_rope and modules:
+            raise ValueError("--before-rope: RoPE is seen in --layers, not in --modules")
         numbers = [int(text) for text in split_list(layers)]
         request = {
             "model": model, "prompt": str(prompt), "output": str(output),
-            "layers": numbers,
+            "layers": numbers, "before_rope": before_rope,
             "modules": split_list(modules) if modules else [],
         }  # fmt: skip
         try:
@@ -168,6 +173,8 @@ def capture(
         if row["q times"]:
             print(f"\nq is multiplied by {row['q times']}: scores of a sweep are scaled by "
                   "head_dim ** -0.5, those of this layer are not")  # fmt: skip
+        if before_rope:
+            print("\nq and k are those before RoPE: give --rope, or an operator that applies it")
         print(f"\nto measure: cpbench bench --inputs {file} --seq-len {row['tokens']} {options}")
     return 0
 

@@ -33,7 +33,7 @@ def parse_size(text: str | int) -> int:
         return text
     match = _SIZE.fullmatch(str(text).strip())
     if match is None:
-        raise ValueError(f"{text!r} is not a size: write an integer, or one with k or m (64k, 1m)")
+        raise ValueError(f"{text!r} is not a size: write 4096, or with k or m (64k, 1m)")
     if len(match[1]) > _MAX_DIGITS:
         raise ValueError(f"{match[1][:_MAX_DIGITS]}... is too large: at most {_MAX_DIGITS} digits")
     return int(match[1].replace("_", "")) * _SUFFIX[match[2].lower()]

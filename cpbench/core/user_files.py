@@ -30,6 +30,7 @@ _FLOATS = {
     "BF16": ("bfloat16", "<u2", 0xFF << 7), "F16": ("float16", "<u2", 0x1F << 10),
 }  # fmt: skip
 _CHUNK = 1 << 22  # values that are looked at together
+ROTATED = "rotated"  # metadata of captured tensors: whether q and k have RoPE
 
 
 def count_from(folder: Path) -> None:
@@ -157,6 +158,14 @@ def file_tensors(path: str | Path) -> dict[str, FileTensor]:
         )
         for name in names
     }  # fmt: skip
+
+
+def file_metadata(path: str | Path) -> dict[str, str]:
+    """The metadata of a safetensors file, which :func:`file_tensors` takes."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        return file.metadata() or {}
 
 
 def load_toml(path: Path, parse: Callable[[dict[str, Any]], T]) -> T:

@@ -5,6 +5,9 @@ q, k and v are ``[B, T, heads, D]``.  The first ``seq_len`` tokens are used, or 
 that is decoded; of q, the last ``queries`` of those if a case has fewer queries than keys (the
 file may also hold just these).
 Values are rounded to the dtype of the case, gates to that of states.  dout is normal.
+
+q and k have the model's RoPE, unless the metadata of the file says ``rotated = "false"``: only then
+a case, or its operator, may rotate them.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpbench.core.registry import operator_info
-from cpbench.core.user_files import file_tensors, locate
+from cpbench.core.user_files import ROTATED, file_metadata, file_tensors, locate
 from cpbench.inputs.normal import Normal
 
 if TYPE_CHECKING:
@@ -35,6 +38,7 @@ class Captured:
 
     Attributes:
         source: its whole path and the time of its modification.
+        rotated: whether q and k have RoPE.
 
     Raises:
         ValueError: if the file does not exist or does not hold the tensors, or if one of them has
@@ -48,14 +52,20 @@ class Captured:
         # The time of modification is part of cache keys: a changed file is read again.
         self.source = (str(path.resolve()), path.stat().st_mtime_ns)
         self._shapes = _shapes(*self.source)
+        self.rotated = _rotated(*self.source)
 
     def check(self, case: Case) -> None:
         """Raise ``ValueError`` if the file does not fit a case."""
-        file = Path(self.source[0]).name
-        if case.rope.name != "none":
+        file, operator = Path(self.source[0]).name, operator_info(case.operator.name)
+        if self.rotated and case.rope.name != "none":
             raise ValueError(
                 f"rope = {case.rope}: q and k of {file} are used as captured, after the "
                 "model's own rotation; rope = none leaves them so"
+            )
+        if self.rotated and operator.rotates:
+            raise ValueError(
+                f"inputs = {case.inputs}: {operator.name} applies RoPE, which q and k of {file} "
+                "have already; cpbench capture --before-rope writes those without"
             )
         heads_kv, dims = case.num_heads_kv, (case.head_dim, case.problem.value_dim)
         for name, heads, dim in (
@@ -69,7 +79,6 @@ class Captured:
                     f"inputs: {name} of {file} is {list(shape)}; the case needs "
                     f"[{case.batch}, at least {case.seq_len}, {heads}, {dim}]"
                 )
-        operator = operator_info(case.operator.name)
         for name, lanes in operator.gate_lanes(case.head_dim):
             wanted = [case.num_heads_q, *([lanes] if lanes else [])]
             if name not in self._shapes:
@@ -146,6 +155,15 @@ def _shapes(path: str, modified_ns: int) -> dict[str, tuple[int, ...]]:
         if any(found):
             raise ValueError(f"inputs: {name} of {path} has values that are not finite")
     return shapes
+
+
+@functools.lru_cache(maxsize=16)
+def _rotated(path: str, modified_ns: int) -> bool:
+    """Whether q and k of a file have RoPE, as those of files have that do not say so."""
+    mark = file_metadata(path).get(ROTATED, "true")
+    if mark not in ("true", "false"):
+        raise ValueError(f"inputs: metadata {ROTATED} of {path} is {mark!r}, not true or false")
+    return mark == "true"
 
 
 @functools.lru_cache(maxsize=3)

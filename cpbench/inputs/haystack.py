@@ -152,7 +152,7 @@ class Haystack:
         the captured tensors the case."""
         if self.captured is not None:
             self.captured.check(case)
-            _require_unturned(case)
+            _require_as_captured(case)
         if self.hops > 1 and case.queries not in (0, case.seq_len):
             raise ValueError(
                 f"inputs: hops = {self.hops}: the tokens of needles ask for one another, but "
@@ -279,13 +279,15 @@ class Haystack:
         rows[torch.as_tensor(inside)] = torch.as_tensor(new).to(rows)
 
 
-def _require_unturned(case: Case) -> None:
-    """Raise ``ValueError`` for an operator that would turn captured queries and keys again."""
+def _require_as_captured(case: Case) -> None:
+    """Raise ``ValueError`` where captured queries and keys would be turned after needles are
+    planted: their directions are not among the pairs that turn slowly."""
     operator = operator_info(case.operator.name)
-    if operator.rotates:
+    turning = f"{operator.name} applies RoPE" if operator.rotates else f"rope = {case.rope}"
+    if operator.rotates or case.rope.name != "none":
         raise ValueError(
-            f"inputs = {case.inputs}: {operator.name} applies RoPE, which captured q and k already "
-            "have; needles in them would not be found"
+            f"inputs = {case.inputs}: {turning}, after which needles in captured q and k would "
+            "not be found"
         )
 
 

@@ -14,9 +14,10 @@ import importlib
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from cpbench.core.problem import different_or_zero
+from cpbench.core.user_files import ROTATED
 from cpbench.results.store import write_atomically
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ class Captured:
 
     Attributes:
         factor: by which q was multiplied.
+        rotated: whether q and k have the model's RoPE.
         window: see :class:`cpbench.integrations.transformers.Call`.
     """
 
@@ -49,18 +52,20 @@ class Captured:
     v: torch.Tensor
     factor: float = 1.0
     window: int | None = None
+    rotated: bool = True
 
     @classmethod
     def of(
         cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None,
-        window: int | None = None,
+        window: int | None = None, rotated: bool = True,
     ) -> Captured:  # fmt: skip
         factor = 1.0 if scale is None else scale * math.sqrt(q.shape[-1])
         if math.isclose(factor, 1.0, rel_tol=1e-6):
             factor = 1.0
         exact = math.frexp(factor)[0] == 0.5  # a power of two
         scaled = q.detach() if exact else q.detach().float()
-        return cls((scaled * factor).cpu(), k.detach().cpu(), v.detach().cpu(), factor, window)
+        q, k, v = (x.detach().cpu() for x in (scaled * factor, k, v))
+        return cls(q, k, v, factor, window, rotated)
 
 
 class Capture(TorchFunctionMode):
@@ -143,14 +148,19 @@ def capture_modules(
     return capture.found
 
 
-def capture_layers(model: Any, layers: Sequence[int], tokens: torch.Tensor) -> dict[int, Captured]:
+def capture_layers(
+    model: Any, layers: Sequence[int], tokens: torch.Tensor, before_rope: bool = False
+) -> dict[int, Captured]:
     """Run a model of transformers and return q, k and v of some layers, by number.
 
     Args:
         tokens: ``[B, S]`` token ids.
+        before_rope: whether q and k are those that the layer rotates, not those that it then
+            attends with.
 
     Raises:
-        ValueError: for a layer that the model does not have.
+        ValueError: for a layer that the model does not have, or one whose queries and keys before
+            RoPE cannot be seen.
     """
     from cpbench.integrations import transformers
 
@@ -158,14 +168,17 @@ def capture_layers(model: Any, layers: Sequence[int], tokens: torch.Tensor) -> d
     model.set_attn_implementation("cpbench_capture")
     found: dict[int, Captured] = {}
     seen: set[int] = set()
+    rotated: list[tuple[torch.Tensor, torch.Tensor]] = []  # by the layer that runs
 
     def keep(call: transformers.Call) -> None:
         layer = int(getattr(call.module, "layer_idx", len(seen)))
         seen.add(layer)
         if layer in layers:
-            found[layer] = Captured.of(call.q, call.k, call.v, call.scale, call.window)
+            q, k = _unrotated(rotated, call, layer) if before_rope else (call.q, call.k)
+            found[layer] = Captured.of(q, k, call.v, call.scale, call.window, not before_rope)
+        rotated.clear()
 
-    with transformers.observed(keep), torch.no_grad():
+    with transformers.observed(keep), _observed_rope(model, rotated), torch.no_grad():
         model(tokens)
     for layer in layers:
         if layer not in found:
@@ -173,12 +186,53 @@ def capture_layers(model: Any, layers: Sequence[int], tokens: torch.Tensor) -> d
     return found
 
 
+@contextmanager
+def _observed_rope(model: Any, rotated: list[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
+    """Inside, the arguments of ``apply_rotary_pos_emb``, which models of transformers have beside
+    their classes, are appended to ``rotated``: queries and keys ``[B, heads, S, D]``."""
+    name = "apply_rotary_pos_emb"
+    homes = {sys.modules[type(module).__module__] for module in model.modules()}
+    originals = {home: getattr(home, name) for home in homes if hasattr(home, name)}
+
+    def observed(rotate: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(rotate)
+        def call(q: torch.Tensor, k: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            rotated.append((q, k))
+            return rotate(q, k, *args, **kwargs)
+
+        return call
+
+    try:
+        for home, rotate in originals.items():
+            setattr(home, name, observed(rotate))
+        yield
+    finally:
+        for home, rotate in originals.items():
+            setattr(home, name, rotate)
+
+
+def _unrotated(
+    rotated: list[tuple[torch.Tensor, torch.Tensor]], call: transformers.Call, layer: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q and k of a call ``[B, S, heads, D]`` before RoPE; see :func:`_observed_rope`."""
+    for pair in rotated:
+        q, k = (x.transpose(1, 2) for x in pair)
+        if q.shape == call.q.shape and k.shape == call.k.shape:
+            return q, k
+    raise ValueError(
+        f"layer {layer} does not rotate whole queries and keys by apply_rotary_pos_emb: what they "
+        "are before RoPE cannot be seen"
+    )
+
+
 def save(tensors: Captured, path: Path) -> None:
-    """Write q, k and v to a safetensors file."""
+    """Write q, k and v to a safetensors file, and whether q and k are rotated."""
     from safetensors.torch import save as serialised
 
     by_name = {"q": tensors.q, "k": tensors.k, "v": tensors.v}
-    write_atomically(path, serialised({name: x.contiguous() for name, x in by_name.items()}))
+    mark = {ROTATED: "true" if tensors.rotated else "false"}
+    contiguous = {name: x.contiguous() for name, x in by_name.items()}
+    write_atomically(path, serialised(contiguous, mark))
 
 
 def _suggest(name: str, modules: dict[str, torch.nn.Module]) -> str:
@@ -261,7 +315,8 @@ def _run(request: dict[str, Any]) -> list[dict[str, Any]]:
     if request["modules"]:
         found = dict(capture_modules(model, request["modules"], tokens))
     elif hasattr(model, "set_attn_implementation"):
-        found = dict(capture_layers(model, request["layers"], tokens))
+        before_rope = request["before_rope"]
+        found = dict(capture_layers(model, request["layers"], tokens, before_rope))
     else:
         raise ValueError("the model is not one of transformers: name its modules with --modules")
     rows = []

@@ -90,13 +90,15 @@ def register(operator: str = "bands", name: str = NAME) -> None:
 
     Raises:
         ImportError: without transformers, or with one that has no such interfaces.
-        ValueError: for an operator that does not exist, or a name that transformers would take for
-            one of FlashAttention's.
+        ValueError: for an operator that does not exist or applies RoPE, or a name that transformers
+            would take for one of FlashAttention's.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
     spec = Spec.parse(operator)
     check_params("operator", spec.name, spec.kwargs, operator_info(spec.name).params)
+    if operator_info(spec.name).rotates:
+        raise ValueError(f"{spec.name} applies RoPE, which models of transformers do themselves")
     if "flash" in name:
         raise ValueError(f"name = {name!r}: transformers takes names with flash for FlashAttention")
 

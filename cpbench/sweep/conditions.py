@@ -1,11 +1,13 @@
-"""Conditions of ``run --where``: which cases of a sweep are run."""
+"""Conditions of ``--where``: which cases of a sweep are run, or reported."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from cpbench.core.problem import Case
-from cpbench.sweep.sweep_file import KEYS, matches, parse_values, split_list
+from cpbench.core.spec import Spec
+from cpbench.sweep.sweep_file import KEYS, parse_values, split_list
 
 
 def split_condition(condition: str) -> tuple[str, list[str]]:
@@ -23,9 +25,16 @@ def split_condition(condition: str) -> tuple[str, list[str]]:
     return key, split_list(value)
 
 
+def meets(value: Any, wanted: Any) -> bool:
+    """Whether a value of a case is the one of a condition; a spec, if it has that name and at least
+    those parameters."""
+    if not isinstance(value, Spec) or not isinstance(wanted, Spec):
+        return bool(value == wanted)
+    return value.name == wanted.name and set(wanted.params) <= set(value.params)
+
+
 def select_cases(cases: Iterable[Case], conditions: Sequence[str]) -> list[Case]:
-    """The cases that match every ``key=value`` (a spec matches by its text or its name); the key
-    may also be ``id``.
+    """The cases that :func:`meets` every ``key=value[,value]``; the key may also be ``id``.
 
     Raises:
         ValueError: for a condition that is not of that form, for an unknown key, or when no case
@@ -34,9 +43,11 @@ def select_cases(cases: Iterable[Case], conditions: Sequence[str]) -> list[Case]
     selected = list(cases)
     for condition in conditions:
         key, items = split_condition(condition)
-        rule = {key: items if key == "id" else parse_values(key, items)}
+        wanted = items if key == "id" else parse_values(key, items)
         values = dict.fromkeys(str(getattr(case, key)) for case in selected)
-        selected = [case for case in selected if matches(case, rule)]
+        selected = [
+            case for case in selected if any(meets(getattr(case, key), one) for one in wanted)
+        ]
         if not selected:
             raise ValueError(f"no case has {condition}; {key} is one of: {', '.join(values)}")
     return selected

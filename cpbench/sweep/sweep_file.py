@@ -252,7 +252,10 @@ def parse_values(key: str, value: Any) -> list[Any]:
     if not items:
         raise ValueError(f"{key} = [] is an empty list; give at least one value")
     if key in SPEC_KEYS:
-        return [spec for item in items for spec in _parse_specs(key, item)]
+        specs = [spec for item in items for spec in parse_specs(key, item)]
+        for spec in specs:
+            _CHECKS[key](spec)
+        return specs
     return [_parse_scalar(key, item) for item in items]
 
 
@@ -268,15 +271,14 @@ def _parse_scalar(key: str, item: Any) -> Any:
     return parse_integer(key, item)
 
 
-def _parse_specs(key: str, item: Any) -> list[Spec]:
-    """The specs of one item; a parameter with a list of values (such as mask seeds) is another axis
-    of the product, except where the parameter is itself a list."""
+def parse_specs(key: str, item: Any) -> list[Spec]:
+    """The specs of one item, which need not be registered; a parameter with a list of values (such
+    as mask seeds) is another axis of the product, except where the parameter is itself a list."""
     parse_spec: Callable[[Any], Spec] = _PARSERS.get(key, Spec.parse)
     try:
         spec = parse_spec(item)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from None
-    _CHECKS[key](spec)
     columns: list[list[tuple[str, Value]]] = []
     for name, value in spec.params:
         values = value if isinstance(value, tuple) and name != "doc_lens" else (value,)

@@ -14,6 +14,7 @@ from cpbench.reports.tables.terminal import print_rows
 from cpbench.results import active
 from cpbench.results.damage import damaged_files
 from cpbench.results.record import UNFINISHED
+from cpbench.results.recorded_command import resuming_command
 from cpbench.results.sealed import DamagedError
 from cpbench.results.store import read_document, read_run
 from cpbench.slurm import submission
@@ -116,6 +117,8 @@ def print_status(status: dict[str, Any]) -> None:
         print(f"running for {case['seconds']:.0f} s ({case['phase']}): {case['case']}")
     unknown = any(not job["state"] for job in status["jobs"])
     if not status["alive"] and not unknown and status["recorded"] < status["cases"]:
-        print("not running: rerun the same command to resume")
+        command = resuming_command(Path(status["out"]))
+        where = "in the folder where it was started, run: " if command else "rerun the same command"
+        print(f"not running; to resume, {where}{command}")
     for warning in status["warnings"]:
         print(f"warning: {warning}")

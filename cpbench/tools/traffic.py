@@ -15,7 +15,7 @@ from cpbench.core.environment import usable_cores
 from cpbench.core.problem import DECODE, Case
 from cpbench.core.spec import format_size
 from cpbench.core.subprocess_call import RequestRefused, read_reply, subprocesses
-from cpbench.reports.tables.terminal import fit_table, wrap
+from cpbench.reports.tables.terminal import fit_tables, wrap
 from cpbench.tools.link_rates import LinkRates
 
 # Sizes of a case, and its facts in a sentence.
@@ -259,23 +259,20 @@ def comparison_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         }
         for row in possible
     ]
-    table = fit_table(cells)
     common += "" if layouts else f", layout {possible[0]['layout']}"
-    lines = [
-        *wrap(f"{common}; max per rank, peak excluding inputs and kernel workspace:"),
-        "",
-        *table.head,
-    ]
-    remaining = iter(table.bodies)
-    for _, group in itertools.groupby(possible, key=_problem):
-        members = list(group)
-        lines += [f"{_describe(members[0], varying)}:"] if varying else []
-        lines += itertools.chain.from_iterable(itertools.islice(remaining, len(members)))
+    lines = wrap(f"{common}; max per rank, peak excluding inputs and kernel workspace:")
+    for table in fit_tables(cells):
+        lines += ["", *table.head]
+        remaining = iter(table.bodies)
+        for _, group in itertools.groupby(possible, key=_problem):
+            members = list(group)
+            lines += wrap(f"{_describe(members[0], varying)}:", "  ") if varying else []
+            lines += itertools.chain.from_iterable(itertools.islice(remaining, len(members)))
+        lines += ["", *table.legend_lines] if table.legend else []
     refusals = dict.fromkeys(
         f"refused: {row['strategy']} of {row['operator']}, layout {row['layout']}: {row['refused']}"
         for row in rows if row["refused"]
     )  # fmt: skip
-    lines += ["", *table.legend_lines] if table.legend else []
     lines += ["", *itertools.chain.from_iterable(map(wrap, refusals))] if refusals else []
     return lines
 

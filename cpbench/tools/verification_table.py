@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cpbench.reports.tables.terminal import fit_table, wrap
-from cpbench.sweep.verification.cases import TENSORS
+from cpbench.sweep.verification.summary import TENSORS
 
 
 def summary_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Lines of ``verification.summary_rows``: a block for each operator and strategy, with the
+    """Lines of ``summary.summary_rows``: a block for each operator and strategy, with the
     largest error of any tensor, and the first reason of what is not ok.  What was refused entirely
     is named at the end, by reason."""
     tried = [row for row in rows if row["ok"] or row["failed"]]

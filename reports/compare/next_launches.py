@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Any
 
-from cpbench.results.store import Run, read_document
+from cpbench.results.recorded_command import into_folder, recorded_words
+from cpbench.results.store import Run
 
 
 def commands(base: Path, new: Path, launches: int, fewest: int, against: str) -> list[str]:
@@ -48,7 +48,7 @@ def commit_of_base(base: Run, new: Run) -> str:
 
 def _run_command(folder: Path, launches: int) -> str:
     """The command that made a run directory, with another number of launches."""
-    words = _recorded_command(folder)
+    words = _measuring_words(folder)
     if not words:
         words = ["run", "SWEEP", "--out", str(folder)]
     kept, skip = list[str](), False
@@ -58,29 +58,22 @@ def _run_command(folder: Path, launches: int) -> str:
         if not skip and not dropped:
             kept.append(word)
         skip = not skip and (word == "--launches" or bool(ids))
-    if kept[0] == "bench" and not any(word.partition("=")[0] == "--out" for word in kept):
-        kept += ["--out", str(folder)]  # else it would be a new one
+    if kept[0] == "bench":  # else it would be a new one
+        kept = into_folder(kept, folder)
     return shlex.join(["cpbench", *kept, "--launches", str(launches)])
 
 
 def _sweep_argument(folder: Path) -> str | None:
-    words = _recorded_command(folder)
+    words = _measuring_words(folder)
     named = words[:1] == ["run"] and len(words) > 1 and not words[1].startswith("-")
     return shlex.quote(words[1]) if named else None
 
 
 def _command_name(folder: Path) -> str:
-    return (_recorded_command(folder) or ["run"])[0]
+    return (_measuring_words(folder) or ["run"])[0]
 
 
-def _recorded_command(folder: Path) -> list[str]:
-    """The words of the newest ``cpbench run`` or ``bench`` of a run directory; none if it does not
-    have them."""
-    try:
-        document: dict[str, Any] = read_document(folder / "sweep.json")
-    except (OSError, ValueError):
-        return []
-    words = document.get("command")
-    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        return []
+def _measuring_words(folder: Path) -> list[str]:
+    """The words of the command that measured a run; none if they are unknown."""
+    words = recorded_words(folder)
     return words if words[:1] in (["run"], ["bench"]) else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from typing import TYPE_CHECKING, Any
 
 from cpbench.core.spec import Spec, format_size
@@ -50,11 +51,24 @@ def with_facts(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(**facts, inputs=rest)
 
 
+def _with_needles(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the methods that have found or missed needles, by mask; a line on stderr says
+    which have not, and why."""
+    several = table["mask_family"].nunique() > 1
+    names = table["method"] + (" on " + table["mask_family"] if several else "")
+    shown = names.isin(names[has_found(table)])
+    statuses = table[~shown].groupby(names[~shown], sort=True)["status"].unique()
+    if len(statuses):
+        listed = ", ".join(f"{name} ({', '.join(sorted(of))})" for name, of in statuses.items())
+        print(f"cpbench: not drawn, since no case is ok: {listed}", file=sys.stderr)
+    return table[shown]
+
+
 def depths(table: pd.DataFrame, sheet: Sheet) -> None:
     """Draw the share of needles found by length and depth, a panel for each method and mask: of
     single needles, if there are some; means over what else differs."""
     single = (table[list(COUNTS)] == 1).all(axis=1)
-    table = table[single] if single.any() else table
+    table = _with_needles(table[single] if (single & has_found(table)).any() else table)
     several = table["mask_family"].nunique() > 1
     present = set(zip(table["method"], table["mask_family"], strict=True))
     pairs = [
@@ -102,7 +116,7 @@ def counts(table: pd.DataFrame, sheet: Sheet) -> None:
     Raises:
         ValueError: when no number varies.
     """
-    panels_rows = {}
+    panels_rows, table = {}, _with_needles(table)
     for (mask, of_mask), (name, label) in itertools.product(by_mask(table).items(), COUNTS.items()):
         others = [other for other in COUNTS if other != name]
         alone = of_mask[(of_mask[others] == 1).all(axis=1)]

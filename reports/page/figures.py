@@ -31,6 +31,9 @@ def needle_figures(collection: Collection) -> list[tuple[str, str, str]]:
             except ValueError:  # no number of needles varies
                 continue
             picture = base64.b64encode(path.read_bytes()).decode()
-        text = note.getvalue().removeprefix("cpbench: ").partition(";")[2].strip()
-        figures.append((title, text, f"data:image/png;base64,{picture}"))
+        notes = [
+            line.removeprefix("cpbench: ").removeprefix("several problems match; ")
+            for line in note.getvalue().splitlines()
+        ]
+        figures.append((title, "; ".join(notes), f"data:image/png;base64,{picture}"))
     return figures

@@ -8,7 +8,7 @@ from typing import Any
 
 from cpbench.core.problem import format_head_dims
 from cpbench.core.spec import format_size, three_digits
-from cpbench.reports.tables.terminal import fit_table, wrap
+from cpbench.reports.tables.terminal import table_lines, wrap
 
 Row = dict[str, Any]
 Result = dict[str, Any]
@@ -19,9 +19,9 @@ def lines(result: Result) -> list[str]:
     methods = of_ranks(result)
     text = [line for warning in result["warnings"] for line in wrap(warning)]
     text += [*wrap(answer(result)), *wrap(problem(result)), ""]
-    text += fit_table([_cells(row) for row in strategies(methods)]).lines
+    text += table_lines([_cells(row) for row in strategies(methods)])
     if len(result["by_ranks"]) > 1:
-        text += ["", *fit_table(crossovers(result)).lines]
+        text += ["", *table_lines(crossovers(result))]
     return text
 
 

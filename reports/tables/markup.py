@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cpbench.reports.tables.terminal import fit_table, listing, text_columns, wrap
+from cpbench.reports.tables.terminal import fit_table, listing, table_lines, text_columns, wrap
 
 MARKS = "*†‡§¶"  # of footnotes
 _LATEX_ESCAPES = {
@@ -44,10 +44,9 @@ class Markup:
 
     def table(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         """A table of rows with equal keys; empty columns are left out.  In a terminal that is too
-        narrow for it, the reasons (``why``) are below their rows."""
-        table = fit_table(rows)
-        if table.fits or "why" not in rows[0]:
-            return [*table.lines, ""]
+        narrow for it, the reasons (``why``) are below their rows, or it is divided."""
+        if "why" not in rows[0] or fit_table(rows).fits:
+            return [*table_lines(rows), ""]
         listed = [{("summary" if k == "why" else k): v for k, v in row.items()} for row in rows]
         return [*listing(listed).split("\n"), ""]
 

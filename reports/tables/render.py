@@ -40,7 +40,7 @@ from cpbench.reports.tables.summary import (
     is_approximate,
     rank_methods,
 )
-from cpbench.reports.tables.terminal import fit_table, wrap
+from cpbench.reports.tables.terminal import fit_table, fit_tables, wrap
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -276,13 +276,14 @@ def _block_section(title: str, blocks: Sequence[Block], markup: Markup, form: st
             lines += markup.table(rows)
             lines += [*markup.notes(below), *([""] if below else [])]
         return lines
-    table = fit_table([row for _, rows, _ in blocks for row in rows])
-    lines, remaining = [*lines, *table.head], iter(table.bodies)
-    for above, rows, below in blocks:
-        lines += ["", *itertools.chain.from_iterable(map(wrap, above))]
-        lines += itertools.chain.from_iterable(itertools.islice(remaining, len(rows)))
-        lines += itertools.chain.from_iterable(map(wrap, below))
-    return [*lines, *(["", *table.legend_lines] if table.legend else []), ""]
+    for table in fit_tables([row for _, rows, _ in blocks for row in rows]):
+        lines, remaining = [*lines, *table.head], iter(table.bodies)
+        for above, rows, below in blocks:
+            lines += ["", *itertools.chain.from_iterable(map(wrap, above))]
+            lines += itertools.chain.from_iterable(itertools.islice(remaining, len(rows)))
+            lines += itertools.chain.from_iterable(map(wrap, below))
+        lines += ["", *table.legend_lines, ""] if table.legend else [""]
+    return lines
 
 
 def _caveat_marks(ok_rows: pd.DataFrame) -> dict[str, str]:

@@ -76,15 +76,15 @@ def recall_rows(table: pd.DataFrame, varying_facts: Sequence[str]) -> list[Row]:
             "% of oracle": _percent(row["recovered"] / row["best_recovered"]),
             "out error": format_number(row["out_error"], ".3f"),
             "ms": three_digits(row["time_ms"]),
+            "vs exact": format_number(row["exact_ms"] / row["time_ms"], ".2f", "x"),
+            "exact": row["exact"],
             "fwd ms": three_digits(row["fwd_ms"]) if row["direction"] == "fwd_bwd" else "",
-            "sent MB": format_megabytes(if_multi_rank(row, "sent_mb")),
-            "all-gather MB": format_megabytes(row["allgather_mb"]),
             "select": three_digits(row["select_ms"]),
             "plan": three_digits(row["arrange_ms"]),
             "kernel": three_digits(row["kernel_ms"]),
             **index(row),
-            "vs exact": format_number(row["exact_ms"] / row["time_ms"], ".2f", "x"),
-            "exact": row["exact"],
+            "sent MB": format_megabytes(if_multi_rank(row, "sent_mb")),
+            "all-gather MB": format_megabytes(row["allgather_mb"]),
         }
         for _, rows in cases.groupby(list(PROBLEM_KEYS), sort=True)
         for _, row in rows.iterrows()

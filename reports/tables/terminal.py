@@ -2,7 +2,8 @@
 
 Cells are wrapped between words, headings first.  Where that is not enough, names with parameters
 get a short label (``causal_document#1``), which is explained below the table; then words may be
-broken after a slash, too.
+broken after a slash, too, and then inside names, after a dot or an underscore.  Columns that do not
+fit even so follow in further tables.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import re
 import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 DEFAULT_WIDTH = 100  # without a terminal
 _NUMBER = re.compile(r"(?:<= )?[\d.,]+(?:e[+-]?\d+)?[kmx]?(?: (?:of|/) [\d.,]+)?|tie|inconclusive|")
 _SAVING = 4  # characters that a short label saves at least
+# Where cells are broken, in further places where a table is too wide.
+_BREAKS = (r"(?<=\s)", r"(?<=[\s/])", r"(?<=[\s/])|(?<=[a-z][._])(?=[a-z])")
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -62,27 +65,70 @@ def fit_table(rows: Rows, width: int | None = None) -> FittedTable:
     Args:
         width: characters per line; by default those of the terminal.
     """
+    width = width or terminal_width()
     columns, numeric = text_columns(rows)
-    limit = (width or terminal_width()) - 2 * (len(columns) - 1)
-    least = _least_widths(columns, numeric, slashes=False)
     legend: dict[str, str] = {}
-    if sum(least.values()) > limit:
+    if _total(_least_widths(columns, numeric, _BREAKS[0])) > width:
         columns, numeric, legend = _shorten(columns, numeric)
-        least = _least_widths(columns, numeric, slashes=False)
-    slashes = sum(least.values()) > limit
-    if slashes:
-        least = _least_widths(columns, numeric, slashes=True)
+    return _lay_out(columns, numeric, legend, width)
+
+
+def fit_tables(rows: Rows, width: int | None = None) -> list[FittedTable]:
+    """The table of rows with equal keys; where it does not fit, several tables with the first
+    column and some of the others each, in order, and the legend below the last."""
+    if (table := fit_table(rows, width)).fits:
+        return [table]
+    width = width or terminal_width()
+    columns, numeric, legend = _shorten(*text_columns(rows))
+    least = _least_widths(columns, numeric, _BREAKS[1])  # names stay whole where they can
+    first, *others = columns
+    parts = [[first]]
+    for key in others:
+        if _total({name: least[name] for name in (*parts[-1], key)}) > width and parts[-1][1:]:
+            parts.append([first])
+        parts[-1].append(key)
+    tables = [
+        _lay_out({key: columns[key] for key in part}, numeric, legend, width) for part in parts
+    ]
+    shown = {label for table in tables for label in table.legend}
+    legend = {label: name for label, name in legend.items() if label in shown}
+    tables = [replace(table, legend={}) for table in tables]
+    return [*tables[:-1], replace(tables[-1], legend=legend)]
+
+
+def table_lines(rows: Rows) -> list[str]:
+    """The lines of :func:`fit_tables`, with blank ones between tables."""
+    first, *others = fit_tables(rows)
+    return [*first.lines, *(line for table in others for line in ("", *table.lines))]
+
+
+def _total(widths: Mapping[str, int]) -> int:
+    """Characters of a line."""
+    return sum(widths.values()) + 2 * (len(widths) - 1)
+
+
+def _lay_out(
+    columns: Mapping[str, list[str]],
+    numeric: Mapping[str, bool],
+    legend: dict[str, str],
+    width: int,
+) -> FittedTable:
+    """The table of columns; of the legend what they show."""
+    for breaks in _BREAKS:
+        least = _least_widths(columns, numeric, breaks)
+        if _total(least) <= width:
+            break
     widths = {key: max(map(len, [key, *cells])) for key, cells in columns.items()}
-    if sum(widths.values()) > limit:  # headings are wrapped first, then texts
+    if _total(widths) > width:  # headings are wrapped first, then texts
         widths = {key: max(_longest_word(key), *map(len, columns[key])) for key in columns}
-    while sum(widths.values()) > limit:
+    while _total(widths) > width:
         shrinkable = [key for key in columns if widths[key] > least[key]]
         if not shrinkable:
             break
         widths[max(shrinkable, key=lambda key: widths[key])] -= 1
 
     def layout(cells: Mapping[str, str]) -> list[str]:
-        wraps = {key: _wrap_cell(text, widths[key], slashes) for key, text in cells.items()}
+        wraps = {key: _wrap_cell(text, widths[key], breaks) for key, text in cells.items()}
         lines = []
         for i in range(max(map(len, wraps.values()))):
             parts = [(wrap[i] if i < len(wrap) else "", key) for key, wrap in wraps.items()]
@@ -94,21 +140,22 @@ def fit_table(rows: Rows, width: int | None = None) -> FittedTable:
         return lines
 
     head = [*layout({key: key for key in columns}), "  ".join("-" * n for n in widths.values())]
-    bodies = [layout({key: columns[key][i] for key in columns}) for i in range(len(rows))]
+    cells_of_rows = zip(*columns.values(), strict=True)
+    bodies = [layout(dict(zip(columns, cells, strict=True))) for cells in cells_of_rows]
     texts = [*columns, *(cell for cells in columns.values() for cell in cells)]
     shown = {part for text in texts for part in re.split(r"[\s/]", text)}
     legend = {label: name for label, name in legend.items() if label in shown}
-    return FittedTable(head, bodies, legend, sum(widths.values()) <= limit)
+    return FittedTable(head, bodies, legend, _total(widths) <= width)
 
 
 def _least_widths(
-    columns: Mapping[str, Sequence[str]], numeric: Mapping[str, bool], slashes: bool
+    columns: Mapping[str, Sequence[str]], numeric: Mapping[str, bool], breaks: str
 ) -> dict[str, int]:
     """Characters below which a column is not wrapped: numbers stay whole, and so do words."""
     return {
         key: max(
             _longest_word(key),
-            *(len(cell) if numeric[key] else _longest_word(cell, slashes) for cell in cells),
+            *(len(cell) if numeric[key] else _longest_word(cell, breaks) for cell in cells),
         )
         for key, cells in columns.items()
     }
@@ -146,18 +193,13 @@ def _relabel(text: str, labels: Mapping[str, str]) -> str:
     return "".join(labels.get(part, part) for part in re.split(r"([\s/])", text))
 
 
-def _pieces(text: str, slashes: bool) -> list[str]:
-    """Words, and with ``slashes`` their parts up to a slash."""
-    return re.findall(r"[^\s/]*(?:/|\s|$)" if slashes else r"\S*(?:\s|$)", text)
+def _longest_word(text: str, breaks: str = _BREAKS[0]) -> int:
+    return max(len(piece.rstrip()) for piece in re.split(breaks, text))
 
 
-def _longest_word(text: str, slashes: bool = False) -> int:
-    return max((len(piece.rstrip()) for piece in _pieces(text, slashes)), default=0)
-
-
-def _wrap_cell(text: str, width: int, slashes: bool) -> list[str]:
+def _wrap_cell(text: str, width: int, breaks: str) -> list[str]:
     lines = [""]
-    for piece in _pieces(text, slashes):
+    for piece in re.split(breaks, text):
         if len((lines[-1] + piece).rstrip()) > width and lines[-1]:
             lines.append("")
         lines[-1] += piece
@@ -178,13 +220,14 @@ def listing(rows: Rows) -> str:
     since a sentence does not fit beside the other columns."""
     below = "summary" if len(rows[0]) > 2 else ""
     hidden = (below, "source")  # JSON has the source too
-    table = fit_table([{k: v for k, v in row.items() if k not in hidden} for row in rows])
+    table, *others = fit_tables([{k: v for k, v in row.items() if k not in hidden} for row in rows])
     lines = list(table.head)
     for row, body in zip(rows, table.bodies, strict=True):
         lines += body
         if row.get(below):
             lines += wrap(f"    {row[below]}", "    ")
-    return "\n".join([*lines, *(["", *table.legend_lines] if table.legend else [])])
+    lines += ["", *table.legend_lines] if table.legend else []
+    return "\n".join([*lines, *(line for other in others for line in ("", *other.lines))])
 
 
 def _cell_text(value: Any) -> str:

@@ -11,14 +11,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import cpbench
 from cpbench import inputs
 from cpbench.core.problem import Problem
 from cpbench.inputs import Recipe
 from cpbench.inputs import rope as rope_of_inputs
 from cpbench.inputs.rope import Rotation
 from cpbench.sweep import sweep_file
+from cpbench.worker.checks import recipe_of
 
 TOKENS, HEADS_Q, HEADS_KV, DIM = 2048, 4, 2, 64
+ROTATING = ["lm_infinite", "longheads", "msa"]
 
 
 def _problem(**changes: object) -> Problem:
@@ -251,8 +254,35 @@ def test_a_file_with_values_that_are_not_finite_floats_is_refused(
 
 
 def test_captured_queries_are_not_rotated_again(captured: tuple) -> None:
-    with pytest.raises(ValueError, match=r"rope = unscaled: q and k of qkv.* as captured"):
-        _case(captured[0], rope=["none", "unscaled"])
+    """Neither where the file says so nor where it says nothing."""
+    path, tensors = captured
+    for mark in (None, {"rotated": "true"}):
+        save_file(tensors, path, mark)
+        with pytest.raises(ValueError, match=r"rope = unscaled: q and k of qkv.* as captured"):
+            _case(path, rope=["none", "unscaled"])
+        for operator in ROTATING:
+            with pytest.raises(ValueError, match=rf"{operator} applies RoPE, which q and k of qkv"):
+                _case(path, operator=["bands", operator])
+    save_file(tensors, path, {"rotated": "no"})
+    with pytest.raises(ValueError, match=r"metadata rotated of .* is 'no', not true or false"):
+        _case(path)
+
+
+def test_captured_queries_without_rope_are_rotated(captured: tuple) -> None:
+    """By the case or by its operator; needles in them are not."""
+    path, tensors = captured
+    save_file(tensors, path, {"rotated": "false"})
+    assert len(_case(path, operator=["bands", *ROTATING])) == 1 + len(ROTATING)
+    (case,) = _case(path, rope="unscaled")
+    turned = recipe_of(case).make(
+        "q", case.problem, np.arange(256), batches=[0], heads=range(4), device="cpu"
+    )
+    torch.testing.assert_close(turned, cpbench.rope(tensors["q"][:, :256].float()))
+    for changes, reason in (
+        ({"rope": "unscaled"}, "rope = unscaled"), ({"operator": "msa"}, "msa applies RoPE")
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{reason}, after which needles in captured"):
+            _case(path, inputs=f"haystack:file={path}", **changes)
 
 
 def test_the_id_of_a_case_depends_on_the_content_of_the_file(

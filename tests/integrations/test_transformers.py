@@ -215,6 +215,30 @@ def test_layers_of_a_model() -> None:
         capture_layers(model, [7], tokens)
 
 
+@pytest.mark.parametrize("name", ["Llama", "Qwen3"])
+def test_queries_and_keys_of_a_layer_before_rope(name: str) -> None:
+    model, tokens = tiny(name), tokens_of(1)
+    after, before = (capture_layers(model, [0, 2], tokens, early) for early in (False, True))
+    base = model.config.rope_parameters["rope_theta"]
+    for layer, x in before.items():
+        for tensor in "qk":
+            rotated = cpbench.rope(getattr(x, tensor), base=base)
+            torch.testing.assert_close(rotated, getattr(after[layer], tensor))
+        assert torch.equal(x.v, after[layer].v)
+        assert (x.rotated, after[layer].rotated) == (False, True)
+    home = importlib.import_module(type(model).__module__)
+    assert not hasattr(home.apply_rotary_pos_emb, "__wrapped__")  # put back
+
+
+def test_a_layer_without_rope_has_no_queries_before_it() -> None:
+    import transformers
+
+    config = transformers.GPT2Config(vocab_size=128, n_embd=64, n_layer=1, n_head=4)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    with pytest.raises(ValueError, match="layer 0 does not rotate whole queries and keys"):
+        capture_layers(model, [0], tokens_of(1), before_rope=True)
+
+
 @pytest.mark.parametrize("scale", [0.1, 0.5, 16**-0.5])
 def test_the_scale_of_a_layer_is_in_q(scale: float) -> None:
     """Inputs of a sweep have no scale: attention with the default one is the layer's."""
@@ -235,6 +259,7 @@ def test_names_that_cannot_work_are_refused_at_once() -> None:
     for words, message in (
         ({"operator": "bnds"}, "no operator 'bnds'"),
         ({"operator": "bands:size=3"}, "has no parameter 'size'"),
+        ({"operator": "lm_infinite"}, "lm_infinite applies RoPE, which models of transformers do"),
         ({"name": "cpb_flash"}, "transformers takes names with flash for FlashAttention"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -300,7 +325,16 @@ def test_the_command_writes_inputs_of_a_sweep(
     assert file.stat().st_mode == (tmp_path / "ids.json").stat().st_mode
     code, err = run_cpbench("bench", "--inputs", f"file:{file}", *shape, "--out", tmp_path / "run")
     assert code == 0, err
+    code, out, err = capture(tmp_path, *options, "--before-rope")
+    assert (code, "q and k are those before RoPE: give --rope" in out) == (0, True), err
+    operators = ("--operator", "bands,lm_infinite:window=20")
+    for name, status in (("qkv", 0), ("qkv-2", 2)):
+        file = tmp_path / f"{name}.safetensors"
+        code, err = run_cpbench("bench", *operators, "--inputs", f"file:{file}", *shape)
+        assert code == status, err
+    assert "lm_infinite applies RoPE, which q and k of qkv-2.safetensors have already" in err
     for wrong, message in (
+        (("--before-rope", "--modules", "x"), "--before-rope: RoPE is seen in --layers"),
         (("--layers", "x"), "--layers x: must be numbers of layers, such as 0,12"),
         (("--prompt", "no.txt"), "there is no file no.txt"),
         (("-o", "qkv.bin"), "the name must end in .safetensors"),
@@ -311,7 +345,7 @@ def test_the_command_writes_inputs_of_a_sweep(
         assert message in err
     request = {
         "model": "tiny_model:llama", "prompt": "ids.json", "output": "no.safetensors",
-        "layers": [0], "modules": [],
+        "layers": [0], "modules": [], "before_rope": False,
     }  # fmt: skip
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])

@@ -4,6 +4,7 @@ agents, launchers and supervisors that are killed."""
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -258,4 +259,5 @@ def test_status_of_a_local_run(tmp_path: Path, processes: list[subprocess.Popen[
     wait_until(lambda: not leftover_processes(out))
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "has ended unexpectedly" in output
-    assert "not running: rerun the same command to resume" in output
+    resumed = shlex.join(["cpbench", "run", str(file), "--out", str(out)])
+    assert f"not running; to resume, in the folder where it was started, run: {resumed}\n" in output

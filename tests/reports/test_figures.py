@@ -34,6 +34,7 @@ from cpbench.core.spec import Spec
 from cpbench.reports.collection import merge_runs
 from cpbench.reports.figures import draw as figures
 from cpbench.reports.figures import kinds as figure_kinds
+from cpbench.reports.page.figures import needle_figures
 from cpbench.results.record import Record
 
 
@@ -246,6 +247,25 @@ def test_needles_by_depth_and_length(drawn: Callable[..., Figure]) -> None:
         assert np.array_equal(cells, [[first, np.nan], [100.0, 25.0]], equal_nan=True)
         assert [text.get_text() for text in axes.texts] == [f"{first:.0f}", "–", "100", "25"]
     assert bar.get_ylabel() == "needles found, %"
+
+
+def test_methods_without_a_case_that_is_ok_have_no_panel_of_needles(
+    drawn: Callable[..., Figure], capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [needle_case("bands", f"depth={depth}") for depth in (0.0, 0.5)]
+    records += [needle_case("moba", "depth=0.5,hops=2"), needle_case("bands", "depth=0.5,hops=2")]
+    for operator, statuses in (("moba", ["crash"]), ("quest", ["unsupported", "timeout"])):
+        for depth, status in enumerate(statuses):
+            failed = needle_case(operator, f"depth={depth}.0")
+            failed.status, failed.quality = status, {}
+            records.append(failed)
+    figure = drawn("needles", collection(*records))
+    assert [axes.get_title() for axes in figure.axes[:-1]] == ["bands"]
+    missing = "not drawn, since no case is ok: moba (crash), quest (timeout, unsupported)"
+    assert capsys.readouterr().err == f"cpbench: {missing}\n"
+    ((_, note, _), (_, of_counts, _)) = needle_figures(collection(*records))
+    assert note == missing
+    assert of_counts == "not drawn, since no case is ok: quest (timeout, unsupported)"
 
 
 def test_needles_by_their_number(drawn: Callable[..., Figure]) -> None:

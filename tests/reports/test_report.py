@@ -19,7 +19,7 @@ from cpbench.reports.labels import format_megabytes, split_common_words, three_d
 from cpbench.reports.tables import render
 from cpbench.reports.tables.markup import MARKUPS
 from cpbench.reports.tables.summary import rank_methods
-from cpbench.reports.tables.terminal import fit_table
+from cpbench.reports.tables.terminal import fit_table, fit_tables
 
 
 def test_fastest_and_lead() -> None:
@@ -369,6 +369,38 @@ def test_headings_are_wrapped_before_texts_and_names_stay_whole() -> None:
     narrow = fit_table(rows, 3)
     assert not narrow.fits
     assert max(map(len, narrow.head)) == 13  # words are not broken
+
+
+def test_names_are_broken_inside_only_where_slashes_do_not_suffice() -> None:
+    rows = [{"method": "ring_flash_attn.zigzag/zigzag bands", "v": "x_1.5 flash_attn.3"}]
+    assert fit_table(rows, 40).bodies == [
+        ["ring_flash_attn.zigzag/  x_1.5", "zigzag bands             flash_attn.3"]
+    ]
+    assert fit_table(rows, 32).bodies == [
+        ["ring_flash_      x_1.5 flash_", "attn.zigzag/     attn.3", "zigzag bands"]
+    ]
+
+
+def test_columns_that_do_not_fit_are_in_further_tables() -> None:
+    rows = [
+        {"method": f"usp:ulysses={n}/zigzag bands", "empty": "", "ms": "1234.5", "MB": "1,234.5",
+         "from": f"moba:top_k={n}", "peak": "1.0"}
+        for n in (8, 16)
+    ]  # fmt: skip
+    (whole,) = fit_tables(rows, 80)
+    assert whole == fit_table(rows, 80)
+    first, second = fit_tables(rows, 26)
+    assert [first.head[0].split(), second.head[0].split()] == [
+        ["method", "ms", "MB"], ["method", "from", "peak"]
+    ]  # fmt: skip
+    assert first.bodies[0][0].endswith("  1,234.5")
+    assert second.bodies[1][0].endswith("   1.0")
+    assert not first.legend
+    assert second.legend == {
+        "usp#1": "usp:ulysses=8", "usp#2": "usp:ulysses=16", "moba#1": "moba:top_k=8",
+        "moba#2": "moba:top_k=16",
+    }  # fmt: skip
+    assert max(len(line) for table in (first, second) for line in table.lines) <= 26
 
 
 def test_long_names_get_labels_with_a_legend() -> None:

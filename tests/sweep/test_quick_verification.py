@@ -11,6 +11,7 @@ from cpbench.core import registry
 from cpbench.results.store import read_run
 from cpbench.sweep import sweep_file
 from cpbench.sweep.verification import cases as verification
+from cpbench.sweep.verification.summary import summary_rows
 from cpbench.tools.verification_table import summary_lines
 
 
@@ -37,7 +38,7 @@ def test_the_command(tmp_path: Path) -> None:
     ok = {record.case.operator.name for record in records if record.status == "ok"}
     kernels = {"gathered", "triton_query_sparse", "triton_band", "triton_block_sparse"}
     assert ok >= able - kernels - {"dilated", "vsa"}
-    lines = summary_lines(verification.summary_rows(records))
+    lines = summary_lines(summary_rows(records))
     assert sum("runs on cuda, not on cpu" in line for line in lines) == 1
     code, stderr = cpbench("verify", "--quick", "--operator", "bands")
     assert (code, stderr) == (2, "cpbench: --quick chooses the cases: leave out the lists\n")
