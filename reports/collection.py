@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cpbench.core.subprocess_call import collection_paused
 from cpbench.reports.frame import tidy_table
 from cpbench.reports.labels import pluralize
 from cpbench.reports.predicted.columns import split_predicted
@@ -71,7 +70,7 @@ def collect(folders: Sequence[Path], where: Sequence[str] = ()) -> Collection:
     for folder in folders:
         if not (folder / "records").is_dir():
             raise ValueError(f"{folder} is not a run directory: it has no records folder")
-    with _paused_garbage_collection():
+    with collection_paused():  # it would scan millions of live objects
         runs = {str(folder): read_run(folder) for folder in folders}
     if not any(run.records or run.predictions for run in runs.values()):
         names = ", ".join(runs)
@@ -86,18 +85,6 @@ def collect(folders: Sequence[Path], where: Sequence[str] = ()) -> Collection:
     ids = {name: set(rows["id"]) for name, rows in table.groupby("run")}
     filtered = {name: filter_run(run, ids.get(name, set())) for name, run in runs.items()}
     return replace(collection, table=table, predicted=predicted, runs=filtered)
-
-
-@contextmanager
-def _paused_garbage_collection() -> Iterator[None]:
-    """No garbage collection while reading: it would scan millions of live objects and take most of
-    the time."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 def merge_runs(runs: Mapping[str, Run]) -> Collection:

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+from cpbench.core.subprocess_call import collect_rarely
 from cpbench.results.store import StoreError, check_writable
 
 LINE_PREFIX = "CPBENCH-NODE "
@@ -53,6 +54,7 @@ def probe_node(out: Path, device: str, ranks: int) -> dict[str, object]:
 
 
 def main(argv: list[str]) -> int:
+    collect_rarely()
     out, device, ranks = argv
     print(LINE_PREFIX + json.dumps(probe_node(Path(out), device, int(ranks))), flush=True)
     return 0

@@ -33,6 +33,7 @@ from cpbench.cli.options import (
     print_error,
     user_input,
 )
+from cpbench.core.subprocess_call import collect_rarely
 from cpbench.reports.tables.terminal import print_rows
 
 app = typer.Typer(
@@ -52,6 +53,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # whatever the locale says
             stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     warnings.showwarning = _show_warning
+    collect_rarely()
     try:
         code = invoke()
         sys.stdout.flush()

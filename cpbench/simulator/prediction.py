@@ -9,7 +9,6 @@ the cluster, and prints the reply.
 from __future__ import annotations
 
 import functools
-import gc
 import itertools
 import json
 import sys
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from cpbench.core.operator import value_dims_refusal
 from cpbench.core.problem import Case
 from cpbench.core.registry import LoadError, operator_info, strategy_info
+from cpbench.core.subprocess_call import collect_rarely
 from cpbench.masks.head_masks import per_head
 from cpbench.parallel.bound_operator import BoundOperator
 from cpbench.parallel.strategy import untraced_reason
@@ -212,7 +212,7 @@ def warnings(case: Case, world: World, cluster: Cluster) -> list[str]:
 
 def main() -> int:
     """Answer the request from stdin."""
-    gc.set_threshold(1_000_000)  # collections took 10 % of the time
+    collect_rarely()
     request = json.load(sys.stdin)
     try:
         case, cluster = Case.from_json(request["case"]), load(request["cluster"])

@@ -35,6 +35,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cpbench.core.subprocess_call import collect_nothing_at_exit
 from cpbench.results.store import Journal, JsonLinesWriter
 from cpbench.tools.links_operations import (
     OPERATIONS,
@@ -240,6 +241,7 @@ def main(argv: list[str]) -> int:
     """Run the job file named in ``argv``; on an error, write it to the journal and exit."""
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    collect_nothing_at_exit()
     faulthandler.enable()
     path, place = Path(argv[0]), rendezvous.rank_place()
     journal = Journal(journal_path(path, place.rank))

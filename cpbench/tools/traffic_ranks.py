@@ -7,7 +7,6 @@ reason why its strategy refuses it.
 
 from __future__ import annotations
 
-import gc
 import json
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpbench.core.problem import Case
 from cpbench.core.registry import LoadError
+from cpbench.core.subprocess_call import collect_rarely
 from cpbench.parallel.tracing.method import load_method
 from cpbench.parallel.world import World
 
@@ -62,7 +62,7 @@ def _phase_row(phase_trace: PhaseTrace, rank: int, world: World) -> dict[str, in
 
 def main() -> int:
     """Handle the requests from stdin."""
-    gc.set_threshold(1_000_000)  # collections took 8 % of the time
+    collect_rarely()
     replies: list[dict[str, Any]] = []
     for request in json.load(sys.stdin):
         case = Case.from_json(request["case"])

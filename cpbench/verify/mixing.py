@@ -141,7 +141,8 @@ def _recur(mixer: Mixer, x: Tensors, heads: range, problem: Problem) -> Tensors:
         )
     results = {"out": out.detach()}
     if problem.backward:
-        grads = torch.autograd.grad(out, tuple(leaves.values()), x["dout"], materialize_grads=True)
+        product = (out * x["dout"]).sum()  # to be given dout, autograd imports sympy
+        grads = torch.autograd.grad(product, tuple(leaves.values()), materialize_grads=True)
         results |= {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
     by_head = {
         name: y if name in check.STATES else as_matrices(y).transpose(1, 2)

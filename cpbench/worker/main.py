@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import importlib
 import itertools
 import os
 import platform
@@ -30,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpbench.core.environment import collect_environment, environment_id, node_facts, usable_cores
 from cpbench.core.problem import Case
+from cpbench.core.subprocess_call import collect_nothing_at_exit, collection_paused
 from cpbench.core.user_files import count_from
 from cpbench.measure.peaks import measure_peaks
 from cpbench.measure.timeline_slices import chrome_trace
@@ -262,6 +264,7 @@ def main(argv: list[str]) -> int:
     """Run the job file named in ``argv``."""
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    collect_nothing_at_exit()
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)
     path = Path(argv[0])
@@ -275,6 +278,8 @@ def main(argv: list[str]) -> int:
     try:
         journal = Journal(job.journal_path(place.rank))
         journal.note("boot", pid=os.getpid())
+        with collection_paused():
+            importlib.import_module("cpbench.worker.evaluate")  # and torch
         _Worker(job, path, journal, place).run()
     except BaseException as error:
         # Other ranks may not respond: no communication from here on, and no step has to succeed.

@@ -76,8 +76,10 @@ def test_dense_operators_stay_in_the_graph(backend: str, operator: str, lse: boo
 
 @pytest.mark.parametrize("operator", BREAKING)
 def test_other_operators_break_the_graph(operator: str) -> None:
+    """What a back end compiles is around the break, and the same for all of them."""
     block = Block(operator)
-    assert_same(block, torch.compile(block, backend="aot_eager"), inputs_of())
+    backend = "aot_eager" if operator in ("sdpa.math", "moba") else "eager"
+    assert_same(block, torch.compile(block, backend=backend), inputs_of())
 
 
 def test_lengths_of_the_batch_may_change_and_masks_are_told_apart() -> None:
@@ -185,7 +187,7 @@ def test_mistakes_are_one_line(how: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def _compiled_on_shards(rank: int, size: int, backend: str) -> list[bool]:
+def _compiled_on_shards(rank: int, size: int) -> list[bool]:
     mask = masks.build("causal", TOKENS)
     layout = build_layout("zigzag", TOKENS, size, mask)
     *qkv, dout = (layout.shard(x.detach(), rank) for x in inputs_of())
@@ -196,14 +198,17 @@ def _compiled_on_shards(rank: int, size: int, backend: str) -> list[bool]:
         return out.relu() + 1
 
     inputs = [*leaves, dout]
-    compiled = torch.compile(attend, backend=backend)
-    pairs = zip(run(attend, inputs), run(compiled, inputs), strict=True)
-    return [torch.allclose(x, y, atol=1e-5, rtol=1e-4) for x, y in pairs]
+    results = []
+    for backend in ("aot_eager", "inductor"):
+        torch._dynamo.reset()
+        compiled = torch.compile(attend, backend=backend)
+        pairs = zip(run(attend, inputs), run(compiled, inputs), strict=True)
+        results += [torch.allclose(x, y, atol=1e-5, rtol=1e-4) for x, y in pairs]
+    return results
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_strategies_break_the_graph(backend: str) -> None:
-    assert run_ranks(2, _compiled_on_shards, backend) == [[True] * 4] * 2
+def test_strategies_break_the_graph() -> None:
+    assert run_ranks(2, _compiled_on_shards) == [[True] * 8] * 2
 
 
 FRESH = """
@@ -220,9 +225,10 @@ assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(found, expected))
 """
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("operator", ["bands", "moba"])
-def test_the_first_call_of_a_process_may_be_compiled(backend: str, operator: str) -> None:
+@pytest.mark.parametrize(
+    ("operator", "backend"), [("bands", "eager"), ("bands", "inductor"), ("moba", "aot_eager")]
+)
+def test_the_first_call_of_a_process_may_be_compiled(operator: str, backend: str) -> None:
     code = FRESH.format(backend=backend, operator=operator)
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT_S, check=False

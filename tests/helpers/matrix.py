@@ -101,14 +101,20 @@ def names() -> list[tuple[str, str, str]]:
     return methods
 
 
-def combinations(size: int, reduced: bool) -> Iterator[Combination]:
-    """The combinations of one gang: every name with every mask, or (reduced) with a few masks,
-    cycling through shapes."""
+def combinations(size: int, stride: int = 4) -> Iterator[Combination]:
+    """The combinations of one gang, cycling through shapes: every name with one mask of ``stride``;
+    with 2, one of four for variants, and every mask for every strategy, on one layout at least
+    (``cpbench verify`` has all layouts)."""
     nodes = next(n for n in range(max(size // 2, 1), 0, -1) if size % n == 0)
     turn = itertools.count()
-    for strategy, layout, placement in names():
-        few_masks = reduced or ":" in strategy or placement
-        for mask in MASKS[next(turn) % 4 :: 4] if few_masks else MASKS:
+    for number, (strategy, layout, placement) in enumerate(names()):
+        step, first = stride, number
+        if stride == 2:
+            layouts = registry.strategies()[strategy.partition(":")[0]].layouts
+            step, first = min(len(layouts), 2), layouts.index(layout)
+            if ":" in strategy or placement:
+                step, first = 4, number
+        for mask in MASKS[first % step :: step]:
             shape = SHAPES[next(turn) % len(SHAPES)]
             yield Combination(strategy, layout, mask, *shape, placement, nodes)
         queries = (next(turn) % 3) * 3 + 1  # 1, 4 or 7

@@ -18,10 +18,12 @@ from paths import HELPERS
 
 FAULTY_OPERATORS = HELPERS / "planted" / "faulty_operators.py"
 
+# One iteration, and one round of the exposure of communication.
 MEASURE = """
 [measure]
 min_iterations = 1
 max_iterations = 1
+max_seconds = 0.0
 warmup = 1
 timeout_s = 20.0
 check_sampled = false

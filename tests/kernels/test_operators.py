@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from dataclasses import replace
 from typing import Any
@@ -75,8 +76,18 @@ def test_fewer_queries_than_keys_head_dim_128_and_batches(operator: str, seq_q: 
     _compare(operator, mask, (2, 3, 1, 128), "float32")
 
 
-@pytest.mark.parametrize("value_dim", [16, 40])
-@pytest.mark.parametrize("mask", ["causal", *MASKS[3::3], "empty"], ids=lambda m: m.split(":")[0])
+SMALLER, LARGER = 16, 40  # than that of queries and keys
+WITH_VALUE_DIMS = [
+    *(("causal", value_dim) for value_dim in (SMALLER, LARGER)),
+    *zip([*MASKS[3::3], "empty"], itertools.cycle((SMALLER, LARGER)), strict=False),
+]
+
+
+@pytest.mark.parametrize(
+    ("mask", "value_dim"),
+    WITH_VALUE_DIMS,
+    ids=[f"{m.split(':')[0]}-{d}" for m, d in WITH_VALUE_DIMS],
+)
 @pytest.mark.parametrize("operator", [n for n in OPERATORS if registry.operator_info(n).value_dims])
 def test_values_of_another_head_dim(operator: str, mask: str, value_dim: int) -> None:
     nothing = AttnMask.from_slices(40, 40, [])

@@ -26,7 +26,7 @@ from cpbench.parallel.tracing.trace import MODULUS, TraceComm
 from cpbench.parallel.world import World
 
 LIMIT = {"float32": 2e-6, "bfloat16": 1.2e-2}
-SIZES = {1: True, 2: True, 3: True, 4: False, 6: True, 8: True}  # ranks: whether with few masks
+SIZES = {1: 4, 2: 4, 3: 4, 4: 2, 6: 9, 8: 9}  # ranks: one mask of how many
 
 
 @functools.cache
@@ -81,6 +81,7 @@ def test_the_matrix_covers_every_mask_shape_and_layout(names: frozenset[str]) ->
         if name in names:
             of_name = [case for case in computed if _name(case) == name]
             assert {case.layout for case in of_name} == set(info.layouts)
+            assert {case.mask for case in of_name} == set(matrix.MASKS)
             assert {case.placement for case in of_name} == {"", *info.axes[:-1]}
 
 

@@ -8,9 +8,10 @@ written out here.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,6 +20,7 @@ ARITHMETIC = {
     "minimum", "logaddexp", "nan_to_num",
 }  # fmt: skip
 FILLS = {"copy_", "zero_", "fill_"}
+LIKE = {"empty_like", "zeros_like"}
 COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge"}
 
 
@@ -26,18 +28,23 @@ def call(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """``func(*args, **kwargs)`` of an operator of ATen, some of whose arguments are tensors."""
     result = None
     kind = _kind(func)
-    if kind and not kwargs:
-        join = {"cat": _cat, "stack": _stack}.get(kind)
-        result = join(*args) if join else _pointwise(kind, args)
+    if kind == "like":
+        result = _like(*args, **kwargs)
+    elif kind and not kwargs:
+        known = KNOWN.get(kind)
+        result = known(*args) if known else _pointwise(kind, args)
     return func(*args, **kwargs) if result is None else result
 
 
 @functools.cache
 def _kind(func: Any) -> str:
-    """``"cat"``, ``"stack"``, ``"in place"``, ``"arithmetic"`` or ``"comparison"``; else ""."""
+    """A key of ``KNOWN``, ``"like"``, ``"in place"``, ``"arithmetic"`` or ``"comparison"``; else
+    ""."""
     name: str = func._schema.name.removeprefix("aten::")
-    if name in ("cat", "stack"):
+    if name in KNOWN:
         return name
+    if name in LIKE:
+        return "like"
     if name in FILLS or name.removesuffix("_") in ARITHMETIC:
         return "in place" if name.endswith("_") else "arithmetic"
     return "comparison" if name in COMPARISONS else ""
@@ -51,7 +58,9 @@ def _pointwise(kind: str, args: Sequence[Any]) -> torch.Tensor | None:
         return None
     if any(isinstance(x, complex) for x in args):
         return None
-    shape = torch.broadcast_shapes(*(x.shape for x in tensors))
+    shape = _broadcast(*tensors)
+    if shape is None:
+        return None
     if kind == "in place":
         return first if first is args[0] and first.shape == shape else None
     dtypes = {x.dtype for x in tensors if x.dim()} or {x.dtype for x in tensors}
@@ -62,6 +71,42 @@ def _pointwise(kind: str, args: Sequence[Any]) -> torch.Tensor | None:
     if all(x.shape == shape or not x.dim() for x in tensors) and _is_dense(like):
         return like.new_empty_strided(shape, like.stride(), dtype=dtype)
     return None
+
+
+def _broadcast(*tensors: torch.Tensor) -> tuple[int, ...] | None:
+    """As ``torch.broadcast_shapes``, which imports sympy; None where they do not fit."""
+    try:
+        return np.broadcast_shapes(*(x.shape for x in tensors))
+    except ValueError:
+        return None
+
+
+def _masked_fill_(x: torch.Tensor, mask: torch.Tensor, value: Any) -> torch.Tensor | None:
+    """In place, with a number."""
+    known = x.is_meta and mask.dtype == torch.bool and isinstance(value, int | float)
+    return x if known and x.is_floating_point() and _broadcast(x, mask) == x.shape else None
+
+
+def _like(x: torch.Tensor, dtype: torch.dtype | None = None, **others: Any) -> torch.Tensor | None:
+    """A dense tensor of this shape, whose dimensions lie in memory in the same order."""
+    strides = [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+    if not x.is_meta or any(others.values()) or len({*strides} - {0}) < len(strides):
+        return None
+    order = sorted(range(x.dim()), key=x.stride, reverse=True)
+    dense = x.new_empty([x.shape[i] for i in order], dtype=dtype or x.dtype)
+    return dense.permute([order.index(i) for i in range(x.dim())])
+
+
+def _sum(
+    x: torch.Tensor, dims: Sequence[int] | None = None, keepdim: bool = False
+) -> torch.Tensor | None:
+    """Over dimensions of a floating-point tensor; over all of them without any."""
+    wrong = any(not -x.dim() <= i < x.dim() for i in dims or ())
+    if wrong or not x.is_meta or not x.is_floating_point():
+        return None
+    summed = {i % x.dim() for i in dims or range(x.dim())}
+    shape = [1 if i in summed else size for i, size in enumerate(x.shape)]
+    return x.new_empty(shape if keepdim else [n for i, n in enumerate(shape) if i not in summed])
 
 
 def _in_order(x: torch.Tensor) -> bool:
@@ -111,6 +156,11 @@ def _alike(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether all are without data, of one dtype and number of dimensions."""
     first = tensors[0]
     return all(x.is_meta and x.dtype == first.dtype and x.dim() == first.dim() for x in tensors)
+
+
+KNOWN: dict[str, Callable[..., torch.Tensor | None]] = {
+    "cat": _cat, "stack": _stack, "sum": _sum, "masked_fill_": _masked_fill_
+}  # fmt: skip
 
 
 class MetaOps(TorchDispatchMode):

@@ -9,7 +9,6 @@ claim one after another, and prints the outcomes of those that it claimed, by nu
 from __future__ import annotations
 
 import functools
-import gc
 import json
 import sys
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from typing import Any
 
 from cpbench.core.problem import Case
 from cpbench.core.registry import LoadError
+from cpbench.core.subprocess_call import collect_rarely
 from cpbench.parallel.world import World
 from cpbench.simulator.cluster import Cluster, load
 from cpbench.simulator.costs import event_seconds
@@ -141,7 +141,7 @@ def _claimed(path: Path) -> bool:
 def main() -> int:
     """Answer the request in the file that stdin names: those of its searches that no other process
     has claimed."""
-    gc.set_threshold(1_000_000)  # collections took 10 % of the time
+    collect_rarely()
     request = json.loads(Path(json.load(sys.stdin)["request"]).read_text("utf-8"))
     try:
         cluster = load(request["cluster"])

@@ -41,7 +41,10 @@ world_size = 4
 [measure]
 min_iterations = 1
 max_iterations = 1
+max_seconds = 0.0
+warmup = 1
 memory = false
+interleave = 1
 """
 SWEEP_OF_TWO = SWEEP.replace("world_size = 4", "world_size = 2")
 
