@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from cpbench.measure.timing import Timing, Workload, iterate
 from cpbench.parallel.comm import CompletedHandle, GroupedComm
 from cpbench.parallel.host_memory.link import contiguous_pairs
-from cpbench.parallel.tracing.trace import TracedOperator
+from cpbench.parallel.tracing.traced_operator import TracedOperator
 
 if TYPE_CHECKING:
     import torch

@@ -100,8 +100,8 @@ class Strategy(Protocol):
     def prepare(self, op: BoundOperator, world: World, rank: int) -> Any:
         """Make the immutable plan of one rank, without communication.
 
-        Called again with a :class:`~cpbench.parallel.tracing.trace.TracedOperator`, so that ranks
-        can compare their communication schedules before anything is sent.
+        Called again with a :class:`~cpbench.parallel.tracing.traced_operator.TracedOperator`, so
+        that ranks can compare their communication schedules before anything is sent.
         """
         ...
 

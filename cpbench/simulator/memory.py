@@ -19,7 +19,7 @@ from cpbench.simulator.events import Kernel, Post, Program, SideWork
 if TYPE_CHECKING:
     from cpbench.core.registry import OperatorInfo
     from cpbench.parallel.strategy import Strategy
-    from cpbench.parallel.tracing.trace import Traceable
+    from cpbench.parallel.tracing.traced_operator import Traceable
     from cpbench.parallel.world import World
     from cpbench.simulator.cluster import Cluster
 

@@ -37,7 +37,7 @@ from cpbench.simulator.timeline import timeline
 
 if TYPE_CHECKING:
     from cpbench.parallel.strategy import Strategy
-    from cpbench.parallel.tracing.trace import Traceable
+    from cpbench.parallel.tracing.traced_operator import Traceable
 
 TOGETHER = 32  # ranks of which all are recorded and replayed together
 FAR = 4  # times what was calibrated, from where on a prediction is an extrapolation

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from cpbench.parallel.comm import Handle, Messages
     from cpbench.parallel.mixing import BoundMixer, Mixed, MixerGradients, Summary
     from cpbench.parallel.strategy import Strategy
-    from cpbench.parallel.tracing.trace import Traceable
+    from cpbench.parallel.tracing.traced_operator import Traceable
     from cpbench.parallel.world import Chunk, KeySubset, Subproblem, World
 
 

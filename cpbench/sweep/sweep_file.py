@@ -23,7 +23,6 @@ All values are checked here, before anything starts; each error is one line.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import re
@@ -36,12 +35,9 @@ from pathlib import Path
 from typing import Any
 
 from cpbench import inputs, masks
-from cpbench.core.problem import DIRECTIONS, DTYPES, PHASES, Case, different_or_zero
+from cpbench.core.problem import DIRECTIONS, DTYPES, PHASES, Case
 from cpbench.core.registry import (
-    LoadError,
-    StrategyInfo,
     check_params,
-    implementation,
     operator_info,
     strategy_info,
 )
@@ -51,6 +47,7 @@ from cpbench.core.user_files import count_from
 from cpbench.inputs import rope
 from cpbench.parallel import layout
 from cpbench.sweep import decoding
+from cpbench.sweep.cases import build_case
 from cpbench.sweep.content_hash import with_content_hashes
 from cpbench.sweep.refusals import leave_out_refused
 
@@ -71,7 +68,6 @@ INT_KEYS = (
 CHOICES = {"dtype": DTYPES, "direction": DIRECTIONS, "phase": PHASES}
 KEYS = (*SPEC_KEYS, *INT_KEYS, *CHOICES, "key_lens", "placement")
 ZERO_ALLOWED = ("seed", "ranks_per_node", "queries", "head_dim_v", "page_size")
-GATES = Spec("gates")  # the inputs of sequence mixers unless given
 PACKAGED = resources.files("cpbench.sweep") / "packaged"
 TABLES = ("sweep", "include", "exclude", "measure", "description")
 
@@ -208,7 +204,7 @@ def expand_table(table: Mapping[str, Any]) -> list[Case]:
     size = math.prod(map(len, columns))
     if size > MAX_CASES:
         raise ValueError(f"the lists multiply to {size} cases; at most {MAX_CASES} are allowed")
-    cases = [_build_case(dict(zip(keys, row, strict=True))) for row in itertools.product(*columns)]
+    cases = [build_case(dict(zip(keys, row, strict=True))) for row in itertools.product(*columns)]
     distinct_masks = {(str(case.mask), case.seq_len): case for case in cases}
     for case in distinct_masks.values():
         _check_mask(case.mask, case.seq_len)
@@ -311,58 +307,6 @@ _CHECKS: dict[str, Callable[[Spec], object]] = {
     "rope": rope.check_names,
 }
 _PARSERS: dict[str, Callable[[Any], Spec]] = {"inputs": inputs.parse, "rope": rope.parse}
-
-
-def _build_case(values: dict[str, Any]) -> Case:
-    """A case from checked values, its keys checked against each other."""
-    if "num_heads_q" in values:
-        values.setdefault("num_heads_kv", values["num_heads_q"])
-    if "head_dim_v" in values:
-        head_dim = values.get("head_dim", Case.head_dim)
-        values["head_dim_v"] = different_or_zero(values["head_dim_v"], head_dim)
-    if "inputs" not in values and operator_info(values.get("operator", Case.operator).name).mixer:
-        values["inputs"] = GATES
-    decoding.complete(values)
-    case = Case(**values)
-    if case.num_heads_q % case.num_heads_kv:
-        raise ValueError(
-            f"num_heads_q ({case.num_heads_q}) must be a multiple of num_heads_kv "
-            f"({case.num_heads_kv})"
-        )
-    if case.queries >= case.seq_len:
-        raise ValueError(
-            f"queries ({case.queries}) must be fewer than seq_len ({case.seq_len}), or 0 for all"
-        )
-    selects = operator_info(case.operator.name).selects
-    if selects and (reason := _selector(case.operator).misfit(case.problem)):
-        raise ValueError(reason)
-    inputs.check_case(case)
-    decoding.check(case)
-    rope.rotation_of(case)
-    axes = _checked_strategy(case.strategy).axes
-    if case.placement and case.placement not in axes:
-        takes = f"takes {', '.join(axes)}" if axes else "has no mesh"
-        raise ValueError(f"placement = {case.placement!r}: {case.strategy.name} {takes}")
-    return case
-
-
-@functools.lru_cache(maxsize=256)
-def _checked_strategy(spec: Spec) -> StrategyInfo:
-    """The declaration of a strategy, after its implementation has checked the parameters."""
-    info = strategy_info(spec.name)
-    try:
-        implementation(info, spec.kwargs, info.kinds[0])
-    except LoadError as error:
-        raise ValueError(f"strategy {spec.name!r}: {error}") from None
-    return info
-
-
-@functools.lru_cache(maxsize=256)
-def _selector(spec: Spec) -> Any:
-    """A selector, which has checked its parameters; it loads no torch."""
-    if kernel := spec.kwargs.get("kernel"):
-        operator_info(str(kernel))
-    return implementation(operator_info(spec.name), spec.kwargs)
 
 
 def matches(case: Case, rule: Mapping[str, Sequence[Any]]) -> bool:

@@ -2,8 +2,9 @@
 
 Cells are wrapped between words, headings first.  Where that is not enough, names with parameters
 get a short label (``causal_document#1``), which is explained below the table; then words may be
-broken after a slash, too, and then inside names, after a dot or an underscore.  Columns that do not
-fit even so follow in further tables.
+broken after a slash, too.  Where there is no other form (:func:`fit_tables`), they are also broken
+inside names, after a dot or an underscore, and columns that do not fit even so follow in further
+tables.
 """
 
 from __future__ import annotations
@@ -70,16 +71,19 @@ def fit_table(rows: Rows, width: int | None = None) -> FittedTable:
     legend: dict[str, str] = {}
     if _total(_least_widths(columns, numeric, _BREAKS[0])) > width:
         columns, numeric, legend = _shorten(columns, numeric)
-    return _lay_out(columns, numeric, legend, width)
+    return _lay_out(columns, numeric, legend, width, _BREAKS[:2])
 
 
 def fit_tables(rows: Rows, width: int | None = None) -> list[FittedTable]:
-    """The table of rows with equal keys; where it does not fit, several tables with the first
-    column and some of the others each, in order, and the legend below the last."""
+    """The table of rows with equal keys; where it does not fit, with names broken inside, or
+    several tables with the first column and some of the others each, in order, and the legend below
+    the last."""
     if (table := fit_table(rows, width)).fits:
         return [table]
     width = width or terminal_width()
     columns, numeric, legend = _shorten(*text_columns(rows))
+    if (table := _lay_out(columns, numeric, legend, width, _BREAKS)).fits:
+        return [table]
     least = _least_widths(columns, numeric, _BREAKS[1])  # names stay whole where they can
     first, *others = columns
     parts = [[first]]
@@ -88,7 +92,8 @@ def fit_tables(rows: Rows, width: int | None = None) -> list[FittedTable]:
             parts.append([first])
         parts[-1].append(key)
     tables = [
-        _lay_out({key: columns[key] for key in part}, numeric, legend, width) for part in parts
+        _lay_out({key: columns[key] for key in part}, numeric, legend, width, _BREAKS)
+        for part in parts
     ]
     shown = {label for table in tables for label in table.legend}
     legend = {label: name for label, name in legend.items() if label in shown}
@@ -112,9 +117,10 @@ def _lay_out(
     numeric: Mapping[str, bool],
     legend: dict[str, str],
     width: int,
+    allowed: Sequence[str],
 ) -> FittedTable:
-    """The table of columns; of the legend what they show."""
-    for breaks in _BREAKS:
+    """The table of columns, broken where that is allowed; of the legend what they show."""
+    for breaks in allowed:
         least = _least_widths(columns, numeric, breaks)
         if _total(least) <= width:
             break

@@ -40,7 +40,7 @@ from cpbench.core.spec import Spec
 from cpbench.masks.attn_mask import AttnMask
 from cpbench.parallel.kv_requirements import min_keys_sent, required_transfers
 from cpbench.parallel.layout import Layout, area_matrix, build
-from cpbench.parallel.tracing.trace import TracedOperator
+from cpbench.parallel.tracing.traced_operator import TracedOperator
 from cpbench.parallel.world import World
 from cpbench.strategies.dispatch.relays import plan_transfers
 

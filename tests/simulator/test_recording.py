@@ -19,12 +19,12 @@ from cpbench.parallel.layout import build as build_layout
 from cpbench.parallel.tracing.trace import (
     RankTrace,
     TraceComm,
-    TracedOperator,
     count_rank,
     empty_inputs,
     trace_phases,
     trace_rank,
 )
+from cpbench.parallel.tracing.traced_operator import TracedOperator
 from cpbench.parallel.world import World
 from cpbench.simulator import recording, recordings
 from cpbench.simulator.cluster import load

@@ -11,13 +11,8 @@ from simulated_nccl import find_faults, record
 from cpbench.core.registry import strategy_info
 from cpbench.core.spec import Spec
 from cpbench.parallel.strategy import declared_refusal
-from cpbench.parallel.tracing.trace import (
-    MODULUS,
-    RankTrace,
-    TracedOperator,
-    empty_inputs,
-    trace_rank,
-)
+from cpbench.parallel.tracing.trace import MODULUS, RankTrace, empty_inputs, trace_rank
+from cpbench.parallel.tracing.traced_operator import TracedOperator
 from cpbench.parallel.world import World
 
 GDN = {"heads_q": 32, "heads_kv": 32, "head_dim": 128, "head_dim_v": 0, "dtype": "bfloat16"}

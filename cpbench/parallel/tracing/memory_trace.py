@@ -14,13 +14,8 @@ from cpbench.parallel.bound_operator import BoundOperator
 from cpbench.parallel.host_memory.account import MemoryAccount, PeakBytes
 from cpbench.parallel.partial_results.accumulators import BackwardAccumulator, ForwardAccumulator
 from cpbench.parallel.partial_results.repeated_heads import repeat_heads, sum_repeated_heads
-from cpbench.parallel.tracing.trace import (
-    CountingComm,
-    Traceable,
-    TracedOperator,
-    TracedPlan,
-    empty_inputs,
-)
+from cpbench.parallel.tracing.trace import CountingComm, empty_inputs
+from cpbench.parallel.tracing.traced_operator import Traceable, TracedOperator, TracedPlan
 
 if TYPE_CHECKING:
     import torch

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from cpbench.core.problem import Case
     from cpbench.core.registry import OperatorInfo
     from cpbench.parallel.strategy import Strategy
-    from cpbench.parallel.tracing.trace import Traceable
+    from cpbench.parallel.tracing.traced_operator import Traceable
 
 
 def load_method(case: Case, world: World) -> tuple[Strategy, Traceable, World]:

@@ -16,7 +16,7 @@ from cpbench.simulator.network import collective_rate
 
 if TYPE_CHECKING:
     from cpbench.parallel.strategy import Strategy
-    from cpbench.parallel.tracing.trace import Traceable
+    from cpbench.parallel.tracing.traced_operator import Traceable
     from cpbench.parallel.world import World
     from cpbench.simulator.cluster import Cluster, Costs
 
