@@ -80,10 +80,10 @@ class JobWaiter:
             changed |= bool(tail.read())
         if changed:
             records = read_run(self.request.out).records
-            for key in sorted(pending_ids & set(records), key=lambda key: records[key].order):
-                if key not in {case.id for case in remaining_cases(self.request)}:
-                    pending_ids.discard(key)
-                    display.case_finished(records[key])
+            finished = pending_ids & set(records) - {x.id for x in remaining_cases(self.request)}
+            for key in sorted(finished, key=lambda key: records[key].order):
+                pending_ids.discard(key)
+                display.case_finished(records[key])
 
     def _show_states(self, states: dict[str, JobState]) -> None:
         """Print the states that have changed since the last call."""
