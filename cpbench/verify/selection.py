@@ -18,6 +18,7 @@ import numpy as np
 from cpbench.core.operator import QKV, BackwardInputs
 from cpbench.masks.slices import IntArray
 from cpbench.selectors.common.base import Branch, SelectionResult, Selector
+from cpbench.selectors.common.folding import unfold_lse
 from cpbench.verify import joined
 from cpbench.verify.at_size import sample_lines
 from cpbench.verify.branch_lines import (
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     import torch
 
     from cpbench.api import Attention
+    from cpbench.core.problem import Problem
 
 
 def run_pass_with_selection(work: Attention, inputs: Tensors) -> tuple[Tensors, SelectionResult]:
@@ -59,7 +61,10 @@ def check_small(work: Attention, inputs: Tensors, context: RankContext) -> Error
         reference = joined.reference_results if selection.joined else reference_results
         expected = reference(selection.branches, one.inputs, scale)
         sums = {}
-        for name, value in one.results.items():
+        for name, value in {
+            **one.results,
+            **_lse_of_branches(selection, len(one.inputs["q"])),
+        }.items():
             heads_first = value if name == "lse" else value.transpose(1, 2)
             groups = heads_first.shape[0] * heads_first.shape[1]
             sums[name] = TensorErrorSums.between(heads_first, expected[name], groups)
@@ -69,17 +74,20 @@ def check_small(work: Attention, inputs: Tensors, context: RankContext) -> Error
 
 
 def reference_results(branches: tuple[Branch, ...], x: Tensors, scale: float) -> Tensors:
-    """Results in float64, ``[B, heads, S, …]``: out, gradients if there is a dout, and lse if there
-    is a single branch."""
+    """Results in float64, ``[B, heads, S, …]``: out, gradients if there is a dout, and the lse of
+    each branch, one after another."""
+    import torch
+
     from cpbench.kernels.reference import backward64, forward64
 
     tokens = {name: x[name].shape[1] for name in ("q", "k", "v")}
     total: Tensors = {}
-    lse = None
+    lses = []
     for branch in branches:
         pools = {"q": branch.pool_q, "k": branch.pool_k, "v": branch.pool_k}
         qkv = QKV(*(pools[name].mean(x[name].double()) for name in ("q", "k", "v")))
         out, lse = forward64(qkv, branch.mask, scale)
+        lses.append(lse)
         partial = {"out": branch.pool_q.unpool(out, tokens["q"]) * branch.gate}
         if "dout" in x:
             dout = branch.pool_q.unpool_backward(x["dout"].double()) * branch.gate
@@ -89,9 +97,19 @@ def reference_results(branches: tuple[Branch, ...], x: Tensors, scale: float) ->
         for name, value in partial.items():
             total[name] = total[name] + value if name in total else value
     results = {name: value.transpose(1, 2) for name, value in total.items()}
-    if len(branches) == 1 and lse is not None:
-        results["lse"] = lse
-    return results
+    return results | {"lse": torch.cat(lses, 2)}
+
+
+def _lse_of_branches(selection: SelectionResult, batch: int) -> Tensors:
+    """The lse of each of several branches that are added up, ``[B, H, …]`` one after another: the
+    result has none, and limits of errors depend on its size."""
+    import torch
+
+    results = selection.results
+    if selection.joined or len(results) == 1 or any(result.lse is None for result in results):
+        return {}
+    lses = [unfold_lse(result.lse, batch) for result in results if result.lse is not None]
+    return {"lse": torch.cat(lses, 2)}
 
 
 MAX_LINES = 48  # sampled rows; the same of columns
@@ -143,7 +161,12 @@ def _compare_lines(
     for line, (b, h) in _assign_to_heads(rows, heads, seed):
         row = reference.row(b, h, line)
         for name in row:
-            value = results[name][b, h, line] if name == "lse" else results[name][b, line, h]
+            if name != "lse":
+                value = results[name][b, line, h]
+            elif "lse" in results:
+                value = results["lse"][b, h, line]
+            else:
+                value = _lse_of_row(selection, problem, b, h, line)
             append(name, value, row[name])
     if "dk" in results and all(result.lse is not None for result in selection.results):
         columns = _spread_subset(sample_lines(mask.transpose(), np.arange(mask.seq_k), seed))
@@ -155,6 +178,20 @@ def _compare_lines(
         name: TensorErrorSums.between(torch.cat(actual[name]), torch.cat(expected[name]))
         for name in actual
     }
+
+
+def _lse_of_row(
+    selection: SelectionResult, problem: Problem, b: int, h: int, line: int
+) -> torch.Tensor:
+    """The lse of each branch for one query of a head."""
+    import torch
+
+    lses = []
+    for one, result in zip(selection.prepared, selection.results, strict=True):
+        assert result.lse is not None
+        lse = unfold_lse(result.lse, problem.batch)
+        lses.append(lse[b, h, line // one.branch.pool_q.stride])
+    return torch.stack(lses)
 
 
 def _assign_to_heads(
@@ -179,15 +216,16 @@ class _ReferenceLines:
 
     def __init__(self, work: Attention, inputs: Tensors, selection: SelectionResult) -> None:
         self._problem, self._inputs, self._selection = work.problem, inputs, selection
-        self._has_lse = selection.results[0].lse is not None and len(selection.branches) == 1
+        self._has_lse = all(result.lse is not None for result in selection.results)
 
     def row(self, b: int, h: int, line: int) -> Tensors:
-        """out, dq ``[D]`` and lse of one query of a head."""
+        """out, dq ``[D]`` and the lse of each branch of one query of a head."""
         import torch
 
         x, g = self._inputs, h // self._problem.group
         scale = self._problem.softmax_scale
         total: Tensors = {}
+        lses = []
         for branch in self._selection.branches:
             window = window_at(branch.pool_q, line, x["q"].shape[1])
             visible = visible_columns(branch, b, h, line // branch.pool_q.stride, x["q"].device)
@@ -197,8 +235,7 @@ class _ReferenceLines:
             lse = torch.logsumexp(scores, 0)
             probs = torch.exp(scores - lse)
             partial = {"out": (probs @ v_nD) * branch.gate}
-            if self._has_lse:
-                total["lse"] = lse
+            lses.append(lse)
             if "dout" in x:
                 dout_D = x["dout"][b, window, h].double().sum(0) * branch.gate
                 delta = dout_D @ (probs @ v_nD)
@@ -206,7 +243,7 @@ class _ReferenceLines:
                 partial["dq"] = dq_D / (window.stop - window.start)
             for name, value in partial.items():
                 total[name] = total[name] + value if name in total else value
-        return total
+        return total | {"lse": torch.stack(lses)} if self._has_lse else total
 
     def column(self, b: int, g: int, line: int) -> Tensors:
         """dk and dv ``[D]`` of one key."""

@@ -294,3 +294,37 @@ def test_a_kernel_without_lse_has_its_rows_sampled() -> None:
     errors = selection.check_sampled(work, x, results, selected, 0, check.RankContext("cpu"))
     assert set(errors) == {"out", "dq"}
     assert tolerance.violation(errors, "float32", work.op.info) is None
+
+
+@pytest.mark.parametrize(
+    ("spec", "mask"),
+    [
+        ("nsa:block_size=16,top_k=4,compress=8,stride=4,window=24", "causal"),
+        ("vsa:block_size=16,keep=0.2", "full"),
+    ],
+)
+def test_limits_of_branches_that_are_added_up_grow_with_their_scores(spec: str, mask: str) -> None:
+    """Errors of 1e-5 are right where scores are in the hundreds, though the result has no lse."""
+    from cpbench.api import Attention
+    from cpbench.inputs import Recipe
+    from cpbench.parallel.layout import build
+    from cpbench.parallel.world import World
+    from cpbench.verify import check, selection
+
+    problem = Problem(batch=2, seq_q=300, seq_k=300, heads_q=4, heads_kv=2, head_dim=16,
+                      dtype="float32")  # fmt: skip
+    world = World.of(problem, masks.build(mask, 300), build("contiguous", 300, 1))
+    work = Attention(spec, "single", world, 0, "cpu")
+    x = check.rank_inputs(work, Recipe(), "cpu")
+    x = {**x, "q": x["q"] * 64}
+    results, selected = selection.run_pass_with_selection(work, x)
+    assert "lse" not in results
+    context = check.RankContext("cpu")
+    for errors in (
+        selection.check_small(work, x, context),
+        selection.check_sampled(work, x, results, selected, 0, context),
+    ):
+        assert errors["lse"]["largest"] > 100
+        assert tolerance.violation(errors, "float32", work.op.info) is None
+        errors.pop("lse")
+        assert tolerance.violation(errors, "float32", work.op.info) is not None
