@@ -14,8 +14,9 @@ Errors are relative to the reference:
 For lse, rel_l2 and max_rms are absolute (root mean square and largest difference in nats), and
 infinite where only one side is -inf.
 
-Scores are rounded in proportion to their size, of which the largest lse is a measure.  So limits
-grow with it, by the precision in which the operator declares to hold its scores, up to a cap.
+Scores are rounded in proportion to their size, of which the largest lse is a measure, also that of
+a selector's branches where the result has none (``scores``).  So limits grow with it, by the
+precision in which the operator declares to hold its scores, up to a cap.
 
 A sequence mixer multiplies its state by a rounded decay in every chunk, always by the same one
 where decays are fixed; so limits grow with the number of tokens.  Sums of log decays over a chunk
@@ -123,7 +124,8 @@ def _errors_with_limits(
     errors: Errors, dtype: str, info: OperatorInfo, tokens: int
 ) -> Iterator[tuple[str, str, float, float]]:
     """Every tensor and metric with its error and limit."""
-    allowed = limits(dtype, info, errors.get("lse", {}).get("largest", 0.0), tokens)
+    largest = max(errors.get(x, {}).get(y, 0.0) for x, y in (("lse", "largest"), ("out", "scores")))
+    allowed = limits(dtype, info, largest, tokens)
     for name, metrics in errors.items():
         more = EPSILON["float32"] * metrics.get("nats", 0.0)
         for metric, limit in allowed.get(name, allowed["*"]).items():

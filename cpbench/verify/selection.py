@@ -18,7 +18,6 @@ import numpy as np
 from cpbench.core.operator import QKV, BackwardInputs
 from cpbench.masks.slices import IntArray
 from cpbench.selectors.common.base import Branch, SelectionResult, Selector
-from cpbench.selectors.common.folding import unfold_lse
 from cpbench.verify import joined
 from cpbench.verify.at_size import sample_lines
 from cpbench.verify.branch_lines import (
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
     import torch
 
     from cpbench.api import Attention
-    from cpbench.core.problem import Problem
 
 
 def run_pass_with_selection(work: Attention, inputs: Tensors) -> tuple[Tensors, SelectionResult]:
@@ -54,23 +52,33 @@ def check_small(work: Attention, inputs: Tensors, context: RankContext) -> Error
     """Errors of every output and gradient of a small problem."""
     _, one, _ = run_pass_as_one_rank(work, inputs, context)
 
-    def compare() -> ErrorSums:
+    def compare() -> tuple[ErrorSums, float]:
         if one is None:
-            return {}
+            return {}, 0.0
         selection, scale = one.selection, work.problem.softmax_scale
         reference = joined.reference_results if selection.joined else reference_results
         expected = reference(selection.branches, one.inputs, scale)
         sums = {}
-        for name, value in {
-            **one.results,
-            **_lse_of_branches(selection, len(one.inputs["q"])),
-        }.items():
+        for name, value in one.results.items():
             heads_first = value if name == "lse" else value.transpose(1, 2)
             groups = heads_first.shape[0] * heads_first.shape[1]
             sums[name] = TensorErrorSums.between(heads_first, expected[name], groups)
-        return sums
+        return sums, _largest(expected["lse"])
 
-    return combined_errors(context.gather(context.compute(compare)))
+    return _errors(context.gather(context.compute(compare)))
+
+
+def _largest(lse: torch.Tensor) -> float:
+    """The largest magnitude of an lse."""
+    finite = lse[lse.isfinite()]
+    return float(finite.abs().max()) if len(finite) else 0.0
+
+
+def _errors(ranks: list[tuple[ErrorSums, float]]) -> Errors:
+    """The errors, from the sums of every rank and the largest lse of a branch, with which limits
+    grow where the result has no lse (see ``core.tolerance``)."""
+    errors = combined_errors([sums for sums, _ in ranks])
+    return {**errors, "out": {**errors["out"], "scores": max(largest for _, largest in ranks)}}
 
 
 def reference_results(branches: tuple[Branch, ...], x: Tensors, scale: float) -> Tensors:
@@ -100,18 +108,6 @@ def reference_results(branches: tuple[Branch, ...], x: Tensors, scale: float) ->
     return results | {"lse": torch.cat(lses, 2)}
 
 
-def _lse_of_branches(selection: SelectionResult, batch: int) -> Tensors:
-    """The lse of each of several branches that are added up, ``[B, H, …]`` one after another: the
-    result has none, and limits of errors depend on its size."""
-    import torch
-
-    results = selection.results
-    if selection.joined or len(results) == 1 or any(result.lse is None for result in results):
-        return {}
-    lses = [unfold_lse(result.lse, batch) for result in results if result.lse is not None]
-    return {"lse": torch.cat(lses, 2)}
-
-
 MAX_LINES = 48  # sampled rows; the same of columns
 
 
@@ -131,16 +127,16 @@ def check_sampled(
 def check_sampled_pass(one: OneRank | None, seed: int, context: RankContext) -> Errors:
     """As :func:`check_sampled`, of a pass that is gathered on rank 0, and None on others."""
 
-    def compare() -> ErrorSums:
-        return {} if one is None else _compare_lines(*one[:4], seed)
+    def compare() -> tuple[ErrorSums, float]:
+        return ({}, 0.0) if one is None else _compare_lines(*one[:4], seed)
 
-    return combined_errors(context.gather(context.compute(compare)))
+    return _errors(context.gather(context.compute(compare)))
 
 
 def _compare_lines(
     work: Attention, inputs: Tensors, results: Tensors, selection: SelectionResult, seed: int
-) -> ErrorSums:
-    """Error sums of the sampled lines."""
+) -> tuple[ErrorSums, float]:
+    """Error sums of the sampled lines, and the largest lse of a branch."""
     import torch
 
     problem, mask = work.problem, work.mask
@@ -157,41 +153,26 @@ def _compare_lines(
         actual.setdefault(name, []).append(value.flatten())
         expected.setdefault(name, []).append(reference_value.flatten())
 
+    largest = 0.0
     rows = _spread_subset(sample_lines(mask, np.arange(mask.seq_q), seed))
     for line, (b, h) in _assign_to_heads(rows, heads, seed):
         row = reference.row(b, h, line)
+        largest = max(largest, _largest(row["lse"]))
         for name in row:
-            if name != "lse":
-                value = results[name][b, line, h]
-            elif "lse" in results:
-                value = results["lse"][b, h, line]
-            else:
-                value = _lse_of_row(selection, problem, b, h, line)
-            append(name, value, row[name])
+            if name in results:
+                value = results[name][b, h, line] if name == "lse" else results[name][b, line, h]
+                append(name, value, row[name])
     if "dk" in results and all(result.lse is not None for result in selection.results):
         columns = _spread_subset(sample_lines(mask.transpose(), np.arange(mask.seq_k), seed))
         heads_kv = [(b, g) for b in range(problem.batch) for g in range(problem.heads_kv)]
         for line, (b, g) in _assign_to_heads(columns, heads_kv, seed):
             for name, grad_D in reference.column(b, g, line).items():
                 append(name, results[name][b, line, g], grad_D)
-    return {
+    sums = {
         name: TensorErrorSums.between(torch.cat(actual[name]), torch.cat(expected[name]))
         for name in actual
     }
-
-
-def _lse_of_row(
-    selection: SelectionResult, problem: Problem, b: int, h: int, line: int
-) -> torch.Tensor:
-    """The lse of each branch for one query of a head."""
-    import torch
-
-    lses = []
-    for one, result in zip(selection.prepared, selection.results, strict=True):
-        assert result.lse is not None
-        lse = unfold_lse(result.lse, problem.batch)
-        lses.append(lse[b, h, line // one.branch.pool_q.stride])
-    return torch.stack(lses)
+    return sums, largest
 
 
 def _assign_to_heads(
@@ -216,7 +197,6 @@ class _ReferenceLines:
 
     def __init__(self, work: Attention, inputs: Tensors, selection: SelectionResult) -> None:
         self._problem, self._inputs, self._selection = work.problem, inputs, selection
-        self._has_lse = all(result.lse is not None for result in selection.results)
 
     def row(self, b: int, h: int, line: int) -> Tensors:
         """out, dq ``[D]`` and the lse of each branch of one query of a head."""
@@ -243,7 +223,7 @@ class _ReferenceLines:
                 partial["dq"] = dq_D / (window.stop - window.start)
             for name, value in partial.items():
                 total[name] = total[name] + value if name in total else value
-        return total | {"lse": torch.stack(lses)} if self._has_lse else total
+        return total | {"lse": torch.stack(lses)}
 
     def column(self, b: int, g: int, line: int) -> Tensors:
         """dk and dv ``[D]`` of one key."""
