@@ -92,7 +92,7 @@ def forward64(qkv: QKV, mask: Mask | Selection, scale: float) -> tuple[torch.Ten
     for rows, bias_ST, scored_ST in _row_blocks(mask, k.shape[2], b * h, q.device):
         scores = _scores(q_BGRSD[:, :, :, rows], k_BGTD, scale, scored_ST)
         if isinstance(mask, LandmarkBlocks):
-            scores = _by_block(grouped_scores, mask, scores)
+            scores = by_block(grouped_scores, mask.grid.block_k, scores)
         lse_rows = torch.logsumexp(scores, dim=-1)
         probs = _probabilities(scores, lse_rows, bias_ST)
         out_rows = _product(probs, v_BGTD.unsqueeze(2), bias_ST)
@@ -120,7 +120,7 @@ def backward64(x: BackwardInputs, mask: Mask | Selection, scale: float) -> Gradi
         q_rows, dout_rows = q_BGRSD[:, :, :, rows], dout_BGRSD[:, :, :, rows]
         own_scores = scores = _scores(q_rows, k_BGTD, scale, scored_ST)
         if isinstance(mask, LandmarkBlocks):
-            scores = _by_block(grouped_scores, mask, scores)
+            scores = by_block(grouped_scores, mask.grid.block_k, scores)
         probs = _probabilities(scores, lse_BGRS[:, :, :, rows], bias_ST)
         dv += _product(probs.mT, dout_rows, bias_ST.mT).sum(2)
         dscores = torch.einsum("bgrsd,bgtd->bgrst", dout_rows, v_BGTD)
@@ -128,7 +128,7 @@ def backward64(x: BackwardInputs, mask: Mask | Selection, scale: float) -> Gradi
         if not _is_finite(dscores):
             dscores.masked_fill_(bias_ST == -torch.inf, 0.0)
         if isinstance(mask, LandmarkBlocks):
-            dscores = _by_block(grouped_gradients, mask, own_scores, dscores)
+            dscores = by_block(grouped_gradients, mask.grid.block_k, own_scores, dscores)
         dq[:, :, :, rows] = _product(dscores, k_BGTD.unsqueeze(2), scored_ST)
         dk += _product(dscores.mT, q_rows, scored_ST.mT).sum(2)
     return dq.permute(0, 3, 1, 2, 4).flatten(2, 3), dk.transpose(1, 2), dv.transpose(1, 2)
@@ -161,22 +161,21 @@ def grouped_gradients(scores_w: torch.Tensor, dgrouped_w: torch.Tensor) -> torch
     """The gradients of scores, from those of :func:`grouped_scores`."""
     import torch
 
-    shares = scores_w[..., :-1].softmax(-1).nan_to_num(0.0)
+    shares = scores_w[..., :-1].softmax(-1).nan_to_num(0.0)  # of blocks that are not selected
     own = dgrouped_w[..., :-1]
     total = own.sum(-1, True)
     gradients: torch.Tensor = torch.cat([own - shares * total, total], -1)
     return gradients
 
 
-def _by_block(
-    function: Callable[..., torch.Tensor], mask: LandmarkBlocks, *xs_T: torch.Tensor
+def by_block(
+    function: Callable[..., torch.Tensor], width: int, *xs_T: torch.Tensor
 ) -> torch.Tensor:
     """A function of ``[…, w]`` for each whole block of keys; keys of a last one that is shorter are
-    in no selection, and stay as in the last argument."""
+    in no selection that landmarks weight, and stay as in the last argument."""
     import torch
 
-    width = mask.grid.block_k
-    end = mask.seq_k // width * width
+    end = xs_T[0].shape[-1] // width * width
     blocks = function(*(x[..., :end].unflatten(-1, (-1, width)) for x in xs_T))
     return torch.cat([blocks.flatten(-2), xs_T[-1][..., end:]], -1)
 

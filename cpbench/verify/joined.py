@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from cpbench.core.operator import QKV, BackwardInputs
-from cpbench.kernels.reference import grouped_gradients, grouped_scores
+from cpbench.kernels.reference import by_block, grouped_gradients, grouped_scores
 from cpbench.selectors.common.base import Branch, SelectionResult
 from cpbench.selectors.common.joining import KeyPool
 from cpbench.selectors.common.rotating import Turn
@@ -86,14 +85,6 @@ def _per_row(x_BHS: torch.Tensor) -> torch.Tensor:
     return x_BHS.transpose(1, 2)[..., None]
 
 
-def _by_block(
-    function: Callable[..., torch.Tensor], selected: LandmarkBlocks, *xs_n: torch.Tensor
-) -> torch.Tensor:
-    """A function of the blocks ``[…, w]`` of a row of whole blocks."""
-    blocks: torch.Tensor = function(*(x.view(-1, selected.grid.block_k) for x in xs_n))
-    return blocks.flatten()
-
-
 def _turned(
     turn: Turn | None, x_D: torch.Tensor, token: int, transposed: bool = False
 ) -> torch.Tensor:
@@ -135,7 +126,7 @@ class JoinedLines:
             scores = (k_nD @ _turned(branch.turn_q, q_D, line)) * scale
             joined_scores = scores + math.log(branch.key_weight)
             if isinstance(branch.mask, LandmarkBlocks):
-                joined_scores = _by_block(grouped_scores, branch.mask, scores)
+                joined_scores = by_block(grouped_scores, branch.mask.grid.block_k, scores)
             parts.append((branch, k_nD, v_nD, scores, joined_scores))
         total_lse = torch.cat([scores for *_, scores in parts]).logsumexp(0)
         probs = [_weights(scores, total_lse) for *_, scores in parts]
@@ -150,7 +141,7 @@ class JoinedLines:
         for (branch, k_nD, v_nD, scores, _), p in zip(parts, probs, strict=True):
             dscores = p * ((v_nD - total) @ dout_D)
             if isinstance(branch.mask, LandmarkBlocks):
-                dscores = _by_block(grouped_gradients, branch.mask, scores, dscores)
+                dscores = by_block(grouped_gradients, branch.mask.grid.block_k, scores, dscores)
             dq_D += _turned(branch.turn_q, (dscores * scale) @ k_nD, line, transposed=True)
         return results | {"dq": dq_D + self._dq_of_derived(b, h, line)}
 
