@@ -46,3 +46,14 @@ def test_queries_that_list_no_keys_see_nothing() -> None:
     out, lse, *grads = results("gathered", Tokens(masks.build("causal", TOKENS), index, 4))
     assert (lse == -torch.inf).all()
     assert not any(x.any() for x in (out, *grads))
+
+
+def test_listed_keys_of_tensors_that_require_gradients() -> None:
+    """Some queries list none; the gathered copies are no part of autograd's graph."""
+    index = torch.arange(TOKENS)[:, None] - torch.tensor([0, 3, 7])
+    index = index.clamp(min=-1)
+    index[::5] = -1
+    tokens = Tokens(masks.build("causal", TOKENS), index.int().expand(2, 4, -1, -1), 4)
+    expected = results("reference", tokens)
+    for actual, right in zip(results("gathered", tokens), expected, strict=True):
+        torch.testing.assert_close(actual, right, atol=2e-5, rtol=1e-4)
